@@ -1,0 +1,25 @@
+"""Variational autoencoders with calibrated decoders: no KL weight to tune.
+
+Needs torch and numpy alone; data, training and the command line come with the extra ``full``.
+"""
+
+from sigma_vae.likelihoods import Fixed, Gaussian, Optimal, PerImage, PerPixel, Shared
+from sigma_vae.networks import FlatNetwork, conv, mlp
+from sigma_vae.types import Elbo
+from sigma_vae.vae import VAE
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VAE",
+    "Elbo",
+    "Fixed",
+    "FlatNetwork",
+    "Gaussian",
+    "Optimal",
+    "PerImage",
+    "PerPixel",
+    "Shared",
+    "conv",
+    "mlp",
+]

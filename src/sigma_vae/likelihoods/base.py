@@ -1,0 +1,174 @@
+"""The template of all location-scale likelihoods: a residual law, a scale, and the map from features to the mean."""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sigma_vae.likelihoods.distributions import Continuous, Discretized, Law, check_levels
+from sigma_vae.likelihoods.scales import Optimal, Per, Scale
+from sigma_vae.likelihoods.solve import Observed, best_density_log_scale, best_level_log_scale
+from sigma_vae.types import Likelihood, Observes
+
+__all__ = ["LocationScale", "MeanMap"]
+
+MeanMap = Literal["identity", "unit"]
+"""From features to the mean: themselves, or a sigmoid onto [0, 1]."""
+
+
+class LocationScale(Likelihood):
+    """A likelihood whose residual x − mean follows one law at every scale.
+
+    Args:
+        channels: the data's channels.
+        scale: where σ comes from; :class:`Optimal` unless given.
+        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
+        levels: how many values a datum can take, at k/(levels − 1); None for real-valued data, which have no ``log_mass``.
+        mean: ``"identity"``: features are the mean; ``"unit"``: a sigmoid maps them onto [0, 1].
+        observes: what is trained on: the ``"density"`` of the values or the mass of their ``"level"``.
+
+    Shapes:
+        h ``(*batch, in_channels, *space)``: the mean's channels, then the scale's; x ``(*batch, channels, *space)``.
+
+    Raises:
+        ValueError: an argument is out of range, or ``observes="level"`` without levels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        scale: Scale | None = None,
+        *,
+        spatial_dims: int = 2,
+        levels: int | None = 256,
+        mean: MeanMap = "identity",
+        observes: Observes = "density",
+    ) -> None:
+        super().__init__(channels, spatial_dims, levels)
+        if mean not in ("identity", "unit"):
+            raise ValueError(f'mean is "identity" or "unit", got {mean!r}')
+        if observes not in ("density", "level"):
+            raise ValueError(f'observes is "density" or "level", got {observes!r}')
+        if observes == "level" and levels is None:
+            raise ValueError('observes="level" needs to know how many levels the data have: pass levels=256 for 8-bit data')
+        self.scale = Optimal() if scale is None else scale
+        self.scale.spatial_dims = spatial_dims
+        self.mean: MeanMap = mean
+        self.observes: Observes = observes
+
+    @abstractmethod
+    def law(self) -> Law:
+        """What the residual looks like at scale 1."""
+
+    @property
+    def in_channels(self) -> int:
+        """The mean's channels and the scale's."""
+        return self.channels * (1 + self.scale.extra_per_channel) + self.scale.extra
+
+    @property
+    def _event_dims(self) -> int:
+        return 1 + self.spatial_dims
+
+    def forward(self, h: Tensor, x: Tensor | None = None) -> Continuous | Discretized:
+        """p(x|h); in training an :class:`Optimal` scale is solved for this x."""
+        loc, raw = self._split(h)
+        fit = None
+        if x is not None:
+            observed = self._observed(loc, x)
+            if self.training:
+
+                def fit(per: Per) -> Tensor:
+                    return self._solve([observed], per, self.observes)
+
+        return self._distribution(loc, self.scale(raw, self.observes, fit), self.observes)
+
+    def log_mass(self, h: Tensor, x: Tensor, *, post_hoc: bool = False) -> Tensor:
+        """Log-probability ``(*batch,)`` of the observed levels, in nats: each family's comparable number.
+
+        Raises:
+            ValueError: the data have no levels, x is off them, or no σ is known yet.
+        """
+        if self.levels is None:
+            raise ValueError(
+                f"{self} models real-valued data (levels=None), which have a density but no probability of a level;"
+                " report `forward(h).log_prob(x)`, or say how many levels the data have"
+            )
+        loc, raw = self._split(h)
+        observed = self._observed(loc, x)
+        check_levels(observed.x, self.levels)
+        log_scale = self.scale.refitted(raw, "level") if post_hoc else self.scale(raw, "level", None)
+        return self._distribution(loc, log_scale, "level").log_prob(observed.x)
+
+    def post_hoc(self, h: Tensor) -> Continuous | Discretized:
+        """p(x|h) with the σ that :meth:`calibrate` solved, whatever the scale: what makes runs of different σ comparable."""
+        loc, raw = self._split(h)
+        return self._distribution(loc, self.scale.refitted(raw, self.observes), self.observes)
+
+    @torch.no_grad()
+    def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Solve σ exactly for the density, and for the level masses where the data have levels; store both.
+
+        An :class:`Optimal` scale reports with them from now on. The other scales keep their own σ, and hold these as *post-hoc*
+        values (predicted scales: one factor on all predictions). Under ``torch.distributed``, every process must call this with
+        its share of the data.
+
+        Args:
+            pairs: (h, x), gone through once for a closed form, and several times for the levels: a list, not a generator.
+        """
+        observed = _Reiterable(self, pairs)
+        per = self.scale.refit_per
+        density = self._solve(observed, per, "density")
+        self.scale.store("density", density)
+        if self.levels is not None:
+            self.scale.store("level", self._solve(observed, per, "level", start=density))
+
+    def _solve(self, data: Iterable[Observed], per: Per, observes: Observes, start: Tensor | None = None) -> Tensor:
+        floor = -float("inf") if self.scale.predicted else self.scale.log_floor
+        if observes == "density" or start is None:
+            start = best_density_log_scale(data, per, self._event_dims, floor)
+        if observes == "density":
+            return start
+        assert self.levels is not None
+        return best_level_log_scale(data, per, self._event_dims, floor, start, self.levels)
+
+    def _distribution(self, loc: Tensor, log_scale: Tensor, observes: Observes) -> Continuous | Discretized:
+        if observes == "density":
+            return Continuous(self.law(), loc, log_scale, self._event_dims)
+        assert self.levels is not None
+        return Discretized(self.law(), loc, log_scale, self._event_dims, self.levels)
+
+    def _split(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and scale features, in float32 at least: log-probabilities in half precision mean nothing."""
+        axis = -self._event_dims
+        if h.dim() < self._event_dims or h.shape[axis] != self.in_channels:
+            got = h.shape[axis] if h.dim() >= self._event_dims else tuple(h.shape)
+            raise ValueError(
+                f"{self} reads {self.in_channels} decoder channels, got {got}; size the decoder by `likelihood.in_channels`"
+            )
+        h = h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
+        loc, raw = h.split([self.channels, self.in_channels - self.channels], dim=axis)
+        return (torch.sigmoid(loc) if self.mean == "unit" else loc), raw
+
+    def _observed(self, loc: Tensor, x: Tensor) -> Observed:
+        if x.shape != loc.shape:
+            raise ValueError(f"{self} was given data of shape {tuple(x.shape)} for a mean of shape {tuple(loc.shape)}")
+        return Observed(self.law(), loc, loc.new_zeros(()), x.to(loc.dtype))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(channels={self.channels}, scale={self.scale})"
+
+
+class _Reiterable:
+    """Pairs (h, x) as what the solver reads, one at a time."""
+
+    def __init__(self, likelihood: LocationScale, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self.likelihood = likelihood
+        self.pairs = pairs
+
+    def __iter__(self):
+        for h, x in self.pairs:
+            loc, raw = self.likelihood._split(h)
+            observed = self.likelihood._observed(loc, x)
+            yield observed._replace(base=self.likelihood.scale.base(raw))

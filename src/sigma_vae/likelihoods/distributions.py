@@ -1,0 +1,167 @@
+"""The distributions that location-scale likelihoods return: a residual law, moved, scaled, and perhaps put in bins."""
+
+import math
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, constraints
+
+__all__ = ["Continuous", "Discretized", "Law", "check_levels"]
+
+
+class Law(Protocol):
+    r"""What a residual looks like at scale 1: a density symmetric about 0.
+
+    ``statistic`` and ``power`` say how a scale is solved: at the best σ the mean of ``statistic(r/σ)`` is 1, and multiplying σ
+    by :math:`\overline{\text{statistic}}^{1/\text{power}}` leads there, in one step where ``closed_form``.
+    """
+
+    power: int
+    closed_form: bool
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Elementwise log-density."""
+        ...
+
+    def log_cdf(self, z: Tensor) -> Tensor:
+        """Elementwise log of the mass below z."""
+        ...
+
+    def interval_log_prob(self, center: Tensor, width: Tensor) -> Tensor:
+        """Elementwise log of the mass on center ± width/2."""
+        ...
+
+    def statistic(self, z: Tensor) -> Tensor:
+        """Elementwise; its mean is 1 at the best scale."""
+        ...
+
+    def sample(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draws of the shape, type and device of ``like``."""
+        ...
+
+
+class _EventDistribution(Distribution):
+    """Batch ``(*batch,)``, event ``(C, *space)``; nothing is validated a second time, the likelihood has done it."""
+
+    arg_constraints = {}  # noqa: RUF012 (torch's own interface)
+
+    def __init__(self, law: Law, loc: Tensor, log_scale: Tensor, event_dims: int) -> None:
+        missing = max(event_dims - log_scale.dim(), 0)
+        self.law = law
+        self.loc = loc
+        self.log_scale = log_scale.reshape((1,) * missing + log_scale.shape)
+        self._event_axes = tuple(range(-event_dims, 0))
+        split = loc.dim() - event_dims
+        super().__init__(loc.shape[:split], loc.shape[split:], validate_args=False)
+
+    @property
+    def scale(self) -> Tensor:
+        """σ, broadcastable to the event."""
+        return self.log_scale.exp()
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Sum over the event, counting a broadcast value once for each element it stands for."""
+        size = math.prod(values.shape[axis] for axis in self._event_axes)
+        return values.sum(self._event_axes) * (self.event_shape.numel() / size)
+
+
+@final
+class Continuous(_EventDistribution):
+    r"""A density over real values, independent given loc and scale.
+
+    .. math:: \log p(x) = \sum_i \log f\left(\frac{x_i - \mu_i}{\sigma_i}\right) - \log \sigma_i
+
+    Shapes:
+        loc ``(*batch, C, *space)``, log_scale broadcastable to it, ``log_prob`` ``(*batch,)``.
+    """
+
+    support = constraints.real
+    has_rsample = True
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of the whole event, in nats."""
+        z = (value - self.loc) * torch.exp(-self.log_scale)
+        return self._sum(self.law.log_prob(z)) - self._sum(self.log_scale)
+
+    @property
+    def mean(self) -> Tensor:
+        """The location: every law is symmetric."""
+        return self.loc
+
+    def rsample(self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
+        """Draws with a gradient to loc and scale."""
+        like = self.loc.expand(*sample_shape, *self.loc.shape)
+        return like + self.scale * self.law.sample(like, generator)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
+        """Draws without a gradient."""
+        return self.rsample(sample_shape, generator)
+
+
+@final
+class Discretized(_EventDistribution):
+    r"""Probability masses of the levels k/(L−1): the law's mass on the bin around each, the end bins taking the tails.
+
+    .. math:: P(k) = F\left(\frac{(k + ½)/(L-1) - \mu}{\sigma}\right) - F\left(\frac{(k - ½)/(L-1) - \mu}{\sigma}\right)
+
+    Shapes:
+        as :class:`Continuous`; values and samples are levels in [0, 1].
+    """
+
+    support = constraints.unit_interval
+
+    def __init__(self, law: Law, loc: Tensor, log_scale: Tensor, event_dims: int, levels: int) -> None:
+        super().__init__(law, loc, log_scale, event_dims)
+        self.levels = levels
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-mass of the whole event, in nats."""
+        return self._sum(self.element_log_prob(value))
+
+    def element_log_prob(self, value: Tensor) -> Tensor:
+        """Log-mass of each element's bin."""
+        top = self.levels - 1
+        level = torch.round(value * top)
+        inverse_scale = torch.exp(-self.log_scale)
+        inner = self.law.interval_log_prob((level / top - self.loc) * inverse_scale, inverse_scale / top)
+        first = self.law.log_cdf((0.5 / top - self.loc) * inverse_scale)
+        last = self.law.log_cdf((self.loc - (1 - 0.5 / top)) * inverse_scale)
+        return torch.where(level <= 0, first, torch.where(level >= top, last, inner))
+
+    @property
+    def mean(self) -> Tensor:
+        """Σ k P(k)/(L−1), summed as the masses above each bin edge."""
+        total = torch.zeros_like(self.loc)
+        for k in range(self.levels - 1):
+            edge = (k + 0.5) / (self.levels - 1)
+            total += self.law.log_cdf((self.loc - edge) / self.scale).exp()
+        return total / (self.levels - 1)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
+        """Draws of levels in [0, 1]."""
+        like = self.loc.expand(*sample_shape, *self.loc.shape)
+        top = self.levels - 1
+        draw = like + self.scale * self.law.sample(like, generator)
+        return torch.round(draw * top).clamp(0, top) / top
+
+
+def check_levels(x: Tensor, levels: int) -> None:
+    """Refuse values that are not levels k/(levels − 1): a mass of a bin between two levels would mean nothing.
+
+    Raises:
+        ValueError: a value lies off the levels by more than a hundredth of their distance, or outside [0, 1].
+    """
+    if torch.compiler.is_compiling():
+        return
+    top = levels - 1
+    off = (x * top - torch.round(x * top).clamp(0, top)).abs().max() if x.numel() else 0.0
+    if not float(off) <= 0.01:
+        low, high = (float(v) for v in x.aminmax())
+        raise ValueError(
+            f"log_mass expects levels k/{top} in [0, 1] (levels={levels}), got values in [{low:.4g}, {high:.4g}] that lie"
+            f" {float(off):.3g} of a level off; scale {levels}-level data by 1/{top} and do not add noise,"
+            " or build the likelihood with the data's own `levels`"
+        )

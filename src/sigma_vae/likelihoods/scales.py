@@ -1,0 +1,255 @@
+"""Where a log-scale comes from: over which axes σ is shared. How it is solved is the family's business."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from sigma_vae.likelihoods.densities import soft_clip
+from sigma_vae.types import Observes
+
+__all__ = ["FLOOR", "Fit", "Fixed", "Optimal", "Per", "PerImage", "PerPixel", "Scale", "Shared"]
+
+Per = Literal["batch", "image", "channel", "pixel"]
+"""What has a σ of its own: the whole batch, each example, each channel, or each place of each channel."""
+
+Fit = Callable[[Per], Tensor]
+"""Solves the log-scale that is best for the present batch, shared as asked."""
+
+FLOOR = math.exp(-6)
+"""Default floor on σ, in units of the data's range: half the distance of two 8-bit levels (paper, section 3)."""
+
+
+class Scale(nn.Module, ABC):
+    """A source of log σ, with two stored values that ``calibrate`` solves: one for the density, one for the level masses.
+
+    A stored value is absolute, but for predicted scales, where it is one factor on all predictions. It is empty until solved;
+    its shape travels with the ``state_dict``.
+    """
+
+    extra_per_channel = 0
+    """Feature channels that the decoder gives for each data channel, besides the mean."""
+    extra = 0
+    """Feature channels that the decoder gives once."""
+    predicted = False
+    """Whether the decoder predicts the scale, so that a refit is a factor on it."""
+    refit_per: Per = "batch"
+    """How a refitted scale is shared."""
+    spatial_dims = 2
+    """Set by the likelihood that the scale is given to."""
+
+    density_log_scale: Tensor
+    level_log_scale: Tensor
+
+    def __init__(self, floor: float = FLOOR) -> None:
+        super().__init__()
+        if not floor > 0:
+            raise ValueError(f"floor is the smallest σ, in units of the data: above 0, got {floor}")
+        self.log_floor = math.log(floor)
+        self.register_buffer("density_log_scale", torch.empty(0))
+        self.register_buffer("level_log_scale", torch.empty(0))
+
+    @abstractmethod
+    def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
+        """Log σ, broadcastable to the data ``(*batch, C, *space)``.
+
+        raw holds the extra feature channels; fit solves the present batch and is None when it must not be looked at.
+        """
+
+    def base(self, raw: Tensor) -> Tensor:
+        """What a stored value is added to: 0, or the prediction."""
+        return raw.new_zeros(())
+
+    def refitted(self, raw: Tensor, observes: Observes) -> Tensor:
+        """Log σ as ``calibrate`` solved it."""
+        return self.base(raw) + self.stored(observes)
+
+    def stored(self, observes: Observes) -> Tensor:
+        """The stored value; before a calibration, levels are given the density's (a valid scale, though not their best).
+
+        Raises:
+            ValueError: nothing is stored yet.
+        """
+        level = observes == "level" and self.level_log_scale.numel() > 0
+        value = self.level_log_scale if level else self.density_log_scale
+        if value.numel() == 0:
+            raise ValueError(
+                f"{self} has no stored σ yet; train for a step, or fit it on training data by"
+                " `likelihood.calibrate(pairs)` or `vae.calibrate(loader)`"
+            )
+        return value
+
+    def store(self, observes: Observes, value: Tensor) -> None:
+        """Keep a solved value, in place where the shape allows (so that a wrapped module sees it)."""
+        buffer = self.level_log_scale if observes == "level" else self.density_log_scale
+        if buffer.shape == value.shape:
+            buffer.copy_(value)
+        else:
+            setattr(self, f"{observes}_log_scale", value.detach().to(buffer).clone())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # A stored value's shape is part of what is stored: take it over before torch compares.
+        for name in ("density_log_scale", "level_log_scale"):
+            if prefix + name in state_dict:
+                buffer = getattr(self, name)
+                setattr(self, name, buffer.new_empty(state_dict[prefix + name].shape))
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """Arguments as they would be written."""
+        return "" if math.isclose(self.log_floor, math.log(FLOOR)) else f"floor={math.exp(self.log_floor):g}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+@final
+class Fixed(Scale):
+    r"""A constant σ: unit variance, or a β-VAE in the terms of a likelihood.
+
+    >>> Fixed(1.0)
+    Fixed(1)
+    >>> Fixed.from_beta(0.5)
+    Fixed(0.5)
+    """
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__()
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"Fixed takes a σ > 0 (a standard deviation in units of the data), got {sigma}")
+        self.sigma = sigma
+
+    @classmethod
+    def from_beta(cls, beta: float) -> "Fixed":
+        r"""The σ whose ELBO is the objective that the paper's β-VAEs ran, up to a factor and a constant.
+
+        :math:`\|x - \hat x\|^2 + \beta\,KL = 2\sigma^2\,(-\log p(x|z) + KL) + \text{const}` with :math:`\sigma^2 = \beta/2`. The paper's
+        text has other conversions (its section 4.1); the constants of its Table 1 show that this is the one it ran.
+        """
+        if not 0 < beta < math.inf:
+            raise ValueError(f"from_beta takes the weight β > 0 of ‖x − x̂‖² + β·KL, got {beta}")
+        return cls(math.sqrt(beta / 2))
+
+    def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
+        """The constant."""
+        return raw.new_full((), math.log(self.sigma))
+
+    def extra_repr(self) -> str:
+        """Arguments as they would be written."""
+        return f"{self.sigma:.6g}"
+
+
+@final
+class Shared(Scale):
+    """One learned log σ (the paper's "shared σ-VAE").
+
+    Adam moves a parameter by at most its learning rate a step, so a log σ that starts far from its optimum lags: ``start`` puts it at
+    the spread of the data, and ``fit`` gives it a learning rate of its own.
+    """
+
+    def __init__(self, sigma: float = 1.0, floor: float = FLOOR) -> None:
+        super().__init__(floor)
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"Shared starts from a σ > 0, got {sigma}")
+        self.log_scale = nn.Parameter(torch.tensor(math.log(sigma)))
+
+    @torch.no_grad()
+    def start(self, sigma: float) -> None:
+        """Start from this σ."""
+        self.log_scale.fill_(max(math.log(max(sigma, 1e-30)), self.log_floor))
+
+    def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
+        """The parameter, put back onto the floor when a step went below (a clamp would cut its gradient)."""
+        if self.training:
+            with torch.no_grad():
+                self.log_scale.clamp_(min=self.log_floor)
+        return self.log_scale.to(raw.dtype)
+
+
+@final
+class PerImage(Scale):
+    """One predicted σ for each example: the mean over space of one extra feature channel.
+
+    Clipped softly to [floor, 1/floor]: without a clip, predicted scales diverge within a few hundred steps.
+    """
+
+    extra = 1
+    predicted = True
+
+    def base(self, raw: Tensor) -> Tensor:
+        """The prediction, ``(*batch, 1, ...)``."""
+        space = tuple(range(raw.dim() - self.spatial_dims, raw.dim()))
+        pooled = raw.mean(space, keepdim=True) if space else raw
+        return soft_clip(pooled, self.log_floor, -self.log_floor)
+
+    def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
+        """The prediction."""
+        return self.base(raw)
+
+
+@final
+class PerPixel(Scale):
+    """One predicted σ for each value of the data, clipped softly to [floor, 1/floor].
+
+    The likelihood improves at the pixels that are easiest to predict, and samples get worse (paper, section 5.2).
+    """
+
+    extra_per_channel = 1
+    predicted = True
+
+    def base(self, raw: Tensor) -> Tensor:
+        """The prediction, of the data's shape."""
+        return soft_clip(raw, self.log_floor, -self.log_floor)
+
+    def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
+        """The prediction."""
+        return self.base(raw)
+
+
+@final
+class Optimal(Scale):
+    r"""The σ that is best for the data at hand, in closed form (the paper's "optimal σ-VAE", equation 5).
+
+    For a Gaussian :math:`\sigma^2 = \text{MSE}`. It is detached: at the optimum the gradient through σ vanishes (envelope theorem), so
+    :math:`\nabla \tfrac D2 \log \text{MSE} = \nabla \tfrac{D}{2\sigma^2} \text{MSE}`. Under ``torch.distributed`` it is the optimum of the global batch.
+
+    In training σ comes from the batch; in eval mode it is a stored value, never one that has seen the example: a running mean
+    over training until ``calibrate`` solves it exactly. ``per="image"`` then uses the batch-wide one, as a σ chosen from
+    the example that it scores gives no normalised density.
+
+    The floor is hard, and touched by degenerate data alone: a soft clip at −6, as in the paper's code, widens σ by 13 % at log σ = −4.
+    """
+
+    momentum = 0.01
+    """Weight of the present batch in the running mean of σ²."""
+
+    def __init__(self, per: Per = "batch", floor: float = FLOOR) -> None:
+        super().__init__(floor)
+        if per not in ("batch", "image", "channel", "pixel"):
+            raise ValueError(f'Optimal(per=...) is "batch", "image", "channel" or "pixel", got {per!r}')
+        self.per: Per = per
+        self.refit_per = "batch" if per == "image" else per
+
+    def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
+        """The batch's optimum in training, the stored value else."""
+        if fit is None or not self.training:
+            return self.stored(observes)
+        log_scale = fit(self.per)
+        self._track(observes, fit("batch") if self.per == "image" else log_scale)
+        return log_scale
+
+    @torch.no_grad()
+    def _track(self, observes: Observes, log_scale: Tensor) -> None:
+        old = self.level_log_scale if observes == "level" else self.density_log_scale
+        if old.shape == log_scale.shape:
+            keep, add = math.log1p(-self.momentum), math.log(self.momentum)
+            log_scale = 0.5 * torch.logaddexp(2 * old + keep, 2 * log_scale + add)
+        self.store(observes, log_scale)
+
+    def extra_repr(self) -> str:
+        """Arguments as they would be written."""
+        per = "" if self.per == "batch" else f'per="{self.per}"'
+        return ", ".join(filter(None, (per, super().extra_repr())))

@@ -1,0 +1,143 @@
+"""The best log-scale for given data: of the density by its closed form or fixed point, of the level masses by Newton's method."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+from sigma_vae.likelihoods.distributions import Discretized, Law
+from sigma_vae.likelihoods.scales import Per
+
+__all__ = ["Observed", "best_density_log_scale", "best_level_log_scale"]
+
+MAX_ITERATIONS = 200
+TOLERANCE = 1e-6
+LARGEST_STEP = 0.7  # in log σ: a factor of two, so that a bad quadratic model cannot throw the search away
+
+
+class Observed(NamedTuple):
+    """Data and what is predicted of them: the scale sought is multiplied onto exp(base)."""
+
+    law: Law
+    loc: Tensor
+    base: Tensor
+    x: Tensor
+
+
+class _Sums:
+    """Sums over everything that shares one σ, across batches and processes, in float64 where batches are added up."""
+
+    def __init__(self, per: Per, event_dims: int) -> None:
+        self.per = per
+        self.event_dims = event_dims
+        self.total: Tensor | None = None
+        self.count = 0.0
+
+    def add(self, values: Tensor) -> None:
+        """Add elementwise values; their first axis has one kind of value a row."""
+        sums = values.sum(self._axes(values.dim() - 1), keepdim=True, dtype=torch.float64)
+        if self.per != "image":
+            sums = sums.reshape(len(values), *sums.shape[-self.event_dims :])
+        self.total = sums if self.total is None else self.total + sums
+        self.count += values.numel() / sums.numel()
+
+    def means(self) -> Tensor:
+        """Sum over count, the same on every process."""
+        if self.total is None:
+            raise ValueError("no data to fit a scale on: `pairs` was empty, or a generator that had been used up")
+        if self.per == "image" or not (distributed.is_available() and distributed.is_initialized()):
+            return self.total / self.count
+        message = torch.cat([self.total.flatten(), self.total.new_tensor([self.count])])
+        distributed.all_reduce(message)
+        return (message[:-1] / message[-1]).reshape(self.total.shape)
+
+    def _axes(self, dims: int) -> tuple[int, ...]:
+        batch = range(-dims, -self.event_dims)
+        channel = -self.event_dims
+        space = range(1 - self.event_dims, 0)
+        shared: dict[Per, list[int]] = {
+            "batch": [*batch, channel, *space],
+            "image": [channel, *space],
+            "channel": [*batch, *space],
+            "pixel": [*batch],
+        }
+        return tuple(shared[self.per])
+
+
+@torch.no_grad()
+def best_density_log_scale(data: Iterable[Observed], per: Per, event_dims: int, log_floor: float) -> Tensor:
+    """The log σ that maximises the density of the data: one pass in closed form, or a fixed point.
+
+    Shapes:
+        result (event-shaped, 1 where shared), or ``(*batch, 1, ...)`` for ``per="image"``; in the precision of the data.
+    """
+    log_scale: Tensor | None = None
+    for _ in range(MAX_ITERATIONS):
+        sums = _Sums(per, event_dims)
+        for law, loc, base, x in data:
+            residual = x - loc if log_scale is None else (x - loc) * torch.exp(-log_scale).to(x.dtype)
+            sums.add(law.statistic(residual * torch.exp(-base))[None])
+        step = sums.means()[0].log() / law.power
+        log_scale = (step if log_scale is None else log_scale + step).clamp_min(log_floor)
+        if law.closed_form or bool(step.abs().max() < TOLERANCE):
+            break
+    assert log_scale is not None
+    return log_scale.to(x.dtype)
+
+
+@torch.no_grad()
+def best_level_log_scale(
+    data: Iterable[Observed], per: Per, event_dims: int, log_floor: float, start: Tensor, levels: int
+) -> Tensor:
+    """The log σ that maximises the masses of the observed levels, by safeguarded Newton steps from ``start``.
+
+    The first steps are made on the first data alone; two passes over all of them then are enough.
+
+    Shapes:
+        as :func:`best_density_log_scale`.
+    """
+    log_scale = start.double()
+    for part in (_Head(data), data):
+        for _ in range(MAX_ITERATIONS):
+            sums = _Sums(per, event_dims)
+            for observed in part:
+                sums.add(_slope_and_curvature(observed, log_scale, event_dims, levels))
+            slope, curvature = sums.means()
+            step = torch.where(curvature < 0, -slope / curvature, LARGEST_STEP * slope.sign())
+            new = (log_scale + step.clamp(-LARGEST_STEP, LARGEST_STEP)).clamp_min(log_floor)
+            moved = float((new - log_scale).abs().max())
+            log_scale = new
+            # Newton doubles the digits: where a step is this short, what is left is about its square.
+            if moved < math.sqrt(TOLERANCE):
+                break
+    return log_scale.to(start.dtype)
+
+
+class _Head:
+    """The first data, enough of them to come near the optimum."""
+
+    elements = 2**18
+
+    def __init__(self, data: Iterable[Observed]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Observed]:
+        seen = 0
+        for observed in self.data:
+            yield observed
+            seen += observed.x.numel()
+            if seen >= self.elements:
+                return
+
+
+def _slope_and_curvature(observed: Observed, log_scale: Tensor, event_dims: int, levels: int) -> Tensor:
+    """First and second derivative of each element's log-mass in its log σ, in two rows."""
+    law, loc, base, x = observed
+    with torch.enable_grad():
+        variable = log_scale.to(loc.dtype).expand(loc.shape).requires_grad_()
+        masses = Discretized(law, loc, base + variable, event_dims, levels).element_log_prob(x)
+        (slope,) = torch.autograd.grad(masses.sum(), variable, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.sum(), variable)
+    return torch.stack([slope, curvature]).detach()

@@ -1,0 +1,7 @@
+"""Networks: encoder, latents and decoder."""
+
+from sigma_vae.networks.conv import conv
+from sigma_vae.networks.flat import FlatNetwork
+from sigma_vae.networks.mlp import mlp
+
+__all__ = ["FlatNetwork", "conv", "mlp"]

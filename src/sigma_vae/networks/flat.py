@@ -1,0 +1,92 @@
+"""A network with one layer of flat latents: any encoder and any decoder."""
+
+import math
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from sigma_vae.priors import StandardNormal
+from sigma_vae.types import Inference, Network, Noise, Prior
+
+__all__ = ["FlatNetwork"]
+
+
+@final
+class FlatNetwork(Network):
+    r"""A user's own encoder and decoder, with a diagonal Gaussian posterior between them.
+
+    Args:
+        encoder: x ``(batch, C, *space)`` to ``(batch, 2·latent_dim)``: the posterior's mean, then its log-variance.
+        decoder: z ``(batch, latent_dim)`` to features ``(batch, in_channels, *space)``; the likelihood says how many channels.
+        latent_dim: size of z.
+        prior: p(z); N(0, I) unless given.
+
+    Raises:
+        ValueError: the encoder's output does not have ``2·latent_dim`` numbers an example.
+
+    >>> encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 2 * 3))
+    >>> decoder = nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (1, 4, 4)))
+    >>> network = FlatNetwork(encoder, decoder, latent_dim=3)     # the one line
+    >>> network.infer(torch.zeros(5, 1, 4, 4)).h.shape
+    torch.Size([5, 1, 4, 4])
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, prior: Prior | None = None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.latent_dim = latent_dim
+        self.prior: Prior = StandardNormal(latent_dim) if prior is None else prior
+
+    def encode(self, x: Tensor) -> Normal:
+        """q(z|x), parameters ``(batch, latent_dim)``, in float32 at least."""
+        raw = self.encoder(x)
+        if raw.shape[-1] != 2 * self.latent_dim:
+            raise ValueError(
+                f"the encoder gives mean and log-variance of {self.latent_dim} latents, {2 * self.latent_dim} numbers an example;"
+                f" got {tuple(raw.shape)}"
+            )
+        raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
+        mean, log_variance = raw.chunk(2, dim=-1)
+        return Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Features of z."""
+        features: Tensor = self.decoder(z)
+        return features
+
+    def infer(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None
+    ) -> Inference:
+        """One posterior draw, decoded; KL in one layer, ``(batch, 1)``."""
+        _refuse(context=context, mask=mask)
+        posterior = self.encode(x)
+        mean, std = posterior.loc, posterior.scale
+        unit = torch.randn_like(mean) if noise is None else noise(mean.shape).to(mean)
+        z = mean + std * unit
+        log_posterior = (-0.5 * unit.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        return Inference(
+            h=self.decode(z),
+            target=x,
+            kl=self.prior.kl(posterior, z).unsqueeze(-1),
+            log_ratio=self.prior.log_prob(z) - log_posterior,
+        )
+
+    def generate(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Features of n draws from the prior."""
+        _refuse(context=context)
+        return self.decode(self.prior.sample(n, generator, temperature))
+
+
+def _refuse(**given: Tensor | None) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} is for video networks; this one has a single layer of latents and takes none")

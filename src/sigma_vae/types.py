@@ -1,0 +1,145 @@
+"""What the layers say to each other: tuples of tensors, and the contracts of network, likelihood and prior."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+__all__ = ["Batch", "Elbo", "Inference", "Likelihood", "Network", "Noise", "Observes", "Prior"]
+
+Noise = Callable[[torch.Size], Tensor]
+"""Draws standard normal numbers of the given shape, whose leading axes are the batch."""
+
+Observes = Literal["density", "level"]
+"""Which probability: of the real value (a density), or of the observed level (the mass of its bin)."""
+
+
+class Batch(NamedTuple):
+    """Examples and their positions in the split they come from."""
+
+    x: Tensor
+    index: Tensor
+
+
+class Inference(NamedTuple):
+    """What a network says of a batch.
+
+    Shapes:
+        h ``(*batch, in_channels, *space)``, target ``(*batch, C, *space)``, kl ``(*batch, layers)`` in nats,
+        log_ratio ``(*batch,)``: log p(z) − log q(z|x) at the draw that gave h.
+    """
+
+    h: Tensor
+    target: Tensor
+    kl: Tensor
+    log_ratio: Tensor
+
+
+class Elbo(NamedTuple):
+    r"""The evidence lower bound of each example, in nats: :math:`\log p(x|z) - \sum_l KL_l`.
+
+    Shapes:
+        log_likelihood ``(*batch,)``, kl ``(*batch, layers)``; every property ``(*batch,)``.
+
+    >>> elbo = Elbo(torch.tensor([-10.0]), torch.tensor([[1.0, 2.0]]))
+    >>> elbo.total, elbo.rate, elbo.distortion
+    (tensor([-13.]), tensor([3.]), tensor([10.]))
+    """
+
+    log_likelihood: Tensor
+    kl: Tensor
+
+    @property
+    def rate(self) -> Tensor:
+        """KL of all stochastic layers together."""
+        return self.kl.sum(-1)
+
+    @property
+    def distortion(self) -> Tensor:
+        """Negative log-likelihood of the data given the latents."""
+        return -self.log_likelihood
+
+    @property
+    def total(self) -> Tensor:
+        """The bound itself: higher is better."""
+        return self.log_likelihood - self.rate
+
+
+class Prior(nn.Module, ABC):
+    """p(z) over flat latents ``(*batch, latent_dim)``."""
+
+    @abstractmethod
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of z, ``(*batch,)``, in nats."""
+
+    @abstractmethod
+    def kl(self, posterior: torch.distributions.Normal, z: Tensor) -> Tensor:
+        """KL(q‖p), ``(*batch,)``: analytic where it can be, else from the draw z."""
+
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
+        """n draws ``(n, latent_dim)``; the temperature scales their spread."""
+
+
+class Network(nn.Module, ABC):
+    """Encoder, latents and decoder; knows nothing of likelihoods."""
+
+    @abstractmethod
+    def infer(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None
+    ) -> Inference:
+        """Features, target and KL of a batch, with one posterior draw."""
+
+    @abstractmethod
+    def generate(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Features ``(n, in_channels, *space)`` of n draws from the prior."""
+
+
+class Likelihood(nn.Module, ABC):
+    """p(x|z): from decoder features to a distribution over data.
+
+    A subclass says how many feature channels it reads (``in_channels``) and turns features into a distribution. Families
+    with a scale also refit it in ``calibrate``; those without one inherit the neutral answers below.
+    """
+
+    def __init__(self, channels: int, spatial_dims: int, levels: int | None) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels counts the data's channels and is at least 1, got {channels}")
+        if spatial_dims < 0:
+            raise ValueError(f"spatial_dims is 0 for tables, 1 for series, 2 for images, got {spatial_dims}")
+        if levels is not None and levels < 2:
+            raise ValueError(f"levels counts the values a datum can take: at least 2, or None for real data, got {levels}")
+        self.channels = channels
+        self.spatial_dims = spatial_dims
+        self.levels = levels
+
+    @property
+    @abstractmethod
+    def in_channels(self) -> int:
+        """Feature channels that the decoder must give."""
+
+    @abstractmethod
+    def forward(self, h: Tensor, x: Tensor | None = None) -> Distribution:
+        """The distribution p(x|h): batch ``(*batch,)``, event ``(C, *space)``; x is looked at in training alone."""
+
+    @abstractmethod
+    def log_mass(self, h: Tensor, x: Tensor, *, post_hoc: bool = False) -> Tensor:
+        """Log-probability ``(*batch,)``, in nats, of the observed levels: the mass of the bins around x."""
+
+    @abstractmethod
+    def post_hoc(self, h: Tensor) -> Distribution:
+        """p(x|h) with the scale that ``calibrate`` refitted; families without a scale give ``self(h)``."""
+
+    @abstractmethod
+    def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Fit the stored scales on pairs (h, x); ``pairs`` is gone through more than once, so no generator."""

@@ -1,7 +1,7 @@
 """Network + likelihood = ELBO terms, samples, reconstructions."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, final
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,26 @@ from torch.distributions import Normal
 from sigma_vae.networks.flat import FlatNetwork
 from sigma_vae.types import Batch, Elbo, Inference, Likelihood, Network, Noise
 
-__all__ = ["VAE", "Show", "keyed_noise"]
+__all__ = ["VAE", "Scores", "Show", "keyed_noise", "per_example"]
 
 Show = Literal["mean", "draw"]
 """What of p(x|z) is shown: its mean, or a draw."""
 
 CACHE_BYTES = 2**30
+
+
+class Scores(NamedTuple):
+    """What one posterior draw says of each example, ``(*batch,)``, in nats.
+
+    "Post-hoc" is with the σ that :meth:`VAE.calibrate` solved; for an optimal scale that is its own. The masses are None where the
+    data have no levels.
+    """
+
+    rate: Tensor
+    log_likelihood: Tensor
+    log_likelihood_post_hoc: Tensor
+    log_mass: Tensor | None
+    log_mass_post_hoc: Tensor | None
 
 
 @final
@@ -65,6 +79,22 @@ class VAE(nn.Module):
         inference = self.network.infer(x, context, mask, noise)
         log_likelihood = self.likelihood(inference.h, inference.target).log_prob(inference.target)
         return Elbo(per_example(log_likelihood, inference), inference.kl)
+
+    @torch.no_grad()
+    def score(self, x: Tensor, noise: Noise | None = None) -> Scores:
+        """All that an evaluation reports of each example, from one posterior draw; call it in eval mode, after ``calibrate``."""
+        inference = self.network.infer(x, noise=noise)
+        h, target = inference.h, inference.target
+        masses = [
+            None if self.likelihood.levels is None else per_example(self.likelihood.log_mass(h, target, post_hoc=refit), inference)
+            for refit in (False, True)
+        ]
+        return Scores(
+            inference.kl.sum(-1),
+            per_example(self.likelihood(h).log_prob(target), inference),
+            per_example(self.likelihood.post_hoc(h).log_prob(target), inference),
+            *masses,
+        )
 
     def sample(
         self,
@@ -135,7 +165,7 @@ def keyed_noise(index: Tensor, seed: int = 0) -> Noise:
     True
     """
     # torch's CPU generator reads 32 bits of a seed; a step that is prime to them keeps neighbouring seeds apart.
-    generators = [torch.Generator().manual_seed((seed * 1_000_003 + int(i)) % 2**32) for i in index]
+    generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in index.tolist()]
 
     def noise(shape: torch.Size) -> Tensor:
         return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators])

@@ -1,5 +1,6 @@
 """Real-valued families."""
 
+import math
 from typing import final
 
 import torch
@@ -19,6 +20,11 @@ class _Normal:
     log_cdf = staticmethod(log_ndtr)
     interval_log_prob = staticmethod(normal_interval_log_prob)
     statistic = staticmethod(torch.square)
+
+    @staticmethod
+    def entropy() -> float:
+        """½ log 2πe."""
+        return 0.5 * math.log(2 * math.pi * math.e)
 
     @staticmethod
     def sample(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -55,7 +55,9 @@ class _LogNdtr(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
         (grad,) = grads
-        # φ(x)/Φ(x), the inverse Mills ratio: erfcx neither under- nor overflows where the quotient matters.
+        # φ(x)/Φ(x), the inverse Mills ratio: erfcx neither under- nor overflows where the quotient matters. Where it would
+        # overflow, the ratio is 0 all the same, but its own derivative (the solver's curvature) would be 0·∞.
+        x = x.clamp(max=13 if x.dtype == torch.float32 else 37)
         return grad * (math.sqrt(2 / math.pi) / torch.special.erfcx(x * -math.sqrt(0.5)))
 
 

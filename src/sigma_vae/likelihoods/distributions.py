@@ -36,6 +36,10 @@ class Law(Protocol):
         """Elementwise; its mean is 1 at the best scale."""
         ...
 
+    def entropy(self) -> float:
+        """Differential entropy in nats, of one residual."""
+        ...
+
     def sample(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draws of the shape, type and device of ``like``."""
         ...
@@ -62,7 +66,7 @@ class _EventDistribution(Distribution):
 
     def _sum(self, values: Tensor) -> Tensor:
         """Sum over the event, counting a broadcast value once for each element it stands for."""
-        size = math.prod(values.shape[axis] for axis in self._event_axes)
+        size = math.prod([values.shape[axis] for axis in self._event_axes])  # no generator: torch.compile cannot trace one
         return values.sum(self._event_axes) * (self.event_shape.numel() / size)
 
 
@@ -88,6 +92,10 @@ class Continuous(_EventDistribution):
     def mean(self) -> Tensor:
         """The location: every law is symmetric."""
         return self.loc
+
+    def entropy(self) -> Tensor:
+        """Differential entropy of the whole event, in nats."""
+        return self._sum(self.log_scale).expand(self.batch_shape) + self.law.entropy() * self.event_shape.numel()
 
     def rsample(self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
         """Draws with a gradient to loc and scale."""

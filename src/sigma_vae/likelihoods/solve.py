@@ -100,19 +100,39 @@ def best_level_log_scale(
     """
     log_scale = start.double()
     for part in (_Head(data), data):
+        search = _Newton(log_scale, log_floor)
         for _ in range(MAX_ITERATIONS):
             sums = _Sums(per, event_dims)
             for observed in part:
-                sums.add(_slope_and_curvature(observed, log_scale, event_dims, levels))
-            slope, curvature = sums.means()
-            step = torch.where(curvature < 0, -slope / curvature, LARGEST_STEP * slope.sign())
-            new = (log_scale + step.clamp(-LARGEST_STEP, LARGEST_STEP)).clamp_min(log_floor)
-            moved = float((new - log_scale).abs().max())
-            log_scale = new
-            # Newton doubles the digits: where a step is this short, what is left is about its square.
-            if moved < math.sqrt(TOLERANCE):
+                sums.add(_slope_and_curvature(observed, search.at, event_dims, levels))
+            if search.step(*sums.means()):
                 break
+        log_scale = search.at
     return log_scale.to(start.dtype)
+
+
+class _Newton:
+    """Newton's method for maxima of many functions of one variable, kept between points where the slope is known to turn."""
+
+    def __init__(self, start: Tensor, floor: float) -> None:
+        self.at = start
+        self.floor = floor
+        self.lower = torch.full_like(start, -math.inf)
+        self.upper = torch.full_like(start, math.inf)
+
+    def step(self, slope: Tensor, curvature: Tensor) -> bool:
+        """Move to a better point; True where that was the last move worth making."""
+        self.lower = torch.where(slope > 0, self.at, self.lower)
+        self.upper = torch.where(slope < 0, self.at, self.upper)
+        move = torch.where(curvature < 0, -slope / curvature, LARGEST_STEP * slope.sign())
+        new = self.at + move.clamp(-LARGEST_STEP, LARGEST_STEP)
+        outside = (new <= self.lower) | (new >= self.upper)
+        between = 0.5 * (self.lower + self.upper)
+        new = torch.where(outside & between.isfinite(), between, new).clamp_min(self.floor)
+        moved = float((new - self.at).abs().max())
+        self.at = new
+        # Newton doubles the digits: where a step is this short, what is left is about its square.
+        return moved < math.sqrt(TOLERANCE)
 
 
 class _Head:

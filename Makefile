@@ -1,0 +1,33 @@
+# Everything runs in .venv, which the first target that needs it makes; constraints.txt pins what goes in.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench clean
+
+demo: $(STAMP)  ## train on mnist-5k, calibrated and not; three minutes, then look at demo/
+	$(PYTHON) -m benchmarks.demo --out demo
+
+test: $(STAMP) lint  ## linters, types, layers, then all tests
+	$(PYTHON) -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(PYTHON) -m benchmarks.house_rules
+
+bench: $(STAMP)  ## the README's numbers: a quarter of an hour on Fashion-MNIST
+	$(PYTHON) -m benchmarks.calibration --out benchmarks/results/calibration.json
+
+clean:
+	rm -rf $(VENV) demo
+
+# torch first and by its pinned version: an unpinned torch would fetch gigabytes of CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt torch
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[full,test]'
+	touch $(STAMP)

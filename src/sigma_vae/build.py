@@ -1,0 +1,179 @@
+"""Names and saved models into objects: the one place that knows what a name means."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sigma_vae import data as data_sources
+from sigma_vae.config import DataConfig, ModelConfig, parse
+from sigma_vae.data import Splits
+from sigma_vae.likelihoods import Fixed, Gaussian, Optimal, PerImage, PerPixel, Scale, Shared
+from sigma_vae.likelihoods.base import LocationScale, MeanMap
+from sigma_vae.networks import FlatNetwork, conv, mlp
+from sigma_vae.types import Likelihood, Network, Observes
+from sigma_vae.vae import VAE
+
+__all__ = ["Saved", "data", "likelihood", "load", "network", "save", "vae"]
+
+FORMAT = 1
+
+FAMILIES: dict[str, type[LocationScale]] = {"gaussian": Gaussian}
+
+SCALES: dict[str, Callable[[], Scale]] = {
+    "optimal": Optimal,
+    "optimal-image": lambda: Optimal(per="image"),
+    "optimal-channel": lambda: Optimal(per="channel"),
+    "optimal-pixel": lambda: Optimal(per="pixel"),
+    "shared": Shared,
+    "per-image": PerImage,
+    "per-pixel": PerPixel,
+}
+
+SCALES_WITH_A_NUMBER: dict[str, Callable[[float], Scale]] = {"fixed": Fixed, "beta": Fixed.from_beta}
+
+NETWORKS: dict[str, Callable[..., FlatNetwork]] = {"conv": conv, "mlp": mlp}
+
+
+def likelihood(
+    name: str,
+    channels: int,
+    *,
+    spatial_dims: int = 2,
+    levels: int | None = 256,
+    mean: MeanMap = "unit",
+    observes: Observes = "density",
+) -> Likelihood:
+    """A likelihood by its name ``family/scale``.
+
+    Raises:
+        ValueError: the family or the scale does not exist (the nearest name is given), or a number is missing.
+
+    >>> likelihood("gaussian/fixed:0.1", channels=3)
+    Gaussian(channels=3, scale=Fixed(0.1))
+    """
+    family, _, rest = name.partition("/")
+    if family not in FAMILIES or not rest:
+        raise ValueError(_unknown("likelihood", name, _likelihood_names()))
+    scale = _scale(name, rest)
+    return FAMILIES[family](channels, scale, spatial_dims=spatial_dims, levels=levels, mean=mean, observes=observes)
+
+
+def network(name: str, shape: Sequence[int], out_channels: int, latent_dim: int, width: int | None = None) -> Network:
+    """A network by its name, sized for examples of this shape.
+
+    Raises:
+        ValueError: the name does not exist, or the sizes do not fit.
+    """
+    if name not in NETWORKS:
+        raise ValueError(_unknown("network", name, list(NETWORKS)))
+    for what, size in (("latent_dim", latent_dim), ("width", width)):
+        if size is not None and size < 1:
+            raise ValueError(f"{what} is at least 1, got {size}")
+    if width is None:
+        return NETWORKS[name](shape, out_channels, latent_dim)
+    return NETWORKS[name](shape, out_channels, latent_dim, width)
+
+
+def vae(config: ModelConfig, shape: Sequence[int], levels: int | None) -> VAE:
+    """The model that a config names, for data of this shape ``(C, *space)`` and so many levels."""
+    chosen = config.mean
+    mean: MeanMap = "unit" if chosen == "auto" else chosen
+    decoder = likelihood(
+        config.likelihood,
+        shape[0],
+        spatial_dims=len(shape) - 1,
+        levels=levels,
+        mean=mean,
+        observes=config.observes,
+    )
+    return VAE(network(config.network, shape, decoder.in_channels, config.latent_dim, config.width), decoder)
+
+
+def data(config: DataConfig) -> Splits:
+    """The data that a config names."""
+    return data_sources.load(config)
+
+
+class Saved(NamedTuple):
+    """A model and what it was built from."""
+
+    vae: VAE
+    config: ModelConfig
+    shape: tuple[int, ...]
+    levels: int | None
+
+
+def save(folder: Path, model: VAE, config: ModelConfig, shape: Sequence[int], levels: int | None) -> None:
+    """Write weights and scales (safetensors) and what they belong to (JSON): enough to load without any training code."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {"format": FORMAT, "model": asdict(config), "shape": list(shape), "levels": levels}
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: Path) -> Saved:
+    """Read a model that :func:`save` wrote; nothing is unpickled, no code is run.
+
+    Raises:
+        ValueError: the folder holds no model, a broken one, or one of a newer format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    description = _description(folder / "model.json")
+    config = parse(description["model"], ModelConfig, str(folder / "model.json"))
+    shape = tuple(description["shape"])
+    model = vae(config, shape, description["levels"])
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'model.safetensors'} does not hold the weights of {config}: {error}") from error
+    return Saved(model.eval(), config, shape, description["levels"])
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is missing or no JSON, so there is no model to load: {error}") from error
+    found = description.get("format") if isinstance(description, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path} has model format {found!r}, this version reads {FORMAT}; load it with the version that wrote it")
+    shape, levels = description.get("shape"), description.get("levels")
+    numbers = isinstance(shape, list) and shape and all(isinstance(size, int) and size > 0 for size in shape)
+    if not numbers or not (levels is None or isinstance(levels, int)) or "model" not in description:
+        raise ValueError(f"{path} lacks the model, its data's shape or levels; got {description}")
+    return description
+
+
+def _scale(name: str, rest: str) -> Scale:
+    kind, colon, number = rest.partition(":")
+    if kind in SCALES and not colon:
+        return SCALES[kind]()
+    if kind not in SCALES_WITH_A_NUMBER:
+        raise ValueError(_unknown("likelihood", name, _likelihood_names()))
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        what = "σ, in units of the data's range" if kind == "fixed" else "β of ‖x − x̂‖² + β·KL"
+        raise ValueError(f"{name}: {kind} takes a number above 0 ({what}), as in {kind}:0.1; got {number!r}")
+    return SCALES_WITH_A_NUMBER[kind](value)
+
+
+def _likelihood_names() -> list[str]:
+    scales = [*SCALES, *(f"{kind}:0.1" for kind in SCALES_WITH_A_NUMBER)]
+    return [f"{family}/{scale}" for family in FAMILIES for scale in scales]
+
+
+def _unknown(kind: str, name: str, names: list[str]) -> str:
+    near = get_close_matches(name, names, n=1, cutoff=0.0)
+    return f"there is no {kind} {name!r}; did you mean {near[0]!r}? Known: {', '.join(names)}"

@@ -1,0 +1,167 @@
+"""Mini-batches cut from one tensor: shuffled, shared out over processes, and resumable in the middle of an epoch."""
+
+from collections.abc import Iterator
+from typing import TypedDict, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sigma_vae.types import Batch
+
+__all__ = ["BatchState", "Batches", "scale"]
+
+
+class BatchState(TypedDict):
+    """Where an iteration stands, and the order that this position is a position in."""
+
+    epoch: int
+    position: int
+    examples: int
+    batch_size: int
+    shuffle: bool
+    seed: int
+
+
+def scale(stored: Tensor, levels: int | None) -> Tensor:
+    """Float32 values in [0, 1]: level k is k/(levels − 1), correctly rounded on every device.
+
+    >>> scale(torch.tensor([0, 51, 255], dtype=torch.uint8), levels=256)
+    tensor([0.0000, 0.2000, 1.0000])
+    """
+    if levels is None:
+        return stored.float()
+    # A tensor on the device, not a Python number: CUDA multiplies by the reciprocal of a number, one ulp off for some levels.
+    return stored.float() / torch.full((), levels - 1, dtype=torch.float32, device=stored.device)
+
+
+@final
+class Batches:
+    """Goes over stored examples in batches, as often as wanted.
+
+    ``batch_size`` counts the examples of all processes together; each global batch is shared out over ``world_size``
+    ranks as evenly as possible, so every rank sees the same number of batches, and what a step sees does not depend on the
+    number of processes. The last batch may be smaller; none is dropped, no example comes twice.
+
+    The order of an epoch depends on ``(seed, epoch)`` alone. An epoch ends when its last batch is handed out, or when a new
+    iteration starts before that. ``state_dict`` says where an iteration stands; after ``load_state_dict`` the next
+    iteration starts with the batch that would have come next. The state is the same on every rank, and it may move to
+    another number of processes.
+
+    Shapes:
+        stored ``(N, C, *space)``; batches x ``(n, C, *space)`` float32 on the device, index ``(n,)`` int64 on the CPU.
+
+    >>> batches = Batches(torch.tensor([[0], [1], [2]], dtype=torch.uint8), levels=3, batch_size=2)
+    >>> [batch.x.flatten().tolist() for batch in batches]
+    [[0.0, 0.5], [1.0]]
+    """
+
+    def __init__(
+        self,
+        stored: Tensor,
+        levels: int | None,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        _check(len(stored), batch_size, seed, rank, world_size)
+        self.stored = stored
+        self.levels = levels
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self._epoch = 0
+        self._position = 0
+        self._resuming = False
+
+    def __len__(self) -> int:
+        return -(-len(self.stored) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._position and not self._resuming:  # the last iteration was left early: its epoch is over
+            self._epoch, self._position = self._epoch + 1, 0
+        return self._iterate(self._epoch, self._position)
+
+    def _iterate(self, epoch: int, start: int) -> Iterator[Batch]:
+        order = self._order(epoch)
+        order_on_device = order.to(self.stored.device)
+        for number in range(start, len(self)):
+            # Set before the batch is handed out: whoever knows the length never asks for the end of the iteration.
+            self._resuming = False
+            self._epoch, self._position = (epoch, number + 1) if number + 1 < len(self) else (epoch + 1, 0)
+            mine = self._share(number)
+            yield Batch(scale(self.stored.index_select(0, order_on_device[mine]), self.levels), order[mine])
+
+    def _order(self, epoch: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(len(self.stored))
+        seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0]
+        return torch.randperm(len(self.stored), generator=torch.Generator().manual_seed(int(seed)))
+
+    def _share(self, number: int) -> slice:
+        start = number * self.batch_size
+        size = min(self.batch_size, len(self.stored) - start)
+        return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
+
+    def state_dict(self) -> BatchState:
+        """Epoch and number of the batch that comes next."""
+        return BatchState(epoch=self._epoch, position=self._position, **self._identity())
+
+    def load_state_dict(self, state_dict: BatchState) -> None:
+        """Let the next iteration go on from a state of :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state lies within an epoch of other data, batch size, order or seed.
+        """
+        mine = self._identity()
+        theirs = {key: state_dict.get(key) for key in mine}
+        if state_dict["position"] and theirs != mine:
+            raise ValueError(
+                f"Batches cannot go on in the middle of an epoch of {theirs}, as these are {mine}; "
+                "resume with the same data, batch_size, shuffle and seed, or from the end of an epoch"
+            )
+        self._epoch, self._position = state_dict["epoch"], state_dict["position"]
+        self._resuming = True
+
+    def _identity(self) -> "_Identity":
+        return _Identity(examples=len(self.stored), batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed)
+
+
+class _Identity(TypedDict):
+    examples: int
+    batch_size: int
+    shuffle: bool
+    seed: int
+
+
+def _check(examples: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
+    if examples < 1:
+        raise ValueError("Batches needs at least one example, got an empty tensor")
+    if batch_size < 1:
+        raise ValueError(f"batch_size counts examples and is at least 1, got {batch_size}")
+    if seed < 0:
+        raise ValueError(f"the seed of the order is not negative, got {seed}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is one of 0..world_size-1, got rank {rank} of world_size {world_size}")
+    if (tail := _tail(examples, batch_size)) < world_size:
+        raise ValueError(
+            f"every one of {world_size} processes needs an example of every batch, but {examples} examples in batches of "
+            f"{batch_size} leave {tail} for the last one; {_remedy(examples, batch_size, world_size)}"
+        )
+
+
+def _tail(examples: int, batch_size: int) -> int:
+    """Examples in the last batch."""
+    return examples % batch_size or batch_size
+
+
+def _remedy(examples: int, batch_size: int, world_size: int) -> str:
+    if examples < world_size:
+        return f"use at most {examples} processes"
+    near = range(max(batch_size, world_size), examples + 1)  # in one batch of all examples every process has its share
+    return f"batch_size {next(size for size in near if _tail(examples, size) >= world_size)} would do"

@@ -1,0 +1,170 @@
+"""A run folder: trained into, resumed, opened, evaluated."""
+
+import json
+import platform
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from sigma_vae import __version__, build
+from sigma_vae.config import RunConfig, read, write
+from sigma_vae.data import Splits
+from sigma_vae.evaluation import evaluate
+from sigma_vae.evaluation.pictures import drawable, pairs, save_grid
+from sigma_vae.training import check_device, fit
+from sigma_vae.vae import VAE, keyed_noise
+
+__all__ = ["Run", "evaluate_run", "open_run", "resume", "train"]
+
+EVALUATION_BATCH = 256
+ENTROPY_EXAMPLES = 10_000
+PICTURES = 64
+
+
+class Run(NamedTuple):
+    """A finished run: its configuration, its model and its data."""
+
+    config: RunConfig
+    vae: VAE
+    data: Splits
+
+
+def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any]:
+    """Train into a new folder, calibrate, evaluate on the test split, and draw pictures.
+
+    Returns:
+        The evaluation, as ``evaluation.json`` holds it.
+
+    Raises:
+        ValueError: the folder already holds something, or the config is not possible.
+    """
+    check_device(config.device)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"{out} already exists and is never overwritten; give another --out, or go on with it: sigma-vae resume {out}"
+        )
+    data = build.data(config.data)
+    vae = _new_vae(config, data)
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "config.yaml", config)
+    _write_json(out / "environment.json", _environment(data))
+    return _finish(config, out, vae, data, resumed=False, progress=progress)
+
+
+def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> dict[str, Any]:
+    """Go on exactly where a run stopped, perhaps for more epochs than it was given.
+
+    Raises:
+        ValueError: the folder holds no run, or its data have changed.
+    """
+    config = _config(out)
+    if epochs is not None:
+        config = replace(config, training=replace(config.training, epochs=epochs))
+    data = build.data(config.data)
+    known = _read_json(out / "environment.json").get("data", {}).get("fingerprint")
+    if known != data.record.get("fingerprint"):
+        raise ValueError(f"the data of {out} have changed since it was trained; restore them, or train anew into another folder")
+    vae = _new_vae(config, data)
+    result = _finish(config, out, vae, data, resumed=True, progress=progress)
+    write(out / "config.yaml", config)
+    return result
+
+
+def open_run(out: Path, device: str = "auto") -> Run:
+    """A finished run, with its model on the device.
+
+    Raises:
+        ValueError: the folder is missing, holds no run, an unfinished or a broken one.
+    """
+    config = _config(out)
+    if not (out / "model" / "model.json").exists():
+        raise ValueError(f"{out} has no finished model yet; finish it: sigma-vae resume {out}")
+    saved = build.load(out / "model")
+    data = build.data(config.data)
+    if data.shape != saved.shape:
+        raise ValueError(f"{out} was trained on examples of shape {saved.shape}, {config.data.source} now has {data.shape}")
+    return Run(config, saved.vae.to(_torch_device(device)), data)
+
+
+def evaluate_run(out: Path, *, device: str = "auto", seed: int = 0) -> dict[str, Any]:
+    """Evaluate a finished run on its test split, and write ``evaluation.json`` anew."""
+    run = open_run(out, device)
+    report = _evaluation(run.vae, run.config, run.data, seed)
+    _write_json(out / "evaluation.json", report)
+    return report
+
+
+def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> dict[str, Any]:
+    fit(vae, data, config.training, out=out, seed=config.seed, device=config.device, resume=resumed, progress=progress)
+    build.save(out / "model", vae, config.model, data.shape, data.levels)
+    vae.to(_torch_device(config.device))
+    report = _evaluation(vae, config, data)
+    _write_json(out / "evaluation.json", report)
+    if drawable(data.shape):
+        _draw(out, vae, data)
+    return report
+
+
+def _new_vae(config: RunConfig, data: Splits) -> VAE:
+    torch.manual_seed(config.seed)
+    return build.vae(config.model, data.shape, data.levels)
+
+
+def _evaluation(vae: VAE, config: RunConfig, data: Splits, seed: int = 0) -> dict[str, Any]:
+    device = next(vae.parameters()).device
+    test = data.batches("test", EVALUATION_BATCH, device=device)
+    training = data.batches("train", EVALUATION_BATCH, device=device, limit=min(ENTROPY_EXAMPLES, len(data.train)))
+    about = {"data": config.data.source, "split": "test", "network": config.model.network, "likelihood": config.model.likelihood}
+    return about | evaluate(vae, test, training, seed)
+
+
+@torch.no_grad()
+def _draw(out: Path, vae: VAE, data: Splits) -> None:
+    vae.eval()
+    device = next(vae.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    save_grid(out / "samples.png", vae.sample(PICTURES, generator=generator))
+    batch = next(iter(data.batches("test", PICTURES // 2, device=device)))
+    again = vae.reconstruct(batch.x, noise=keyed_noise(batch.index))
+    save_grid(out / "reconstructions.png", pairs(batch.x, again, columns=8), columns=8)
+
+
+def _torch_device(device: str) -> torch.device:
+    check_device(device)
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _environment(data: Splits) -> dict[str, Any]:
+    return {
+        "sigma_vae": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "data": data.record,
+    }
+
+
+def _config(out: Path) -> RunConfig:
+    if not (out / "config.yaml").exists():
+        raise ValueError(f"{out} holds no run (no config.yaml); train one: sigma-vae train DATA --out {out}")
+    return read(out / "config.yaml", RunConfig)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is missing or broken: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold what a run writes there, but {type(content).__name__}")
+    return content

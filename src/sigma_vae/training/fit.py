@@ -1,0 +1,198 @@
+"""``fit``: train a VAE on data, calibrated at the end."""
+
+import csv
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from sigma_vae.config import TrainingConfig
+from sigma_vae.data import Batches, Splits
+from sigma_vae.likelihoods import Shared
+from sigma_vae.likelihoods.base import LocationScale
+from sigma_vae.training.callbacks import AtomicCheckpoints, CalibrateBeforeValidation, StopOnCtrlC
+from sigma_vae.training.module import TrainingModule
+from sigma_vae.vae import VAE
+
+__all__ = ["check_device", "fit"]
+
+BEST, LAST = "best", "last"
+MONITOR = "validation/elbo_nats"
+CALIBRATION_VALUES = 2**18
+"""Numbers that the refit before a validation looks at: a fraction of a second's work, whatever the data."""
+BATCH_VALUES = 2**17
+"""Numbers in a batch where nothing is trained: enough to keep the cores busy, few enough to stay in the cache."""
+
+
+def fit(
+    vae: VAE,
+    data: Splits,
+    config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    *,
+    out: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    progress: bool = True,
+) -> None:
+    """Train in place, take the weights with the best validation ELBO, and calibrate them on the training data.
+
+    Args:
+        vae: the model.
+        data: its splits; test is not touched.
+        config: how to train.
+        out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; nothing is kept unless given.
+        seed: of the order of the data and the noise (that of the weights was decided when ``vae`` was made).
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        resume: go on exactly where ``out/checkpoints/last.ckpt`` stands.
+        progress: show a bar.
+
+    Raises:
+        ValueError: the device does not exist, or there is nothing to resume.
+        NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
+        KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
+    """
+    accelerator = check_device(device)
+    pl.seed_everything(seed, workers=True, verbose=False)
+    with ExitStack() as stack:
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        last = folder / "checkpoints" / f"{LAST}.ckpt"
+        if resume and not last.exists():
+            raise ValueError(f"{last} does not exist: there is nothing to resume; train anew into another folder")
+        if not resume:
+            _start(vae, data, config)
+        loggers = [] if out is None else _loggers(folder, last if resume else None)
+        trainer = _trainer(vae, data, config, folder, accelerator, loggers, progress)
+        module = TrainingModule(vae, config)
+        training = data.batches("train", config.batch_size, shuffle=True, seed=seed, device=_torch_device(trainer))
+        validation = data.batches("validation", _passing_batch(data), device=_torch_device(trainer))
+        stack.enter_context(_quiet())
+        try:
+            trainer.fit(module, training, validation, ckpt_path=last if resume else None, weights_only=True)
+        except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
+            raise KeyboardInterrupt from stop
+        _take_best(vae, folder)
+        vae.calibrate(data.batches("train", _passing_batch(data), device=next(vae.parameters()).device))
+
+
+def check_device(device: str) -> dict[str, Any]:
+    """The engine's words for a device.
+
+    Raises:
+        ValueError: the device is unknown or not there.
+    """
+    kind, _, number = device.partition(":")
+    there = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in there or (number and (kind != "cuda" or not number.isdigit())):
+        raise ValueError(f"device is one of auto, cpu, cuda, cuda:N, mps; got {device!r}")
+    if not there[kind] or (number and int(number) >= count):
+        have = [name for name, is_there in there.items() if is_there]
+        raise ValueError(f"device {device!r} is not on this machine; there are: {', '.join(have)}")
+    accelerator = {"cuda": "gpu"}.get(kind, kind)
+    return {"accelerator": accelerator, "devices": [int(number)] if number else 1}
+
+
+def _start(vae: VAE, data: Splits, config: TrainingConfig) -> None:
+    """Give every scale a sane first value: a learned σ the data's spread, and the stored ones a first fit."""
+    likelihood = vae.likelihood
+    first = next(iter(_part(data)))
+    if config.scale_start == "data" and isinstance(likelihood, LocationScale) and isinstance(likelihood.scale, Shared):
+        likelihood.scale.start(float(first.x.std()))
+    vae.calibrate([first.x.to(next(vae.parameters()).device)])
+
+
+def _part(data: Splits, device: torch.device | str = "cpu") -> Batches:
+    limit = max(CALIBRATION_VALUES // math.prod(data.shape), 2)
+    return data.batches("train", _passing_batch(data), device=device, limit=min(limit, len(data.train)))
+
+
+def _trainer(
+    vae: VAE,
+    data: Splits,
+    config: TrainingConfig,
+    folder: Path,
+    accelerator: dict[str, Any],
+    loggers: list[Logger],
+    progress: bool,
+) -> pl.Trainer:
+    checkpoints = folder / "checkpoints"
+    shared = {"dirpath": checkpoints, "enable_version_counter": False}
+    callbacks: list[pl.Callback] = [
+        *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []),
+        CalibrateBeforeValidation(vae, _part(data)),
+        *([EarlyStopping(MONITOR, mode="max", patience=config.patience)] if config.patience else []),
+        ModelCheckpoint(filename=BEST, monitor=MONITOR, mode="max", **shared),
+        ModelCheckpoint(filename=LAST, **shared),
+        StopOnCtrlC(checkpoints / f"{LAST}.ckpt"),
+    ]
+    steps = config.validate_every
+    return pl.Trainer(
+        **accelerator,
+        max_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        max_time=None if config.max_minutes is None else timedelta(minutes=config.max_minutes),
+        gradient_clip_val=config.gradient_clip_norm,
+        val_check_interval=steps,
+        check_val_every_n_epoch=None if steps else 1,
+        logger=loggers,
+        log_every_n_steps=1,  # of what reaches the bar; the module itself logs every `log_every` steps
+        callbacks=callbacks,
+        plugins=[AtomicCheckpoints()],
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+    )
+
+
+def _passing_batch(data: Splits) -> int:
+    return max(128, BATCH_VALUES // math.prod(data.shape))
+
+
+def _torch_device(trainer: pl.Trainer) -> torch.device:
+    return torch.device(trainer.strategy.root_device)
+
+
+def _loggers(folder: Path, resumed_from: Path | None) -> list[Logger]:
+    """CSV and TensorBoard; a resumed run keeps the rows up to the step it resumes from."""
+    table = folder / "metrics.csv"
+    kept: list[dict[str, Any]] = []
+    if resumed_from is not None and table.exists():
+        step = torch.load(resumed_from, map_location="cpu", weights_only=True)["global_step"]
+        with table.open(newline="", encoding="utf-8") as file:
+            rows = [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
+        kept = [row for row in rows if int(row["step"]) < step]
+    logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+        writer = logger.experiment
+    writer.metrics.extend(kept)
+    writer.save()
+    return [logger, TensorBoardLogger(folder, name="", version="tensorboard")]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the engine's advice on choices that are ours; errors and other warnings pass."""
+    with warnings.catch_warnings():
+        for message in (r".*does not have many workers", r".*[Cc]heckpoint directory .* exists"):
+            warnings.filterwarnings("ignore", message)
+        yield
+
+
+def _take_best(vae: VAE, folder: Path) -> None:
+    best = folder / "checkpoints" / f"{BEST}.ckpt"
+    if best.exists():
+        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+        vae.load_state_dict({name.removeprefix("vae."): value for name, value in state.items()})

@@ -1,0 +1,135 @@
+"""The step: minimise the negative ELBO, and say what it is made of."""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, distributed
+
+from sigma_vae.config import TrainingConfig
+from sigma_vae.likelihoods import Shared
+from sigma_vae.likelihoods.base import LocationScale
+from sigma_vae.types import Batch, Elbo
+from sigma_vae.vae import VAE, keyed_noise
+
+__all__ = ["NonFiniteLossError", "TrainingModule"]
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; what went before is in the last checkpoint."""
+
+
+class TrainingModule(pl.LightningModule):
+    """A VAE and its optimiser, as pytorch-lightning drives them."""
+
+    def __init__(self, vae: VAE, config: TrainingConfig) -> None:
+        super().__init__()
+        self.vae = vae
+        self.config = config
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Mean negative ELBO of the batch, in nats: of the global batch, where there are several processes."""
+        elbo = self.vae.elbo(batch.x)
+        loss = -elbo.total.mean()
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(self._diagnosis(batch, elbo))
+        if self.global_step % self.config.log_every == 0:
+            self._log_step(loss, elbo)
+        return loss * self._share(len(batch.x))
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Bounds on held-out data, with noise that belongs to the example: no number depends on the batch size."""
+        scores = self.vae.score(batch.x, keyed_noise(batch.index))
+        metrics = {
+            "validation/elbo_nats": scores.log_likelihood - scores.rate,
+            "validation/rate_nats": scores.rate,
+            "validation/distortion_nats": -scores.log_likelihood,
+        }
+        if scores.log_mass is not None:
+            dims = math.prod(batch.x.shape[1:])
+            metrics["validation/bits_per_dim"] = (scores.rate - scores.log_mass) / (dims * math.log(2))
+        for name, values in metrics.items():
+            shown = name in ("validation/elbo_nats", "validation/bits_per_dim")
+            self.log(name, values.mean(), batch_size=len(batch.x), on_epoch=True, sync_dist=True, prog_bar=shown)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Adam, or AdamW where weights decay; a learned shared σ has its own rate and no decay."""
+        rate = self.config.learning_rate
+        scales = {id(p): p for p in self._learned_scale()}
+        groups = [
+            {"params": [p for p in self.vae.parameters() if id(p) not in scales], "weight_decay": self.config.weight_decay},
+            {"params": list(scales.values()), "lr": rate * self.config.scale_learning_rate_factor, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the noise, so that a resumed run draws what the uninterrupted one would have drawn."""
+        checkpoint["torch_rng_state"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            checkpoint["cuda_rng_state"] = torch.cuda.get_rng_state_all()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the state of the noise back."""
+        torch.set_rng_state(checkpoint["torch_rng_state"].cpu())
+        if "cuda_rng_state" in checkpoint and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["cuda_rng_state"]])
+
+    def _learned_scale(self) -> list[Tensor]:
+        likelihood = self.vae.likelihood
+        shared = isinstance(likelihood, LocationScale) and isinstance(likelihood.scale, Shared)
+        return list(likelihood.scale.parameters()) if shared else []
+
+    def _rate_factor(self, step: int) -> float:
+        config = self.config
+        warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        if config.schedule == "constant":
+            return warm
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        return warm * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
+
+    def _share(self, examples: int) -> float:
+        """Processes average their gradients: weight each by its share of the examples, for shards may be uneven."""
+        if self.trainer.world_size == 1:
+            return 1.0
+        total = torch.tensor(float(examples), device=self.device)
+        distributed.all_reduce(total)
+        return self.trainer.world_size * examples / float(total)
+
+    def _log_step(self, loss: Tensor, elbo: Elbo) -> None:
+        metrics = {
+            "train/loss_nats": loss.detach(),
+            "train/rate_nats": elbo.rate.detach().mean(),
+            "train/distortion_nats": elbo.distortion.detach().mean(),
+        }
+        if (sigma := current_sigma(self.vae)) is not None:
+            metrics["train/sigma"] = sigma
+        for logger in self.trainer.loggers:  # not self.log_dict, which repeats old values at steps that log nothing
+            logger.log_metrics({name: float(value) for name, value in metrics.items()}, self.global_step)
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+
+    def _diagnosis(self, batch: Batch, elbo: Elbo) -> str:
+        terms = {"log-likelihood": elbo.log_likelihood, "KL": elbo.rate}
+        broken = [name for name, term in terms.items() if not torch.isfinite(term).all()]
+        weights = [name for name, p in self.vae.named_parameters() if not torch.isfinite(p).all()]
+        sigma = current_sigma(self.vae)
+        return (
+            f"the loss is not finite at step {self.global_step}: broken term: {' and '.join(broken) or 'their mean'};"
+            f" σ: {'none' if sigma is None else f'{float(sigma):.4g}'};"
+            f" batch in [{float(batch.x.min()):.4g}, {float(batch.x.max()):.4g}];"
+            f" weights that are not finite: {', '.join(weights[:3]) or 'none'}."
+            " Checkpoints written before are intact. Lower the learning rate, or clip gradients (gradient_clip_norm)"
+        )
+
+
+def current_sigma(vae: VAE) -> Tensor | None:
+    """The σ that training uses (the geometric mean of several; the running one of an optimal scale), where there is one."""
+    likelihood = vae.likelihood
+    if not isinstance(likelihood, LocationScale) or likelihood.scale.predicted:
+        return None
+    if isinstance(likelihood.scale, Shared):
+        return likelihood.scale.log_scale.detach().exp()
+    own = likelihood.scale(torch.zeros((), device=likelihood.scale.density_log_scale.device), likelihood.observes, None)
+    return own.mean().exp()

@@ -20,7 +20,7 @@ from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 
 STEPS = 4688  # 300 000 images in batches of 64
 GOAL_NATS = 400
-TRAINING = TrainingConfig(epochs=100, max_steps=STEPS, batch_size=64, learning_rate=1e-3, validate_every=125)
+TRAINING = TrainingConfig(epochs=100, max_steps=STEPS, batch_size=64, learning_rate=1e-3, validate_every=250)
 
 
 @dataclass(frozen=True)

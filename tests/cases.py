@@ -95,6 +95,8 @@ class Case:
     def settled(self, event: tuple[int, ...], **arguments: Any) -> LocationScale:
         """In eval mode and float64, with other stored values for density and level, no two of which are equal."""
         likelihood = self.make(channels=event[0], spatial_dims=len(event) - 1, **arguments).double().eval()
+        for parameter in likelihood.parameters():
+            parameter.data.fill_(np.log(SIGMA))  # again: it was rounded to float32
         for observes, log_scale in self.stored(event).items():
             likelihood.scale.store(observes, torch.from_numpy(log_scale))
         return likelihood

@@ -14,7 +14,7 @@ def numbered(examples=23):
 
 
 def seen(batches):
-    return [batch.index.tolist() for batch in batches]
+    return [batch.positions.tolist() for batch in batches]
 
 
 def flat(parts):
@@ -51,8 +51,8 @@ def test_scaling_on_the_device_is_exact():
     batches = splits.batches("train", 23, device="cuda", shuffle=True)
     (batch,) = batches
     assert batch.x.is_cuda
-    assert not batch.index.is_cuda
-    assert torch.equal(batch.x.cpu(), splits.values("train")[batch.index])
+    assert not batch.positions.is_cuda
+    assert torch.equal(batch.x.cpu(), splits.values("train")[batch.positions])
     assert batches.stored.data_ptr() == splits.batches("train", 5, device="cuda").stored.data_ptr()
 
 
@@ -60,8 +60,8 @@ def test_batch_is_what_the_index_says():
     splits = numbered()
     for batch in splits.batches("train", 5, shuffle=True):
         assert batch.x.dtype == torch.float32
-        assert batch.index.dtype == torch.int64
-        assert torch.equal(batch.x, splits.values(splits.train[batch.index]))
+        assert batch.positions.dtype == torch.int64
+        assert torch.equal(batch.x, splits.values(splits.train[batch.positions]))
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -83,7 +83,7 @@ def test_resuming_equals_going_on(stop):
     seen_one_by_one = []
     while len(seen_one_by_one) < stop:
         for batch in batches:
-            seen_one_by_one.append(batch.index.tolist())
+            seen_one_by_one.append(batch.positions.tolist())
             if len(seen_one_by_one) == stop:
                 break
     resumed = numbered().batches("train", 5, shuffle=True)
@@ -98,7 +98,7 @@ def test_an_iteration_left_early_starts_a_new_epoch():
     straight = numbered().batches("train", 5, shuffle=True)
     epochs = [seen(straight) for _ in range(2)]
     batches = numbered().batches("train", 5, shuffle=True)
-    assert next(iter(batches)).index.tolist() == epochs[0][0]
+    assert next(iter(batches)).positions.tolist() == epochs[0][0]
     assert seen(batches) == epochs[1]
     evaluation = numbered().batches("train", 5)
     next(iter(evaluation))
@@ -165,7 +165,7 @@ def test_lightning_trains_and_resumes_in_the_middle_of_an_epoch(tmp_path):
             self.seen = []
 
         def training_step(self, batch, _):
-            self.seen.append(batch.index.tolist())
+            self.seen.append(batch.positions.tolist())
             return (self.weight - batch.x).square().mean()
 
         def validation_step(self, batch, _):

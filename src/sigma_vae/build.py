@@ -145,12 +145,15 @@ def _description(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing or no JSON, so there is no model to load: {error}") from error
     found = description.get("format") if isinstance(description, dict) else None
     if found != FORMAT:
-        raise ValueError(f"{path} has model format {found!r}, this version reads {FORMAT}; load it with the version that wrote it")
+        raise ValueError(
+            f"{path} has model format {found!r}, this version reads {FORMAT}; load it with the version that wrote it"
+        )
     shape, levels = description.get("shape"), description.get("levels")
     numbers = isinstance(shape, list) and shape and all(isinstance(size, int) and size > 0 for size in shape)
     if not numbers or not (levels is None or isinstance(levels, int)) or "model" not in description:
         raise ValueError(f"{path} lacks the model, its data's shape or levels; got {description}")
-    return description
+    result: dict[str, Any] = description
+    return result
 
 
 def _scale(name: str, rest: str) -> Scale:

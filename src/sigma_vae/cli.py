@@ -124,7 +124,7 @@ def reconstruct(
     where = next(opened.vae.parameters()).device
     torch.manual_seed(seed)
     batch = next(iter(opened.data.batches(split, n, device=where)))
-    again = opened.vae.reconstruct(batch.x, show, noise=keyed_noise(batch.index, seed))
+    again = opened.vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed))
     _write(path, pairs(batch.x, again, columns=8), {"originals": batch.x, "reconstructions": again}, columns=8)
 
 
@@ -307,4 +307,3 @@ def _write(path: Path, images: torch.Tensor, arrays: dict[str, torch.Tensor], co
 
         np.savez_compressed(path, **{name: values.float().cpu().numpy() for name, values in arrays.items()})
     print(path)
-

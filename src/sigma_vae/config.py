@@ -132,7 +132,9 @@ def parse(content: Any, kind: type[Config], where: str) -> Config:
     try:
         return pydantic.TypeAdapter(kind).validate_python(content)
     except pydantic.ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']} (got {e['input']!r})" for e in error.errors()
+        )
         raise ValueError(f"{where} is not a {kind.__name__}: {problems}") from error
 
 

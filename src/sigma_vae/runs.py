@@ -65,7 +65,9 @@ def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> di
     data = build.data(config.data)
     known = _read_json(out / "environment.json").get("data", {}).get("fingerprint")
     if known != data.record.get("fingerprint"):
-        raise ValueError(f"the data of {out} have changed since it was trained; restore them, or train anew into another folder")
+        raise ValueError(
+            f"the data of {out} have changed since it was trained; restore them, or train anew into another folder"
+        )
     vae = _new_vae(config, data)
     result = _finish(config, out, vae, data, resumed=True, progress=progress)
     write(out / "config.yaml", config)
@@ -116,7 +118,12 @@ def _evaluation(vae: VAE, config: RunConfig, data: Splits, seed: int = 0) -> dic
     device = next(vae.parameters()).device
     test = data.batches("test", EVALUATION_BATCH, device=device)
     training = data.batches("train", EVALUATION_BATCH, device=device, limit=min(ENTROPY_EXAMPLES, len(data.train)))
-    about = {"data": config.data.source, "split": "test", "network": config.model.network, "likelihood": config.model.likelihood}
+    about = {
+        "data": config.data.source,
+        "split": "test",
+        "network": config.model.network,
+        "likelihood": config.model.likelihood,
+    }
     return about | evaluate(vae, test, training, seed)
 
 
@@ -127,7 +134,7 @@ def _draw(out: Path, vae: VAE, data: Splits) -> None:
     generator = torch.Generator(device).manual_seed(0)
     save_grid(out / "samples.png", vae.sample(PICTURES, generator=generator))
     batch = next(iter(data.batches("test", PICTURES // 2, device=device)))
-    again = vae.reconstruct(batch.x, noise=keyed_noise(batch.index))
+    again = vae.reconstruct(batch.x, noise=keyed_noise(batch.positions))
     save_grid(out / "reconstructions.png", pairs(batch.x, again, columns=8), columns=8)
 
 

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """Examples and their positions in the split they come from."""
 
     x: Tensor
-    index: Tensor
+    positions: Tensor
 
 
 class Inference(NamedTuple):
@@ -81,7 +81,7 @@ class Prior(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        """n draws ``(n, latent_dim)``; the temperature scales their spread."""
+        """N draws ``(n, latent_dim)``; the temperature scales their spread."""
 
 
 class Network(nn.Module, ABC):

@@ -62,9 +62,7 @@ class VAE(nn.Module):
         """The ELBO's terms of each example: what a wrapper such as DistributedDataParallel calls."""
         return self.elbo(x)
 
-    def elbo(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None
-    ) -> Elbo:
+    def elbo(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None) -> Elbo:
         """Log-likelihood and KL of each example (each clip for video), in nats, from one posterior draw.
 
         Args:
@@ -85,15 +83,16 @@ class VAE(nn.Module):
         """All that an evaluation reports of each example, from one posterior draw; call it in eval mode, after ``calibrate``."""
         inference = self.network.infer(x, noise=noise)
         h, target = inference.h, inference.target
-        masses = [
-            None if self.likelihood.levels is None else per_example(self.likelihood.log_mass(h, target, post_hoc=refit), inference)
-            for refit in (False, True)
-        ]
+        mass = mass_post_hoc = None
+        if self.likelihood.levels is not None:
+            mass = per_example(self.likelihood.log_mass(h, target), inference)
+            mass_post_hoc = per_example(self.likelihood.log_mass(h, target, post_hoc=True), inference)
         return Scores(
-            inference.kl.sum(-1),
-            per_example(self.likelihood(h).log_prob(target), inference),
-            per_example(self.likelihood.post_hoc(h).log_prob(target), inference),
-            *masses,
+            rate=inference.kl.sum(-1),
+            log_likelihood=per_example(self.likelihood(h).log_prob(target), inference),
+            log_likelihood_post_hoc=per_example(self.likelihood.post_hoc(h).log_prob(target), inference),
+            log_mass=mass,
+            log_mass_post_hoc=mass_post_hoc,
         )
 
     def sample(
@@ -105,12 +104,12 @@ class VAE(nn.Module):
         generator: torch.Generator | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """n samples ``(n, C, *space)``: draws of z, shown by the mean of p(x|z) or by a draw from it."""
+        """N samples ``(n, C, *space)``: draws of z, shown by the mean of p(x|z) or by a draw from it."""
         h = self.network.generate(n, context, generator, temperature)
         return _shown(self.likelihood, h, show)
 
     def reconstruct(self, x: Tensor, show: Show = "mean", *, noise: Noise | None = None) -> Tensor:
-        """x encoded, drawn and decoded again, of the shape of x."""
+        """X encoded, drawn and decoded again, of the shape of x."""
         return _shown(self.likelihood, self.network.infer(x, noise=noise).h, show)
 
     def encode(self, x: Tensor) -> Normal:
@@ -125,7 +124,9 @@ class VAE(nn.Module):
     def flat_network(self) -> FlatNetwork:
         """The network, where it has one layer of flat latents."""
         if not isinstance(self.network, FlatNetwork):
-            raise ValueError(f"{type(self.network).__name__} has no single layer of flat latents; this works on FlatNetwork alone")
+            raise ValueError(
+                f"{type(self.network).__name__} has no single layer of flat latents; this works on FlatNetwork alone"
+            )
         return self.network
 
     @torch.no_grad()
@@ -154,18 +155,18 @@ def per_example(log_likelihood: Tensor, inference: Inference) -> Tensor:
     return log_likelihood.flatten(batch_axes).sum(-1) if log_likelihood.dim() > batch_axes else log_likelihood
 
 
-def keyed_noise(index: Tensor, seed: int = 0) -> Noise:
+def keyed_noise(positions: Tensor, seed: int = 0) -> Noise:
     """Standard normal numbers that depend on an example's position and the seed, not on the batch it comes in.
 
     Args:
-        index: positions ``(batch,)``; the shapes asked for have ``batch`` as their first axis.
+        positions: ``(batch,)``; the shapes asked for have ``batch`` as their first axis.
         seed: another seed gives other numbers.
 
     >>> torch.equal(keyed_noise(torch.tensor([3, 5]))(torch.Size([2, 4]))[1], keyed_noise(torch.tensor([5]))(torch.Size([1, 4]))[0])
     True
     """
     # torch's CPU generator reads 32 bits of a seed; a step that is prime to them keeps neighbouring seeds apart.
-    generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in index.tolist()]
+    generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in positions.tolist()]
 
     def noise(shape: torch.Size) -> Tensor:
         return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators])
@@ -177,7 +178,8 @@ def _shown(likelihood: Likelihood, h: Tensor, show: Show) -> Tensor:
     if show not in ("mean", "draw"):
         raise ValueError(f'show is "mean" or "draw", got {show!r}')
     distribution = likelihood(h)
-    return distribution.mean if show == "mean" else distribution.sample()
+    shown: Tensor = distribution.mean if show == "mean" else distribution.sample()
+    return shown
 
 
 class _Decoded:
@@ -198,9 +200,9 @@ class _Decoded:
         device = next(self.vae.parameters()).device
         for batch in self.loader:
             x = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
-            index = batch.index if isinstance(batch, Batch) else torch.arange(seen, seen + len(x))
+            positions = batch.positions if isinstance(batch, Batch) else torch.arange(seen, seen + len(x))
             seen += len(x)
-            inference = self.vae.network.infer(x, noise=keyed_noise(index, self.seed))
+            inference = self.vae.network.infer(x, noise=keyed_noise(positions, self.seed))
             pair = (inference.h, inference.target)
             held += sum(t.numel() * t.element_size() for t in pair)
             if held <= CACHE_BYTES:

@@ -91,4 +91,4 @@ def _checked(images: npt.NDArray[np.uint8], name: SplitName, where: str) -> npt.
 
 def _raw(parts: dict[SplitName, npt.NDArray[np.uint8]], files: list[dict[str, object]]) -> Raw:
     arrays = {name: part[:, np.newaxis] for name, part in parts.items()}
-    return Raw("fashion-mnist", arrays, files=files, preprocessing=["official train and test images"])
+    return Raw("fashion-mnist", arrays, files, ["official train and test images"], levels=256)

@@ -33,7 +33,7 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any
     elbo = entropies = 0.0
     examples = 0
     for batch in batches:
-        inference = vae.network.infer(batch.x, noise=keyed_noise(batch.index, seed))
+        inference = vae.network.infer(batch.x, noise=keyed_noise(batch.positions, seed))
         distribution = vae.likelihood.post_hoc(inference.h)
         if not isinstance(distribution, Continuous):
             return None
@@ -44,4 +44,8 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any
         examples += len(batch.x)
     prior = 0.5 * vae.network.latent_dim * math.log(2 * math.pi * math.e)
     elbo, entropies = elbo / examples, entropies / examples - prior
-    return {"elbo_nats": elbo, "entropies_nats": entropies, "gap_nats_per_dim": (elbo - entropies) / math.prod(batches.stored.shape[1:])}
+    return {
+        "elbo_nats": elbo,
+        "entropies_nats": entropies,
+        "gap_nats_per_dim": (elbo - entropies) / math.prod(batches.stored.shape[1:]),
+    }

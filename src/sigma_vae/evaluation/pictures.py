@@ -17,7 +17,7 @@ def drawable(shape: tuple[int, ...]) -> bool:
 
 def pairs(originals: Tensor, reconstructions: Tensor, columns: int) -> Tensor:
     """Rows of originals, each with the row of its reconstructions below: for :func:`save_grid` with as many columns."""
-    rows = zip(originals.split(columns), reconstructions.split(columns), strict=True)
+    rows = zip(torch.split(originals, columns), torch.split(reconstructions, columns), strict=True)
     return torch.cat([image for row in rows for image in row])
 
 
@@ -30,7 +30,9 @@ def save_grid(path: Path, images: Tensor, columns: int | None = None, zoom: int 
     from PIL import Image
 
     if images.dim() != 4 or not drawable(tuple(images.shape[1:])):
-        raise ValueError(f"a picture shows images (n, C, H, W) with 1 or 3 channels, got {tuple(images.shape)}; write .npz instead")
+        raise ValueError(
+            f"a picture shows images (n, C, H, W) with 1 or 3 channels, got {tuple(images.shape)}; write .npz instead"
+        )
     n, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)

@@ -21,9 +21,22 @@ ACTIVE_VARIANCE = 0.01
 @torch.no_grad()
 def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
     """Scores of every example, in the data's order and independent of the batch size, on the CPU in float64."""
-    parts = [vae.score(batch.x, keyed_noise(batch.index, seed)) for batch in batches]
-    columns = zip(*parts, strict=True)
-    return Scores(*(None if column[0] is None else torch.cat(column).double().cpu() for column in columns))
+    parts = [vae.score(batch.x, keyed_noise(batch.positions, seed)) for batch in batches]
+
+    def gather(values: list[Tensor]) -> Tensor:
+        return torch.cat(values).double().cpu()
+
+    def gather_known(values: list[Tensor | None]) -> Tensor | None:
+        known = [value for value in values if value is not None]
+        return gather(known) if known else None
+
+    return Scores(
+        rate=gather([part.rate for part in parts]),
+        log_likelihood=gather([part.log_likelihood for part in parts]),
+        log_likelihood_post_hoc=gather([part.log_likelihood_post_hoc for part in parts]),
+        log_mass=gather_known([part.log_mass for part in parts]),
+        log_mass_post_hoc=gather_known([part.log_mass_post_hoc for part in parts]),
+    )
 
 
 @torch.no_grad()

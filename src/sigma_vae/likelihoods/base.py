@@ -1,7 +1,7 @@
 """The template of all location-scale likelihoods: a residual law, a scale, and the map from features to the mean."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -148,13 +148,13 @@ class LocationScale(Likelihood):
                 f"{self} reads {self.in_channels} decoder channels, got {got}; size the decoder by `likelihood.in_channels`"
             )
         h = h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
-        loc, raw = h.split([self.channels, self.in_channels - self.channels], dim=axis)
+        loc, raw = torch.split(h, [self.channels, self.in_channels - self.channels], dim=axis)
         return (torch.sigmoid(loc) if self.mean == "unit" else loc), raw
 
     def _observed(self, loc: Tensor, x: Tensor) -> Observed:
         if x.shape != loc.shape:
             raise ValueError(f"{self} was given data of shape {tuple(x.shape)} for a mean of shape {tuple(loc.shape)}")
-        return Observed(self.law(), loc, loc.new_zeros(()), x.to(loc.dtype))
+        return Observed(self.law(), loc.detach(), loc.new_zeros(()), x.to(loc.dtype))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(channels={self.channels}, scale={self.scale})"
@@ -167,7 +167,7 @@ class _Reiterable:
         self.likelihood = likelihood
         self.pairs = pairs
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Observed]:
         for h, x in self.pairs:
             loc, raw = self.likelihood._split(h)
             observed = self.likelihood._observed(loc, x)

@@ -24,7 +24,8 @@ def normal_log_prob(z: Tensor) -> Tensor:
     >>> normal_log_prob(torch.zeros(1))
     tensor([-0.9189])
     """
-    return -0.5 * z.square() - HALF_LOG_2PI
+    result: Tensor = -0.5 * z.square() - HALF_LOG_2PI
+    return result
 
 
 def log1mexp(t: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def _erfcx_root(x: Tensor) -> Tensor:
 
 
 def soft_clip(x: Tensor, lower: float, upper: float) -> Tensor:
-    """x bounded smoothly to (lower, upper), with a gradient everywhere (Chua et al. 2018, appendix A.1).
+    """X bounded smoothly to (lower, upper), with a gradient everywhere (Chua et al. 2018, appendix A.1).
 
     >>> soft_clip(torch.tensor([-100.0, 0.0, 100.0]), -6.0, 6.0)
     tensor([-5.9975e+00, 2.4719e-03, 6.0000e+00])

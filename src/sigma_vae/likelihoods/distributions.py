@@ -9,6 +9,8 @@ from torch.distributions import Distribution, constraints
 
 __all__ = ["Continuous", "Discretized", "Law", "check_levels"]
 
+Shape = torch.Size | list[int] | tuple[int, ...]
+
 
 class Law(Protocol):
     r"""What a residual looks like at scale 1: a density symmetric about 0.
@@ -97,13 +99,13 @@ class Continuous(_EventDistribution):
         """Differential entropy of the whole event, in nats."""
         return self._sum(self.log_scale).expand(self.batch_shape) + self.law.entropy() * self.event_shape.numel()
 
-    def rsample(self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
         """Draws with a gradient to loc and scale."""
         like = self.loc.expand(*sample_shape, *self.loc.shape)
         return like + self.scale * self.law.sample(like, generator)
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
         """Draws without a gradient."""
         return self.rsample(sample_shape, generator)
 
@@ -134,9 +136,9 @@ class Discretized(_EventDistribution):
         level = torch.round(value * top)
         inverse_scale = torch.exp(-self.log_scale)
         inner = self.law.interval_log_prob((level / top - self.loc) * inverse_scale, inverse_scale / top)
-        first = self.law.log_cdf((0.5 / top - self.loc) * inverse_scale)
-        last = self.law.log_cdf((self.loc - (1 - 0.5 / top)) * inverse_scale)
-        return torch.where(level <= 0, first, torch.where(level >= top, last, inner))
+        below, above = 0.5 / top - self.loc, self.loc - (1 - 0.5 / top)
+        tail = self.law.log_cdf(torch.where(level <= 0, below, above) * inverse_scale)
+        return torch.where((level <= 0) | (level >= top), tail, inner)
 
     @property
     def mean(self) -> Tensor:
@@ -148,7 +150,7 @@ class Discretized(_EventDistribution):
         return total / (self.levels - 1)
 
     @torch.no_grad()
-    def sample(self, sample_shape: torch.Size = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
         """Draws of levels in [0, 1]."""
         like = self.loc.expand(*sample_shape, *self.loc.shape)
         top = self.levels - 1

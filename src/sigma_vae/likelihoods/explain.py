@@ -61,9 +61,13 @@ def explain(
     """
     dims = math.prod(shape)
     if not shape or dims < 1 or not 0 < beta < math.inf or not value_range > 0:
-        raise ValueError(f"expected a shape of positive sizes, beta > 0 and a range > 0, got {tuple(shape)}, {beta}, {value_range}")
+        raise ValueError(
+            f"expected a shape of positive sizes, beta > 0 and a range > 0, got {tuple(shape)}, {beta}, {value_range}"
+        )
     if (reduction == "sum") != (kl_reduction == "sum") and batch_size is None:
-        raise ValueError("one term is summed over the batch and the other is not, so the weight depends on it: pass the batch size")
+        raise ValueError(
+            "one term is summed over the batch and the other is not, so the weight depends on it: pass the batch size"
+        )
     if kl_reduction == "mean" and latent_dim is None:
         raise ValueError("a KL that is a mean over latents weighs less the more there are: pass the latent dimension")
     batch = batch_size or 1

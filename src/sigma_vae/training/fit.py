@@ -126,13 +126,12 @@ def _trainer(
     progress: bool,
 ) -> pl.Trainer:
     checkpoints = folder / "checkpoints"
-    shared = {"dirpath": checkpoints, "enable_version_counter": False}
     callbacks: list[pl.Callback] = [
         *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []),
         CalibrateBeforeValidation(vae, _part(data)),
         *([EarlyStopping(MONITOR, mode="max", patience=config.patience)] if config.patience else []),
-        ModelCheckpoint(filename=BEST, monitor=MONITOR, mode="max", **shared),
-        ModelCheckpoint(filename=LAST, **shared),
+        ModelCheckpoint(checkpoints, BEST, MONITOR, mode="max", enable_version_counter=False),
+        ModelCheckpoint(checkpoints, LAST, enable_version_counter=False),
         StopOnCtrlC(checkpoints / f"{LAST}.ckpt"),
     ]
     steps = config.validate_every

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.types import Batch, Elbo
-from sigma_vae.vae import VAE, keyed_noise
+from sigma_vae.vae import VAE, keyed_noise, per_example
 
 __all__ = ["NonFiniteLossError", "TrainingModule"]
 
@@ -40,20 +41,22 @@ class TrainingModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Bounds on held-out data, with noise that belongs to the example: no number depends on the batch size."""
-        scores = self.vae.score(batch.x, keyed_noise(batch.index))
+        inference = self.vae.network.infer(batch.x, noise=keyed_noise(batch.positions))
+        likelihood, h, target = self.vae.likelihood, inference.h, inference.target
+        elbo = Elbo(per_example(likelihood(h).log_prob(target), inference), inference.kl)
         metrics = {
-            "validation/elbo_nats": scores.log_likelihood - scores.rate,
-            "validation/rate_nats": scores.rate,
-            "validation/distortion_nats": -scores.log_likelihood,
+            "validation/elbo_nats": elbo.total,
+            "validation/rate_nats": elbo.rate,
+            "validation/distortion_nats": elbo.distortion,
         }
-        if scores.log_mass is not None:
-            dims = math.prod(batch.x.shape[1:])
-            metrics["validation/bits_per_dim"] = (scores.rate - scores.log_mass) / (dims * math.log(2))
+        if likelihood.levels is not None:
+            mass = per_example(likelihood.log_mass(h, target), inference)
+            metrics["validation/bits_per_dim"] = (elbo.rate - mass) / (math.prod(batch.x.shape[1:]) * math.log(2))
         for name, values in metrics.items():
             shown = name in ("validation/elbo_nats", "validation/bits_per_dim")
             self.log(name, values.mean(), batch_size=len(batch.x), on_epoch=True, sync_dist=True, prog_bar=shown)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, or AdamW where weights decay; a learned shared σ has its own rate and no decay."""
         rate = self.config.learning_rate
         scales = {id(p): p for p in self._learned_scale()}
@@ -79,8 +82,9 @@ class TrainingModule(pl.LightningModule):
 
     def _learned_scale(self) -> list[Tensor]:
         likelihood = self.vae.likelihood
-        shared = isinstance(likelihood, LocationScale) and isinstance(likelihood.scale, Shared)
-        return list(likelihood.scale.parameters()) if shared else []
+        if isinstance(likelihood, LocationScale) and isinstance(likelihood.scale, Shared):
+            return [likelihood.scale.log_scale]
+        return []
 
     def _rate_factor(self, step: int) -> float:
         config = self.config
@@ -132,4 +136,5 @@ def current_sigma(vae: VAE) -> Tensor | None:
     if isinstance(likelihood.scale, Shared):
         return likelihood.scale.log_scale.detach().exp()
     own = likelihood.scale(torch.zeros((), device=likelihood.scale.density_log_scale.device), likelihood.observes, None)
-    return own.mean().exp()
+    sigma: Tensor = own.mean().exp()
+    return sigma

@@ -1,0 +1,54 @@
+"""Docstrings of the package, and the code and commands of README and docs, are tests."""
+
+import os
+import shlex
+from collections.abc import Iterator
+from doctest import NORMALIZE_WHITESPACE
+from pathlib import Path
+
+import pytest
+import torch
+from sybil import Example, Sybil
+from sybil.document import PythonDocStringDocument
+from sybil.parsers.doctest import DocTestParser
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+from sigma_vae.cli import main
+
+
+def run_commands(example: Example) -> None:
+    """Run the `sigma-vae` commands of a console block; other commands install things and are not for a test."""
+    for line in example.parsed.splitlines():
+        words = shlex.split(line.removeprefix("$ "), comments=True)
+        if words[:1] == ["sigma-vae"]:
+            assert main(words[1:]) == 0, line
+
+
+@pytest.fixture(scope="module")
+def in_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands of a page write into a folder of its own, one after the other."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("page"))
+    yield
+    os.chdir(before)
+
+
+def seed(namespace: dict[str, object]) -> None:
+    """Doctests see torch's names without importing them, and the same random numbers each time."""
+    torch.manual_seed(0)
+    namespace.update(torch=torch, nn=torch.nn)
+
+
+pages = Sybil(
+    parsers=[PythonCodeBlockParser(), CodeBlockParser("console", run_commands)],
+    patterns=["README.md", "CONTRIBUTING.md", "docs/*.md"],
+    fixtures=["in_temporary_folder"],
+    setup=seed,
+)
+docstrings = Sybil(
+    parsers=[DocTestParser(optionflags=NORMALIZE_WHITESPACE)],
+    pattern="src/**/*.py",
+    document_types={".py": PythonDocStringDocument},
+    setup=seed,
+)
+pytest_collect_file = (pages + docstrings).pytest()

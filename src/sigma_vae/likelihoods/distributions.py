@@ -133,10 +133,11 @@ class Discretized(_EventDistribution):
     def element_log_prob(self, value: Tensor) -> Tensor:
         """Log-mass of each element's bin."""
         top = self.levels - 1
-        level = torch.round(value * top)
-        inverse_scale = torch.exp(-self.log_scale)
-        inner = self.law.interval_log_prob((level / top - self.loc) * inverse_scale, inverse_scale / top)
-        below, above = 0.5 / top - self.loc, self.loc - (1 - 0.5 / top)
+        # In units of levels, so that the mean is rounded once for all bins: their masses then sum to one in float32 too.
+        level, loc = torch.round(value * top), self.loc * top
+        inverse_scale = torch.exp(-self.log_scale) / top
+        inner = self.law.interval_log_prob((level - loc) * inverse_scale, inverse_scale)
+        below, above = 0.5 - loc, loc - (top - 0.5)
         tail = self.law.log_cdf(torch.where(level <= 0, below, above) * inverse_scale)
         return torch.where((level <= 0) | (level >= top), tail, inner)
 

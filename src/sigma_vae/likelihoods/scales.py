@@ -96,7 +96,7 @@ class Scale(nn.Module, ABC):
             if prefix + name in state_dict:
                 buffer = getattr(self, name)
                 setattr(self, name, buffer.new_empty(state_dict[prefix + name].shape))
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Arguments as they would be written."""
@@ -214,6 +214,7 @@ class Optimal(Scale):
     r"""The σ that is best for the data at hand, in closed form (the paper's "optimal σ-VAE", equation 5).
 
     For a Gaussian :math:`\sigma^2 = \text{MSE}`. It is detached: at the optimum the gradient through σ vanishes (envelope theorem), so
+
     :math:`\nabla \tfrac D2 \log \text{MSE} = \nabla \tfrac{D}{2\sigma^2} \text{MSE}`. Under ``torch.distributed`` it is the optimum of the global batch.
 
     In training σ comes from the batch; in eval mode it is a stored value, never one that has seen the example: a running mean

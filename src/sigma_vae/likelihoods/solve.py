@@ -14,6 +14,7 @@ __all__ = ["Observed", "best_density_log_scale", "best_level_log_scale"]
 
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-6
+LARGEST_LOG_SCALE = 12.0  # where the mean lies at the wrong end, an end level has its largest mass at σ = ∞
 LARGEST_STEP = 0.7  # in log σ: a factor of two, so that a bad quadratic model cannot throw the search away
 
 
@@ -128,7 +129,7 @@ class _Newton:
         new = self.at + move.clamp(-LARGEST_STEP, LARGEST_STEP)
         outside = (new <= self.lower) | (new >= self.upper)
         between = 0.5 * (self.lower + self.upper)
-        new = torch.where(outside & between.isfinite(), between, new).clamp_min(self.floor)
+        new = torch.where(outside & between.isfinite(), between, new).clamp(self.floor, LARGEST_LOG_SCALE)
         moved = float((new - self.at).abs().max())
         self.at = new
         # Newton doubles the digits: where a step is this short, what is left is about its square.

@@ -1,0 +1,52 @@
+"""The command line: subcommands, printing, exit codes.
+
+The functions in ``COMMANDS`` are the subcommands: tyro builds the interface from their signatures and docstrings.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from sigma_vae.cli.explain import explain
+from sigma_vae.cli.outputs import encode, reconstruct, sample, score
+from sigma_vae.cli.runs import evaluate, resume, train
+from sigma_vae.training import NonFiniteLossError
+
+__all__ = ["main"]
+
+PROGRAM = "sigma-vae"
+INTERRUPTED = 130
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": train,
+    "resume": resume,
+    "evaluate": evaluate,
+    "sample": sample,
+    "reconstruct": reconstruct,
+    "encode": encode,
+    "score": score,
+    "explain": explain,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 if it went well, 1 for a problem that is explained, 130 for Ctrl-C (a wrong command line exits with 2)."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog=PROGRAM,
+            description="Train VAEs with calibrated decoders: no KL weight to tune.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
+        )
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: interrupted. Where training had begun, `{PROGRAM} resume RUN` goes on", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, NonFiniteLossError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,152 @@
+"""Subcommands that write what a run makes of data and of noise: pictures, arrays, tables."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sigma_vae import runs
+from sigma_vae.evaluation import score as score_examples
+from sigma_vae.evaluation.pictures import drawable, pairs, save_grid
+from sigma_vae.vae import Show, keyed_noise
+
+__all__ = ["encode", "reconstruct", "sample", "score"]
+
+Split = Literal["train", "validation", "test"]
+
+
+@torch.no_grad()
+def sample(
+    run: str,
+    *,
+    n: int = 64,
+    show: Show = "mean",
+    temperature: float = 1.0,
+    seed: int = 0,
+    out: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Draw samples from the prior, and decode them.
+
+    Args:
+        run: Folder of the run.
+        n: How many.
+        show: The mean of p(x|z), or a draw from it.
+        temperature: Spread of the latents; 1 is the model's own.
+        seed: Of the draws.
+        out: A .png picture or a .npz file (key "samples"); RUN/samples-SEED.png or .npz unless given.
+        device: auto, cpu, cuda, cuda:1, mps.
+    """
+    opened = runs.open_run(Path(run), device)
+    path = _output(out, Path(run) / f"samples-{seed}", opened.data.shape)
+    where = next(opened.vae.parameters()).device
+    torch.manual_seed(seed)
+    images = opened.vae.sample(n, show, generator=torch.Generator(where).manual_seed(seed), temperature=temperature)
+    _write(path, images, {"samples": images})
+
+
+@torch.no_grad()
+def reconstruct(
+    run: str,
+    *,
+    split: Split = "test",
+    n: int = 32,
+    show: Show = "mean",
+    seed: int = 0,
+    out: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Encode the first examples of a split, draw their latents, and decode them: each original above its reconstruction.
+
+    Args:
+        run: Folder of the run.
+        split: Where the examples come from.
+        n: How many.
+        show: The mean of p(x|z), or a draw from it.
+        seed: Of the posterior's noise.
+        out: A .png picture or a .npz file (keys "originals", "reconstructions"); RUN/reconstructions-SPLIT unless given.
+        device: auto, cpu, cuda, cuda:1, mps.
+    """
+    opened = runs.open_run(Path(run), device)
+    path = _output(out, Path(run) / f"reconstructions-{split}", opened.data.shape)
+    where = next(opened.vae.parameters()).device
+    torch.manual_seed(seed)
+    batch = next(iter(opened.data.batches(split, n, device=where)))
+    again = opened.vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed))
+    _write(path, pairs(batch.x, again, columns=8), {"originals": batch.x, "reconstructions": again}, columns=8)
+
+
+@torch.no_grad()
+def encode(run: str, *, split: Split = "test", out: str | None = None, device: str = "auto") -> None:
+    """Write the posterior of each example of a split: mean and standard deviation of its latents.
+
+    Args:
+        run: Folder of the run.
+        split: Which examples.
+        out: A .npz file (keys "mean" and "std", examples × latents, in the split's order); RUN/codes-SPLIT.npz unless given.
+        device: auto, cpu, cuda, cuda:1, mps.
+    """
+    opened = runs.open_run(Path(run), device)
+    path = _checked(Path(out) if out is not None else Path(run) / f"codes-{split}.npz", (".npz",))
+    where = next(opened.vae.parameters()).device
+    posteriors = [opened.vae.encode(batch.x) for batch in opened.data.batches(split, runs.EVALUATION_BATCH, device=where)]
+    arrays = {"mean": torch.cat([q.loc for q in posteriors]), "std": torch.cat([q.scale for q in posteriors])}
+    _write(path, arrays["mean"], arrays)
+
+
+def score(run: str, *, split: Split = "test", seed: int = 0, out: str | None = None, device: str = "auto") -> None:
+    """Write a row for each example of a split: log-likelihood, rate, ELBO and bits per dimension.
+
+    Args:
+        run: Folder of the run.
+        split: Which examples.
+        seed: Of the posterior's noise.
+        out: A .csv or .parquet file; RUN/scores-SPLIT.csv unless given.
+        device: auto, cpu, cuda, cuda:1, mps.
+    """
+    import pandas as pd
+
+    opened = runs.open_run(Path(run), device)
+    path = _checked(Path(out) if out is not None else Path(run) / f"scores-{split}.csv", (".csv", ".parquet"))
+    where = next(opened.vae.parameters()).device
+    batches = opened.data.batches(split, runs.EVALUATION_BATCH, device=where)
+    scores = score_examples(opened.vae, batches, seed)
+    columns = {
+        "log_likelihood_nats": scores.log_likelihood,
+        "rate_nats": scores.rate,
+        "elbo_nats": scores.log_likelihood - scores.rate,
+    }
+    if scores.log_mass is not None:
+        dims = torch.Size(opened.data.shape).numel()
+        columns["bits_per_dim"] = (scores.rate - scores.log_mass) / (dims * torch.tensor(2.0).log())
+    table = pd.DataFrame({name: values.numpy() for name, values in columns.items()}).rename_axis("example")
+    if path.suffix == ".csv":
+        table.to_csv(path)
+    else:
+        table.to_parquet(path)
+    print(path)
+
+
+def _output(out: str | None, default: Path, shape: tuple[int, ...]) -> Path:
+    if out is None:
+        return default.with_name(default.name + (".png" if drawable(shape) else ".npz"))
+    return _checked(Path(out), (".png", ".npz"))
+
+
+def _checked(path: Path, endings: tuple[str, ...]) -> Path:
+    if path.suffix not in endings:
+        raise ValueError(f"{path} should end in {' or '.join(endings)}, which says in what form it is written")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+    return path
+
+
+def _write(path: Path, images: torch.Tensor, arrays: dict[str, torch.Tensor], columns: int | None = None) -> None:
+    if path.suffix == ".png":
+        save_grid(path, images, columns)
+    else:
+        import numpy as np
+
+        plain: dict[str, Any] = {name: values.float().cpu().numpy() for name, values in arrays.items()}
+        np.savez_compressed(path, **plain)
+    print(path)

@@ -1,0 +1,75 @@
+"""Subcommands that make runs and judge them."""
+
+import json as json_module
+from pathlib import Path
+from typing import Any
+
+from sigma_vae import runs
+from sigma_vae.config import RunConfig
+
+__all__ = ["evaluate", "resume", "train"]
+
+
+def train(config: RunConfig, *, out: str | None = None, json: bool = False) -> None:
+    """Train a VAE on DATA, calibrate it, evaluate it on the test split, draw pictures; all of it into a new run folder.
+
+    Args:
+        config: The run.
+        out: Folder of the run; runs/DATA-NETWORK-LIKELIHOOD-SEED unless given. Never overwritten.
+        json: Print the evaluation as JSON alone.
+    """
+    name = f"{Path(config.data.source).stem}-{config.model.network}-{config.model.likelihood}-{config.seed}"
+    folder = Path(out) if out is not None else Path("runs") / name.replace("/", "-").replace(":", "")
+    _print_evaluation(runs.train(config, folder, progress=not json), json)
+    _say(f"run folder: {folder}", json)
+
+
+def resume(run: str, *, epochs: int | None = None, json: bool = False) -> None:
+    """Go on exactly where a run stopped; finish, calibrate and evaluate it.
+
+    Args:
+        run: Folder of the run.
+        epochs: Train up to so many epochs, instead of what the run was given.
+        json: Print the evaluation as JSON alone.
+    """
+    _print_evaluation(runs.resume(Path(run), epochs=epochs, progress=not json), json)
+
+
+def evaluate(run: str, *, device: str = "auto", seed: int = 0, json: bool = False) -> None:
+    """Bounds of a finished run on its test split, in nats and bits per dimension, with standard errors.
+
+    Args:
+        run: Folder of the run.
+        device: auto, cpu, cuda, cuda:1, mps.
+        seed: Of the posterior's noise, which belongs to each example: no number depends on the batch size.
+        json: Print JSON alone.
+    """
+    _print_evaluation(runs.evaluate_run(Path(run), device=device, seed=seed), json)
+
+
+def _print_evaluation(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json_module.dumps(report, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{report['data']} · {report['network']} · {report['likelihood']} · {report['examples']} test examples")
+    table.add_column("")
+    table.add_column("mean", justify="right")
+    table.add_column("± s.e.", justify="right")
+    for name, value in report.items():
+        if isinstance(value, dict) and "mean" in value:
+            table.add_row(name, f"{value['mean']:.4f}", f"{value['standard_error']:.4f}")
+        elif name.startswith(("sigma", "factor")):
+            table.add_row(name, f"{value:.5f}", "")
+    if "active_units" in report:
+        table.add_row("active_units", f"{report['active_units']} of {report['latent_dim']}", "")
+    if report.get("entropy_identity"):
+        table.add_row("entropy gap, nats/dim", f"{report['entropy_identity']['gap_nats_per_dim']:.4f}", "")
+    Console().print(table)
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text)

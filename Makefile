@@ -6,8 +6,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint bench clean
 
-demo: $(STAMP)  ## train on mnist-5k, calibrated and not; three minutes, then look at demo/
-	$(PYTHON) -m benchmarks.demo --out demo
+demo: $(STAMP)  ## three minutes: a calibrated and a unit-variance VAE on mnist-5k, then look at demo/
+	$(PYTHON) -m examples.demo
 
 test: $(STAMP) lint  ## linters, types, layers, then all tests
 	$(PYTHON) -m pytest
@@ -23,7 +23,7 @@ bench: $(STAMP)  ## the README's numbers: a quarter of an hour on Fashion-MNIST
 	$(PYTHON) -m benchmarks.calibration --out benchmarks/results/calibration.json
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV)
 
 # torch first and by its pinned version: an unpinned torch would fetch gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt

@@ -47,7 +47,8 @@ pages = Sybil(
 )
 docstrings = Sybil(
     parsers=[DocTestParser(optionflags=NORMALIZE_WHITESPACE)],
-    pattern="src/**/*.py",
+    path="src",
+    pattern="*.py",
     document_types={".py": PythonDocStringDocument},
     setup=seed,
 )

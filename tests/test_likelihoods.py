@@ -411,7 +411,7 @@ def test_state_dict_round_trip(case: Case, calibrated: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, tracing an autograd.Function
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # and where it breaks the graph at our solver
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # and where the graph breaks at our solver
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", CASES, **NAMES)
 def test_compiled_gives_the_same_numbers(case: Case, training: bool) -> None:

@@ -141,12 +141,13 @@ class VAE(nn.Module):
                 :class:`Batch` with positions.
             seed: of the posterior's noise.
         """
-        was_training = self.training
+        training = [(module, module.training) for module in self.modules()]  # a part of it may be frozen
         self.eval()
         try:
             self.likelihood.calibrate(_Decoded(self, loader, seed))
         finally:
-            self.train(was_training)
+            for module, mode in training:
+                module.training = mode
 
 
 def per_example(log_likelihood: Tensor, inference: Inference) -> Tensor:

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog=PROGRAM,
             description="Train VAEs with calibrated decoders: no KL weight to tune.",
             args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
     except KeyboardInterrupt:
         print(f"\n{PROGRAM}: interrupted. Where training had begun, `{PROGRAM} resume RUN` goes on", file=sys.stderr)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 
 from sigma_vae import runs
 from sigma_vae.evaluation import score as score_examples
@@ -17,7 +18,7 @@ Split = Literal["train", "validation", "test"]
 
 @torch.no_grad()
 def sample(
-    run: str,
+    run: tyro.conf.Positional[str],
     *,
     n: int = 64,
     show: Show = "mean",
@@ -47,7 +48,7 @@ def sample(
 
 @torch.no_grad()
 def reconstruct(
-    run: str,
+    run: tyro.conf.Positional[str],
     *,
     split: Split = "test",
     n: int = 32,
@@ -77,7 +78,7 @@ def reconstruct(
 
 
 @torch.no_grad()
-def encode(run: str, *, split: Split = "test", out: str | None = None, device: str = "auto") -> None:
+def encode(run: tyro.conf.Positional[str], *, split: Split = "test", out: str | None = None, device: str = "auto") -> None:
     """Write the posterior of each example of a split: mean and standard deviation of its latents.
 
     Args:
@@ -94,7 +95,9 @@ def encode(run: str, *, split: Split = "test", out: str | None = None, device: s
     _write(path, arrays["mean"], arrays)
 
 
-def score(run: str, *, split: Split = "test", seed: int = 0, out: str | None = None, device: str = "auto") -> None:
+def score(
+    run: tyro.conf.Positional[str], *, split: Split = "test", seed: int = 0, out: str | None = None, device: str = "auto"
+) -> None:
     """Write a row for each example of a split: log-likelihood, rate, ELBO and bits per dimension.
 
     Args:

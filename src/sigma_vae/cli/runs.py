@@ -2,7 +2,9 @@
 
 import json as json_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from sigma_vae import runs
 from sigma_vae.config import RunConfig
@@ -10,7 +12,9 @@ from sigma_vae.config import RunConfig
 __all__ = ["evaluate", "resume", "train"]
 
 
-def train(config: RunConfig, *, out: str | None = None, json: bool = False) -> None:
+def train(
+    config: Annotated[RunConfig, tyro.conf.PositionalRequiredArgs], *, out: str | None = None, json: bool = False
+) -> None:
     """Train a VAE on DATA, calibrate it, evaluate it on the test split, draw pictures; all of it into a new run folder.
 
     Args:
@@ -24,7 +28,7 @@ def train(config: RunConfig, *, out: str | None = None, json: bool = False) -> N
     _say(f"run folder: {folder}", json)
 
 
-def resume(run: str, *, epochs: int | None = None, json: bool = False) -> None:
+def resume(run: tyro.conf.Positional[str], *, epochs: int | None = None, json: bool = False) -> None:
     """Go on exactly where a run stopped; finish, calibrate and evaluate it.
 
     Args:
@@ -35,7 +39,7 @@ def resume(run: str, *, epochs: int | None = None, json: bool = False) -> None:
     _print_evaluation(runs.resume(Path(run), epochs=epochs, progress=not json), json)
 
 
-def evaluate(run: str, *, device: str = "auto", seed: int = 0, json: bool = False) -> None:
+def evaluate(run: tyro.conf.Positional[str], *, device: str = "auto", seed: int = 0, json: bool = False) -> None:
     """Bounds of a finished run on its test split, in nats and bits per dimension, with standard errors.
 
     Args:

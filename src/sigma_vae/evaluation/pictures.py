@@ -9,6 +9,8 @@ from torch import Tensor
 
 __all__ = ["drawable", "pairs", "save_grid"]
 
+WIDTH = 500
+
 
 def drawable(shape: tuple[int, ...]) -> bool:
     """Whether examples ``(C, H, W)`` can be shown: grey or red, green and blue."""
@@ -21,8 +23,10 @@ def pairs(originals: Tensor, reconstructions: Tensor, columns: int) -> Tensor:
     return torch.cat([image for row in rows for image in row])
 
 
-def save_grid(path: Path, images: Tensor, columns: int | None = None, zoom: int = 2) -> None:
+def save_grid(path: Path, images: Tensor, columns: int | None = None, zoom: int | None = None) -> None:
     """Write images ``(n, C, H, W)`` with values in [0, 1] as one picture, read by rows; values outside are clipped.
+
+    Each pixel becomes zoom × zoom; so many that the picture is about 500 wide, unless given.
 
     Raises:
         ValueError: the channels are neither 1 nor 3.
@@ -43,4 +47,5 @@ def save_grid(path: Path, images: Tensor, columns: int | None = None, zoom: int 
         top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
         canvas[top : top + height, left : left + width] = image
     picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+    zoom = zoom or max(1, round(WIDTH / picture.width))
     picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)

@@ -131,7 +131,10 @@ class LocationScale(Likelihood):
         if observes == "density":
             return start
         assert self.levels is not None
-        return best_level_log_scale(data, per, self._event_dims, floor, start, self.levels)
+        solve = best_level_log_scale
+        if torch.compiler.is_compiling():  # it differentiates twice, which torch.compile cannot: the graph breaks here
+            solve = torch.compiler.disable(solve)  # type: ignore[no-untyped-call]
+        return solve(data, per, self._event_dims, floor, start, self.levels)
 
     def _distribution(self, loc: Tensor, log_scale: Tensor, observes: Observes) -> Continuous | Discretized:
         if observes == "density":

@@ -125,8 +125,8 @@ def _erfcx_root(x: Tensor) -> Tensor:
 def soft_clip(x: Tensor, lower: float, upper: float) -> Tensor:
     """X bounded smoothly to (lower, upper), with a gradient everywhere (Chua et al. 2018, appendix A.1).
 
-    >>> soft_clip(torch.tensor([-100.0, 0.0, 100.0]), -6.0, 6.0)
-    tensor([-5.9975e+00, 2.4719e-03, 6.0000e+00])
+    >>> soft_clip(torch.tensor([-100.0, -6.0, 1.0, 100.0]), -6.0, 6.0)
+    tensor([-6.0000, -5.3069,  0.9942,  6.0000])
     """
     x = upper - softplus(upper - x)
     return lower + softplus(x - lower)

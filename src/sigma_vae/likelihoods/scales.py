@@ -215,7 +215,8 @@ class Optimal(Scale):
 
     For a Gaussian :math:`\sigma^2 = \text{MSE}`. It is detached: at the optimum the gradient through σ vanishes (envelope theorem), so
 
-    :math:`\nabla \tfrac D2 \log \text{MSE} = \nabla \tfrac{D}{2\sigma^2} \text{MSE}`. Under ``torch.distributed`` it is the optimum of the global batch.
+    :math:`\nabla \tfrac D2 \log \text{MSE} = \nabla \tfrac{D}{2\sigma^2} \text{MSE}`.
+    Under ``torch.distributed`` it is the optimum of the global batch.
 
     In training σ comes from the batch; in eval mode it is a stored value, never one that has seen the example: a running mean
     over training until ``calibrate`` solves it exactly. ``per="image"`` then uses the batch-wide one, as a σ chosen from

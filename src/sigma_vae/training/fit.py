@@ -19,7 +19,7 @@ from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Batches, Splits
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.training.callbacks import AtomicCheckpoints, CalibrateBeforeValidation, StopOnCtrlC
+from sigma_vae.training.callbacks import AtomicCheckpoints, CalibrateBeforeValidation, Resumable
 from sigma_vae.training.module import TrainingModule
 from sigma_vae.vae import VAE
 
@@ -68,19 +68,22 @@ def fit(
         last = folder / "checkpoints" / f"{LAST}.ckpt"
         if resume and not last.exists():
             raise ValueError(f"{last} does not exist: there is nothing to resume; train anew into another folder")
+        vae.train()
         if not resume:
             _start(vae, data, config)
         loggers = [] if out is None else _loggers(folder, last if resume else None)
         trainer = _trainer(vae, data, config, folder, accelerator, loggers, progress)
+        where = torch.device(trainer.strategy.root_device)
         module = TrainingModule(vae, config)
-        training = data.batches("train", config.batch_size, shuffle=True, seed=seed, device=_torch_device(trainer))
-        validation = data.batches("validation", _passing_batch(data), device=_torch_device(trainer))
+        training = data.batches("train", config.batch_size, shuffle=True, seed=seed, device=where)
+        validation = data.batches("validation", _passing_batch(data), device=where)
+        trainer.callbacks.append(Resumable(last, training))
         stack.enter_context(_quiet())
         try:
             trainer.fit(module, training, validation, ckpt_path=last if resume else None, weights_only=True)
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
             raise KeyboardInterrupt from stop
-        _take_best(vae, folder)
+        _take_best(vae, trainer, module, validation)
         vae.calibrate(data.batches("train", _passing_batch(data), device=next(vae.parameters()).device))
 
 
@@ -130,9 +133,8 @@ def _trainer(
         *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []),
         CalibrateBeforeValidation(vae, _part(data)),
         *([EarlyStopping(MONITOR, mode="max", patience=config.patience)] if config.patience else []),
-        ModelCheckpoint(checkpoints, BEST, MONITOR, mode="max", enable_version_counter=False),
+        ModelCheckpoint(checkpoints, BEST, MONITOR, mode="max", save_on_train_epoch_end=False, enable_version_counter=False),
         ModelCheckpoint(checkpoints, LAST, enable_version_counter=False),
-        StopOnCtrlC(checkpoints / f"{LAST}.ckpt"),
     ]
     steps = config.validate_every
     return pl.Trainer(
@@ -151,16 +153,13 @@ def _trainer(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        inference_mode=False,  # the refit before a validation differentiates
         default_root_dir=folder,
     )
 
 
 def _passing_batch(data: Splits) -> int:
     return max(128, BATCH_VALUES // math.prod(data.shape))
-
-
-def _torch_device(trainer: pl.Trainer) -> torch.device:
-    return torch.device(trainer.strategy.root_device)
 
 
 def _loggers(folder: Path, resumed_from: Path | None) -> list[Logger]:
@@ -190,8 +189,14 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _take_best(vae: VAE, folder: Path) -> None:
-    best = folder / "checkpoints" / f"{BEST}.ckpt"
-    if best.exists():
-        state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+def _take_best(vae: VAE, trainer: pl.Trainer, module: TrainingModule, validation: Batches) -> None:
+    """Put the best validated weights in place; the last ones are validated too, where the run ended between validations."""
+    kept = next(c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor == MONITOR)
+    calibration = next(c for c in trainer.callbacks if isinstance(c, CalibrateBeforeValidation))
+    last_is_best = kept.best_model_score is None
+    if calibration.validated_at != trainer.global_step:
+        score = trainer.validate(module, validation, verbose=False)[0][MONITOR]
+        last_is_best = last_is_best or score > float(kept.best_model_score)
+    if not last_is_best:
+        state = torch.load(kept.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
         vae.load_state_dict({name.removeprefix("vae."): value for name, value in state.items()})

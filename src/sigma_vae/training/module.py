@@ -1,7 +1,6 @@
 """The step: minimise the negative ELBO, and say what it is made of."""
 
 import math
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -67,18 +66,6 @@ class TrainingModule(pl.LightningModule):
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the noise, so that a resumed run draws what the uninterrupted one would have drawn."""
-        checkpoint["torch_rng_state"] = torch.get_rng_state()
-        if torch.cuda.is_available():
-            checkpoint["cuda_rng_state"] = torch.cuda.get_rng_state_all()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the state of the noise back."""
-        torch.set_rng_state(checkpoint["torch_rng_state"].cpu())
-        if "cuda_rng_state" in checkpoint and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([state.cpu() for state in checkpoint["cuda_rng_state"]])
 
     def _learned_scale(self) -> list[Tensor]:
         likelihood = self.vae.likelihood

@@ -1,0 +1,162 @@
+"""Names into objects and back, saved models, configurations."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sigma_vae import build
+from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, parse, read, write
+from sigma_vae.likelihoods import Fixed, Optimal, PerImage, PerPixel, Shared
+from sigma_vae.likelihoods.base import LocationScale
+
+SCALES = {
+    "optimal": Optimal,
+    "optimal-image": Optimal,
+    "optimal-channel": Optimal,
+    "optimal-pixel": Optimal,
+    "shared": Shared,
+    "per-image": PerImage,
+    "per-pixel": PerPixel,
+    "fixed:0.3": Fixed,
+    "beta:0.18": Fixed,
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), SCALES.items())
+def test_a_scale_name_builds_its_scale(name, kind):
+    likelihood = build.likelihood(f"gaussian/{name}", channels=3)
+    assert isinstance(likelihood, LocationScale)
+    assert isinstance(likelihood.scale, kind)
+    if isinstance(likelihood.scale, Optimal):
+        assert likelihood.scale.per == (name.partition("-")[2] or "batch")
+    if isinstance(likelihood.scale, Fixed):
+        assert likelihood.scale.sigma == pytest.approx(0.3)  # σ² = β/2
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gausian/optimal", "did you mean 'gaussian/optimal'"),
+        ("gaussian/optimall", "did you mean 'gaussian/optimal'"),
+        ("gaussian", "did you mean"),
+        ("gaussian/fixed", "takes a number above 0"),
+        ("gaussian/fixed:", "takes a number above 0"),
+        ("gaussian/fixed:-1", "takes a number above 0"),
+        ("gaussian/fixed:nan", "takes a number above 0"),
+        ("gaussian/beta:zero", "β of"),
+        ("gaussian/optimal:1", "did you mean"),
+    ],
+)
+def test_an_impossible_likelihood_is_refused_with_a_remedy(name, says):
+    with pytest.raises(ValueError, match=says):
+        build.likelihood(name, channels=1)
+
+
+def test_an_unknown_network_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'conv'"):
+        build.network("convv", (1, 28, 28), 1, 20)
+
+
+@pytest.mark.parametrize("sizes", [{"latent_dim": 0}, {"width": -3}])
+def test_impossible_sizes_are_refused(sizes):
+    with pytest.raises(ValueError, match="at least 1"):
+        build.vae(replace(ModelConfig(network="mlp"), **sizes), (1, 8, 8), 256)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_a_saved_model_is_the_same_model(scale, network, tmp_path):
+    config = ModelConfig(network=network, likelihood=f"gaussian/{scale}", latent_dim=3, width=8)
+    vae = build.vae(config, (3, 9, 10), 256)
+    x = torch.randint(0, 256, (4, 3, 9, 10)) / 255
+    vae.calibrate([x])
+    build.save(tmp_path / "model", vae, config, (3, 9, 10), 256)
+    saved = build.load(tmp_path / "model")
+    assert (saved.config, saved.shape, saved.levels) == (config, (3, 9, 10), 256)
+    ours, theirs = vae.state_dict(), saved.vae.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    noise = lambda shape: torch.zeros(shape)  # noqa: E731
+    assert torch.equal(vae.eval().elbo(x, noise=noise).total, saved.vae.elbo(x, noise=noise).total)
+
+
+def saved_model(folder: Path) -> Path:
+    config = ModelConfig(network="mlp", latent_dim=2, width=4)
+    vae = build.vae(config, (1, 4, 4), 256)
+    build.save(folder, vae, config, (1, 4, 4), 256)
+    return folder
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+BREAKAGES = {
+    "no folder": (lambda folder: [path.unlink() for path in folder.iterdir()], "missing or no JSON"),
+    "no JSON": (lambda folder: (folder / "model.json").write_text("{"), "missing or no JSON"),
+    "binary": (lambda folder: (folder / "model.json").write_bytes(b"\xff\xfe\x00"), "missing or no JSON"),
+    "a list": (lambda folder: (folder / "model.json").write_text("[]"), "model format None"),
+    "newer": (lambda folder: edit(folder, format=99), "model format 99"),
+    "shape": (lambda folder: edit(folder, shape=[0]), "lacks the model"),
+    "unknown key": (lambda folder: edit(folder, model={"netwrk": "mlp"}), "netwrk"),
+    "other sizes": (lambda folder: edit(folder, shape=[1, 5, 5]), "does not hold the weights"),
+    "truncated": (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10\0\0"), "does not hold the weights"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "does not hold the weights"),
+    "a pickle": (lambda folder: (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb())), "does not hold the weights"),
+}
+
+
+class Bomb:
+    """Unpickled, it would end the process."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('a pickle was opened')",))
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_a_broken_model_is_refused_and_runs_no_code(breakage, tmp_path):
+    breaks, says = BREAKAGES[breakage]
+    folder = saved_model(tmp_path / "model")
+    breaks(folder)
+    with pytest.raises(ValueError, match=says):
+        build.load(folder)
+
+
+def test_a_config_survives_its_file(tmp_path):
+    config = RunConfig(
+        DataConfig("x.npy", layout="n-c", levels=17),
+        ModelConfig(likelihood="gaussian/fixed:0.1", width=3),
+        TrainingConfig(epochs=2, ema_decay=0.9),
+        seed=5,
+        device="cpu",
+    )
+    write(tmp_path / "config.yaml", config)
+    assert read(tmp_path / "config.yaml", RunConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"data": {"source": "digits"}, "sede": 1}, "sede"),
+        ({"data": {"source": "digits", "levls": 3}}, "levls"),
+        ({"data": {"source": "digits"}, "training": {"epochs": "many"}}, "epochs"),
+        ({"data": {"source": "digits"}, "model": {"mean": "tanh"}}, "mean"),
+        ({}, "data"),
+        (None, "RunConfig"),
+    ],
+)
+def test_an_impossible_config_is_refused_by_name(content, says):
+    with pytest.raises(ValueError, match=says):
+        parse(content, RunConfig, "config.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [", "\t", "!!python/object/apply:os.system ['exit 3']"])
+def test_a_file_that_is_no_plain_yaml_is_refused(text, tmp_path):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.yaml"):
+        read(tmp_path / "config.yaml", RunConfig)

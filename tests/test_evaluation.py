@@ -1,0 +1,131 @@
+"""Evaluation: every example counted once, numbers that an independent computation gives, pictures pixel for pixel."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from sigma_vae import runs
+from sigma_vae.evaluation import evaluate, score
+from sigma_vae.evaluation.entropies import entropy_identity
+from sigma_vae.evaluation.pictures import drawable, pairs, save_grid
+from sigma_vae.vae import keyed_noise
+
+
+@pytest.fixture(scope="module")
+def opened(digits_run):
+    return runs.open_run(digits_run, "cpu")
+
+
+def independent_scores(opened):
+    """From the model's own features: scipy's densities and masses, NumPy's sums, float64."""
+    x = opened.data.values("test")
+    with torch.no_grad():
+        inference = opened.vae.network.infer(x, noise=keyed_noise(torch.arange(len(x))))
+    mean, values = torch.sigmoid(inference.h).double().numpy(), x.double().numpy()
+    scale = opened.vae.likelihood.scale
+    density, level = (float(value.exp()) for value in (scale.density_log_scale, scale.level_log_scale))
+    log_likelihood = stats.norm.logpdf(values, mean, density).sum((1, 2, 3))
+    upper = np.where(values > 1 - 1e-6, np.inf, values + 0.5 / 16)
+    lower = np.where(values < 1e-6, -np.inf, values - 0.5 / 16)
+    mass = np.log(stats.norm.cdf(upper, mean, level) - stats.norm.cdf(lower, mean, level)).sum((1, 2, 3))
+    return log_likelihood, mass, inference.kl.sum(-1).double().numpy()
+
+
+def test_bounds_are_what_scipy_says(opened):
+    report = evaluate(opened.vae, opened.data.batches("test", 64))
+    log_likelihood, mass, rate = independent_scores(opened)
+    n = len(rate)
+    assert report["examples"] == n == len(opened.data.test)
+    elbo = log_likelihood - rate
+    assert report["elbo_nats"]["mean"] == pytest.approx(elbo.mean(), rel=1e-5, abs=1e-4)
+    assert report["elbo_nats"]["standard_error"] == pytest.approx(elbo.std(ddof=1) / math.sqrt(n), rel=1e-4)
+    assert report["rate_nats"]["mean"] == pytest.approx(rate.mean(), rel=1e-5)
+    assert report["distortion_nats"]["mean"] == pytest.approx(-log_likelihood.mean(), rel=1e-5, abs=1e-4)
+    bits = (rate - mass) / (64 * math.log(2))
+    assert report["bits_per_dim"]["mean"] == pytest.approx(bits.mean(), rel=1e-5)
+    assert report["bits_per_dim_post_hoc"] == report["bits_per_dim"]  # an optimal σ is its own refit
+
+
+def test_no_number_depends_on_the_batch_size(opened):
+    reference = score(opened.vae, opened.data.batches("test", 180))
+    for size in (1, 7, 64):
+        other = score(opened.vae, opened.data.batches("test", size))
+        for name, ours, theirs in zip(reference._fields, reference, other, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4, msg=name)
+        assert float((reference.log_likelihood - other.log_likelihood).mean().abs()) < 1e-5
+
+
+def test_another_noise_seed_gives_other_draws(opened):
+    ours, theirs = (score(opened.vae, opened.data.batches("test", 180), seed) for seed in (0, 1))
+    assert not torch.equal(ours.log_likelihood, theirs.log_likelihood)
+    assert torch.equal(ours.rate, theirs.rate)  # analytic
+
+
+def test_active_units_are_latents_whose_mean_varies(opened):
+    batches = opened.data.batches("test", 50)
+    means = np.concatenate([opened.vae.encode(batch.x).loc.detach().numpy() for batch in batches])
+    assert evaluate(opened.vae, batches)["active_units"] == int((means.astype(np.float64).var(0, ddof=1) > 0.01).sum())
+
+
+def test_the_entropy_sum_is_computed_from_entropies(opened):
+    result = entropy_identity(opened.vae, opened.data.batches("train", 500))
+    x = opened.data.values("train")
+    q = opened.vae.encode(x)
+    sigma = float(opened.vae.likelihood.scale.density_log_scale.exp())
+    expected = (
+        stats.norm.entropy(scale=q.scale.detach().double().numpy()).sum(1).mean()
+        - 4 * stats.norm.entropy()
+        - 64 * stats.norm.entropy(scale=sigma)
+    )
+    assert result["entropies_nats"] == pytest.approx(expected, rel=1e-5)
+    assert result["gap_nats_per_dim"] == pytest.approx((result["elbo_nats"] - expected) / 64, abs=1e-5)
+
+
+def test_an_unconverged_model_has_an_entropy_gap(opened):
+    import copy
+
+    vae = copy.deepcopy(opened.vae)
+    with torch.no_grad():
+        vae.network.encoder[-1].bias[:4] += 8.0  # latents that are far too large for their prior
+    data = opened.data.batches("train", 500)
+    converged, broken = (abs(entropy_identity(model, data)["gap_nats_per_dim"]) for model in (opened.vae, vae))
+    assert broken > 10 * converged
+
+
+def test_evaluating_a_run_again_gives_the_same_file(digits_run):
+    before = (digits_run / "evaluation.json").read_bytes()
+    runs.evaluate_run(digits_run, device="cpu")
+    assert (digits_run / "evaluation.json").read_bytes() == before
+
+
+def test_a_grid_shows_each_image_in_its_place(tmp_path):
+    images = torch.rand(5, 3, 4, 6)
+    save_grid(tmp_path / "grid.png", images, columns=3, zoom=1)
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert picture.shape == (2 * 5 + 1, 3 * 7 + 1, 3)
+    for i, image in enumerate(images):
+        top, left = 1 + 5 * (i // 3), 1 + 7 * (i % 3)
+        shown = picture[top : top + 4, left : left + 6]
+        np.testing.assert_array_equal(shown, np.rint(image.numpy().transpose(1, 2, 0) * 255).astype(np.uint8))
+
+
+def test_originals_stand_above_their_reconstructions():
+    originals, again = torch.arange(5.0), torch.arange(5.0) + 10
+    assert pairs(originals, again, columns=2).tolist() == [0, 1, 10, 11, 2, 3, 12, 13, 4, 14]
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (8,), (1, 8)])
+def test_what_is_no_picture_is_not_drawn(shape, tmp_path):
+    assert not drawable(shape)
+    with pytest.raises(ValueError, match="1 or 3 channels"):
+        save_grid(tmp_path / "grid.png", torch.zeros(4, *shape))
+
+
+def test_the_pictures_of_a_run_have_the_size_of_their_grids(digits_run):
+    samples, again = (Image.open(digits_run / name) for name in ("samples.png", "reconstructions.png"))
+    assert samples.size[0] == samples.size[1]
+    assert samples.mode == again.mode == "L"

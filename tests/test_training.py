@@ -1,0 +1,254 @@
+"""Training: what a run leaves behind, that it can be interrupted anywhere, and that options mean what they say."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sigma_vae import VAE, Gaussian, Shared, build, mlp, runs
+from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, read
+from sigma_vae.data import load
+from sigma_vae.training import NonFiniteLossError, fit
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load(DataConfig("digits"))
+
+
+def small_vae(digits, seed=0, likelihood="gaussian/optimal"):
+    torch.manual_seed(seed)
+    return build.vae(ModelConfig(network="mlp", likelihood=likelihood, latent_dim=4, width=32), digits.shape, digits.levels)
+
+
+def train(vae, digits, out=None, seed=0, resume=False, **options):
+    fit(
+        vae, digits, TrainingConfig(**{"epochs": 2, **options}), out=out, seed=seed, device="cpu", resume=resume, progress=False
+    )
+
+
+def weights(vae):
+    return {name: value.clone() for name, value in vae.state_dict().items()}
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_fit_from_python_trains_and_calibrates(digits):
+    likelihood = Gaussian(channels=1, levels=17, mean="unit")
+    vae = VAE(mlp((1, 8, 8), likelihood.in_channels, latent_dim=4, width=64), likelihood)
+    test = next(iter(digits.batches("test", 180))).x
+    vae.calibrate([test])
+    before = vae.eval().elbo(test).total.mean()
+    train(vae, digits, epochs=15)
+    after = vae.eval().elbo(test).total.mean()
+    assert after > before + 10
+    # The stored σ is the root of the mean squared error over the training split, with one posterior draw each.
+    x = digits.values("train")
+    errors = (x - vae.reconstruct(x)).square().mean().sqrt()
+    assert likelihood.scale.density_log_scale.exp().item() == pytest.approx(errors.item(), rel=0.02)
+
+
+def test_a_run_folder_is_complete(digits_run, digits_config):
+    expected = {
+        "config.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt", "model/model.json",
+        "model/model.safetensors", "evaluation.json", "samples.png", "reconstructions.png", "environment.json",
+    }  # fmt: skip
+    found = {str(path.relative_to(digits_run)) for path in digits_run.rglob("*") if path.is_file()}
+    assert expected <= found
+    assert any(name.startswith("tensorboard/events") for name in found)
+    assert read(digits_run / "config.yaml", RunConfig) == digits_config
+
+
+def test_metrics_have_each_step_once_and_all_quantities(digits_run):
+    table = rows(digits_run)
+    trained = [int(row["step"]) for row in table if row["train/loss_nats"]]
+    validated = [int(row["step"]) for row in table if row["validation/elbo_nats"]]
+    steps = 3 * -(-1455 // 128)  # 1455 of 1797 digits are trained on: 180 test, a tenth of the rest validation
+    assert trained == list(range(0, steps, 5))
+    assert len(validated) == 3
+    for name in ("train/rate_nats", "train/distortion_nats", "train/sigma"):
+        assert all(row[name] for row in table if row["train/loss_nats"])
+    for name in ("validation/rate_nats", "validation/distortion_nats", "validation/bits_per_dim"):
+        assert all(row[name] for row in table if row["validation/elbo_nats"])
+
+
+def test_the_same_seed_gives_the_same_model_and_another_another(digits):
+    models = []
+    for seed in (3, 3, 4):
+        vae = small_vae(digits, seed=3)
+        train(vae, digits, seed=seed)
+        models.append(weights(vae))
+    assert same(models[0], models[1])
+    assert not same(models[0], models[2])
+
+
+def test_the_exported_weights_are_those_of_the_best_validation(digits, tmp_path):
+    vae = small_vae(digits)
+    # A learning rate that soon destroys what was learnt: the best validation is not the last.
+    train(vae, digits, tmp_path, epochs=6, learning_rate=0.05)
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    for name, value in vae.state_dict().items():
+        if "log_scale" not in name:  # calibrated afterwards
+            assert torch.equal(value, best[f"vae.{name}"])
+
+
+def test_patience_stops_a_run_that_no_longer_improves(digits, tmp_path):
+    train(small_vae(digits), digits, tmp_path, epochs=40, learning_rate=0.0, patience=2)
+    assert sum(bool(row["validation/elbo_nats"]) for row in rows(tmp_path)) == 3
+
+
+def test_averaged_weights_are_an_average(digits):
+    plain, averaged = small_vae(digits), small_vae(digits)
+    train(plain, digits, epochs=1)
+    train(averaged, digits, epochs=1, ema_decay=0.9)
+    start = small_vae(digits).state_dict()
+    name = "network.decoder.0.weight"
+    moved = (plain.state_dict()[name] - start[name]).norm()
+    lagging = (averaged.state_dict()[name] - start[name]).norm()
+    assert 0 < lagging < moved
+
+
+def test_warmup_raises_and_cosine_lowers_the_rate(digits, tmp_path):
+    def distance(**options):
+        vae = small_vae(digits)
+        before = vae.network.decoder[0].weight.detach().clone()
+        train(vae, digits, epochs=1, **options)
+        return float((vae.network.decoder[0].weight - before).norm().detach())
+
+    constant = distance()
+    assert distance(warmup_steps=1000) < 0.1 * constant
+    assert distance(schedule="cosine") < 0.9 * constant
+
+
+def test_a_learned_scale_starts_from_the_data_and_moves_faster(digits):
+    def scale_after(**options):
+        vae = small_vae(digits, likelihood="gaussian/shared")
+        train(vae, digits, max_steps=1, **options)
+        assert isinstance(vae.likelihood.scale, Shared)
+        return vae.likelihood.scale.log_scale.item()
+
+    spread = digits.values("train").std().log().item()
+    assert scale_after(scale_start="data") == pytest.approx(spread, abs=0.1)
+    # The first step of Adam is the learning rate itself.
+    assert scale_after(scale_start="one", scale_learning_rate_factor=1.0) == pytest.approx(-0.001, rel=1e-3)
+    assert scale_after(scale_start="one", scale_learning_rate_factor=10.0) == pytest.approx(-0.01, rel=1e-3)
+
+
+def test_max_steps_and_minutes_end_a_run(digits, tmp_path):
+    train(small_vae(digits), digits, tmp_path / "steps", epochs=50, max_steps=7, log_every=1)
+    assert [int(row["step"]) for row in rows(tmp_path / "steps") if row["train/loss_nats"]] == list(range(7))
+    begin = time.monotonic()
+    train(small_vae(digits), digits, epochs=100_000, max_minutes=0.02)
+    assert time.monotonic() - begin < 30
+
+
+def test_a_loss_that_explodes_stops_the_run_with_a_diagnosis(digits):
+    says = r"step \d+: broken term: log-likelihood and KL; σ: .*; batch in \[0, 1\]; weights"
+    with pytest.raises(NonFiniteLossError, match=says):
+        train(small_vae(digits), digits, learning_rate=1e30)
+
+
+def test_a_loss_that_explodes_keeps_the_last_good_checkpoint(digits, tmp_path, monkeypatch):
+    vae = small_vae(digits)
+    train(vae, digits, tmp_path, epochs=1)
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    before = checkpoint.read_bytes()
+    whole = VAE.elbo
+    calls = iter(range(100))
+
+    def broken_elbo(self, x):
+        elbo = whole(self, x)
+        return elbo if next(calls) < 5 else elbo._replace(kl=elbo.kl * float("nan"))
+
+    monkeypatch.setattr(VAE, "elbo", broken_elbo)
+    with pytest.raises(NonFiniteLossError, match="step 17: broken term: KL"):
+        train(vae, digits, tmp_path, epochs=3, resume=True)
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:1", "cuda:x"])
+def test_an_impossible_device_is_refused(device, digits):
+    with pytest.raises(ValueError, match="device"):
+        fit(small_vae(digits), digits, device=device)
+
+
+def test_an_existing_run_is_never_overwritten(digits_run, digits_config):
+    before = {path: path.read_bytes() for path in digits_run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="never overwritten"):
+        runs.train(digits_config, digits_run)
+    assert before == {path: path.read_bytes() for path in digits_run.rglob("*") if path.is_file()}
+
+
+def test_nothing_to_resume_is_said(tmp_path, digits):
+    with pytest.raises(ValueError, match="holds no run"):
+        runs.resume(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nothing to resume"):
+        fit(small_vae(digits), digits, out=tmp_path, resume=True)
+
+
+def test_resume_trains_further(digits_config, tmp_path):
+    short, long = tmp_path / "short", tmp_path / "long"
+    runs.train(digits_config, short, progress=False)
+    runs.resume(short, epochs=5, progress=False)
+    longer = replace(digits_config, training=replace(digits_config.training, epochs=5))
+    runs.train(longer, long, progress=False)
+    assert same(load_file(short / "model" / "model.safetensors"), load_file(long / "model" / "model.safetensors"))
+    assert read(short / "config.yaml", RunConfig).training.epochs == 5
+
+
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.99, "schedule": "cosine", "warmup_steps": 20}])
+def test_ctrl_c_leaves_a_run_that_resumes_to_the_very_same_model(options, digits_config, tmp_path):
+    training = replace(digits_config.training, epochs=15, log_every=1, **options)
+    config = replace(digits_config, training=training)
+    interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
+    runs.train(config, whole, progress=False)
+    interrupt_training(config, interrupted)
+    stopped = torch.load(interrupted / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < stopped < 15 * 12
+    runs.resume(interrupted, progress=False)
+    assert same(load_file(interrupted / "model" / "model.safetensors"), load_file(whole / "model" / "model.safetensors"))
+    logged = [[row["step"] for row in rows(out) if row["train/loss_nats"]] for out in (interrupted, whole)]
+    assert logged[0] == logged[1]
+
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from sigma_vae import runs
+from sigma_vae.config import RunConfig, read
+torch.set_num_threads(int(sys.argv[3]))
+runs.train(read(Path(sys.argv[1]), RunConfig), Path(sys.argv[2]), progress=False)
+"""
+
+
+def interrupt_training(config: RunConfig, out: Path) -> None:
+    """Train in a process of its own; Ctrl-C when some epochs are over."""
+    from sigma_vae.config import write
+
+    path = out.parent / "to-interrupt.yaml"
+    write(path, config)
+    arguments = [sys.executable, "-c", SCRIPT, str(path), str(out), str(torch.get_num_threads())]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "metrics.csv").exists() and len(rows(out)) > 30:
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.01)
+    _, errors = process.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in errors, errors.decode()

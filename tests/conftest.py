@@ -8,7 +8,7 @@ from sigma_vae import runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 
 MODEL = ModelConfig(network="mlp", likelihood="gaussian/optimal", latent_dim=4, width=32)
-TRAINING = TrainingConfig(epochs=3, log_every=5)
+TRAINING = TrainingConfig(epochs=6, batch_size=32, learning_rate=5e-3, log_every=5)
 
 
 @pytest.fixture(scope="session")

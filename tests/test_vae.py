@@ -412,6 +412,19 @@ def test_calibrate_leaves_the_mode_as_it_was(training: bool) -> None:
     assert [module.training for module in vae.modules()] == before
 
 
+def test_calibrate_sees_the_network_in_eval_mode() -> None:
+    def calibrated(training: bool) -> Tensor:
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 6), nn.Dropout(0.5))
+        decoder = nn.Sequential(nn.Linear(3, 64), nn.Unflatten(1, (1, 8, 8)))
+        vae = VAE(FlatNetwork(encoder, decoder, 3), Gaussian(1)).train(training)
+        vae.calibrate(images(20).split(7))
+        assert encoder[1].num_batches_tracked == 0
+        return vae.likelihood.scale.density_log_scale
+
+    assert torch.equal(calibrated(training=True), calibrated(training=False))
+
+
 def test_calibrate_makes_the_stored_scale_that_of_the_decoded_data() -> None:
     vae, x = image_vae().double(), images(30).double()
     vae.calibrate(x.split(7))

@@ -1,0 +1,237 @@
+"""The command line: each command on a real run, each mistake with its sentence and exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from sigma_vae.cli import COMMANDS, PROGRAM, main
+from sigma_vae.likelihoods.explain import explain
+
+
+def test_train_does_the_whole_job_and_prints_json(tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["train", "digits", "--network", "mlp", "--width", "16", "--epochs", "1", "--seed", "3", "--json"]
+    assert main([*words, "--out", str(out)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "evaluation.json").read_text())
+    assert {"elbo_nats", "bits_per_dim", "rate_nats", "active_units", "entropy_identity"} <= printed.keys()
+    again = tmp_path / "again"
+    assert main([*words, "--out", str(again)]) == 0
+    assert json.loads(capsys.readouterr().out) == printed
+
+
+def test_train_names_its_folder_and_never_overwrites(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "digits", "--network", "mlp", "--width", "8", "--max-steps", "2", "--likelihood", "gaussian/fixed:0.2"]
+    assert main(words) == 0
+    assert Path("runs/digits-mlp-gaussian-fixed0.2-0/evaluation.json").exists()
+    assert "elbo_post_hoc_nats" in capsys.readouterr().out
+    assert main(words) == 1
+    assert "never overwritten" in capsys.readouterr().err
+
+
+def test_a_users_own_arrays_train(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "colour.npy", rng.integers(0, 256, (64, 8, 8, 3), dtype=np.uint8))
+    np.savez(tmp_path / "table.npz", train=rng.random((64, 5)), test=rng.random((16, 5)))
+    for name, network in (("colour.npy", "conv"), ("table.npz", "mlp")):
+        out = tmp_path / f"run-{network}"
+        words = ["train", str(tmp_path / name), "--network", network, "--width", "4", "--epochs", "1", "--out", str(out)]
+        assert main(words) == 0
+        report = json.loads((out / "evaluation.json").read_text())
+        assert ("bits_per_dim" in report) == (network == "conv")
+        assert (out / "samples.png").exists() == (network == "conv")
+        assert main(["sample", str(out), "--n", "5"]) == 0
+    with np.load(tmp_path / "run-mlp" / "samples-0.npz") as samples:
+        assert samples["samples"].shape == (5, 5)
+
+
+def test_evaluate_prints_what_is_stored(digits_run, capsys):
+    assert main(["evaluate", str(digits_run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((digits_run / "evaluation.json").read_text())
+    assert main(["evaluate", str(digits_run)]) == 0
+    assert "bits_per_dim" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("show", ["mean", "draw"])
+def test_samples_repeat_with_their_seed(show, digits_run, tmp_path):
+    arrays = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        path = tmp_path / f"{name}.npz"
+        assert main(["sample", str(digits_run), "--n", "9", "--show", show, "--seed", str(seed), "--out", str(path)]) == 0
+        with np.load(path) as file:
+            arrays.append(file["samples"])
+    assert arrays[0].shape == (9, 1, 8, 8)
+    np.testing.assert_array_equal(arrays[0], arrays[1])
+    assert not np.array_equal(arrays[0], arrays[2])
+
+
+def test_samples_are_drawn(digits_run, tmp_path):
+    assert main(["sample", str(digits_run), "--n", "9", "--out", str(tmp_path / "a.png")]) == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.asarray(picture).std() > 10
+
+
+def test_temperature_zero_gives_one_image(digits_run, tmp_path):
+    assert main(["sample", str(digits_run), "--n", "3", "--temperature", "0", "--out", str(tmp_path / "a.npz")]) == 0
+    with np.load(tmp_path / "a.npz") as file:
+        assert np.ptp(file["samples"], axis=0).max() < 1e-6
+
+
+def test_reconstructions_resemble_their_originals(digits_run, tmp_path):
+    path = tmp_path / "a.npz"
+    assert main(["reconstruct", str(digits_run), "--split", "train", "--n", "50", "--out", str(path)]) == 0
+    with np.load(path) as file:
+        originals, again = file["originals"], file["reconstructions"]
+    own = np.square(originals - again).mean()
+    others = np.square(originals - np.roll(again, 1, axis=0)).mean()
+    assert own < 0.9 * others
+
+
+def test_encode_writes_a_posterior_for_each_example(digits_run, tmp_path):
+    assert main(["encode", str(digits_run), "--split", "validation", "--out", str(tmp_path / "codes.npz")]) == 0
+    with np.load(tmp_path / "codes.npz") as file:
+        assert file["mean"].shape == file["std"].shape == (162, 4)
+        assert (file["std"] > 0).all()
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_scores_average_to_the_evaluation(ending, digits_run, tmp_path):
+    path = tmp_path / f"scores.{ending}"
+    assert main(["score", str(digits_run), "--out", str(path)]) == 0
+    table = pd.read_csv(path) if ending == "csv" else pd.read_parquet(path)
+    report = json.loads((digits_run / "evaluation.json").read_text())
+    assert len(table) == report["examples"]
+    for name in ("elbo_nats", "rate_nats", "bits_per_dim"):
+        assert table[name].mean() == pytest.approx(report[name]["mean"], rel=1e-6, abs=1e-6)
+    np.testing.assert_allclose(table["elbo_nats"], table["log_likelihood_nats"] - table["rate_nats"], rtol=1e-9)
+
+
+MISTAKES = {
+    "data": (["train", "digts"], "did you mean digits"),
+    "likelihood": (["train", "digits", "--likelihood", "gausian/optimal"], "did you mean 'gaussian/optimal'"),
+    "network": (["train", "digits", "--network", "cnv"], "did you mean 'conv'"),
+    "device": (["train", "digits", "--device", "cuda:77"], "not on this machine"),
+    "no run": (["evaluate", "nowhere"], "holds no run"),
+    "resume nothing": (["resume", "nowhere"], "holds no run"),
+    "ending": (["sample", "RUN", "--out", "a.jpg"], "should end in .png or .npz"),
+    "folder": (["sample", "RUN", "--out", "no/such/folder/a.png"], "there is no folder"),
+    "scores": (["score", "RUN", "--out", "a.txt"], "should end in .csv or .parquet"),
+    "shape": (["explain", "--shape", "3x64"], "sizes with commas"),
+    "batch size": (["explain", "--shape", "3,8,8", "--kl-reduction", "sum"], "pass the batch size"),
+    "latents": (["explain", "--shape", "3,8,8", "--kl-reduction", "mean"], "pass the latent dimension"),
+    "beta": (["explain", "--shape", "3,8,8", "--beta", "0"], "beta > 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_a_sentence_and_exit_code_1(mistake, digits_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, says = MISTAKES[mistake]
+    assert main([str(digits_run) if word == "RUN" else word for word in words]) == 1
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith(f"{PROGRAM}: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_run_is_refused(digits_run, tmp_path, capsys):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(digits_run, broken)
+    (broken / "config.yaml").write_text("data: {source: digits, sauce: none}")
+    assert main(["evaluate", str(broken)]) == 1
+    assert "sauce" in capsys.readouterr().err
+    shutil.rmtree(broken)
+    shutil.copytree(digits_run, broken)
+    shutil.rmtree(broken / "model")
+    assert main(["sample", str(broken)]) == 1
+    assert "no finished model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["trian"], ["train"], ["train", "digits", "--epoch", "3"], ["train", "digits", "--epochs", "x"]]
+)
+def test_a_wrong_command_line_exits_with_2(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in COMMANDS[command].__annotations__:
+        if name not in ("return", "config", "run"):
+            assert f"--{name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("reduction", ["sum", "batch-mean", "mean"])
+@pytest.mark.parametrize("kl_reduction", ["sum", "batch-mean", "mean"])
+@pytest.mark.parametrize("half", [False, True])
+def test_explained_weights_reproduce_the_loss(reduction, kl_reduction, half):
+    """The loss as people write it is a multiple of ‖x − x̂‖² + β·KL with the β that `explain` names."""
+    generator = torch.Generator().manual_seed(0)
+    batch, shape, latents, beta = 6, (3, 4, 5), 7, 0.3
+    error = torch.rand(batch, *shape, generator=generator, dtype=torch.float64)
+    kl = torch.rand(batch, latents, generator=generator, dtype=torch.float64)
+    reduce = {"sum": torch.sum, "batch-mean": lambda t: t.flatten(1).sum(1).mean(), "mean": torch.mean}
+
+    def loss(kl):
+        return reduce[reduction](error) * (0.5 if half else 1) + beta * reduce[kl_reduction](kl)
+
+    result = explain(shape, beta, reduction, kl_reduction, half=half, batch_size=batch, latent_dim=latents)
+
+    def explained(kl):
+        return (error.flatten(1).sum(1) + result.effective_beta * kl.sum(1)).mean()
+
+    # Both are affine in the KL: a multiple of each other if the ratio does not change with it.
+    assert float(loss(kl) / explained(kl)) == pytest.approx(float(loss(3 * kl) / explained(3 * kl)), rel=1e-12)
+    assert result.implied_sigma == pytest.approx((result.effective_beta / 2) ** 0.5)
+
+
+def test_explain_prints_numbers_and_words(capsys):
+    assert main(["explain", "--shape", "3,64,64", "--reduction", "mean", "--beta", "0.00025"]) == 0
+    text = capsys.readouterr().out
+    assert "3.072" in text
+    assert "1.239" in text
+    assert main(["explain", "--shape", "3,64,64", "--beta", "0.00025", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["effective_beta"] == pytest.approx(3.072)
+
+
+def test_without_its_packages_the_command_says_what_to_install():
+    """With torch and numpy alone the library imports, quickly, and the command line names the extra."""
+    script = """
+import importlib.abc, sys, time
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        others = {"tyro", "pydantic", "yaml", "pytorch_lightning", "PIL", "pandas", "safetensors", "rich", "sklearn", "scipy"}
+        if name.split(".")[0] in others:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocked())
+import torch, numpy
+begin = time.perf_counter()
+import sigma_vae
+print(time.perf_counter() - begin)
+sigma_vae.Gaussian(channels=1)(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+from sigma_vae.__main__ import run
+sys.exit(run())
+"""
+    seconds = []
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+        assert result.returncode == 1
+        assert "pip install 'sigma-vae[full]'" in result.stderr
+        seconds.append(float(result.stdout))
+    assert min(seconds) < 0.3

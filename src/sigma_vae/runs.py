@@ -13,7 +13,7 @@ from sigma_vae.config import RunConfig, read, write
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import evaluate
 from sigma_vae.evaluation.pictures import drawable, pairs, save_grid
-from sigma_vae.training import check_device, fit
+from sigma_vae.training import fit, resolve_device
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["Run", "evaluate_run", "open_run", "resume", "train"]
@@ -40,7 +40,7 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, A
     Raises:
         ValueError: the folder already holds something, or the config is not possible.
     """
-    check_device(config.device)
+    resolve_device(config.device)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
             f"{out} already exists and is never overwritten; give another --out, or go on with it: sigma-vae resume {out}"
@@ -87,7 +87,7 @@ def open_run(out: Path, device: str = "auto") -> Run:
     data = build.data(config.data)
     if data.shape != saved.shape:
         raise ValueError(f"{out} was trained on examples of shape {saved.shape}, {config.data.source} now has {data.shape}")
-    return Run(config, saved.vae.to(_torch_device(device)), data)
+    return Run(config, saved.vae.to(resolve_device(device)), data)
 
 
 def evaluate_run(out: Path, *, device: str = "auto", seed: int = 0) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def evaluate_run(out: Path, *, device: str = "auto", seed: int = 0) -> dict[str,
 def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> dict[str, Any]:
     fit(vae, data, config.training, out=out, seed=config.seed, device=config.device, resume=resumed, progress=progress)
     build.save(out / "model", vae, config.model, data.shape, data.levels)
-    vae.to(_torch_device(config.device))
+    vae.to(resolve_device(config.device))
     report = _evaluation(vae, config, data)
     _write_json(out / "evaluation.json", report)
     if drawable(data.shape):
@@ -136,13 +136,6 @@ def _draw(out: Path, vae: VAE, data: Splits) -> None:
     batch = next(iter(data.batches("test", PICTURES // 2, device=device)))
     again = vae.reconstruct(batch.x, noise=keyed_noise(batch.positions))
     save_grid(out / "reconstructions.png", pairs(batch.x, again, columns=8), columns=8)
-
-
-def _torch_device(device: str) -> torch.device:
-    check_device(device)
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _environment(data: Splits) -> dict[str, Any]:

@@ -17,6 +17,9 @@ __all__ = ["LocationScale", "MeanMap"]
 MeanMap = Literal["identity", "unit"]
 """From features to the mean: themselves, or a sigmoid onto [0, 1]."""
 
+LEAST_LOG_FACTOR = -12.0
+"""Where predictions are perfect, no factor on their σ is small enough."""
+
 
 class LocationScale(Likelihood):
     """A likelihood whose residual x − mean follows one law at every scale.
@@ -77,6 +80,8 @@ class LocationScale(Likelihood):
         fit = None
         if x is not None:
             observed = self._observed(loc, x)
+            if self.observes == "level":
+                self._check_levels(observed.x)
             if self.training:
 
                 def fit(per: Per) -> Tensor:
@@ -97,7 +102,7 @@ class LocationScale(Likelihood):
             )
         loc, raw = self._split(h)
         observed = self._observed(loc, x)
-        check_levels(observed.x, self.levels)
+        self._check_levels(observed.x)
         log_scale = self.scale.refitted(raw, "level") if post_hoc else self.scale(raw, "level", None)
         return self._distribution(loc, log_scale, "level").log_prob(observed.x)
 
@@ -124,8 +129,13 @@ class LocationScale(Likelihood):
         if self.levels is not None:
             self.scale.store("level", self._solve(observed, per, "level", start=density))
 
+    def _check_levels(self, x: Tensor) -> None:
+        assert self.levels is not None
+        if not torch.compiler.is_compiling():  # it reads a value off the device
+            check_levels(x, self.levels)
+
     def _solve(self, data: Iterable[Observed], per: Per, observes: Observes, start: Tensor | None = None) -> Tensor:
-        floor = -float("inf") if self.scale.predicted else self.scale.log_floor
+        floor = LEAST_LOG_FACTOR if self.scale.predicted else self.scale.log_floor
         if observes == "density" or start is None:
             start = best_density_log_scale(data, per, self._event_dims, floor)
         if observes == "density":

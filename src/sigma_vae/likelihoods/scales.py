@@ -249,6 +249,9 @@ class Optimal(Scale):
         if old.shape == log_scale.shape:
             keep, add = math.log1p(-self.momentum), math.log(self.momentum)
             log_scale = 0.5 * torch.logaddexp(2 * old + keep, 2 * log_scale + add)
+            other = self.density_log_scale if observes == "level" else self.level_log_scale
+            if other.shape == old.shape:  # a calibration has set both: the one that is not trained follows by the same factor
+                other += log_scale - old
         self.store(observes, log_scale)
 
     def extra_repr(self) -> str:

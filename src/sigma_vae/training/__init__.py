@@ -1,6 +1,6 @@
 """Training with pytorch-lightning."""
 
-from sigma_vae.training.fit import check_device, fit
+from sigma_vae.training.fit import fit, resolve_device
 from sigma_vae.training.module import NonFiniteLossError
 
-__all__ = ["NonFiniteLossError", "check_device", "fit"]
+__all__ = ["NonFiniteLossError", "fit", "resolve_device"]

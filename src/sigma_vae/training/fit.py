@@ -23,9 +23,8 @@ from sigma_vae.training.callbacks import AtomicCheckpoints, CalibrateBeforeValid
 from sigma_vae.training.module import TrainingModule
 from sigma_vae.vae import VAE
 
-__all__ = ["check_device", "fit"]
+__all__ = ["fit", "resolve_device"]
 
-BEST, LAST = "best", "last"
 MONITOR = "validation/elbo_nats"
 CALIBRATION_VALUES = 2**18
 """Numbers that the refit before a validation looks at: a fraction of a second's work, whatever the data."""
@@ -61,48 +60,63 @@ def fit(
         NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
         KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
     """
-    accelerator = check_device(device)
+    where = resolve_device(device)
     pl.seed_everything(seed, workers=True, verbose=False)
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        last = folder / "checkpoints" / f"{LAST}.ckpt"
+        last = folder / "checkpoints" / "last.ckpt"
         if resume and not last.exists():
             raise ValueError(f"{last} does not exist: there is nothing to resume; train anew into another folder")
         vae.train()
         if not resume:
             _start(vae, data, config)
         loggers = [] if out is None else _loggers(folder, last if resume else None)
-        trainer = _trainer(vae, data, config, folder, accelerator, loggers, progress)
-        where = torch.device(trainer.strategy.root_device)
-        module = TrainingModule(vae, config)
         training = data.batches("train", config.batch_size, shuffle=True, seed=seed, device=where)
         validation = data.batches("validation", _passing_batch(data), device=where)
-        trainer.callbacks.append(Resumable(last, training))
+        calibration = CalibrateBeforeValidation(vae, _part(data, where))
+        best = ModelCheckpoint(
+            last.parent, "best", MONITOR, mode="max", save_on_train_epoch_end=False, enable_version_counter=False
+        )
+        callbacks = [
+            *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []),
+            calibration,  # after the averaged weights have been put in place
+            *([EarlyStopping(MONITOR, mode="max", patience=config.patience)] if config.patience else []),
+            best,
+            ModelCheckpoint(last.parent, last.stem, enable_version_counter=False),
+            Resumable(last, training),
+        ]
+        trainer = _trainer(config, folder, where, loggers, callbacks, progress)
+        module = TrainingModule(vae, config)
         stack.enter_context(_quiet())
         try:
             trainer.fit(module, training, validation, ckpt_path=last if resume else None, weights_only=True)
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
             raise KeyboardInterrupt from stop
-        _take_best(vae, trainer, module, validation)
-        vae.calibrate(data.batches("train", _passing_batch(data), device=next(vae.parameters()).device))
+        last_is_best = best.best_model_score is None
+        if calibration.validated_at != trainer.global_step:  # the run ended between two validations
+            score = trainer.validate(module, validation, verbose=False)[0][MONITOR]
+            last_is_best = best.best_model_score is None or score > best.best_model_score.item()
+        if not last_is_best:
+            _load_weights(vae, Path(best.best_model_path))
+        vae.to(where).calibrate(data.batches("train", _passing_batch(data), device=where))
 
 
-def check_device(device: str) -> dict[str, Any]:
-    """The engine's words for a device.
+def resolve_device(device: str) -> torch.device:
+    """The device that a word means: ``auto`` is a GPU where there is one.
 
     Raises:
         ValueError: the device is unknown or not there.
     """
     kind, _, number = device.partition(":")
-    there = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    count = torch.cuda.device_count() if kind == "cuda" else 1
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    have = [name for name, is_there in there.items() if is_there]
+    if device == "auto":
+        return torch.device(have[-1])
     if kind not in there or (number and (kind != "cuda" or not number.isdigit())):
         raise ValueError(f"device is one of auto, cpu, cuda, cuda:N, mps; got {device!r}")
-    if not there[kind] or (number and int(number) >= count):
-        have = [name for name, is_there in there.items() if is_there]
+    if not there[kind] or (number and int(number) >= torch.cuda.device_count()):
         raise ValueError(f"device {device!r} is not on this machine; there are: {', '.join(have)}")
-    accelerator = {"cuda": "gpu"}.get(kind, kind)
-    return {"accelerator": accelerator, "devices": [int(number)] if number else 1}
+    return torch.device(device)
 
 
 def _start(vae: VAE, data: Splits, config: TrainingConfig) -> None:
@@ -120,25 +134,17 @@ def _part(data: Splits, device: torch.device | str = "cpu") -> Batches:
 
 
 def _trainer(
-    vae: VAE,
-    data: Splits,
     config: TrainingConfig,
     folder: Path,
-    accelerator: dict[str, Any],
+    device: torch.device,
     loggers: list[Logger],
+    callbacks: list[pl.Callback],
     progress: bool,
 ) -> pl.Trainer:
-    checkpoints = folder / "checkpoints"
-    callbacks: list[pl.Callback] = [
-        *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []),
-        CalibrateBeforeValidation(vae, _part(data)),
-        *([EarlyStopping(MONITOR, mode="max", patience=config.patience)] if config.patience else []),
-        ModelCheckpoint(checkpoints, BEST, MONITOR, mode="max", save_on_train_epoch_end=False, enable_version_counter=False),
-        ModelCheckpoint(checkpoints, LAST, enable_version_counter=False),
-    ]
     steps = config.validate_every
     return pl.Trainer(
-        **accelerator,
+        accelerator="gpu" if device.type == "cuda" else device.type,
+        devices=1 if device.index is None else [device.index],
         max_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         max_time=None if config.max_minutes is None else timedelta(minutes=config.max_minutes),
@@ -189,14 +195,6 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _take_best(vae: VAE, trainer: pl.Trainer, module: TrainingModule, validation: Batches) -> None:
-    """Put the best validated weights in place; the last ones are validated too, where the run ended between validations."""
-    kept = next(c for c in trainer.callbacks if isinstance(c, ModelCheckpoint) and c.monitor == MONITOR)
-    calibration = next(c for c in trainer.callbacks if isinstance(c, CalibrateBeforeValidation))
-    last_is_best = kept.best_model_score is None
-    if calibration.validated_at != trainer.global_step:
-        score = trainer.validate(module, validation, verbose=False)[0][MONITOR]
-        last_is_best = last_is_best or score > float(kept.best_model_score)
-    if not last_is_best:
-        state = torch.load(kept.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
-        vae.load_state_dict({name.removeprefix("vae."): value for name, value in state.items()})
+def _load_weights(vae: VAE, checkpoint: Path) -> None:
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    vae.load_state_dict({name.removeprefix("vae."): value for name, value in state.items()})

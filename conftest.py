@@ -15,6 +15,10 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 from sigma_vae.cli import main
 
+# The tests' models are tiny: more threads only wait for each other. Processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 
 def run_commands(example: Example) -> None:
     """Run the `sigma-vae` commands of a console block; other commands install things and are not for a test."""

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed, multiprocessing
 
-from sigma_vae import Fixed, Gaussian, Optimal, PerPixel, Shared
+from sigma_vae import Fixed, Gaussian, Optimal, PerImage, PerPixel, Shared
 from sigma_vae.likelihoods.base import LocationScale
 
 EVENT = (2, 2, 3)
@@ -368,3 +368,32 @@ def test_an_image_has_its_own_scale_on_any_process() -> None:
     whole = Gaussian(2, Optimal(per="image"))(h, x).log_scale
     parts = [Gaussian(2, Optimal(per="image"))(h[i : i + 1], x[i : i + 1]).log_scale for i in range(len(x))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=0)
+
+
+def test_the_scale_that_is_not_trained_follows_the_one_that_is():
+    """After a calibration has set both, training on the density moves the level's σ by the same factor."""
+    likelihood = Gaussian(channels=1)
+    x = torch.randint(0, 256, (64, 1, 8, 8)) / 255
+    likelihood.calibrate([(x + 0.3 * torch.randn(x.shape), x)])
+    gap = likelihood.scale.level_log_scale - likelihood.scale.density_log_scale
+    for _ in range(300):
+        likelihood(x + 0.05 * torch.randn(x.shape), x)
+    assert likelihood.scale.density_log_scale.exp().item() < 0.15
+    torch.testing.assert_close(likelihood.scale.level_log_scale - likelihood.scale.density_log_scale, gap)
+
+
+def test_level_training_refuses_data_off_their_levels():
+    likelihood = Gaussian(channels=1, observes="level")
+    x = torch.full((2, 1, 2, 2), 3.7)
+    with pytest.raises(ValueError, match=r"levels k/255 in \[0, 1\]"):
+        likelihood(torch.zeros_like(x), x)
+
+
+@pytest.mark.parametrize("scale", [PerImage, PerPixel])
+def test_a_perfect_prediction_has_a_finite_refit(scale):
+    likelihood = Gaussian(channels=1, scale=scale())
+    x = torch.randint(0, 256, (8, 1, 4, 4)) / 255
+    h = torch.cat([x, torch.zeros_like(x)], dim=1)
+    likelihood.calibrate([(h, x)])
+    assert torch.isfinite(likelihood.post_hoc(h).log_prob(x)).all()
+    assert torch.isfinite(likelihood.log_mass(h, x, post_hoc=True)).all()

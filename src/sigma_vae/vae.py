@@ -208,6 +208,8 @@ class _Decoded:
             held += sum(t.numel() * t.element_size() for t in pair)
             if held <= CACHE_BYTES:
                 cache.append(pair)
+            else:
+                cache.clear()
             yield pair
         if held <= CACHE_BYTES:
             self.cache = cache

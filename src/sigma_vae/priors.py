@@ -38,6 +38,6 @@ class StandardNormal(Prior):
         return (0.5 * (mean.square() + std.square() - 1) - std.log()).sum(-1)
 
     def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        """N draws; the temperature scales their standard deviation."""
+        """Draw n latents; the temperature scales their standard deviation."""
         z = torch.empty(n, self.latent_dim, device=self.device_marker.device, dtype=self.device_marker.dtype)
         return temperature * z.normal_(generator=generator)

@@ -104,12 +104,20 @@ class VAE(nn.Module):
         generator: torch.Generator | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """N samples ``(n, C, *space)``: draws of z, shown by the mean of p(x|z) or by a draw from it."""
+        """Draw n latents, and show each by the mean of p(x|z) or by a draw from it: ``(n, C, *space)``.
+
+        Args:
+            n: how many.
+            show: ``"mean"`` or ``"draw"``.
+            context: a video's conditioning frames.
+            generator: of the latents; a draw from p(x|z) uses torch's global one.
+            temperature: scales the spread of the latents.
+        """
         h = self.network.generate(n, context, generator, temperature)
         return _shown(self.likelihood, h, show)
 
     def reconstruct(self, x: Tensor, show: Show = "mean", *, noise: Noise | None = None) -> Tensor:
-        """X encoded, drawn and decoded again, of the shape of x."""
+        """Encode x, draw its latents, and decode them, to the shape of x."""
         return _shown(self.likelihood, self.network.infer(x, noise=noise).h, show)
 
     def encode(self, x: Tensor) -> Normal:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 from sigma_vae.cli import COMMANDS, PROGRAM, main
 from sigma_vae.likelihoods.explain import explain
@@ -35,6 +36,32 @@ def test_train_names_its_folder_and_never_overwrites(tmp_path, capsys, monkeypat
     assert "elbo_post_hoc_nats" in capsys.readouterr().out
     assert main(words) == 1
     assert "never overwritten" in capsys.readouterr().err
+
+
+def test_a_config_replays_its_run(digits_run, tmp_path):
+    assert main(["replay", str(digits_run / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    for name in ("config.yaml", "evaluation.json", "metrics.csv", "model/model.safetensors", "samples.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (digits_run / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian/optimal", "gaussian/shared", "gaussian/per-pixel"])
+def test_black_images_train_to_the_floor(likelihood, tmp_path):
+    np.save(tmp_path / "black.npy", np.zeros((256, 8, 8), dtype=np.uint8))
+    out = tmp_path / "run"
+    words = ["train", str(tmp_path / "black.npy"), "--network", "mlp", "--width", "32", "--epochs", "150"]
+    words += ["--batch-size", "64", "--validate-every", "300"]
+    assert main([*words, "--learning-rate", "0.01", "--likelihood", likelihood, "--json", "--out", str(out)]) == 0
+    table = pd.read_csv(out / "metrics.csv")
+    assert np.isfinite(table["train/loss_nats"].dropna()).all()
+    report = json.loads((out / "evaluation.json").read_text())
+    floor = np.exp(-6)
+    nats_per_dim, bits_per_dim = report["elbo_nats"]["mean"] / 64, report["bits_per_dim"]["mean"]
+    if likelihood != "gaussian/optimal":  # a σ that is learned comes near its floor slowly
+        assert nats_per_dim > 3
+        return
+    # At the floor, with nothing left to predict: the normal's density at its mean, and its mass below the first bin's edge.
+    assert nats_per_dim == pytest.approx(stats.norm.logpdf(0, scale=floor), abs=0.1)
+    assert bits_per_dim == pytest.approx(-np.log2(stats.norm.cdf(0.5 / 255, scale=floor)), abs=0.05)
 
 
 def test_a_users_own_arrays_train(tmp_path):

@@ -123,7 +123,7 @@ def test_averaged_weights_are_an_average(digits):
     assert 0 < lagging < moved
 
 
-def test_warmup_raises_and_cosine_lowers_the_rate(digits, tmp_path):
+def test_warmup_cosine_and_clipping_shorten_the_way(digits, tmp_path):
     def distance(**options):
         vae = small_vae(digits)
         before = vae.network.decoder[0].weight.detach().clone()
@@ -133,6 +133,7 @@ def test_warmup_raises_and_cosine_lowers_the_rate(digits, tmp_path):
     constant = distance()
     assert distance(warmup_steps=1000) < 0.1 * constant
     assert distance(schedule="cosine") < 0.9 * constant
+    assert distance(gradient_clip_norm=1e-10) < 0.1 * constant  # far below what Adam adds to its denominator
 
 
 def test_a_learned_scale_starts_from_the_data_and_moves_faster(digits):

@@ -12,7 +12,7 @@ import tyro
 
 from sigma_vae.cli.explain import explain
 from sigma_vae.cli.outputs import encode, reconstruct, sample, score
-from sigma_vae.cli.runs import evaluate, resume, train
+from sigma_vae.cli.runs import evaluate, replay, resume, train
 from sigma_vae.training import NonFiniteLossError
 
 __all__ = ["main"]
@@ -23,6 +23,7 @@ INTERRUPTED = 130
 COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "resume": resume,
+    "replay": replay,
     "evaluate": evaluate,
     "sample": sample,
     "reconstruct": reconstruct,

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import tyro
 
 from sigma_vae import runs
-from sigma_vae.config import RunConfig
+from sigma_vae.config import RunConfig, read
 
-__all__ = ["evaluate", "resume", "train"]
+__all__ = ["evaluate", "replay", "resume", "train"]
 
 
 def train(
@@ -26,6 +26,17 @@ def train(
     folder = Path(out) if out is not None else Path("runs") / name.replace("/", "-").replace(":", "")
     _print_evaluation(runs.train(config, folder, progress=not json), json)
     _say(f"run folder: {folder}", json)
+
+
+def replay(config: tyro.conf.Positional[str], *, out: str, json: bool = False) -> None:
+    """Train again, into a new folder, what a config.yaml describes.
+
+    Args:
+        config: The config.yaml of a run, or one written by hand.
+        out: Folder of the new run. Never overwritten.
+        json: Print the evaluation as JSON alone.
+    """
+    _print_evaluation(runs.train(read(Path(config), RunConfig), Path(out), progress=not json), json)
 
 
 def resume(run: tyro.conf.Positional[str], *, epochs: int | None = None, json: bool = False) -> None:

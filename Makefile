@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(STAMP)  ## three minutes: a calibrated and a unit-variance VAE on mnist-5k, then look at demo/
 	$(PYTHON) -m examples.demo
@@ -21,6 +21,10 @@ lint: $(STAMP)
 
 bench: $(STAMP)  ## the README's numbers: a quarter of an hour on Fashion-MNIST
 	$(PYTHON) -m benchmarks.calibration --out benchmarks/results/calibration.json
+
+docs: $(STAMP)  ## the documentation as a site, under site/
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(VENV)/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV)

@@ -26,13 +26,15 @@ ROWS = {
 }
 
 
-def main(out: Path = Path("demo"), data: str = "mnist-5k", width: int = 16, epochs: int = TRAINING.epochs) -> None:
+def main(
+    out: Path = Path("demo"), data: str = "mnist-5k", width: int = 16, latent_dim: int = 8, epochs: int = TRAINING.epochs
+) -> None:
     """Train both, print what each is worth, say where the pictures are."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     folder = next(path for path in (out / str(i) for i in itertools.count(1)) if not path.exists())
     reports: dict[str, dict[str, Any]] = {}
     for likelihood in LIKELIHOODS:
-        model = ModelConfig(likelihood=likelihood, width=width)
+        model = ModelConfig(likelihood=likelihood, width=width, latent_dim=latent_dim)
         config = RunConfig(DataConfig(data), model, replace(TRAINING, epochs=epochs))
         reports[likelihood] = runs.train(config, folder / likelihood.replace("/", "-").replace(":", ""))
     Console().print(table(reports))

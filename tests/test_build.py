@@ -155,6 +155,16 @@ def test_an_impossible_config_is_refused_by_name(content, says):
         parse(content, RunConfig, "config.yaml")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("epochs", 0), ("max_steps", -1), ("batch_size", 0), ("learning_rate", -1.0), ("learning_rate", float("nan")), ("ema_decay", 1.0),
+     ("gradient_clip_norm", 0.0), ("max_minutes", 0.0), ("warmup_steps", -5), ("log_every", 0)],
+)  # fmt: skip
+def test_an_impossible_training_option_is_refused(option, value):
+    with pytest.raises(ValueError, match=option):
+        TrainingConfig(**{option: value})
+
+
 @pytest.mark.parametrize("text", ["a: [", "\t", "!!python/object/apply:os.system ['exit 3']"])
 def test_a_file_that_is_no_plain_yaml_is_refused(text, tmp_path):
     (tmp_path / "config.yaml").write_text(text)

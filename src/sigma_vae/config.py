@@ -89,6 +89,23 @@ class TrainingConfig(_Strict):
     log_every: int = 50
     """Steps between rows of the metrics."""
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained with."""
+        at_least_one = ("epochs", "max_steps", "batch_size", "patience", "validate_every", "log_every")
+        above_zero = ("max_minutes", "scale_learning_rate_factor", "gradient_clip_norm")
+        at_least_zero = ("learning_rate", "weight_decay", "warmup_steps")
+        for names, least, says in (
+            (at_least_one, 1, "at least 1"),
+            (at_least_zero, 0, "at least 0"),
+            (above_zero, 1e-300, "above 0"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not value >= least:
+                    raise ValueError(f"{name} is {says}, got {value}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is the weight of the past, from 0 up to but not 1, got {self.ema_decay}")
+
 
 @dataclass(frozen=True)
 class RunConfig(_Strict):

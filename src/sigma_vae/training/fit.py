@@ -190,7 +190,7 @@ def _loggers(folder: Path, resumed_from: Path | None) -> list[Logger]:
 def _quiet() -> Iterator[None]:
     """Silence the engine's advice on choices that are ours; errors and other warnings pass."""
     with warnings.catch_warnings():
-        for message in (r".*does not have many workers", r".*[Cc]heckpoint directory .* exists"):
+        for message in (r".*does not have many workers", r".*[Cc]heckpoint directory .* exists", r".*LeafSpec"):
             warnings.filterwarnings("ignore", message)
         yield
 

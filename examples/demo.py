@@ -4,7 +4,6 @@
 """
 
 import itertools
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ def main(
     out: Path = Path("demo"), data: str = "mnist-5k", width: int = 16, latent_dim: int = 8, epochs: int = TRAINING.epochs
 ) -> None:
     """Train both, print what each is worth, say where the pictures are."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     folder = next(path for path in (out / str(i) for i in itertools.count(1)) if not path.exists())
     reports: dict[str, dict[str, Any]] = {}
     for likelihood in LIKELIHOODS:

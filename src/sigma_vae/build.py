@@ -80,14 +80,12 @@ def network(name: str, shape: Sequence[int], out_channels: int, latent_dim: int,
 
 def vae(config: ModelConfig, shape: Sequence[int], levels: int | None) -> VAE:
     """The model that a config names, for data of this shape ``(C, *space)`` and so many levels."""
-    chosen = config.mean
-    mean: MeanMap = "unit" if chosen == "auto" else chosen
     decoder = likelihood(
         config.likelihood,
         shape[0],
         spatial_dims=len(shape) - 1,
         levels=levels,
-        mean=mean,
+        mean=config.mean,
         observes=config.observes,
     )
     return VAE(network(config.network, shape, decoder.in_channels, config.latent_dim, config.width), decoder)

@@ -50,8 +50,8 @@ class ModelConfig(_Strict):
     """Channels of the first layer (conv: 32) or units of a hidden layer (mlp: 400)."""
     observes: Literal["density", "level"] = "density"
     """Train on the density of the values, or on the probability of their levels."""
-    mean: Literal["auto", "unit", "identity"] = "auto"
-    """From features to the mean: a sigmoid onto [0, 1], or themselves; auto: unit where the data lie in [0, 1]."""
+    mean: Literal["unit", "identity"] = "unit"
+    """From features to the mean: a sigmoid onto [0, 1], where data lie, or themselves."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,12 @@ class RunConfig(_Strict):
     seed: int = 0
     """Of weights, order of the data and noise."""
     device: str = "auto"
-    """auto, cpu, cuda, mps, or one of several: cuda:1."""
+    """auto (a GPU where there is one), cpu, cuda, or one of several: cuda:1."""
+
+    def __post_init__(self) -> None:
+        """Refuse a seed that no generator takes."""
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is a number from 0 to 2³² − 1, got {self.seed}")
 
 
 Config = TypeVar("Config")

@@ -16,7 +16,7 @@ from sigma_vae.evaluation.pictures import drawable, pairs, save_grid
 from sigma_vae.training import fit, resolve_device
 from sigma_vae.vae import VAE, keyed_noise
 
-__all__ = ["Run", "evaluate_run", "open_run", "resume", "train"]
+__all__ = ["Run", "evaluate_run", "open_model", "open_run", "resume", "train"]
 
 EVALUATION_BATCH = 256
 ENTROPY_EXAMPLES = 10_000
@@ -45,11 +45,13 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, A
         raise ValueError(
             f"{out} already exists and is never overwritten; give another --out, or go on with it: sigma-vae resume {out}"
         )
+    if Path(config.data.source).exists():  # a file: let the run find it from any folder
+        config = replace(config, data=replace(config.data, source=str(Path(config.data.source).resolve())))
     data = build.data(config.data)
     vae = _new_vae(config, data)
     out.mkdir(parents=True, exist_ok=True)
     write(out / "config.yaml", config)
-    _write_json(out / "environment.json", _environment(data))
+    _write_json(out / "environment.json", _environment(config, data))
     return _finish(config, out, vae, data, resumed=False, progress=progress)
 
 
@@ -62,12 +64,7 @@ def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> di
     config = _config(out)
     if epochs is not None:
         config = replace(config, training=replace(config.training, epochs=epochs))
-    data = build.data(config.data)
-    known = _read_json(out / "environment.json").get("data", {}).get("fingerprint")
-    if known != data.record.get("fingerprint"):
-        raise ValueError(
-            f"the data of {out} have changed since it was trained; restore them, or train anew into another folder"
-        )
+    data = _same_data(out, config)
     vae = _new_vae(config, data)
     result = _finish(config, out, vae, data, resumed=True, progress=progress)
     write(out / "config.yaml", config)
@@ -81,13 +78,20 @@ def open_run(out: Path, device: str = "auto") -> Run:
         ValueError: the folder is missing, holds no run, an unfinished or a broken one.
     """
     config = _config(out)
+    return Run(config, open_model(out, device).vae, _same_data(out, config))
+
+
+def open_model(out: Path, device: str = "auto") -> build.Saved:
+    """The model of a finished run alone, on the device; its data may be gone.
+
+    Raises:
+        ValueError: the folder is missing, holds no run, an unfinished or a broken one.
+    """
+    _config(out)
     if not (out / "model" / "model.json").exists():
         raise ValueError(f"{out} has no finished model yet; finish it: sigma-vae resume {out}")
     saved = build.load(out / "model")
-    data = build.data(config.data)
-    if data.shape != saved.shape:
-        raise ValueError(f"{out} was trained on examples of shape {saved.shape}, {config.data.source} now has {data.shape}")
-    return Run(config, saved.vae.to(resolve_device(device)), data)
+    return saved._replace(vae=saved.vae.to(resolve_device(device)))
 
 
 def evaluate_run(out: Path, *, device: str = "auto", seed: int = 0) -> dict[str, Any]:
@@ -138,16 +142,28 @@ def _draw(out: Path, vae: VAE, data: Splits) -> None:
     save_grid(out / "reconstructions.png", pairs(batch.x, again, columns=8), columns=8)
 
 
-def _environment(data: Splits) -> dict[str, Any]:
+def _environment(config: RunConfig, data: Splits) -> dict[str, Any]:
     return {
         "sigma_vae": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
+        "seed": config.seed,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "data": data.record,
     }
+
+
+def _same_data(out: Path, config: RunConfig) -> Splits:
+    """The data that the run was trained on: changed data may move what it was trained on into the test split."""
+    data = build.data(config.data)
+    known = _read_json(out / "environment.json").get("data", {}).get("fingerprint")
+    if known != data.record["fingerprint"]:
+        raise ValueError(
+            f"the data of {out} have changed since it was trained; restore them, or train anew into another folder"
+        )
+    return data
 
 
 def _config(out: Path) -> RunConfig:
@@ -157,7 +173,7 @@ def _config(out: Path) -> RunConfig:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 The functions in ``COMMANDS`` are the subcommands: tyro builds the interface from their signatures and docstrings.
 """
 
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +34,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it went well, 1 for a problem that is explained, 130 for Ctrl-C (a wrong command line exits with 2)."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

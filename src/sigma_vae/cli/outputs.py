@@ -36,10 +36,11 @@ def sample(
         temperature: Spread of the latents; 1 is the model's own.
         seed: Of the draws.
         out: A .png picture or a .npz file (key "samples"); RUN/samples-SEED.png or .npz unless given.
-        device: auto, cpu, cuda, cuda:1, mps.
+        device: auto, cpu, cuda, cuda:1.
     """
-    opened = runs.open_run(Path(run), device)
-    path = _output(out, Path(run) / f"samples-{seed}", opened.data.shape)
+    opened = runs.open_model(Path(run), device)
+    path = _output(out, Path(run) / f"samples-{seed}", opened.shape)
+    _check_count(n)
     where = next(opened.vae.parameters()).device
     torch.manual_seed(seed)
     images = opened.vae.sample(n, show, generator=torch.Generator(where).manual_seed(seed), temperature=temperature)
@@ -66,10 +67,11 @@ def reconstruct(
         show: The mean of p(x|z), or a draw from it.
         seed: Of the posterior's noise.
         out: A .png picture or a .npz file (keys "originals", "reconstructions"); RUN/reconstructions-SPLIT unless given.
-        device: auto, cpu, cuda, cuda:1, mps.
+        device: auto, cpu, cuda, cuda:1.
     """
     opened = runs.open_run(Path(run), device)
     path = _output(out, Path(run) / f"reconstructions-{split}", opened.data.shape)
+    _check_count(n)
     where = next(opened.vae.parameters()).device
     torch.manual_seed(seed)
     batch = next(iter(opened.data.batches(split, n, device=where)))
@@ -85,7 +87,7 @@ def encode(run: tyro.conf.Positional[str], *, split: Split = "test", out: str | 
         run: Folder of the run.
         split: Which examples.
         out: A .npz file (keys "mean" and "std", examples × latents, in the split's order); RUN/codes-SPLIT.npz unless given.
-        device: auto, cpu, cuda, cuda:1, mps.
+        device: auto, cpu, cuda, cuda:1.
     """
     opened = runs.open_run(Path(run), device)
     path = _checked(Path(out) if out is not None else Path(run) / f"codes-{split}.npz", (".npz",))
@@ -105,7 +107,7 @@ def score(
         split: Which examples.
         seed: Of the posterior's noise.
         out: A .csv or .parquet file; RUN/scores-SPLIT.csv unless given.
-        device: auto, cpu, cuda, cuda:1, mps.
+        device: auto, cpu, cuda, cuda:1.
     """
     import pandas as pd
 
@@ -128,6 +130,11 @@ def score(
     else:
         table.to_parquet(path)
     print(path)
+
+
+def _check_count(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"--n counts examples and is at least 1, got {n}")
 
 
 def _output(out: str | None, default: Path, shape: tuple[int, ...]) -> Path:

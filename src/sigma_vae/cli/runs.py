@@ -55,7 +55,7 @@ def evaluate(run: tyro.conf.Positional[str], *, device: str = "auto", seed: int 
 
     Args:
         run: Folder of the run.
-        device: auto, cpu, cuda, cuda:1, mps.
+        device: auto, cpu, cuda, cuda:1.
         seed: Of the posterior's noise, which belongs to each example: no number depends on the batch size.
         json: Print JSON alone.
     """
@@ -75,7 +75,8 @@ def _print_evaluation(report: dict[str, Any], as_json: bool) -> None:
     table.add_column("± s.e.", justify="right")
     for name, value in report.items():
         if isinstance(value, dict) and "mean" in value:
-            table.add_row(name, f"{value['mean']:.4f}", f"{value['standard_error']:.4f}")
+            error = value["standard_error"]
+            table.add_row(name, f"{value['mean']:.4f}", "" if error is None else f"{error:.4f}")
         elif name.startswith(("sigma", "factor")):
             table.add_row(name, f"{value:.5f}", "")
     if "active_units" in report:

@@ -33,16 +33,18 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any
     vae.eval()
     elbo = entropies = 0.0
     examples = 0
+    device = next(vae.parameters()).device
     for batch in batches:
-        inference = vae.network.infer(batch.x, noise=keyed_noise(batch.positions, seed))
+        x = batch.x.to(device)
+        inference = vae.network.infer(x, noise=keyed_noise(batch.positions, seed))
         distribution = vae.likelihood.post_hoc(inference.h)
         if not isinstance(distribution, Continuous):
             return None
-        log_likelihood = distribution.log_prob(batch.x).double()
+        log_likelihood = distribution.log_prob(x).double()
         elbo += float((log_likelihood - inference.kl.sum(-1)).sum())
-        posterior: Tensor = vae.encode(batch.x).entropy().sum(-1).double()  # type: ignore[no-untyped-call]
+        posterior: Tensor = vae.encode(x).entropy().sum(-1).double()  # type: ignore[no-untyped-call]
         entropies += float((posterior - distribution.entropy()).sum())
-        examples += len(batch.x)
+        examples += len(x)
     prior = 0.5 * vae.network.latent_dim * math.log(2 * math.pi * math.e)
     elbo, entropies = elbo / examples, entropies / examples - prior
     return {

@@ -21,10 +21,11 @@ ACTIVE_VARIANCE = 0.01
 @torch.no_grad()
 def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
     """Scores of every example, in the data's order and independent of the batch size, on the CPU in float64."""
-    parts = [vae.score(batch.x, keyed_noise(batch.positions, seed)) for batch in batches]
+    device = next(vae.parameters()).device
+    parts = [vae.score(batch.x.to(device), keyed_noise(batch.positions, seed)) for batch in batches]
 
     def gather(values: list[Tensor]) -> Tensor:
-        return torch.cat(values).double().cpu()
+        return torch.cat(values).cpu().double()
 
     def gather_known(values: list[Tensor | None]) -> Tensor | None:
         known = [value for value in values if value is not None]
@@ -79,8 +80,8 @@ def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int
     return report
 
 
-def _mean(values: Tensor) -> dict[str, float]:
-    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+def _mean(values: Tensor) -> dict[str, float | None]:
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
     return {"mean": float(values.mean()), "standard_error": error}
 
 
@@ -94,5 +95,6 @@ def _scales(vae: VAE) -> dict[str, float]:
 
 
 def _active_units(vae: VAE, batches: Batches) -> int:
-    means = torch.cat([vae.encode(batch.x).loc.double().cpu() for batch in batches])
-    return int((means.var(0) > ACTIVE_VARIANCE).sum())
+    device = next(vae.parameters()).device
+    means = torch.cat([vae.encode(batch.x.to(device)).loc.cpu().double() for batch in batches])
+    return int((means.var(0, correction=0) > ACTIVE_VARIANCE).sum())

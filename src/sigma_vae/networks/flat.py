@@ -43,7 +43,7 @@ class FlatNetwork(Network):
     def encode(self, x: Tensor) -> Normal:
         """q(z|x), parameters ``(batch, latent_dim)``, in float32 at least."""
         raw = self.encoder(x)
-        if raw.shape[-1] != 2 * self.latent_dim:
+        if raw.dim() != 2 or raw.shape[-1] != 2 * self.latent_dim:
             raise ValueError(
                 f"the encoder gives mean and log-variance of {self.latent_dim} latents, {2 * self.latent_dim} numbers an example;"
                 f" got {tuple(raw.shape)}"

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from sigma_vae.data import Batches
 from sigma_vae.vae import VAE
 
-__all__ = ["AtomicCheckpoints", "CalibrateBeforeValidation", "Resumable"]
+__all__ = ["AtomicCheckpoints", "BestCheckpoint", "CalibrateBeforeValidation", "Resumable"]
 
 
 class CalibrateBeforeValidation(pl.Callback):
@@ -36,22 +37,23 @@ class Resumable(pl.Callback):
     The first Ctrl-C ends the step at hand, writes a checkpoint and stops; a second one stops at once.
     """
 
-    def __init__(self, checkpoint: Path, training: Batches) -> None:
+    def __init__(self, checkpoint: Path, training: Batches, device: torch.device) -> None:
         self.checkpoint = checkpoint
         self.training = training
+        self.device = device
         self.asked = False
         self.previous: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         """Generators and data position; the engine keeps the latter in the middle of an epoch alone."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda, "training": self.training.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them back."""
         torch.set_rng_state(state_dict["torch_rng"].cpu())
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([state.cpu() for state in state_dict["cuda_rng"]])
+        if self.device.type == "cuda" and state_dict["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state_dict["cuda_rng"].cpu(), self.device)
         self.training.load_state_dict(state_dict["training"])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -77,6 +79,23 @@ class Resumable(pl.Callback):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """The weights of the best validation, wherever the run folder has been moved to since."""
+
+    def __init__(self, path: Path, monitor: str) -> None:
+        self.path = path
+        super().__init__(
+            path.parent, path.stem, monitor, mode="max", save_on_train_epoch_end=False, enable_version_counter=False
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score over, with the paths of today."""
+        here = str(self.path)
+        scores = dict.fromkeys([here], state_dict["best_model_score"]) if state_dict["best_k_models"] else {}
+        paths = {"dirpath": self.dirpath, "best_model_path": here, "kth_best_model_path": here, "best_k_models": scores}
+        super().load_state_dict(state_dict | paths)
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -1,6 +1,7 @@
 """``fit``: train a VAE on data, calibrated at the end."""
 
 import csv
+import logging
 import math
 import tempfile
 import warnings
@@ -19,7 +20,7 @@ from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Batches, Splits
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.training.callbacks import AtomicCheckpoints, CalibrateBeforeValidation, Resumable
+from sigma_vae.training.callbacks import AtomicCheckpoints, BestCheckpoint, CalibrateBeforeValidation, Resumable
 from sigma_vae.training.module import TrainingModule
 from sigma_vae.vae import VAE
 
@@ -45,13 +46,15 @@ def fit(
 ) -> None:
     """Train in place, take the weights with the best validation ELBO, and calibrate them on the training data.
 
+    The model is left on the device that it was trained on, in eval mode.
+
     Args:
         vae: the model.
         data: its splits; test is not touched.
         config: how to train.
         out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; nothing is kept unless given.
         seed: of the order of the data and the noise (that of the weights was decided when ``vae`` was made).
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         resume: go on exactly where ``out/checkpoints/last.ckpt`` stands.
         progress: show a bar.
 
@@ -63,6 +66,7 @@ def fit(
     where = resolve_device(device)
     pl.seed_everything(seed, workers=True, verbose=False)
     with ExitStack() as stack:
+        stack.enter_context(_quiet())
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         last = folder / "checkpoints" / "last.ckpt"
         if resume and not last.exists():
@@ -74,20 +78,17 @@ def fit(
         training = data.batches("train", config.batch_size, shuffle=True, seed=seed, device=where)
         validation = data.batches("validation", _passing_batch(data), device=where)
         calibration = CalibrateBeforeValidation(vae, _part(data, where))
-        best = ModelCheckpoint(
-            last.parent, "best", MONITOR, mode="max", save_on_train_epoch_end=False, enable_version_counter=False
-        )
+        best = BestCheckpoint(last.with_name("best.ckpt"), MONITOR)
         callbacks = [
             *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []),
             calibration,  # after the averaged weights have been put in place
             *([EarlyStopping(MONITOR, mode="max", patience=config.patience)] if config.patience else []),
             best,
             ModelCheckpoint(last.parent, last.stem, enable_version_counter=False),
-            Resumable(last, training),
+            Resumable(last, training, where),
         ]
         trainer = _trainer(config, folder, where, loggers, callbacks, progress)
         module = TrainingModule(vae, config)
-        stack.enter_context(_quiet())
         try:
             trainer.fit(module, training, validation, ckpt_path=last if resume else None, weights_only=True)
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
@@ -96,9 +97,10 @@ def fit(
         if calibration.validated_at != trainer.global_step:  # the run ended between two validations
             score = trainer.validate(module, validation, verbose=False)[0][MONITOR]
             last_is_best = best.best_model_score is None or score > best.best_model_score.item()
+            trainer.save_checkpoint(last)
         if not last_is_best:
-            _load_weights(vae, Path(best.best_model_path))
-        vae.to(where).calibrate(data.batches("train", _passing_batch(data), device=where))
+            _load_weights(vae, best.path)
+        vae.to(where).eval().calibrate(data.batches("train", _passing_batch(data), device=where))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -108,12 +110,12 @@ def resolve_device(device: str) -> torch.device:
         ValueError: the device is unknown or not there.
     """
     kind, _, number = device.partition(":")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
     have = [name for name, is_there in there.items() if is_there]
     if device == "auto":
         return torch.device(have[-1])
     if kind not in there or (number and (kind != "cuda" or not number.isdigit())):
-        raise ValueError(f"device is one of auto, cpu, cuda, cuda:N, mps; got {device!r}")
+        raise ValueError(f"device is one of auto, cpu, cuda, cuda:N; got {device!r}")
     if not there[kind] or (number and int(number) >= torch.cuda.device_count()):
         raise ValueError(f"device {device!r} is not on this machine; there are: {', '.join(have)}")
     return torch.device(device)
@@ -189,10 +191,16 @@ def _loggers(folder: Path, resumed_from: Path | None) -> list[Logger]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the engine's advice on choices that are ours; errors and other warnings pass."""
+    engine = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in engine]
     with warnings.catch_warnings():
+        for logger in engine:
+            logger.setLevel(logging.WARNING)
         for message in (r".*does not have many workers", r".*[Cc]heckpoint directory .* exists", r".*LeafSpec"):
             warnings.filterwarnings("ignore", message)
         yield
+    for logger, level in zip(engine, levels, strict=True):
+        logger.setLevel(level)
 
 
 def _load_weights(vae: VAE, checkpoint: Path) -> None:

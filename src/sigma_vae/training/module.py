@@ -5,7 +5,7 @@ import math
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
-from torch import Tensor, distributed
+from torch import Tensor
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods import Shared
@@ -14,6 +14,9 @@ from sigma_vae.types import Batch, Elbo
 from sigma_vae.vae import VAE, keyed_noise, per_example
 
 __all__ = ["NonFiniteLossError", "TrainingModule"]
+
+
+REMEDY = "Checkpoints written before are intact. Lower the learning rate, or clip gradients (gradient_clip_norm)"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -29,14 +32,14 @@ class TrainingModule(pl.LightningModule):
         self.config = config
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Mean negative ELBO of the batch, in nats: of the global batch, where there are several processes."""
+        """Mean negative ELBO of the batch, in nats."""
         elbo = self.vae.elbo(batch.x)
         loss = -elbo.total.mean()
         if not torch.isfinite(loss):
             raise NonFiniteLossError(self._diagnosis(batch, elbo))
         if self.global_step % self.config.log_every == 0:
             self._log_step(loss, elbo)
-        return loss * self._share(len(batch.x))
+        return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Bounds on held-out data, with noise that belongs to the example: no number depends on the batch size."""
@@ -54,6 +57,14 @@ class TrainingModule(pl.LightningModule):
         for name, values in metrics.items():
             shown = name in ("validation/elbo_nats", "validation/bits_per_dim")
             self.log(name, values.mean(), batch_size=len(batch.x), on_epoch=True, sync_dist=True, prog_bar=shown)
+
+    def on_validation_epoch_start(self) -> None:
+        """Stop before a checkpoint is written of weights that the last step ruined."""
+        broken = [name for name, p in self.vae.named_parameters() if not torch.isfinite(p).all()]
+        if broken:
+            raise NonFiniteLossError(
+                f"weights are not finite after step {self.global_step - 1}: {', '.join(broken[:3])}. {REMEDY}"
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, or AdamW where weights decay; a learned shared σ has its own rate and no decay."""
@@ -81,14 +92,6 @@ class TrainingModule(pl.LightningModule):
         total = max(int(self.trainer.estimated_stepping_batches), 1)
         return warm * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
 
-    def _share(self, examples: int) -> float:
-        """Processes average their gradients: weight each by its share of the examples, for shards may be uneven."""
-        if self.trainer.world_size == 1:
-            return 1.0
-        total = torch.tensor(float(examples), device=self.device)
-        distributed.all_reduce(total)
-        return self.trainer.world_size * examples / float(total)
-
     def _log_step(self, loss: Tensor, elbo: Elbo) -> None:
         metrics = {
             "train/loss_nats": loss.detach(),
@@ -111,7 +114,7 @@ class TrainingModule(pl.LightningModule):
             f" σ: {'none' if sigma is None else f'{float(sigma):.4g}'};"
             f" batch in [{float(batch.x.min()):.4g}, {float(batch.x.max()):.4g}];"
             f" weights that are not finite: {', '.join(weights[:3]) or 'none'}."
-            " Checkpoints written before are intact. Lower the learning rate, or clip gradients (gradient_clip_norm)"
+            f" {REMEDY}"
         )
 
 

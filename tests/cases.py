@@ -34,13 +34,17 @@ class Family:
     law: Any
     """scipy's law at scale 1: ``logpdf(x, loc, scale)`` and so on."""
     power: int
-    """log σ̂ = log(mean |r|^power) / power where the best scale has a closed form; 0 where it has none."""
+    """log σ̂ = log(mean |r|^power) / power where the best scale has a closed form; 0 for the Student-t law, which has none."""
 
     def best_log_scale(self, residual: np.ndarray) -> float:
         """Log of the scale under which these residuals have the highest density."""
         if self.power:
             return float(np.log(np.mean(np.abs(residual) ** self.power)) / self.power)
-        return minimum(lambda log_scale: -self.law.logpdf(residual, scale=np.exp(log_scale)).sum())
+        square = residual**2
+        # Student-t: the fixed point s² = mean((ν + 1) r² / (ν + r²/s²)), by bisection.
+        return float(
+            optimize.brentq(lambda log: np.mean((DF + 1) * square / (DF * np.exp(2 * log) + square)) - 1, -30, 30, xtol=1e-13)
+        )
 
 
 @dataclass(frozen=True)

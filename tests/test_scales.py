@@ -78,11 +78,11 @@ def test_the_optimum_is_stationary_and_beats_its_neighbours(case: Case, seed: in
 
 
 @pytest.mark.parametrize("case", OPTIMAL_DENSITIES, **NAMES)
-def test_density_is_solved_in_closed_form(case: Case) -> None:
+def test_density_is_solved_to_the_optimum(case: Case) -> None:
     h, x = random_data(1)
     solved = case.make(channels=2).double()(h, x).log_scale
     truth = best_density(case.family, (x - h).numpy(), per_of(case))
-    np.testing.assert_allclose(solved.numpy().ravel(), truth, rtol=1e-12)
+    np.testing.assert_allclose(solved.numpy().ravel(), truth, rtol=1e-12 if case.family.power else 1e-9)
     assert not solved.requires_grad
 
 
@@ -168,7 +168,9 @@ def test_calibrate_solves_density_and_levels_over_uneven_batches(case: Case) -> 
     density = np.array([case.family.best_log_scale(group) for group in groups(residual, case.scale.per)])
     level = best_levels(case.family, x.numpy(), loc, case.scale.per, base)
     assert likelihood.scale.density_log_scale.shape == case.stored_shape(EVENT)
-    np.testing.assert_allclose(likelihood.scale.density_log_scale.numpy().ravel(), density, atol=1e-12)
+    np.testing.assert_allclose(
+        likelihood.scale.density_log_scale.numpy().ravel(), density, atol=1e-12 if case.family.power else 1e-9
+    )
     np.testing.assert_allclose(likelihood.scale.level_log_scale.numpy().ravel(), level, atol=1e-4)
     assert abs(density - level).max() > 1e-3  # two different optima, so that a mix-up is seen
     truth = log_density(case.family.law, residual, 0.0, broadcast(density, case)) - base

@@ -1,8 +1,8 @@
 """The template of all location-scale likelihoods: a residual law, a scale, and the map from features to the mean."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, ParamSpec
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from sigma_vae.likelihoods.solve import Observed, best_density_log_scale, best_l
 from sigma_vae.types import Likelihood, Observes
 
 __all__ = ["LocationScale", "MeanMap"]
+
+Arguments = ParamSpec("Arguments")
 
 MeanMap = Literal["identity", "unit"]
 """From features to the mean: themselves, or a sigmoid onto [0, 1]."""
@@ -148,16 +150,13 @@ class LocationScale(Likelihood):
 
     def _solve(self, data: Iterable[Observed], per: Per, observes: Observes, start: Tensor | None = None) -> Tensor:
         floor = LEAST_LOG_FACTOR if self.scale.predicted else self.scale.log_floor
-        density, level = best_density_log_scale, best_level_log_scale
-        if torch.compiler.is_compiling():  # what iterates until it has converged cannot be compiled: the graph breaks here
-            density = density if self.closed_form else torch.compiler.disable(density)  # type: ignore[no-untyped-call]
-            level = torch.compiler.disable(level)  # type: ignore[no-untyped-call]
         if observes == "density" or start is None:
+            density = best_density_log_scale if self.closed_form else _uncompiled(best_density_log_scale)
             start = density(data, per, self._event_dims, floor)
         if observes == "density":
             return start
         assert self.levels is not None
-        return level(data, per, self._event_dims, floor, start, self.levels)
+        return _uncompiled(best_level_log_scale)(data, per, self._event_dims, floor, start, self.levels)
 
     def _distribution(self, law: Law, loc: Tensor, log_scale: Tensor, observes: Observes) -> Continuous | Discretized:
         if observes == "density":
@@ -184,6 +183,14 @@ class LocationScale(Likelihood):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(channels={self.channels}, scale={self.scale})"
+
+
+def _uncompiled(solve: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+    """What iterates until it has converged, and differentiates on the way, torch.compile must leave alone: the graph breaks here."""
+    if not torch.compiler.is_compiling():
+        return solve
+    disabled: Callable[Arguments, Tensor] = torch.compiler.disable(solve)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 class _Reiterable:

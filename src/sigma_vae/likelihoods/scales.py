@@ -266,7 +266,7 @@ class RunningMinimum(Scale):
     .. math:: \sigma^2 \leftarrow \min(\sigma^2,\; 0.99\,\sigma^2 + 0.01\,\text{MSE of the batch})
 
     σ is fed as a constant, and is the same in training and evaluation: a calibration leaves it alone and stores post-hoc values.
-    It lags :class:`Optimal` while the fit improves, and cannot follow where the fit gets worse.
+    It lags :class:`Optimal` while the fit improves, and never follows where it gets worse.
     """
 
     running_log_scale: Tensor
@@ -290,10 +290,8 @@ class RunningMinimum(Scale):
     @torch.no_grad()
     def _track(self, batch: Tensor) -> None:
         old = self.running_log_scale
-        if old.numel() == 0:
-            self.running_log_scale = batch.detach().to(old).clone()
-        else:
-            old.copy_(torch.minimum(old, _running_mean(old, batch)))
+        new = batch.to(old) if old.numel() == 0 else torch.minimum(old, _running_mean(old, batch))
+        self.running_log_scale = new.clone()
 
 
 def _running_mean(old: Tensor, new: Tensor) -> Tensor:

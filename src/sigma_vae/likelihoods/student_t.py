@@ -76,14 +76,13 @@ def student_t_interval_log_prob(center: Tensor, width: Tensor, df: Df) -> Tensor
     >>> student_t_interval_log_prob(torch.tensor([0.0, -1e4]), torch.tensor(2.0), 4.0).exp()
     tensor([6.2610e-01, 2.4000e-19])
     """
-    center, width = torch.broadcast_tensors(center.abs(), width)
+    center = center.abs() + torch.zeros_like(width)
     radius = _radius(center, df)
     rate = torch.maximum((df + 1) * (center / radius), torch.sqrt(1 + df + torch.zeros_like(center))) / radius
     narrow = width * rate < 0.5
     wide_center, wide_width = torch.where(narrow, 1, center), torch.where(narrow, 1, width)
     # The masses above the two edges, both at most half or so: that of the near edge, and their ratio.
-    above = student_t_log_cdf(0.5 * wide_width - wide_center, df)
-    beyond = student_t_log_cdf(-0.5 * wide_width - wide_center, df)
+    above, beyond = student_t_log_cdf(torch.stack([0.5 * wide_width, -0.5 * wide_width]) - wide_center, df)
     return torch.where(
         narrow,
         _narrow(torch.where(narrow, center, 0), torch.where(narrow, width, 0.25), df),

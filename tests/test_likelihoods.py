@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 from torch import Tensor
 
-from sigma_vae import Fixed, Gaussian, Optimal, PerImage, PerPixel, Shared
+from sigma_vae import Fixed, Gaussian, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.likelihoods.densities import log1mexp, log_ndtr, normal_interval_log_prob, soft_clip
 
@@ -473,6 +473,13 @@ MISUSE = {
     "no x in training": (lambda: Gaussian(1)(LEVELS), "no stored σ yet"),
     "never calibrated": (lambda: Gaussian(1, Shared()).post_hoc(LEVELS), "no stored σ yet"),
     "nothing to calibrate on": (lambda: Gaussian(1).calibrate([]), "no data to fit a scale on"),
+    "df below 1": (lambda: StudentT(1, df=0.5), "df is a number from 1"),
+    "df NaN": (lambda: StudentT(1, df=float("nan")), "df is a number from 1"),
+    "df misspelt": (lambda: StudentT(1, df="learnt"), '"learned" or "predicted", got \'learnt\''),
+    "levels with a learned df": (lambda: StudentT(1, df="learned", observes="level"), "pass a number"),
+    "levels with a predicted df": (lambda: StudentT(1, df="predicted", observes="level"), "pass a number"),
+    "channels of predicted df": (lambda: StudentT(1, Fixed(1), df="predicted")(LEVELS), "reads 2 decoder channels, got 1"),
+    "no running minimum yet": (lambda: Gaussian(1, RunningMinimum()).eval()(LEVELS), "has seen no batch"),
     "a used generator": (lambda: Gaussian(1).calibrate(pair for pair in [(LEVELS, LEVELS)]), "generator"),
 }
 

@@ -225,7 +225,7 @@ class Optimal(Scale):
     over training until ``calibrate`` solves it exactly. ``per="image"`` then uses the batch-wide one, as a σ chosen from
     the example that it scores gives no normalised density.
 
-    The floor is hard, and touched by degenerate data alone: a soft clip at −6, as in the paper's code, widens σ by 13 % at log σ = −4.
+    The floor is hard, for degenerate data alone: a soft clip at −6, as in the paper's code, widens σ by 13 % at log σ = −4.
     """
 
     def __init__(self, per: Per = "batch", floor: float = FLOOR) -> None:
@@ -265,8 +265,8 @@ class RunningMinimum(Scale):
 
     .. math:: \sigma^2 \leftarrow \min(\sigma^2,\; 0.99\,\sigma^2 + 0.01\,\text{MSE of the batch})
 
-    σ is fed as a constant, and is the same in training and evaluation: a calibration leaves it alone and stores post-hoc values.
-    It lags :class:`Optimal` while the fit improves, and never follows where it gets worse.
+    σ is fed as a constant, the same in training and evaluation: a calibration leaves it alone and stores post-hoc values. It lags
+    :class:`Optimal` while the fit improves, and never follows where it gets worse.
     """
 
     running_log_scale: Tensor
@@ -285,13 +285,13 @@ class RunningMinimum(Scale):
             self._track(fit("batch"))
         if self.running_log_scale.numel() == 0:
             raise ValueError(f"{self} has seen no batch yet; train for a step")
-        return self.running_log_scale.to(raw.dtype)
+        return self.running_log_scale.to(raw.dtype, copy=True)  # the next step changes the buffer
 
     @torch.no_grad()
     def _track(self, batch: Tensor) -> None:
         old = self.running_log_scale
         new = batch.to(old) if old.numel() == 0 else torch.minimum(old, _running_mean(old, batch))
-        self.running_log_scale = new.clone()
+        self.running_log_scale = old.copy_(new) if old.shape == new.shape else new.clone()
 
 
 def _running_mean(old: Tensor, new: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def test_log_cdf_is_mpmaths(df: float, as_tensor: bool) -> None:
 
 @pytest.mark.parametrize("df", DF)
 def test_log_cdf_has_slope_and_curvature_of_the_law(df: float) -> None:
-    z = torch.tensor([-200.0, -9.0, -3.1, -2.9, -1.0, 0.0, 0.5, 2.9, 3.1], dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([-40.0, -9.0, -3.1, -2.9, -1.0, 0.0, 0.5, 2.9, 3.1], dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(student_t_log_cdf(z, df).sum(), z, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), z)
     at = z.detach().numpy()
@@ -67,7 +67,7 @@ def test_interval_is_mpmaths(df: float) -> None:
 
 @settings(max_examples=100, deadline=None, database=None)
 @given(
-    center=st.floats(-1e30, 1e30, width=32),
+    center=st.floats(-1e30, 1e30),
     small=st.floats(-9, 9),
     log_width=st.floats(-20, 20),
     df=st.floats(1, 1000),

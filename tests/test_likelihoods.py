@@ -479,7 +479,7 @@ MISUSE = {
     "levels with a learned df": (lambda: StudentT(1, df="learned", observes="level"), "pass a number"),
     "levels with a predicted df": (lambda: StudentT(1, df="predicted", observes="level"), "pass a number"),
     "channels of predicted df": (lambda: StudentT(1, Fixed(1), df="predicted")(LEVELS), "reads 2 decoder channels, got 1"),
-    "no running minimum yet": (lambda: Gaussian(1, RunningMinimum()).eval()(LEVELS), "has seen no batch"),
+    "no running minimum yet": (lambda: Gaussian(1, RunningMinimum()).eval()(LEVELS), "no stored σ yet"),
     "a used generator": (lambda: Gaussian(1).calibrate(pair for pair in [(LEVELS, LEVELS)]), "generator"),
 }
 

@@ -276,15 +276,11 @@ class RunningMinimum(Scale):
         self.register_buffer("running_log_scale", torch.empty(0))
 
     def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
-        """The running minimum, after a step with this batch in training.
-
-        Raises:
-            ValueError: there has been no training step.
-        """
+        """The running minimum, after a step with this batch in training; before the first one, a calibrated value."""
         if fit is not None and self.training:
             self._track(fit("batch"))
         if self.running_log_scale.numel() == 0:
-            raise ValueError(f"{self} has seen no batch yet; train for a step")
+            return self.stored(observes)
         return self.running_log_scale.to(raw.dtype, copy=True)  # the next step changes the buffer
 
     @torch.no_grad()

@@ -6,6 +6,8 @@ but to build the likelihood under test: the references are scipy's and NumPy's, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from scipy import optimize, stats
 from torch import Tensor
 
-from sigma_vae import Fixed, Gaussian, Optimal, PerImage, PerPixel, Shared
+from sigma_vae import Fixed, Gaussian, Laplace, Optimal, PerImage, PerPixel, Shared, StudentT
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.likelihoods.scales import Scale
 
@@ -32,13 +34,17 @@ class Family:
     law: Any
     """scipy's law at scale 1: ``logpdf(x, loc, scale)`` and so on."""
     power: int
-    """log σ̂ = log(mean |r|^power) / power where the best scale has a closed form; 0 where it has none."""
+    """log σ̂ = log(mean |r|^power) / power where the best scale has a closed form; 0 for the Student-t law, which has none."""
 
     def best_log_scale(self, residual: np.ndarray) -> float:
         """Log of the scale under which these residuals have the highest density."""
         if self.power:
             return float(np.log(np.mean(np.abs(residual) ** self.power)) / self.power)
-        return minimum(lambda log_scale: -self.law.logpdf(residual, scale=np.exp(log_scale)).sum())
+        square = residual**2
+        # Student-t: the fixed point s² = mean((ν + 1) r² / (ν + r²/s²)), by bisection.
+        return float(
+            optimize.brentq(lambda log: np.mean((DF + 1) * square / (DF * np.exp(2 * log) + square)) - 1, -30, 30, xtol=1e-13)
+        )
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,26 @@ class ScaleRow:
     """"own": known without data; "predicted": from the features; "optimal": solved."""
 
 
-FAMILIES = (Family("gaussian", Gaussian, stats.norm, power=2),)
+DF = 4.0
+STUDENT_T = SimpleNamespace(
+    **{name: partial(getattr(stats.t, name), df=DF) for name in ("logpdf", "cdf", "logcdf", "entropy")},
+)
+
+
+def laplace_log_cdf(z: np.ndarray) -> np.ndarray:
+    """scipy's underflows below −745."""
+    return np.where(z < 0, z - np.log(2), np.log1p(-0.5 * np.exp(-np.maximum(z, 0))))
+
+
+LAPLACE = SimpleNamespace(
+    logpdf=stats.laplace.logpdf, cdf=stats.laplace.cdf, entropy=stats.laplace.entropy, logcdf=laplace_log_cdf
+)
+
+FAMILIES = (
+    Family("gaussian", Gaussian, stats.norm, power=2),
+    Family("laplace", Laplace, LAPLACE, power=1),
+    Family("student-t", StudentT, STUDENT_T, power=0),
+)
 
 SCALES = (
     ScaleRow("fixed", lambda: Fixed(SIGMA), lambda channels: 0),

@@ -10,7 +10,7 @@ import torch
 
 from sigma_vae import build
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, parse, read, write
-from sigma_vae.likelihoods import Fixed, Optimal, PerImage, PerPixel, Shared
+from sigma_vae.likelihoods import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT
 from sigma_vae.likelihoods.base import LocationScale
 
 SCALES = {
@@ -21,6 +21,7 @@ SCALES = {
     "shared": Shared,
     "per-image": PerImage,
     "per-pixel": PerPixel,
+    "running-minimum": RunningMinimum,
     "fixed:0.3": Fixed,
     "beta:0.18": Fixed,
 }
@@ -38,6 +39,22 @@ def test_a_scale_name_builds_its_scale(name, kind):
 
 
 @pytest.mark.parametrize(
+    ("name", "df", "in_channels"),
+    [
+        ("student-t", 4.0, 3),
+        ("student-t:2.5", 2.5, 3),
+        ("student-t:learned", "learned", 3),
+        ("student-t:predicted", "predicted", 6),
+    ],
+)
+def test_a_student_t_name_says_its_degrees_of_freedom(name, df, in_channels):
+    likelihood = build.likelihood(f"{name}/optimal", channels=3)
+    assert isinstance(likelihood, StudentT)
+    assert likelihood.df == df
+    assert likelihood.in_channels == in_channels
+
+
+@pytest.mark.parametrize(
     ("name", "says"),
     [
         ("gausian/optimal", "did you mean 'gaussian/optimal'"),
@@ -49,6 +66,11 @@ def test_a_scale_name_builds_its_scale(name, kind):
         ("gaussian/fixed:nan", "takes a number above 0"),
         ("gaussian/beta:zero", "β of"),
         ("gaussian/optimal:1", "did you mean"),
+        ("gaussian:3/optimal", "did you mean"),
+        ("student-t:learnt/optimal", "degrees of freedom, learned or predicted"),
+        ("student-t:/optimal", "as in student-t:3"),
+        ("student-t:0.5/optimal", "df is a number from 1"),
+        ("student/optimal", "did you mean 'student-t/optimal'"),
     ],
 )
 def test_an_impossible_likelihood_is_refused_with_a_remedy(name, says):

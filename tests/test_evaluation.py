@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from sigma_vae import runs
+from sigma_vae import VAE, StudentT, mlp, runs
 from sigma_vae.evaluation import evaluate, score
 from sigma_vae.evaluation.entropies import entropy_identity
 from sigma_vae.evaluation.pictures import drawable, pairs, save_grid
@@ -83,6 +83,13 @@ def test_the_entropy_sum_is_computed_from_entropies(opened):
     )
     assert result["entropies_nats"] == pytest.approx(expected, rel=1e-5)
     assert result["gap_nats_per_dim"] == pytest.approx((result["elbo_nats"] - expected) / 64, abs=1e-5)
+
+
+def test_the_entropy_sum_does_not_speak_of_student_t(opened):
+    likelihood = StudentT(1, levels=17, mean="unit")
+    vae = VAE(mlp((1, 8, 8), likelihood.in_channels, latent_dim=4, width=32), likelihood)
+    vae.calibrate([next(iter(opened.data.batches("test", 50))).x])
+    assert entropy_identity(vae, opened.data.batches("train", 500)) is None
 
 
 def test_an_unconverged_model_has_an_entropy_gap(opened):

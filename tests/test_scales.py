@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, FLOOR, NAMES, Case, Family, features_and_data, log_density, log_mass, minimum
+from cases import CASES, FAMILIES, FLOOR, NAMES, Case, Family, features_and_data, log_density, log_mass, minimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed, multiprocessing
 
-from sigma_vae import Fixed, Gaussian, Optimal, PerImage, PerPixel, Shared
+from sigma_vae import Fixed, Gaussian, Laplace, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT
 from sigma_vae.likelihoods.base import LocationScale
 
 EVENT = (2, 2, 3)
@@ -78,11 +78,11 @@ def test_the_optimum_is_stationary_and_beats_its_neighbours(case: Case, seed: in
 
 
 @pytest.mark.parametrize("case", OPTIMAL_DENSITIES, **NAMES)
-def test_density_is_solved_in_closed_form(case: Case) -> None:
+def test_density_is_solved_to_the_optimum(case: Case) -> None:
     h, x = random_data(1)
     solved = case.make(channels=2).double()(h, x).log_scale
     truth = best_density(case.family, (x - h).numpy(), per_of(case))
-    np.testing.assert_allclose(solved.numpy().ravel(), truth, rtol=1e-12)
+    np.testing.assert_allclose(solved.numpy().ravel(), truth, rtol=1e-12 if case.family.power else 1e-9)
     assert not solved.requires_grad
 
 
@@ -118,13 +118,14 @@ def test_a_mean_at_the_wrong_end_gives_finite_gradients() -> None:
         assert grad.isfinite().all()
 
 
+@pytest.mark.parametrize("family", [Gaussian, Laplace, StudentT])
 @FEW
 @given(seed=st.integers(0, 10**6), sigma=st.floats(0.01, 10))
-def test_finer_groups_and_fitted_scales_score_higher(seed: int, sigma: float) -> None:
+def test_finer_groups_and_fitted_scales_score_higher(family: type[LocationScale], seed: int, sigma: float) -> None:
     h, x = random_data(seed)
 
     def score(scale: Any) -> float:
-        return float(Gaussian(2, scale)(h, x).log_prob(x).sum())
+        return float(family(2, scale)(h, x).log_prob(x).sum())
 
     batch = score(Optimal())
     assert batch >= score(Fixed(sigma)) - 1e-9
@@ -168,7 +169,9 @@ def test_calibrate_solves_density_and_levels_over_uneven_batches(case: Case) -> 
     density = np.array([case.family.best_log_scale(group) for group in groups(residual, case.scale.per)])
     level = best_levels(case.family, x.numpy(), loc, case.scale.per, base)
     assert likelihood.scale.density_log_scale.shape == case.stored_shape(EVENT)
-    np.testing.assert_allclose(likelihood.scale.density_log_scale.numpy().ravel(), density, atol=1e-12)
+    np.testing.assert_allclose(
+        likelihood.scale.density_log_scale.numpy().ravel(), density, atol=1e-12 if case.family.power else 1e-9
+    )
     np.testing.assert_allclose(likelihood.scale.level_log_scale.numpy().ravel(), level, atol=1e-4)
     assert abs(density - level).max() > 1e-3  # two different optima, so that a mix-up is seen
     truth = log_density(case.family.law, residual, 0.0, broadcast(density, case)) - base
@@ -249,6 +252,37 @@ def test_running_mean_converges_to_the_optimum_and_eval_uses_it(per: str) -> Non
     np.testing.assert_allclose(np.broadcast_to(stored, (1, *EVENT))[0], truth, atol=0.06)
 
 
+def test_the_running_minimum_is_the_papers_recursion() -> None:
+    """mse = min(mse, 0.99 mse + 0.01 batch mse), as in Asperti & Trentin's code; the same σ in training and evaluation."""
+    likelihood = Gaussian(2, RunningMinimum()).double()
+    mse = None
+    for seed, spread in enumerate([0.1, 0.05, 0.3, 0.02, 0.08, 0.01]):
+        h, x = random_data(seed, spread)
+        batch = float((x - h).square().mean())
+        mse = batch if mse is None else min(mse, 0.99 * mse + 0.01 * batch)
+        sigma = likelihood.train()(h, x).scale
+        assert float(sigma) == pytest.approx(math.sqrt(mse), rel=1e-12)
+        assert not sigma.requires_grad
+        assert torch.equal(likelihood.eval()(h).scale, sigma)
+        assert torch.equal(likelihood(h, x).scale, sigma)  # and evaluation leaves it so
+
+
+def test_a_calibration_stores_post_hoc_values_beside_the_running_minimum() -> None:
+    h, x = features_and_data(CASES[0], (24,), EVENT, noise=0.15)
+    for family in (Gaussian, Laplace, StudentT):
+        likelihood, optimal = family(2, RunningMinimum()).double(), family(2, Optimal()).double()
+        likelihood(h[:3], x[:3])
+        own = likelihood.eval()(h).log_prob(x)
+        for each in (likelihood, optimal.eval()):
+            each.calibrate(uneven(h, x))
+        assert torch.equal(likelihood(h).log_prob(x), own)
+        torch.testing.assert_close(likelihood.post_hoc(h).log_prob(x), optimal(h).log_prob(x))
+        fresh = family(2, RunningMinimum()).double()
+        fresh.load_state_dict(likelihood.state_dict(), strict=True)
+        assert torch.equal(fresh.eval()(h).log_prob(x), own)
+        assert torch.equal(fresh.log_mass(h, x, post_hoc=True), likelihood.log_mass(h, x, post_hoc=True))
+
+
 # -- formulas --------------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +318,30 @@ def test_leak_of_a_scale_taken_from_the_evaluated_data(ratio: float) -> None:
     assert float(leaked - honest) == pytest.approx(x.numel() / 2 * (ratio - 1 - math.log(ratio)), rel=1e-9)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("observes", ["density", "level"])
+@pytest.mark.parametrize("family", [Gaussian, Laplace, StudentT])
+def test_beta_nll_weighs_each_element_by_its_detached_scale(family: type[LocationScale], observes: str, beta: float) -> None:
+    case = next(case for case in CASES if case.scale.name == "per-pixel")
+    h, x = features_and_data(case, (4,), EVENT)
+    law = next(row for row in FAMILIES if row.likelihood is family).law
+    h.requires_grad_()
+    distribution = family(2, PerPixel(), observes=observes).double()(h, x)
+    loc, log_scale = h.detach().numpy()[:, :2], distribution.log_scale.detach().numpy()
+    if observes == "density":
+        elements = log_density(law, x.numpy(), loc, log_scale)
+    else:
+        elements = log_mass(law, x.numpy(), loc, log_scale, 256)
+    ours = distribution.weighted_log_prob(x, beta)
+    truth = (np.exp(2 * beta * log_scale) * elements).sum((1, 2, 3))
+    np.testing.assert_allclose(ours.detach().numpy(), truth, rtol=1e-9)
+    if (
+        family is Gaussian and observes == "density" and beta == 1
+    ):  # Seitzer et al.: then the mean has the gradient of ½(x − μ)²
+        (grad,) = torch.autograd.grad(ours.sum(), h)
+        np.testing.assert_allclose(grad[:, :2].numpy(), x.numpy() - loc, rtol=1e-9)
+
+
 # -- several processes -----------------------------------------------------------------------------------------------------
 
 SHARDS = (3, 13)
@@ -317,6 +375,13 @@ def all_results(x: Tensor, weight: Tensor, share: float) -> dict[str, dict[str, 
         results[f"{per}/{observes}"] = solve(weight, x, share, likelihood)
         likelihood.calibrate(list(zip(decoded(weight, x).split(2), x.split(2), strict=True)))
         results[f"{per}/{observes}"] |= dict(likelihood.scale.named_buffers())
+    for name, likelihood in (
+        ("running-minimum", Gaussian(2, RunningMinimum())),
+        ("student-t", StudentT(2)),
+        ("learned", StudentT(2, df="learned")),
+    ):
+        solve(weight, x, share, likelihood.double())
+        results[name] = solve(0.9 * weight, x, share, likelihood) | dict(likelihood.scale.named_buffers())
     rmse = float((decoded(weight, x) - x).square().mean().sqrt())
     results["local"] = solve(weight, x, share, Gaussian(2, Fixed(rmse)))
     return results
@@ -348,7 +413,9 @@ def alone() -> dict[str, dict[str, Tensor]]:
     return all_results(x, weight, 1.0)
 
 
-@pytest.mark.parametrize("name", [f"{per}/{observes}" for per, observes in SHARED_OVER_RANKS])
+@pytest.mark.parametrize(
+    "name", [*(f"{per}/{observes}" for per, observes in SHARED_OVER_RANKS), "running-minimum", "student-t", "learned"]
+)
 def test_two_processes_are_one(name: str, ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     """Also on uneven shards, where each rank's loss is weighted by its share of the examples."""
     for rank in ranks:

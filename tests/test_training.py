@@ -253,3 +253,61 @@ def interrupt_training(config: RunConfig, out: Path) -> None:
         time.sleep(0.01)
     _, errors = process.communicate(timeout=60)
     assert b"KeyboardInterrupt" in errors, errors.decode()
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "options"),
+    [("gaussian/optimal", {"kl_weight": 10.0}), ("gaussian/per-pixel", {"beta_nll": 0.5, "kl_weight": 0.5})],
+)
+def test_a_weighted_objective_is_named_one_and_evaluation_reports_the_bound(digits, tmp_path, likelihood, options):
+    vae = small_vae(digits, likelihood=likelihood)
+    train(vae, digits, out=tmp_path, epochs=1, log_every=1, **options)
+    logged = [row for row in rows(tmp_path) if row["train/loss_nats"]]
+    for row in logged:
+        loss, rate, distortion, weighted = (
+            float(row[f"train/{name}_nats"]) for name in ("loss", "rate", "distortion", "weighted_objective")
+        )
+        assert loss == pytest.approx(rate + distortion, rel=1e-5, abs=1e-3)
+        if not options.get("beta_nll"):
+            assert weighted == pytest.approx(10 * rate + distortion, rel=1e-5, abs=1e-2)
+    (validated,) = [row for row in rows(tmp_path) if row["validation/elbo_nats"]]
+    elbo, rate, distortion = (float(validated[f"validation/{name}_nats"]) for name in ("elbo", "rate", "distortion"))
+    assert elbo == pytest.approx(-rate - distortion, rel=1e-5, abs=1e-3)
+    assert not any("elbo" in name for name in validated if name.startswith("train/"))
+
+
+def test_a_heavier_kl_lowers_the_rate(digits):
+    rates = []
+    for weight in (0.1, 1.0, 10.0):
+        vae = small_vae(digits)
+        train(vae, digits, epochs=4, learning_rate=5e-3, kl_weight=weight)
+        rates.append(float(vae.eval().elbo(next(iter(digits.batches("test", 180))).x).rate.detach().mean()))
+    assert rates[0] > 1.2 * rates[1] > 1.2 * 1.2 * rates[2]
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "options", "says"),
+    [
+        ("gaussian/optimal", {"beta_nll": 0.5}, "does not predict"),
+        ("gaussian/per-pixel", {"beta_nll": 1.5}, "beta_nll is from 0"),
+        ("gaussian/per-pixel", {"beta_nll": float("nan")}, "beta_nll is from 0"),
+        ("gaussian/optimal", {"kl_weight": -1.0}, "kl_weight multiplies"),
+        ("gaussian/optimal", {"kl_weight": float("inf")}, "kl_weight multiplies"),
+    ],
+)
+def test_weights_that_mean_nothing_are_refused(digits, likelihood, options, says):
+    with pytest.raises(ValueError, match=says):
+        train(small_vae(digits, likelihood=likelihood), digits, **options)
+
+
+@pytest.mark.parametrize(
+    "likelihood", ["gaussian/running-minimum", "student-t:learned/optimal", "student-t:predicted/per-pixel"]
+)
+def test_new_likelihoods_train_and_survive_a_resumption(digits, tmp_path, likelihood):
+    whole, halved = (small_vae(digits, likelihood=likelihood) for _ in range(2))
+    train(whole, digits, epochs=2)
+    train(halved, digits, out=tmp_path, epochs=1)
+    train(halved, digits, out=tmp_path, epochs=2, resume=True)
+    assert same(weights(whole), weights(halved))
+    test = next(iter(digits.batches("test", 180))).x
+    assert whole.eval().elbo(test).total.isfinite().all()

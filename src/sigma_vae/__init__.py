@@ -3,7 +3,7 @@
 Needs torch and numpy alone; data, training and the command line come with the extra ``full``.
 """
 
-from sigma_vae.likelihoods import Fixed, Gaussian, Optimal, PerImage, PerPixel, Shared
+from sigma_vae.likelihoods import Fixed, Gaussian, Laplace, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT
 from sigma_vae.networks import FlatNetwork, conv, mlp
 from sigma_vae.types import Elbo
 from sigma_vae.vae import VAE
@@ -16,10 +16,13 @@ __all__ = [
     "Fixed",
     "FlatNetwork",
     "Gaussian",
+    "Laplace",
     "Optimal",
     "PerImage",
     "PerPixel",
+    "RunningMinimum",
     "Shared",
+    "StudentT",
     "conv",
     "mlp",
 ]

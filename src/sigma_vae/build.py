@@ -5,13 +5,25 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sigma_vae import data as data_sources
 from sigma_vae.config import DataConfig, ModelConfig, parse
 from sigma_vae.data import Splits
-from sigma_vae.likelihoods import Fixed, Gaussian, Optimal, PerImage, PerPixel, Scale, Shared
+from sigma_vae.likelihoods import (
+    Fixed,
+    Gaussian,
+    Laplace,
+    Optimal,
+    PerImage,
+    PerPixel,
+    RunningMinimum,
+    Scale,
+    Shared,
+    StudentT,
+)
 from sigma_vae.likelihoods.base import LocationScale, MeanMap
 from sigma_vae.networks import FlatNetwork, conv, mlp
 from sigma_vae.types import Likelihood, Network, Observes
@@ -21,7 +33,17 @@ __all__ = ["Saved", "data", "likelihood", "load", "network", "save", "vae"]
 
 FORMAT = 1
 
-FAMILIES: dict[str, type[LocationScale]] = {"gaussian": Gaussian}
+FAMILIES: dict[str, Callable[..., LocationScale]] = {
+    "gaussian": Gaussian,
+    "laplace": Laplace,
+    "student-t": StudentT,
+    "student-t:learned": partial(StudentT, df="learned"),
+    "student-t:predicted": partial(StudentT, df="predicted"),
+}
+
+FAMILIES_WITH_A_NUMBER: dict[str, Callable[[float], Callable[..., LocationScale]]] = {
+    "student-t": lambda df: partial(StudentT, df=df),
+}
 
 SCALES: dict[str, Callable[[], Scale]] = {
     "optimal": Optimal,
@@ -31,6 +53,7 @@ SCALES: dict[str, Callable[[], Scale]] = {
     "shared": Shared,
     "per-image": PerImage,
     "per-pixel": PerPixel,
+    "running-minimum": RunningMinimum,
 }
 
 SCALES_WITH_A_NUMBER: dict[str, Callable[[float], Scale]] = {"fixed": Fixed, "beta": Fixed.from_beta}
@@ -47,7 +70,7 @@ def likelihood(
     mean: MeanMap = "unit",
     observes: Observes = "density",
 ) -> Likelihood:
-    """A likelihood by its name ``family/scale``.
+    """A likelihood by its name ``family/scale``, either with a number where it takes one: ``student-t:3/fixed:0.1``.
 
     Raises:
         ValueError: the family or the scale does not exist (the nearest name is given), or a number is missing.
@@ -55,11 +78,11 @@ def likelihood(
     >>> likelihood("gaussian/fixed:0.1", channels=3)
     Gaussian(channels=3, scale=Fixed(0.1))
     """
-    family, _, rest = name.partition("/")
-    if family not in FAMILIES or not rest:
+    first, _, rest = name.partition("/")
+    if not rest:
         raise ValueError(_unknown("likelihood", name, _likelihood_names()))
-    scale = _scale(name, rest)
-    return FAMILIES[family](channels, scale, spatial_dims=spatial_dims, levels=levels, mean=mean, observes=observes)
+    family, scale = _family(name, first), _scale(name, rest)
+    return family(channels, scale, spatial_dims=spatial_dims, levels=levels, mean=mean, observes=observes)
 
 
 def network(name: str, shape: Sequence[int], out_channels: int, latent_dim: int, width: int | None = None) -> Network:
@@ -154,20 +177,34 @@ def _description(path: Path) -> dict[str, Any]:
     return result
 
 
+def _family(name: str, first: str) -> Callable[..., LocationScale]:
+    if first in FAMILIES:
+        return FAMILIES[first]
+    kind, _, number = first.partition(":")
+    if kind not in FAMILIES_WITH_A_NUMBER:
+        raise ValueError(_unknown("likelihood", name, _likelihood_names()))
+    what = "its degrees of freedom, learned or predicted"
+    return FAMILIES_WITH_A_NUMBER[kind](_positive(name, kind, number, what, "3"))
+
+
 def _scale(name: str, rest: str) -> Scale:
     kind, colon, number = rest.partition(":")
     if kind in SCALES and not colon:
         return SCALES[kind]()
     if kind not in SCALES_WITH_A_NUMBER:
         raise ValueError(_unknown("likelihood", name, _likelihood_names()))
+    what = "σ, in units of the data's range" if kind == "fixed" else "β of ‖x − x̂‖² + β·KL"
+    return SCALES_WITH_A_NUMBER[kind](_positive(name, kind, number, what, "0.1"))
+
+
+def _positive(name: str, kind: str, number: str, what: str, example: str) -> float:
     try:
         value = float(number)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        what = "σ, in units of the data's range" if kind == "fixed" else "β of ‖x − x̂‖² + β·KL"
-        raise ValueError(f"{name}: {kind} takes a number above 0 ({what}), as in {kind}:0.1; got {number!r}")
-    return SCALES_WITH_A_NUMBER[kind](value)
+        raise ValueError(f"{name}: {kind} takes a number above 0 ({what}), as in {kind}:{example}; got {number!r}")
+    return value
 
 
 def _likelihood_names() -> list[str]:

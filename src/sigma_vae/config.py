@@ -43,7 +43,8 @@ class ModelConfig(_Strict):
     network: str = "conv"
     """conv (the paper's, for images) or mlp (any shape)."""
     likelihood: str = "gaussian/optimal"
-    """family/scale; scales: optimal, optimal-image, optimal-channel, optimal-pixel, shared, per-image, per-pixel, fixed:σ, beta:β."""
+    """family/scale. Families: gaussian, laplace, student-t (or student-t:ν, :learned, :predicted). Scales: optimal, optimal-image,
+    optimal-channel, optimal-pixel, shared, per-image, per-pixel, running-minimum, fixed:σ, beta:β."""
     latent_dim: int = 20
     """Size of the latent code."""
     width: int | None = None
@@ -69,9 +70,13 @@ class TrainingConfig(_Strict):
     learning_rate: float = 1e-3
     """Of Adam, after the warm-up."""
     scale_learning_rate_factor: float = 10.0
-    """A learned shared σ has this many times the learning rate: at 1 it lags its optimum threefold."""
+    """A learned shared σ (or ν) has this many times the learning rate: at 1 it lags its optimum threefold."""
     scale_start: Literal["data", "one"] = "data"
     """Where a learned shared σ starts: at the spread of the training data, or at 1."""
+    kl_weight: float = 1.0
+    """Weight of the KL in what is minimised, on top of the calibrated σ (Beta-Sigma VAE); other than 1 it is no bound."""
+    beta_nll: float = 0.0
+    """Weights each value's log-likelihood by its predicted σ to the power 2β (β-NLL, 0.5 say): steadies per-pixel scales."""
     weight_decay: float = 0.0
     """Decoupled (AdamW); at 0 the optimiser is Adam."""
     warmup_steps: int = 0

@@ -26,7 +26,8 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any
 
     Returns:
         ``elbo_nats``, ``entropies_nats`` and ``gap_nats_per_dim`` (their difference for each dimension of the data); None where the
-        identity does not speak of the model: no flat latents, a fitted prior, or no density.
+        identity does not speak of the model: no flat latents, a fitted prior, no density, or one (Student's) that is no
+        exponential family.
     """
     if not isinstance(vae.network, FlatNetwork) or not isinstance(vae.network.prior, StandardNormal):
         return None
@@ -38,7 +39,7 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any
         x = batch.x.to(device)
         inference = vae.network.infer(x, noise=keyed_noise(batch.positions, seed))
         distribution = vae.likelihood.post_hoc(inference.h)
-        if not isinstance(distribution, Continuous):
+        if not isinstance(distribution, Continuous) or not distribution.law.closed_form:
             return None
         log_likelihood = distribution.log_prob(x).double()
         elbo += float((log_likelihood - inference.kl.sum(-1)).sum())

@@ -1,8 +1,8 @@
 """The template of all location-scale likelihoods: a residual law, a scale, and the map from features to the mean."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal, ParamSpec
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from sigma_vae.likelihoods.solve import Observed, best_density_log_scale, best_l
 from sigma_vae.types import Likelihood, Observes
 
 __all__ = ["LocationScale", "MeanMap"]
+
+Arguments = ParamSpec("Arguments")
 
 MeanMap = Literal["identity", "unit"]
 """From features to the mean: themselves, or a sigmoid onto [0, 1]."""
@@ -33,11 +35,14 @@ class LocationScale(Likelihood):
         observes: what is trained on: the ``"density"`` of the values or the mass of their ``"level"``.
 
     Shapes:
-        h ``(*batch, in_channels, *space)``: the mean's channels, then the scale's; x ``(*batch, channels, *space)``.
+        h ``(*batch, in_channels, *space)``: the mean's channels, then the scale's, then the family's own; x ``(*batch, channels, *space)``.
 
     Raises:
         ValueError: an argument is out of range, or ``observes="level"`` without levels.
     """
+
+    closed_form = True
+    """Whether the best σ of a density is found in one pass; a class attribute, which torch.compile can branch on."""
 
     def __init__(
         self,
@@ -62,13 +67,22 @@ class LocationScale(Likelihood):
         self.observes: Observes = observes
 
     @abstractmethod
-    def law(self) -> Law:
-        """What the residual looks like at scale 1."""
+    def law(self, own: Tensor) -> Law:
+        """What the residual looks like at scale 1, given the family's own feature channels (most have none)."""
+
+    @property
+    def own_channels(self) -> int:
+        """Feature channels from which the decoder shapes the residual law."""
+        return 0
 
     @property
     def in_channels(self) -> int:
-        """The mean's channels and the scale's."""
-        return self.channels * (1 + self.scale.extra_per_channel) + self.scale.extra
+        """The mean's channels, the scale's and the family's own."""
+        return self.channels + self._scale_channels + self.own_channels
+
+    @property
+    def _scale_channels(self) -> int:
+        return self.channels * self.scale.extra_per_channel + self.scale.extra
 
     @property
     def _event_dims(self) -> int:
@@ -76,10 +90,10 @@ class LocationScale(Likelihood):
 
     def forward(self, h: Tensor, x: Tensor | None = None) -> Continuous | Discretized:
         """p(x|h); in training an :class:`Optimal` scale is solved for this x."""
-        loc, raw = self._split(h)
+        law, loc, raw = self._split(h)
         fit = None
         if x is not None:
-            observed = self._observed(loc, x)
+            observed = self._observed(law, loc, x)
             if self.observes == "level":
                 self._check_levels(observed.x)
             if self.training:
@@ -87,7 +101,7 @@ class LocationScale(Likelihood):
                 def fit(per: Per) -> Tensor:
                     return self._solve([observed], per, self.observes)
 
-        return self._distribution(loc, self.scale(raw, self.observes, fit), self.observes)
+        return self._distribution(law, loc, self.scale(raw, self.observes, fit), self.observes)
 
     def log_mass(self, h: Tensor, x: Tensor, *, post_hoc: bool = False) -> Tensor:
         """Log-probability ``(*batch,)`` of the observed levels, in nats: each family's comparable number.
@@ -100,16 +114,16 @@ class LocationScale(Likelihood):
                 f"{self} models real-valued data (levels=None), which have a density but no probability of a level;"
                 " report `forward(h).log_prob(x)`, or say how many levels the data have"
             )
-        loc, raw = self._split(h)
-        observed = self._observed(loc, x)
+        law, loc, raw = self._split(h)
+        observed = self._observed(law, loc, x)
         self._check_levels(observed.x)
         log_scale = self.scale.refitted(raw, "level") if post_hoc else self.scale(raw, "level", None)
-        return self._distribution(loc, log_scale, "level").log_prob(observed.x)
+        return self._distribution(law, loc, log_scale, "level").log_prob(observed.x)
 
     def post_hoc(self, h: Tensor) -> Continuous | Discretized:
         """p(x|h) with the σ that :meth:`calibrate` solved, whatever the scale: what makes runs of different σ comparable."""
-        loc, raw = self._split(h)
-        return self._distribution(loc, self.scale.refitted(raw, self.observes), self.observes)
+        law, loc, raw = self._split(h)
+        return self._distribution(law, loc, self.scale.refitted(raw, self.observes), self.observes)
 
     @torch.no_grad()
     def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -137,23 +151,21 @@ class LocationScale(Likelihood):
     def _solve(self, data: Iterable[Observed], per: Per, observes: Observes, start: Tensor | None = None) -> Tensor:
         floor = LEAST_LOG_FACTOR if self.scale.predicted else self.scale.log_floor
         if observes == "density" or start is None:
-            start = best_density_log_scale(data, per, self._event_dims, floor)
+            density = best_density_log_scale if self.closed_form else _uncompiled(best_density_log_scale)
+            start = density(data, per, self._event_dims, floor)
         if observes == "density":
             return start
         assert self.levels is not None
-        solve = best_level_log_scale
-        if torch.compiler.is_compiling():  # it differentiates twice, which torch.compile cannot: the graph breaks here
-            solve = torch.compiler.disable(solve)  # type: ignore[no-untyped-call]
-        return solve(data, per, self._event_dims, floor, start, self.levels)
+        return _uncompiled(best_level_log_scale)(data, per, self._event_dims, floor, start, self.levels)
 
-    def _distribution(self, loc: Tensor, log_scale: Tensor, observes: Observes) -> Continuous | Discretized:
+    def _distribution(self, law: Law, loc: Tensor, log_scale: Tensor, observes: Observes) -> Continuous | Discretized:
         if observes == "density":
-            return Continuous(self.law(), loc, log_scale, self._event_dims)
+            return Continuous(law, loc, log_scale, self._event_dims)
         assert self.levels is not None
-        return Discretized(self.law(), loc, log_scale, self._event_dims, self.levels)
+        return Discretized(law, loc, log_scale, self._event_dims, self.levels)
 
-    def _split(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and scale features, in float32 at least: log-probabilities in half precision mean nothing."""
+    def _split(self, h: Tensor) -> tuple[Law, Tensor, Tensor]:
+        """Law, mean and scale features, in float32 at least: log-probabilities in half precision mean nothing."""
         axis = -self._event_dims
         if h.dim() < self._event_dims or h.shape[axis] != self.in_channels:
             got = h.shape[axis] if h.dim() >= self._event_dims else tuple(h.shape)
@@ -161,16 +173,24 @@ class LocationScale(Likelihood):
                 f"{self} reads {self.in_channels} decoder channels, got {got}; size the decoder by `likelihood.in_channels`"
             )
         h = h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
-        loc, raw = torch.split(h, [self.channels, self.in_channels - self.channels], dim=axis)
-        return (torch.sigmoid(loc) if self.mean == "unit" else loc), raw
+        loc, raw, own = torch.split(h, [self.channels, self._scale_channels, self.own_channels], dim=axis)
+        return self.law(own), (torch.sigmoid(loc) if self.mean == "unit" else loc), raw
 
-    def _observed(self, loc: Tensor, x: Tensor) -> Observed:
+    def _observed(self, law: Law, loc: Tensor, x: Tensor) -> Observed:
         if x.shape != loc.shape:
             raise ValueError(f"{self} was given data of shape {tuple(x.shape)} for a mean of shape {tuple(loc.shape)}")
-        return Observed(self.law(), loc.detach(), loc.new_zeros(()), x.to(loc.dtype))
+        return Observed(law, loc.detach(), loc.new_zeros(()), x.to(loc.dtype))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(channels={self.channels}, scale={self.scale})"
+
+
+def _uncompiled(solve: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+    """What iterates until it has converged, and differentiates on the way, torch.compile must leave alone: the graph breaks here."""
+    if not torch.compiler.is_compiling():
+        return solve
+    disabled: Callable[Arguments, Tensor] = torch.compiler.disable(solve)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 class _Reiterable:
@@ -182,6 +202,6 @@ class _Reiterable:
 
     def __iter__(self) -> Iterator[Observed]:
         for h, x in self.pairs:
-            loc, raw = self.likelihood._split(h)
-            observed = self.likelihood._observed(loc, x)
+            law, loc, raw = self.likelihood._split(h)
+            observed = self.likelihood._observed(law, loc, x)
             yield observed._replace(base=self.likelihood.scale.base(raw))

@@ -1,6 +1,7 @@
 """The distributions that location-scale likelihoods return: a residual law, moved, scaled, and perhaps put in bins."""
 
 import math
+from abc import abstractmethod
 from typing import Protocol, final
 
 import torch
@@ -16,7 +17,8 @@ class Law(Protocol):
     r"""What a residual looks like at scale 1: a density symmetric about 0.
 
     ``statistic`` and ``power`` say how a scale is solved: at the best σ the mean of ``statistic(r/σ)`` is 1, and multiplying σ
-    by :math:`\overline{\text{statistic}}^{1/\text{power}}` leads there, in one step where ``closed_form``.
+    by :math:`\overline{\text{statistic}}^{1/\text{power}}` leads there where ``closed_form``. Where not, Newton's method does, for
+    laws whose log-density is concave in log σ.
     """
 
     power: int
@@ -38,8 +40,8 @@ class Law(Protocol):
         """Elementwise; its mean is 1 at the best scale."""
         ...
 
-    def entropy(self) -> float:
-        """Differential entropy in nats, of one residual."""
+    def entropy(self) -> float | Tensor:
+        """Differential entropy in nats, of one residual; a tensor broadcasts to the event."""
         ...
 
     def sample(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -66,6 +68,18 @@ class _EventDistribution(Distribution):
         """σ, broadcastable to the event."""
         return self.log_scale.exp()
 
+    @abstractmethod
+    def element_log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of each element, of the data's shape."""
+
+    def weighted_log_prob(self, value: Tensor, beta: float) -> Tensor:
+        r"""The β-NLL objective (Seitzer et al. 2022), with its sign: :math:`\sum_i \sigma_i^{2\beta} \log p(x_i)`, weights detached.
+
+        It lessens the pull of the elements that are predicted best, on which a predicted σ otherwise spends the training. An
+        objective, not a likelihood, but for β = 0.
+        """
+        return self._sum(self.element_log_prob(value) * torch.exp(2 * beta * self.log_scale.detach()))
+
     def _sum(self, values: Tensor) -> Tensor:
         """Sum over the event, counting a broadcast value once for each element it stands for."""
         size = math.prod([values.shape[axis] for axis in self._event_axes])  # no generator: torch.compile cannot trace one
@@ -87,8 +101,14 @@ class Continuous(_EventDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of the whole event, in nats."""
-        z = (value - self.loc) * torch.exp(-self.log_scale)
-        return self._sum(self.law.log_prob(z)) - self._sum(self.log_scale)
+        return self._sum(self.law.log_prob(self._residual(value))) - self._sum(self.log_scale)
+
+    def element_log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of each element."""
+        return self.law.log_prob(self._residual(value)) - self.log_scale
+
+    def _residual(self, value: Tensor) -> Tensor:
+        return (value - self.loc) * torch.exp(-self.log_scale)
 
     @property
     def mean(self) -> Tensor:
@@ -97,7 +117,7 @@ class Continuous(_EventDistribution):
 
     def entropy(self) -> Tensor:
         """Differential entropy of the whole event, in nats."""
-        return self._sum(self.log_scale).expand(self.batch_shape) + self.law.entropy() * self.event_shape.numel()
+        return self._sum(self.log_scale + self.law.entropy()).expand(self.batch_shape)
 
     def rsample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
         """Draws with a gradient to loc and scale."""

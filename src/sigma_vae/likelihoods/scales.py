@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sigma_vae.likelihoods.densities import soft_clip
 from sigma_vae.types import Observes
 
-__all__ = ["FLOOR", "Fit", "Fixed", "Optimal", "Per", "PerImage", "PerPixel", "Scale", "Shared"]
+__all__ = ["FLOOR", "Fit", "Fixed", "Optimal", "Per", "PerImage", "PerPixel", "RunningMinimum", "Scale", "Shared"]
 
 Per = Literal["batch", "image", "channel", "pixel"]
 """What has a σ of its own: the whole batch, each example, each channel, or each place of each channel."""
@@ -21,6 +21,10 @@ Fit = Callable[[Per], Tensor]
 
 FLOOR = math.exp(-6)
 """Default floor on σ, in units of the data's range: half the distance of two 8-bit levels (paper, section 3)."""
+
+
+MOMENTUM = 0.01
+"""Weight of the present batch in a running mean of σ²."""
 
 
 class Scale(nn.Module, ABC):
@@ -92,9 +96,8 @@ class Scale(nn.Module, ABC):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # A stored value's shape is part of what is stored: take it over before torch compares.
-        for name in ("density_log_scale", "level_log_scale"):
+        for name, buffer in list(self.named_buffers()):
             if prefix + name in state_dict:
-                buffer = getattr(self, name)
                 setattr(self, name, buffer.new_empty(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -211,7 +214,7 @@ class PerPixel(Scale):
 
 @final
 class Optimal(Scale):
-    r"""The σ that is best for the data at hand, in closed form (the paper's "optimal σ-VAE", equation 5).
+    r"""The σ that is best for the data at hand, not learned but solved (the paper's "optimal σ-VAE", equation 5).
 
     For a Gaussian :math:`\sigma^2 = \text{MSE}`. It is detached: at the optimum the gradient through σ vanishes (envelope theorem), so
 
@@ -222,11 +225,8 @@ class Optimal(Scale):
     over training until ``calibrate`` solves it exactly. ``per="image"`` then uses the batch-wide one, as a σ chosen from
     the example that it scores gives no normalised density.
 
-    The floor is hard, and touched by degenerate data alone: a soft clip at −6, as in the paper's code, widens σ by 13 % at log σ = −4.
+    The floor is hard, for degenerate data alone: a soft clip at −6, as in the paper's code, widens σ by 13 % at log σ = −4.
     """
-
-    momentum = 0.01
-    """Weight of the present batch in the running mean of σ²."""
 
     def __init__(self, per: Per = "batch", floor: float = FLOOR) -> None:
         super().__init__(floor)
@@ -247,8 +247,7 @@ class Optimal(Scale):
     def _track(self, observes: Observes, log_scale: Tensor) -> None:
         old = self.level_log_scale if observes == "level" else self.density_log_scale
         if old.shape == log_scale.shape:
-            keep, add = math.log1p(-self.momentum), math.log(self.momentum)
-            log_scale = 0.5 * torch.logaddexp(2 * old + keep, 2 * log_scale + add)
+            log_scale = _running_mean(old, log_scale)
             other = self.density_log_scale if observes == "level" else self.level_log_scale
             if other.shape == old.shape:  # a calibration has set both: the one that is not trained follows by the same factor
                 other += log_scale - old
@@ -258,3 +257,39 @@ class Optimal(Scale):
         """Arguments as they would be written."""
         per = "" if self.per == "batch" else f'per="{self.per}"'
         return ", ".join(filter(None, (per, super().extra_repr())))
+
+
+@final
+class RunningMinimum(Scale):
+    r"""The baseline of Asperti & Trentin (2020, arXiv 2002.07514): a running mean of the batch's best σ² that never rises.
+
+    .. math:: \sigma^2 \leftarrow \min(\sigma^2,\; 0.99\,\sigma^2 + 0.01\,\text{MSE of the batch})
+
+    σ is fed as a constant, the same in training and evaluation: a calibration leaves it alone and stores post-hoc values. It lags
+    :class:`Optimal` while the fit improves, and never follows where it gets worse.
+    """
+
+    running_log_scale: Tensor
+
+    def __init__(self, floor: float = FLOOR) -> None:
+        super().__init__(floor)
+        self.register_buffer("running_log_scale", torch.empty(0))
+
+    def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
+        """The running minimum, after a step with this batch in training; before the first one, a calibrated value."""
+        if fit is not None and self.training:
+            self._track(fit("batch"))
+        if self.running_log_scale.numel() == 0:
+            return self.stored(observes)
+        return self.running_log_scale.to(raw.dtype, copy=True)  # the next step changes the buffer
+
+    @torch.no_grad()
+    def _track(self, batch: Tensor) -> None:
+        old = self.running_log_scale
+        new = batch.to(old) if old.numel() == 0 else torch.minimum(old, _running_mean(old, batch))
+        self.running_log_scale = old.copy_(new) if old.shape == new.shape else new.clone()
+
+
+def _running_mean(old: Tensor, new: Tensor) -> Tensor:
+    """Of σ², for log σ."""
+    return 0.5 * torch.logaddexp(2 * old + math.log1p(-MOMENTUM), 2 * new + math.log(MOMENTUM))

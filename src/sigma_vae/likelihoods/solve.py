@@ -1,7 +1,7 @@
-"""The best log-scale for given data: of the density by its closed form or fixed point, of the level masses by Newton's method."""
+"""The best log-scale for given data: of the density in closed form where there is one, else by Newton's method."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,10 @@ class Observed(NamedTuple):
     loc: Tensor
     base: Tensor
     x: Tensor
+
+
+Slopes = Callable[[Observed, Tensor], Tensor]
+"""First and second derivative of each element's log-probability in its log σ, in two rows."""
 
 
 class _Sums:
@@ -69,22 +73,18 @@ class _Sums:
 
 @torch.no_grad()
 def best_density_log_scale(data: Iterable[Observed], per: Per, event_dims: int, log_floor: float) -> Tensor:
-    """The log σ that maximises the density of the data: one pass in closed form, or a fixed point.
+    """The log σ that maximises the density of the data: one pass in closed form, or Newton steps from the root mean square.
 
     Shapes:
         result (event-shaped, 1 where shared), or ``(*batch, 1, ...)`` for ``per="image"``; in the precision of the data.
     """
-    log_scale: Tensor | None = None
-    for _ in range(MAX_ITERATIONS):
-        sums = _Sums(per, event_dims)
-        for law, loc, base, x in data:
-            residual = x - loc if log_scale is None else (x - loc) * torch.exp(-log_scale).to(x.dtype)
-            sums.add(law.statistic(residual * torch.exp(-base))[None])
-        step = sums.means()[0].log() / law.power
-        log_scale = (step if log_scale is None else log_scale + step).clamp_min(log_floor)
-        if law.closed_form or bool(step.abs().max() < TOLERANCE):
-            break
-    assert log_scale is not None
+    sums = _Sums(per, event_dims)
+    for law, loc, base, x in data:
+        z = (x - loc) * torch.exp(-base)
+        sums.add((law.statistic(z) if law.closed_form else z.square())[None])
+    log_scale = (sums.means()[0].log() / law.power).clamp_min(log_floor)
+    if not law.closed_form:
+        log_scale = _maximum(_slope_of_density, data, per, event_dims, log_floor, log_scale)
     return log_scale.to(x.dtype)
 
 
@@ -94,22 +94,30 @@ def best_level_log_scale(
 ) -> Tensor:
     """The log σ that maximises the masses of the observed levels, by safeguarded Newton steps from ``start``.
 
-    The first steps are made on the first data alone; two passes over all of them then are enough.
-
     Shapes:
         as :func:`best_density_log_scale`.
     """
-    log_scale = start.double()
+
+    def slopes(observed: Observed, log_scale: Tensor) -> Tensor:
+        return _slope_and_curvature(observed, log_scale, event_dims, levels)
+
+    return _maximum(slopes, data, per, event_dims, log_floor, start.double()).to(start.dtype)
+
+
+def _maximum(
+    slopes: Slopes, data: Iterable[Observed], per: Per, event_dims: int, log_floor: float, log_scale: Tensor
+) -> Tensor:
+    """Where the slopes add up to 0. First steps are made on the first data alone; two passes over all of them then are enough."""
     for part in (_Head(data), data):
         search = _Newton(log_scale, log_floor)
         for _ in range(MAX_ITERATIONS):
             sums = _Sums(per, event_dims)
             for observed in part:
-                sums.add(_slope_and_curvature(observed, search.at, event_dims, levels))
+                sums.add(slopes(observed, search.at))
             if search.step(*sums.means()):
                 break
         log_scale = search.at
-    return log_scale.to(start.dtype)
+    return log_scale
 
 
 class _Newton:
@@ -151,6 +159,16 @@ class _Head:
             seen += observed.x.numel()
             if seen >= self.elements:
                 return
+
+
+def _slope_of_density(observed: Observed, log_scale: Tensor) -> Tensor:
+    """First and second derivative of each element's log-density in its log σ, in two rows: statistic − 1, and what it loses."""
+    law, loc, base, x = observed
+    with torch.enable_grad():
+        variable = (base + log_scale.to(loc.dtype)).expand(loc.shape).detach().requires_grad_()
+        statistic = law.statistic((x - loc) * torch.exp(-variable))
+        (curvature,) = torch.autograd.grad(statistic.sum(), variable)
+    return torch.stack([statistic - 1, curvature]).detach()
 
 
 def _slope_and_curvature(observed: Observed, log_scale: Tensor, event_dims: int, levels: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The step: minimise the negative ELBO, and say what it is made of."""
+"""The step: minimise the negative ELBO (or what the config weights of it), and say what it is made of."""
 
 import math
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
+from sigma_vae.training.objective import check_weights, is_weighted, losses
 from sigma_vae.types import Batch, Elbo
 from sigma_vae.vae import VAE, keyed_noise, per_example
 
@@ -28,17 +29,18 @@ class TrainingModule(pl.LightningModule):
 
     def __init__(self, vae: VAE, config: TrainingConfig) -> None:
         super().__init__()
+        check_weights(vae, config)
         self.vae = vae
         self.config = config
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Mean negative ELBO of the batch, in nats."""
-        elbo = self.vae.elbo(batch.x)
-        loss = -elbo.total.mean()
+        """Mean negative ELBO (or weighted objective) of the batch, in nats."""
+        elbo, minimised = losses(self.vae, batch.x, self.config)
+        loss = minimised.mean()
         if not torch.isfinite(loss):
             raise NonFiniteLossError(self._diagnosis(batch, elbo))
         if self.global_step % self.config.log_every == 0:
-            self._log_step(loss, elbo)
+            self._log_step(loss.detach(), elbo)
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -67,9 +69,9 @@ class TrainingModule(pl.LightningModule):
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam, or AdamW where weights decay; a learned shared σ has its own rate and no decay."""
+        """Adam, or AdamW where weights decay; what a likelihood learns (a shared σ, a ν) has its own rate and no decay."""
         rate = self.config.learning_rate
-        scales = {id(p): p for p in self._learned_scale()}
+        scales = {id(p): p for p in self.vae.likelihood.parameters()}
         groups = [
             {"params": [p for p in self.vae.parameters() if id(p) not in scales], "weight_decay": self.config.weight_decay},
             {"params": list(scales.values()), "lr": rate * self.config.scale_learning_rate_factor, "weight_decay": 0.0},
@@ -77,12 +79,6 @@ class TrainingModule(pl.LightningModule):
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=rate)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _learned_scale(self) -> list[Tensor]:
-        likelihood = self.vae.likelihood
-        if isinstance(likelihood, LocationScale) and isinstance(likelihood.scale, Shared):
-            return [likelihood.scale.log_scale]
-        return []
 
     def _rate_factor(self, step: int) -> float:
         config = self.config
@@ -94,15 +90,17 @@ class TrainingModule(pl.LightningModule):
 
     def _log_step(self, loss: Tensor, elbo: Elbo) -> None:
         metrics = {
-            "train/loss_nats": loss.detach(),
+            "train/loss_nats": -elbo.total.detach().mean(),
             "train/rate_nats": elbo.rate.detach().mean(),
             "train/distortion_nats": elbo.distortion.detach().mean(),
         }
+        if is_weighted(self.config):
+            metrics["train/weighted_objective_nats"] = loss
         if (sigma := current_sigma(self.vae)) is not None:
             metrics["train/sigma"] = sigma
         for logger in self.trainer.loggers:  # not self.log_dict, which repeats old values at steps that log nothing
             logger.log_metrics({name: float(value) for name, value in metrics.items()}, self.global_step)
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        self.log("loss", loss, prog_bar=True, logger=False)
 
     def _diagnosis(self, batch: Batch, elbo: Elbo) -> str:
         terms = {"log-likelihood": elbo.log_likelihood, "KL": elbo.rate}

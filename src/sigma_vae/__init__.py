@@ -3,7 +3,19 @@
 Needs torch and numpy alone; data, training and the command line come with the extra ``full``.
 """
 
-from sigma_vae.likelihoods import Fixed, Gaussian, Optimal, PerImage, PerPixel, Shared
+from sigma_vae.likelihoods import (
+    Bernoulli,
+    BitwiseCategorical,
+    Categorical,
+    ContinuousBernoulli,
+    Fixed,
+    Gaussian,
+    LogisticMixture,
+    Optimal,
+    PerImage,
+    PerPixel,
+    Shared,
+)
 from sigma_vae.networks import FlatNetwork, conv, mlp
 from sigma_vae.types import Elbo
 from sigma_vae.vae import VAE
@@ -12,10 +24,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "Bernoulli",
+    "BitwiseCategorical",
+    "Categorical",
+    "ContinuousBernoulli",
     "Elbo",
     "Fixed",
     "FlatNetwork",
     "Gaussian",
+    "LogisticMixture",
     "Optimal",
     "PerImage",
     "PerPixel",

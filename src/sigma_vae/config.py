@@ -43,7 +43,8 @@ class ModelConfig(_Strict):
     network: str = "conv"
     """conv (the paper's, for images) or mlp (any shape)."""
     likelihood: str = "gaussian/optimal"
-    """family/scale; scales: optimal, optimal-image, optimal-channel, optimal-pixel, shared, per-image, per-pixel, fixed:σ, beta:β."""
+    """family/scale; scales: optimal, optimal-image, optimal-channel, optimal-pixel, shared, per-image, per-pixel, fixed:σ, beta:β.
+    Without a scale: bernoulli, continuous-bernoulli, categorical, bitwise-categorical, logistic-mixture[:components]."""
     latent_dim: int = 20
     """Size of the latent code."""
     width: int | None = None

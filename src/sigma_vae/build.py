@@ -188,14 +188,18 @@ def _unscaled(name: str, channels: int, spatial_dims: int, levels: int | None, o
     head, slash, scale = name.partition("/")
     family, colon, number = head.partition(":")
     if slash:
-        raise ValueError(f"{name}: {family} has no scale, its features alone say how sure they are; got {scale!r}, write {head!r}")
+        raise ValueError(
+            f"{name}: {family} has no scale, its features alone say how sure they are; got {scale!r}, write {head!r}"
+        )
     kind = UNSCALED[family]
     if observes == "level" and not issubclass(kind, Discrete):
         raise ValueError(f'{name} is trained on the values, not on the masses of their levels: take observes="density"')
     if not colon:
         return kind(channels, spatial_dims=spatial_dims, levels=levels)
     if kind is not LogisticMixture or not number.isdigit() or int(number) < 1:
-        raise ValueError(f"{name}: only logistic-mixture takes a number, of components, as in logistic-mixture:10; got {number!r}")
+        raise ValueError(
+            f"{name}: only logistic-mixture takes a number, of components, as in logistic-mixture:10; got {number!r}"
+        )
     return LogisticMixture(channels, int(number), spatial_dims=spatial_dims, levels=levels)
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["Formula", "Gradient", "in_chunks"]
 
@@ -26,8 +25,9 @@ def in_chunks(formula: Formula, h: Tensor, x: Tensor, gradient: Gradient | None 
     """``formula(h, x)``, for as many rows at a time as hold so many features; the gradient to h is computed part by part, too.
 
     Plain autograd keeps every temporary of a formula until the backward pass: tens of times the features. Here nothing is kept
-    but h and x. The price is a second evaluation of the formula, or of ``gradient``, where a family knows it by hand. The gradient cannot be differentiated again. Under
-    ``torch.compile`` and ``torch.export``, which fuse by themselves, and for a single part without such a gradient, the formula is called as it is.
+    but h and x. The price is a second evaluation of the formula, or of ``gradient``, where a family knows it by hand. The formula
+    is called as it is for a single part without such a gradient, under ``torch.compile`` and ``torch.export``, and where a graph of
+    the gradient is asked for (``create_graph=True``).
 
     Shapes:
         h ``(rows, ...)``, x ``(rows, ...)``, result ``(rows,)``.
@@ -51,15 +51,16 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, x: Tensor, formula: Formula, gradient: Gradient | None, rows: int) -> Tensor:
         ctx.save_for_backward(h, x)
-        ctx.gradient, ctx.rows = gradient or partial(_differentiate, formula), rows
-        return torch.cat([formula(*part) for part in zip(h.split(rows), x.split(rows), strict=True)])
+        ctx.formula, ctx.gradient, ctx.rows = formula, gradient or partial(_differentiate, formula), rows
+        return torch.cat([formula(*part) for part in zip(torch.split(h, rows), torch.split(x, rows), strict=True)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         h, x = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a graph of the gradient is wanted
+            return torch.autograd.grad(ctx.formula(h, x), h, upstream, create_graph=True)[0], None, None, None, None
         out = torch.empty_like(h)
-        for part in zip(*(t.split(ctx.rows) for t in (h, x, upstream, out)), strict=True):
+        for part in zip(*(torch.split(t, ctx.rows) for t in (h, x, upstream, out)), strict=True):
             ctx.gradient(*part)
         return out, None, None, None, None
 

@@ -83,7 +83,10 @@ class LogisticMixture(Discrete):
         torch.sub(share, torch.softmax(features.logits, 1) * weights, out=to.logits)
         share = share[:, None]
         # With u, l the bin's ends in units of the scale: ∂ log mass/∂u = σ(−u) + w, ∂/∂l = −σ(l) − w, w = 1/(e^{u−l} − 1).
-        above, below = torch.sigmoid(-bins.upper).masked_fill_(bins.last, 0), torch.sigmoid(bins.lower).masked_fill_(bins.first, 0)
+        above, below = (
+            torch.sigmoid(-bins.upper).masked_fill_(bins.last, 0),
+            torch.sigmoid(bins.lower).masked_fill_(bins.first, 0),
+        )
         half_levels = 0.5 * (self.levels - 1)
         torch.mul(torch.sub(below, above).mul_(bins.rate).mul_(half_levels), share, out=to.means)
         narrow = (1 - bins.inner).div_(bins.inner).mul_(bins.rate).masked_fill_(bins.first | bins.last, 0)
@@ -154,7 +157,7 @@ class LogisticMixture(Discrete):
     def _split(self, h: Tensor) -> "_Features":
         """Views: K logits, then for each channel K of each other kind."""
         logits, rest = h[:, : self.components], h[:, self.components :]
-        kinds = rest.unflatten(1, (-1, self.channels, self.components)).unbind(1)
+        kinds = rest.view(len(h), 3 if self.channels == 3 else 2, self.channels, self.components, h.shape[-1]).unbind(1)
         return _Features(logits, kinds[0], kinds[1], kinds[2] if self.channels == 3 else kinds[0][:, :0])
 
     def _centred(self, level: Tensor) -> Tensor:

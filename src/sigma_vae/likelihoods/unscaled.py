@@ -158,7 +158,8 @@ class FromFeatures(Distribution):
     @property
     def mean(self) -> Tensor:
         """Expectation, of the shape of the data."""
-        return self._likelihood.row_mean(self._expanded(torch.Size())).reshape(self.batch_shape + self.event_shape)
+        mean = self._likelihood.row_mean(self._expanded(torch.Size()))
+        return mean.clamp(0, 1).reshape(self.batch_shape + self.event_shape)  # a sum of masses may be 1 + a rounding error
 
     @torch.no_grad()
     def sample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008

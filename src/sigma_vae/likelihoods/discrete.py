@@ -67,12 +67,14 @@ def _class_log_mass(logits: Tensor, k: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _class_gradient(logits: Tensor, k: Tensor, weights: Tensor, out: Tensor) -> None:
+def _class_gradient(logits: Tensor, k: Tensor, out: Tensor) -> Tensor:
     """One where the class is, minus the softmax."""
-    weights = weights[:, None, None]
-    torch.softmax(logits, 1, out=out)
-    out.mul_(-weights)
-    out.scatter_add_(1, k[:, None], weights.expand(-1, 1, k.shape[-1]))
+    classes = k[:, None]
+    torch.log_softmax(logits, 1, out=out)
+    values = out.gather(1, classes).sum((1, 2))
+    out.exp_().neg_()
+    out.scatter_add_(1, classes, torch.ones_like(classes, dtype=out.dtype))
+    return values
 
 
 @final

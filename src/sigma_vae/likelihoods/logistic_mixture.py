@@ -4,7 +4,6 @@ from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from sigma_vae.likelihoods.chunks import in_chunks
 from sigma_vae.likelihoods.unscaled import Discrete
@@ -76,20 +75,18 @@ class LogisticMixture(Discrete):
         return (torch.logsumexp(joint, 1) - torch.logsumexp(logits, 1)).sum(-1)
 
     @torch.no_grad()
-    def _gradient(self, h: Tensor, x: Tensor, weights: Tensor, out: Tensor) -> None:
+    def _gradient(self, h: Tensor, x: Tensor, out: Tensor) -> Tensor:
         features, bins, to = self._split(h), self._bins(h, x), self._split(out)
-        weights = weights[:, None, None]
-        share = torch.softmax(features.logits + bins.log_mass.sum(1), 1) * weights
-        torch.sub(share, torch.softmax(features.logits, 1) * weights, out=to.logits)
+        joint = features.logits + bins.log_mass.sum(1)
+        values, total = torch.logsumexp(joint, 1), torch.logsumexp(features.logits, 1)
+        share = torch.exp(joint - values[:, None])
+        torch.sub(share, torch.exp(features.logits - total[:, None]), out=to.logits)
         share = share[:, None]
         # With u, l the bin's ends in units of the scale: ∂ log mass/∂u = σ(−u) + w, ∂/∂l = −σ(l) − w, w = 1/(e^{u−l} − 1).
-        above, below = (
-            torch.sigmoid(-bins.upper).masked_fill_(bins.last, 0),
-            torch.sigmoid(bins.lower).masked_fill_(bins.first, 0),
-        )
+        above, below = torch.sigmoid(-bins.upper).mul_(bins.not_last), torch.sigmoid(bins.lower).mul_(bins.not_first)
         half_levels = 0.5 * (self.levels - 1)
         torch.mul(torch.sub(below, above).mul_(bins.rate).mul_(half_levels), share, out=to.means)
-        narrow = (1 - bins.inner).div_(bins.inner).mul_(bins.rate).masked_fill_(bins.first | bins.last, 0)
+        narrow = (1 - bins.inner).div_(bins.inner).mul_(bins.rate).mul_(bins.not_first * bins.not_last)
         slope = below.mul_(bins.lower).sub_(above.mul_(bins.upper)).sub_(narrow).mul_(share)
         torch.mul(slope, (features.log_scales >= MIN_LOG_SCALE) & (features.log_scales <= MAX_LOG_SCALE), out=to.log_scales)
         if self.channels == 3:
@@ -97,6 +94,7 @@ class LogisticMixture(Discrete):
             for i, (later, earlier) in enumerate(COEFFICIENTS):
                 torch.mul(to.means[:, later], y[:, earlier], out=to.coefficients[:, i])
             to.coefficients.mul_(1 - _tanh(features.coefficients).square_())
+        return (values - total).sum(-1)
 
     def _bins(self, h: Tensor, x: Tensor) -> "_Bins":
         """All components' masses of the observed levels; in units of levels, so that means are rounded once for all bins."""
@@ -105,12 +103,15 @@ class LogisticMixture(Discrete):
         rate = torch.exp(-features.log_scales.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)) * (2 / top)
         center, half = (level - self._locations(features, level)) * rate, 0.5 * rate
         upper, lower = center + half, center - half
-        first, last = level <= 0, level >= top
+        not_first, not_last = (level > 0).to(h.dtype), (level < top).to(h.dtype)
         inner = -torch.expm1(-rate)
-        # σ(u) − σ(l) = σ(u) σ(−l) (1 − e^{−(u−l)}), exactly: nothing cancels.
-        log_mass = torch.log(inner).masked_fill(first | last, 0)
-        log_mass = log_mass + logsigmoid(upper).masked_fill(last, 0) + logsigmoid(-lower).masked_fill(first, 0)
-        return _Bins(log_mass, level, upper, lower, rate, inner, first, last)
+        # σ(u) − σ(l) = σ(u) σ(−l) (1 − e^{−(u−l)}), exactly: nothing cancels. And σ(u) = e^{min(u, 0)}/(1 + e^{−|u|}).
+        below_0, above_0 = upper.clamp(max=0), (-lower).clamp(max=0)
+        a = torch.exp(2 * below_0 - upper) * not_last + 1
+        b = torch.exp(2 * above_0 + lower) * not_first + 1
+        both = not_first * not_last
+        log_mass = torch.log((inner * both + (1 - both)) / (a * b)) + below_0 * not_last + above_0 * not_first
+        return _Bins(log_mass, level, upper, lower, rate, inner, not_first, not_last)
 
     def _locations(self, features: "_Features", level: Tensor) -> Tensor:
         """Means in units of levels, ``(rows, channels, K, n)``, given all channels' levels ``(rows, channels, 1 or K, n)``."""
@@ -191,8 +192,9 @@ class _Bins(NamedTuple):
     rate: Tensor
     inner: Tensor
     """1 − e^{−rate}."""
-    first: Tensor
-    last: Tensor
+    not_first: Tensor
+    not_last: Tensor
+    """0 where the bin reaches to infinity, else 1."""
 
 
 def _tanh(x: Tensor) -> Tensor:

@@ -105,10 +105,10 @@ class ContinuousBernoulli(_UnitInterval):
 
     >>> likelihood = ContinuousBernoulli(channels=1)
     >>> p = likelihood(torch.tensor([[0.0], [1e-4], [-1e4]])[..., None, None])
-    >>> p.log_prob(torch.zeros(3, 1, 1, 1))
-    tensor([ 0.0000e+00, -5.0000e-05,  9.2103e+00])
+    >>> p.log_prob(torch.zeros(3, 1, 1, 1))  # the last density is 1e4 at 0
+    tensor([-0.0000e+00, -5.0000e-05,  9.2103e+00])
     >>> p.mean.flatten()
-    tensor([0.5000, 0.5000, 0.0001])
+    tensor([5.0000e-01, 5.0001e-01, 1.0000e-04])
     """
 
     def row_log_prob(self, h: Tensor, x: Tensor) -> Tensor:

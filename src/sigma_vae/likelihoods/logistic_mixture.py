@@ -101,16 +101,17 @@ class LogisticMixture(Discrete):
         features, top = self._split(h), self.levels - 1
         level = torch.round(x * top)[:, :, None]
         rate = torch.exp(-features.log_scales.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)) * (2 / top)
-        center, half = (level - self._locations(features, level)) * rate, 0.5 * rate
+        center, half = (level - self._locations(features, level)).mul_(rate), 0.5 * rate
         upper, lower = center + half, center - half
         not_first, not_last = (level > 0).to(h.dtype), (level < top).to(h.dtype)
-        inner = -torch.expm1(-rate)
+        inner = torch.expm1(-rate).neg()
         # σ(u) − σ(l) = σ(u) σ(−l) (1 − e^{−(u−l)}), exactly: nothing cancels. And σ(u) = e^{min(u, 0)}/(1 + e^{−|u|}).
-        below_0, above_0 = upper.clamp(max=0), (-lower).clamp(max=0)
-        a = torch.exp(2 * below_0 - upper) * not_last + 1
-        b = torch.exp(2 * above_0 + lower) * not_first + 1
+        below_0, above_0 = upper.clamp(max=0), (-lower).clamp_(max=0)
+        a = (2 * below_0).sub_(upper).exp_().mul(not_last).add_(1)
+        b = (2 * above_0).add_(lower).exp_().mul(not_first).add_(1)
         both = not_first * not_last
-        log_mass = torch.log((inner * both + (1 - both)) / (a * b)) + below_0 * not_last + above_0 * not_first
+        log_mass = torch.log((inner * both).add_(1 - both) / (a * b))
+        log_mass = log_mass.addcmul_(below_0, not_last).addcmul_(above_0, not_first)
         return _Bins(log_mass, level, upper, lower, rate, inner, not_first, not_last)
 
     def _locations(self, features: "_Features", level: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -48,7 +49,7 @@ def main(
                 rows.append(in_fresh_process(name, mode, allocator, batch, repeats))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "threads": 1}
-    command = f"python -m benchmarks.likelihoods --batch {batch} --repeats {repeats}"
+    command = shlex.join(["python", "-m", "benchmarks.likelihoods", *sys.argv[1:]])
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"command": command, "about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -3,7 +3,22 @@
 Needs torch and numpy alone; data, training and the command line come with the extra ``full``.
 """
 
-from sigma_vae.likelihoods import Fixed, Gaussian, Laplace, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT
+from sigma_vae.likelihoods import (
+    Bernoulli,
+    BitwiseCategorical,
+    Categorical,
+    ContinuousBernoulli,
+    Fixed,
+    Gaussian,
+    Laplace,
+    LogisticMixture,
+    Optimal,
+    PerImage,
+    PerPixel,
+    RunningMinimum,
+    Shared,
+    StudentT,
+)
 from sigma_vae.networks import FlatNetwork, conv, mlp
 from sigma_vae.types import Elbo
 from sigma_vae.vae import VAE
@@ -12,11 +27,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE",
+    "Bernoulli",
+    "BitwiseCategorical",
+    "Categorical",
+    "ContinuousBernoulli",
     "Elbo",
     "Fixed",
     "FlatNetwork",
     "Gaussian",
     "Laplace",
+    "LogisticMixture",
     "Optimal",
     "PerImage",
     "PerPixel",

@@ -13,9 +13,14 @@ from sigma_vae import data as data_sources
 from sigma_vae.config import DataConfig, ModelConfig, parse
 from sigma_vae.data import Splits
 from sigma_vae.likelihoods import (
+    Bernoulli,
+    BitwiseCategorical,
+    Categorical,
+    ContinuousBernoulli,
     Fixed,
     Gaussian,
     Laplace,
+    LogisticMixture,
     Optimal,
     PerImage,
     PerPixel,
@@ -25,6 +30,7 @@ from sigma_vae.likelihoods import (
     StudentT,
 )
 from sigma_vae.likelihoods.base import LocationScale, MeanMap
+from sigma_vae.likelihoods.unscaled import Discrete, Unscaled
 from sigma_vae.networks import FlatNetwork, conv, mlp
 from sigma_vae.types import Likelihood, Network, Observes
 from sigma_vae.vae import VAE
@@ -44,6 +50,15 @@ FAMILIES: dict[str, Callable[..., LocationScale]] = {
 FAMILIES_WITH_A_NUMBER: dict[str, Callable[[float], Callable[..., LocationScale]]] = {
     "student-t": lambda df: partial(StudentT, df=df),
 }
+
+UNSCALED: dict[str, type[Bernoulli | ContinuousBernoulli | Categorical | BitwiseCategorical | LogisticMixture]] = {
+    "bernoulli": Bernoulli,
+    "continuous-bernoulli": ContinuousBernoulli,
+    "categorical": Categorical,
+    "bitwise-categorical": BitwiseCategorical,
+    "logistic-mixture": LogisticMixture,
+}
+"""Families that have no scale."""
 
 SCALES: dict[str, Callable[[], Scale]] = {
     "optimal": Optimal,
@@ -70,15 +85,22 @@ def likelihood(
     mean: MeanMap = "unit",
     observes: Observes = "density",
 ) -> Likelihood:
-    """A likelihood by its name ``family/scale``, either with a number where it takes one: ``student-t:3/fixed:0.1``.
+    """A likelihood by its name: ``family/scale``, or the family alone where it has no scale.
+
+    Either takes a number after a colon where it has one: ``student-t:3/fixed:0.1``. ``mean`` and ``observes`` are for scaled ones.
 
     Raises:
-        ValueError: the family or the scale does not exist (the nearest name is given), or a number is missing.
+        ValueError: the family or the scale does not exist (the nearest name is given), a number is missing, or the family has no
+            scale, or no level masses to be trained on.
 
     >>> likelihood("gaussian/fixed:0.1", channels=3)
     Gaussian(channels=3, scale=Fixed(0.1))
+    >>> likelihood("logistic-mixture:5", channels=1)
+    LogisticMixture(channels=1, components=5)
     """
     first, _, rest = name.partition("/")
+    if first.partition(":")[0] in UNSCALED:
+        return _unscaled(name, channels, spatial_dims, levels, observes)
     if not rest:
         raise ValueError(_unknown("likelihood", name, _likelihood_names()))
     family, scale = _family(name, first), _scale(name, rest)
@@ -187,6 +209,25 @@ def _family(name: str, first: str) -> Callable[..., LocationScale]:
     return FAMILIES_WITH_A_NUMBER[kind](_positive(name, kind, number, what, "3"))
 
 
+def _unscaled(name: str, channels: int, spatial_dims: int, levels: int | None, observes: Observes) -> Unscaled:
+    head, slash, scale = name.partition("/")
+    family, colon, number = head.partition(":")
+    if slash:
+        raise ValueError(
+            f"{name}: {family} has no scale, its features alone say how sure they are; got {scale!r}, write {head!r}"
+        )
+    kind = UNSCALED[family]
+    if observes == "level" and not issubclass(kind, Discrete):
+        raise ValueError(f'{name} is trained on the values, not on the masses of their levels: take observes="density"')
+    if not colon:
+        return kind(channels, spatial_dims=spatial_dims, levels=levels)
+    if kind is not LogisticMixture or not number.isdigit() or int(number) < 1:
+        raise ValueError(
+            f"{name}: only logistic-mixture takes a number, of components, as in logistic-mixture:10; got {number!r}"
+        )
+    return LogisticMixture(channels, int(number), spatial_dims=spatial_dims, levels=levels)
+
+
 def _scale(name: str, rest: str) -> Scale:
     kind, colon, number = rest.partition(":")
     if kind in SCALES and not colon:
@@ -209,7 +250,7 @@ def _positive(name: str, kind: str, number: str, what: str, example: str) -> flo
 
 def _likelihood_names() -> list[str]:
     scales = [*SCALES, *(f"{kind}:0.1" for kind in SCALES_WITH_A_NUMBER)]
-    return [f"{family}/{scale}" for family in FAMILIES for scale in scales]
+    return [*(f"{family}/{scale}" for family in FAMILIES for scale in scales), *UNSCALED, "logistic-mixture:10"]
 
 
 def _unknown(kind: str, name: str, names: list[str]) -> str:

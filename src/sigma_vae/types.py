@@ -111,6 +111,9 @@ class Likelihood(nn.Module, ABC):
     with a scale also refit it in ``calibrate``; those without one inherit the neutral answers below.
     """
 
+    normalised: bool = True
+    """Whether ``log_prob`` is the logarithm of a probability; where not, it is an objective, and there is no ``log_mass``."""
+
     def __init__(self, channels: int, spatial_dims: int, levels: int | None) -> None:
         super().__init__()
         if channels < 1:

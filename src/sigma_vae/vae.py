@@ -22,7 +22,7 @@ class Scores(NamedTuple):
     """What one posterior draw says of each example, ``(*batch,)``, in nats.
 
     "Post-hoc" is with the σ that :meth:`VAE.calibrate` solved; for an optimal scale that is its own. The masses are None where the
-    data have no levels.
+    data have no levels, or the likelihood is an objective that gives them no probability.
     """
 
     rate: Tensor
@@ -84,7 +84,7 @@ class VAE(nn.Module):
         inference = self.network.infer(x, noise=noise)
         h, target = inference.h, inference.target
         mass = mass_post_hoc = None
-        if self.likelihood.levels is not None:
+        if self.likelihood.levels is not None and self.likelihood.normalised:
             mass = per_example(self.likelihood.log_mass(h, target), inference)
             mass_post_hoc = per_example(self.likelihood.log_mass(h, target, post_hoc=True), inference)
         return Scores(

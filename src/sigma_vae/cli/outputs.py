@@ -116,10 +116,11 @@ def score(
     where = next(opened.vae.parameters()).device
     batches = opened.data.batches(split, runs.EVALUATION_BATCH, device=where)
     scores = score_examples(opened.vae, batches, seed)
+    names = ("log_likelihood_nats", "elbo_nats") if opened.vae.likelihood.normalised else ("fit_nats", "objective_nats")
     columns = {
-        "log_likelihood_nats": scores.log_likelihood,
+        names[0]: scores.log_likelihood,
         "rate_nats": scores.rate,
-        "elbo_nats": scores.log_likelihood - scores.rate,
+        names[1]: scores.log_likelihood - scores.rate,
     }
     if scores.log_mass is not None:
         dims = torch.Size(opened.data.shape).numel()

@@ -53,18 +53,20 @@ def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int
     Returns:
         Plain numbers. ``elbo_nats`` is the bound on the log-density with the model's own σ, ``elbo_post_hoc_nats`` with the σ refitted
         on training data (the same for optimal scales), ``bits_per_dim`` and ``bits_per_dim_post_hoc`` the bound on the log-mass of the
-        levels; each a mean over examples with its standard error.
+        levels; each a mean over examples with its standard error. An objective that is no likelihood (Bernoulli on grey data) bounds
+        nothing: it has ``objective_nats`` in place of ``elbo_nats``, and no bits.
     """
     vae.eval()
     scores = score(vae, test, seed)
     dims = math.prod(test.stored.shape[1:])
+    name = "elbo" if vae.likelihood.normalised else "objective"
     report: dict[str, Any] = {
         "examples": len(scores.rate),
         "dims": dims,
         "levels": vae.likelihood.levels,
         "noise_seed": seed,
-        "elbo_nats": _mean(scores.log_likelihood - scores.rate),
-        "elbo_post_hoc_nats": _mean(scores.log_likelihood_post_hoc - scores.rate),
+        f"{name}_nats": _mean(scores.log_likelihood - scores.rate),
+        f"{name}_post_hoc_nats": _mean(scores.log_likelihood_post_hoc - scores.rate),
         "rate_nats": _mean(scores.rate),
         "distortion_nats": _mean(-scores.log_likelihood),
     }

@@ -53,7 +53,7 @@ class TrainingModule(pl.LightningModule):
             "validation/rate_nats": elbo.rate,
             "validation/distortion_nats": elbo.distortion,
         }
-        if likelihood.levels is not None:
+        if likelihood.levels is not None and likelihood.normalised:
             mass = per_example(likelihood.log_mass(h, target), inference)
             metrics["validation/bits_per_dim"] = (elbo.rate - mass) / (math.prod(batch.x.shape[1:]) * math.log(2))
         for name, values in metrics.items():

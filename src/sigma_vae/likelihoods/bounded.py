@@ -1,0 +1,166 @@
+"""Families on the unit interval."""
+
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from sigma_vae.likelihoods.unscaled import Unscaled
+
+__all__ = ["Bernoulli", "ContinuousBernoulli"]
+
+
+class _UnitInterval(Unscaled):
+    """One logit for each value in [0, 1]."""
+
+    def __init__(self, channels: int, *, spatial_dims: int = 2, levels: int | None = 256) -> None:
+        super().__init__(channels, spatial_dims, levels)
+
+    @property
+    def in_channels(self) -> int:
+        """A logit for each channel."""
+        return self.channels
+
+    def check(self, x: Tensor) -> None:
+        """Refuse values outside [0, 1]."""
+        if x.numel():
+            low, high = (float(v) for v in x.aminmax())
+            if not (low >= 0 and high <= 1):
+                raise ValueError(f"{self} expects data in [0, 1], got values in [{low:.4g}, {high:.4g}]; rescale the data")
+
+
+@final
+class Bernoulli(_UnitInterval):
+    r"""A coin for each value: a likelihood of binary data; of grey data, taken as probabilities, an objective (as in the paper).
+
+    .. math:: \log p(x \mid h) = \sum_i x_i \log \sigma(h_i) + (1 - x_i) \log \sigma(-h_i)
+
+    For 0 < x < 1 this is a negative cross-entropy: nothing of it sums or integrates to one, its "ELBO" bounds nothing, and
+    ``log_mass`` raises. :class:`ContinuousBernoulli` is what it becomes with its normaliser.
+
+    Args:
+        channels: the data's channels.
+        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
+        levels: how many values a datum can take: 2 makes it a likelihood.
+
+    Shapes:
+        h and x ``(*batch, channels, *space)``.
+
+    Raises:
+        ValueError: x is outside [0, 1], h has the wrong channels, or a mass of grey data is asked for.
+
+    >>> likelihood = Bernoulli(channels=1, levels=2)
+    >>> likelihood(torch.zeros(2, 1, 2, 2)).log_prob(torch.ones(2, 1, 2, 2))  # four coins
+    tensor([-2.7726, -2.7726])
+    """
+
+    def __init__(self, channels: int, *, spatial_dims: int = 2, levels: int | None = 256) -> None:
+        super().__init__(channels, spatial_dims=spatial_dims, levels=levels)
+        self.normalised = levels == 2
+
+    def row_log_prob(self, h: Tensor, x: Tensor) -> Tensor:
+        """Negative cross-entropy."""
+        # Both terms are at most 0: where a logit is ±1e4 nothing large is subtracted from something large.
+        return (x * logsigmoid(h) + (1 - x) * logsigmoid(-h)).sum((1, 2))
+
+    def row_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
+        """The same, of binary data."""
+        if not self.normalised:
+            raise ValueError(
+                f"{self} is an objective, not a likelihood, of data with {self.levels} levels: its values sum to no probability, so"
+                " there are no bits/dim to report; build it with levels=2 for binary data, or take ContinuousBernoulli"
+            )
+        return self.row_log_prob(h, x)
+
+    def row_mean(self, h: Tensor) -> Tensor:
+        """The probability of a one."""
+        return torch.sigmoid(h)
+
+    def row_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Zeros and ones."""
+        return torch.bernoulli(torch.sigmoid(h), generator=generator)
+
+
+@final
+class ContinuousBernoulli(_UnitInterval):
+    r"""The density on [0, 1] that is log-linear in x: Bernoulli with its normaliser (Loaiza-Ganem & Cunningham 2019).
+
+    .. math:: \log p(x \mid h) = \sum_i h_i x_i - \log \frac{e^{h_i} - 1}{h_i}
+
+    In its logit h it is an exponential law cut to [0, 1], uniform at h = 0, and needs no special case there but for digits. A
+    level's mass is the density over its bin, which at both ends has half the width:
+    :math:`\log\int_a^b e^{hx}dx = ha + \log(b-a) + \log\frac{e^{h(b-a)}-1}{h(b-a)}`.
+
+    Args:
+        channels: the data's channels.
+        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
+        levels: how many values a datum can take; None for real-valued data, which have no ``log_mass``.
+
+    Shapes:
+        h and x ``(*batch, channels, *space)``.
+
+    Raises:
+        ValueError: x is outside [0, 1], h has the wrong channels, or a mass is asked for where there are no levels.
+
+    >>> likelihood = ContinuousBernoulli(channels=1)
+    >>> p = likelihood(torch.tensor([[0.0], [1e-4], [-1e4]])[..., None, None])
+    >>> p.log_prob(torch.zeros(3, 1, 1, 1))  # the last density is 1e4 at 0
+    tensor([-0.0000e+00, -5.0000e-05,  9.2103e+00])
+    >>> p.mean.flatten()
+    tensor([5.0000e-01, 5.0001e-01, 1.0000e-04])
+    """
+
+    def row_log_prob(self, h: Tensor, x: Tensor) -> Tensor:
+        """Log-density."""
+        rate, x = _falling(h), torch.where(h > 0, 1 - x, x)  # mirrored, so that no large terms are subtracted
+        return -(rate * x + _log_normaliser(rate)).sum((1, 2))
+
+    def row_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
+        """Log of the density's integral over the bins."""
+        assert self.levels is not None
+        top = self.levels - 1
+        level = torch.round(x * top)
+        rate, level = _falling(h), torch.where(h > 0, top - level, level)
+        start = (level - 0.5).clamp_min(0) / top
+        width = ((level + 0.5).clamp_max(top) / top - start).clamp_max(1)
+        log_integral = torch.log(width) + _log_normaliser(rate * width)
+        return (log_integral - rate * start - _log_normaliser(rate)).sum((1, 2))
+
+    def row_mean(self, h: Tensor) -> Tensor:
+        """Of the density."""
+        mean = _falling_mean(h.abs())
+        return torch.where(h > 0, 1 - mean, mean)
+
+    def row_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """By the inverse of the cumulative distribution."""
+        rate = h.abs().clamp_min(1e-6)  # where it is less, uniform to float32's last digit
+        uniform = torch.rand(h.shape, dtype=h.dtype, device=h.device, generator=generator)
+        x = (-torch.log1p(uniform * torch.expm1(-rate)) / rate).clamp(0, 1)
+        return torch.where(h > 0, 1 - x, x)
+
+
+# With t = |h| and x mirrored where h > 0, all of it is the exponential law on [0, 1], p(x) = e^{-tx} / ∫ e^{-tx}dx. Near t = 0 the
+# closed forms cancel (their gradients in float32 from t = 0.01 on), and a power series has the digits.
+SERIES_BELOW = 0.5
+
+
+def _falling(h: Tensor) -> Tensor:
+    """|h|, with a gradient at 0."""
+    return torch.where(h > 0, h, -h)
+
+
+def _log_normaliser(t: Tensor) -> Tensor:
+    """Log of ∫ e^{-tx} dx = (1 - e^{-t})/t over [0, 1], for t ≥ 0."""
+    small, large = t.clamp(max=SERIES_BELOW), t.clamp(min=SERIES_BELOW)
+    s = small.square()
+    series = s * (1 / 24 - s * (1 / 2880 - s * (1 / 181440 - s * (1 / 9676800 - s / 479001600)))) - small / 2
+    return torch.where(t < SERIES_BELOW, series, torch.log(-torch.expm1(-large)) - torch.log(large))
+
+
+def _falling_mean(t: Tensor) -> Tensor:
+    """Mean of the density proportional to e^{-tx} on [0, 1], for t ≥ 0."""
+    small, large = t.clamp(max=SERIES_BELOW), t.clamp(min=SERIES_BELOW)
+    s = small.square()
+    series = 0.5 - small * (1 / 12 - s * (1 / 720 - s * (1 / 30240 - s * (1 / 1209600 - s / 47900160))))
+    return torch.where(t < SERIES_BELOW, series, 1 / large - 1 / torch.expm1(large))

@@ -1,0 +1,144 @@
+"""Families over the levels themselves: a class for each level, or a yes or no for each bit."""
+
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from sigma_vae.likelihoods.chunks import in_chunks
+from sigma_vae.likelihoods.unscaled import Discrete
+
+__all__ = ["BitwiseCategorical", "Categorical"]
+
+
+@final
+class Categorical(Discrete):
+    r"""One probability for each level of each value: knows nothing of the levels' order, and can say anything.
+
+    .. math:: \log p(x \mid h) = \sum_i h_{i,k_i} - \log \sum_k e^{h_{i,k}}, \qquad x_i = k_i / (L-1)
+
+    Args:
+        channels: the data's channels.
+        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
+        levels: how many values a datum can take.
+
+    Shapes:
+        h ``(*batch, channels * levels, *space)``: the logits of the first channel's levels, then the next channel's; x
+        ``(*batch, channels, *space)``.
+
+    Raises:
+        ValueError: x is off the levels, or h has the wrong channels.
+
+    >>> likelihood = Categorical(channels=1, levels=4)
+    >>> p = likelihood(torch.zeros(2, 4, 3, 3))
+    >>> p.log_prob(torch.ones(2, 1, 3, 3))  # 9 values, each of probability 1/4
+    tensor([-12.4766, -12.4766])
+    >>> p.mean.unique()
+    tensor([0.5000])
+    """
+
+    @property
+    def in_channels(self) -> int:
+        """A logit for each level of each channel."""
+        return self.channels * self.levels
+
+    def row_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
+        """Negative cross-entropy, channel by channel: each is a row of its own to keep the parts small."""
+        logits = h.reshape(-1, self.levels, h.shape[-1])
+        k = torch.round(x * (self.levels - 1)).long().reshape(-1, h.shape[-1])
+        return in_chunks(_class_log_mass, logits, k, _class_gradient).reshape(x.shape[:2]).sum(-1)
+
+    def row_mean(self, h: Tensor) -> Tensor:
+        """Σ k P(k)/(L−1)."""
+        values = torch.linspace(0, 1, self.levels, dtype=h.dtype, device=h.device)
+        logits = h.reshape(len(h), self.channels, self.levels, h.shape[-1])
+        return (torch.softmax(logits, 2) * values[:, None]).sum(2)
+
+    def row_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Levels, by their cumulative probabilities."""
+        masses = torch.softmax(h.reshape(len(h), self.channels, self.levels, h.shape[-1]), 2).movedim(2, -1)
+        k = torch.multinomial(masses.flatten(0, -2), 1, generator=generator)
+        return k.reshape(masses.shape[:-1]).to(h.dtype) / (self.levels - 1)
+
+
+def _class_log_mass(logits: Tensor, k: Tensor) -> Tensor:
+    return -cross_entropy(logits, k, reduction="none").sum(-1)
+
+
+@torch.no_grad()
+def _class_gradient(logits: Tensor, k: Tensor, out: Tensor) -> Tensor:
+    """One where the class is, minus the softmax."""
+    classes = k[:, None]
+    torch.log_softmax(logits, 1, out=out)
+    values = out.gather(1, classes).sum((1, 2))
+    out.exp_().neg_()
+    out.scatter_add_(1, classes, torch.ones_like(classes, dtype=out.dtype))
+    return values
+
+
+@final
+class BitwiseCategorical(Discrete):
+    r"""A binary classifier for each bit of each value, most significant bit first (paper, appendix D): 8 logits in place of 256.
+
+    .. math:: \log p(x \mid h) = \sum_i \sum_b \log \sigma\left((2 k_{i,b} - 1)\, h_{i,b}\right)
+
+    The bits are independent given the features, so that P(127) and P(128), which share no bit, cannot both be large
+    without other levels being so.
+
+    Args:
+        channels: the data's channels.
+        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
+        levels: how many values a datum can take: a power of two.
+
+    Shapes:
+        h ``(*batch, channels * log2(levels), *space)``: the bits of the first channel, then the next channel's; x
+        ``(*batch, channels, *space)``.
+
+    Raises:
+        ValueError: ``levels`` is no power of two, x is off the levels, or h has the wrong channels.
+
+    >>> likelihood = BitwiseCategorical(channels=1, levels=4)
+    >>> p = likelihood(torch.tensor([[[[5.0]], [[0.0]]]]))  # surely the upper half, then anything
+    >>> p.log_prob(torch.tensor([[[[2 / 3]]]])).exp()
+    tensor([0.4967])
+    """
+
+    def __init__(self, channels: int, *, spatial_dims: int = 2, levels: int | None = 256) -> None:
+        super().__init__(channels, spatial_dims=spatial_dims, levels=levels)
+        if self.levels & (self.levels - 1):
+            raise ValueError(
+                f"BitwiseCategorical needs a power of two levels, as in 256, got {levels}: bits would make levels that no datum"
+                " has; take Categorical, or rescale the data"
+            )
+        self.bits = self.levels.bit_length() - 1
+
+    @property
+    def in_channels(self) -> int:
+        """A logit for each bit of each channel."""
+        return self.channels * self.bits
+
+    def row_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
+        """All bits' log-probabilities together."""
+        return in_chunks(self._bits_log_mass, h, x)
+
+    def _bits_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
+        k = torch.round(x * (self.levels - 1)).long()
+        signs = 2 * (k[:, :, None] >> self._places(h) & 1).to(h.dtype) - 1
+        return logsigmoid(signs * self._logits(h)).sum((1, 2, 3))
+
+    def row_mean(self, h: Tensor) -> Tensor:
+        """Each bit's probability times what it stands for."""
+        worth = (1 << self._places(h)).to(h.dtype) / (self.levels - 1)
+        return (torch.sigmoid(self._logits(h)) * worth).sum(2)
+
+    def row_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Levels, bit by bit."""
+        bits = torch.bernoulli(torch.sigmoid(self._logits(h)), generator=generator).long()
+        return (bits << self._places(h)).sum(2).to(h.dtype) / (self.levels - 1)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        return h.reshape(len(h), self.channels, self.bits, h.shape[-1])
+
+    def _places(self, h: Tensor) -> Tensor:
+        return torch.arange(self.bits - 1, -1, -1, device=h.device)[:, None]

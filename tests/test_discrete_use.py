@@ -1,0 +1,245 @@
+"""Families without a scale in use: draws, gradients, extreme numbers, mistakes, compiling, training."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from test_discrete import FAMILIES, Family, colour_masses, each, features, levels_of
+
+from sigma_vae import VAE, Bernoulli, BitwiseCategorical, Categorical, ContinuousBernoulli, LogisticMixture, build, mlp
+from sigma_vae.cli import main
+from sigma_vae.likelihoods.chunks import in_chunks
+from sigma_vae.likelihoods.unscaled import Unscaled
+
+RGB = Family("logistic-mixture-rgb", lambda *a, **k: LogisticMixture(3, components=3, **k), lambda *a: np.empty(0), channels=3)
+ALL = (*FAMILIES, RGB)
+every = pytest.mark.parametrize("family", ALL, ids=lambda family: family.name)
+
+
+def make(family: Family, spatial_dims: int = 2, levels: int | None = None) -> Unscaled:
+    return family.make(family.channels, spatial_dims=spatial_dims, levels=levels or family.levels)
+
+
+# -- draws and moments -------------------------------------------------------------------------------------------------------------
+
+
+@each
+def test_draws_follow_the_masses_and_the_mean_is_theirs(family: Family) -> None:
+    likelihood = family.make(1, spatial_dims=0, levels=family.levels)
+    h = features(likelihood, (1,), seed=3)
+    masses = np.exp(family.log_masses(h.numpy(), 1, family.levels))[0, 0]
+    torch.manual_seed(0)
+    draws = likelihood(h).sample((20_000,)).numpy().ravel()
+    counts = np.bincount(np.round(draws * (family.levels - 1)).astype(int), minlength=family.levels)
+    common = masses * len(draws) > 10
+    expected = np.append(masses[common], masses[~common].sum()) * len(draws)
+    seen = np.append(counts[common], counts[~common].sum())
+    few = expected > 0
+    assert stats.chisquare(seen[few], expected[few] * seen.sum() / expected.sum()).pvalue > 1e-3
+    if family.name.startswith("continuous"):
+        assert stats.kstest(draws, lambda x: np.expm1(float(h) * x) / np.expm1(float(h))).pvalue > 1e-3
+    else:
+        assert set(np.round(draws * (family.levels - 1), 4)) <= set(range(family.levels))
+        mean = masses @ np.linspace(0, 1, family.levels)
+        np.testing.assert_allclose(float(likelihood(h).mean), mean, rtol=1e-9)
+
+
+def test_colours_follow_the_masses() -> None:
+    likelihood = LogisticMixture(3, components=2, spatial_dims=0, levels=4)
+    h = features(likelihood, (1,), seed=1)
+    masses = colour_masses(h[0].numpy(), 4)
+    torch.manual_seed(0)
+    draws = torch.round(likelihood(h).sample((40_000,))[:, 0] * 3).long()
+    counts = torch.bincount(draws @ torch.tensor([16, 4, 1]), minlength=64).numpy()
+    assert stats.chisquare(counts, masses.ravel() / masses.sum() * len(draws)).pvalue > 1e-3
+    red = masses.sum((1, 2)) @ np.arange(4) / 3
+    mean = likelihood(h).mean[0]
+    assert float(mean[0]) == pytest.approx(red, rel=1e-9)
+    # The later channels' mean is approximate: exact but for the cut at the ends of the range.
+    assert mean[1:].numpy() == pytest.approx([masses.sum(axis) @ np.arange(4) / 3 for axis in ((0, 2), (0, 1))], abs=0.06)
+
+
+@every
+def test_a_generator_decides_the_draws(family: Family) -> None:
+    p = make(family, 0)(features(make(family, 0), (50,)))
+    a, b = (p.sample(generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(a, b)
+
+
+# -- gradients -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@every
+def test_gradients_in_parts_are_the_numeric_ones(family: Family, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = min(family.levels, 4)
+    likelihood = make(family, 1, levels)
+    monkeypatch.setattr("sigma_vae.likelihoods.chunks.CPU_FEATURES", rows * likelihood.in_channels * 2)
+    h = features(likelihood, (4,), (2,)).requires_grad_()
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, levels, (4, family.channels, 2)) / (levels - 1))
+    assert torch.autograd.gradcheck(
+        lambda h: likelihood(h, x).log_prob(x), h, rtol=1e-5, atol=1e-7, nondet_tol=1e-12
+    )  # weighted by example
+
+
+@pytest.mark.parametrize(
+    "gradient", [None, lambda h, x, out: (h.sin() * x.cos()).sum(1) + 0 * out.copy_(x.cos() * h.cos()).sum()]
+)
+def test_in_chunks_is_plain_autograd(gradient) -> None:
+    h, x = torch.randn(2, 7, 5, dtype=torch.float64)
+    h.requires_grad_()
+
+    def formula(h, x):
+        return (h.sin() * x.cos()).sum(1)
+
+    parts, whole, weights = in_chunks(formula, h, x, gradient, features=10), formula(h, x), torch.arange(7.0).double()
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-14)
+    for _ in range(2):  # a graph that is retained gives the same again
+        ours, theirs = (torch.autograd.grad(value, h, weights, retain_graph=True)[0] for value in (parts, whole))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    slopes = [torch.autograd.grad(value, h, weights, create_graph=True)[0] for value in (parts, whole)]
+    ours, theirs = (torch.autograd.grad(slope.square().sum(), h)[0] for slope in slopes)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    size=st.sampled_from([0.0, 1.0, 20.0, 200.0, 1e4]), half=st.booleans(), seed=st.integers(0, 99), row=st.sampled_from(ALL)
+)
+def test_nothing_is_ever_infinite(size: float, half: bool, seed: int, row: Family) -> None:
+    likelihood = make(row, 1)
+    generator = torch.Generator().manual_seed(seed)
+    h = size * (2 * torch.rand((2, likelihood.in_channels, row.levels), generator=generator) - 1)
+    h = (h.bfloat16() if half else h).requires_grad_()
+    x = (torch.arange(row.levels) / (row.levels - 1)).expand(2, row.channels, -1)
+    for value in (likelihood(h, x).log_prob(x), likelihood.log_mass(h, x)):
+        assert value.dtype == torch.float32
+        (slope,) = torch.autograd.grad(value.sum(), h)
+        assert value.isfinite().all()
+        assert slope.isfinite().all()
+    p = likelihood(h.detach())
+    assert ((p.mean >= 0) & (p.mean <= 1)).all()
+    assert ((p.sample() >= 0) & (p.sample() <= 1)).all()
+
+
+@every
+def test_autocast_does_not_touch_probabilities(family: Family) -> None:
+    likelihood = make(family, 1)
+    h, x = features(likelihood, (3,), (8,)).float(), levels_of(family, (3, family.channels, 8)).float()
+    exact = likelihood(h, x).log_prob(x), likelihood.log_mass(h, x), likelihood(h).mean
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = likelihood(h, x).log_prob(x), likelihood.log_mass(h, x), likelihood(h).mean
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+# -- a module among others -----------------------------------------------------------------------------------------------------------
+
+
+@every
+def test_nothing_is_stored_and_eval_does_not_look_at_x(family: Family) -> None:
+    likelihood = make(family, 1).eval()
+    assert not likelihood.state_dict()
+    h, x = features(likelihood, (3,), (8,)), levels_of(family, (3, family.channels, 8))
+    likelihood.calibrate([(h, x)])
+    value = likelihood(h).log_prob(x)
+    torch.testing.assert_close(likelihood.train()(h, 1 - x).log_prob(x), value, rtol=0, atol=0)
+    torch.testing.assert_close(likelihood.post_hoc(h).log_prob(x), value, rtol=0, atol=0)
+
+
+@every
+def test_compiled_in_one_graph_the_numbers_are_the_same(family: Family) -> None:
+    torch._dynamo.reset()
+    likelihood = make(family, 1)
+    h, x = features(likelihood, (3,), (4,)).requires_grad_(), levels_of(family, (3, family.channels, 4))
+
+    def loss(h, x):
+        return likelihood(h, x).log_prob(x)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for function in (loss, compiled):
+        value = function(h, x)
+        (slope,) = torch.autograd.grad(value.sum(), h)
+        if function is loss:
+            expected = value, slope
+    torch.testing.assert_close((value, slope), expected, rtol=1e-10, atol=1e-10)
+
+
+@every
+def test_a_vae_with_it_is_exported(family: Family) -> None:
+    likelihood = make(family)
+    vae = VAE(mlp((family.channels, 4, 4), likelihood.in_channels, latent_dim=2, width=8), likelihood).eval()
+    x = levels_of(family, (3, family.channels, 4, 4)).float()
+
+    class LogMass(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vae = vae
+
+        def forward(self, x):
+            inference = self.vae.network.infer(x, noise=torch.zeros)
+            return self.vae.likelihood(inference.h).log_prob(x)
+
+    exported = torch.export.export(LogMass(), (x,)).module()
+    torch.testing.assert_close(exported(x), LogMass()(x), rtol=1e-5, atol=1e-5)
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda: Categorical(1)(torch.zeros(2, 255, 4, 4)), "reads 256 decoder channels, got 255"),
+        (lambda: LogisticMixture(3)(torch.zeros(2)), "reads 100 decoder channels"),
+        (lambda: LogisticMixture(3, components=0), "at least 1 component, got 0"),
+        (lambda: BitwiseCategorical(1, levels=17), "power of two levels, as in 256, got 17"),
+        (lambda: Categorical(1, levels=None), "needs to know how many"),
+        (lambda: Categorical(1, spatial_dims=0)(torch.zeros(1, 256), torch.full((1, 1), 0.1234)), "expects levels k/255"),
+        (lambda: ContinuousBernoulli(1, spatial_dims=0)(torch.zeros(1, 1), torch.full((1, 1), 1.5)), r"data in \[0, 1\]"),
+        (
+            lambda: ContinuousBernoulli(1, spatial_dims=0).log_mass(torch.zeros(1, 1), torch.full((1, 1), 0.1234)),
+            "levels k/255",
+        ),
+        (lambda: ContinuousBernoulli(1, levels=None).log_mass(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)), "real-valued"),
+        (lambda: Bernoulli(1).log_mass(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)), "objective, not a likelihood"),
+        (lambda: Bernoulli(1)(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 2)), "was given data of shape"),
+        (lambda: build.likelihood("categorical/optimal", 1), "has no scale"),
+        (lambda: build.likelihood("categorical:3", 1), "only logistic-mixture takes a number"),
+        (lambda: build.likelihood("logistic-mixture:0", 1), "only logistic-mixture takes a number"),
+        (lambda: build.likelihood("continuous-bernoulli", 1, observes="level"), "not on the masses"),
+        (lambda: build.likelihood("logistic-mixtur", 1), "did you mean 'logistic-mixture'"),
+    ],
+)
+def test_mistakes_are_named(mistake, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mistake()
+
+
+# -- training ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["bernoulli", "continuous-bernoulli", "categorical", "bitwise-categorical", "logistic-mixture:2", "logistic-mixture"],
+)
+def test_it_trains_is_evaluated_and_drawn(name: str, tmp_path) -> None:
+    out, source = tmp_path / "run", "digits"
+    if name.startswith("bitwise"):  # 16 levels: a power of two
+        from sklearn.datasets import load_digits
+
+        source = str(tmp_path / "digits16.npz")
+        images = load_digits().images.clip(0, 15)[:300] / 15
+        np.savez(source, train=np.uint8(np.round(images * 255)))
+    words = ["train", source, "--network", "mlp", "--width", "16", "--max-steps", "8", "--likelihood", name, "--out", str(out)]
+    assert main(words) == 0
+    report = json.loads((out / "evaluation.json").read_text())
+    assert ("bits_per_dim" in report) == (name != "bernoulli")
+    assert ("objective_nats" in report) == (name == "bernoulli")
+    assert main(["sample", str(out), "--n", "4"]) == 0
+    assert main(["score", str(out)]) == 0

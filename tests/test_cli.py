@@ -155,6 +155,10 @@ MISTAKES = {
     "batch size": (["explain", "--shape", "3,8,8", "--kl-reduction", "sum"], "pass the batch size"),
     "latents": (["explain", "--shape", "3,8,8", "--kl-reduction", "mean"], "pass the latent dimension"),
     "beta": (["explain", "--shape", "3,8,8", "--beta", "0"], "beta > 0"),
+    "negative shape": (["explain", "--shape=-3,-2"], "at least 1"),
+    "no batch": (["explain", "--shape", "3,8,8", "--kl-reduction", "sum", "--batch-size", "0"], "at least 1"),
+    "no samples": (["sample", "RUN", "--n", "0", "--out", "a.png"], "at least 1"),
+    "no examples": (["reconstruct", "RUN", "--n", "-1", "--out", "a.png"], "at least 1"),
 }
 
 
@@ -167,6 +171,26 @@ def test_a_mistake_gets_a_sentence_and_exit_code_1(mistake, digits_run, tmp_path
     assert says in error
     assert error.startswith(f"{PROGRAM}: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_changed_data_are_refused_but_samples_need_none(tmp_path, capsys):
+    data, out = tmp_path / "x.npy", tmp_path / "run"
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    np.save(data, images)
+    assert main(["train", str(data), "--network", "mlp", "--width", "4", "--epochs", "1", "--out", str(out)]) == 0
+    np.save(data, images[:-1])
+    for command in ("evaluate", "score", "encode", "reconstruct", "resume"):
+        assert main([command, str(out)]) == 1
+        assert "have changed" in capsys.readouterr().err
+    data.unlink()
+    assert main(["sample", str(out), "--n", "2"]) == 0
+
+
+def test_one_test_example_has_no_standard_error(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 256, (10, 8, 8), dtype=np.uint8))
+    words = ["train", str(tmp_path / "x.npy"), "--network", "mlp", "--width", "4", "--epochs", "1", "--json"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert json.loads(capsys.readouterr().out)["elbo_nats"]["standard_error"] is None
 
 
 def test_a_broken_run_is_refused(digits_run, tmp_path, capsys):

@@ -464,3 +464,51 @@ def test_a_perfect_prediction_has_a_finite_refit(scale):
     likelihood.calibrate([(h, x)])
     assert torch.isfinite(likelihood.post_hoc(h).log_prob(x)).all()
     assert torch.isfinite(likelihood.log_mass(h, x, post_hoc=True)).all()
+
+
+def test_a_broken_batch_does_not_stay_in_the_stored_scale():
+    likelihood = Gaussian(channels=1)
+    x = torch.randint(0, 256, (16, 1, 4, 4)) / 255
+    likelihood(x + 0.1, x)
+    broken = x.clone()
+    broken[0, 0, 0, 0] = float("nan")
+    assert likelihood(x + 0.1, broken).log_prob(broken).isnan().all()  # it is not hidden either
+    assert likelihood.eval()(x).log_prob(x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda h, x: [(h, x * float("nan"))], "NaN or infinite"),
+        (lambda h, x: [(h, x * 255)], r"levels of the data in \[0, 1\]"),
+        (lambda h, x: [(h * float("nan"), x)], "no finite σ"),
+        (lambda h, x: iter([(h, x)]), "not a generator"),
+        (lambda h, x: [], "no data"),
+    ],
+    ids=["nan", "range", "weights", "generator", "empty"],
+)
+def test_calibrate_refuses_what_it_cannot_fit_and_keeps_what_it_had(spoil, says):
+    likelihood = Gaussian(channels=1)
+    x = torch.randint(0, 256, (16, 1, 4, 4)) / 255
+    likelihood.calibrate([(x + 0.1, x)])
+    before = likelihood.scale.density_log_scale.clone()
+    with pytest.raises(ValueError, match=says):
+        likelihood.calibrate(spoil(x + 0.1, x))
+    assert torch.equal(likelihood.scale.density_log_scale, before)
+
+
+@pytest.mark.parametrize("observes", ["density", "level"])
+def test_values_of_another_shape_are_not_broadcast(observes):
+    distribution = Gaussian(channels=3, scale=Fixed(0.1), observes=observes)(torch.zeros(8, 3, 4, 4))
+    for shape in ((8, 1, 4, 4), (4, 4)):
+        with pytest.raises(ValueError, match="broadcast"):
+            distribution.log_prob(torch.zeros(shape))
+
+
+def test_a_given_scale_is_not_moved_to_the_data():
+    given_sigma, free = Shared(0.25), Shared()
+    for scale in (given_sigma, free):
+        scale.start(0.5)
+        scale.start(0.7)  # a second training starts from what the first has learnt
+    assert given_sigma.log_scale.exp().item() == pytest.approx(0.25)
+    assert free.log_scale.exp().item() == pytest.approx(0.5)

@@ -311,3 +311,42 @@ def test_new_likelihoods_train_and_survive_a_resumption(digits, tmp_path, likeli
     assert same(weights(whole), weights(halved))
     test = next(iter(digits.batches("test", 180))).x
     assert whole.eval().elbo(test).total.isfinite().all()
+
+
+def test_weights_ruined_by_the_last_step_of_an_epoch_are_never_kept(digits, tmp_path):
+    with pytest.raises(NonFiniteLossError, match="after step 0: calibrate found no finite"):
+        train(small_vae(digits), digits, tmp_path, epochs=1, batch_size=2000, learning_rate=1e30)
+    assert not list((tmp_path / "checkpoints").glob("*"))
+
+
+def test_a_run_that_ends_between_validations_can_be_resumed(digits_config, tmp_path):
+    training = replace(digits_config.training, epochs=2, validate_every=1000)
+    runs.train(replace(digits_config, training=training), tmp_path / "run", progress=False)
+    runs.resume(tmp_path / "run", epochs=3, progress=False)
+    steps = [int(row["step"]) for row in rows(tmp_path / "run") if row["train/loss_nats"]]
+    assert steps == list(range(0, 3 * 46, 5))
+
+
+def test_a_moved_run_keeps_its_best_weights(digits, tmp_path):
+    train(small_vae(digits), digits, tmp_path / "old", epochs=3)
+    (tmp_path / "old").rename(tmp_path / "new")
+    vae = small_vae(digits)
+    # Nothing that a ruinous learning rate does from here on is better than what was found there.
+    best = torch.load(tmp_path / "new" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    train(vae, digits, tmp_path / "new", epochs=3, resume=True)
+    name = "network.decoder.0.weight"
+    assert torch.equal(vae.state_dict()[name], best[f"vae.{name}"])
+
+
+def test_after_fit_the_model_is_ready_to_be_evaluated(digits):
+    vae = small_vae(digits)
+    train(vae, digits, epochs=1)
+    assert not any(module.training for module in vae.modules())
+
+
+@pytest.mark.parametrize("scale", ["running-minimum", "optimal-pixel", "shared", "per-image"])
+def test_averaged_weights_work_with_every_kind_of_scale(scale, digits, tmp_path):
+    vae = small_vae(digits, likelihood=f"gaussian/{scale}")
+    train(vae, digits, tmp_path, epochs=1, ema_decay=0.9)
+    train(vae, digits, tmp_path, epochs=2, ema_decay=0.9, resume=True)
+    assert vae.elbo(digits.values("test")).total.isfinite().all()

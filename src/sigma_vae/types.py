@@ -108,9 +108,11 @@ class Likelihood(nn.Module, ABC):
     """p(x|z): from decoder features to a distribution over data.
 
     A subclass says how many feature channels it reads (``in_channels``) and turns features into a distribution. Families
-    with a scale also refit it in ``calibrate``; those without one inherit the neutral answers below.
+    with a scale also refit it in ``calibrate``.
     """
 
+    observes: Observes = "density"
+    """What ``log_prob`` is of: the density of the values, or the mass of their level."""
     normalised: bool = True
     """Whether ``log_prob`` is the logarithm of a probability; where not, it is an objective, and there is no ``log_mass``."""
 

@@ -51,7 +51,8 @@ def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int
         seed: of the posterior's noise, which is keyed by example.
 
     Returns:
-        Plain numbers. ``elbo_nats`` is the bound on the log-density with the model's own σ, ``elbo_post_hoc_nats`` with the σ refitted
+        Plain numbers. ``elbo_nats`` is the bound on what the likelihood ``observes`` (the log-density of the values, or the log-mass of
+        their levels: never compare the two) with the model's own σ, ``elbo_post_hoc_nats`` with the σ refitted
         on training data (the same for optimal scales), ``bits_per_dim`` and ``bits_per_dim_post_hoc`` the bound on the log-mass of the
         levels; each a mean over examples with its standard error. An objective that is no likelihood (Bernoulli on grey data) bounds
         nothing: it has ``objective_nats`` in place of ``elbo_nats``, and no bits.
@@ -64,6 +65,7 @@ def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int
         "examples": len(scores.rate),
         "dims": dims,
         "levels": vae.likelihood.levels,
+        "observes": vae.likelihood.observes,
         "noise_seed": seed,
         f"{name}_nats": _mean(scores.log_likelihood - scores.rate),
         f"{name}_post_hoc_nats": _mean(scores.log_likelihood_post_hoc - scores.rate),

@@ -139,9 +139,12 @@ class LocationScale(Likelihood):
         observed = _Reiterable(self, pairs)
         per = self.scale.refit_per
         density = self._solve(observed, per, "density")
+        if not torch.isfinite(density).all():
+            raise ValueError("calibrate found no finite σ: the decoder's features are not finite (have its weights diverged?)")
+        level = None if self.levels is None else self._solve(observed, per, "level", start=density)
         self.scale.store("density", density)
-        if self.levels is not None:
-            self.scale.store("level", self._solve(observed, per, "level", start=density))
+        if level is not None:
+            self.scale.store("level", level)
 
     def _check_levels(self, x: Tensor) -> None:
         assert self.levels is not None
@@ -197,6 +200,8 @@ class _Reiterable:
     """Pairs (h, x) as what the solver reads, one at a time."""
 
     def __init__(self, likelihood: LocationScale, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        if isinstance(pairs, Iterator):
+            raise ValueError("calibrate goes through its data more than once: pass a list or a loader, not a generator")
         self.likelihood = likelihood
         self.pairs = pairs
 
@@ -204,4 +209,15 @@ class _Reiterable:
         for h, x in self.pairs:
             law, loc, raw = self.likelihood._split(h)
             observed = self.likelihood._observed(law, loc, x)
+            self._check(observed.x)
             yield observed._replace(base=self.likelihood.scale.base(raw))
+
+    def _check(self, x: Tensor) -> None:
+        low, high = x.aminmax()
+        if not torch.isfinite(low + high):
+            raise ValueError("calibrate was given data with NaN or infinite values; clean them first")
+        if self.likelihood.levels is not None and (low < -0.01 or high > 1.01):
+            raise ValueError(
+                f"calibrate expects the {self.likelihood.levels} levels of the data in [0, 1], got values in [{float(low):.4g},"
+                f" {float(high):.4g}]; scale them, or build the likelihood with levels=None for real-valued data"
+            )

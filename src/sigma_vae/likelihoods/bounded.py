@@ -58,6 +58,7 @@ class Bernoulli(_UnitInterval):
     def __init__(self, channels: int, *, spatial_dims: int = 2, levels: int | None = 256) -> None:
         super().__init__(channels, spatial_dims=spatial_dims, levels=levels)
         self.normalised = levels == 2
+        self.observes = "level" if self.normalised else "density"
 
     def row_log_prob(self, h: Tensor, x: Tensor) -> Tensor:
         """Negative cross-entropy."""

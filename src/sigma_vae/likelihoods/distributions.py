@@ -80,6 +80,12 @@ class _EventDistribution(Distribution):
         """
         return self._sum(self.element_log_prob(value) * torch.exp(2 * beta * self.log_scale.detach()))
 
+    def _check_event(self, value: Tensor) -> None:
+        event_dims = len(self._event_axes)
+        if value.shape[-event_dims:] != self.event_shape:
+            event = ", ".join(map(str, self.event_shape))
+            raise ValueError(f"expected values of shape (..., {event}), got {tuple(value.shape)}: they would be broadcast")
+
     def _sum(self, values: Tensor) -> Tensor:
         """Sum over the event, counting a broadcast value once for each element it stands for."""
         size = math.prod([values.shape[axis] for axis in self._event_axes])  # no generator: torch.compile cannot trace one
@@ -108,6 +114,7 @@ class Continuous(_EventDistribution):
         return self.law.log_prob(self._residual(value)) - self.log_scale
 
     def _residual(self, value: Tensor) -> Tensor:
+        self._check_event(value)
         return (value - self.loc) * torch.exp(-self.log_scale)
 
     @property
@@ -152,6 +159,7 @@ class Discretized(_EventDistribution):
 
     def element_log_prob(self, value: Tensor) -> Tensor:
         """Log-mass of each element's bin."""
+        self._check_event(value)
         top = self.levels - 1
         # In units of levels, so that the mean is rounded once for all bins: their masses then sum to one in float32 too.
         level, loc = torch.round(value * top), self.loc * top

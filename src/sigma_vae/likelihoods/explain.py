@@ -60,9 +60,11 @@ def explain(
     1.239
     """
     dims = math.prod(shape)
-    if not shape or dims < 1 or not 0 < beta < math.inf or not value_range > 0:
+    sizes = [*shape, *(size for size in (batch_size, latent_dim) if size is not None)]
+    if not shape or min(sizes) < 1 or not 0 < beta < math.inf or not value_range > 0:
         raise ValueError(
-            f"expected a shape of positive sizes, beta > 0 and a range > 0, got {tuple(shape)}, {beta}, {value_range}"
+            f"expected sizes of at least 1, beta > 0 and a range > 0, got shape {tuple(shape)}, batch size {batch_size},"
+            f" latent dimension {latent_dim}, beta {beta}, range {value_range}"
         )
     if (reduction == "sum") != (kl_reduction == "sum") and batch_size is None:
         raise ValueError(

@@ -153,16 +153,19 @@ class Shared(Scale):
     the spread of the data, and ``fit`` gives it a learning rate of its own.
     """
 
-    def __init__(self, sigma: float = 1.0, floor: float = FLOOR) -> None:
+    def __init__(self, sigma: float | None = None, floor: float = FLOOR) -> None:
         super().__init__(floor)
-        if not 0 < sigma < math.inf:
+        if sigma is not None and not 0 < sigma < math.inf:
             raise ValueError(f"Shared starts from a σ > 0, got {sigma}")
-        self.log_scale = nn.Parameter(torch.tensor(math.log(sigma)))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(sigma or 1.0)))
+        self.started = sigma is not None
 
     @torch.no_grad()
     def start(self, sigma: float) -> None:
-        """Start from this σ."""
-        self.log_scale.fill_(max(math.log(max(sigma, 1e-30)), self.log_floor))
+        """Start from this σ, unless one was given or learned before."""
+        if not self.started:
+            self.log_scale.fill_(max(math.log(max(sigma, 1e-30)), self.log_floor))
+        self.started = True
 
     def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
         """The parameter, put back onto the floor when a step went below (a clamp would cut its gradient)."""
@@ -248,6 +251,7 @@ class Optimal(Scale):
         old = self.level_log_scale if observes == "level" else self.density_log_scale
         if old.shape == log_scale.shape:
             log_scale = _running_mean(old, log_scale)
+            log_scale = torch.where(log_scale.isfinite(), log_scale, old)  # a broken batch has broken the loss; it ends there
             other = self.density_log_scale if observes == "level" else self.level_log_scale
             if other.shape == old.shape:  # a calibration has set both: the one that is not trained follows by the same factor
                 other += log_scale - old

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from sigma_vae.likelihoods.distributions import Shape, check_levels
-from sigma_vae.types import Likelihood
+from sigma_vae.types import Likelihood, Observes
 
 __all__ = ["Discrete", "FromFeatures", "Unscaled"]
 
@@ -113,6 +113,7 @@ class Discrete(Unscaled):
     """
 
     levels: int
+    observes: Observes = "level"
 
     def __init__(self, channels: int, *, spatial_dims: int = 2, levels: int | None = 256) -> None:
         if levels is None:

@@ -12,9 +12,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from sigma_vae.data import Batches
+from sigma_vae.training.module import REMEDY, NonFiniteLossError
 from sigma_vae.vae import VAE
 
-__all__ = ["AtomicCheckpoints", "BestCheckpoint", "CalibrateBeforeValidation", "Resumable"]
+__all__ = ["AtomicCheckpoints", "CalibrateBeforeValidation", "Checkpoint", "Resumable"]
 
 
 class CalibrateBeforeValidation(pl.Callback):
@@ -27,7 +28,10 @@ class CalibrateBeforeValidation(pl.Callback):
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Runs after the averaged weights, if any, are in place."""
-        self.vae.calibrate(self.part)
+        try:
+            self.vae.calibrate(self.part)
+        except ValueError as error:  # of data that trained before, so it is the weights that have become useless
+            raise NonFiniteLossError(f"after step {trainer.global_step - 1}: {error}. {REMEDY}") from error
         self.validated_at = trainer.global_step
 
 
@@ -81,19 +85,25 @@ class Resumable(pl.Callback):
         self.asked = True
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """The weights of the best validation, wherever the run folder has been moved to since."""
+class Checkpoint(ModelCheckpoint):
+    """One file: of the newest weights, or of those that a monitored metric finds best; the run folder may be moved between sessions."""
 
-    def __init__(self, path: Path, monitor: str) -> None:
+    def __init__(self, path: Path, best_of: str | None = None) -> None:
         self.path = path
+        on_epoch_end = None if best_of is None else False
         super().__init__(
-            path.parent, path.stem, monitor, mode="max", save_on_train_epoch_end=False, enable_version_counter=False
+            path.parent,
+            path.stem,
+            best_of,
+            mode="max",
+            save_on_train_epoch_end=on_epoch_end,
+            enable_version_counter=False,
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best score over, with the paths of today."""
         here = str(self.path)
-        scores = dict.fromkeys([here], state_dict["best_model_score"]) if state_dict["best_k_models"] else {}
+        scores = {here: state_dict["best_model_score"]} if state_dict["best_k_models"] else {}
         paths = {"dirpath": self.dirpath, "best_model_path": here, "kth_best_model_path": here, "best_k_models": scores}
         super().load_state_dict(state_dict | paths)
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Batches, Splits
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.training.callbacks import AtomicCheckpoints, BestCheckpoint, CalibrateBeforeValidation, Resumable
+from sigma_vae.training.callbacks import AtomicCheckpoints, CalibrateBeforeValidation, Checkpoint, Resumable
 from sigma_vae.training.module import TrainingModule
-from sigma_vae.vae import VAE
+from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["fit", "resolve_device"]
 
@@ -78,13 +78,13 @@ def fit(
         training = data.batches("train", config.batch_size, shuffle=True, seed=seed, device=where)
         validation = data.batches("validation", _passing_batch(data), device=where)
         calibration = CalibrateBeforeValidation(vae, _part(data, where))
-        best = BestCheckpoint(last.with_name("best.ckpt"), MONITOR)
+        best = Checkpoint(last.with_name("best.ckpt"), best_of=MONITOR)
         callbacks = [
             *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []),
             calibration,  # after the averaged weights have been put in place
             *([EarlyStopping(MONITOR, mode="max", patience=config.patience)] if config.patience else []),
             best,
-            ModelCheckpoint(last.parent, last.stem, enable_version_counter=False),
+            Checkpoint(last),
             Resumable(last, training, where),
         ]
         trainer = _trainer(config, folder, where, loggers, callbacks, progress)
@@ -127,7 +127,10 @@ def _start(vae: VAE, data: Splits, config: TrainingConfig) -> None:
     first = next(iter(_part(data)))
     if config.scale_start == "data" and isinstance(likelihood, LocationScale) and isinstance(likelihood.scale, Shared):
         likelihood.scale.start(float(first.x.std()))
-    vae.calibrate([first.x.to(next(vae.parameters()).device)])
+    x = first.x.to(next(vae.parameters()).device)
+    vae.calibrate([x])
+    with torch.no_grad():  # a scale that remembers its batches remembers one: averaged weights need every buffer in its shape
+        vae.elbo(x, noise=keyed_noise(first.positions))
 
 
 def _part(data: Splits, device: torch.device | str = "cpu") -> Batches:

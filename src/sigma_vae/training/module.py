@@ -48,6 +48,8 @@ class TrainingModule(pl.LightningModule):
         inference = self.vae.network.infer(batch.x, noise=keyed_noise(batch.positions))
         likelihood, h, target = self.vae.likelihood, inference.h, inference.target
         elbo = Elbo(per_example(likelihood(h).log_prob(target), inference), inference.kl)
+        if not torch.isfinite(elbo.total).all():
+            raise NonFiniteLossError(self._diagnosis(batch, elbo))
         metrics = {
             "validation/elbo_nats": elbo.total,
             "validation/rate_nats": elbo.rate,
@@ -59,14 +61,6 @@ class TrainingModule(pl.LightningModule):
         for name, values in metrics.items():
             shown = name in ("validation/elbo_nats", "validation/bits_per_dim")
             self.log(name, values.mean(), batch_size=len(batch.x), on_epoch=True, sync_dist=True, prog_bar=shown)
-
-    def on_validation_epoch_start(self) -> None:
-        """Stop before a checkpoint is written of weights that the last step ruined."""
-        broken = [name for name, p in self.vae.named_parameters() if not torch.isfinite(p).all()]
-        if broken:
-            raise NonFiniteLossError(
-                f"weights are not finite after step {self.global_step - 1}: {', '.join(broken[:3])}. {REMEDY}"
-            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, or AdamW where weights decay; what a likelihood learns (a shared σ, a ν) has its own rate and no decay."""

@@ -16,7 +16,7 @@ from sigma_vae import runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 
 LIKELIHOODS = ("gaussian/optimal", "gaussian/fixed:1.0")
-TRAINING = TrainingConfig(epochs=18, batch_size=64, schedule="cosine", learning_rate=2e-3)
+TRAINING = TrainingConfig(epochs=18, batch_size=64, schedule="cosine")
 ROWS = {
     "ELBO, nats (σ refitted)": "elbo_post_hoc_nats",
     "bits/dim (σ refitted)": "bits_per_dim_post_hoc",

@@ -15,7 +15,7 @@ import torch
 from scipy import optimize, stats
 from torch import Tensor
 
-from sigma_vae import Fixed, Gaussian, Laplace, Optimal, PerImage, PerPixel, Shared, StudentT
+from sigma_vae import Fixed, Gaussian, Laplace, Logistic, Optimal, PerImage, PerPixel, Shared, StudentT
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.likelihoods.scales import Scale
 
@@ -34,17 +34,16 @@ class Family:
     law: Any
     """scipy's law at scale 1: ``logpdf(x, loc, scale)`` and so on."""
     power: int
-    """log σ̂ = log(mean |r|^power) / power where the best scale has a closed form; 0 for the Student-t law, which has none."""
+    """log σ̂ = log(mean |r|^power) / power where the best scale has a closed form; 0 where it has none."""
+    statistic: Callable[[np.ndarray], np.ndarray] | None = None
+    """Where there is none: at the best σ its mean over r/σ is 1 (the likelihood equation)."""
 
     def best_log_scale(self, residual: np.ndarray) -> float:
         """Log of the scale under which these residuals have the highest density."""
         if self.power:
             return float(np.log(np.mean(np.abs(residual) ** self.power)) / self.power)
-        square = residual**2
-        # Student-t: the fixed point s² = mean((ν + 1) r² / (ν + r²/s²)), by bisection.
-        return float(
-            optimize.brentq(lambda log: np.mean((DF + 1) * square / (DF * np.exp(2 * log) + square)) - 1, -30, 30, xtol=1e-13)
-        )
+        assert self.statistic is not None
+        return float(optimize.brentq(lambda log: np.mean(self.statistic(residual * np.exp(-log))) - 1, -30, 30, xtol=1e-13))
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,11 @@ STUDENT_T = SimpleNamespace(
 )
 
 
+def student_t_statistic(z: np.ndarray) -> np.ndarray:
+    """From s² = mean((ν + 1) r² / (ν + r²/s²))."""
+    return (DF + 1) * np.clip(z, -1e150, 1e150) ** 2 / (DF + np.clip(z, -1e150, 1e150) ** 2)
+
+
 def laplace_log_cdf(z: np.ndarray) -> np.ndarray:
     """scipy's underflows below −745."""
     return np.where(z < 0, z - np.log(2), np.log1p(-0.5 * np.exp(-np.maximum(z, 0))))
@@ -79,7 +83,8 @@ LAPLACE = SimpleNamespace(
 FAMILIES = (
     Family("gaussian", Gaussian, stats.norm, power=2),
     Family("laplace", Laplace, LAPLACE, power=1),
-    Family("student-t", StudentT, STUDENT_T, power=0),
+    Family("logistic", Logistic, stats.logistic, power=0, statistic=lambda z: z * np.tanh(z / 2)),
+    Family("student-t", StudentT, STUDENT_T, power=0, statistic=student_t_statistic),
 )
 
 SCALES = (

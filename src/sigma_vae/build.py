@@ -20,6 +20,7 @@ from sigma_vae.likelihoods import (
     Fixed,
     Gaussian,
     Laplace,
+    Logistic,
     LogisticMixture,
     Optimal,
     PerImage,
@@ -42,6 +43,7 @@ FORMAT = 1
 FAMILIES: dict[str, Callable[..., LocationScale]] = {
     "gaussian": Gaussian,
     "laplace": Laplace,
+    "logistic": Logistic,
     "student-t": StudentT,
     "student-t:learned": partial(StudentT, df="learned"),
     "student-t:predicted": partial(StudentT, df="predicted"),

@@ -43,9 +43,10 @@ class ModelConfig(_Strict):
     network: str = "conv"
     """conv (the paper's, for images) or mlp (any shape)."""
     likelihood: str = "gaussian/optimal"
-    """family/scale, or a family alone that has none. Families: gaussian, laplace, student-t (or student-t:ν, :learned, :predicted);
-    scales: optimal, optimal-image, optimal-channel, optimal-pixel, shared, per-image, per-pixel, running-minimum, fixed:σ, beta:β.
-    Without a scale: bernoulli, continuous-bernoulli, categorical, bitwise-categorical, logistic-mixture[:components]."""
+    """family/scale, or the family alone where it has no scale. Families: gaussian, laplace, logistic, student-t (or student-t:ν,
+    :learned, :predicted). Scales: optimal, optimal-image, optimal-channel, optimal-pixel, shared, per-image, per-pixel,
+    running-minimum, fixed:σ, beta:β. Without a scale: bernoulli, continuous-bernoulli, categorical, bitwise-categorical,
+    logistic-mixture[:components]."""
     latent_dim: int = 20
     """Size of the latent code."""
     width: int | None = None

@@ -3,6 +3,7 @@
 from sigma_vae.likelihoods.bounded import Bernoulli, ContinuousBernoulli
 from sigma_vae.likelihoods.continuous import Gaussian, Laplace, StudentT
 from sigma_vae.likelihoods.discrete import BitwiseCategorical, Categorical
+from sigma_vae.likelihoods.logistic import Logistic
 from sigma_vae.likelihoods.logistic_mixture import LogisticMixture
 from sigma_vae.likelihoods.scales import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Scale, Shared
 
@@ -14,6 +15,7 @@ __all__ = [
     "Fixed",
     "Gaussian",
     "Laplace",
+    "Logistic",
     "LogisticMixture",
     "Optimal",
     "PerImage",

@@ -123,7 +123,7 @@ def _erfcx_root(x: Tensor) -> Tensor:
 
 
 def soft_clip(x: Tensor, lower: float, upper: float) -> Tensor:
-    """X bounded smoothly to (lower, upper), with a gradient everywhere (Chua et al. 2018, appendix A.1).
+    """Bound x smoothly to (lower, upper), with a gradient everywhere (Chua et al. 2018).
 
     >>> soft_clip(torch.tensor([-100.0, -6.0, 1.0, 100.0]), -6.0, 6.0)
     tensor([-6.0000, -5.3069,  0.9942,  6.0000])

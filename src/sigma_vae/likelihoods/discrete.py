@@ -79,7 +79,7 @@ def _class_gradient(logits: Tensor, k: Tensor, out: Tensor) -> Tensor:
 
 @final
 class BitwiseCategorical(Discrete):
-    r"""A binary classifier for each bit of each value, most significant bit first (paper, appendix D): 8 logits in place of 256.
+    r"""A binary classifier for each bit of each value, most significant bit first : 8 logits in place of 256.
 
     .. math:: \log p(x \mid h) = \sum_i \sum_b \log \sigma\left((2 k_{i,b} - 1)\, h_{i,b}\right)
 

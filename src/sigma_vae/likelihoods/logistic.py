@@ -58,7 +58,7 @@ class Logistic(LocationScale):
 
     .. math:: \log p(x \mid h) = -\sum_i \left( z_i + 2 \log(1 + e^{-z_i}) + \log \sigma_i \right), \quad z_i = (x_i - \mu_i)/\sigma_i
 
-    With ``observes="level"`` it is the discretized logistic of Kingma et al. (2016, arXiv 1606.04934, appendix A) with exact end bins. The
+    With ``observes="level"`` it is the discretized logistic of Kingma et al. (2016, arXiv 1606.04934) with exact end bins. The
     best shared σ solves :math:`\overline{z \tanh(z/2)} = 1`; the log-density is concave in log σ, so Newton's method finds it. (σ is the
     law's scale; its standard deviation is πσ/√3.)
 

@@ -20,7 +20,7 @@ Fit = Callable[[Per], Tensor]
 """Solves the log-scale that is best for the present batch, shared as asked."""
 
 FLOOR = math.exp(-6)
-"""Default floor on σ, in units of the data's range: half the distance of two 8-bit levels (paper, section 3)."""
+"""Default floor on σ, in units of the data's range: about half the distance of two 8-bit levels, as in the paper."""
 
 
 MOMENTUM = 0.01
@@ -130,7 +130,7 @@ class Fixed(Scale):
         r"""The σ whose ELBO is the objective that the paper's β-VAEs ran, up to a factor and a constant.
 
         :math:`\|x - \hat x\|^2 + \beta\,KL = 2\sigma^2\,(-\log p(x|z) + KL) + \text{const}` with :math:`\sigma^2 = \beta/2`. The paper's
-        text has other conversions (its section 4.1); the constants of its Table 1 show that this is the one it ran.
+        text has another conversion; the constants of its Table 1 show that this is the one it ran.
         """
         if not 0 < beta < math.inf:
             raise ValueError(f"from_beta takes the weight β > 0 of ‖x − x̂‖² + β·KL, got {beta}")
@@ -200,7 +200,7 @@ class PerImage(Scale):
 class PerPixel(Scale):
     """One predicted σ for each value of the data, clipped softly to [floor, 1/floor].
 
-    The likelihood improves at the pixels that are easiest to predict, and samples get worse (paper, section 5.2).
+    The likelihood improves at the pixels that are easiest to predict, and samples get worse (paper, Table 2).
     """
 
     extra_per_channel = 1

@@ -94,9 +94,8 @@ def fit(
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
             raise KeyboardInterrupt from stop
         last_is_best = best.best_model_score is None
-        if calibration.validated_at != trainer.global_step:  # the run ended between two validations
-            score = trainer.validate(module, validation, verbose=False)[0][MONITOR]
-            last_is_best = best.best_model_score is None or score > best.best_model_score.item()
+        if calibration.validated_at != trainer.global_step:
+            last_is_best = _validate_last(trainer, module, validation, best)
             trainer.save_checkpoint(last)
         if not last_is_best:
             _load_weights(vae, best.path)
@@ -201,9 +200,17 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(logging.WARNING)
         for message in (r".*does not have many workers", r".*[Cc]heckpoint directory .* exists", r".*LeafSpec"):
             warnings.filterwarnings("ignore", message)
-        yield
-    for logger, level in zip(engine, levels, strict=True):
-        logger.setLevel(level)
+        try:
+            yield
+        finally:
+            for logger, level in zip(engine, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _validate_last(trainer: pl.Trainer, module: TrainingModule, validation: Batches, best: Checkpoint) -> bool:
+    """Validate weights of a run that ended between two validations: whether they are the best."""
+    score: float = trainer.validate(module, validation, verbose=False)[0][MONITOR]
+    return best.best_model_score is None or score > best.best_model_score.item()
 
 
 def _load_weights(vae: VAE, checkpoint: Path) -> None:

@@ -24,7 +24,7 @@ bench: $(STAMP)  ## the README's numbers: a quarter of an hour on Fashion-MNIST
 
 docs: $(STAMP)  ## the documentation as a site, under site/
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
-	$(VENV)/bin/mkdocs build --strict
+	$(VENV)/bin/sphinx-build --fail-on-warning --quiet docs site
 
 clean:
 	rm -rf $(VENV)

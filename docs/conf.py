@@ -1,0 +1,12 @@
+"""Sphinx: Markdown pages, and the API from its docstrings."""
+
+project = "sigma-vae"
+copyright = "2026, the sigma-vae authors"
+author = "The sigma-vae authors"
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
+html_theme = "furo"
+html_title = "sigma-vae"
+napoleon_custom_sections = [("Shapes", "notes_style")]
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"
+suppress_warnings = ["myst.header"]

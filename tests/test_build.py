@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from sigma_vae import build
-from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, parse, read, write
+from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from sigma_vae.configfile import parse, read, write
+from sigma_vae.data import Scaling
 from sigma_vae.likelihoods import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT
 from sigma_vae.likelihoods.base import LocationScale
 
@@ -86,19 +88,19 @@ def test_an_unknown_network_is_refused_with_the_nearest():
 @pytest.mark.parametrize("sizes", [{"latent_dim": 0}, {"width": -3}])
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="at least 1"):
-        build.vae(replace(ModelConfig(network="mlp"), **sizes), (1, 8, 8), 256)
+        build.vae(replace(ModelConfig(network="mlp"), **sizes), (1, 8, 8), Scaling(256))
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("network", ["mlp", "conv"])
 def test_a_saved_model_is_the_same_model(scale, network, tmp_path):
     config = ModelConfig(network=network, likelihood=f"gaussian/{scale}", latent_dim=3, width=8)
-    vae = build.vae(config, (3, 9, 10), 256)
+    vae = build.vae(config, (3, 9, 10), Scaling(256))
     x = torch.randint(0, 256, (4, 3, 9, 10)) / 255
     vae.calibrate([x])
-    build.save(tmp_path / "model", vae, config, (3, 9, 10), 256)
+    build.save(tmp_path / "model", vae, config, (3, 9, 10), Scaling(256))
     saved = build.load(tmp_path / "model")
-    assert (saved.config, saved.shape, saved.levels) == (config, (3, 9, 10), 256)
+    assert (saved.config, saved.shape, saved.scaling) == (config, (3, 9, 10), Scaling(256))
     ours, theirs = vae.state_dict(), saved.vae.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -108,8 +110,8 @@ def test_a_saved_model_is_the_same_model(scale, network, tmp_path):
 
 def saved_model(folder: Path) -> Path:
     config = ModelConfig(network="mlp", latent_dim=2, width=4)
-    vae = build.vae(config, (1, 4, 4), 256)
-    build.save(folder, vae, config, (1, 4, 4), 256)
+    vae = build.vae(config, (1, 4, 4), Scaling(256))
+    build.save(folder, vae, config, (1, 4, 4), Scaling(256))
     return folder
 
 

@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from sigma_vae.data import Batches, Splits
+from sigma_vae.data import Batches, Scaling, Splits
+from sigma_vae.data.stores import InMemory
 
 
 def numbered(examples=23):
     """Splits whose example i is the level i."""
     part = torch.arange(examples, dtype=torch.uint8).reshape(-1, 1, 1)
-    return Splits("numbers", part, part[:1], part[:1], levels=256, record={})
+    one = InMemory(part[:1])
+    return Splits("numbers", InMemory(part), one, one, Scaling(levels=256), record={})
 
 
 def seen(batches):
@@ -40,7 +42,7 @@ def test_ranks_share_every_batch(batch_size, world_size, shuffle):
 @pytest.mark.parametrize("levels", [2, 17, 256, 4096, 65536])
 def test_scaling_is_exact(levels):
     stored = torch.arange(levels, dtype=torch.int32 if levels > 256 else torch.int64).reshape(-1, 1)
-    (batch,) = Batches(stored.to(torch.uint8) if levels <= 256 else stored, levels, levels)
+    (batch,) = Batches(InMemory(stored.to(torch.uint8) if levels <= 256 else stored), Scaling(levels), levels)
     expected = (np.arange(levels, dtype=np.float64) / (levels - 1)).astype(np.float32)
     assert np.array_equal(batch.x[:, 0].numpy(), expected)
 
@@ -53,7 +55,7 @@ def test_scaling_on_the_device_is_exact():
     assert batch.x.is_cuda
     assert not batch.positions.is_cuda
     assert torch.equal(batch.x.cpu(), splits.values("train")[batch.positions])
-    assert batches.stored.data_ptr() == splits.batches("train", 5, device="cuda").stored.data_ptr()
+    assert batches.store is splits.batches("train", 5, device="cuda").store
 
 
 def test_batch_is_what_the_index_says():
@@ -61,7 +63,7 @@ def test_batch_is_what_the_index_says():
     for batch in splits.batches("train", 5, shuffle=True):
         assert batch.x.dtype == torch.float32
         assert batch.positions.dtype == torch.int64
-        assert torch.equal(batch.x, splits.values(splits.train[batch.positions]))
+        assert torch.equal(batch.x, splits.values("train")[batch.positions])
 
 
 def test_order_is_a_function_of_seed_and_epoch():
@@ -126,7 +128,7 @@ def test_limit_takes_the_first_examples():
 
 def test_batches_copy_nothing():
     splits = numbered()
-    assert splits.batches("train", 5).stored.data_ptr() == splits.train.data_ptr()
+    assert splits.batches("train", 5).store is splits.train
 
 
 @pytest.mark.parametrize(
@@ -149,9 +151,9 @@ def test_bad_batches_are_refused(options, message):
 
 def test_no_batches_of_nothing():
     with pytest.raises(ValueError, match="at least one example"):
-        Batches(torch.zeros(0, 1), None, 5)
+        Batches(InMemory(torch.zeros(0, 1)), Scaling(), 5)
     with pytest.raises(ValueError, match="every split needs an example"):
-        Splits("none", torch.zeros(1, 1), torch.zeros(0, 1), torch.zeros(1, 1), None, {})
+        Splits("none", InMemory(torch.zeros(1, 1)), InMemory(torch.zeros(0, 1)), InMemory(torch.zeros(1, 1)), Scaling(), {})
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of Lightning's own code

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sigma_vae.config import DataConfig
-from sigma_vae.data import fashion_mnist, load
+from sigma_vae.data import load
+from sigma_vae.data.named import fashion_mnist
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 COUNTS = {"train": 60, "test": 10}
@@ -81,8 +82,8 @@ def rows(part):
 
 
 def assert_official(splits, images):
-    assert np.array_equal(splits.test[:, 0].numpy(), images["test"])
-    held_in = rows(torch.cat([splits.train, splits.validation]))
+    assert np.array_equal(splits.stored("test")[:, 0].numpy(), images["test"])
+    held_in = rows(torch.cat([splits.stored("train"), splits.stored("validation")]))
     assert held_in == rows(torch.from_numpy(images["train"]))
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sigma_vae import data as data_sources
-from sigma_vae.config import DataConfig, ModelConfig, parse
-from sigma_vae.data import Splits
+from sigma_vae.config import DataConfig, ModelConfig
+from sigma_vae.configfile import parse
+from sigma_vae.data import Scaling, Splits
 from sigma_vae.likelihoods import (
     Bernoulli,
     BitwiseCategorical,
@@ -38,7 +39,7 @@ from sigma_vae.vae import VAE
 
 __all__ = ["Saved", "data", "likelihood", "load", "network", "save", "vae"]
 
-FORMAT = 1
+FORMAT = 2
 
 FAMILIES: dict[str, Callable[..., LocationScale]] = {
     "gaussian": Gaussian,
@@ -125,14 +126,15 @@ def network(name: str, shape: Sequence[int], out_channels: int, latent_dim: int,
     return NETWORKS[name](shape, out_channels, latent_dim, width)
 
 
-def vae(config: ModelConfig, shape: Sequence[int], levels: int | None) -> VAE:
-    """The model that a config names, for data of this shape ``(C, *space)`` and so many levels."""
+def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> VAE:
+    """The model that a config names, for data of this shape ``(C, *space)``, scaled like this."""
+    mean: MeanMap = config.mean if config.mean != "auto" else "identity" if scaling.standardised else "unit"
     decoder = likelihood(
         config.likelihood,
         shape[0],
         spatial_dims=len(shape) - 1,
-        levels=levels,
-        mean=config.mean,
+        levels=scaling.levels,
+        mean=mean,
         observes=config.observes,
     )
     return VAE(network(config.network, shape, decoder.in_channels, config.latent_dim, config.width), decoder)
@@ -149,15 +151,15 @@ class Saved(NamedTuple):
     vae: VAE
     config: ModelConfig
     shape: tuple[int, ...]
-    levels: int | None
+    scaling: Scaling
 
 
-def save(folder: Path, model: VAE, config: ModelConfig, shape: Sequence[int], levels: int | None) -> None:
+def save(folder: Path, model: VAE, config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> None:
     """Write weights and scales (safetensors) and what they belong to (JSON): enough to load without any training code."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    description = {"format": FORMAT, "model": asdict(config), "shape": list(shape), "levels": levels}
+    description = {"format": FORMAT, "model": asdict(config), "shape": list(shape), "scaling": asdict(scaling)}
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
@@ -175,12 +177,13 @@ def load(folder: Path) -> Saved:
     description = _description(folder / "model.json")
     config = parse(description["model"], ModelConfig, str(folder / "model.json"))
     shape = tuple(description["shape"])
-    model = vae(config, shape, description["levels"])
+    scaling = parse(description["scaling"], Scaling, str(folder / "model.json"))
+    model = vae(config, shape, scaling)
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder / 'model.safetensors'} does not hold the weights of {config}: {error}") from error
-    return Saved(model.eval(), config, shape, description["levels"])
+    return Saved(model.eval(), config, shape, scaling)
 
 
 def _description(path: Path) -> dict[str, Any]:
@@ -193,10 +196,10 @@ def _description(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has model format {found!r}, this version reads {FORMAT}; load it with the version that wrote it"
         )
-    shape, levels = description.get("shape"), description.get("levels")
+    shape = description.get("shape")
     numbers = isinstance(shape, list) and shape and all(isinstance(size, int) and size > 0 for size in shape)
-    if not numbers or not (levels is None or isinstance(levels, int)) or "model" not in description:
-        raise ValueError(f"{path} lacks the model, its data's shape or levels; got {description}")
+    if not numbers or "scaling" not in description or "model" not in description:
+        raise ValueError(f"{path} lacks the model, its data's shape or scaling; got {description}")
     result: dict[str, Any] = description
     return result
 

@@ -3,13 +3,20 @@
 The docstring under each field is its help on the command line.
 """
 
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
-__all__ = ["DataConfig", "Layout", "ModelConfig", "RunConfig", "TrainingConfig", "parse", "read", "write"]
+__all__ = [
+    "ClipConfig",
+    "DataConfig",
+    "ImageConfig",
+    "Layout",
+    "ModelConfig",
+    "RunConfig",
+    "TrainingConfig",
+]
 
-Layout = Literal["auto", "n-h-w", "n-h-w-c", "n-c-h-w", "n-c-t", "n-c"]
+Layout = Literal["auto", "n-h-w", "n-h-w-c", "n-c-h-w", "n-c-t", "n-t", "n-c", "n-t-c-h-w", "n-t-h-w-c", "n-t-h-w"]
 
 
 class _Strict:
@@ -17,23 +24,68 @@ class _Strict:
 
 
 @dataclass(frozen=True)
+class ImageConfig(_Strict):
+    """How pictures become arrays of one shape."""
+
+    crop: int | None = None
+    """Side of the square cut from the centre, before anything is resized."""
+    size: int | None = None
+    """Side of the square that pictures are resized to."""
+    fit: Literal["refuse", "crop", "stretch", "pad"] = "refuse"
+    """Pictures that are not square, or not of one size: refuse them, cut the largest central square, stretch, or pad with black."""
+    colour: Literal["auto", "grey", "rgb", "rgba"] = "auto"
+    """Channels; auto keeps those that all pictures have."""
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    """What is done about broken files: they are always listed and counted."""
+
+
+@dataclass(frozen=True)
+class ClipConfig(_Strict):
+    """How videos become clips of one length."""
+
+    frames: int | None = None
+    """Frames of a clip in training and validation, those that are given included."""
+    test_frames: int | None = None
+    """Frames of a clip in test; as in training unless given."""
+    frame_step: int = 1
+    """Take every so manieth frame."""
+
+
+@dataclass(frozen=True)
 class DataConfig(_Strict):
     """Which data, and how they are split."""
 
     source: str
-    """Name of a data set (digits, mnist-5k, fashion-mnist) or path of a .npy or .npz file."""
+    """Name of a data set, path of a file or folder, or hub:OWNER/NAME (hub:OWNER/NAME:CONFIG) of any image data set on the hub."""
     root: str | None = None
     """Folder that holds the data set's original files."""
+    cache: str | None = None
+    """Folder for decoded copies of pictures and videos; beside the data unless given."""
     levels: int | None = None
     """How many values a datum can take; taken from the data unless given (256 for uint8)."""
     layout: Layout = "auto"
     """Axes of an array file: n examples, c channels, h rows, w columns, t times."""
+    columns: tuple[str, ...] = ()
+    """Columns of a table that are modelled (all numeric ones unless given), key of an HDF5 file, or the hub's column of images."""
+    standardise: Literal["auto", "yes", "no"] = "auto"
+    """Give real values mean 0 and deviation 1, channel by channel; auto: tables (CSV, Parquet) yes, others no. Nats stay those of the
+    data's own units."""
+    images: ImageConfig = field(default_factory=ImageConfig)
+    clips: ClipConfig = field(default_factory=ClipConfig)
     validation_fraction: float = 0.1
     """Share of the training examples held out for validation, where the data have no split of their own."""
     test_fraction: float = 0.1
     """Share of the examples held out for test, where the data have no split of their own."""
     split_seed: int = 0
-    """Decides which examples are held out."""
+    """Decides which examples are held out, and what generated data are."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that nothing has."""
+        sizes = {name: getattr(self.images, name) for name in ("crop", "size")}
+        sizes |= {name: getattr(self.clips, name) for name in ("frames", "test_frames", "frame_step")}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -53,8 +105,8 @@ class ModelConfig(_Strict):
     """Channels of the first layer (conv: 32) or units of a hidden layer (mlp: 400)."""
     observes: Literal["density", "level"] = "density"
     """Train on the density of the values, or on the probability of their levels."""
-    mean: Literal["unit", "identity"] = "unit"
-    """From features to the mean: a sigmoid onto [0, 1], where data lie, or themselves."""
+    mean: Literal["auto", "unit", "identity"] = "auto"
+    """From features to the mean: a sigmoid onto [0, 1], or themselves; auto: themselves where the data are standardised."""
 
 
 @dataclass(frozen=True)
@@ -130,45 +182,3 @@ class RunConfig(_Strict):
         """Refuse a seed that no generator takes."""
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is a number from 0 to 2³² − 1, got {self.seed}")
-
-
-Config = TypeVar("Config")
-
-
-def read(path: Path, kind: type[Config]) -> Config:
-    """Read a config of this kind from YAML, refusing unknown keys and wrong types.
-
-    Raises:
-        ValueError: the file is missing, no YAML, or holds something else than the config's fields.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
-    return parse(content, kind, str(path))
-
-
-def parse(content: Any, kind: type[Config], where: str) -> Config:
-    """Build a config of this kind from plain values.
-
-    Raises:
-        ValueError: a key is unknown or missing, or a value has the wrong type.
-    """
-    import pydantic
-
-    try:
-        return pydantic.TypeAdapter(kind).validate_python(content)
-    except pydantic.ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']} (got {e['input']!r})" for e in error.errors()
-        )
-        raise ValueError(f"{where} is not a {kind.__name__}: {problems}") from error
-
-
-def write(path: Path, config: Any) -> None:
-    """Write a config as YAML that :func:`read` takes back."""
-    import yaml
-
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from sigma_vae import __version__, build
-from sigma_vae.config import RunConfig, read, write
-from sigma_vae.data import Splits
+from sigma_vae.config import RunConfig
+from sigma_vae.configfile import read, write
+from sigma_vae.data import NAMES, Splits
 from sigma_vae.evaluation import evaluate
 from sigma_vae.evaluation.pictures import drawable, pairs, save_grid
 from sigma_vae.training import fit, resolve_device
@@ -45,7 +46,7 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, A
         raise ValueError(
             f"{out} already exists and is never overwritten; give another --out, or go on with it: sigma-vae resume {out}"
         )
-    if Path(config.data.source).exists():  # a file: let the run find it from any folder
+    if config.data.source not in NAMES and Path(config.data.source).exists():  # a path: let the run find it from any folder
         config = replace(config, data=replace(config.data, source=str(Path(config.data.source).resolve())))
     data = build.data(config.data)
     vae = _new_vae(config, data)
@@ -104,7 +105,7 @@ def evaluate_run(out: Path, *, device: str = "auto", seed: int = 0) -> dict[str,
 
 def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> dict[str, Any]:
     fit(vae, data, config.training, out=out, seed=config.seed, device=config.device, resume=resumed, progress=progress)
-    build.save(out / "model", vae, config.model, data.shape, data.levels)
+    build.save(out / "model", vae, config.model, data.shape, data.scaling)
     vae.to(resolve_device(config.device))
     report = _evaluation(vae, config, data)
     _write_json(out / "evaluation.json", report)
@@ -115,7 +116,7 @@ def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bo
 
 def _new_vae(config: RunConfig, data: Splits) -> VAE:
     torch.manual_seed(config.seed)
-    return build.vae(config.model, data.shape, data.levels)
+    return build.vae(config.model, data.shape, data.scaling)
 
 
 def _evaluation(vae: VAE, config: RunConfig, data: Splits, seed: int = 0) -> dict[str, Any]:

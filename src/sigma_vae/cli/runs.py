@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import tyro
 
 from sigma_vae import runs
-from sigma_vae.config import RunConfig, read
+from sigma_vae.config import RunConfig
+from sigma_vae.configfile import read
 
 __all__ = ["evaluate", "replay", "resume", "train"]
 

@@ -1,4 +1,4 @@
-"""Mini-batches cut from one tensor: shuffled, shared out over processes, and resumable in the middle of an epoch."""
+"""Mini-batches of one split: shuffled, shared out over processes, and resumable in the middle of an epoch."""
 
 from collections.abc import Iterator
 from typing import TypedDict, final
@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sigma_vae.data.scaling import Scaling
+from sigma_vae.data.stores import Store
 from sigma_vae.types import Batch
 
-__all__ = ["BatchState", "Batches", "scale"]
+__all__ = ["BatchState", "Batches"]
 
 
 class BatchState(TypedDict):
@@ -21,18 +23,6 @@ class BatchState(TypedDict):
     batch_size: int
     shuffle: bool
     seed: int
-
-
-def scale(stored: Tensor, levels: int | None) -> Tensor:
-    """Float32 values in [0, 1]: level k is k/(levels − 1), correctly rounded on every device.
-
-    >>> scale(torch.tensor([0, 51, 255], dtype=torch.uint8), levels=256)
-    tensor([0.0000, 0.2000, 1.0000])
-    """
-    if levels is None:
-        return stored.float()
-    # A tensor on the device, not a Python number: CUDA multiplies by the reciprocal of a number, one ulp off for some levels.
-    return stored.float() / torch.full((), levels - 1, dtype=torch.float32, device=stored.device)
 
 
 @final
@@ -49,17 +39,18 @@ class Batches:
     another number of processes.
 
     Shapes:
-        stored ``(N, C, *space)``; batches x ``(n, C, *space)`` float32 on the device, index ``(n,)`` int64 on the CPU.
+        x ``(n, C, *space)``, or ``(n, T, C, *space)`` of clips: float32 on the store's device; positions ``(n,)`` int64 on the CPU.
 
-    >>> batches = Batches(torch.tensor([[0], [1], [2]], dtype=torch.uint8), levels=3, batch_size=2)
+    >>> from sigma_vae.data.stores import InMemory
+    >>> batches = Batches(InMemory(torch.tensor([[0], [1], [2]], dtype=torch.uint8)), Scaling(levels=3), batch_size=2)
     >>> [batch.x.flatten().tolist() for batch in batches]
     [[0.0, 0.5], [1.0]]
     """
 
     def __init__(
         self,
-        stored: Tensor,
-        levels: int | None,
+        store: Store,
+        scaling: Scaling,
         batch_size: int,
         *,
         shuffle: bool = False,
@@ -67,9 +58,9 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        _check(len(stored), batch_size, seed, rank, world_size)
-        self.stored = stored
-        self.levels = levels
+        _check(len(store), batch_size, seed, rank, world_size)
+        self.store = store
+        self.scaling = scaling
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
@@ -80,7 +71,7 @@ class Batches:
         self._resuming = False
 
     def __len__(self) -> int:
-        return -(-len(self.stored) // self.batch_size)
+        return -(-len(self.store) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._position and not self._resuming:  # the last iteration was left early: its epoch is over
@@ -89,23 +80,22 @@ class Batches:
 
     def _iterate(self, epoch: int, start: int) -> Iterator[Batch]:
         order = self._order(epoch)
-        order_on_device = order.to(self.stored.device)
         for number in range(start, len(self)):
             # Set before the batch is handed out: whoever knows the length never asks for the end of the iteration.
             self._resuming = False
             self._epoch, self._position = (epoch, number + 1) if number + 1 < len(self) else (epoch + 1, 0)
             mine = self._share(number)
-            yield Batch(scale(self.stored.index_select(0, order_on_device[mine]), self.levels), order[mine])
+            yield Batch(self.scaling(self.store.take(order[mine], epoch)), order[mine])
 
     def _order(self, epoch: int) -> Tensor:
         if not self.shuffle:
-            return torch.arange(len(self.stored))
+            return torch.arange(len(self.store))
         seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0]
-        return torch.randperm(len(self.stored), generator=torch.Generator().manual_seed(int(seed)))
+        return torch.randperm(len(self.store), generator=torch.Generator().manual_seed(int(seed)))
 
     def _share(self, number: int) -> slice:
         start = number * self.batch_size
-        size = min(self.batch_size, len(self.stored) - start)
+        size = min(self.batch_size, len(self.store) - start)
         return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
 
     def state_dict(self) -> BatchState:
@@ -129,7 +119,7 @@ class Batches:
         self._resuming = True
 
     def _identity(self) -> "_Identity":
-        return _Identity(examples=len(self.stored), batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed)
+        return _Identity(examples=len(self.store), batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed)
 
 
 class _Identity(TypedDict):
@@ -141,7 +131,7 @@ class _Identity(TypedDict):
 
 def _check(examples: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:
     if examples < 1:
-        raise ValueError("Batches needs at least one example, got an empty tensor")
+        raise ValueError("Batches needs at least one example, got none")
     if batch_size < 1:
         raise ValueError(f"batch_size counts examples and is at least 1, got {batch_size}")
     if seed < 0:

@@ -5,7 +5,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "encode", "native_levels"]
+__all__ = ["Array", "encode", "native_levels", "real_values"]
 
 Array = npt.NDArray[np.generic]
 
@@ -55,6 +55,17 @@ def encode(array: Array, levels: int | None, name: str) -> Tensor:
     return _tensor(array, _storage(levels))
 
 
+def real_values(array: Array, name: str) -> Tensor:
+    """Float32 values of any finite size.
+
+    Raises:
+        ValueError: a value is no number, or not finite.
+    """
+    _check_kind(array, name)
+    _check_finite(array, name)
+    return _tensor(array, np.float32)
+
+
 def _tensor(array: Array, dtype: npt.DTypeLike) -> Tensor:
     return torch.from_numpy(np.require(array, dtype, ["C", "W"]))
 
@@ -86,7 +97,7 @@ def _check_unit(array: Array, name: str) -> None:
     if array.min() < 0 or array.max() > 1:
         raise ValueError(
             f"{name} needs floats in [0, 1], but {_found(array)}; divide by the largest possible value, "
-            "or save 8-bit data as uint8"
+            "save 8-bit data as uint8, or model real values: --standardise yes"
         )
 
 

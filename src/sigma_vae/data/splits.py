@@ -1,4 +1,4 @@
-"""Train, validation and test, stored as levels."""
+"""Train, validation and test."""
 
 import hashlib
 from dataclasses import dataclass, field
@@ -7,7 +7,9 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from sigma_vae.data.batches import Batches, scale
+from sigma_vae.data.batches import Batches
+from sigma_vae.data.scaling import Scaling
+from sigma_vae.data.stores import Store
 
 __all__ = ["SplitName", "Splits", "fingerprint"]
 
@@ -19,12 +21,9 @@ SplitName = Literal["train", "validation", "test"]
 class Splits:
     """A data set in three parts that share no example.
 
-    Shapes:
-        train, validation, test ``(N, C, *space)``: levels 0..levels−1 as integers (uint8 up to 256 levels), or float32
-        values in [0, 1] where ``levels`` is None.
-
-    >>> part = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)
-    >>> splits = Splits("two pixels", part, part, part, levels=256, record={})
+    >>> from sigma_vae.data.stores import InMemory
+    >>> part = InMemory(torch.tensor([[[[0, 255]]]], dtype=torch.uint8))
+    >>> splits = Splits("two pixels", part, part, part, Scaling(levels=256), record={})
     >>> splits.shape
     (1, 1, 2)
     >>> splits.values("test")
@@ -32,36 +31,51 @@ class Splits:
     """
 
     name: str
-    train: Tensor
-    validation: Tensor
-    test: Tensor
-    levels: int | None
+    train: Store
+    validation: Store
+    test: Store
+    scaling: Scaling
     record: dict[str, Any]
     """Where the data come from: source, files, counts, preprocessing in words, fingerprint; plain values, for JSON."""
-    _on_device: dict[tuple[SplitName, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
+    clips: bool = False
+    """Whether an example is a clip ``(T, C, *space)``; the clips of one split are of one length."""
+    _on_device: dict[tuple[SplitName, torch.device], Store] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        shapes = {name: tuple(self.stored(name).shape) for name in ("train", "validation", "test")}
-        if len({shape[1:] for shape in shapes.values()}) > 1:
+        shapes = {name: (len(store), *store.shape) for name, store in self._parts.items()}
+        if len({shape[2 if self.clips else 1 :] for shape in shapes.values()}) > 1:
             raise ValueError(f"{self.name}: examples of all splits need one shape, got {shapes}")
         if empty := [name for name, shape in shapes.items() if 0 in shape]:
             raise ValueError(f"{self.name}: every split needs an example, got none in {', '.join(empty)} ({shapes})")
 
     @property
+    def _parts(self) -> dict[SplitName, Store]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @property
+    def levels(self) -> int | None:
+        """How many values a datum can take; None for real values."""
+        return self.scaling.levels
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """Of one example: ``(C, *space)``."""
-        return tuple(self.train.shape[1:])
+        """Of one example, or of one frame of a clip: ``(C, *space)``."""
+        return self.train.shape[1:] if self.clips else self.train.shape
+
+    def store(self, split: SplitName) -> Store:
+        """Where a split lies."""
+        if split not in self._parts:
+            raise ValueError(f"a split is one of {', '.join(self._parts)}, got {split!r}")
+        return self._parts[split]
 
     def stored(self, split: SplitName) -> Tensor:
-        """A split as it is kept: levels, or float32 values."""
-        parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        if split not in parts:
-            raise ValueError(f"a split is one of {', '.join(parts)}, got {split!r}")
-        return parts[split]
+        """All of a split as it is stored: levels as integers, or float32 values."""
+        store = self.store(split)
+        return store.take(torch.arange(len(store)))
 
-    def values(self, part: SplitName | Tensor) -> Tensor:
-        """Float32 values in [0, 1] of a split, or of any part of what :meth:`stored` gives: level k is k/(levels − 1)."""
-        return scale(part if isinstance(part, Tensor) else self.stored(part), self.levels)
+    def values(self, split: SplitName) -> Tensor:
+        """All of a split as a model reads it: in [0, 1], or standardised."""
+        return self.scaling(self.stored(split))
 
     def batches(
         self,
@@ -75,29 +89,32 @@ class Splits:
         world_size: int = 1,
         limit: int | None = None,
     ) -> Batches:
-        """A split in batches, scaled to [0, 1]; see :class:`Batches`. Of its examples the first ``limit``, if that is given.
+        """A split in batches, as a model reads it; see :class:`Batches`. Of its examples the first ``limit``, if that is given.
 
-        The split is moved to the device once; all batches of this split on this device share it.
+        What lies in memory is moved to the device once; all batches of this split on this device share it.
         """
         if limit is not None and limit < 1:
             raise ValueError(f"limit counts the examples that are used and is at least 1, got {limit}")
-        stored = self._moved(split, torch.device(device))[:limit]
-        return Batches(stored, self.levels, batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
+        store = self._moved(split, torch.device(device))
+        if limit is not None and limit < len(store):
+            store = store.select(torch.arange(limit))
+        return Batches(store, self.scaling, batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
 
-    def _moved(self, split: SplitName, device: torch.device) -> Tensor:
+    def _moved(self, split: SplitName, device: torch.device) -> Store:
         if (split, device) not in self._on_device:
-            self._on_device[split, device] = self.stored(split).to(device)
+            self._on_device[split, device] = self.store(split).to(device)
         return self._on_device[split, device]
 
 
-def fingerprint(parts: dict[SplitName, Tensor]) -> str:
-    """SHA-256 over name, dtype, shape and content of the stored tensors.
+def fingerprint(parts: dict[SplitName, Store]) -> str:
+    """SHA-256 over the names and fingerprints of the splits.
 
-    >>> fingerprint({"train": torch.zeros(1, 1)})[:8] == fingerprint({"test": torch.zeros(1, 1)})[:8]
+    >>> from sigma_vae.data.stores import InMemory
+    >>> store = InMemory(torch.zeros(1, 1))
+    >>> fingerprint({"train": store})[:8] == fingerprint({"test": store})[:8]
     False
     """
     digest = hashlib.sha256()
     for name, part in parts.items():
-        digest.update(f"{name} {part.dtype} {tuple(part.shape)}\n".encode())
-        digest.update(part.contiguous().numpy().data)
+        digest.update(f"{name} {part.fingerprint()}\n".encode())
     return digest.hexdigest()

@@ -51,5 +51,5 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any
     return {
         "elbo_nats": elbo,
         "entropies_nats": entropies,
-        "gap_nats_per_dim": (elbo - entropies) / math.prod(batches.stored.shape[1:]),
+        "gap_nats_per_dim": (elbo - entropies) / math.prod(batches.store.shape),
     }

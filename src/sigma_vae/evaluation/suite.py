@@ -59,7 +59,7 @@ def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int
     """
     vae.eval()
     scores = score(vae, test, seed)
-    dims = math.prod(test.stored.shape[1:])
+    dims = math.prod(test.store.shape)
     name = "elbo" if vae.likelihood.normalised else "objective"
     report: dict[str, Any] = {
         "examples": len(scores.rate),

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sigma_vae.config import Layout
+from sigma_vae.config import DataConfig, Layout
 from sigma_vae.data.levels import Array
 from sigma_vae.data.raw import Raw, file_record
 from sigma_vae.data.splits import SplitName
 
-__all__ = ["channels_first", "read_file"]
+__all__ = ["channels_first", "path_of", "read_arrays"]
 
 _AXES = {"n-h-w": 3, "n-h-w-c": 4, "n-c-h-w": 4, "n-c-t": 3, "n-c": 2}
 _CHANNEL_COUNTS = (1, 3, 4)
@@ -21,19 +21,25 @@ _KEYS: dict[SplitName, tuple[str, ...]] = {
 }
 
 
-def read_file(path: Path, layout: Layout) -> Raw:
+def path_of(config: DataConfig) -> Path:
+    """The file or folder that a config names, inside its root where it has one."""
+    return Path(config.root or ".").expanduser() / Path(config.source).expanduser()
+
+
+def read_arrays(config: DataConfig) -> Raw:
     """The arrays of a .npy or .npz file, channels first.
 
     Raises:
         ValueError: the file is missing or unreadable, holds pickled objects, or its arrays do not fit together.
     """
+    path = path_of(config)
     if not path.is_file():
         raise ValueError(f"expected a .npy or .npz file at {path}, got no such file; check the path")
     parts, ignored = _parts(_read(path), path)
     dtypes = {name: str(part.dtype) for name, part in parts.items()}
     if len(set(dtypes.values())) > 1:
         raise ValueError(f"{path} needs one dtype for all splits, got {dtypes}; save them alike")
-    used = _layout(parts["train"], layout, str(path))
+    used = _layout(parts["train"], config.layout, str(path))
     ordered = {name: channels_first(part, used, f"{path} ({name})") for name, part in parts.items()}
     words = [f"axes read as {used}", *([f"ignored the arrays {', '.join(ignored)}"] if ignored else [])]
     return Raw(str(path), ordered, files=[file_record(path)], preprocessing=words)

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from sigma_vae.data.idx import read_images
+from sigma_vae.config import DataConfig
+from sigma_vae.data.files.idx import read_images
 from sigma_vae.data.raw import Raw, file_record
 from sigma_vae.data.splits import SplitName
 
@@ -20,7 +21,7 @@ _COUNTS: dict[SplitName, int] = {"train": 60000, "test": 10000}
 _SIZE = (28, 28)
 
 
-def read_fashion_mnist(root: str | None) -> Raw:
+def read_fashion_mnist(config: DataConfig) -> Raw:
     """The official 60 000 train and 10 000 test images.
 
     Looked for in ``root`` alone if that is given; else in the folder that SIGMA_VAE_DATA names, in the folders of the
@@ -29,6 +30,7 @@ def read_fashion_mnist(root: str | None) -> Raw:
     Raises:
         ValueError: the files are nowhere, incomplete or damaged.
     """
+    root = config.root
     folders = [Path(root).expanduser()] if root else _folders()
     for folder in folders:
         files: dict[SplitName, Path] = {name: path for name in _STEMS if (path := _find(folder, _STEMS[name]))}

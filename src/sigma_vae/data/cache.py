@@ -1,0 +1,167 @@
+"""Decoded examples, kept in one file that is mapped into memory: built once, whole or not at all, and checked on every opening."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sigma_vae.data.raw import Encoded, UnreadableError
+from sigma_vae.data.stores import Mapped
+
+__all__ = ["cached"]
+
+FORMAT = 1
+FOLDER = ".sigma-vae"
+BLOCK = 2**24
+"""Bytes that have a digest of their own: enough to keep a thread busy, few enough to say where a file is damaged."""
+PIECE = 64
+"""Examples that a thread decodes before it takes the next ones."""
+
+
+def cached(encoded: Encoded, folder: Path | None = None) -> tuple[Mapped, list[str]]:
+    """The decoded examples, from the cache if they are there, else decoded into it now.
+
+    The cache lies beside the data (or in ``folder``), under a name that is the digest of what decides its content. Only one process
+    builds it; others wait. It is written aside and renamed when it is whole.
+
+    Returns:
+        The examples, and the names of those that were left out as unreadable.
+
+    Raises:
+        ValueError: the cache is damaged; or examples are unreadable, and are not to be skipped.
+        OSError: it cannot be written: no permission, or no room.
+    """
+    from filelock import FileLock
+
+    home = folder or encoded.home / FOLDER
+    key = hashlib.sha256(json.dumps(dict(encoded.identity), sort_keys=True).encode()).hexdigest()[:24]
+    place = home / key
+    if not place.exists():
+        with _writing(home, encoded), FileLock(home / f"{key}.lock"):
+            if not place.exists():
+                _build(encoded, place)
+    return _open(place)
+
+
+def _build(encoded: Encoded, place: Path) -> None:
+    aside = place.with_name(f"{place.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)  # of a builder that was killed: the lock says that none is at work
+    try:
+        aside.mkdir()
+        skipped = _decode_all(encoded, aside / "examples.npy")
+        record = {
+            "format": FORMAT,
+            "identity": dict(encoded.identity),
+            "skipped": skipped,
+            "blocks": _digests(aside / "examples.npy"),
+        }
+        (aside / "cache.json").write_text(json.dumps(record), encoding="utf-8")
+        aside.rename(place)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _decode_all(encoded: Encoded, path: Path) -> list[str]:
+    """Write all readable examples, in order, with several threads (decoders work outside Python's lock)."""
+    from rich.progress import Progress
+
+    count, example = len(encoded.names), int(np.prod(encoded.shape)) * np.dtype(encoded.dtype).itemsize
+    with path.open("wb") as file, Progress(transient=True) as progress:
+        start = _write_header(file, encoded, count)
+        task = progress.add_task("decoding, once", total=count)
+
+        def piece(first: int) -> list[int]:
+            broken = []
+            rows = np.zeros((min(PIECE, count - first), *encoded.shape), encoded.dtype)
+            for i, row in enumerate(rows, first):
+                try:
+                    row[...] = encoded.decode(i)
+                except UnreadableError:
+                    broken.append(i)
+            os.pwrite(file.fileno(), rows.tobytes(), start + first * example)
+            progress.advance(task, len(rows))
+            return broken
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            broken = [i for part in pool.map(piece, range(0, count, PIECE)) for i in part]
+    names = [encoded.names[i] for i in broken]
+    if names and (not encoded.skip_unreadable or len(names) == count):
+        raise ValueError(
+            f"{len(names)} of {count} examples cannot be decoded ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''});"
+            " repair or remove them, or leave them out: --unreadable skip"
+        )
+    if names:
+        _close_gaps(path, encoded, broken)
+    return names
+
+
+def _write_header(file: Any, encoded: Encoded, count: int) -> int:
+    header = {"descr": np.dtype(encoded.dtype).str, "fortran_order": False, "shape": (count, *encoded.shape)}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.flush()
+    return int(file.tell())
+
+
+def _close_gaps(path: Path, encoded: Encoded, broken: list[int]) -> None:
+    """Write the file again without the broken rows."""
+    everything = np.load(path, mmap_mode="r")
+    kept = np.setdiff1d(np.arange(len(everything)), broken)
+    aside = path.with_suffix(".kept")
+    with aside.open("wb") as file:
+        _write_header(file, encoded, len(kept))
+        for first in range(0, len(kept), PIECE):
+            file.write(everything[kept[first : first + PIECE]].tobytes())
+    aside.replace(path)
+
+
+def _digests(path: Path) -> list[str]:
+    """SHA-256 of each block of the file, read (not mapped) by several threads."""
+
+    def digest(start: int) -> str:
+        with path.open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(BLOCK)).hexdigest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(digest, range(0, path.stat().st_size, BLOCK)))
+
+
+def _open(place: Path) -> tuple[Mapped, list[str]]:
+    examples, remedy = place / "examples.npy", f"delete the folder {place}: it is made anew from the data"
+    try:
+        record = json.loads((place / "cache.json").read_text(encoding="utf-8"))
+        blocks, skipped = list(record["blocks"]), list(record["skipped"])
+        found = _digests(examples)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the cache {place} cannot be read ({type(error).__name__}: {error}); {remedy}") from error
+    if record.get("format") != FORMAT:
+        raise ValueError(f"the cache {place} has format {record.get('format')!r}, this version reads {FORMAT}; {remedy}")
+    if found != blocks:
+        bad = sum(a != b for a, b in zip(found, blocks, strict=False)) + abs(len(found) - len(blocks))
+        raise ValueError(
+            f"the cache {place} is damaged: {bad} of {len(blocks)} blocks have changed since it was built; {remedy}"
+        )
+    digest = hashlib.sha256("".join(blocks).encode()).hexdigest()
+    return Mapped(np.load(examples, mmap_mode="r"), digest), skipped
+
+
+@contextmanager
+def _writing(home: Path, encoded: Encoded) -> Iterator[None]:
+    """Make the folder, see that there is room, and say what to do where there is none."""
+    needed = len(encoded.names) * int(np.prod(encoded.shape)) * np.dtype(encoded.dtype).itemsize
+    remedy = "give another folder for decoded copies: --cache FOLDER"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(home).free) < needed:
+            raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
+        yield
+    except OSError as error:
+        raise OSError(f"decoded examples cannot be kept in {home}: {error}; {remedy}") from error

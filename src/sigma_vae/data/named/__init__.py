@@ -1,0 +1,16 @@
+"""Data sets that have a name: the paper's, and those that installed packages bring along."""
+
+from collections.abc import Mapping
+
+from sigma_vae.data.named.bundled import digits, mnist_5k
+from sigma_vae.data.named.fashion_mnist import read_fashion_mnist
+from sigma_vae.data.raw import Source
+
+__all__ = ["NAMED"]
+
+NAMED: Mapping[str, Source] = {
+    "digits": Source(digits),
+    "mnist-5k": Source(mnist_5k),
+    "fashion-mnist": Source(read_fashion_mnist, {"root"}),
+}
+"""Name to reader, with the options that it reads."""

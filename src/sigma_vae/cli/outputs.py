@@ -43,7 +43,8 @@ def sample(
     _check_count(n)
     where = next(opened.vae.parameters()).device
     torch.manual_seed(seed)
-    images = opened.vae.sample(n, show, generator=torch.Generator(where).manual_seed(seed), temperature=temperature)
+    drawn = opened.vae.sample(n, show, generator=torch.Generator(where).manual_seed(seed), temperature=temperature)
+    images = opened.scaling.undo(drawn)
     _write(path, images, {"samples": images})
 
 
@@ -75,8 +76,9 @@ def reconstruct(
     where = next(opened.vae.parameters()).device
     torch.manual_seed(seed)
     batch = next(iter(opened.data.batches(split, n, device=where)))
-    again = opened.vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed))
-    _write(path, pairs(batch.x, again, columns=8), {"originals": batch.x, "reconstructions": again}, columns=8)
+    undo = opened.data.scaling.undo
+    originals, again = undo(batch.x), undo(opened.vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed)))
+    _write(path, pairs(originals, again, columns=8), {"originals": originals, "reconstructions": again}, columns=8)
 
 
 @torch.no_grad()

@@ -73,6 +73,11 @@ class Batches:
     def __len__(self) -> int:
         return -(-len(self.store) // self.batch_size)
 
+    @property
+    def log_volume_nats(self) -> float:
+        """What the log-density of an example is smaller by in the data's own units than as a model reads it."""
+        return self.scaling.log_volume_nats(self.store.shape)
+
     def __iter__(self) -> Iterator[Batch]:
         if self._position and not self._resuming:  # the last iteration was left early: its epoch is over
             self._epoch, self._position = self._epoch + 1, 0

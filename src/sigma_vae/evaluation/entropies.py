@@ -47,7 +47,8 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any
         entropies += float((posterior - distribution.entropy()).sum())
         examples += len(x)
     prior = 0.5 * vae.network.latent_dim * math.log(2 * math.pi * math.e)
-    elbo, entropies = elbo / examples, entropies / examples - prior
+    volume = batches.log_volume_nats
+    elbo, entropies = elbo / examples - volume, entropies / examples - prior - volume
     return {
         "elbo_nats": elbo,
         "entropies_nats": entropies,

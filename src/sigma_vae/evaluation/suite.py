@@ -20,7 +20,10 @@ ACTIVE_VARIANCE = 0.01
 
 @torch.no_grad()
 def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
-    """Scores of every example, in the data's order and independent of the batch size, on the CPU in float64."""
+    """Scores of every example, in the data's order and independent of the batch size, on the CPU in float64.
+
+    Densities are those of the data in their own units: of standardised data, smaller than the model's by the Jacobian.
+    """
     device = next(vae.parameters()).device
     parts = [vae.score(batch.x.to(device), keyed_noise(batch.positions, seed)) for batch in batches]
 
@@ -31,10 +34,11 @@ def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
         known = [value for value in values if value is not None]
         return gather(known) if known else None
 
+    log_volume = batches.log_volume_nats
     return Scores(
         rate=gather([part.rate for part in parts]),
-        log_likelihood=gather([part.log_likelihood for part in parts]),
-        log_likelihood_post_hoc=gather([part.log_likelihood_post_hoc for part in parts]),
+        log_likelihood=gather([part.log_likelihood for part in parts]) - log_volume,
+        log_likelihood_post_hoc=gather([part.log_likelihood_post_hoc for part in parts]) - log_volume,
         log_mass=gather_known([part.log_mass for part in parts]),
         log_mass_post_hoc=gather_known([part.log_mass_post_hoc for part in parts]),
     )

@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from sigma_vae.cli.explain import explain
+from sigma_vae.cli.inspect import inspect
 from sigma_vae.cli.outputs import encode, reconstruct, sample, score
 from sigma_vae.cli.runs import evaluate, replay, resume, train
 from sigma_vae.training import NonFiniteLossError
@@ -20,6 +21,7 @@ PROGRAM = "sigma-vae"
 INTERRUPTED = 130
 
 COMMANDS: dict[str, Callable[..., Any]] = {
+    "inspect": inspect,
     "train": train,
     "resume": resume,
     "replay": replay,

@@ -40,7 +40,7 @@ def load(config: DataConfig) -> Splits:
     source = _source(config)
     _refuse_unread(config, source)
     raw = source.read(config)
-    standardise = config.standardise == "yes" or (config.standardise == "auto" and raw.standardise and config.levels is None)
+    standardise = _standardise(config, raw)
     levels = None if standardise else _levels(raw, config.levels)
     words = list(raw.preprocessing)
     stored = {name: _store(part, raw, name, levels, standardise, config, words) for name, part in raw.parts.items()}
@@ -69,6 +69,13 @@ def _source(config: DataConfig) -> Source:
         f"expected a data set ({', '.join(NAMES)}), hub:OWNER/NAME, or the path of a folder or of a file ({', '.join(ENDINGS)}),"
         f" got {config.source!r}; {guess}"
     )
+
+
+def _standardise(config: DataConfig, raw: Raw) -> bool:
+    known = config.levels if config.levels is not None else raw.levels
+    if config.standardise == "yes" and known is not None:
+        raise ValueError(f"{raw.name} has {known} levels, which are not standardised; leave out one of levels and standardise")
+    return config.standardise == "yes" or (config.standardise == "auto" and raw.standardise and known is None)
 
 
 def _refuse_unread(config: DataConfig, source: Source) -> None:

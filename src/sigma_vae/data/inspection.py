@@ -1,0 +1,209 @@
+"""What a data set is like: sizes, ranges, what never changes, what occurs twice, and the likelihood that all of this suggests."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sigma_vae.data.splits import SplitName, Splits
+
+__all__ = ["ChannelStatistics", "Duplicates", "Inspection", "inspect"]
+
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+CHUNK = 512
+"""Examples looked at together."""
+HEAVY_TAILS = 6.0
+"""Excess kurtosis above which residuals are likely to have heavy tails as well: twice that of a Laplace law."""
+MANY_AT_THE_ENDS = 0.2
+FEW_LEVELS = 32
+ENOUGH_FOR_A_CATEGORICAL = 1_000
+"""Examples for each level, below which a class of its own for each is learned badly."""
+SMALL = 20_000
+"""Training examples below which σ of the training data is too small for new ones (the more so, the fewer)."""
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """Of one channel over the training split, in the data's own units (of levels: in [0, 1])."""
+
+    mean: float
+    deviation: float
+    least: float
+    largest: float
+    excess_kurtosis: float
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Examples of one split that are, value for value, in another one (or in their own, once more)."""
+
+    split: SplitName
+    among: SplitName
+    count: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that :func:`inspect` finds; plain values."""
+
+    name: str
+    counts: dict[str, int]
+    shape: tuple[int, ...]
+    frames: dict[str, int] | None
+    levels: int | None
+    levels_used: int | None
+    standardised: bool
+    preprocessing: str
+    channels: tuple[ChannelStatistics, ...]
+    share_at_least_level: float | None
+    share_at_largest_level: float | None
+    constant_values: int
+    duplicates: tuple[Duplicates, ...]
+    likelihood: str
+    reasons: tuple[str, ...]
+
+
+def inspect(data: Splits) -> Inspection:
+    """Go through all of a data set once, a few examples at a time.
+
+    >>> from sigma_vae.data.scaling import Scaling
+    >>> from sigma_vae.data.stores import InMemory
+    >>> coins = [InMemory(torch.randint(0, 2, (n, 1, 4, 4), dtype=torch.uint8)) for n in (50, 5, 5)]
+    >>> inspect(Splits("coins", *coins, Scaling(levels=2), record={"preprocessing": ""})).likelihood
+    'bernoulli'
+    """
+    passed = _Pass(data)
+    for stored in _chunks(data, "train"):
+        passed.add(stored)
+    scaling = data.scaling
+    channels = passed.channels()
+    likelihood, reasons = _suggestion(data, channels, passed)
+    ends = passed.ends() if scaling.levels else (None, None)
+    return Inspection(
+        name=data.name,
+        counts={split: len(data.store(split)) for split in SPLITS},
+        shape=data.shape,
+        frames={split: data.store(split).shape[0] for split in SPLITS} if data.clips else None,
+        levels=scaling.levels,
+        levels_used=passed.levels_used(),
+        standardised=scaling.standardised,
+        preprocessing=str(data.record["preprocessing"]),
+        channels=channels,
+        share_at_least_level=ends[0],
+        share_at_largest_level=ends[1],
+        constant_values=passed.constant_values(),
+        duplicates=_duplicates(data),
+        likelihood=likelihood,
+        reasons=reasons,
+    )
+
+
+class _Pass:
+    """Sums over the training split, channel by channel, in float64."""
+
+    def __init__(self, data: Splits) -> None:
+        self.data = data
+        channels = data.shape[0]
+        self.count = 0
+        self.shift: Tensor | None = None
+        self.powers = torch.zeros(4, channels, dtype=torch.float64)
+        self.least = torch.full((channels,), math.inf, dtype=torch.float64)
+        self.largest = torch.full((channels,), -math.inf, dtype=torch.float64)
+        self.used = torch.zeros(data.levels or 0, dtype=torch.int64)
+        self.first: Tensor | None = None
+        self.changes: Tensor | None = None
+
+    def add(self, stored: Tensor) -> None:
+        """Take in a few examples as they are stored."""
+        examples = stored.flatten(0, 1) if self.data.clips else stored
+        if self.data.levels is not None:
+            self.used += torch.bincount(examples.flatten().to(torch.int64), minlength=self.data.levels)
+        values = examples.double() / ((self.data.levels or 2) - 1)
+        if self.first is None:
+            self.first, self.changes = values[0].clone(), torch.zeros(values.shape[1:], dtype=torch.bool)
+            self.shift = values.transpose(0, 1).flatten(1).mean(1)
+        assert self.changes is not None
+        assert self.shift is not None
+        self.changes |= (values != self.first).any(0)
+        rows = values.transpose(0, 1).flatten(1)
+        self.least = torch.minimum(self.least, rows.amin(1))
+        self.largest = torch.maximum(self.largest, rows.amax(1))
+        centred = rows - self.shift[:, None]  # about the mean already, so that fourth powers keep their digits
+        self.powers += torch.stack([(centred**k).sum(1) for k in (1, 2, 3, 4)])
+        self.count += rows.shape[1]
+
+    def channels(self) -> tuple[ChannelStatistics, ...]:
+        assert self.shift is not None
+        m1, m2, m3, m4 = self.powers / self.count
+        variance = (m2 - m1**2).clamp_min(0)
+        fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
+        kurtosis = torch.where(variance > 0, fourth / variance.square().clamp_min(1e-300) - 3, 0.0)
+        columns = (self.shift + m1, variance.sqrt(), self.least, self.largest, kurtosis)
+        return tuple(ChannelStatistics(*row) for row in torch.stack(columns, 1).tolist())
+
+    def constant_values(self) -> int:
+        assert self.changes is not None
+        return int((~self.changes).sum())
+
+    def levels_used(self) -> int | None:
+        return int((self.used > 0).sum()) if len(self.used) else None
+
+    def ends(self) -> tuple[float, float]:
+        return float(self.used[0] / self.used.sum()), float(self.used[-1] / self.used.sum())
+
+
+def _chunks(data: Splits, split: SplitName) -> Iterator[Tensor]:
+    store = data.store(split)
+    for positions in torch.split(torch.arange(len(store)), CHUNK):
+        yield store.take(positions)
+
+
+def _duplicates(data: Splits) -> tuple[Duplicates, ...]:
+    """By a digest of each example, so that nothing but the digests is kept."""
+    digests: dict[SplitName, list[bytes]] = {
+        split: [
+            hashlib.blake2b(example.numpy().tobytes(), digest_size=16).digest()
+            for chunk in _chunks(data, split)
+            for example in chunk
+        ]
+        for split in SPLITS
+    }
+    known = {split: set(own) for split, own in digests.items()}
+    found = [Duplicates(split, split, len(digests[split]) - len(known[split])) for split in SPLITS]
+    pairs: tuple[tuple[SplitName, SplitName], ...] = (("validation", "train"), ("test", "train"), ("test", "validation"))
+    for split, among in pairs:
+        found.append(Duplicates(split, among, sum(digest in known[among] for digest in digests[split])))
+    return tuple(one for one in found if one.count)
+
+
+def _suggestion(data: Splits, channels: tuple[ChannelStatistics, ...], passed: _Pass) -> tuple[str, tuple[str, ...]]:
+    """A likelihood by name, and what speaks for it; then what else to heed."""
+    levels, used = data.levels, passed.levels_used()
+    heed = list(_cautions(data, passed))
+    if levels == 2:
+        return "bernoulli", ("there are two levels: a coin for each value is a true likelihood", *heed)
+    if levels is not None and used is not None and used <= FEW_LEVELS and len(data.train) >= ENOUGH_FOR_A_CATEGORICAL * used:
+        return "categorical", (f"{used} levels occur, and there are enough examples to learn a class for each", *heed)
+    if max(channel.excess_kurtosis for channel in channels) > HEAVY_TAILS:
+        return "student-t/optimal", ("some values lie far out (excess kurtosis above 6): they should not set the scale", *heed)
+    if len(data.shape) == 1 and len(channels) > 1:
+        return "gaussian/optimal-channel", ("each column of a table has noise of its own: one σ for each, solved", *heed)
+    return "gaussian/optimal", ("nothing speaks against one σ for all values, solved exactly; start with it", *heed)
+
+
+def _cautions(data: Splits, passed: _Pass) -> Iterator[str]:
+    if data.levels is not None and sum(passed.ends()) > MANY_AT_THE_ENDS:
+        yield (
+            f"{sum(passed.ends()):.0%} of the values lie at an end of the range: compare decoders by bits/dim, not by density;"
+            " --observes level or logistic-mixture gives these values their mass"
+        )
+    if constant := passed.constant_values():
+        yield (
+            f"{constant} values never change: scales of their own (optimal-pixel, per-pixel) shrink to the floor there and"
+            " inflate the density"
+        )
+    if len(data.train) < SMALL:
+        yield f"{len(data.train)} training examples are few: stop by validation (--patience), and mind that σ is fitted to them"

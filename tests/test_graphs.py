@@ -10,7 +10,7 @@ from test_discrete_use import ALL as UNSCALED
 from torch import Tensor, nn
 
 from sigma_vae import VAE, Gaussian, Laplace, Logistic, RunningMinimum, StudentT, mlp
-from sigma_vae.likelihoods import student_t
+from sigma_vae.likelihoods import base, student_t, unscaled
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.types import Likelihood
 
@@ -149,3 +149,44 @@ def test_a_vae_with_it_is_exported(row: Row) -> None:
         exported = torch.export.export(scored, (x,)).module()
         for ours, eager in zip(exported(x), scored(x), strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-5)
+
+
+# -- autocast ----------------------------------------------------------------------------------------------------------------------
+
+
+def numbers(likelihood: Likelihood, h: Tensor, x: Tensor) -> list[Tensor]:
+    """σ, log-probability, log-mass and mean, in training and evaluation."""
+    result = []
+    for training in (True, False):
+        p = likelihood.train(training)(h, x)
+        result += [p.log_prob(x), p.mean, *([p.scale] if isinstance(likelihood, LocationScale) else [])]
+        result += [likelihood.log_mass(h, x)] if likelihood.normalised else []
+    return result
+
+
+def check_autocast(row: Row) -> None:
+    """A network under autocast gives half-precision features; nothing computed of them is less than float32, or other."""
+    h, x = row.batch()
+    with torch.no_grad():
+        exact = numbers(row.make(), h.bfloat16().float(), x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            identity = torch.eye(h.shape[1])[..., None, None]
+            half = nn.functional.conv2d(h, identity)
+            assert half.dtype == torch.bfloat16
+            ours = numbers(row.make(), half, x)
+    for a, b in zip(ours, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+@named((*SCALED, *SPECIAL, *WITHOUT_SCALE))
+def test_probabilities_are_float32_under_autocast(row: Row) -> None:
+    check_autocast(row)
+
+
+@named((*(row for row in SCALED if "/optimal/" in row.name), *SPECIAL, *WITHOUT_SCALE))
+def test_without_the_cast_it_would_be_seen(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (base, unscaled):
+        monkeypatch.setattr(module, "at_least_float32", lambda h: h)
+    with pytest.raises((AssertionError, RuntimeError)):  # or the half-precision operation does not exist
+        check_autocast(row)

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sigma_vae.likelihoods.densities import at_least_float32
 from sigma_vae.likelihoods.distributions import Continuous, Discretized, Law, check_levels
 from sigma_vae.likelihoods.scales import Optimal, Per, Scale
 from sigma_vae.likelihoods.solve import Observed, best_log_scale
@@ -166,15 +167,14 @@ class LocationScale(Likelihood):
         return Discretized(law, loc, log_scale, self._event_dims, self.levels)
 
     def _split(self, h: Tensor) -> tuple[Law, Tensor, Tensor]:
-        """Law, mean and scale features, in float32 at least: log-probabilities in half precision mean nothing."""
+        """Law, mean and scale features."""
         axis = -self._event_dims
         if h.dim() < self._event_dims or h.shape[axis] != self.in_channels:
             got = h.shape[axis] if h.dim() >= self._event_dims else tuple(h.shape)
             raise ValueError(
                 f"{self} reads {self.in_channels} decoder channels, got {got}; size the decoder by `likelihood.in_channels`"
             )
-        h = h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
-        loc, raw, own = torch.split(h, [self.channels, self._scale_channels, self.own_channels], dim=axis)
+        loc, raw, own = torch.split(at_least_float32(h), [self.channels, self._scale_channels, self.own_channels], dim=axis)
         return self.law(own), (torch.sigmoid(loc) if self.mean == "unit" else loc), raw
 
     def _observed(self, law: Law, loc: Tensor, x: Tensor) -> Observed:

@@ -26,6 +26,9 @@ from torch.nn import functional
 from sigma_vae import build
 
 GAUSSIANS = ("gaussian/optimal", "gaussian/shared", "gaussian/per-image", "gaussian/per-pixel")
+OTHERS = ("laplace/optimal", "logistic/optimal", "student-t/optimal", "student-t:learned/optimal", "gaussian/running-minimum")
+BY_LEVEL = ("gaussian/optimal@level", "logistic/optimal@level")
+"""Trained on the masses of the levels: ``observes="level"``."""
 UNSCALED = ("bernoulli", "continuous-bernoulli", "bitwise-categorical", "categorical", "logistic-mixture:10")
 USUAL = ("usual gaussian", "usual categorical", "usual logistic-mixture:10")
 MODES = ("eager", "compiled")
@@ -37,7 +40,7 @@ def main(
     out: Path | None = None,
     batch: int = 128,
     repeats: int = 5,
-    names: tuple[str, ...] = (*USUAL, *GAUSSIANS, *UNSCALED),
+    names: tuple[str, ...] = (*USUAL, *GAUSSIANS, *OTHERS, *BY_LEVEL, *UNSCALED),
     modes: tuple[str, ...] = MODES,
     allocators: tuple[str, ...] = ALLOCATORS,
 ) -> None:
@@ -77,7 +80,7 @@ def one(name: str, mode: str, allocator: str, batch: int, repeats: int) -> None:
     if name == "bernoulli":
         x = x.round()
     if mode == "compiled":
-        loss = torch.compile(loss)
+        loss = torch.compile(loss, fullgraph=True)
     step(loss, h[:2].detach().requires_grad_(), x[:2])  # loads what is loaded once; also compiles
     if mode == "compiled":
         step(loss, h, x)
@@ -112,7 +115,9 @@ def resident(kind: str) -> int:
 
 
 def ours(name: str) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
-    likelihood = build.likelihood(name, CHANNELS, levels=2 if name == "bernoulli" else LEVELS, mean="identity")
+    name, _, observes = name.partition("@")
+    levels = 2 if name == "bernoulli" else LEVELS
+    likelihood = build.likelihood(name, CHANNELS, levels=levels, mean="identity", observes=observes or "density")
     likelihood.train()
     return lambda h, x: -likelihood(h, x).log_prob(x), likelihood.in_channels
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_discrete import FAMILIES, Family, colour_masses, each, features, levels_of
 
-from sigma_vae import VAE, Bernoulli, BitwiseCategorical, Categorical, ContinuousBernoulli, LogisticMixture, build, mlp
+from sigma_vae import Bernoulli, BitwiseCategorical, Categorical, ContinuousBernoulli, LogisticMixture, build
 from sigma_vae.cli import main
 from sigma_vae.likelihoods.chunks import in_chunks
 from sigma_vae.likelihoods.unscaled import Unscaled
@@ -126,18 +126,6 @@ def test_nothing_is_ever_infinite(size: float, half: bool, seed: int, row: Famil
     assert ((p.sample() >= 0) & (p.sample() <= 1)).all()
 
 
-@every
-def test_autocast_does_not_touch_probabilities(family: Family) -> None:
-    likelihood = make(family, 1)
-    h, x = features(likelihood, (3,), (8,)).float(), levels_of(family, (3, family.channels, 8)).float()
-    exact = likelihood(h, x).log_prob(x), likelihood.log_mass(h, x), likelihood(h).mean
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = likelihood(h, x).log_prob(x), likelihood.log_mass(h, x), likelihood(h).mean
-    for a, b in zip(ours, exact, strict=True):
-        assert a.dtype == torch.float32
-        assert torch.equal(a, b)
-
-
 # -- a module among others -----------------------------------------------------------------------------------------------------------
 
 
@@ -150,43 +138,6 @@ def test_nothing_is_stored_and_eval_does_not_look_at_x(family: Family) -> None:
     value = likelihood(h).log_prob(x)
     torch.testing.assert_close(likelihood.train()(h, 1 - x).log_prob(x), value, rtol=0, atol=0)
     torch.testing.assert_close(likelihood.post_hoc(h).log_prob(x), value, rtol=0, atol=0)
-
-
-@every
-def test_compiled_in_one_graph_the_numbers_are_the_same(family: Family) -> None:
-    torch._dynamo.reset()
-    likelihood = make(family, 1)
-    h, x = features(likelihood, (3,), (4,)).requires_grad_(), levels_of(family, (3, family.channels, 4))
-
-    def loss(h, x):
-        return likelihood(h, x).log_prob(x)
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for function in (loss, compiled):
-        value = function(h, x)
-        (slope,) = torch.autograd.grad(value.sum(), h)
-        if function is loss:
-            expected = value, slope
-    torch.testing.assert_close((value, slope), expected, rtol=1e-10, atol=1e-10)
-
-
-@every
-def test_a_vae_with_it_is_exported(family: Family) -> None:
-    likelihood = make(family)
-    vae = VAE(mlp((family.channels, 4, 4), likelihood.in_channels, latent_dim=2, width=8), likelihood).eval()
-    x = levels_of(family, (3, family.channels, 4, 4)).float()
-
-    class LogMass(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.vae = vae
-
-        def forward(self, x):
-            inference = self.vae.network.infer(x, noise=torch.zeros)
-            return self.vae.likelihood(inference.h).log_prob(x)
-
-    exported = torch.export.export(LogMass(), (x,)).module()
-    torch.testing.assert_close(exported(x), LogMass()(x), rtol=1e-5, atol=1e-5)
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------------------------

@@ -410,37 +410,6 @@ def test_state_dict_round_trip(case: Case, calibrated: bool) -> None:
             refit.eval().post_hoc(h)
 
 
-# Scales and families meet in one line of code: every scale with the first family, and every family with two scales.
-COMPILED = [case for case in CASES if case.family is FAMILIES[0] or case.scale.name in ("per-pixel", "optimal")]
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # torch's own, tracing an autograd.Function
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # and where the graph breaks at our solver
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("case", COMPILED, **NAMES)
-def test_compiled_gives_the_same_numbers(case: Case, training: bool) -> None:
-    h, x = (t.float() for t in features_and_data(case, (3,), EVENT))
-    # A solver that iterates until it has converged is a graph break, and no more than that.
-    iterates = case.observes == "level" or not case.family.power
-    fullgraph = not (training and case.scale.kind == "optimal" and iterates)
-
-    def run(compiled: bool) -> list[Tensor]:
-        likelihood = case.settled(EVENT).float().train(training)
-        features = h.clone().requires_grad_()
-
-        def log_prob(features: Tensor) -> Tensor:
-            return likelihood(features, x).log_prob(x)
-
-        function = torch.compile(log_prob, fullgraph=fullgraph, backend="aot_eager") if compiled else log_prob
-        result = function(features)
-        result.sum().backward()
-        return [result.detach(), features.grad, *(p.grad for p in likelihood.parameters()), *likelihood.buffers()]
-
-    torch._dynamo.reset()
-    for compiled, eager in zip(run(True), run(False), strict=True):
-        torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-6)
-
-
 # -- misuse ----------------------------------------------------------------------------------------------------------------
 
 LEVELS = torch.zeros(2, 1, 4, 4)

@@ -291,15 +291,37 @@ def test_a_heavier_kl_lowers_the_rate(digits):
     ("likelihood", "options", "says"),
     [
         ("gaussian/optimal", {"beta_nll": 0.5}, "does not predict"),
-        ("gaussian/per-pixel", {"beta_nll": 1.5}, "beta_nll is from 0"),
-        ("gaussian/per-pixel", {"beta_nll": float("nan")}, "beta_nll is from 0"),
-        ("gaussian/optimal", {"kl_weight": -1.0}, "kl_weight multiplies"),
-        ("gaussian/optimal", {"kl_weight": float("inf")}, "kl_weight multiplies"),
     ],
 )
-def test_weights_that_mean_nothing_are_refused(digits, likelihood, options, says):
+def test_weights_that_mean_nothing_to_the_model_are_refused(digits, likelihood, options, says):
     with pytest.raises(ValueError, match=says):
         train(small_vae(digits, likelihood=likelihood), digits, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"beta_nll": 1.5}, "beta_nll is from 0"),
+        ({"beta_nll": float("nan")}, "beta_nll is from 0"),
+        ({"kl_weight": -1.0}, "kl_weight multiplies"),
+        ({"kl_weight": float("inf")}, "kl_weight multiplies"),
+    ],
+)
+def test_weights_that_mean_nothing_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        TrainingConfig(**options)
+
+
+def test_what_is_no_likelihood_is_validated_by_its_objective(digits, tmp_path):
+    """A Bernoulli law of grey data bounds nothing; the best weights and the early stop go by the objective all the same."""
+    train(small_vae(digits, likelihood="bernoulli"), digits, tmp_path, epochs=2, patience=1)
+    table = rows(tmp_path)
+    assert not any("elbo" in name for name in table[0])
+    validated = [row for row in table if row["validation/objective_nats"]]
+    for row in validated:
+        objective, rate, distortion = (float(row[f"validation/{name}_nats"]) for name in ("objective", "rate", "distortion"))
+        assert objective == pytest.approx(-rate - distortion, rel=1e-5)
+    assert (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 The docstring under each field is its help on the command line.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -162,6 +163,10 @@ class TrainingConfig(_Strict):
                 value = getattr(self, name)
                 if value is not None and not value >= least:
                     raise ValueError(f"{name} is {says}, got {value}")
+        if not 0 <= self.kl_weight < math.inf:
+            raise ValueError(f"kl_weight multiplies the KL and is at least 0 (1: the ELBO), got {self.kl_weight}")
+        if not 0 <= self.beta_nll <= 1:
+            raise ValueError(f"beta_nll is from 0 (the likelihood) to 1 (all errors weigh the same), got {self.beta_nll}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is the weight of the past, from 0 up to but not 1, got {self.ema_decay}")
 

@@ -1,20 +1,20 @@
 """The template of all location-scale likelihoods: a residual law, a scale, and the map from features to the mean."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, ParamSpec
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sigma_vae.likelihoods.densities import at_least_float32
 from sigma_vae.likelihoods.distributions import Continuous, Discretized, Law, check_levels
 from sigma_vae.likelihoods.scales import Optimal, Per, Scale
-from sigma_vae.likelihoods.solve import Observed, best_density_log_scale, best_level_log_scale
+from sigma_vae.likelihoods.solve import Observed, best_log_scale
+from sigma_vae.likelihoods.solve_in_graph import best_batch_log_scale
 from sigma_vae.types import Likelihood, Observes
 
 __all__ = ["LocationScale", "MeanMap"]
-
-Arguments = ParamSpec("Arguments")
 
 MeanMap = Literal["identity", "unit"]
 """From features to the mean: themselves, or a sigmoid onto [0, 1]."""
@@ -40,9 +40,6 @@ class LocationScale(Likelihood):
     Raises:
         ValueError: an argument is out of range, or ``observes="level"`` without levels.
     """
-
-    closed_form = True
-    """Whether the best σ of a density is found in one pass; a class attribute, which torch.compile can branch on."""
 
     def __init__(
         self,
@@ -99,7 +96,9 @@ class LocationScale(Likelihood):
             if self.training:
 
                 def fit(per: Per) -> Tensor:
-                    return self._solve([observed], per, self.observes)
+                    return best_batch_log_scale(
+                        observed, per, self._event_dims, self._log_floor, self._levels_of(self.observes)
+                    )
 
         return self._distribution(law, loc, self.scale(raw, self.observes, fit), self.observes)
 
@@ -138,10 +137,12 @@ class LocationScale(Likelihood):
         """
         observed = _Reiterable(self, pairs)
         per = self.scale.refit_per
-        density = self._solve(observed, per, "density")
+        density = best_log_scale(observed, per, self._event_dims, self._log_floor, None)
         if not torch.isfinite(density).all():
             raise ValueError("calibrate found no finite σ: the decoder's features are not finite (have its weights diverged?)")
-        level = None if self.levels is None else self._solve(observed, per, "level", start=density)
+        level = None
+        if self.levels is not None:
+            level = best_log_scale(observed, per, self._event_dims, self._log_floor, self.levels, start=density)
         self.scale.store("density", density)
         if level is not None:
             self.scale.store("level", level)
@@ -151,15 +152,13 @@ class LocationScale(Likelihood):
         if not torch.compiler.is_compiling():  # it reads a value off the device
             check_levels(x, self.levels)
 
-    def _solve(self, data: Iterable[Observed], per: Per, observes: Observes, start: Tensor | None = None) -> Tensor:
-        floor = LEAST_LOG_FACTOR if self.scale.predicted else self.scale.log_floor
-        if observes == "density" or start is None:
-            density = best_density_log_scale if self.closed_form else _uncompiled(best_density_log_scale)
-            start = density(data, per, self._event_dims, floor)
-        if observes == "density":
-            return start
-        assert self.levels is not None
-        return _uncompiled(best_level_log_scale)(data, per, self._event_dims, floor, start, self.levels)
+    @property
+    def _log_floor(self) -> float:
+        return LEAST_LOG_FACTOR if self.scale.predicted else self.scale.log_floor
+
+    def _levels_of(self, observes: Observes) -> int | None:
+        """None where the density is observed."""
+        return self.levels if observes == "level" else None
 
     def _distribution(self, law: Law, loc: Tensor, log_scale: Tensor, observes: Observes) -> Continuous | Discretized:
         if observes == "density":
@@ -168,15 +167,14 @@ class LocationScale(Likelihood):
         return Discretized(law, loc, log_scale, self._event_dims, self.levels)
 
     def _split(self, h: Tensor) -> tuple[Law, Tensor, Tensor]:
-        """Law, mean and scale features, in float32 at least: log-probabilities in half precision mean nothing."""
+        """Law, mean and scale features."""
         axis = -self._event_dims
         if h.dim() < self._event_dims or h.shape[axis] != self.in_channels:
             got = h.shape[axis] if h.dim() >= self._event_dims else tuple(h.shape)
             raise ValueError(
                 f"{self} reads {self.in_channels} decoder channels, got {got}; size the decoder by `likelihood.in_channels`"
             )
-        h = h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
-        loc, raw, own = torch.split(h, [self.channels, self._scale_channels, self.own_channels], dim=axis)
+        loc, raw, own = torch.split(at_least_float32(h), [self.channels, self._scale_channels, self.own_channels], dim=axis)
         return self.law(own), (torch.sigmoid(loc) if self.mean == "unit" else loc), raw
 
     def _observed(self, law: Law, loc: Tensor, x: Tensor) -> Observed:
@@ -186,14 +184,6 @@ class LocationScale(Likelihood):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(channels={self.channels}, scale={self.scale})"
-
-
-def _uncompiled(solve: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
-    """What iterates until it has converged, and differentiates on the way, torch.compile must leave alone: the graph breaks here."""
-    if not torch.compiler.is_compiling():
-        return solve
-    disabled: Callable[Arguments, Tensor] = torch.compiler.disable(solve)  # type: ignore[no-untyped-call]
-    return disabled
 
 
 class _Reiterable:

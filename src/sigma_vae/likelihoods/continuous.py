@@ -7,21 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from sigma_vae.likelihoods.base import LocationScale, MeanMap
-from sigma_vae.likelihoods.densities import (
-    log1mexp,
-    log_ndtr,
-    normal_interval_log_prob,
-    normal_log_prob,
-    soft_clip,
-)
+from sigma_vae.likelihoods.densities import soft_clip
 from sigma_vae.likelihoods.distributions import Law
+from sigma_vae.likelihoods.laws import LAPLACE, NORMAL, student_t
 from sigma_vae.likelihoods.scales import Scale
-from sigma_vae.likelihoods.student_t import (
-    student_t_entropy,
-    student_t_interval_log_prob,
-    student_t_log_cdf,
-    student_t_log_prob,
-)
 from sigma_vae.types import Observes
 
 __all__ = ["DegreesOfFreedom", "Gaussian", "Laplace", "StudentT"]
@@ -32,28 +21,6 @@ DegreesOfFreedom = float | Literal["learned", "predicted"]
 DEFAULT_DF = 4.0
 LEAST_DF, LARGEST_DF = 1.0, 1000.0
 """From a Cauchy law to what no data can tell from a Gaussian."""
-
-
-class _Normal:
-    power = 2
-    closed_form = True
-    log_prob = staticmethod(normal_log_prob)
-    log_cdf = staticmethod(log_ndtr)
-    interval_log_prob = staticmethod(normal_interval_log_prob)
-    statistic = staticmethod(torch.square)
-
-    @staticmethod
-    def entropy() -> float:
-        """½ log 2πe."""
-        return 0.5 * math.log(2 * math.pi * math.e)
-
-    @staticmethod
-    def sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Standard normal draws."""
-        return torch.empty_like(like, memory_format=torch.contiguous_format).normal_(generator=generator)
-
-
-_NORMAL = _Normal()
 
 
 @final
@@ -77,45 +44,7 @@ class Gaussian(LocationScale):
 
     def law(self, own: Tensor) -> Law:
         """The standard normal."""
-        return _NORMAL
-
-
-class _Laplace:
-    power = 1
-    closed_form = True
-    statistic = staticmethod(torch.abs)
-
-    @staticmethod
-    def log_prob(z: Tensor) -> Tensor:
-        return -z.abs() - math.log(2)
-
-    @staticmethod
-    def log_cdf(z: Tensor) -> Tensor:
-        below = z.clamp(max=0) - math.log(2)
-        above = torch.log1p(-0.5 * torch.exp(-z.clamp(min=0)))
-        return torch.where(z < 0, below, above)
-
-    @staticmethod
-    def interval_log_prob(center: Tensor, width: Tensor) -> Tensor:
-        """On one side of 0 the width alone decides what is lost to cancellation, across it two masses are added."""
-        upper, lower = center.abs() + 0.5 * width, center.abs() - 0.5 * width
-        outside = -lower.clamp(min=0) - math.log(2) + log1mexp(width)
-        across = torch.log(-0.5 * torch.expm1(-upper) - 0.5 * torch.expm1(lower.clamp(max=0)))
-        return torch.where(lower >= 0, outside, across)
-
-    @staticmethod
-    def entropy() -> float:
-        """1 + log 2."""
-        return 1 + math.log(2)
-
-    @staticmethod
-    def sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Differences of two exponential draws."""
-        waits = torch.empty(2, *like.shape, dtype=like.dtype, device=like.device).exponential_(generator=generator)
-        return waits[0] - waits[1]
-
-
-_LAPLACE = _Laplace()
+        return NORMAL
 
 
 @final
@@ -137,40 +66,7 @@ class Laplace(LocationScale):
 
     def law(self, own: Tensor) -> Law:
         """The standard Laplace law."""
-        return _LAPLACE
-
-
-class _StudentT:
-    power = 2
-    closed_form = False
-
-    def __init__(self, df: float | Tensor) -> None:
-        self.df = df
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return student_t_log_prob(z, self.df)
-
-    def log_cdf(self, z: Tensor) -> Tensor:
-        return student_t_log_cdf(z, self.df)
-
-    def interval_log_prob(self, center: Tensor, width: Tensor) -> Tensor:
-        return student_t_interval_log_prob(center, width, self.df)
-
-    def statistic(self, z: Tensor) -> Tensor:
-        """(ν + 1) z² / (ν + z²), bounded by ν + 1: no residual outweighs the others."""
-        square = z.square()
-        return (self.df + 1) * square / (self.df + square)
-
-    def entropy(self) -> float | Tensor:
-        return student_t_entropy(self.df)
-
-    def sample(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Bailey's polar method (1994): √(ν (U^(−2/ν) − 1)) cos 2πV, differentiable in ν."""
-        wait, turn = torch.empty(2, *like.shape, dtype=like.dtype, device=like.device)
-        wait.exponential_(generator=generator)
-        turn.uniform_(0, 2 * math.pi, generator=generator)
-        draw: Tensor = (self.df * torch.expm1(2 * wait / self.df)).sqrt() * torch.cos(turn)
-        return draw
+        return LAPLACE
 
 
 @final
@@ -208,8 +104,6 @@ class StudentT(LocationScale):
     tensor([11.6213, 11.6213])
     """
 
-    closed_form = False
-
     def __init__(
         self,
         channels: int,
@@ -242,11 +136,11 @@ class StudentT(LocationScale):
         """Student's t with ν as it is told, learned or predicted."""
         low, high = math.log(LEAST_DF), math.log(LARGEST_DF)
         if self.df == "predicted":
-            return _StudentT(soft_clip(own + math.log(DEFAULT_DF), low, high).exp())
+            return student_t(soft_clip(own + math.log(DEFAULT_DF), low, high).exp())
         if self.df == "learned":
             if self.training:
                 with torch.no_grad():  # put back where a step left the range: a clamp of the value would cut its gradient
                     self.log_df.clamp_(low, high)
-            return _StudentT(self.log_df.to(own.dtype).exp().reshape((1,) * self._event_dims))
+            return student_t(self.log_df.to(own.dtype).exp().reshape((1,) * self._event_dims))
         assert isinstance(self.df, float)
-        return _StudentT(self.df)
+        return student_t(self.df)

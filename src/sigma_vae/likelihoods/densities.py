@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-__all__ = ["log1mexp", "log_ndtr", "normal_interval_log_prob", "normal_log_prob", "soft_clip"]
+__all__ = ["at_least_float32", "log1mexp", "log_ndtr", "normal_interval_log_prob", "normal_log_prob", "soft_clip"]
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -16,6 +16,15 @@ GAUSS_LEGENDRE = (
     (0.6612093864662645, 0.3607615730481386),
     (0.9324695142031521, 0.1713244923791704),
 )
+
+
+def at_least_float32(h: Tensor) -> Tensor:
+    """Half-precision features in float32, others as they are: log-probabilities in half precision mean nothing.
+
+    >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype, at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype
+    (torch.float32, torch.float64)
+    """
+    return h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
 
 
 def normal_log_prob(z: Tensor) -> Tensor:

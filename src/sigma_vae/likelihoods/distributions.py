@@ -18,9 +18,11 @@ class Law(Protocol):
 
     ``statistic`` and ``power`` say how a scale is solved: at the best σ the mean of ``statistic(r/σ)`` is 1, and multiplying σ
     by :math:`\overline{\text{statistic}}^{1/\text{power}}` leads there where ``closed_form``. Where not, Newton's method does, for
-    laws whose log-density is concave in log σ.
+    laws whose log-density is concave in log σ. ``name`` and ``parameters`` say which law it is: :data:`LAWS` makes it again of them.
     """
 
+    name: str
+    parameters: tuple[float | Tensor, ...]
     power: int
     closed_form: bool
 

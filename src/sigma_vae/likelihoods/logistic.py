@@ -2,54 +2,13 @@
 
 from typing import final
 
-import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
 
 from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.likelihoods.densities import log1mexp
 from sigma_vae.likelihoods.distributions import Law
+from sigma_vae.likelihoods.laws import LOGISTIC
 
 __all__ = ["Logistic"]
-
-
-class _Logistic:
-    power = 2
-    closed_form = False
-
-    @staticmethod
-    def log_prob(z: Tensor) -> Tensor:
-        size = z.abs()
-        return -size - 2 * softplus(-size)
-
-    @staticmethod
-    def log_cdf(z: Tensor) -> Tensor:
-        return logsigmoid(z)
-
-    @staticmethod
-    def interval_log_prob(center: Tensor, width: Tensor) -> Tensor:
-        """σ(u) − σ(l) = σ(u) σ(−l) (1 − e^(l − u)): nothing cancels, wherever the interval lies."""
-        center = -center.abs()
-        return logsigmoid(center + 0.5 * width) + logsigmoid(0.5 * width - center) + log1mexp(width)
-
-    @staticmethod
-    def statistic(z: Tensor) -> Tensor:
-        """Its mean is 1 at the best σ: z·tanh(z/2), a square near 0, |z| far away."""
-        return z * torch.tanh(0.5 * z)
-
-    @staticmethod
-    def entropy() -> float:
-        """2 nats."""
-        return 2.0
-
-    @staticmethod
-    def sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Differences of two Gumbel draws."""
-        waits = torch.empty(2, *like.shape, dtype=like.dtype, device=like.device).exponential_(generator=generator).log()
-        return waits[0] - waits[1]
-
-
-_LOGISTIC = _Logistic()
 
 
 @final
@@ -71,8 +30,6 @@ class Logistic(LocationScale):
     tensor([14.6607, 14.6607])
     """
 
-    closed_form = False
-
     def law(self, own: Tensor) -> Law:
         """The standard logistic law."""
-        return _LOGISTIC
+        return LOGISTIC

@@ -1,7 +1,7 @@
 """The best log-scale for given data: of the density in closed form where there is one, else by Newton's method."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 from sigma_vae.likelihoods.distributions import Discretized, Law
 from sigma_vae.likelihoods.scales import Per
 
-__all__ = ["Observed", "best_density_log_scale", "best_level_log_scale"]
+__all__ = ["Observed", "best_log_scale", "shared_shape"]
 
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-6
@@ -42,7 +42,7 @@ class _Sums:
 
     def add(self, values: Tensor) -> None:
         """Add elementwise values; their first axis has one kind of value a row."""
-        sums = values.sum(self._axes(values.dim() - 1), keepdim=True, dtype=torch.float64)
+        sums = values.sum(_shared_axes(values.dim() - 1, self.per, self.event_dims), keepdim=True, dtype=torch.float64)
         if self.per != "image":
             sums = sums.reshape(len(values), *sums.shape[-self.event_dims :])
         self.total = sums if self.total is None else self.total + sums
@@ -58,26 +58,63 @@ class _Sums:
         distributed.all_reduce(message)
         return (message[:-1] / message[-1]).reshape(self.total.shape)
 
-    def _axes(self, dims: int) -> tuple[int, ...]:
-        batch = range(-dims, -self.event_dims)
-        channel = -self.event_dims
-        space = range(1 - self.event_dims, 0)
-        shared: dict[Per, list[int]] = {
-            "batch": [*batch, channel, *space],
-            "image": [channel, *space],
-            "channel": [*batch, *space],
-            "pixel": [*batch],
-        }
-        return tuple(shared[self.per])
+
+def shared_shape(shape: Sequence[int], per: Per, event_dims: int) -> list[int]:
+    """Of the log σ for data of this shape: 1 where one is shared.
+
+    >>> shared_shape((8, 3, 4, 4), "channel", 3), shared_shape((8, 3, 4, 4), "image", 3)
+    ([3, 1, 1], [8, 1, 1, 1])
+    """
+    shared = _shared_axes(len(shape), per, event_dims)
+    whole = [1 if axis - len(shape) in shared else size for axis, size in enumerate(shape)]
+    return whole if per == "image" else whole[-event_dims:]
+
+
+def _shared_axes(dims: int, per: Per, event_dims: int) -> tuple[int, ...]:
+    batch = range(-dims, -event_dims)
+    channel = -event_dims
+    space = range(1 - event_dims, 0)
+    shared: dict[Per, list[int]] = {
+        "batch": [*batch, channel, *space],
+        "image": [channel, *space],
+        "channel": [*batch, *space],
+        "pixel": [*batch],
+    }
+    return tuple(shared[per])
 
 
 @torch.no_grad()
-def best_density_log_scale(data: Iterable[Observed], per: Per, event_dims: int, log_floor: float) -> Tensor:
-    """The log σ that maximises the density of the data: one pass in closed form, or Newton steps from the root mean square.
+def best_log_scale(
+    data: Iterable[Observed], per: Per, event_dims: int, log_floor: float, levels: int | None, start: Tensor | None = None
+) -> Tensor:
+    """The log σ that maximises the density of the data, or with ``levels`` the masses of the observed levels.
+
+    Args:
+        data: gone through once where there is a closed form, else several times.
+        per: what has a σ of its own.
+        event_dims: how many axes an example has.
+        log_floor: the least log σ.
+        levels: how many values a datum can take; None for the density.
+        start: where the search for levels begins; at the density's optimum unless given.
 
     Shapes:
         result (event-shaped, 1 where shared), or ``(*batch, 1, ...)`` for ``per="image"``; in the precision of the data.
+
+    Raises:
+        ValueError: there are no data.
     """
+    start = _best_for_density(data, per, event_dims, log_floor) if start is None else start
+    if levels is None:
+        return start
+
+    def slopes(observed: Observed, log_scale: Tensor) -> Tensor:
+        return _slope_and_curvature(observed, log_scale, event_dims, levels)
+
+    return _maximum(slopes, data, per, event_dims, log_floor, start.double()).to(start.dtype)
+
+
+def _best_for_density(data: Iterable[Observed], per: Per, event_dims: int, log_floor: float) -> Tensor:
+    """In closed form, or by Newton's method from the root mean square."""
     sums = _Sums(per, event_dims)
     for law, loc, base, x in data:
         z = (x - loc) * torch.exp(-base)
@@ -86,22 +123,6 @@ def best_density_log_scale(data: Iterable[Observed], per: Per, event_dims: int, 
     if not law.closed_form:
         log_scale = _maximum(_slope_of_density, data, per, event_dims, log_floor, log_scale)
     return log_scale.to(x.dtype)
-
-
-@torch.no_grad()
-def best_level_log_scale(
-    data: Iterable[Observed], per: Per, event_dims: int, log_floor: float, start: Tensor, levels: int
-) -> Tensor:
-    """The log σ that maximises the masses of the observed levels, by safeguarded Newton steps from ``start``.
-
-    Shapes:
-        as :func:`best_density_log_scale`.
-    """
-
-    def slopes(observed: Observed, log_scale: Tensor) -> Tensor:
-        return _slope_and_curvature(observed, log_scale, event_dims, levels)
-
-    return _maximum(slopes, data, per, event_dims, log_floor, start.double()).to(start.dtype)
 
 
 def _maximum(

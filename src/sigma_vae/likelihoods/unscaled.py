@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from sigma_vae.likelihoods.densities import at_least_float32
 from sigma_vae.likelihoods.distributions import Shape, check_levels
 from sigma_vae.types import Likelihood, Observes
 
@@ -82,14 +83,14 @@ class Unscaled(Likelihood):
         """Do nothing: there is no scale to fit."""
 
     def _features(self, h: Tensor) -> Tensor:
-        """h, in float32 at least, as log-probabilities in half precision mean nothing."""
+        """h, in float32 at least."""
         axis = -1 - self.spatial_dims
         if h.dim() <= self.spatial_dims or h.shape[axis] != self.in_channels:
             got = h.shape[axis] if h.dim() > self.spatial_dims else tuple(h.shape)
             raise ValueError(
                 f"{self} reads {self.in_channels} decoder channels, got {got}; size the decoder by `likelihood.in_channels`"
             )
-        return h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
+        return at_least_float32(h)
 
     def _check(self, x: Tensor, distribution: Distribution) -> None:
         expected = distribution.batch_shape + distribution.event_shape

@@ -21,12 +21,11 @@ from sigma_vae.data import Batches, Splits
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.training.callbacks import AtomicCheckpoints, CalibrateBeforeValidation, Checkpoint, Resumable
-from sigma_vae.training.module import TrainingModule
+from sigma_vae.training.module import TrainingModule, validated_total
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["fit", "resolve_device"]
 
-MONITOR = "validation/elbo_nats"
 CALIBRATION_VALUES = 2**18
 """Numbers that the refit before a validation looks at: a fraction of a second's work, whatever the data."""
 BATCH_VALUES = 2**17
@@ -78,11 +77,11 @@ def fit(
         training = data.batches("train", config.batch_size, shuffle=True, seed=seed, device=where)
         validation = data.batches("validation", _passing_batch(data), device=where)
         calibration = CalibrateBeforeValidation(vae, _part(data, where))
-        best = Checkpoint(last.with_name("best.ckpt"), best_of=MONITOR)
+        best = Checkpoint(last.with_name("best.ckpt"), best_of=validated_total(vae))
         callbacks = [
             *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []),
             calibration,  # after the averaged weights have been put in place
-            *([EarlyStopping(MONITOR, mode="max", patience=config.patience)] if config.patience else []),
+            *([EarlyStopping(validated_total(vae), mode="max", patience=config.patience)] if config.patience else []),
             best,
             Checkpoint(last),
             Resumable(last, training, where),
@@ -209,7 +208,7 @@ def _quiet() -> Iterator[None]:
 
 def _validate_last(trainer: pl.Trainer, module: TrainingModule, validation: Batches, best: Checkpoint) -> bool:
     """Validate weights of a run that ended between two validations: whether they are the best."""
-    score: float = trainer.validate(module, validation, verbose=False)[0][MONITOR]
+    score: float = trainer.validate(module, validation, verbose=False)[0][validated_total(module.vae)]
     return best.best_model_score is None or score > best.best_model_score.item()
 
 

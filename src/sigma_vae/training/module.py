@@ -14,8 +14,7 @@ from sigma_vae.training.objective import check_weights, is_weighted, losses
 from sigma_vae.types import Batch, Elbo
 from sigma_vae.vae import VAE, keyed_noise, per_example
 
-__all__ = ["NonFiniteLossError", "TrainingModule"]
-
+__all__ = ["NonFiniteLossError", "TrainingModule", "validated_total"]
 
 REMEDY = "Checkpoints written before are intact. Lower the learning rate, or clip gradients (gradient_clip_norm)"
 
@@ -51,7 +50,7 @@ class TrainingModule(pl.LightningModule):
         if not torch.isfinite(elbo.total).all():
             raise NonFiniteLossError(self._diagnosis(batch, elbo))
         metrics = {
-            "validation/elbo_nats": elbo.total,
+            validated_total(self.vae): elbo.total,
             "validation/rate_nats": elbo.rate,
             "validation/distortion_nats": elbo.distortion,
         }
@@ -59,7 +58,7 @@ class TrainingModule(pl.LightningModule):
             mass = per_example(likelihood.log_mass(h, target), inference)
             metrics["validation/bits_per_dim"] = (elbo.rate - mass) / (math.prod(batch.x.shape[1:]) * math.log(2))
         for name, values in metrics.items():
-            shown = name in ("validation/elbo_nats", "validation/bits_per_dim")
+            shown = name in (validated_total(self.vae), "validation/bits_per_dim")
             self.log(name, values.mean(), batch_size=len(batch.x), on_epoch=True, sync_dist=True, prog_bar=shown)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -108,6 +107,11 @@ class TrainingModule(pl.LightningModule):
             f" weights that are not finite: {', '.join(weights[:3]) or 'none'}."
             f" {REMEDY}"
         )
+
+
+def validated_total(vae: VAE) -> str:
+    """The name under which a validation logs what is maximised: a bound, or where there is no likelihood (grey Bernoulli) an objective."""
+    return "validation/elbo_nats" if vae.likelihood.normalised else "validation/objective_nats"
 
 
 def current_sigma(vae: VAE) -> Tensor | None:

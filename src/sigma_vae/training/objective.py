@@ -1,6 +1,5 @@
 """What is minimised: the negative ELBO, or a weighted objective, which is never called one."""
 
-import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -26,15 +25,11 @@ def is_weighted(config: TrainingConfig) -> bool:
 
 
 def check_weights(vae: VAE, config: TrainingConfig) -> None:
-    """Refuse weights that mean nothing.
+    """Refuse weights that mean nothing to this model.
 
     Raises:
-        ValueError: a weight is out of range, or β-NLL is asked for where no σ is predicted.
+        ValueError: β-NLL is asked for where no σ is predicted.
     """
-    if not 0 <= config.kl_weight < math.inf:
-        raise ValueError(f"kl_weight multiplies the KL and is at least 0 (1: the ELBO), got {config.kl_weight}")
-    if not 0 <= config.beta_nll <= 1:
-        raise ValueError(f"beta_nll is from 0 (the likelihood) to 1 (all errors weigh the same), got {config.beta_nll}")
     predicted = isinstance(vae.likelihood, LocationScale) and vae.likelihood.scale.predicted
     if config.beta_nll and not predicted:
         raise ValueError(

@@ -41,16 +41,17 @@ class ModelConfig(_Strict):
     """Network and likelihood, by name."""
 
     network: str = "conv"
-    """conv (the paper's, for images) or mlp (any shape)."""
+    """conv (the paper's, for images), mlp (any shape), or hierarchical (images; layers of latents from coarse to fine):
+    hierarchical:tiny, hierarchical:cifar10, or a plan of blocks, hierarchical:ENCODER/DECODER."""
     likelihood: str = "gaussian/optimal"
     """family/scale, or the family alone where it has no scale. Families: gaussian, laplace, logistic, student-t (or student-t:ν,
     :learned, :predicted). Scales: optimal, optimal-image, optimal-channel, optimal-pixel, shared, per-image, per-pixel,
     running-minimum, fixed:σ, beta:β. Without a scale: bernoulli, continuous-bernoulli, categorical, bitwise-categorical,
     logistic-mixture[:components]."""
-    latent_dim: int = 20
-    """Size of the latent code."""
+    latent_dim: int | None = None
+    """Size of the latent code (20), or channels of each layer of latents (hierarchical: by its size)."""
     width: int | None = None
-    """Channels of the first layer (conv: 32) or units of a hidden layer (mlp: 400)."""
+    """Channels of the first layer (conv: 32) or between blocks (hierarchical: by its size), or units of a hidden layer (mlp: 400)."""
     observes: Literal["density", "level"] = "density"
     """Train on the density of the values, or on the probability of their levels."""
     mean: Literal["unit", "identity"] = "unit"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sigma_vae.networks.flat import FlatNetwork
-from sigma_vae.types import Batch, Elbo, Inference, Likelihood, Network, Noise
+from sigma_vae.types import Batch, Elbo, Inference, Likelihood, Network, Noise, Temperature
 
 __all__ = ["VAE", "Scores", "Show", "keyed_noise", "per_example"]
 
@@ -102,7 +102,7 @@ class VAE(nn.Module):
         *,
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
     ) -> Tensor:
         """Draw n latents, and show each by the mean of p(x|z) or by a draw from it: ``(n, C, *space)``.
 
@@ -111,7 +111,7 @@ class VAE(nn.Module):
             show: ``"mean"`` or ``"draw"``.
             context: a video's conditioning frames.
             generator: of the latents; a draw from p(x|z) uses torch's global one.
-            temperature: scales the spread of the latents.
+            temperature: scales the spread of the latents: one number, or one for each layer.
         """
         h = self.network.generate(n, context, generator, temperature)
         return _shown(self.likelihood, h, show)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sigma_vae.networks.ladder_plan import DecoderBlock, EncoderBlock, LadderPlan
+from sigma_vae.networks.ladder import Diagonal, Draw, LadderLayer, bottleneck, conv_same, draw
+from sigma_vae.networks.ladder_plan import LadderPlan
 from sigma_vae.networks.temperature import per_layer
 from sigma_vae.types import Inference, Network, Noise, Temperature
 
@@ -16,13 +17,13 @@ __all__ = ["HierarchicalNetwork", "hierarchical"]
 
 CIFAR10 = "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3/1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21"
 """The published plan."""
-BOTTLENECK = 0.25
-"""Channels within a block, as a share of those between blocks (the published value)."""
 INPUT_GAIN = 4.0
 """The input is (x − ½) times this: about unit variance for natural images."""
-LARGEST_BIAS_MAP = 64
-"""Resolutions above it have no bias of their own at each place, as published."""
 SMALLEST = 4
+
+
+Choose = Callable[[LadderLayer, Tensor, Diagonal], Tensor]
+"""Chooses a layer's latents, given the features above them and their prior."""
 
 
 class _Preset(NamedTuple):
@@ -122,14 +123,17 @@ class HierarchicalNetwork(Network):
         self.plan = plan
         self.latent_dim = latent_dim
         self.patch = plan.patch(self.rows, self.columns)
-        self.stem = _conv(channels * self.patch**2, width, kernel=3)
-        self.encoder = nn.ModuleList(_residual(block, width, len(plan.encoder)) for block in plan.encoder)
+        self.stem = conv_same(channels * self.patch**2, width, kernel=3)
+        self.encoder = nn.ModuleList(
+            bottleneck(width, width, block.resolution, width, last_scale=1 / math.sqrt(len(plan.encoder)))
+            for block in plan.encoder
+        )
         self.decoder = nn.ModuleList(
-            _Layer(block, width, latent_dim, plan.layers, lowest=number == 0) for number, block in enumerate(plan.decoder)
+            LadderLayer(block, width, latent_dim, plan.layers, lowest=number == 0) for number, block in enumerate(plan.decoder)
         )
         self.gain = nn.Parameter(torch.ones(1, width, 1, 1))
         self.offset = nn.Parameter(torch.zeros(1, width, 1, 1))
-        self.head = _conv(width, out_channels * self.patch**2)
+        self.head = conv_same(width, out_channels * self.patch**2)
 
     @property
     def layer_shapes(self) -> list[tuple[int, int, int]]:
@@ -183,24 +187,24 @@ class HierarchicalNetwork(Network):
             raise ValueError(f"decode takes latents of the top layer or more, of shapes {shapes}; got {given}")
         return self._descend(len(latents[0]), self._prior_draws(latents, generator, temperature))
 
-    def _infer(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, list["_Draw"]]:
+    def _infer(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, list[Draw]]:
         features = self._encode(x)
-        draws: list[_Draw] = []
+        draws: list[Draw] = []
 
-        def draw(layer: _Layer, state: Tensor, prior: _Gaussian) -> Tensor:
+        def choose(layer: LadderLayer, state: Tensor, prior: Diagonal) -> Tensor:
             posterior = layer.posterior_of(state, features[layer.resolution])
             shape = posterior.mean.shape
             unit = torch.randn_like(posterior.mean) if noise is None else noise(shape).to(posterior.mean)
-            draws.append(_draw(posterior, prior, unit))
+            draws.append(draw(posterior, prior, unit))
             return draws[-1].z
 
-        return self._descend(len(x), draw), draws
+        return self._descend(len(x), choose), draws
 
-    def _prior_draws(self, given: Sequence[Tensor], generator: torch.Generator | None, temperature: Temperature) -> "_Choose":
+    def _prior_draws(self, given: Sequence[Tensor], generator: torch.Generator | None, temperature: Temperature) -> Choose:
         known = iter(given)
         temperatures = iter(per_layer(temperature, self.plan.layers))
 
-        def draw(layer: _Layer, state: Tensor, prior: _Gaussian) -> Tensor:
+        def choose(layer: LadderLayer, state: Tensor, prior: Diagonal) -> Tensor:
             spread = next(temperatures)
             z = next(known, None)
             if z is not None:
@@ -208,7 +212,7 @@ class HierarchicalNetwork(Network):
             unit = torch.empty_like(prior.mean).normal_(generator=generator)
             return prior.mean + spread * prior.log_std.exp() * unit
 
-        return draw
+        return choose
 
     def _encode(self, x: Tensor) -> dict[int, Tensor]:
         """The last features of each resolution."""
@@ -225,11 +229,11 @@ class HierarchicalNetwork(Network):
             features[state.shape[-1]] = state
         return features
 
-    def _descend(self, n: int, choose: "_Choose") -> Tensor:
+    def _descend(self, n: int, choose: Choose) -> Tensor:
         """The way down the ladder, which inference and generation share: they differ in how a layer's latents are chosen."""
         state: Tensor | None = None
         for layer in self.decoder:
-            assert isinstance(layer, _Layer)
+            assert isinstance(layer, LadderLayer)
             state = layer.enter(state, n)
             prior, residual = layer.prior_of(state)
             z = choose(layer, state, prior)
@@ -237,110 +241,6 @@ class HierarchicalNetwork(Network):
         assert state is not None
         features: Tensor = self.head(state * self.gain + self.offset)
         return functional.pixel_shuffle(features, self.patch)[..., : self.rows, : self.columns]
-
-
-class _Gaussian(NamedTuple):
-    mean: Tensor
-    log_std: Tensor
-
-
-class _Draw(NamedTuple):
-    """Latents ``(batch, latent_dim, rows, columns)``, and of each example KL(q‖p) and log p(z) − log q(z), in nats."""
-
-    z: Tensor
-    kl: Tensor
-    log_ratio: Tensor
-
-
-@final
-class _Layer(nn.Module):
-    """One layer of latents: its prior, its posterior, and what its draw does to the features."""
-
-    def __init__(self, block: DecoderBlock, width: int, latent_dim: int, layers: int, *, lowest: bool) -> None:
-        super().__init__()
-        self.resolution = block.resolution
-        self.latent_dim = latent_dim
-        self.factor = 1 if block.mix_in is None else block.resolution // block.mix_in
-        opens = lowest or (block.mix_in is not None and block.resolution <= LARGEST_BIAS_MAP)
-        self.bias_map = nn.Parameter(torch.zeros(1, width, block.resolution, block.resolution)) if opens else None
-        depth_scale = 1 / math.sqrt(layers)
-        self.prior = _bottleneck(width, 2 * latent_dim + width, block.resolution, width, last_scale=0.0)
-        self.posterior = _bottleneck(2 * width, 2 * latent_dim, block.resolution, width)
-        self.project = _conv(latent_dim, width, scale=depth_scale)
-        self.residual = _bottleneck(width, width, block.resolution, width, last_scale=depth_scale)
-
-    def enter(self, state: Tensor | None, n: int) -> Tensor:
-        """Features at this layer's resolution."""
-        if state is not None and self.factor > 1:
-            state = functional.interpolate(state, scale_factor=self.factor, mode="nearest")
-        if self.bias_map is None:
-            assert state is not None
-            return state
-        return self.bias_map.expand(n, -1, -1, -1) if state is None else state + self.bias_map
-
-    def prior_of(self, state: Tensor) -> tuple[_Gaussian, Tensor]:
-        """p(z_l | z_<l), and what the layer adds to the features whatever is drawn."""
-        raw, residual = self.prior(state).split([2 * self.latent_dim, state.shape[1]], 1)
-        return _gaussian(raw), residual
-
-    def posterior_of(self, state: Tensor, features: Tensor) -> _Gaussian:
-        """q(z_l | z_<l, x)."""
-        return _gaussian(self.posterior(torch.cat([state, features], 1)))
-
-    def leave(self, state: Tensor, z: Tensor) -> Tensor:
-        """Features that know the draw."""
-        state = state + self.project(z)
-        mixed: Tensor = state + self.residual(state)
-        return mixed
-
-
-_Choose = Callable[[_Layer, Tensor, _Gaussian], Tensor]
-"""Chooses a layer's latents, given the features above them and their prior."""
-
-
-def _gaussian(raw: Tensor) -> _Gaussian:
-    """Mean and log standard deviation, in float32 at least."""
-    raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
-    return _Gaussian(*raw.chunk(2, 1))
-
-
-def _draw(posterior: _Gaussian, prior: _Gaussian, unit: Tensor) -> _Draw:
-    """One draw; the KL is analytic, the log-ratio is of this draw."""
-    z = posterior.mean + posterior.log_std.exp() * unit
-    precision = (-2 * prior.log_std).exp()
-    log_ratio_of_stds = posterior.log_std - prior.log_std
-    kl = 0.5 * ((2 * log_ratio_of_stds).exp() + (posterior.mean - prior.mean).square() * precision - 1) - log_ratio_of_stds
-    log_ratio = log_ratio_of_stds + 0.5 * (unit.square() - (z - prior.mean).square() * precision)
-    return _Draw(z, kl.flatten(1).sum(1), log_ratio.flatten(1).sum(1))
-
-
-def _residual(block: EncoderBlock, width: int, blocks: int) -> nn.Sequential:
-    return _bottleneck(width, width, block.resolution, width, last_scale=1 / math.sqrt(blocks))
-
-
-def _bottleneck(in_channels: int, out_channels: int, resolution: int, width: int, last_scale: float = 1.0) -> nn.Sequential:
-    """Four convolutions, each after a GELU, through fewer channels; up to 2×2 places there is nothing for a 3×3 kernel to see."""
-    within = max(int(width * BOTTLENECK), 1)
-    kernel = 3 if resolution > 2 else 1
-    return nn.Sequential(
-        nn.GELU(),
-        _conv(in_channels, within),
-        nn.GELU(),
-        _conv(within, within, kernel),
-        nn.GELU(),
-        _conv(within, within, kernel),
-        nn.GELU(),
-        _conv(within, out_channels, scale=last_scale),
-    )
-
-
-def _conv(in_channels: int, out_channels: int, kernel: int = 1, scale: float = 1.0) -> nn.Conv2d:
-    """A convolution that keeps the size, with torch's weights times the scale, and no bias at first."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
-    with torch.no_grad():
-        conv.weight.mul_(scale)
-        nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
-    return conv
 
 
 def _refuse(**given: Tensor | None) -> None:

@@ -19,7 +19,7 @@ CACHE_BYTES = 2**30
 
 
 class Scores(NamedTuple):
-    """What one posterior draw says of each example, ``(*batch,)``, in nats.
+    """What one posterior draw says of each example, ``(*batch,)``, in nats; kl ``(*batch, layers)`` is the rate layer by layer.
 
     "Post-hoc" is with the σ that :meth:`VAE.calibrate` solved; for an optimal scale that is its own. The masses are None where the
     data have no levels, or the likelihood is an objective that gives them no probability.
@@ -30,6 +30,7 @@ class Scores(NamedTuple):
     log_likelihood_post_hoc: Tensor
     log_mass: Tensor | None
     log_mass_post_hoc: Tensor | None
+    kl: Tensor
 
 
 @final
@@ -93,6 +94,7 @@ class VAE(nn.Module):
             log_likelihood_post_hoc=per_example(self.likelihood.post_hoc(h).log_prob(target), inference),
             log_mass=mass,
             log_mass_post_hoc=mass_post_hoc,
+            kl=inference.kl,
         )
 
     def sample(

@@ -15,7 +15,7 @@ from sigma_vae.vae import VAE, per_example
 
 __all__ = ["Losses", "balance", "check_weights", "is_weighted", "losses"]
 
-NO_KL = 1e-6
+NO_KL = 1e-9
 """Nats a latent that count as none."""
 
 

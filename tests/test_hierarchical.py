@@ -250,7 +250,7 @@ def test_a_plan_that_does_not_fit_the_data_is_refused(shape, plan, says):
 @pytest.mark.parametrize("size", [(4, 4), (5, 4), (7, 9), (8, 8), (13, 30), (17, 17), (28, 28), (32, 32), (33, 31), (64, 64)])
 def test_tiny_takes_images_of_any_size(size):
     network = hierarchical((3, *size), 2, latent_dim=1, width=4)
-    assert network.plan.resolution <= 16
+    assert network.plan.resolution <= 8
     assert network.infer(torch.rand(1, 3, *size)).h.shape == (1, 2, *size)
     assert network.generate(2).shape == (2, 2, *size)
 
@@ -305,7 +305,7 @@ def test_the_kl_is_in_float32_under_autocast():
 def test_the_evaluation_reports_the_kl_of_each_layer():
     stored = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8)
     batches = Batches(stored, 256, 7)
-    for network, layers in ((hierarchical((1, 8, 8), 1, width=8), 10), (mlp((1, 8, 8), 1, width=8), None)):
+    for network, layers in ((hierarchical((1, 8, 8), 1, width=8), 4), (mlp((1, 8, 8), 1, width=8), None)):
         vae = VAE(network, Gaussian(1))
         vae.calibrate(batches)
         report = evaluate(vae, batches)
@@ -316,8 +316,9 @@ def test_the_evaluation_reports_the_kl_of_each_layer():
 
 # -- data of a known hierarchy ---------------------------------------------------------------------------------------------
 
-GLOBAL, LOCAL, NOISE = 0.2, 0.1, 0.05
+GLOBAL, LOCAL, NOISE = 0.3, 0.05, 0.05
 """Spread of what all pixels share, of what each of four quarters has of its own, and of each pixel."""
+STEPS = 450
 QUARTER = np.arange(16) // 8 * 2 + np.arange(16) % 4 // 2
 
 
@@ -330,22 +331,19 @@ def known_images(n: int, seed: int) -> tuple[Tensor, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def ladder():
-    """Two layers: one for the image, one for each quarter; trained on images of exactly that structure."""
+    """Two layers, for the image and for its quarters (which 1×1 kernels keep apart); trained on images of exactly that structure."""
     torch.manual_seed(0)
     network = hierarchical((1, 4, 4), 1, latent_dim=2, width=32, plan="2,2d2,1/1,2m1")
     vae = VAE(network, Gaussian(1, Fixed(NOISE), levels=None, mean="identity"))
-    optimizer = torch.optim.Adam(vae.parameters(), lr=5e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, STEPS)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, STEPS)
     for step in range(STEPS):
         optimizer.zero_grad()
-        (-vae.elbo(known_images(256, step)[0]).total.mean()).backward()
+        (-vae.elbo(known_images(128, step)[0]).total.mean()).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 200.0)
         optimizer.step()
         schedule.step()
     return vae.eval()
-
-
-STEPS = 600
 
 
 @torch.no_grad()

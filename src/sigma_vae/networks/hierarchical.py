@@ -42,7 +42,7 @@ def hierarchical(
 ) -> "HierarchicalNetwork":
     """A ladder network by the name of its size, or by its plan.
 
-    ``tiny`` is for a CPU and images of any size: three resolutions, of which the highest has at most 16 places a side (each a patch of
+    ``tiny`` is for a CPU and images of any size: layers of latents for the image and for at most 8×8 places in it (each a square of
     pixels). ``cifar10`` has the published sizes: 43 layers of latents, 39 million parameters. A plan of your own, such as
     ``28x2,28d4,7,7d7/1,7m1,7,28m7,28``, is read by :meth:`LadderPlan.parse`.
 
@@ -58,7 +58,7 @@ def hierarchical(
 
     >>> network = hierarchical((1, 28, 28), out_channels=1)
     >>> network.plan.resolution, network.infer(torch.zeros(2, 1, 28, 28)).h.shape
-    (14, torch.Size([2, 1, 28, 28]))
+    (7, torch.Size([2, 1, 28, 28]))
     """
     if len(shape) != 3 or min(shape[1:]) < SMALLEST:
         raise ValueError(
@@ -78,14 +78,12 @@ def hierarchical(
 
 
 def _tiny(size: int) -> LadderPlan:
-    """Three resolutions: at most 16, its half, and 1."""
-    patch = -(-size // 16)
-    half = -(-size // (2 * patch))
-    top = 2 * half
-    return LadderPlan.parse(f"{top}x2,{top}d2,{half}x2,{half}d{half},1/1x2,{half}m1,{half}x3,{top}m{half},{top}x3")
+    """Two resolutions: at most 8, where convolutions cost little, and 1."""
+    top = -(-size // -(-size // 8))
+    return LadderPlan.parse(f"{top}x2,{top}d{top},1/1,{top}m1,{top}x2")
 
 
-PRESETS = {"tiny": _Preset(_tiny, 64, 8), "cifar10": _Preset(lambda size: LadderPlan.parse(CIFAR10), 384, 16)}
+PRESETS = {"tiny": _Preset(_tiny, 128, 8), "cifar10": _Preset(lambda size: LadderPlan.parse(CIFAR10), 384, 16)}
 
 
 @final

@@ -20,7 +20,7 @@ from sigma_vae.likelihoods import (
     Shared,
     StudentT,
 )
-from sigma_vae.networks import FlatNetwork, conv, mlp
+from sigma_vae.networks import FlatNetwork, HierarchicalNetwork, LadderPlan, conv, hierarchical, mlp
 from sigma_vae.types import Elbo
 from sigma_vae.vae import VAE
 
@@ -36,6 +36,8 @@ __all__ = [
     "Fixed",
     "FlatNetwork",
     "Gaussian",
+    "HierarchicalNetwork",
+    "LadderPlan",
     "Laplace",
     "Logistic",
     "LogisticMixture",
@@ -46,5 +48,6 @@ __all__ = [
     "Shared",
     "StudentT",
     "conv",
+    "hierarchical",
     "mlp",
 ]

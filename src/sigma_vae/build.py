@@ -33,7 +33,7 @@ from sigma_vae.likelihoods import (
 )
 from sigma_vae.likelihoods.base import LocationScale, MeanMap
 from sigma_vae.likelihoods.unscaled import Discrete, Unscaled
-from sigma_vae.networks import FlatNetwork, conv, mlp
+from sigma_vae.networks import conv, hierarchical, mlp
 from sigma_vae.types import Likelihood, Network, Observes
 from sigma_vae.vae import VAE
 
@@ -76,7 +76,11 @@ SCALES: dict[str, Callable[[], Scale]] = {
 
 SCALES_WITH_A_NUMBER: dict[str, Callable[[float], Scale]] = {"fixed": Fixed, "beta": Fixed.from_beta}
 
-NETWORKS: dict[str, Callable[..., FlatNetwork]] = {"conv": conv, "mlp": mlp}
+NETWORKS: dict[str, Callable[..., Network]] = {"conv": conv, "mlp": mlp, "hierarchical": hierarchical}
+
+NETWORKS_WITH_A_PLAN: dict[str, Callable[[str], Callable[..., Network]]] = {
+    "hierarchical": lambda plan: partial(hierarchical, plan=plan),
+}
 
 
 def likelihood(
@@ -110,20 +114,27 @@ def likelihood(
     return family(channels, scale, spatial_dims=spatial_dims, levels=levels, mean=mean, observes=observes)
 
 
-def network(name: str, shape: Sequence[int], out_channels: int, latent_dim: int, width: int | None = None) -> Network:
-    """A network by its name, sized for examples of this shape.
+def network(
+    name: str, shape: Sequence[int], out_channels: int, latent_dim: int | None = None, width: int | None = None
+) -> Network:
+    """A network by its name, sized for examples of this shape; sizes that are not given are the network's own.
 
     Raises:
         ValueError: the name does not exist, or the sizes do not fit.
+
+    >>> network("hierarchical:14,14d14/1,14m1,14", (1, 28, 28), out_channels=1).plan.layers
+    3
     """
-    if name not in NETWORKS:
-        raise ValueError(_unknown("network", name, list(NETWORKS)))
-    for what, size in (("latent_dim", latent_dim), ("width", width)):
-        if size is not None and size < 1:
+    kind, colon, plan = name.partition(":")
+    if kind not in (NETWORKS_WITH_A_PLAN if colon else NETWORKS):
+        raise ValueError(_unknown("network", name, [*NETWORKS, *(f"{kind}:tiny" for kind in NETWORKS_WITH_A_PLAN)]))
+    sizes = {"latent_dim": latent_dim, "width": width}
+    given = {what: size for what, size in sizes.items() if size is not None}
+    for what, size in given.items():
+        if size < 1:
             raise ValueError(f"{what} is at least 1, got {size}")
-    if width is None:
-        return NETWORKS[name](shape, out_channels, latent_dim)
-    return NETWORKS[name](shape, out_channels, latent_dim, width)
+    make = NETWORKS_WITH_A_PLAN[kind](plan) if colon else NETWORKS[kind]
+    return make(shape, out_channels, **given)
 
 
 def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> VAE:

@@ -94,16 +94,17 @@ class ModelConfig(_Strict):
     """Network and likelihood, by name."""
 
     network: str = "conv"
-    """conv (the paper's, for images) or mlp (any shape)."""
+    """conv (the paper's, for images), mlp (any shape), or hierarchical (images; layers of latents from coarse to fine):
+    hierarchical:tiny, hierarchical:cifar10, or a plan of blocks, hierarchical:ENCODER/DECODER."""
     likelihood: str = "gaussian/optimal"
     """family/scale, or the family alone where it has no scale. Families: gaussian, laplace, logistic, student-t (or student-t:ν,
     :learned, :predicted). Scales: optimal, optimal-image, optimal-channel, optimal-pixel, shared, per-image, per-pixel,
     running-minimum, fixed:σ, beta:β. Without a scale: bernoulli, continuous-bernoulli, categorical, bitwise-categorical,
     logistic-mixture[:components]."""
-    latent_dim: int = 20
-    """Size of the latent code."""
+    latent_dim: int | None = None
+    """Size of the latent code (20), or channels of each layer of latents (hierarchical: by its size)."""
     width: int | None = None
-    """Channels of the first layer (conv: 32) or units of a hidden layer (mlp: 400)."""
+    """Channels of the first layer (conv: 32) or between blocks (hierarchical: by its size), or units of a hidden layer (mlp: 400)."""
     observes: Literal["density", "level"] = "density"
     """Train on the density of the values, or on the probability of their levels."""
     mean: Literal["auto", "unit", "identity"] = "auto"
@@ -132,6 +133,10 @@ class TrainingConfig(_Strict):
     """Weight of the KL in what is minimised, on top of the calibrated σ (Beta-Sigma VAE); other than 1 it is no bound."""
     beta_nll: float = 0.0
     """Weights each value's log-likelihood by its predicted σ to the power 2β (β-NLL, 0.5 say): steadies per-pixel scales."""
+    free_bits_nats: float = 0.0
+    """Each layer's KL counts at least this much (free bits), so that no layer is switched off early; above 0 it is no bound."""
+    kl_balancing_steps: int = 0
+    """Over so many first steps, layers with more KL for each latent pay more for it (as in NVAE's warm-up); till then it is no bound."""
     weight_decay: float = 0.0
     """Decoupled (AdamW); at 0 the optimiser is Adam."""
     warmup_steps: int = 0
@@ -140,6 +145,8 @@ class TrainingConfig(_Strict):
     """The learning rate after the warm-up: constant, or a cosine to 0 over the epochs (or max_steps)."""
     gradient_clip_norm: float | None = None
     """Largest norm of a gradient; gradients are in nats, thousands of them for an image."""
+    skip_gradient_norm: float | None = None
+    """Skip a step whose gradient norm, before clipping, reaches this or is not finite: a rare one can undo a deep network."""
     ema_decay: float | None = None
     """Evaluate and export an exponential moving average of the weights (0.999, say)."""
     patience: int | None = None
@@ -152,8 +159,8 @@ class TrainingConfig(_Strict):
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
         at_least_one = ("epochs", "max_steps", "batch_size", "patience", "validate_every", "log_every")
-        above_zero = ("max_minutes", "scale_learning_rate_factor", "gradient_clip_norm")
-        at_least_zero = ("learning_rate", "weight_decay", "warmup_steps")
+        above_zero = ("max_minutes", "scale_learning_rate_factor", "gradient_clip_norm", "skip_gradient_norm")
+        at_least_zero = ("learning_rate", "weight_decay", "warmup_steps", "free_bits_nats", "kl_balancing_steps")
         for names, least, says in (
             (at_least_one, 1, "at least 1"),
             (at_least_zero, 0, "at least 0"),

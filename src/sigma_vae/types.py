@@ -1,17 +1,20 @@
 """What the layers say to each other: tuples of tensors, and the contracts of network, likelihood and prior."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-__all__ = ["Batch", "Elbo", "Inference", "Likelihood", "Network", "Noise", "Observes", "Prior"]
+__all__ = ["Batch", "Elbo", "Inference", "Likelihood", "Network", "Noise", "Observes", "Prior", "Temperature"]
 
 Noise = Callable[[torch.Size], Tensor]
 """Draws standard normal numbers of the given shape, whose leading axes are the batch."""
+
+Temperature = float | Sequence[float]
+"""Scales the spread of latents drawn from the prior: one number, or one for each layer, from the top down."""
 
 Observes = Literal["density", "level"]
 """Which probability: of the real value (a density), or of the observed level (the mass of its bin)."""
@@ -99,7 +102,7 @@ class Network(nn.Module, ABC):
         n: int,
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
     ) -> Tensor:
         """Features ``(n, in_channels, *space)`` of n draws from the prior."""
 

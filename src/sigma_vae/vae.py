@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sigma_vae.networks.flat import FlatNetwork
-from sigma_vae.types import Batch, Elbo, Inference, Likelihood, Network, Noise
+from sigma_vae.types import Batch, Elbo, Inference, Likelihood, Network, Noise, Temperature
 
 __all__ = ["VAE", "Scores", "Show", "keyed_noise", "per_example"]
 
@@ -19,7 +19,7 @@ CACHE_BYTES = 2**30
 
 
 class Scores(NamedTuple):
-    """What one posterior draw says of each example, ``(*batch,)``, in nats.
+    """What one posterior draw says of each example, ``(*batch,)``, in nats; kl ``(*batch, layers)`` is the rate layer by layer.
 
     "Post-hoc" is with the σ that :meth:`VAE.calibrate` solved; for an optimal scale that is its own. The masses are None where the
     data have no levels, or the likelihood is an objective that gives them no probability.
@@ -30,6 +30,7 @@ class Scores(NamedTuple):
     log_likelihood_post_hoc: Tensor
     log_mass: Tensor | None
     log_mass_post_hoc: Tensor | None
+    kl: Tensor
 
 
 @final
@@ -93,6 +94,7 @@ class VAE(nn.Module):
             log_likelihood_post_hoc=per_example(self.likelihood.post_hoc(h).log_prob(target), inference),
             log_mass=mass,
             log_mass_post_hoc=mass_post_hoc,
+            kl=inference.kl,
         )
 
     def sample(
@@ -102,7 +104,7 @@ class VAE(nn.Module):
         *,
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
     ) -> Tensor:
         """Draw n latents, and show each by the mean of p(x|z) or by a draw from it: ``(n, C, *space)``.
 
@@ -111,7 +113,7 @@ class VAE(nn.Module):
             show: ``"mean"`` or ``"draw"``.
             context: a video's conditioning frames.
             generator: of the latents; a draw from p(x|z) uses torch's global one.
-            temperature: scales the spread of the latents.
+            temperature: scales the spread of the latents: one number, or one for each layer.
         """
         h = self.network.generate(n, context, generator, temperature)
         return _shown(self.likelihood, h, show)

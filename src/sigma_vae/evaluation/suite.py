@@ -41,6 +41,7 @@ def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
         log_likelihood_post_hoc=gather([part.log_likelihood_post_hoc for part in parts]) - log_volume,
         log_mass=gather_known([part.log_mass for part in parts]),
         log_mass_post_hoc=gather_known([part.log_mass_post_hoc for part in parts]),
+        kl=gather([part.kl for part in parts]),
     )
 
 
@@ -59,7 +60,8 @@ def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int
         their levels: never compare the two) with the model's own σ, ``elbo_post_hoc_nats`` with the σ refitted
         on training data (the same for optimal scales), ``bits_per_dim`` and ``bits_per_dim_post_hoc`` the bound on the log-mass of the
         levels; each a mean over examples with its standard error. An objective that is no likelihood (Bernoulli on grey data) bounds
-        nothing: it has ``objective_nats`` in place of ``elbo_nats``, and no bits.
+        nothing: it has ``objective_nats`` in place of ``elbo_nats``, and no bits. Networks with several layers of latents have
+        ``kl_per_layer_nats``, means from the top layer down, whose sum is the rate.
     """
     vae.eval()
     scores = score(vae, test, seed)
@@ -76,6 +78,8 @@ def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int
         "rate_nats": _mean(scores.rate),
         "distortion_nats": _mean(-scores.log_likelihood),
     }
+    if scores.kl.shape[-1] > 1:
+        report["kl_per_layer_nats"] = scores.kl.flatten(0, -2).mean(0).tolist()
     for name, mass in (("bits_per_dim", scores.log_mass), ("bits_per_dim_post_hoc", scores.log_mass_post_hoc)):
         if mass is not None:
             report[name] = _mean((scores.rate - mass) / (dims * math.log(2)))

@@ -2,6 +2,8 @@
 
 from sigma_vae.networks.conv import conv
 from sigma_vae.networks.flat import FlatNetwork
+from sigma_vae.networks.hierarchical import HierarchicalNetwork, hierarchical
+from sigma_vae.networks.ladder_plan import LadderPlan
 from sigma_vae.networks.mlp import mlp
 
-__all__ = ["FlatNetwork", "conv", "mlp"]
+__all__ = ["FlatNetwork", "HierarchicalNetwork", "LadderPlan", "conv", "hierarchical", "mlp"]

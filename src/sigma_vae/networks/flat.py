@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from sigma_vae.networks.temperature import per_layer
 from sigma_vae.priors import StandardNormal
-from sigma_vae.types import Inference, Network, Noise, Prior
+from sigma_vae.types import Inference, Network, Noise, Prior, Temperature
 
 __all__ = ["FlatNetwork"]
 
@@ -79,11 +80,11 @@ class FlatNetwork(Network):
         n: int,
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
-        temperature: float = 1.0,
+        temperature: Temperature = 1.0,
     ) -> Tensor:
         """Features of n draws from the prior."""
         _refuse(context=context)
-        return self.decode(self.prior.sample(n, generator, temperature))
+        return self.decode(self.prior.sample(n, generator, per_layer(temperature, 1)[0]))
 
 
 def _refuse(**given: Tensor | None) -> None:

@@ -8,14 +8,24 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from sigma_vae.data import Batches
-from sigma_vae.training.module import REMEDY, NonFiniteLossError
+from sigma_vae.training.module import REMEDY, NonFiniteLossError, TrainingModule
 from sigma_vae.vae import VAE
 
-__all__ = ["AtomicCheckpoints", "CalibrateBeforeValidation", "Checkpoint", "Resumable"]
+__all__ = ["AtomicCheckpoints", "AveragedWeights", "CalibrateBeforeValidation", "Checkpoint", "Resumable"]
+
+
+class AveragedWeights(EMAWeightAveraging):
+    """An exponential moving average of the weights, which stands still where a step is skipped."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        """Runs after each step, taken or skipped."""
+        assert isinstance(pl_module, TrainingModule)
+        if not pl_module.just_skipped:
+            super().on_train_batch_end(trainer, pl_module, *batch)
 
 
 class CalibrateBeforeValidation(pl.Callback):

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Batches, Splits
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.training.callbacks import AtomicCheckpoints, CalibrateBeforeValidation, Checkpoint, Resumable
+from sigma_vae.training.callbacks import AtomicCheckpoints, AveragedWeights, CalibrateBeforeValidation, Checkpoint, Resumable
 from sigma_vae.training.module import TrainingModule, validated_total
 from sigma_vae.vae import VAE, keyed_noise
 
@@ -79,7 +79,7 @@ def fit(
         calibration = CalibrateBeforeValidation(vae, _part(data, where))
         best = Checkpoint(last.with_name("best.ckpt"), best_of=validated_total(vae))
         callbacks = [
-            *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []),
+            *([AveragedWeights(decay=config.ema_decay)] if config.ema_decay else []),
             calibration,  # after the averaged weights have been put in place
             *([EarlyStopping(validated_total(vae), mode="max", patience=config.patience)] if config.patience else []),
             best,

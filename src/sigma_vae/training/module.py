@@ -1,6 +1,7 @@
 """The step: minimise the negative ELBO (or what the config weights of it), and say what it is made of."""
 
 import math
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -31,16 +32,41 @@ class TrainingModule(pl.LightningModule):
         check_weights(vae, config)
         self.vae = vae
         self.config = config
+        self.skipped_steps = 0
+        self.just_skipped = False
+        self._row: dict[str, Tensor] | None = None
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Mean negative ELBO (or weighted objective) of the batch, in nats."""
-        elbo, minimised = losses(self.vae, batch.x, self.config)
+        elbo, minimised = losses(self.vae, batch.x, self.config, self.global_step)
         loss = minimised.mean()
         if not torch.isfinite(loss):
             raise NonFiniteLossError(self._diagnosis(batch, elbo))
         if self.global_step % self.config.log_every == 0:
             self._log_step(loss.detach(), elbo)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Skip a step whose gradient, before clipping, is too long; write the row of metrics, which tells how long it was."""
+        limit = self.config.skip_gradient_norm
+        self.just_skipped = False
+        if limit is None and self._row is None:
+            return
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        if limit is not None and not norm < limit:  # not "norm >= limit", which NaN passes
+            self.just_skipped = True
+            self.skipped_steps += 1
+            optimizer.zero_grad()  # Adam leaves alone what has no gradient: its value, its moments, its decay
+        if self._row is not None:
+            self._write(self._row | {"train/gradient_norm": norm})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the count of skipped steps."""
+        checkpoint["skipped_steps"] = self.skipped_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back; checkpoints of versions that skipped nothing have none."""
+        self.skipped_steps = checkpoint.get("skipped_steps", 0)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Bounds on held-out data, with noise that belongs to the example: no number depends on the batch size."""
@@ -91,9 +117,16 @@ class TrainingModule(pl.LightningModule):
             metrics["train/weighted_objective_nats"] = loss
         if (sigma := current_sigma(self.vae)) is not None:
             metrics["train/sigma"] = sigma
-        for logger in self.trainer.loggers:  # not self.log_dict, which repeats old values at steps that log nothing
-            logger.log_metrics({name: float(value) for name, value in metrics.items()}, self.global_step)
+        self._row = metrics
         self.log("loss", loss, prog_bar=True, logger=False)
+
+    def _write(self, row: dict[str, Tensor]) -> None:
+        values = {name: float(value) for name, value in row.items()}
+        if self.config.skip_gradient_norm is not None:
+            values["train/skipped_steps"] = self.skipped_steps
+        for logger in self.trainer.loggers:  # not self.log_dict, which repeats old values at steps that log nothing
+            logger.log_metrics(values, self.global_step)
+        self._row = None
 
     def _diagnosis(self, batch: Batch, elbo: Elbo) -> str:
         terms = {"log-likelihood": elbo.log_likelihood, "KL": elbo.rate}

@@ -1,5 +1,6 @@
 """What is minimised: the negative ELBO, or a weighted objective, which is never called one."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -208,7 +208,7 @@ def _mode(image: "Image") -> str:
 
     if image.mode in ("P", "PA"):
         return "RGBA" if _has_alpha(image) else "L" if _is_grey(image) else "RGB"
-    raw = str(image.tile[0].args) if isinstance(image, ImageFile) and image.tile else ""
+    raw = str(image.tile[0][3]) if isinstance(image, ImageFile) and image.tile else ""
     return f"{image.mode};16" if image.mode in ("LA", "RGB", "RGBA") and ";16" in raw else image.mode
 
 

@@ -169,9 +169,12 @@ class Tar(Container):
     def _found(self) -> dict[str, tuple[int, int]]:
         self._file.seek(0)
         with tarfile.open(fileobj=self._file, mode="r:") as archive:
-            return {
-                member.name: (member.offset_data, member.size) for member in archive if member.isreg() and not member.sparse
-            }
+            plain = [member for member in archive if member.isreg() and not member.sparse]
+            # A damaged header, or the end of the file, is as good an end to tarfile as the block of zeros that every archive has.
+            self._file.seek(archive.offset)
+        if self._file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"after {len(plain)} files, neither another nor the mark of its end")
+        return {member.name: (member.offset_data, member.size) for member in plain}
 
 
 def container(path: Path, room: Path) -> Container:

@@ -43,13 +43,13 @@ def read_hdf5(config: DataConfig) -> Raw:
         with h5py.File(path) as file:
             datasets = _datasets(file)
             chosen = _chosen(datasets, config.columns, path)
-            found, ignored = parts_by_key(chosen, path)
+            found, _ = parts_by_key(chosen, path)
+            ignored = sorted({*datasets} - {dataset.name.strip("/") for dataset in found.values()})
             _check_dtypes(found, path)
             used = layout_of(found["train"].shape, config.layout, str(path))
             parts = {split: _part(dataset, path, used, config) for split, dataset in found.items()}
     except (OSError, EOFError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} cannot be read as HDF5: {error}; it may be cut short or of another kind") from error
-    ignored = sorted({*datasets} - {dataset.name.strip("/") for dataset in found.values()})
     words = [f"axes read as {used}", *([f"ignored the data sets {', '.join(ignored)}"] if ignored else [])]
     return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
 
@@ -60,7 +60,7 @@ def _datasets(file: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def note(name: str, thing: Any) -> None:
-        if isinstance(thing, h5py.Dataset):
+        if isinstance(thing, h5py.Dataset) and thing.shape is not None:
             found[name] = thing
 
     file.visititems(note)

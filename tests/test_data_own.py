@@ -323,6 +323,15 @@ def test_bad_places_are_refused(tmp_path, kind):
         load(DataConfig(str(make(tmp_path)), **options))
 
 
+def test_a_gzipped_archive_needs_room_to_be_unpacked(tmp_path):
+    path = as_tar(tmp_path, named(GREY, ""), "data.tar.gz")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"cannot be unpacked in .*/file/no-folder: .*; give another folder: --cache FOLDER"):
+        load(DataConfig(str(path), cache=str(tmp_path / "file" / "no-folder")))
+    assert together(load(DataConfig(str(path), cache=str(tmp_path / "folder")))) == rows(GREY)
+    assert sorted(name for name in os.listdir(tmp_path) if not name.startswith("data")) == ["file", "folder"]
+
+
 def test_a_damaged_member_of_a_zip_is_unreadable(tmp_path):
     path = as_zip(tmp_path, {f"{i:02}.bmp": png(image, "BMP") for i, image in enumerate(GREY)})
     content = bytearray(path.read_bytes())
@@ -605,6 +614,8 @@ BAD_TABLES = {
         {"layout": "n-t"},
         r"channels \(columns\) 0, counted from 0, have the same value",
     ),
+    "far from 0": (FRAME.assign(time=1.7e9 + FRAME["height"]), {}, "data.[a-z]*: time: values are too far from 0"),
+    "beyond float32": (FRAME.assign(height=1e300 * FRAME["height"]), {}, "height: values are too far from 0"),
     "no such column": (FRAME, {"columns": ("heigth",)}, "needs the column heigth, got height, name, .*did you mean height"),
     "no number": (FRAME, {"columns": ("name",)}, "column name needs numbers, got (str|object)"),
     "nothing numeric": (FRAME[["name"]], {}, "needs numeric columns, got none among name"),

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, final
@@ -60,7 +61,7 @@ class Folder(Container):
     @cached_property
     def names(self) -> list[str]:
         """Of all files, dangling links among them."""
-        return sorted((path.relative_to(self.path).as_posix() for path in _walk(self.path, frozenset())), key=_by_folder)
+        return sorted((os.path.relpath(path, self.path) for path in _walk(self.path, frozenset())), key=_by_folder)
 
     def read(self, name: str, most: int = -1) -> bytes:
         """Of one file."""
@@ -149,14 +150,19 @@ class Tar(Container):
         return file
 
     def _unpacked(self) -> IO[bytes]:
-        self._room.mkdir(parents=True, exist_ok=True)
-        file = tempfile.TemporaryFile(dir=self._room)
-        try:
-            with gzip.open(self.path) as packed:
-                shutil.copyfileobj(packed, file, 2**20)
-        except BaseException:
-            file.close()
-            raise
+        with ExitStack() as unless_it_succeeds:
+            try:
+                self._room.mkdir(parents=True, exist_ok=True)
+                file = unless_it_succeeds.enter_context(tempfile.TemporaryFile(dir=self._room))
+                with gzip.open(self.path) as packed:
+                    shutil.copyfileobj(packed, file, 2**20)
+            except gzip.BadGzipFile:
+                raise
+            except OSError as error:
+                raise ValueError(
+                    f"{self.path} cannot be unpacked in {self._room}: {error}; give another folder: --cache FOLDER"
+                ) from error
+            unless_it_succeeds.pop_all()
         return file
 
     @cached_property
@@ -195,25 +201,26 @@ def container(path: Path, room: Path) -> Container:
     return found
 
 
-def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+def _walk(folder: Path, above: frozenset[Path]) -> Iterator[str]:
     real = folder.resolve()
     if real in above:  # a link to a folder that this one lies in
         return
-    for path in folder.iterdir():
-        if _is_hidden(path.name):
-            continue
-        if path.is_dir():
-            yield from _walk(path, above | {real})
-        else:
-            yield path
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_hidden(entry.name):
+                continue
+            if entry.is_dir():
+                yield from _walk(Path(entry.path), above | {real})
+            else:
+                yield entry.path
 
 
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def _by_folder(name: str) -> tuple[str, ...]:
-    return PurePosixPath(name).parts
+def _by_folder(name: str) -> list[str]:
+    return name.split("/")
 
 
 def _stamp(path: Path) -> list[Any]:

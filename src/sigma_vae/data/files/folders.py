@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +30,7 @@ _ANIMATED = (".gif", ".webp", ".tif", ".tiff")
 _HEADER = 2**16  # bytes: nearly every picture says its size and mode in them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Picture:
     """A file, and the folders that it lies in, from which its split is told."""
 
@@ -94,7 +96,9 @@ def read_pictures(config: DataConfig) -> Raw:
             f"{path} needs pictures ({', '.join(sorted(PICTURES))}) or archives of them ({', '.join(ARCHIVES)}), got"
             f" {_listed(others) or 'nothing'}; check the path"
         )
-    stamps = _digest([holder.stamp([picture.name for picture in found if picture.holder is holder]) for holder in holders])
+    stamps = _digest(
+        [holder.stamp([picture.name for picture in group]) for holder, group in groupby(found, attrgetter("holder"))]
+    )
     readable, unreadable = _readable(found, stamps, room, config, str(path))
     how = plan([(width, height, mode) for _, (width, height, mode) in readable], config.images, str(path))
     splits = _splits([picture for picture, _ in readable], str(path))
@@ -152,7 +156,7 @@ def _of_shard(path: Path) -> tuple[str, ...]:
 
 
 def _is_picture(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in PICTURES
+    return os.path.splitext(name)[1].lower() in PICTURES
 
 
 def _readable(

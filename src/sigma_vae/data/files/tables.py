@@ -24,6 +24,7 @@ __all__ = ["TABLES", "holds_tables", "read_tables"]
 
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 """Endings of the files that are read as tables."""
+_STEP = 0.01  # of the deviation: what rounding to float32 may cost
 _NAMELESS = "Unnamed: "  # what pandas calls a column without a name: row numbers, as a rule
 
 
@@ -157,9 +158,25 @@ def _numbers(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path
             " leave the columns out: --columns with the others"
         )
     values = chosen.to_numpy(np.float64)
+    if config.levels is None:
+        _check_steps(values, columns, path)
     if config.levels is not None and all(chosen[name].dtype.kind in "biu" for name in columns):
         values = values.astype(np.int64)
     return values[:, np.newaxis] if config.layout == "n-t" else values
+
+
+def _check_steps(values: Array, columns: list[str], path: Path) -> None:
+    """A column far from 0, such as times since 1970, can lose its differences to float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        step = np.spacing(np.abs(values).max(0).astype(np.float32))
+        deviation = values.std(0)
+        lost = ~(step <= _STEP * deviation) & (deviation > 0) & np.isfinite(values).all(0)
+    if lost.any():
+        names = _few([name for name, bad in zip(columns, lost, strict=True) if bad])
+        raise ValueError(
+            f"{path}: {names}: values are too far from 0 for their spread, float32 would round it away; subtract a constant, rescale,"
+            " or leave the columns out"
+        )
 
 
 def _few(names: Sequence[str]) -> str:

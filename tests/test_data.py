@@ -11,6 +11,7 @@ from sigma_vae.data import NAMES, load
 
 SPLITS = ("train", "validation", "test")
 GREY = np.random.RandomState(0).randint(0, 256, (40, 6, 5)).astype(np.uint8)
+CLIPS = np.random.RandomState(1).randint(0, 256, (10, 7, 3, 6, 5)).astype(np.uint8)
 
 
 def rows(part):
@@ -28,6 +29,31 @@ def saved(folder, name="data.npy", array=None, **arrays):
     return str(path)
 
 
+def pictures(folder, images):
+    from PIL import Image
+
+    (folder / "pictures").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / "pictures" / f"{i:03}.png")
+    return str(folder / "pictures")
+
+
+def hdf5(folder, **datasets):
+    import h5py
+
+    with h5py.File(folder / "data.h5", "w") as file:
+        for key, values in datasets.items():
+            file[key] = values
+    return str(folder / "data.h5")
+
+
+def table(folder, values):
+    import pandas as pd
+
+    pd.DataFrame(values, columns=[f"c{i}" for i in range(values.shape[1])]).to_csv(folder / "data.csv", index=False)
+    return str(folder / "data.csv")
+
+
 SOURCES = {
     "digits": (lambda folder: DataConfig("digits"), (1, 8, 8), 17, 1797),
     "mnist-5k": (lambda folder: DataConfig("mnist-5k"), (1, 28, 28), 256, 5000),
@@ -41,6 +67,27 @@ SOURCES = {
     "12 bit": (lambda folder: DataConfig(saved(folder, array=GREY.astype(int) * 16), levels=4096), (1, 6, 5), 4096, 40),
     "floats with levels": (lambda folder: DataConfig(saved(folder, array=GREY / 255), levels=256), (1, 6, 5), 256, 40),
     "big-endian": (lambda folder: DataConfig(saved(folder, array=(GREY / 255).astype(">f4"))), (1, 6, 5), None, 40),
+    "series without channels": (lambda folder: DataConfig(saved(folder, array=GREY[:, 0]), layout="n-t"), (1, 5), 256, 40),
+    "grey clips": (lambda folder: DataConfig(saved(folder, array=CLIPS[:, :, 0]), layout="n-t-h-w"), (1, 6, 5), 256, 10),
+    "clips": (lambda folder: DataConfig(saved(folder, array=CLIPS)), (3, 6, 5), 256, 10),
+    "clips, channels last": (lambda folder: DataConfig(saved(folder, array=np.moveaxis(CLIPS, 2, -1))), (3, 6, 5), 256, 10),
+    "folder of pictures": (lambda folder: DataConfig(pictures(folder, GREY)), (1, 6, 5), 256, 40),
+    "16-bit pictures": (lambda folder: DataConfig(pictures(folder, GREY.astype(np.uint16) * 257)), (1, 6, 5), 65536, 40),
+    "12 bits in 16": (
+        lambda folder: DataConfig(pictures(folder, GREY.astype(np.uint16) * 16), levels=4096),
+        (1, 6, 5),
+        4096,
+        40,
+    ),
+    "black and white pictures": (lambda folder: DataConfig(pictures(folder, GREY > 127)), (1, 6, 5), 2, 40),
+    "hdf5": (lambda folder: DataConfig(hdf5(folder, images=GREY)), (1, 6, 5), 256, 40),
+    "hdf5 of floats": (
+        lambda folder: DataConfig(hdf5(folder, train=GREY[:30] / 255, test=GREY[30:] / 255)),
+        (1, 6, 5),
+        None,
+        40,
+    ),
+    "table of levels": (lambda folder: DataConfig(table(folder, GREY[:, 0]), levels=256), (5,), 256, 40),
     "npz of one": (lambda folder: DataConfig(saved(folder, "a.npz", images=GREY)), (1, 6, 5), 256, 40),
     "npz of two": (
         lambda folder: DataConfig(saved(folder, "a.npz", train=GREY[:30], test=GREY[30:], labels=np.zeros(3))),
@@ -89,7 +136,7 @@ def test_every_source(case):
 def test_record_is_json(case):
     record = load(case[0]).record
     assert json.loads(json.dumps(record)) == record
-    assert set(record) == {"source", "files", "counts", "preprocessing", "fingerprint"}
+    assert set(record) - {"columns"} == {"source", "files", "counts", "preprocessing", "fingerprint"}
 
 
 def test_splits_are_disjoint_and_complete(tmp_path):
@@ -154,8 +201,10 @@ ARRAYS = {
     "no fraction": (GREY, {"test_fraction": 0.0}, "test_fraction is a share between 0 and 1, got 0.0"),
     "nan fraction": (GREY, {"test_fraction": float("nan")}, "test_fraction is a share"),
     "negative seed": (GREY, {"split_seed": -1}, "split_seed is one of 0"),
-    "one axis": (GREY[:, 0, 0], {}, "2 to 4 axes"),
-    "five axes": (GREY[..., None, None], {}, "2 to 4 axes"),
+    "one axis": (GREY[:, 0, 0], {}, "2 to 5 axes"),
+    "six axes": (GREY[..., None, None, None], {}, "2 to 5 axes"),
+    "clips of channels at both ends": (np.zeros((9, 2, 3, 5, 3), np.uint8), {}, "give --layout n-t-c-h-w or"),
+    "clips standardised": (GREY[:, None, None] / 255, {"layout": "n-t-c-h-w", "standardise": "yes"}, "cannot be standardised"),
     "both ends channels": (np.zeros((9, 3, 5, 3), np.uint8), {}, "give --layout n-c-h-w or"),
     "no end channels": (np.zeros((9, 5, 5, 2), np.uint8), {}, "give --layout n-c-h-w or"),
     "wrong layout": (GREY, {"layout": "n-c"}, "needs 2 axes for layout n-c"),

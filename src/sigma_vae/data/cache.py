@@ -15,7 +15,7 @@ import numpy as np
 from sigma_vae.data.raw import Encoded, UnreadableError
 from sigma_vae.data.stores import Mapped
 
-__all__ = ["cached"]
+__all__ = ["cached", "digest_of"]
 
 FORMAT = 1
 FOLDER = ".sigma-vae"
@@ -133,6 +133,11 @@ def _digests(path: Path) -> list[str]:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(digest, range(0, path.stat().st_size, BLOCK)))
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 over the digests of a file's blocks."""
+    return hashlib.sha256("".join(_digests(path)).encode()).hexdigest()
 
 
 def _open(place: Path) -> tuple[Mapped, list[str]]:

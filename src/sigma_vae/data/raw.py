@@ -8,7 +8,7 @@ from typing import Any
 from sigma_vae.config import DataConfig
 from sigma_vae.data.levels import Array
 from sigma_vae.data.splits import SplitName
-from sigma_vae.data.stores import Generated
+from sigma_vae.data.stores import Generated, Mapped
 
 __all__ = ["Encoded", "Part", "Raw", "Source", "UnreadableError", "file_record", "file_stamp"]
 
@@ -41,7 +41,7 @@ class Encoded:
     skip_unreadable: bool = False
 
 
-Part = Array | Encoded | Generated
+Part = Array | Encoded | Generated | Mapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,8 @@ class Raw:
     clips: bool = False
     standardise: bool = False
     """Whether real values are standardised unless the user says otherwise: of tables, whose columns have units of their own."""
+    columns: tuple[str, ...] = ()
+    """Names of a table's columns, in order."""
 
 
 @dataclass(frozen=True)

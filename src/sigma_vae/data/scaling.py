@@ -67,7 +67,7 @@ class Scaling:
         return torch.tensor(numbers, device=like.device).reshape(-1, *[1] * (like.dim() - 2))
 
 
-def standardisation(train: Store, name: str) -> Scaling:
+def standardisation(train: Store, name: str, columns: Sequence[str] = ()) -> Scaling:
     """Mean and deviation of each channel of the training examples.
 
     Raises:
@@ -76,8 +76,10 @@ def standardisation(train: Store, name: str) -> Scaling:
     values = train.take(torch.arange(len(train))).double().transpose(0, 1).flatten(1)
     deviation = values.std(1, correction=0)
     if constant := torch.nonzero(deviation == 0).flatten().tolist():
+        named = len(columns) == len(deviation)  # in a table of series, columns are times
+        which = ", ".join(columns[i] if named else str(i) for i in constant) + ("" if named else ", counted from 0,")
         raise ValueError(
-            f"{name}: channels (columns) {', '.join(map(str, constant))}, counted from 0, have the same value throughout the"
+            f"{name}: channels (columns) {which} have the same value throughout the"
             " training split, so there is nothing to standardise by; leave them out"
         )
     return Scaling(mean=tuple(values.mean(1).tolist()), deviation=tuple(deviation.tolist()))

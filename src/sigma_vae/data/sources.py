@@ -17,7 +17,7 @@ from sigma_vae.data.named import NAMED
 from sigma_vae.data.raw import Encoded, Part, Raw, Source
 from sigma_vae.data.scaling import Scaling, standardisation
 from sigma_vae.data.splits import SplitName, Splits, fingerprint
-from sigma_vae.data.stores import Generated, InMemory, Store
+from sigma_vae.data.stores import Generated, InMemory, Mapped, Store
 
 __all__ = ["NAMES", "load"]
 
@@ -45,7 +45,7 @@ def load(config: DataConfig) -> Splits:
     words = list(raw.preprocessing)
     stored = {name: _store(part, raw, name, levels, standardise, config, words) for name, part in raw.parts.items()}
     parts, held_out = _hold_out(stored, config, raw.name)
-    scaling = standardisation(parts["train"], raw.name) if standardise else Scaling(levels)
+    scaling = standardisation(parts["train"], raw.name, raw.columns) if standardise else Scaling(levels)
     words += [_stored_as(scaling), *held_out]
     record = {
         "source": config.source,
@@ -53,6 +53,7 @@ def load(config: DataConfig) -> Splits:
         "counts": {name: len(part) for name, part in parts.items()},
         "preprocessing": "; ".join(words),
         "fingerprint": fingerprint(parts),
+        **({"columns": list(raw.columns)} if raw.columns else {}),
     }
     return Splits(raw.name, parts["train"], parts["validation"], parts["test"], scaling, record, raw.clips)
 
@@ -75,7 +76,10 @@ def _standardise(config: DataConfig, raw: Raw) -> bool:
     known = config.levels if config.levels is not None else raw.levels
     if config.standardise == "yes" and known is not None:
         raise ValueError(f"{raw.name} has {known} levels, which are not standardised; leave out one of levels and standardise")
-    return config.standardise == "yes" or (config.standardise == "auto" and raw.standardise and known is None)
+    wanted = config.standardise == "yes" or (config.standardise == "auto" and raw.standardise and known is None)
+    if wanted and raw.clips:
+        raise ValueError(f"{raw.name} holds clips, which cannot be standardised; bring their values into [0, 1]")
+    return wanted
 
 
 def _refuse_unread(config: DataConfig, source: Source) -> None:
@@ -96,15 +100,27 @@ def _flat(options: dict[str, Any]) -> dict[str, Any]:
 def _store(
     part: Part, raw: Raw, split: SplitName, levels: int | None, standardise: bool, config: DataConfig, words: list[str]
 ) -> Store:
+    name = f"{raw.name} ({split})"
     if isinstance(part, Generated):
         return part
+    if isinstance(part, Mapped):
+        return _checked(part, levels, name)
     if isinstance(part, Encoded):
         mapped, skipped = cached(part, None if config.cache is None else Path(config.cache).expanduser())
         if skipped:
             words.append(f"{split}: left out {len(skipped)} of {len(part.names)} as unreadable ({', '.join(skipped[:5])})")
-        return mapped
-    name = f"{raw.name} ({split})"
+        return _checked(mapped, levels, name)
     return InMemory(real_values(part, name) if standardise else encode(part, levels, name))
+
+
+def _checked(mapped: Mapped, levels: int | None, name: str) -> Mapped:
+    """What lies in a file is as it was found: values may go beyond levels that are fewer than its type has."""
+    native = native_levels(mapped.array, name)
+    if levels is not None and native is not None and levels < native and (greatest := int(mapped.array.max())) >= levels:
+        raise ValueError(
+            f"{name} needs levels 0..{levels - 1} for levels={levels}, but its values go up to {greatest}; give the right --levels"
+        )
+    return mapped
 
 
 def _stored_as(scaling: Scaling) -> str:
@@ -121,8 +137,10 @@ def _levels(raw: Raw, asked: int | None) -> int | None:
     if raw.levels is not None:
         return raw.levels
     train = raw.parts["train"]
-    assert isinstance(train, np.ndarray), "what is decoded or generated has known levels"
-    return native_levels(train, raw.name)
+    assert not isinstance(train, Generated), "what is generated has known levels"
+    if isinstance(train, Encoded):
+        return native_levels(np.empty(0, train.dtype), raw.name)
+    return native_levels(train.array if isinstance(train, Mapped) else train, raw.name)
 
 
 def _hold_out(parts: dict[SplitName, Store], config: DataConfig, name: str) -> tuple[dict[SplitName, Store], list[str]]:

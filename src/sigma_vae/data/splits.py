@@ -1,6 +1,7 @@
 """Train, validation and test."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -11,9 +12,18 @@ from sigma_vae.data.batches import Batches
 from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.stores import Store
 
-__all__ = ["SplitName", "Splits", "fingerprint"]
+__all__ = ["SPLIT_WORDS", "SplitName", "Splits", "fingerprint"]
 
 SplitName = Literal["train", "validation", "test"]
+
+SPLIT_WORDS: Mapping[str, SplitName] = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
+"""What keys, folders and files of a split are called."""
 
 
 @final

@@ -1,24 +1,23 @@
-"""The user's own arrays: .npy and .npz files, with their axes brought into order."""
+"""The user's own arrays: .npy and .npz files."""
 
+import hashlib
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from sigma_vae.config import DataConfig, Layout
+from sigma_vae.config import DataConfig
+from sigma_vae.data.cache import digest_of
+from sigma_vae.data.files.axes import CLIPS, channels_first, layout_of, parts_by_key
 from sigma_vae.data.levels import Array
-from sigma_vae.data.raw import Raw, file_record
+from sigma_vae.data.raw import Part, Raw, file_record
 from sigma_vae.data.splits import SplitName
+from sigma_vae.data.stores import Mapped
 
-__all__ = ["channels_first", "path_of", "read_arrays"]
+__all__ = ["LARGE", "path_of", "read_arrays"]
 
-_AXES = {"n-h-w": 3, "n-h-w-c": 4, "n-c-h-w": 4, "n-c-t": 3, "n-c": 2}
-_CHANNEL_COUNTS = (1, 3, 4)
-_KEYS: dict[SplitName, tuple[str, ...]] = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val"),
-    "test": ("test",),
-}
+LARGE = 2**28
+"""Bytes from which on an array is left in its file, if its numbers can be used as they lie there."""
 
 
 def path_of(config: DataConfig) -> Path:
@@ -29,24 +28,30 @@ def path_of(config: DataConfig) -> Path:
 def read_arrays(config: DataConfig) -> Raw:
     """The arrays of a .npy or .npz file, channels first.
 
+    A .npy file of 256 MiB and more of uint8 or uint16 is mapped into memory, not read.
+
     Raises:
         ValueError: the file is missing or unreadable, holds pickled objects, or its arrays do not fit together.
     """
     path = path_of(config)
     if not path.is_file():
         raise ValueError(f"expected a .npy or .npz file at {path}, got no such file; check the path")
-    parts, ignored = _parts(_read(path), path)
-    dtypes = {name: str(part.dtype) for name, part in parts.items()}
+    arrays, ignored = parts_by_key(_read(path, mapped=config.standardise != "yes"), path)
+    dtypes = {name: str(array.dtype) for name, array in arrays.items()}
     if len(set(dtypes.values())) > 1:
         raise ValueError(f"{path} needs one dtype for all splits, got {dtypes}; save them alike")
-    used = _layout(parts["train"], config.layout, str(path))
-    ordered = {name: channels_first(part, used, f"{path} ({name})") for name, part in parts.items()}
+    used = layout_of(arrays["train"].shape, config.layout, str(path))
+    ordered = {name: channels_first(array, used, f"{path} ({name})") for name, array in arrays.items()}
     words = [f"axes read as {used}", *([f"ignored the arrays {', '.join(ignored)}"] if ignored else [])]
-    return Raw(str(path), ordered, files=[file_record(path)], preprocessing=words)
+    parts: dict[SplitName, Part] = {name: _part(array, path, used) for name, array in ordered.items()}
+    return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
 
 
-def _read(path: Path) -> dict[str, Array]:
+def _read(path: Path, mapped: bool) -> dict[str, Array]:
     try:
+        if mapped and path.suffix.lower() == ".npy" and path.stat().st_size >= LARGE:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return {"train": array if _is_usable(array) else np.array(array)}
         content = np.load(path, allow_pickle=False)
         if isinstance(content, np.ndarray):
             return {"train": content}
@@ -59,54 +64,16 @@ def _read(path: Path) -> dict[str, Array]:
         ) from error
 
 
-def _parts(content: dict[str, Array], path: Path) -> tuple[dict[SplitName, Array], list[str]]:
-    known = {key: name for name, keys in _KEYS.items() for key in keys}
-    found: list[tuple[SplitName, Array]] = [(known[key], array) for key, array in content.items() if key in known]
-    parts = dict(found)
-    if len(parts) < len(found):
-        raise ValueError(
-            f"{path} needs one array for each split, got the keys {', '.join(content)}; drop all but one name of each"
-        )
-    if not found and len(content) == 1:
-        return {"train": next(iter(content.values()))}, []
-    if "train" not in parts:
-        raise ValueError(
-            f"{path} needs the key train (with validation and test, or split at random), or one array alone, got the keys "
-            f"{', '.join(content) or 'of an empty archive'}; rename them"
-        )
-    return {name: parts[name] for name in _KEYS if name in parts}, [key for key in content if key not in known]
+def _is_usable(array: Array) -> bool:
+    """Whether a batch can be cut out of the file as it is."""
+    return array.dtype.name in ("uint8", "uint16") and array.dtype.isnative and array.flags.c_contiguous
 
 
-def channels_first(array: Array, layout: Layout, name: str) -> Array:
-    """Bring an array into the order ``(N, C, *space)``.
-
-    >>> channels_first(np.zeros((5, 8, 8, 3)), "n-h-w-c", "rgb").shape
-    (5, 3, 8, 8)
-    """
-    if array.ndim != _AXES[layout]:
-        raise ValueError(
-            f"{name} needs {_AXES[layout]} axes for layout {layout}, got shape {array.shape}; give the right --layout"
-        )
-    if array.size == 0:
-        raise ValueError(f"{name} needs at least one example with at least one value, got shape {array.shape}")
-    if layout == "n-h-w":
-        return array[:, np.newaxis]
-    return np.moveaxis(array, -1, 1) if layout == "n-h-w-c" else array
+def _part(array: Array, path: Path, layout: str) -> Part:
+    if not _is_mapped(array):
+        return array
+    return Mapped(array, hashlib.sha256(f"{digest_of(path)} {layout}".encode()).hexdigest())
 
 
-def _layout(array: Array, layout: Layout, name: str) -> Layout:
-    if layout != "auto":
-        return layout
-    if array.ndim in (2, 3):
-        return "n-c" if array.ndim == 2 else "n-h-w"
-    if array.ndim != 4:
-        raise ValueError(
-            f"{name} needs 2 to 4 axes, examples first, got shape {array.shape}; reshape it to one of {', '.join(_AXES)}"
-        )
-    first, last = array.shape[1] in _CHANNEL_COUNTS, array.shape[-1] in _CHANNEL_COUNTS
-    if first == last:
-        raise ValueError(
-            f"{name} needs either a second or a last axis of 1, 3 or 4 channels to tell the order of the axes, "
-            f"got shape {array.shape}; give --layout n-c-h-w or --layout n-h-w-c"
-        )
-    return "n-c-h-w" if first else "n-h-w-c"
+def _is_mapped(array: Array) -> bool:
+    return isinstance(array, np.memmap)

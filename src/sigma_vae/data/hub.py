@@ -64,7 +64,11 @@ def read_hub(config: DataConfig) -> Raw:
         ValueError: the hub does not have it; it has no column of pictures, or several; or the pictures have no common shape.
     """
     place = _place(config)
-    tables = fetch(place)
+    try:
+        tables = fetch(place)
+    except HubError as error:
+        remedy = "give the name and config that its page says, see to the network, or save the pictures in a folder"
+        raise ValueError(f"{error}; {remedy}") from error
     chosen = plan((size for table in tables.values() for size in _headers(table)), config.images, config.source)
     return pictures_of(tables, place, chosen, chosen.read, skip_unreadable=config.images.unreadable == "skip")
 
@@ -80,7 +84,8 @@ def fetch(place: HubPlace) -> "dict[SplitName, Dataset]":
 
         found = load_dataset(place.repository, place.config)
     except Exception as error:  # offline, its libraries raise many unrelated kinds; all of them mean: it cannot be had
-        raise HubError(f"{place} cannot be loaded from the hub ({type(error).__name__}: {error})") from error
+        reason = " ".join(str(error).split())  # some span several lines
+        raise HubError(f"{place} cannot be loaded from the hub ({type(error).__name__}: {reason})") from error
     return {split: _undecoded(found[name], place) for split, name in _named_splits(list(found), place).items()}
 
 
@@ -107,14 +112,24 @@ def pictures_of(
             shape=chosen.shape,
             dtype=chosen.dtype,
             decode=_decoder(table, decode),
-            identity={"hub": str(place), "split": split, "files": _stamps(table), "plan": asdict(chosen)},
+            identity={
+                "hub": str(place),
+                "split": split,
+                "column": _column(table),
+                "files": _stamps(table),
+                "plan": asdict(chosen),
+            },
             home=_home(),
             skip_unreadable=skip_unreadable,
         )
         for split, table in tables.items()
     }
-    files = [{"hub": str(place), "split": split, "version": _version(table)} for split, table in tables.items()]
-    return Raw(str(place), parts, files, chosen.words, chosen.levels)
+    words = ["pictures from the hub", *chosen.words]
+    files = [
+        {"hub": str(place), "split": split, "column": _column(table), "version": _version(table)}
+        for split, table in tables.items()
+    ]
+    return Raw(str(place), parts, files, words, chosen.levels)
 
 
 def _place(config: DataConfig) -> HubPlace:
@@ -152,15 +167,23 @@ def _undecoded(table: "Dataset", place: HubPlace) -> "Dataset":
             f"{place} needs one column of pictures" + (f" named {place.column}" if place.column else "") + ", got "
             f"{', '.join(pictures) or 'none'} (of the columns {', '.join(table.features)}); choose one with --columns"
         )
-    return table.select_columns(wanted).rename_columns({wanted[0]: "picture"}).cast_column("picture", Image(decode=False))
+    return table.select_columns(wanted).cast_column(wanted[0], Image(decode=False))
 
 
 def _decoder(table: "Dataset", decode: Callable[[bytes], Array]) -> Callable[[int], Array]:
-    return lambda i: decode(_content(table[i]["picture"]))
+    column = _column(table)
+    return lambda i: decode(_content(table[i][column]))
 
 
-def _content(picture: Mapping[str, Any]) -> bytes:
+def _column(table: "Dataset") -> str:
+    (name,) = table.column_names
+    return str(name)
+
+
+def _content(picture: Mapping[str, Any] | None) -> bytes:
     """The file of a picture: inside the table, or beside it."""
+    if picture is None or picture["bytes"] is picture["path"] is None:
+        raise UnreadableError("its row is empty")
     if picture["bytes"] is not None:
         return bytes(picture["bytes"])
     try:
@@ -171,7 +194,10 @@ def _content(picture: Mapping[str, Any]) -> bytes:
 
 def _headers(table: "Dataset") -> Iterator[tuple[int, int, str]]:
     """Width, height and mode of each picture that has a readable header; ``map`` keeps the answer for the next time."""
-    headers = table.map(_header, remove_columns=["picture"], features=_header_features(), desc="reading headers, once")
+    column = [_column(table)]
+    headers = table.map(
+        _header, input_columns=column, remove_columns=column, features=_header_features(), desc="reading headers, once"
+    )
     for first in range(0, len(headers), 4096):
         rows = headers[first : first + 4096]
         yield from (
@@ -181,10 +207,10 @@ def _headers(table: "Dataset") -> Iterator[tuple[int, int, str]]:
         )
 
 
-def _header(row: Mapping[str, Any]) -> dict[str, Any]:
+def _header(picture: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
-        width, height, mode = probe(_content(row["picture"]))
-    except (UnreadableError, TypeError):  # an empty row has neither bytes nor a path
+        width, height, mode = probe(_content(picture))
+    except UnreadableError:
         width, height, mode = 0, 0, ""
     return {"width": width, "height": height, "mode": mode}
 

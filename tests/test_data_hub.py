@@ -98,7 +98,7 @@ def test_a_config_of_several_is_chosen():
     (folder / "README.md").write_text(card + lines)
     assert np.array_equal(in_order(load(hub(":plain")))[:, 0], GREY)
     assert np.array_equal(in_order(load(hub(":inverse")))[:, 0], 255 - GREY)
-    with pytest.raises(ValueError, match="hub:someone/pictures cannot be loaded .*plain"):
+    with pytest.raises(ValueError, match=r"hub:someone/pictures cannot be loaded .*plain"):
         load(hub())
 
 
@@ -116,7 +116,7 @@ def test_a_column_of_several_is_chosen():
     assert np.array_equal(load(hub(columns=("right",))).stored("train")[:, 0].numpy(), 255 - GREY[:8])
     with pytest.raises(ValueError, match=r"one column of pictures, got left, right \(of the columns left, label, right\)"):
         load(hub())
-    with pytest.raises(ValueError, match="one column of pictures named label, got left, right .* --columns"):
+    with pytest.raises(ValueError, match=r"one column of pictures named label, got left, right .* --columns"):
         load(hub(columns=("label",)))
     with pytest.raises(ValueError, match="needs one column of pictures, got left, right; choose one"):
         load(hub(columns=("left", "right")))
@@ -126,7 +126,7 @@ def test_pictures_are_cut_and_resized():
     from PIL import Image
 
     write(thirds(SQUARES))
-    with pytest.raises(ValueError, match="pictures need one size, got 3: .*--size 8"):
+    with pytest.raises(ValueError, match=r"pictures need one size, got 3: .*--size 8"):
         load(hub())
     wanted = [np.asarray(Image.fromarray(image).resize((6, 6), Image.Resampling.BILINEAR)) for image in SQUARES]
     splits = load(hub(size=6))

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import warnings
@@ -112,6 +113,7 @@ def test_found_in_every_place(small, no_network, monkeypatch, tmp_path, name, pl
     splits = load(DataConfig(name, root=str(tmp_path) if place == "root" else None))
     assert_same(splits, name, as_published(name, images))
     assert splits.record["files"]
+    assert json.loads(json.dumps(splits.record)) == splits.record
     assert all(str(tmp_path) in file["path"] for file in splits.record["files"])
 
 
@@ -144,9 +146,20 @@ def test_found_on_the_hub(small, no_network, tmp_path, name):
     splits, again = load(DataConfig(name)), load(DataConfig(name))
     assert_same(splits, name, images)
     assert splits.record == again.record
+    assert json.loads(json.dumps(splits.record)) == splits.record
     assert [file["split"] for file in splits.record["files"]] == list(images)
     assert splits.record["files"][0]["hub"].startswith(f"hub:{HUB[name][0]}")
     assert (tmp_path / "hub-cache/.sigma-vae").is_dir()
+
+
+def test_the_folder_of_its_name_comes_first(small, monkeypatch, tmp_path):
+    """MNIST and Fashion-MNIST have files of the same names: both can lie under one folder."""
+    monkeypatch.setenv("SIGMA_VAE_DATA", str(tmp_path))
+    write_idx(tmp_path, images_of("mnist"))
+    write_idx(tmp_path / "fashion-mnist", images_of("fashion-mnist", 1))
+    monkeypatch.setitem(mnist._MEANS, "fashion-mnist", float(images_of("fashion-mnist", 1)["train"].mean()))
+    assert_same(load(DataConfig("mnist")), "mnist", images_of("mnist"))
+    assert_same(load(DataConfig("fashion-mnist")), "fashion-mnist", images_of("fashion-mnist", 1))
 
 
 def test_the_hubs_decoded_copy_lies_where_the_user_says(small, no_network, tmp_path):

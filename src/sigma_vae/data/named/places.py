@@ -39,7 +39,11 @@ class Official:
     system: tuple[Path, ...] = ()
 
     def places(self, root: str | None) -> list[Path]:
-        """The folders that are looked into, in this order."""
+        """The folders that are looked into, in this order.
+
+        >>> [str(place) for place in Official("two", "two.npy", {"train": 2}, (1, 1, "L")).places("data")]
+        ['data']
+        """
         if root:
             return [Path(root).expanduser()]
         named = os.environ.get(_VARIABLE)
@@ -90,6 +94,11 @@ def check_counts(official: Official, counts: Mapping[SplitName, int], where: str
 
     Raises:
         ValueError: one has more or fewer, or is missing.
+
+    >>> check_counts(Official("two", "two.npy", {"train": 2}, (1, 1, "L")), {"train": 1}, "two.npy")
+    Traceback (most recent call last):
+    ...
+    ValueError: two.npy needs the published examples of two, 2 train, got 1 train; take the official files, whole
     """
     if dict(counts) != dict(official.counts):
         raise ValueError(

@@ -267,4 +267,4 @@ def test_other_files_are_refused(tmp_path, name):
 
 
 def test_names_are_what_load_knows():
-    assert NAMES == ("digits", "mnist-5k", "fashion-mnist")
+    assert NAMES == ("digits", "mnist-5k", "mnist", "fashion-mnist", "cifar10", "svhn", "celeba", "frey-faces")

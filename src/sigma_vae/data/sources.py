@@ -12,6 +12,7 @@ from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import cached
 from sigma_vae.data.files import ENDINGS, source_of
 from sigma_vae.data.files.arrays import path_of
+from sigma_vae.data.hub import HUB_PREFIX, read_hub
 from sigma_vae.data.levels import encode, native_levels, real_values
 from sigma_vae.data.named import NAMED
 from sigma_vae.data.raw import Encoded, Part, Raw, Source
@@ -26,6 +27,9 @@ NAMES: tuple[str, ...] = tuple(NAMED)
 
 COMMON = {"source", "levels", "standardise", "validation_fraction", "test_fraction", "split_seed"}
 """Options that all data have."""
+
+HUB = Source(read_hub, {"cache", "columns", "crop", "size", "fit", "colour", "unreadable"})
+"""Any data set of pictures on the hub."""
 
 
 def load(config: DataConfig) -> Splits:
@@ -61,6 +65,8 @@ def load(config: DataConfig) -> Splits:
 def _source(config: DataConfig) -> Source:
     if config.source in NAMED:
         return NAMED[config.source]
+    if config.source.startswith(HUB_PREFIX):
+        return HUB
     path = path_of(config)
     if source := source_of(path, config):
         return source
@@ -84,7 +90,7 @@ def _standardise(config: DataConfig, raw: Raw) -> bool:
 
 def _refuse_unread(config: DataConfig, source: Source) -> None:
     """An option that would do nothing is a mistake."""
-    read = COMMON | source.options | ({"root"} if config.source not in NAMED else set())
+    read = COMMON | source.options | ({"root"} if config.source not in NAMED and source is not HUB else set())
     given, usual = _flat(asdict(config)), _flat(asdict(DataConfig(config.source)))
     for name, value in given.items():
         if name not in read and value != usual[name]:

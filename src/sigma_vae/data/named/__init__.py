@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 
 from sigma_vae.data.named.bundled import digits, mnist_5k
-from sigma_vae.data.named.fashion_mnist import read_fashion_mnist
+from sigma_vae.data.named.celeba import read_celeba
+from sigma_vae.data.named.cifar10 import read_cifar10
+from sigma_vae.data.named.matlab import read_frey_faces, read_svhn
+from sigma_vae.data.named.mnist import read_fashion_mnist, read_mnist
 from sigma_vae.data.raw import Source
 
 __all__ = ["NAMED"]
@@ -11,6 +14,11 @@ __all__ = ["NAMED"]
 NAMED: Mapping[str, Source] = {
     "digits": Source(digits),
     "mnist-5k": Source(mnist_5k),
-    "fashion-mnist": Source(read_fashion_mnist, {"root"}),
+    "mnist": Source(read_mnist, {"root", "cache"}),
+    "fashion-mnist": Source(read_fashion_mnist, {"root", "cache"}),
+    "cifar10": Source(read_cifar10, {"root", "cache"}),
+    "svhn": Source(read_svhn, {"root", "cache", "size"}),
+    "celeba": Source(read_celeba, {"root", "cache", "crop", "size"}),
+    "frey-faces": Source(read_frey_faces, {"root"}),
 }
 """Name to reader, with the options that it reads."""

@@ -1,0 +1,236 @@
+"""Pictures from the Hugging Face hub: any data set there that has a column of them."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sigma_vae.config import DataConfig
+from sigma_vae.data.files.pictures import PicturePlan, plan, probe
+from sigma_vae.data.levels import Array
+from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_stamp
+from sigma_vae.data.splits import SplitName
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["HUB_PREFIX", "HubError", "HubPlace", "fetch", "pictures_of", "read_hub"]
+
+HUB_PREFIX = "hub:"
+_SOURCE = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>.+))?")
+_SPLITS: dict[str, SplitName] = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
+
+
+class HubError(ValueError):
+    """The hub cannot be reached, or does not have what was asked for."""
+
+
+@dataclass(frozen=True)
+class HubPlace:
+    """Where pictures are on the hub.
+
+    Args:
+        repository: ``OWNER/NAME``.
+        config: of several in one repository; None where there is one.
+        column: that holds the pictures; None: the only one that does.
+
+    >>> str(HubPlace("ufldl-stanford/svhn", "cropped_digits"))
+    'hub:ufldl-stanford/svhn:cropped_digits'
+    """
+
+    repository: str
+    config: str | None = None
+    column: str | None = None
+
+    def __str__(self) -> str:
+        """As users give it."""
+        return f"{HUB_PREFIX}{self.repository}" + (f":{self.config}" if self.config else "")
+
+
+def read_hub(config: DataConfig) -> Raw:
+    """The pictures of ``hub:OWNER/NAME`` or ``hub:OWNER/NAME:CONFIG``.
+
+    They are read from the files that the package ``datasets`` keeps, one at a time; not all of them are ever in memory. Their
+    headers are read first, so that one shape can be found for all.
+
+    Raises:
+        ValueError: the hub does not have it; it has no column of pictures, or several; or the pictures have no common shape.
+    """
+    place = _place(config)
+    try:
+        tables = fetch(place)
+    except HubError as error:
+        remedy = "give the name and config that its page says, see to the network, or save the pictures in a folder"
+        raise ValueError(f"{error}; {remedy}") from error
+    chosen = plan((size for table in tables.values() for size in _headers(table)), config.images, config.source)
+    return pictures_of(tables, place, chosen, chosen.read, skip_unreadable=config.images.unreadable == "skip")
+
+
+def fetch(place: HubPlace) -> "dict[SplitName, Dataset]":
+    """The splits of a data set, each a table of one column of undecoded pictures; downloaded once, then mapped.
+
+    Raises:
+        ValueError: as :func:`read_hub`.
+    """
+    try:
+        from datasets import load_dataset
+
+        found = load_dataset(place.repository, place.config)
+    except Exception as error:  # offline, its libraries raise many unrelated kinds; all of them mean: it cannot be had
+        reason = " ".join(str(error).split())  # some span several lines
+        raise HubError(f"{place} cannot be loaded from the hub ({type(error).__name__}: {reason})") from error
+    return {split: _undecoded(found[name], place) for split, name in _named_splits(list(found), place).items()}
+
+
+def pictures_of(
+    tables: "Mapping[SplitName, Dataset]",
+    place: HubPlace,
+    chosen: PicturePlan,
+    decode: Callable[[bytes], Array],
+    *,
+    skip_unreadable: bool = False,
+) -> Raw:
+    """Tables from :func:`fetch` as examples that are decoded once.
+
+    Args:
+        tables: split to table.
+        place: where they are from.
+        chosen: the shape of the pictures.
+        decode: the bytes of a picture to its array; raises :class:`~sigma_vae.data.raw.UnreadableError`.
+        skip_unreadable: leave broken pictures out.
+    """
+    parts = {
+        split: Encoded(
+            names=[f"{split} {i}" for i in range(len(table))],
+            shape=chosen.shape,
+            dtype=chosen.dtype,
+            decode=_decoder(table, decode),
+            identity={
+                "hub": str(place),
+                "split": split,
+                "column": _column(table),
+                "files": _stamps(table),
+                "plan": asdict(chosen),
+            },
+            home=_home(),
+            skip_unreadable=skip_unreadable,
+        )
+        for split, table in tables.items()
+    }
+    words = ["pictures from the hub", *chosen.words]
+    files = [
+        {"hub": str(place), "split": split, "column": _column(table), "version": _version(table)}
+        for split, table in tables.items()
+    ]
+    return Raw(str(place), parts, files, words, chosen.levels)
+
+
+def _place(config: DataConfig) -> HubPlace:
+    match = _SOURCE.fullmatch(config.source)
+    if match is None:
+        raise ValueError(
+            f"expected hub:OWNER/NAME or hub:OWNER/NAME:CONFIG, got {config.source!r}; copy the name from its page"
+        )
+    if len(config.columns) > 1:
+        raise ValueError(f"{config.source} needs one column of pictures, got {', '.join(config.columns)}; choose one")
+    return HubPlace(match["repository"], match["config"], *config.columns)
+
+
+def _named_splits(names: list[str], place: HubPlace) -> dict[SplitName, str]:
+    """Our names of splits to the hub's; others are not read."""
+    if len(names) == 1:
+        return {"train": names[0]}
+    known = [name for name in names if name in _SPLITS]
+    splits = {_SPLITS[name]: name for name in known}
+    if "train" not in splits or len(splits) < len(known):
+        raise ValueError(
+            f"{place} needs the split train, and at most one each of validation (valid, val) and test, got {', '.join(names)}; "
+            "choose a config that has them (hub:OWNER/NAME:CONFIG), or save the pictures in folders"
+        )
+    return splits
+
+
+def _undecoded(table: "Dataset", place: HubPlace) -> "Dataset":
+    from datasets import Image
+
+    pictures = [name for name, feature in table.features.items() if isinstance(feature, Image)]
+    wanted = [place.column] if place.column else pictures
+    if len(wanted) != 1 or wanted[0] not in pictures:
+        raise ValueError(
+            f"{place} needs one column of pictures" + (f" named {place.column}" if place.column else "") + ", got "
+            f"{', '.join(pictures) or 'none'} (of the columns {', '.join(table.features)}); choose one with --columns"
+        )
+    return table.select_columns(wanted).cast_column(wanted[0], Image(decode=False))
+
+
+def _decoder(table: "Dataset", decode: Callable[[bytes], Array]) -> Callable[[int], Array]:
+    column = _column(table)
+    return lambda i: decode(_content(table[i][column]))
+
+
+def _column(table: "Dataset") -> str:
+    (name,) = table.column_names
+    return str(name)
+
+
+def _content(picture: Mapping[str, Any] | None) -> bytes:
+    """The file of a picture: inside the table, or beside it."""
+    if picture is None or picture["bytes"] is picture["path"] is None:
+        raise UnreadableError("its row is empty")
+    if picture["bytes"] is not None:
+        return bytes(picture["bytes"])
+    try:
+        return Path(picture["path"]).read_bytes()
+    except OSError as error:
+        raise UnreadableError(f"{type(error).__name__}: {error}") from error
+
+
+def _headers(table: "Dataset") -> Iterator[tuple[int, int, str]]:
+    """Width, height and mode of each picture that has a readable header; ``map`` keeps the answer for the next time."""
+    column = [_column(table)]
+    headers = table.map(
+        _header, input_columns=column, remove_columns=column, features=_header_features(), desc="reading headers, once"
+    )
+    for first in range(0, len(headers), 4096):
+        rows = headers[first : first + 4096]
+        yield from (
+            (width, height, mode)
+            for width, height, mode in zip(rows["width"], rows["height"], rows["mode"], strict=True)
+            if mode
+        )
+
+
+def _header(picture: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        width, height, mode = probe(_content(picture))
+    except UnreadableError:
+        width, height, mode = 0, 0, ""
+    return {"width": width, "height": height, "mode": mode}
+
+
+def _header_features() -> Any:
+    from datasets import Features, Value
+
+    return Features({"width": Value("int32"), "height": Value("int32"), "mode": Value("string")})
+
+
+def _stamps(table: "Dataset") -> list[Any]:
+    return [[_version(table), *file_stamp(Path(file["filename"]))] for file in table.cache_files]
+
+
+def _version(table: "Dataset") -> str:
+    """The commit on the hub (of a local copy: a digest), after which ``datasets`` names the folder that it keeps the table in."""
+    return Path(table.cache_files[0]["filename"]).parent.name
+
+
+def _home() -> Path:
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE)

@@ -1,0 +1,112 @@
+"""Data sets that were published as MATLAB files: SVHN and the Frey faces.
+
+SVHN: Netzer et al. 2011, http://ufldl.stanford.edu/housenumbers. Frey faces: Roweis & Saul 2000,
+https://cs.nyu.edu/~roweis/data.html.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sigma_vae.config import DataConfig
+from sigma_vae.data.files.pictures import PicturePlan
+from sigma_vae.data.hub import HubPlace
+from sigma_vae.data.named.places import Official, find, read_official
+from sigma_vae.data.raw import Raw, file_record
+from sigma_vae.data.splits import SplitName
+
+__all__ = ["read_frey_faces", "read_svhn"]
+
+Images = npt.NDArray[np.uint8]
+
+_SVHN_FILES: dict[SplitName, str] = {"train": "train_32x32.mat", "test": "test_32x32.mat"}
+_SVHN_COUNTS: dict[SplitName, int] = {"train": 73257, "test": 26032}
+_SVHN_PICTURE = (32, 32, "RGB")
+_SVHN_SIZE = 28  # the paper's
+_FREY_FILE = "frey_rawface.mat"
+_FREY_COUNTS: dict[SplitName, int] = {"train": 1965}
+
+
+def read_svhn(config: DataConfig) -> Raw:
+    """The official 73 257 train and 26 032 test images of SVHN's cropped digits.
+
+    They are resized to 28×28, on which the paper ran, unless ``size`` says otherwise: 32 keeps them as they are. The 531 131 easier
+    "extra" images are not read (the hub's copy brings them along: 1 GB more to download).
+
+    Raises:
+        ValueError: the files are nowhere, incomplete, damaged, or not what was published.
+    """
+    size = config.images.size or _SVHN_SIZE
+    config = replace(config, images=replace(config.images, size=None if size == _SVHN_PICTURE[0] else size))
+    place = HubPlace("ufldl-stanford/svhn", "cropped_digits", "image")
+    official = Official("svhn", " and ".join(_SVHN_FILES.values()), _SVHN_COUNTS, _SVHN_PICTURE, place)
+    return read_official(official, config, lambda folder: _svhn_in(folder, official.plan(config.images)))
+
+
+def read_frey_faces(config: DataConfig) -> Raw:
+    """1 965 frames ``(1, 28, 20)`` of one face, from a video.
+
+    Raises:
+        ValueError: the file is nowhere, damaged, or not what was published.
+    """
+    return read_official(Official("frey-faces", _FREY_FILE, _FREY_COUNTS, (20, 28, "L")), config, _frey_in)
+
+
+def _svhn_in(folder: Path, chosen: PicturePlan) -> Raw | None:
+    found = {split: find(folder, name) for split, name in _SVHN_FILES.items()}
+    files = {split: path for split, path in found.items() if path is not None}
+    if not files:
+        return None
+    if missing := [name for split, name in _SVHN_FILES.items() if split not in files]:
+        raise ValueError(
+            f"svhn needs {' and '.join(_SVHN_FILES.values())} in {folder}, got no {missing[0]}; put both files there"
+        )
+    # MATLAB's order: rows, columns, colours, examples.
+    parts = {split: _resized(np.moveaxis(_array(path, "X", (32, 32, 3)), -1, 0), chosen) for split, path in files.items()}
+    words = ["official train and test images, without extra", *chosen.words]
+    return Raw("svhn", parts, [file_record(path) for path in files.values()], words, levels=256)
+
+
+def _resized(images: Images, chosen: PicturePlan) -> Images:
+    """From ``(N, 32, 32, 3)`` to ``(N, 3, size, size)``."""
+    if chosen.shape[1:] == images.shape[1:3]:
+        return np.moveaxis(images, -1, 1)
+    from PIL import Image
+
+    result = np.empty((len(images), *chosen.shape), np.uint8)
+    for row, image in zip(result, images, strict=True):
+        row[...] = chosen.decode(Image.fromarray(np.ascontiguousarray(image)))
+    return result
+
+
+def _frey_in(folder: Path) -> Raw | None:
+    path = find(folder, _FREY_FILE)
+    if path is None:
+        return None
+    images = _array(path, "ff", (560,)).T.reshape(-1, 1, 28, 20)
+    words = [
+        "frames of one video, which has no splits of its own: those held out resemble their neighbours in the training split"
+    ]
+    return Raw("frey-faces", {"train": images}, [file_record(path)], words, levels=256)
+
+
+def _array(path: Path, key: str, leading: tuple[int, ...]) -> Images:
+    """An array of a MATLAB file: ``leading`` axes, then one for the examples."""
+    from scipy.io import loadmat
+
+    try:
+        content: dict[str, Any] = loadmat(path, variable_names=[key])
+    except Exception as error:  # of damaged files scipy raises many unrelated kinds
+        raise ValueError(
+            f"{path} cannot be read as a MATLAB file ({type(error).__name__}: {error}); fetch the file again"
+        ) from error
+    array = content.get(key)
+    if not isinstance(array, np.ndarray) or array.shape[:-1] != leading or array.dtype != np.uint8:
+        got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "none"
+        raise ValueError(
+            f"{path} needs an array {key} of uint8 with shape {(*leading, 'N')}, got {got}; take the official file"
+        )
+    return array

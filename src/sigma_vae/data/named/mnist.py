@@ -1,0 +1,79 @@
+"""MNIST and Fashion-MNIST, which come in the same files.
+
+MNIST: LeCun, Bottou, Bengio & Haffner 1998, http://yann.lecun.com/exdb/mnist. Fashion-MNIST: Xiao, Rasul & Vollgraf 2017,
+https://arxiv.org/abs/1708.07747.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sigma_vae.config import DataConfig
+from sigma_vae.data.files.idx import read_images
+from sigma_vae.data.hub import HubPlace
+from sigma_vae.data.named.places import Official, find, read_official
+from sigma_vae.data.raw import Raw, file_record
+from sigma_vae.data.splits import SplitName
+
+__all__ = ["read_fashion_mnist", "read_mnist"]
+
+_STEMS: dict[SplitName, str] = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+_FILES = " and ".join(f"{stem}[.gz]" for stem in _STEMS.values())
+_COUNTS: dict[SplitName, int] = {"train": 60000, "test": 10000}
+_PICTURE = (28, 28, "L")
+_PREFIXES = (Path("/usr"), Path("/usr/local"))
+_MEANS = {"mnist": 33.318, "fashion-mnist": 72.940}
+"""Mean grey level of the training images: the files do not say whose they are."""
+_MEAN_TOLERANCE = 0.01
+
+
+def read_mnist(config: DataConfig) -> Raw:
+    """The official 60 000 train and 10 000 test images of MNIST.
+
+    Raises:
+        ValueError: the files are nowhere, incomplete, damaged, or those of another data set.
+    """
+    return _read(Official("mnist", _FILES, _COUNTS, _PICTURE, HubPlace("ylecun/mnist", column="image")), config)
+
+
+def read_fashion_mnist(config: DataConfig) -> Raw:
+    """The official 60 000 train and 10 000 test images of Fashion-MNIST, also from the Debian package dataset-fashion-mnist.
+
+    Raises:
+        ValueError: the files are nowhere, incomplete, damaged, or those of another data set.
+    """
+    place = HubPlace("zalando-datasets/fashion_mnist", column="image")
+    debian = tuple(prefix / "share" / "datasets" / "fashion-mnist" for prefix in _PREFIXES)
+    return _read(Official("fashion-mnist", _FILES, _COUNTS, _PICTURE, place, debian), config)
+
+
+def _read(official: Official, config: DataConfig) -> Raw:
+    return read_official(official, config, lambda folder: _in_folder(folder, official.name))
+
+
+def _in_folder(folder: Path, name: str) -> Raw | None:
+    found = {split: find(folder, stem, f"{stem}.gz") for split, stem in _STEMS.items()}
+    files = {split: path for split, path in found.items() if path is not None}
+    if not files:
+        return None
+    if missing := [f"{stem}[.gz]" for split, stem in _STEMS.items() if split not in files]:
+        raise ValueError(f"{name} needs {_FILES} in {folder}, got no {missing[0]}; put both files there")
+    parts = {split: _checked(read_images(path), path)[:, np.newaxis] for split, path in files.items()}
+    _check_mean(parts["train"], name, files["train"])
+    return Raw(name, parts, [file_record(path) for path in files.values()], ["official train and test images"], levels=256)
+
+
+def _checked(images: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np.uint8]:
+    if images.shape[1:] != _PICTURE[:2]:
+        raise ValueError(f"{path} needs images of {_PICTURE[:2]}, got {images.shape[1:]}; take the official file")
+    return images
+
+
+def _check_mean(images: npt.NDArray[np.uint8], name: str, path: Path) -> None:
+    if len(images) == _COUNTS["train"] and abs((mean := float(images.mean())) - _MEANS[name]) > _MEAN_TOLERANCE:
+        other = next((name for name, known in _MEANS.items() if abs(mean - known) < _MEAN_TOLERANCE), "none that is known here")
+        raise ValueError(
+            f"{path} needs the training images of {name}, whose mean grey level is {_MEANS[name]}, got {mean:.3f} ({other}); "
+            "give the folder of the right files as --root"
+        )

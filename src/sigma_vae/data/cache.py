@@ -22,7 +22,8 @@ FOLDER = ".sigma-vae"
 BLOCK = 2**24
 """Bytes that have a digest of their own: enough to keep a thread busy, few enough to say where a file is damaged."""
 PIECE = 64
-"""Examples that a thread decodes before it takes the next ones."""
+"""Examples that a thread decodes before it takes the next ones, or fewer where they are large."""
+PIECE_BYTES = 2**26
 
 
 def cached(encoded: Encoded, folder: Path | None = None) -> tuple[Mapped, list[str]]:
@@ -74,32 +75,33 @@ def _decode_all(encoded: Encoded, path: Path) -> list[str]:
     from rich.progress import Progress
 
     count, example = len(encoded.names), int(np.prod(encoded.shape)) * np.dtype(encoded.dtype).itemsize
+    size = max(1, min(PIECE, PIECE_BYTES // example))
     with path.open("wb") as file, Progress(transient=True) as progress:
         start = _write_header(file, encoded, count)
         task = progress.add_task("decoding, once", total=count)
 
-        def piece(first: int) -> list[int]:
-            broken = []
-            rows = np.zeros((min(PIECE, count - first), *encoded.shape), encoded.dtype)
+        def piece(first: int) -> dict[int, str]:
+            broken = {}
+            rows = np.zeros((min(size, count - first), *encoded.shape), encoded.dtype)
             for i, row in enumerate(rows, first):
                 try:
                     row[...] = encoded.decode(i)
-                except UnreadableError:
-                    broken.append(i)
+                except UnreadableError as error:
+                    broken[i] = str(error)
             os.pwrite(file.fileno(), rows.tobytes(), start + first * example)
             progress.advance(task, len(rows))
             return broken
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            broken = [i for part in pool.map(piece, range(0, count, PIECE)) for i in part]
+            broken = dict(item for part in pool.map(piece, range(0, count, size)) for item in part.items())
     names = [encoded.names[i] for i in broken]
     if names and (not encoded.skip_unreadable or len(names) == count):
         raise ValueError(
             f"{len(names)} of {count} examples cannot be decoded ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''});"
-            " repair or remove them, or leave them out: --unreadable skip"
+            f" the first says: {next(iter(broken.values()))}; repair or remove them, or leave them out: --unreadable skip"
         )
     if names:
-        _close_gaps(path, encoded, broken)
+        _close_gaps(path, encoded, list(broken))
     return names
 
 

@@ -58,6 +58,8 @@ class Raw:
     levels: int | None = None
     """How many levels the source is known to have; None where the arrays tell."""
     clips: bool = False
+    videos: Sequence[int] | None = None
+    """The number of the video that each training clip is from: what is held out are whole videos, where there are enough of them."""
     standardise: bool = False
     """Whether real values are standardised unless the user says otherwise: of tables, whose columns have units of their own."""
 

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from sigma_vae.data.levels import Array
 from sigma_vae.data.raw import Encoded, UnreadableError
 from sigma_vae.data.stores import Mapped
 
@@ -48,7 +51,15 @@ def cached(encoded: Encoded, folder: Path | None = None) -> tuple[Mapped, list[s
         with _writing(home, encoded), FileLock(home / f"{key}.lock"):
             if not place.exists():
                 _build(encoded, place)
-    return _open(place)
+    array, digest, skipped = _open(place)
+    return Mapped(array, digest, videos=_videos(encoded, set(skipped))), skipped
+
+
+def _videos(encoded: Encoded, skipped: set[str]) -> Tensor | None:
+    """Which video each example that is left is a clip of."""
+    if encoded.videos is None:
+        return None
+    return torch.tensor([video for name, video in zip(encoded.names, encoded.videos, strict=True) if name not in skipped])
 
 
 def _build(encoded: Encoded, place: Path) -> None:
@@ -136,7 +147,7 @@ def _digests(path: Path) -> list[str]:
         return list(pool.map(digest, range(0, path.stat().st_size, BLOCK)))
 
 
-def _open(place: Path) -> tuple[Mapped, list[str]]:
+def _open(place: Path) -> tuple[Array, str, list[str]]:
     examples, remedy = place / "examples.npy", f"delete the folder {place}: it is made anew from the data"
     try:
         record = json.loads((place / "cache.json").read_text(encoding="utf-8"))
@@ -152,7 +163,7 @@ def _open(place: Path) -> tuple[Mapped, list[str]]:
             f"the cache {place} is damaged: {bad} of {len(blocks)} blocks have changed since it was built; {remedy}"
         )
     digest = hashlib.sha256("".join(blocks).encode()).hexdigest()
-    return Mapped(np.load(examples, mmap_mode="r"), digest), skipped
+    return np.load(examples, mmap_mode="r"), digest, skipped
 
 
 @contextmanager

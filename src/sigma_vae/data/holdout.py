@@ -1,14 +1,12 @@
 """Splits for data that have none of their own: at random, by a seed that means the same for good."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data.splits import SplitName
-from sigma_vae.data.stores import Store
+from sigma_vae.data.stores import Mapped, Store
 
 __all__ = ["count_of", "hold_out", "shuffled"]
 
@@ -18,16 +16,15 @@ ORDER: tuple[SplitName, ...] = ("test", "validation")
 """Test is taken first, so that how large validation is does not decide what is tested."""
 
 
-def hold_out(
-    parts: dict[SplitName, Store], config: DataConfig, name: str, videos: Sequence[int] | None = None
-) -> tuple[dict[SplitName, Store], list[str]]:
+def hold_out(parts: dict[SplitName, Store], config: DataConfig, name: str) -> tuple[dict[SplitName, Store], list[str]]:
     """Complete the splits from the train part: test first, then validation, then the rest.
+
+    Clips are held out by whole videos, where there is at least one for each split.
 
     Args:
         parts: train, and the splits that the data have themselves.
         config: with the fractions and the seed.
         name: of the data, for messages.
-        videos: which one each training example is a clip of. Of at least one video for each split, whole ones are held out.
 
     Returns:
         The three splits, and what was held out, in words.
@@ -41,8 +38,11 @@ def hold_out(
         raise ValueError(
             f"{name} needs {len(missing) + 1} examples, one for each of train, {', '.join(missing)}, got {examples}; add some"
         )
-    if videos is not None and len(set(videos)) > len(missing):
-        return _hold_out_videos(parts, config, np.asarray(videos), missing)
+    train = parts["train"]
+    videos = train.videos.numpy() if isinstance(train, Mapped) and train.videos is not None else None
+    number = 0 if videos is None else len(np.unique(videos))
+    if videos is not None and number > len(missing):
+        return _hold_out_videos(parts, config, videos, missing)
     order = shuffled(examples, config.split_seed)
     result, words = dict(parts), []
     for split in missing:
@@ -51,8 +51,9 @@ def hold_out(
         words.append(f"{split}: {count} of {examples} examples at random (seed {config.split_seed})")
     if missing:
         result["train"] = parts["train"].select(torch.from_numpy(order))
-    if missing and videos is not None:
-        words.append(f"clips of one video are in several splits, as there are only {len(set(videos))} videos")
+    if missing and number:
+        few = "is only one" if number == 1 else f"are only {number}"
+        words.append(f"clips of one video are in several splits, as there {few}")
     return _complete(result), words
 
 
@@ -69,7 +70,9 @@ def _hold_out_videos(
     for later, split in zip(range(len(missing), 0, -1), missing, strict=True):  # each split that comes later needs a video too
         count = min(max(1, round(_fraction(split, config) * len(order))), len(order) - later)
         result[split], order = clips_of(order[:count]), order[count:]
-        words.append(f"{split}: {len(result[split])} clips, all those of {count} videos at random (seed {config.split_seed})")
+        words.append(
+            f"{split}: {len(result[split])} clips, all those of {count} video{'s' * (count > 1)} at random (seed {config.split_seed})"
+        )
     if missing:
         result["train"] = clips_of(order)
     return _complete(result), words

@@ -44,7 +44,7 @@ def load(config: DataConfig) -> Splits:
     levels = None if standardise else _levels(raw, config.levels)
     words = list(raw.preprocessing)
     stored = {name: _store(part, raw, name, levels, standardise, config, words) for name, part in raw.parts.items()}
-    parts, held_out = hold_out(stored, config, raw.name, raw.videos)
+    parts, held_out = hold_out(stored, config, raw.name)
     scaling = standardisation(parts["train"], raw.name) if standardise else Scaling(levels)
     words += [_stored_as(scaling), *held_out]
     record = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, TypeVar, final
 
 import numpy as np
 
@@ -25,6 +25,8 @@ __all__ = ["Film", "Frame", "Frames", "Survey", "Video"]
 
 Frame = Callable[[PicturePlan], Array]
 """One frame, which becomes an array only if it is asked for by a plan."""
+
+_Result = TypeVar("_Result")
 
 MARKS_APART = 256
 """Frames between two places where decoding can begin: at most so many, and those to the next key frame, are decoded in vain."""
@@ -82,7 +84,7 @@ class Frames(Video):
 
     def survey(self) -> Survey:
         """Read the headers of all pictures."""
-        return Survey(len(self.pictures), list(dict.fromkeys(map(probe, self.pictures))), [])
+        return Survey(len(self.pictures), list(dict.fromkeys(_told(path, probe) for path in self.pictures)), [])
 
     def frames(self, start: int, survey: Survey) -> Iterator[Frame]:
         """The pictures from this one on."""
@@ -179,11 +181,16 @@ def _is_grey(frame: "VideoFrame") -> bool:
     return frame.format.name.startswith("gray")
 
 
-def _read(path: Path, plan: PicturePlan) -> Array:
+def _told(path: Path, read: Callable[[Path], _Result]) -> _Result:
+    """What a reader of pictures says, with the name of the file in its errors."""
     try:
-        return plan.read(path)
+        return read(path)
     except UnreadableError as error:
         raise UnreadableError(f"{path} cannot be decoded: {error}") from error
+
+
+def _read(path: Path, plan: PicturePlan) -> Array:
+    return _told(path, plan.read)
 
 
 def _converted(frame: "VideoFrame", plan: PicturePlan) -> Array:

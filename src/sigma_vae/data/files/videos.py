@@ -72,8 +72,7 @@ def read_videos(config: DataConfig) -> Raw:
     left = sum(item.survey.frames - _used(item, lengths[split], step) for split, items in found.items() for item in items)
     words = [f"clips of {lengths['train']} frames{test}{every}, side by side; {left} frames at ends of videos left out"]
     words += [f"left out {len(broken)} unreadable videos ({', '.join(broken[:5])})"] if broken else []
-    owners = [owner for owner, item in enumerate(found["train"]) for _ in starts(item.survey.frames, lengths["train"], step)]
-    return Raw(str(path), parts, files, [*words, *shared.words], levels=shared.levels, clips=True, videos=owners)
+    return Raw(str(path), parts, files, [*words, *shared.words], levels=shared.levels, clips=True)
 
 
 def _lengths(path: Path, config: DataConfig) -> dict[SplitName, int]:
@@ -148,6 +147,7 @@ def _encoded(found: list[_Found], frames: int, shared: PicturePlan, path: Path, 
         identity={"videos": videos, "reader": "videos-1", "plan": asdict(shared), "frames": frames, "step": step},
         home=_home(path),
         skip_unreadable=config.images.unreadable == "skip",
+        videos=[window.video for window in windows],
     )
 
 

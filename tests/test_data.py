@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from sigma_vae.config import DataConfig
+from sigma_vae.config import ClipConfig, DataConfig
 from sigma_vae.data import NAMES, load
 
 SPLITS = ("train", "validation", "test")
@@ -28,6 +29,13 @@ def saved(folder, name="data.npy", array=None, **arrays):
     return str(path)
 
 
+def frames(folder):
+    (folder / "film").mkdir(exist_ok=True)
+    for number, image in enumerate(GREY):
+        Image.fromarray(image).save(folder / "film" / f"{number}.png")
+    return str(folder / "film")
+
+
 SOURCES = {
     "digits": (lambda folder: DataConfig("digits"), (1, 8, 8), 17, 1797),
     "mnist-5k": (lambda folder: DataConfig("mnist-5k"), (1, 28, 28), 256, 5000),
@@ -41,6 +49,7 @@ SOURCES = {
     "12 bit": (lambda folder: DataConfig(saved(folder, array=GREY.astype(int) * 16), levels=4096), (1, 6, 5), 4096, 40),
     "floats with levels": (lambda folder: DataConfig(saved(folder, array=GREY / 255), levels=256), (1, 6, 5), 256, 40),
     "big-endian": (lambda folder: DataConfig(saved(folder, array=(GREY / 255).astype(">f4"))), (1, 6, 5), None, 40),
+    "video": (lambda folder: DataConfig(frames(folder), clips=ClipConfig(frames=4)), (1, 6, 5), 256, 10),
     "npz of one": (lambda folder: DataConfig(saved(folder, "a.npz", images=GREY)), (1, 6, 5), 256, 40),
     "npz of two": (
         lambda folder: DataConfig(saved(folder, "a.npz", train=GREY[:30], test=GREY[30:], labels=np.zeros(3))),

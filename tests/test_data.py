@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from sigma_vae.config import DataConfig
+from sigma_vae.config import ClipConfig, DataConfig
 from sigma_vae.data import NAMES, load
 
 SPLITS = ("train", "validation", "test")
@@ -54,6 +55,13 @@ def table(folder, values):
     return str(folder / "data.csv")
 
 
+def frames(folder):
+    (folder / "film").mkdir(exist_ok=True)
+    for number, image in enumerate(GREY):
+        Image.fromarray(image).save(folder / "film" / f"{number}.png")
+    return str(folder / "film")
+
+
 SOURCES = {
     "digits": (lambda folder: DataConfig("digits"), (1, 8, 8), 17, 1797),
     "mnist-5k": (lambda folder: DataConfig("mnist-5k"), (1, 28, 28), 256, 5000),
@@ -88,6 +96,7 @@ SOURCES = {
         40,
     ),
     "table of levels": (lambda folder: DataConfig(table(folder, GREY[:, 0]), levels=256), (5,), 256, 40),
+    "video": (lambda folder: DataConfig(frames(folder), clips=ClipConfig(frames=4)), (1, 6, 5), 256, 10),
     "npz of one": (lambda folder: DataConfig(saved(folder, "a.npz", images=GREY)), (1, 6, 5), 256, 40),
     "npz of two": (
         lambda folder: DataConfig(saved(folder, "a.npz", train=GREY[:30], test=GREY[30:], labels=np.zeros(3))),
@@ -267,4 +276,15 @@ def test_other_files_are_refused(tmp_path, name):
 
 
 def test_names_are_what_load_knows():
-    assert NAMES == ("digits", "mnist-5k", "mnist", "fashion-mnist", "cifar10", "svhn", "celeba", "frey-faces")
+    assert NAMES == (
+        "digits",
+        "mnist-5k",
+        "mnist",
+        "fashion-mnist",
+        "cifar10",
+        "svhn",
+        "celeba",
+        "frey-faces",
+        "moving-mnist",
+        "bair",
+    )

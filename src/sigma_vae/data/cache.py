@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from sigma_vae.data.levels import Array
 from sigma_vae.data.raw import Encoded, UnreadableError
 from sigma_vae.data.stores import Mapped
 
@@ -22,7 +25,8 @@ FOLDER = ".sigma-vae"
 BLOCK = 2**24
 """Bytes that have a digest of their own: enough to keep a thread busy, few enough to say where a file is damaged."""
 PIECE = 64
-"""Examples that a thread decodes before it takes the next ones."""
+"""Examples that a thread decodes before it takes the next ones, or fewer where they are large."""
+PIECE_BYTES = 2**26
 
 
 def cached(encoded: Encoded, folder: Path | None = None) -> tuple[Mapped, list[str]]:
@@ -47,7 +51,15 @@ def cached(encoded: Encoded, folder: Path | None = None) -> tuple[Mapped, list[s
         with _writing(home, encoded), FileLock(home / f"{key}.lock"):
             if not place.exists():
                 _build(encoded, place)
-    return _open(place)
+    array, digest, skipped = _open(place)
+    return Mapped(array, digest, videos=_videos(encoded, set(skipped))), skipped
+
+
+def _videos(encoded: Encoded, skipped: set[str]) -> Tensor | None:
+    """Which video each example that is left is a clip of."""
+    if encoded.videos is None:
+        return None
+    return torch.tensor([video for name, video in zip(encoded.names, encoded.videos, strict=True) if name not in skipped])
 
 
 def _build(encoded: Encoded, place: Path) -> None:
@@ -74,32 +86,33 @@ def _decode_all(encoded: Encoded, path: Path) -> list[str]:
     from rich.progress import Progress
 
     count, example = len(encoded.names), int(np.prod(encoded.shape)) * np.dtype(encoded.dtype).itemsize
+    size = max(1, min(PIECE, PIECE_BYTES // example))
     with path.open("wb") as file, Progress(transient=True) as progress:
         start = _write_header(file, encoded, count)
         task = progress.add_task("decoding, once", total=count)
 
-        def piece(first: int) -> list[int]:
-            broken = []
-            rows = np.zeros((min(PIECE, count - first), *encoded.shape), encoded.dtype)
+        def piece(first: int) -> dict[int, str]:
+            broken = {}
+            rows = np.zeros((min(size, count - first), *encoded.shape), encoded.dtype)
             for i, row in enumerate(rows, first):
                 try:
                     row[...] = encoded.decode(i)
-                except UnreadableError:
-                    broken.append(i)
+                except UnreadableError as error:
+                    broken[i] = str(error)
             os.pwrite(file.fileno(), rows.tobytes(), start + first * example)
             progress.advance(task, len(rows))
             return broken
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            broken = [i for part in pool.map(piece, range(0, count, PIECE)) for i in part]
+            broken = dict(item for part in pool.map(piece, range(0, count, size)) for item in part.items())
     names = [encoded.names[i] for i in broken]
     if names and (not encoded.skip_unreadable or len(names) == count):
         raise ValueError(
             f"{len(names)} of {count} examples cannot be decoded ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''});"
-            " repair or remove them, or leave them out: --unreadable skip"
+            f" the first says: {next(iter(broken.values()))}; repair or remove them, or leave them out: --unreadable skip"
         )
     if names:
-        _close_gaps(path, encoded, broken)
+        _close_gaps(path, encoded, list(broken))
     return names
 
 
@@ -140,7 +153,7 @@ def digest_of(path: Path) -> str:
     return hashlib.sha256("".join(_digests(path)).encode()).hexdigest()
 
 
-def _open(place: Path) -> tuple[Mapped, list[str]]:
+def _open(place: Path) -> tuple[Array, str, list[str]]:
     examples, remedy = place / "examples.npy", f"delete the folder {place}: it is made anew from the data"
     try:
         record = json.loads((place / "cache.json").read_text(encoding="utf-8"))
@@ -156,7 +169,7 @@ def _open(place: Path) -> tuple[Mapped, list[str]]:
             f"the cache {place} is damaged: {bad} of {len(blocks)} blocks have changed since it was built; {remedy}"
         )
     digest = hashlib.sha256("".join(blocks).encode()).hexdigest()
-    return Mapped(np.load(examples, mmap_mode="r"), digest), skipped
+    return np.load(examples, mmap_mode="r"), digest, skipped
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class Encoded:
             cache's key is their digest.
         home: folder beside which the cache is kept.
         skip_unreadable: leave broken examples out, and say how many; otherwise they are an error.
+        videos: number of the one that each example is a clip of: what is held out are whole videos, where there are enough of them.
     """
 
     names: Sequence[str]
@@ -39,6 +40,7 @@ class Encoded:
     identity: Mapping[str, Any]
     home: Path
     skip_unreadable: bool = False
+    videos: Sequence[int] | None = None
 
 
 Part = Array | Encoded | Generated | Mapped

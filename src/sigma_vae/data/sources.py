@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import cached
 from sigma_vae.data.files import ENDINGS, source_of
 from sigma_vae.data.files.arrays import path_of
+from sigma_vae.data.holdout import hold_out
 from sigma_vae.data.hub import HUB_PREFIX, read_hub
 from sigma_vae.data.levels import encode, native_levels, real_values
 from sigma_vae.data.named import NAMED
@@ -48,7 +48,7 @@ def load(config: DataConfig) -> Splits:
     levels = None if standardise else _levels(raw, config.levels)
     words = list(raw.preprocessing)
     stored = {name: _store(part, raw, name, levels, standardise, config, words) for name, part in raw.parts.items()}
-    parts, held_out = _hold_out(stored, config, raw.name)
+    parts, held_out = hold_out(stored, config, raw.name)
     scaling = standardisation(parts["train"], raw.name, raw.columns) if standardise else Scaling(levels)
     words += [_stored_as(scaling), *held_out]
     record = {
@@ -147,39 +147,3 @@ def _levels(raw: Raw, asked: int | None) -> int | None:
     if isinstance(train, Encoded):
         return native_levels(np.empty(0, train.dtype), raw.name)
     return native_levels(train.array if isinstance(train, Mapped) else train, raw.name)
-
-
-def _hold_out(parts: dict[SplitName, Store], config: DataConfig, name: str) -> tuple[dict[SplitName, Store], list[str]]:
-    """Complete the splits from the train part: test first, then validation, then the rest."""
-    examples = len(parts["train"])
-    candidates: tuple[SplitName, ...] = ("test", "validation")
-    missing = [split for split in candidates if split not in parts]
-    if examples <= len(missing):
-        raise ValueError(
-            f"{name} needs {len(missing) + 1} examples, one for each of train, {', '.join(missing)}, got {examples}; add some"
-        )
-    if not 0 <= config.split_seed < 2**32:
-        raise ValueError(f"split_seed is one of 0..2**32-1, got {config.split_seed}; give 0, say")
-    # This generator's stream is frozen for good, so that a seed means the same split under every version.
-    order = torch.from_numpy(np.random.RandomState(config.split_seed).permutation(examples))
-    result, words = dict(parts), []
-    for split in missing:
-        count = _count(split, len(order), config)
-        result[split], order = parts["train"].select(order[:count]), order[count:]
-        words.append(f"{split}: {count} of {examples} examples at random (seed {config.split_seed})")
-    if missing:
-        result["train"] = parts["train"].select(order)
-    return {"train": result["train"], "validation": result["validation"], "test": result["test"]}, words
-
-
-def _count(split: SplitName, available: int, config: DataConfig) -> int:
-    fraction = config.test_fraction if split == "test" else config.validation_fraction
-    if not 0 < fraction < 1:
-        raise ValueError(f"{split}_fraction is a share between 0 and 1, got {fraction}; give 0.1, say")
-    count = round(fraction * available)
-    if not 0 < count < available:
-        raise ValueError(
-            f"{split}_fraction={fraction} holds out {count} of {available} examples, but {split} and train need one each; "
-            f"give a share between {1 / available:.2g} and {1 - 1 / available:.2g}"
-        )
-    return count

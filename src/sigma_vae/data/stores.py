@@ -96,12 +96,14 @@ class Mapped(Store):
         digest: of its content.
         rows: the examples that belong to this part, all unless given.
         device: where batches are handed out; the file stays on the host.
+        videos: number of the one that each example of the array is a clip of ``(N,)``.
     """
 
     array: Array
     digest: str
     rows: Tensor | None = None
     device: torch.device = CPU
+    videos: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -118,11 +120,11 @@ class Mapped(Store):
 
     def select(self, rows: Tensor) -> "Mapped":
         """The rows of a part; nothing is read."""
-        return Mapped(self.array, self.digest, rows if self.rows is None else self.rows[rows], self.device)
+        return Mapped(self.array, self.digest, rows if self.rows is None else self.rows[rows], self.device, self.videos)
 
     def to(self, device: torch.device) -> "Mapped":
         """Batches go to that device."""
-        return Mapped(self.array, self.digest, self.rows, device)
+        return Mapped(self.array, self.digest, self.rows, device, self.videos)
 
     def fingerprint(self) -> str:
         """SHA-256 over the content's digest and the rows."""

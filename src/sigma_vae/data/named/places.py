@@ -1,6 +1,5 @@
 """Where the files of a published data set are looked for, and whether they are what was published: one rule for all of them."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,12 +9,11 @@ from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data.files.pictures import PicturePlan, plan, probe
 from sigma_vae.data.hub import HubError, HubPlace, fetch, pictures_of
 from sigma_vae.data.levels import Array
+from sigma_vae.data.named.folders import VARIABLE, folders
 from sigma_vae.data.raw import Encoded, Part, Raw, UnreadableError
 from sigma_vae.data.splits import SplitName
 
 __all__ = ["Official", "check_counts", "find", "read_official"]
-
-_VARIABLE = "SIGMA_VAE_DATA"
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,7 @@ class Official:
         >>> [str(place) for place in Official("two", "two.npy", {"train": 2}, (1, 1, "L")).places("data")]
         ['data']
         """
-        if root:
-            return [Path(root).expanduser()]
-        named = os.environ.get(_VARIABLE)
-        own = [Path(named).expanduser() / self.name, Path(named).expanduser()] if named else []
-        return [*own, *self.system]
+        return folders(self.name, root) + ([] if root else list(self.system))
 
     def plan(self, images: ImageConfig) -> PicturePlan:
         """How its pictures are cut and resized."""
@@ -143,7 +137,7 @@ def _needs(official: Official, places: list[Path]) -> str:
 
 
 def _remedy(official: Official) -> str:
-    return f"put the files in a folder and give it as --root, or in the folder that {_VARIABLE} names"
+    return f"put the files in a folder and give it as --root, or in the folder that {VARIABLE} names"
 
 
 def _words(counts: Mapping[SplitName, int]) -> str:

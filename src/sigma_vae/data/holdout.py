@@ -1,0 +1,120 @@
+"""Splits for data that have none of their own: at random, by a seed that means the same for good."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sigma_vae.config import DataConfig
+from sigma_vae.data.splits import SplitName
+from sigma_vae.data.stores import Mapped, Store
+
+__all__ = ["count_of", "hold_out", "shuffled"]
+
+Numbers = npt.NDArray[np.int64]
+
+ORDER: tuple[SplitName, ...] = ("test", "validation")
+"""Test is taken first, so that how large validation is does not decide what is tested."""
+
+
+def hold_out(parts: dict[SplitName, Store], config: DataConfig, name: str) -> tuple[dict[SplitName, Store], list[str]]:
+    """Complete the splits from the train part: test first, then validation, then the rest.
+
+    Clips are held out by whole videos, where there is at least one for each split.
+
+    Args:
+        parts: train, and the splits that the data have themselves.
+        config: with the fractions and the seed.
+        name: of the data, for messages.
+
+    Returns:
+        The three splits, and what was held out, in words.
+
+    Raises:
+        ValueError: there are too few examples, or a fraction or the seed cannot be.
+    """
+    examples = len(parts["train"])
+    missing = [split for split in ORDER if split not in parts]
+    if examples <= len(missing):
+        raise ValueError(
+            f"{name} needs {len(missing) + 1} examples, one for each of train, {', '.join(missing)}, got {examples}; add some"
+        )
+    train = parts["train"]
+    videos = train.videos.numpy() if isinstance(train, Mapped) and train.videos is not None else None
+    number = 0 if videos is None else len(np.unique(videos))
+    if videos is not None and number > len(missing):
+        return _hold_out_videos(parts, config, videos, missing)
+    order = shuffled(examples, config.split_seed)
+    result, words = dict(parts), []
+    for split in missing:
+        count = count_of(split, len(order), config)
+        result[split], order = parts["train"].select(torch.from_numpy(order[:count])), order[count:]
+        words.append(f"{split}: {count} of {examples} examples at random (seed {config.split_seed})")
+    if missing:
+        result["train"] = parts["train"].select(torch.from_numpy(order))
+    if missing and number:
+        few = "is only one" if number == 1 else f"are only {number}"
+        words.append(f"clips of one video are in several splits, as there {few}")
+    return _complete(result), words
+
+
+def _hold_out_videos(
+    parts: dict[SplitName, Store], config: DataConfig, videos: Numbers, missing: list[SplitName]
+) -> tuple[dict[SplitName, Store], list[str]]:
+    order = np.unique(videos)[shuffled(len(np.unique(videos)), config.split_seed)]
+    result, words = dict(parts), []
+
+    def clips_of(chosen: Numbers) -> Store:
+        rows = np.concatenate([np.flatnonzero(videos == video) for video in chosen])
+        return parts["train"].select(torch.from_numpy(rows))
+
+    for later, split in zip(range(len(missing), 0, -1), missing, strict=True):  # each split that comes later needs a video too
+        count = min(max(1, round(_fraction(split, config) * len(order))), len(order) - later)
+        result[split], order = clips_of(order[:count]), order[count:]
+        words.append(
+            f"{split}: {len(result[split])} clips, all those of {count} video{'s' * (count > 1)} at random (seed {config.split_seed})"
+        )
+    if missing:
+        result["train"] = clips_of(order)
+    return _complete(result), words
+
+
+def _complete(parts: dict[SplitName, Store]) -> dict[SplitName, Store]:
+    return {"train": parts["train"], "validation": parts["validation"], "test": parts["test"]}
+
+
+def shuffled(count: int, seed: int) -> Numbers:
+    """The numbers 0..count−1 in an order that the seed decides, under every version.
+
+    >>> shuffled(5, seed=0)
+    array([2, 0, 1, 3, 4])
+
+    Raises:
+        ValueError: the seed is out of range.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"split_seed is one of 0..2**32-1, got {seed}; give 0, say")
+    # This generator's stream is frozen for good, so that a seed means the same split under every version.
+    return np.random.RandomState(seed).permutation(count)
+
+
+def count_of(split: SplitName, available: int, config: DataConfig) -> int:
+    """How many of the available examples go to validation, or to test.
+
+    Raises:
+        ValueError: the fraction leaves none to one side.
+    """
+    fraction = _fraction(split, config)
+    count = round(fraction * available)
+    if not 0 < count < available:
+        raise ValueError(
+            f"{split}_fraction={fraction} holds out {count} of {available} examples, but {split} and train need one each; "
+            f"give a share between {1 / available:.2g} and {1 - 1 / available:.2g}"
+        )
+    return count
+
+
+def _fraction(split: SplitName, config: DataConfig) -> float:
+    fraction = config.test_fraction if split == "test" else config.validation_fraction
+    if not 0 < fraction < 1:
+        raise ValueError(f"{split}_fraction is a share between 0 and 1, got {fraction}; give 0.1, say")
+    return fraction

@@ -1,0 +1,176 @@
+"""Stochastic Moving MNIST: digits that bounce off the walls in random directions, made anew in each epoch.
+
+The rules are those of SVG (Denton and Fergus 2018, https://arxiv.org/abs/1802.07687; data/moving_mnist.py of
+https://github.com/edenton/svg). It is not the fixed, deterministic file mnist_test_seq.npy of Srivastava et al. (2015).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+
+from sigma_vae.config import DataConfig
+from sigma_vae.data.clips import clip_lengths
+from sigma_vae.data.files.idx import read_images
+from sigma_vae.data.holdout import ORDER, count_of, shuffled
+from sigma_vae.data.named.bundled import mnist_5k
+from sigma_vae.data.named.folders import folders
+from sigma_vae.data.raw import Raw, file_record
+from sigma_vae.data.splits import SplitName
+from sigma_vae.data.stores import Generated
+
+__all__ = ["BouncingDigits", "read_moving_mnist"]
+
+Images = npt.NDArray[np.uint8]
+
+_STEMS: dict[SplitName, str] = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
+_CLIPS: dict[SplitName, int] = {"train": 10_000, "validation": 1_000, "test": 1_000}
+_FRAMES, _TEST_FRAMES = 15, 30
+_SIDE = 64
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class BouncingDigits:
+    """Makes clips of two digits that cross a black square.
+
+    On a canvas of 64×64, digits are 32×32, start at 0 to 31 from the top and the left, and move by −4 to 4 pixels a frame in each
+    direction, all uniform. A digit that would leave is put at that edge (0 or 31), its velocity across the edge is drawn anew from
+    1 to 4 inwards, the one along it from −4 to 4; top and bottom are looked at before left and right. Where digits overlap their
+    levels add, up to 255. Canvases of other sides have the same rules in proportion: all of these numbers are scaled.
+
+    Args:
+        images: of digits ``(N, H, W)``, resized to half the side (Pillow, bilinear with antialiasing).
+        frames: of a clip.
+        side: of the canvas, a multiple of 16.
+
+    Shapes:
+        a clip ``(frames, 1, side, side)``, uint8.
+
+    >>> white = BouncingDigits(np.full((1, 28, 28), 255, np.uint8), frames=5, side=64)
+    >>> clip = white(np.random.default_rng(0))
+    >>> clip.shape, clip.max()
+    ((5, 1, 64, 64), np.uint8(255))
+    """
+
+    images: Images
+    frames: int
+    side: int
+
+    def __call__(self, generator: np.random.Generator) -> Images:
+        """One clip."""
+        canvas = np.zeros((self.frames, self.side, self.side), np.uint16)
+        digit_side = self.side // 2
+        for _ in range(2):
+            digit = self._resized(self.images[generator.integers(len(self.images))])
+            for frame, (y, x) in zip(canvas, self._path(generator), strict=False):
+                frame[y : y + digit_side, x : x + digit_side] += digit
+        return np.minimum(canvas, 255).astype(np.uint8)[:, np.newaxis]
+
+    def _resized(self, image: Images) -> Images:
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(image).resize((self.side // 2, self.side // 2), Image.Resampling.BILINEAR))
+
+    def _path(self, generator: np.random.Generator) -> Iterator[tuple[int, int]]:
+        """Where the digit is in each frame, without end."""
+        limit, fastest = self.side // 2 - 1, self.side // 16
+        x, y = generator.integers(0, limit + 1, 2).tolist()
+        dx, dy = generator.integers(-fastest, fastest + 1, 2).tolist()
+        while True:
+            if not 0 <= y <= limit:
+                y, dy, dx = _bounce(y, limit, fastest, generator)
+            if not 0 <= x <= limit:
+                x, dx, dy = _bounce(x, limit, fastest, generator)
+            yield y, x
+            x, y = x + dx, y + dy
+
+
+def _bounce(position: int, limit: int, fastest: int, generator: np.random.Generator) -> tuple[int, int, int]:
+    """The edge that was crossed, and velocities across and along it."""
+    inward = int(generator.integers(1, fastest + 1))
+    along = int(generator.integers(-fastest, fastest + 1))
+    return (0, inward, along) if position < 0 else (limit, -inward, along)
+
+
+def read_moving_mnist(config: DataConfig) -> Raw:
+    """10 000 clips of 15 frames an epoch, other ones in each, and 1 000 each for validation (15 frames) and test (30), always the same.
+
+    Digits of the three splits come from different images: those of test from MNIST's official test images, those of validation
+    from a share of its training images, if the official files are in ``root``, or in the folder that SIGMA_VAE_DATA names or mnist in
+    it; else from shares of the 5 000 images of ``mnist-5k``.
+
+    Raises:
+        ValueError: ``root`` has no files or not both; one is damaged; a size or share cannot be.
+    """
+    side = config.images.size or _SIDE
+    if side % 16:
+        raise ValueError(f"moving-mnist needs a canvas whose side is a multiple of 16, got size {side}; give 64 or 32, say")
+    frames, test_frames = clip_lengths(config.clips, _FRAMES, _TEST_FRAMES)
+    images, source, files = _digits(config)
+    split, fastest = _without_overlap(images, config), side // 16
+    parts = {
+        name: _clips(name, split[name], test_frames if name == "test" else frames, side, config.split_seed) for name in _CLIPS
+    }
+    words = [
+        f"two digits of {source} at {side // 2}×{side // 2} (Pillow, bilinear with antialiasing), bouncing stochastically as in SVG,"
+        f" velocities -{fastest} to {fastest}",
+        f"clips of {frames} frames (test: {test_frames}), made anew in each training epoch from {len(split['train'])} images;"
+        f" validation and test fixed, from {len(split['validation'])} and {len(split['test'])} others",
+    ]
+    return Raw("moving-mnist", parts, files, words, levels=256, clips=True)
+
+
+def _clips(name: SplitName, images: Images, frames: int, side: int, seed: int) -> Generated:
+    digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+    # Splits have streams of their own: with the seed itself, validation would show the paths of the first epoch.
+    own = int(np.random.SeedSequence((seed, list(_CLIPS).index(name))).generate_state(1)[0])
+    identity = f"moving-mnist-1 {digest} {frames} {side}"
+    return Generated(BouncingDigits(images, frames, side), _CLIPS[name], own, identity, fresh=name == "train")
+
+
+def _digits(config: DataConfig) -> tuple[dict[SplitName, Images], str, list[dict[str, Any]]]:
+    """Train images, and test images where they are apart; what they are; their files."""
+    places = folders("mnist", config.root)
+    for folder in places:
+        files = {name: path for name, stem in _STEMS.items() if (path := _file(folder, stem))}
+        if len(files) == 1:
+            raise ValueError(
+                f"moving-mnist needs {_expected()} in {folder}, got {next(iter(files.values())).name} alone; put both there"
+            )
+        if files:
+            return (
+                {name: read_images(path) for name, path in files.items()},
+                "MNIST",
+                [file_record(path) for path in files.values()],
+            )
+    if config.root:
+        raise ValueError(
+            f"moving-mnist needs {_expected()} in {places[0]}, got no such file; give the folder, or none for mnist-5k"
+        )
+    raw = mnist_5k(config)
+    train = raw.parts["train"]
+    assert isinstance(train, np.ndarray), "the package has an array"
+    return {"train": train[:, 0].astype(np.uint8)}, "mnist-5k", raw.files
+
+
+def _file(folder: Path, stem: str) -> Path | None:
+    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
+
+
+def _expected() -> str:
+    return " and ".join(f"{stem}[.gz]" for stem in _STEMS.values())
+
+
+def _without_overlap(images: dict[SplitName, Images], config: DataConfig) -> dict[SplitName, Images]:
+    """Images for each split, held out of the train images by the shares and the seed that hold out examples elsewhere."""
+    order = shuffled(len(images["train"]), config.split_seed)
+    result = dict(images)
+    for name in (split for split in ORDER if split not in images):
+        count = count_of(name, len(order), config)
+        result[name], order = images["train"][np.sort(order[:count])], order[count:]
+    return result | {"train": images["train"][np.sort(order)]}

@@ -1,0 +1,220 @@
+"""Moving MNIST bounces by SVG's rules, re-derived here from the frames, and is the same whoever makes it."""
+
+import struct
+from collections import Counter
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sigma_vae.config import ClipConfig, DataConfig, ImageConfig
+from sigma_vae.data import load
+from sigma_vae.data.named import moving_mnist
+from sigma_vae.data.named.bundled import mnist_5k
+from sigma_vae.data.named.moving_mnist import BouncingDigits
+
+WHITE, GREY = (np.full((1, 28, 28), level, np.uint8) for level in (255, 100))
+SIDES = (64, 32)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_lies_around(monkeypatch):
+    monkeypatch.delenv("SIGMA_VAE_DATA", raising=False)
+    monkeypatch.setattr(moving_mnist, "mnist_5k", lambda config: five_thousand())
+
+
+@cache
+def five_thousand():
+    """The package reads a text file, which takes seconds."""
+    return mnist_5k(DataConfig("mnist-5k"))
+
+
+class Recorded:
+    """A generator whose draws are kept, with the ranges they were asked for."""
+
+    def __init__(self, seed):
+        self.draws, self.generator = [], np.random.default_rng(seed)
+
+    def integers(self, *arguments):
+        drawn = self.generator.integers(*arguments)
+        self.draws += [(arguments[:2], value) for value in np.atleast_1d(drawn).tolist()]
+        return drawn
+
+
+def path(clip, digit_side):
+    """Top left corner of one white digit in each frame, from the pixels."""
+    corners = []
+    for frame in clip[:, 0]:
+        rows, columns = np.flatnonzero(frame.any(1)), np.flatnonzero(frame.any(0))
+        assert len(rows) == len(columns) == digit_side
+        corners.append((int(rows[0]), int(columns[0])))
+    return corners
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_paths_follow_the_rules(side):
+    """Each frame of one digit alone is what the frames before it allow."""
+    limit, fastest, starts, bounces = side // 2 - 1, side // 16, Counter(), Counter()
+    digits = BouncingDigits(np.concatenate([WHITE, 0 * WHITE]), 40, side)
+    for seed in range(150):
+        recorded = Recorded(seed)
+        clip = digits(recorded)
+        if [value for asked, value in recorded.draws if asked == (2,)] not in ([0, 1], [1, 0]):
+            continue  # two white digits cannot be told apart
+        corners = path(clip, side // 2)
+        starts.update(corners[0])
+        velocity, inward = None, None  # both unknown until a step shows them
+        for before, after in pairwise(corners):
+            step = np.subtract(after, before).tolist()
+            if velocity is None:
+                assert max(map(abs, step)) <= fastest
+                assert inward is None or 1 <= step[inward[0]] * inward[1] <= fastest
+                # At an edge the digit may have been held back: what its velocity was, this step does not say.
+                velocity, inward = (None if {0, limit} & set(after) else step), None
+                continue
+            unbounded = np.add(before, velocity).tolist()
+            assert np.clip(unbounded, 0, limit).tolist() == list(after)
+            crossed = [(axis, 1 if unbounded[axis] < 0 else -1) for axis in (0, 1) if not 0 <= unbounded[axis] <= limit]
+            if crossed:  # drawn anew; in a corner, left and right draw last and may send it up or down out again
+                bounces.update(crossed)
+                velocity, inward = None, crossed[-1]
+    assert set(starts) == set(range(limit + 1))
+    assert set(bounces) == {(axis, sign) for axis in (0, 1) for sign in (1, -1)}
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_clips_equal_a_simulation_from_the_same_draws(side):
+    """What was drawn, in the order in which SVG draws it, gives every pixel."""
+    images = np.random.RandomState(0).randint(0, 256, (5, 28, 28)).astype(np.uint8)
+    limit, fastest, half = side // 2 - 1, side // 16, side // 2
+    for seed in range(25):
+        recorded = Recorded(seed)
+        clip = BouncingDigits(images, 30, side)(recorded)
+        draws = iter(recorded.draws)
+
+        def draw(low, high, draws=draws):
+            asked, value = next(draws)
+            assert asked == (low, high)
+            return value
+
+        total = np.zeros((30, side, side))
+        for _ in range(2):
+            asked, number = next(draws)
+            assert asked == (5,)
+            digit = np.asarray(Image.fromarray(images[number]).resize((half, half), Image.Resampling.BILINEAR)) / 255
+            sx, sy = draw(0, limit + 1), draw(0, limit + 1)
+            dx, dy = draw(-fastest, fastest + 1), draw(-fastest, fastest + 1)
+            for t in range(30):
+                if sy < 0 or sy > limit:
+                    down = sy < 0
+                    sy = 0 if down else limit
+                    dy = draw(1, fastest + 1) * (1 if down else -1)
+                    dx = draw(-fastest, fastest + 1)
+                if sx < 0 or sx > limit:
+                    right = sx < 0
+                    sx = 0 if right else limit
+                    dx = draw(1, fastest + 1) * (1 if right else -1)
+                    dy = draw(-fastest, fastest + 1)
+                total[t, sy : sy + half, sx : sx + half] += digit
+                sx, sy = sx + dx, sy + dy
+        assert next(draws, None) is None
+        assert np.array_equal(clip[:, 0], np.rint(np.minimum(total, 1) * 255).astype(np.uint8))
+
+
+def test_overlaps_add_up_to_white():
+    for images, values in ((GREY, {0, 100, 200}), (WHITE, {0, 255})):
+        clips = [BouncingDigits(images, 15, 64)(np.random.default_rng(seed)) for seed in range(20)]
+        assert set(np.unique(clips).tolist()) == values
+
+
+def test_clips_do_not_depend_on_who_makes_them():
+    splits, again = load(DataConfig("moving-mnist")), load(DataConfig("moving-mnist"))
+    assert splits.record["fingerprint"] == again.record["fingerprint"]
+    assert splits.record["counts"] == {"train": 10_000, "validation": 1_000, "test": 1_000}
+    positions = torch.tensor([5, 9_999, 0])
+    whole = splits.train.take(positions, epoch=3)
+    assert torch.equal(again.train.take(positions.flip(0), epoch=3), whole.flip(0))
+    assert not torch.equal(splits.train.take(positions, epoch=4), whole)
+    for name in ("validation", "test"):
+        assert torch.equal(splits.store(name).take(positions[[0, 2]], epoch=3), splits.store(name).take(positions[[0, 2]]))
+    other = load(DataConfig("moving-mnist", split_seed=1))
+    assert other.record["fingerprint"] != splits.record["fingerprint"]
+    assert not torch.equal(other.test.take(positions[:1]), splits.test.take(positions[:1]))
+
+
+def test_processes_share_out_one_sequence_of_batches():
+    splits = load(DataConfig("moving-mnist", clips=ClipConfig(frames=3)))
+
+    def two_epochs(rank, world_size):
+        batches = splits.batches("train", 8, shuffle=True, seed=1, limit=20, rank=rank, world_size=world_size)
+        return [(batch.x, batch.positions) for _ in range(2) for batch in batches]
+
+    shards = zip(*(two_epochs(rank, 3) for rank in range(3)), strict=True)
+    for one, parts in zip(two_epochs(0, 1), shards, strict=True):
+        for whole, shared in zip(one, zip(*parts, strict=True), strict=True):
+            assert torch.equal(whole, torch.cat(shared))
+
+
+def test_splits_have_paths_and_lengths_of_their_own():
+    splits = load(DataConfig("moving-mnist"))
+    assert splits.clips
+    assert (splits.shape, splits.levels) == ((1, 64, 64), 256)
+    assert [splits.store(name).shape[0] for name in ("train", "validation", "test")] == [15, 15, 30]
+    first = {name: splits.store(name).take(torch.tensor([0])) for name in ("train", "validation", "test")}
+    assert not torch.equal(first["train"], first["validation"])
+    assert len({store.seed for store in (splits.train, splits.validation, splits.test)}) == 3
+    small = load(DataConfig("moving-mnist", clips=ClipConfig(4, 6), images=ImageConfig(size=32)))
+    assert (small.train.shape, small.test.shape) == ((4, 1, 32, 32), (6, 1, 32, 32))
+
+
+def digits_of(splits, name):
+    """The images that a split can show."""
+    return set(map(bytes, splits.store(name).make.images))
+
+
+def test_no_digit_is_in_two_splits(monkeypatch, tmp_path):
+    bundled = load(DataConfig("moving-mnist", test_fraction=0.2))
+    images = [digits_of(bundled, name) for name in ("train", "validation", "test")]
+    assert [len(part) for part in images] == [3600, 400, 1000]
+    assert len(set.union(*images)) == 5000
+    official = {
+        stem: np.random.RandomState(count).randint(0, 256, (count, 28, 28)).astype(np.uint8)
+        for stem, count in (("train", 50), ("t10k", 10))
+    }
+    for stem, part in official.items():
+        header = struct.pack(">IIII", 0x803, *part.shape)
+        (tmp_path / f"{stem}-images-idx3-ubyte").write_bytes(header + part.tobytes())
+    monkeypatch.setenv("SIGMA_VAE_DATA", str(tmp_path))
+    for root in (str(tmp_path), None):
+        splits = load(DataConfig("moving-mnist", root=root))
+        assert digits_of(splits, "test") == set(map(bytes, official["t10k"]))
+        assert digits_of(splits, "train") | digits_of(splits, "validation") == set(map(bytes, official["train"]))
+        assert not digits_of(splits, "train") & digits_of(splits, "validation")
+        assert len(splits.record["files"]) == 2
+        assert "two digits of MNIST at 32×32" in splits.record["preprocessing"]
+    (tmp_path / "train-images-idx3-ubyte").unlink()
+    with pytest.raises(ValueError, match="got t10k-images-idx3-ubyte alone; put both there"):
+        load(DataConfig("moving-mnist"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": ImageConfig(size=40)}, "a multiple of 16, got size 40; give 64 or 32, say"),
+        ({"split_seed": -1}, "split_seed is one of 0"),
+        ({"validation_fraction": 0.00001}, "validation_fraction=1e-05 holds out 0 of 4500"),
+        ({"root": "."}, "got no such file; give the folder, or none for mnist-5k"),
+        ({"levels": 2}, "moving-mnist has 256 levels"),
+        ({"clips": ClipConfig(frame_step=2)}, "frame_step says nothing about moving-mnist"),
+    ],
+)
+def test_bad_configs_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        load(DataConfig("moving-mnist", **options))
+
+
+def test_defaults_are_svgs():
+    assert (moving_mnist._FRAMES, moving_mnist._TEST_FRAMES, moving_mnist._SIDE) == (5 + 10, 30, 64)

@@ -212,7 +212,7 @@ def _encoded(pictures: list[_Picture], how: PicturePlan, identity: dict[str, Any
         return pictures[i].decode(how)
 
     names = [picture.label for picture in pictures]
-    identity |= {"plan": asdict(how)}
+    identity |= {"plan": asdict(how), "names": _digest(names)}
     return Encoded(names, how.shape, how.dtype, decode, identity, path.resolve().parent, identity["unreadable"] == "skip")
 
 

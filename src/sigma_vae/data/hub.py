@@ -129,7 +129,7 @@ def pictures_of(
         {"hub": str(place), "split": split, "column": _column(table), "version": _version(table)}
         for split, table in tables.items()
     ]
-    return Raw(str(place), parts, files, words, chosen.levels)
+    return Raw(str(place), parts, files, words, 2 if chosen.levels == 2 else None)
 
 
 def _place(config: DataConfig) -> HubPlace:

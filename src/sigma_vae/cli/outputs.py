@@ -123,8 +123,7 @@ def score(
         names[1]: scores.log_likelihood - scores.rate,
     }
     if scores.log_mass is not None:
-        dims = torch.Size(opened.data.shape).numel()
-        columns["bits_per_dim"] = (scores.rate - scores.log_mass) / (dims * torch.tensor(2.0).log())
+        columns["bits_per_dim"] = (scores.rate - scores.log_mass) / (scores.dims * torch.tensor(2.0).log())
     table = pd.DataFrame({name: values.numpy() for name, values in columns.items()}).rename_axis("example")
     if path.suffix == ".csv":
         table.to_csv(path)

@@ -8,7 +8,7 @@ from torch import Tensor
 from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.types import Elbo
-from sigma_vae.vae import VAE, per_example
+from sigma_vae.vae import VAE
 
 __all__ = ["Losses", "check_weights", "is_weighted", "losses"]
 
@@ -43,7 +43,7 @@ def check_weights(vae: VAE, config: TrainingConfig) -> None:
         )
 
 
-def losses(vae: VAE, x: Tensor, config: TrainingConfig) -> Losses:
+def losses(vae: VAE, x: Tensor, config: TrainingConfig, mask: Tensor | None = None) -> Losses:
     r"""ELBO and objective of one batch, from one posterior draw.
 
     .. math:: -\sum_i \sigma_i^{2 \beta} \log p(x_i|z) + w\,KL
@@ -52,12 +52,13 @@ def losses(vae: VAE, x: Tensor, config: TrainingConfig) -> Losses:
     it on an optimal σ). With β = 0 and w = 1 it is the negative ELBO.
     """
     if not is_weighted(config):
-        elbo: Elbo = vae.elbo(x)
+        elbo: Elbo = vae.elbo(x, mask=mask)
         return Losses(elbo, -elbo.total)
-    inference = vae.network.infer(x)
-    distribution = vae.likelihood(inference.h, inference.target)
-    elbo = Elbo(per_example(distribution.log_prob(inference.target), inference), inference.kl)
+    inference = vae.network.infer(x, mask=mask)
+    h, target = inference.scored()
+    distribution = vae.likelihood(h, target)
+    elbo = Elbo(inference.per_example(distribution.log_prob(target)), inference.kl)
     log_likelihood = elbo.log_likelihood
     if config.beta_nll:
-        log_likelihood = per_example(distribution.weighted_log_prob(inference.target, config.beta_nll), inference)
+        log_likelihood = inference.per_example(distribution.weighted_log_prob(target, config.beta_nll))
     return Losses(elbo, config.kl_weight * elbo.rate - log_likelihood)

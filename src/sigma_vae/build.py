@@ -32,7 +32,7 @@ from sigma_vae.likelihoods import (
 )
 from sigma_vae.likelihoods.base import LocationScale, MeanMap
 from sigma_vae.likelihoods.unscaled import Discrete, Unscaled
-from sigma_vae.networks import FlatNetwork, conv, mlp
+from sigma_vae.networks import FlatNetwork, SequenceNetwork, conv, mlp, sequence
 from sigma_vae.types import Likelihood, Network, Observes
 from sigma_vae.vae import VAE
 
@@ -77,6 +77,15 @@ SCALES_WITH_A_NUMBER: dict[str, Callable[[float], Scale]] = {"fixed": Fixed, "be
 
 NETWORKS: dict[str, Callable[..., FlatNetwork]] = {"conv": conv, "mlp": mlp}
 
+VIDEO_NETWORKS: dict[str, Callable[..., SequenceNetwork]] = {
+    "sequence": sequence,
+    "sequence:dcgan": sequence,
+    "sequence:vgg": partial(sequence, backbone="vgg"),
+    "sequence:dcgan-fixed": partial(sequence, learned_prior=False),
+    "sequence:vgg-fixed": partial(sequence, backbone="vgg", learned_prior=False),
+}
+"""Networks for clips, told how many frames are given."""
+
 
 def likelihood(
     name: str,
@@ -109,24 +118,28 @@ def likelihood(
     return family(channels, scale, spatial_dims=spatial_dims, levels=levels, mean=mean, observes=observes)
 
 
-def network(name: str, shape: Sequence[int], out_channels: int, latent_dim: int, width: int | None = None) -> Network:
-    """A network by its name, sized for examples of this shape.
+def network(
+    name: str, shape: Sequence[int], out_channels: int, latent_dim: int, width: int | None = None, context_frames: int = 2
+) -> Network:
+    """A network by its name, sized for examples of this shape; of clips, for their frames.
 
     Raises:
         ValueError: the name does not exist, or the sizes do not fit.
     """
-    if name not in NETWORKS:
-        raise ValueError(_unknown("network", name, list(NETWORKS)))
+    video = {video: partial(make, context_frames=context_frames) for video, make in VIDEO_NETWORKS.items()}
+    known: dict[str, Callable[..., Network]] = {**NETWORKS, **video}
+    if name not in known:
+        raise ValueError(_unknown("network", name, list(known)))
     for what, size in (("latent_dim", latent_dim), ("width", width)):
         if size is not None and size < 1:
             raise ValueError(f"{what} is at least 1, got {size}")
     if width is None:
-        return NETWORKS[name](shape, out_channels, latent_dim)
-    return NETWORKS[name](shape, out_channels, latent_dim, width)
+        return known[name](shape, out_channels, latent_dim)
+    return known[name](shape, out_channels, latent_dim, width)
 
 
 def vae(config: ModelConfig, shape: Sequence[int], levels: int | None) -> VAE:
-    """The model that a config names, for data of this shape ``(C, *space)`` and so many levels."""
+    """The model that a config names, for data of this shape ``(C, *space)``, of clips that of a frame, and so many levels."""
     decoder = likelihood(
         config.likelihood,
         shape[0],
@@ -135,7 +148,8 @@ def vae(config: ModelConfig, shape: Sequence[int], levels: int | None) -> VAE:
         mean=config.mean,
         observes=config.observes,
     )
-    return VAE(network(config.network, shape, decoder.in_channels, config.latent_dim, config.width), decoder)
+    sizes = (config.latent_dim, config.width, config.context_frames)
+    return VAE(network(config.network, shape, decoder.in_channels, *sizes), decoder)
 
 
 def data(config: DataConfig) -> Splits:

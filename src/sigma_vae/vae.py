@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sigma_vae.networks.flat import FlatNetwork
-from sigma_vae.networks.sequence import FRAMES, SequenceNetwork
+from sigma_vae.networks.sequence import FRAMES, SequenceNetwork, starts
 from sigma_vae.types import Batch, Elbo, Likelihood, Network, Noise
 
 __all__ = ["VAE", "Scores", "Show", "keyed_noise"]
@@ -121,8 +121,8 @@ class VAE(nn.Module):
             generator: of the latents; a draw from p(x|z) uses torch's global one.
             temperature: scales the spread of the latents.
         """
-        if isinstance(self.network, SequenceNetwork) and context is not None:
-            return self.predict(context.expand(n, -1, -1, -1, -1), show=show, generator=generator, temperature=temperature)[0]
+        if isinstance(self.network, SequenceNetwork):
+            return self.predict(starts(n, context), show=show, generator=generator, temperature=temperature)[0]
         h = self.network.generate(n, context, generator, temperature)
         return _shown(self.likelihood, h, show)
 

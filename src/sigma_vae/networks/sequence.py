@@ -11,7 +11,7 @@ from sigma_vae.networks.recurrence import Recurrence, State
 from sigma_vae.networks.video_backbones import FrameDecoder, FrameEncoder, batch_statistics_of, dcgan, vgg
 from sigma_vae.types import Inference, Network, Noise
 
-__all__ = ["Prediction", "SequenceNetwork", "sequence"]
+__all__ = ["FRAMES", "Prediction", "SequenceNetwork", "sequence", "starts"]
 
 FRAMES = 10
 """How many frames are predicted unless asked for more or fewer, as in the published configurations."""
@@ -19,7 +19,7 @@ BACKBONES = {"dcgan": dcgan, "vgg": vgg}
 
 
 class Prediction(NamedTuple):
-    """Features ``(n, frames, in_channels, H, W)``, and the frames ``(n, frames, C, H, W)`` that were made of them."""
+    """Features ``(n, frames, in_channels, H, W)``, and the frames ``(n, frames, C, H, W)`` made of them."""
 
     h: Tensor
     frames: Tensor
@@ -35,8 +35,7 @@ class SequenceNetwork(Network):
         q(z_t|x_{\le t}) = N(\mu_\phi(c_{1:t}), \sigma^2_\phi(c_{1:t})), \quad p(z_t|x_{<t}) = N(\mu_\psi(c_{1:t-1}),
         \sigma^2_\psi(c_{1:t-1})), \quad h_t = \text{decoder}(g(c_{t-1}, z_t, \dots), \text{skips})
 
-    (the fixed prior is N(0, I)). The skip connections are those of the last conditioning frame (the published code takes them from
-    the one before it).
+    (the fixed prior is N(0, I)). The skip connections are the last conditioning frame's (in the published code, of the one before).
 
     The first frames of a clip are given, not modelled: the bound is
 
@@ -46,7 +45,6 @@ class SequenceNetwork(Network):
     a sum over *predicted* frames; SVG's loss also counts the conditioning frames from the second on, which makes it no bound of either.
     Latents of the conditioning frames are drawn from their posterior, which sees these frames alone; prediction draws them in the same
     way, so they are part of the conditional model and cost nothing.
-
     Frames are encoded all at once. In training batch norm takes its statistics over all valid frames of the batch (the published code:
     over one time step); in eval mode the running ones are used, so that no number depends on the batch. No state is kept between calls.
 
@@ -131,14 +129,9 @@ class SequenceNetwork(Network):
         Raises:
             ValueError: context or show is missing, or does not fit.
         """
-        if context is None or show is None:
-            missing = "context, the frames to start from" if context is None else "show, a map from features to frames"
-            raise ValueError(f"a video network predicts from given frames and needs {missing}; see VAE.predict")
-        if context.dim() != 5 or len(context) not in (1, n):
-            raise ValueError(
-                f"context holds the frames of 1 or {n} clips, (clips, frames, C, H, W), got {tuple(context.shape)}"
-            )
-        start = context.expand(n, -1, -1, -1, -1)
+        start = starts(n, context)
+        if show is None:
+            raise ValueError("a video network predicts from frames and needs show, from features to frames; see VAE.predict")
         return self.predict(start, frames, show, _torch_noise(start, generator), temperature).h
 
     def predict(
@@ -265,6 +258,22 @@ def sequence(
     encoder, decoder = BACKBONES[backbone](shape, out_channels, width, code_dim)
     recurrence = Recurrence(code_dim, latent_dim, rnn_size=4 * width, learned_prior=learned_prior)
     return SequenceNetwork(encoder, decoder, recurrence, context_frames)
+
+
+def starts(n: int, context: Tensor | None) -> Tensor:
+    """Conditioning frames of n predictions ``(n, frames, C, H, W)``, from those of one clip or of n.
+
+    Raises:
+        ValueError: there are none, or of another number of clips.
+    """
+    if context is None:
+        raise ValueError(
+            "a video network predicts from frames and needs context, those to start from: (clips, frames, C, H, W)"
+        )
+    _check_clip("context", context)
+    if len(context) not in (1, n):
+        raise ValueError(f"context holds frames of 1 or {n} clips, (clips, frames, C, H, W), got {tuple(context.shape)}")
+    return context.expand(n, -1, -1, -1, -1)
 
 
 def _torch_noise(like: Tensor, generator: torch.Generator | None = None) -> Noise:

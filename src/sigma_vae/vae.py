@@ -154,11 +154,10 @@ class VAE(nn.Module):
         Raises:
             ValueError: the network is none for videos, or context and counts do not fit.
         """
-        if not isinstance(self.network, SequenceNetwork):
-            raise ValueError(f"{type(self.network).__name__} predicts no frames; this works on SequenceNetwork alone")
+        network = self.video_network
         if samples < 1:
             raise ValueError(f"samples counts the predictions of each clip and is at least 1, got {samples}")
-        predicted = self.network.predict(
+        predicted = network.predict(
             context.repeat(samples, *(1 for _ in context.shape[1:])),
             frames,
             lambda h: _shown(self.likelihood, h, show),
@@ -187,6 +186,13 @@ class VAE(nn.Module):
             raise ValueError(
                 f"{type(self.network).__name__} has no single layer of flat latents; this works on FlatNetwork alone"
             )
+        return self.network
+
+    @property
+    def video_network(self) -> SequenceNetwork:
+        """The network, where it is one for clips."""
+        if not isinstance(self.network, SequenceNetwork):
+            raise ValueError(f"{type(self.network).__name__} predicts no frames; this works on SequenceNetwork alone")
         return self.network
 
     @torch.no_grad()

@@ -20,8 +20,8 @@ class Splits:
     """A data set in three parts that share no example.
 
     Shapes:
-        train, validation, test ``(N, C, *space)``: levels 0..levels−1 as integers (uint8 up to 256 levels), or float32
-        values in [0, 1] where ``levels`` is None.
+        train, validation, test ``(N, C, *space)``, of clips ``(N, T, C, *space)``: levels 0..levels−1 as integers (uint8 up to 256
+        levels), or float32 values in [0, 1] where ``levels`` is None.
 
     >>> part = torch.tensor([[[[0, 255]]]], dtype=torch.uint8)
     >>> splits = Splits("two pixels", part, part, part, levels=256, record={})
@@ -38,19 +38,21 @@ class Splits:
     levels: int | None
     record: dict[str, Any]
     """Where the data come from: source, files, counts, preprocessing in words, fingerprint; plain values, for JSON."""
+    frames: int | None = None
+    """How many frames a training clip has; None for still data. Clips of the other splits may have more or fewer."""
     _on_device: dict[tuple[SplitName, torch.device], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         shapes = {name: tuple(self.stored(name).shape) for name in ("train", "validation", "test")}
-        if len({shape[1:] for shape in shapes.values()}) > 1:
+        if len({shape[1 if self.frames is None else 2 :] for shape in shapes.values()}) > 1:
             raise ValueError(f"{self.name}: examples of all splits need one shape, got {shapes}")
         if empty := [name for name, shape in shapes.items() if 0 in shape]:
             raise ValueError(f"{self.name}: every split needs an example, got none in {', '.join(empty)} ({shapes})")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one example: ``(C, *space)``."""
-        return tuple(self.train.shape[1:])
+        """Of one example, or of one frame of a clip: ``(C, *space)``."""
+        return tuple(self.train.shape[1 if self.frames is None else 2 :])
 
     def stored(self, split: SplitName) -> Tensor:
         """A split as it is kept: levels, or float32 values."""

@@ -163,7 +163,7 @@ def test_a_backbone_takes_its_sizes(make: Callable[..., Backbone], side: int) ->
     encoder, decoder = make((3, side, side), 5, width=2, code_dim=7)
     code, skips = encoder(torch.rand(2, 3, side, side))
     assert code.shape == (2, 7)
-    assert decoder(code, skips, lambda skip: skip).shape == (2, 5, side, side)
+    assert decoder(code, decoder.shares(skips), lambda share: share).shape == (2, 5, side, side)
 
 
 # -- the recurrence, written as the paper has it ---------------------------------------------------------------------------

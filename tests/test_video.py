@@ -41,7 +41,7 @@ def moving(tmp_path_factory):
         config = RunConfig(
             DataConfig("clips"),
             ModelConfig("sequence", latent_dim=3, width=4, context_frames=PAST),
-            TrainingConfig(epochs=2, batch_size=8, log_every=1),
+            TrainingConfig(epochs=2, batch_size=8, log_every=1, ema_decay=0.9),
             device="cpu",
         )
         folder = tmp_path_factory.mktemp("runs") / "clips"
@@ -102,7 +102,7 @@ def test_a_run_on_clips_goes_on_where_it_stopped(moving, tmp_path) -> None:
     assert main(["resume", str(again), "--epochs", "3", "--json"]) == 0
     once = tmp_path / "once"
     config = runs.read(moving / "config.yaml", RunConfig)
-    training = TrainingConfig(epochs=3, batch_size=8, log_every=1)
+    training = TrainingConfig(epochs=3, batch_size=8, log_every=1, ema_decay=0.9)
     runs.train(RunConfig(config.data, config.model, training, config.seed, config.device), once, progress=False)
     assert (again / "evaluation.json").read_bytes() == (once / "evaluation.json").read_bytes()
 

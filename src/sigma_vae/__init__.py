@@ -20,7 +20,7 @@ from sigma_vae.likelihoods import (
     Shared,
     StudentT,
 )
-from sigma_vae.networks import FlatNetwork, conv, mlp
+from sigma_vae.networks import FlatNetwork, SequenceNetwork, conv, mlp, sequence
 from sigma_vae.types import Elbo
 from sigma_vae.vae import VAE
 
@@ -43,8 +43,10 @@ __all__ = [
     "PerImage",
     "PerPixel",
     "RunningMinimum",
+    "SequenceNetwork",
     "Shared",
     "StudentT",
     "conv",
     "mlp",
+    "sequence",
 ]

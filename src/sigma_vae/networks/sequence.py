@@ -42,9 +42,10 @@ class SequenceNetwork(Network):
     .. math::
         \log p(x_{c+1:T}|x_{1:c}) \ge E_q \sum_{t>c} \left[ \log p(x_t|x_{<t}, z_{\le t}) - KL(q(z_t|x_{\le t}) \| p(z_t|x_{<t})) \right],
 
-    a sum over *predicted* frames; SVG's loss also counts the conditioning frames from the second on, which makes it no bound of either.
-    Latents of the conditioning frames are drawn from their posterior, which sees these frames alone; prediction draws them in the same
-    way, so they are part of the conditional model and cost nothing.
+    a sum over *predicted* frames; SVG's loss counts the conditioning frames too, from the second on, and weights the KL. Latents of the
+    conditioning frames are drawn from their posterior, which sees these frames alone; prediction draws them in the same way, so they
+    are part of the conditional model and cost nothing.
+
     Frames are encoded all at once. In training batch norm takes its statistics over all valid frames of the batch (the published code:
     over one time step); in eval mode the running ones are used, so that no number depends on the batch. No state is kept between calls.
 
@@ -67,17 +68,11 @@ class SequenceNetwork(Network):
     (torch.Size([3, 5, 2, 32, 32]), torch.Size([3, 5, 1, 32, 32]), torch.Size([3, 1]))
     """
 
-    def __init__(
-        self,
-        encoder: FrameEncoder,
-        decoder: FrameDecoder,
-        recurrence: Recurrence,
-        context_frames: int = 2,
-    ) -> None:
+    def __init__(self, encoder: FrameEncoder, decoder: FrameDecoder, recurrence: Recurrence, context_frames: int = 2) -> None:
         super().__init__()
         if context_frames < 1:
             raise ValueError(
-                f"context_frames counts the frames that a prediction starts from, at least 1, got {context_frames}"
+                f"context_frames counts the frames that a prediction starts from: at least 1, got {context_frames}"
             )
         self.encoder = encoder
         self.decoder = decoder
@@ -104,7 +99,9 @@ class SequenceNetwork(Network):
         steps, _ = self.recurrence.advance(codes[:, :-1], codes[:, 1:], noise or _torch_noise(clip), State())
         predicted, valid = steps.codes[:, past - 1 :], None if mask is None else mask[:, past:]
         kl, log_ratio = (_sum_over(term[:, past - 1 :], valid) for term in (steps.kl(), steps.log_ratio()))
-        return Inference(self._decode(predicted, skips, valid), clip[:, past:], kl.unsqueeze(-1), log_ratio, valid)
+        return Inference(
+            self._decode(predicted, self.decoder.shares(skips), valid), clip[:, past:], kl.unsqueeze(-1), log_ratio, valid
+        )
 
     def generate(
         self,
@@ -169,13 +166,13 @@ class SequenceNetwork(Network):
 
         with batch_statistics_of(self) if batch_statistics else nullcontext():
             codes, skips = self._encode(context, None, context.shape[1])
-            state, code = State(), codes[:, -1:]
+            state, code, shares = State(), codes[:, -1:], self.decoder.shares(skips)
             if context.shape[1] > 1:
                 _, state = self.recurrence.advance(codes[:, :-1], codes[:, 1:], draw, state)
             features, shown = [], []
             for _ in range(frames):
                 steps, state = self.recurrence.advance(code, None, draw, state)
-                features.append(self._decode(steps.codes, skips, None))
+                features.append(self._decode(steps.codes, shares, None))
                 shown.append(show(features[-1].squeeze(1)))
                 code = self.encoder(shown[-1]).code.unsqueeze(1)
         return Prediction(torch.cat(features, 1), torch.stack(shown, 1))
@@ -213,13 +210,14 @@ class SequenceNetwork(Network):
         last = mask.sum(1).cumsum(0) - mask.sum(1) + past - 1  # among the valid frames of all clips
         return _put(code, mask), [skip[last] for skip in skips]
 
-    def _decode(self, codes: Tensor, skips: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    def _decode(self, codes: Tensor, shares: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         """Features ``(batch, T, in_channels, H, W)`` of codes ``(batch, T, code_dim)``."""
+        batch, length = codes.shape[:2]
         if mask is None:
-            features: Tensor = self.decoder(codes.flatten(0, 1), skips, lambda skip: skip.repeat_interleave(codes.shape[1], 0))
-            return features.reshape(*codes.shape[:2], *features.shape[1:])
-        clip_of_frame = mask.nonzero()[:, 0]
-        return _put(self.decoder(codes[mask], skips, lambda skip: skip[clip_of_frame]), mask)
+            features: Tensor = self.decoder(codes.flatten(0, 1), shares, lambda share: share.repeat_interleave(length, 0))
+            return features.reshape(batch, length, *features.shape[1:])
+        clips = mask.nonzero()[:, 0]
+        return _put(self.decoder(codes[mask], shares, lambda share: share[clips]), mask)
 
 
 def sequence(

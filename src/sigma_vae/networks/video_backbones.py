@@ -60,7 +60,7 @@ class FrameEncoder(nn.Module):
 
 @final
 class FrameDecoder(nn.Module):
-    """Codes ``(frames, code_dim)`` and the skip connections of each clip ``(clips, ...)`` to features ``(frames, out_channels, H, W)``.
+    """Codes ``(frames, code_dim)``, and the skip connections of their clips, to features ``(frames, out_channels, H, W)``.
 
     Args:
         stem: from a code ``(frames, code_dim, 1, 1)`` to the smallest map.
@@ -74,11 +74,16 @@ class FrameDecoder(nn.Module):
         self.between = between
         self.stages = nn.ModuleList(stages)
 
-    def forward(self, code: Tensor, skips: Sequence[Tensor], spread: Spread) -> Tensor:
+    def shares(self, skips: Sequence[Tensor]) -> list[Tensor]:
+        """What skip connections ``(clips, ...)``, finest first, add in each stage: the same in all frames of a clip."""
+        stages = [stage for stage in self.stages if isinstance(stage, _Join)]
+        return [stage.share(skip) for stage, skip in zip(stages, reversed(skips), strict=True)]
+
+    def forward(self, code: Tensor, shares: Sequence[Tensor], spread: Spread) -> Tensor:
         """Features of the frames."""
         x: Tensor = self.stem(code[:, :, None, None])
-        for stage, skip in zip(self.stages, reversed(skips), strict=True):
-            x = stage(self.between(x), skip, spread)
+        for stage, share in zip(self.stages, shares, strict=True):
+            x = stage(self.between(x), spread(share))
         return x
 
 
@@ -101,7 +106,7 @@ def dcgan(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: in
     >>> code, skips = encoder(torch.zeros(6, 1, 64, 64))
     >>> code.shape, [tuple(skip.shape[1:]) for skip in skips]
     (torch.Size([6, 128]), [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)])
-    >>> decoder(code, skips, lambda skip: skip).shape
+    >>> decoder(code, decoder.shares(skips), lambda share: share).shape
     torch.Size([6, 1, 64, 64])
     """
     widths = _widths(shape, width)
@@ -172,7 +177,7 @@ def batch_statistics_of(network: nn.Module) -> Iterator[None]:
 class _Join(nn.Module):
     """A convolution of features joined with a skip connection, and what follows it.
 
-    All frames of a clip have the same skip connection: its share of the (linear) convolution is computed once a clip.
+    A convolution is linear: the skip connection's share of it is computed once for all frames of a clip.
     """
 
     def __init__(self, convolution: nn.Conv2d | nn.ConvTranspose2d, rest: Sequence[nn.Module]) -> None:
@@ -180,14 +185,18 @@ class _Join(nn.Module):
         self.convolution = convolution
         self.rest = nn.Sequential(*rest)
 
-    def forward(self, x: Tensor, skip: Tensor, spread: Spread) -> Tensor:
-        transposed = isinstance(self.convolution, nn.ConvTranspose2d)
-        own, shared = torch.split(self.convolution.weight, [x.shape[1], skip.shape[1]], dim=0 if transposed else 1)
-        convolve = functional.conv_transpose2d if transposed else functional.conv2d
-        stride, padding = self.convolution.stride[0], int(self.convolution.padding[0])
-        joined = convolve(x, own, self.convolution.bias, stride, padding)
-        result: Tensor = self.rest(joined + spread(convolve(skip, shared, None, stride, padding)))
+    def share(self, skip: Tensor) -> Tensor:
+        return self._convolve(skip, slice(-skip.shape[1], None), None)
+
+    def forward(self, x: Tensor, share: Tensor) -> Tensor:
+        result: Tensor = self.rest(self._convolve(x, slice(x.shape[1]), self.convolution.bias) + share)
         return result
+
+    def _convolve(self, x: Tensor, inputs: slice, bias: Tensor | None) -> Tensor:
+        stride, padding = self.convolution.stride[0], int(self.convolution.padding[0])
+        if isinstance(self.convolution, nn.ConvTranspose2d):
+            return functional.conv_transpose2d(x, self.convolution.weight[inputs], bias, stride, padding)
+        return functional.conv2d(x, self.convolution.weight[:, inputs], bias, stride, padding)
 
 
 def _widths(shape: Sequence[int], width: int) -> list[int]:

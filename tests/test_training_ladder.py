@@ -122,7 +122,7 @@ def both(vae: VAE, step: int = 0, **options):
     found = []
     for config in (TrainingConfig(**options), TrainingConfig()):
         torch.manual_seed(1)
-        found.append(losses(vae, x, config, step))
+        found.append(losses(vae, Batch(x, torch.arange(len(x))), config, step))
     return found
 
 

@@ -20,7 +20,7 @@ from sigma_vae.likelihoods import (
     Shared,
     StudentT,
 )
-from sigma_vae.networks import FlatNetwork, HierarchicalNetwork, LadderPlan, conv, hierarchical, mlp
+from sigma_vae.networks import FlatNetwork, HierarchicalNetwork, LadderPlan, SequenceNetwork, conv, hierarchical, mlp, sequence
 from sigma_vae.types import Elbo
 from sigma_vae.vae import VAE
 
@@ -45,9 +45,11 @@ __all__ = [
     "PerImage",
     "PerPixel",
     "RunningMinimum",
+    "SequenceNetwork",
     "Shared",
     "StudentT",
     "conv",
     "hierarchical",
     "mlp",
+    "sequence",
 ]

@@ -33,7 +33,7 @@ from sigma_vae.likelihoods import (
 )
 from sigma_vae.likelihoods.base import LocationScale, MeanMap
 from sigma_vae.likelihoods.unscaled import Discrete, Unscaled
-from sigma_vae.networks import conv, hierarchical, mlp
+from sigma_vae.networks import SequenceNetwork, conv, hierarchical, mlp, sequence
 from sigma_vae.types import Likelihood, Network, Observes
 from sigma_vae.vae import VAE
 
@@ -82,6 +82,15 @@ NETWORKS_WITH_A_PLAN: dict[str, Callable[[str], Callable[..., Network]]] = {
     "hierarchical": lambda plan: partial(hierarchical, plan=plan),
 }
 
+VIDEO_NETWORKS: dict[str, Callable[..., SequenceNetwork]] = {
+    "sequence": sequence,
+    "sequence:dcgan": sequence,
+    "sequence:vgg": partial(sequence, backbone="vgg"),
+    "sequence:dcgan-fixed": partial(sequence, learned_prior=False),
+    "sequence:vgg-fixed": partial(sequence, backbone="vgg", learned_prior=False),
+}
+"""Networks for clips, told how many frames are given."""
+
 
 def likelihood(
     name: str,
@@ -115,9 +124,14 @@ def likelihood(
 
 
 def network(
-    name: str, shape: Sequence[int], out_channels: int, latent_dim: int | None = None, width: int | None = None
+    name: str,
+    shape: Sequence[int],
+    out_channels: int,
+    latent_dim: int | None = None,
+    width: int | None = None,
+    context_frames: int = 2,
 ) -> Network:
-    """A network by its name, sized for examples of this shape; sizes that are not given are the network's own.
+    """A network by its name, sized for examples of this shape (of clips, for their frames); sizes not given are the network's own.
 
     Raises:
         ValueError: the name does not exist, or the sizes do not fit.
@@ -126,19 +140,22 @@ def network(
     3
     """
     kind, colon, plan = name.partition(":")
-    if kind not in (NETWORKS_WITH_A_PLAN if colon else NETWORKS):
-        raise ValueError(_unknown("network", name, [*NETWORKS, *(f"{kind}:tiny" for kind in NETWORKS_WITH_A_PLAN)]))
+    if name not in VIDEO_NETWORKS and kind not in (NETWORKS_WITH_A_PLAN if colon else NETWORKS):
+        plans = [f"{kind}:tiny" for kind in NETWORKS_WITH_A_PLAN]
+        raise ValueError(_unknown("network", name, [*NETWORKS, *plans, *VIDEO_NETWORKS]))
     sizes = {"latent_dim": latent_dim, "width": width}
     given = {what: size for what, size in sizes.items() if size is not None}
     for what, size in given.items():
         if size < 1:
             raise ValueError(f"{what} is at least 1, got {size}")
+    if name in VIDEO_NETWORKS:
+        return VIDEO_NETWORKS[name](shape, out_channels, **given, context_frames=context_frames)
     make = NETWORKS_WITH_A_PLAN[kind](plan) if colon else NETWORKS[kind]
     return make(shape, out_channels, **given)
 
 
 def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> VAE:
-    """The model that a config names, for data of this shape ``(C, *space)``, scaled like this."""
+    """The model that a config names, for data of this shape ``(C, *space)``, scaled like this; of clips, that of a frame."""
     mean: MeanMap = config.mean if config.mean != "auto" else "identity" if scaling.standardised else "unit"
     decoder = likelihood(
         config.likelihood,
@@ -148,7 +165,8 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> VAE:
         mean=mean,
         observes=config.observes,
     )
-    return VAE(network(config.network, shape, decoder.in_channels, config.latent_dim, config.width), decoder)
+    sizes = (config.latent_dim, config.width, config.context_frames)
+    return VAE(network(config.network, shape, decoder.in_channels, *sizes), decoder)
 
 
 def data(config: DataConfig) -> Splits:

@@ -13,15 +13,20 @@ from sigma_vae.config import RunConfig
 from sigma_vae.configfile import read, write
 from sigma_vae.data import NAMES, Splits
 from sigma_vae.evaluation import evaluate
-from sigma_vae.evaluation.pictures import drawable, pairs, save_grid
+from sigma_vae.evaluation.pictures import drawable, pairs, save_clips, save_grid
+from sigma_vae.evaluation.shown import reconstructed, sampled
+from sigma_vae.evaluation.video import predictions
+from sigma_vae.networks import SequenceNetwork
 from sigma_vae.training import fit, resolve_device
-from sigma_vae.vae import VAE, keyed_noise
+from sigma_vae.vae import VAE
 
-__all__ = ["Run", "evaluate_run", "open_model", "open_run", "resume", "train"]
+__all__ = ["Run", "evaluate_run", "evaluation_batch", "open_model", "open_run", "resume", "train"]
 
 EVALUATION_BATCH = 256
 ENTROPY_EXAMPLES = 10_000
 PICTURES = 64
+CLIPS = 8
+"""In a picture; each is a row of it."""
 
 
 class Run(NamedTuple):
@@ -95,10 +100,32 @@ def open_model(out: Path, device: str = "auto") -> build.Saved:
     return saved._replace(vae=saved.vae.to(resolve_device(device)))
 
 
-def evaluate_run(out: Path, *, device: str = "auto", seed: int = 0) -> dict[str, Any]:
-    """Evaluate a finished run on its test split, and write ``evaluation.json`` anew."""
+def evaluation_batch(data: Splits) -> int:
+    """How many examples a batch has where nothing is trained: of clips so many fewer as they have frames."""
+    return max(1, EVALUATION_BATCH // (data.frames or 1))
+
+
+def evaluate_run(
+    out: Path, *, device: str = "auto", seed: int = 0, best_of: int | None = None, batch_statistics: bool = False
+) -> dict[str, Any]:
+    """Evaluate a finished run on its test split, and write ``evaluation.json`` anew.
+
+    Args:
+        out: folder of the run.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+        seed: of the noise.
+        best_of: of a video, also the PSNR and SSIM of the best of so many predictions of each clip.
+        batch_statistics: make these with the batch's statistics, as SVG's own evaluation does.
+
+    Raises:
+        ValueError: there is no such run, or it predicts no frames.
+    """
     run = open_run(out, device)
-    report = _evaluation(run.vae, run.config, run.data, seed)
+    extra = {}
+    if best_of is not None:
+        test = run.data.batches("test", evaluation_batch(run.data), device=next(run.vae.parameters()).device)
+        extra["predictions"] = predictions(run.vae, test, best_of, seed, batch_statistics=batch_statistics)
+    report = _evaluation(run.vae, run.config, run.data, seed) | extra
     _write_json(out / "evaluation.json", report)
     return report
 
@@ -116,31 +143,47 @@ def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bo
 
 def _new_vae(config: RunConfig, data: Splits) -> VAE:
     torch.manual_seed(config.seed)
-    return build.vae(config.model, data.shape, data.scaling)
+    vae = build.vae(config.model, data.shape, data.scaling)
+    if isinstance(vae.network, SequenceNetwork) != (data.frames is not None):
+        have, remedy = ("no clips", "take conv, hierarchical or mlp") if data.frames is None else ("clips", "take sequence")
+        raise ValueError(f"{config.data.source} has {have}, and the network {config.model.network} is not for that; {remedy}")
+    if data.frames is not None and data.frames <= config.model.context_frames:
+        raise ValueError(
+            f"context_frames={config.model.context_frames} leaves nothing to predict of clips of {data.frames} frames; give fewer"
+        )
+    return vae
 
 
 def _evaluation(vae: VAE, config: RunConfig, data: Splits, seed: int = 0) -> dict[str, Any]:
     device = next(vae.parameters()).device
-    test = data.batches("test", EVALUATION_BATCH, device=device)
-    training = data.batches("train", EVALUATION_BATCH, device=device, limit=min(ENTROPY_EXAMPLES, len(data.train)))
-    about = {
+    size = evaluation_batch(data)
+    test = data.batches("test", size, device=device)
+    training = data.batches("train", size, device=device, limit=min(ENTROPY_EXAMPLES, len(data.train)))
+    about: dict[str, Any] = {
         "data": config.data.source,
         "split": "test",
         "network": config.model.network,
         "likelihood": config.model.likelihood,
     }
+    if isinstance(vae.network, SequenceNetwork):
+        about["context_frames"] = vae.network.context_frames
     return about | evaluate(vae, test, training, seed)
 
 
-@torch.no_grad()
 def _draw(out: Path, vae: VAE, data: Splits) -> None:
     vae.eval()
     device = next(vae.parameters()).device
-    generator = torch.Generator(device).manual_seed(0)
-    save_grid(out / "samples.png", vae.sample(PICTURES, generator=generator))
-    batch = next(iter(data.batches("test", PICTURES // 2, device=device)))
-    again = vae.reconstruct(batch.x, noise=keyed_noise(batch.positions))
-    save_grid(out / "reconstructions.png", pairs(batch.x, again, columns=8), columns=8)
+    moving = data.frames is not None
+    samples = sampled(vae, data, CLIPS if moving else PICTURES, torch.Generator(device).manual_seed(0))
+    batch = next(iter(data.batches("test", CLIPS if moving else PICTURES // 2, device=device)))
+    again = reconstructed(vae, batch)
+    if not moving:
+        save_grid(out / "samples.png", samples)
+        save_grid(out / "reconstructions.png", pairs(batch.x, again, columns=8), columns=8)
+        return
+    for ending, columns in ((".png", 1), (".gif", 8)):
+        save_clips(out / f"samples{ending}", samples)
+        save_clips(out / f"reconstructions{ending}", pairs(batch.x, again, columns), columns)
 
 
 def _environment(config: RunConfig, data: Splits) -> dict[str, Any]:

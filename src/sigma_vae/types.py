@@ -21,10 +21,11 @@ Observes = Literal["density", "level"]
 
 
 class Batch(NamedTuple):
-    """Examples and their positions in the split they come from."""
+    """Examples and their positions in the split they come from; clips of unequal lengths with the mask of their valid frames."""
 
     x: Tensor
     positions: Tensor
+    mask: Tensor | None = None
 
 
 class Inference(NamedTuple):
@@ -32,13 +33,35 @@ class Inference(NamedTuple):
 
     Shapes:
         h ``(*batch, in_channels, *space)``, target ``(*batch, C, *space)``, kl ``(*batch, layers)`` in nats,
-        log_ratio ``(*batch,)``: log p(z) − log q(z|x) at the draw that gave h.
+        log_ratio ``(*batch,)``: log p(z) − log q(z|x) at the draw that gave h. Of a video the batch is that of its clips, h and target
+        are ``(*batch, frames, ...)``, and mask ``(*batch, frames)`` says which frames are valid, where not all of them are.
     """
 
     h: Tensor
     target: Tensor
     kl: Tensor
     log_ratio: Tensor
+    mask: Tensor | None = None
+
+    def scored(self) -> tuple[Tensor, Tensor]:
+        """Features and target of what the likelihood is asked about: all there is, or of all clips the valid frames, in one row."""
+        return (self.h, self.target) if self.mask is None else (self.h[self.mask], self.target[self.mask])
+
+    def per_example(self, log_likelihood: Tensor) -> Tensor:
+        """Sum the likelihood of what is :meth:`scored` over each example, ``(*batch,)``: over the valid frames of a clip."""
+        if self.mask is not None:
+            frames = log_likelihood.new_zeros(self.mask.shape)
+            return frames.index_put((self.mask,), log_likelihood).sum(-1)
+        batch_axes = self.kl.dim() - 1
+        return log_likelihood.flatten(batch_axes).sum(-1) if log_likelihood.dim() > batch_axes else log_likelihood
+
+    def dims(self) -> Tensor:
+        """How many values are scored in each example, ``(*batch,)``: what a number per dimension is divided by."""
+        batch = self.kl.shape[:-1]
+        values = self.target.shape[len(batch) :].numel()
+        if self.mask is None:
+            return torch.full(batch, values, device=self.target.device)
+        return self.mask.sum(-1) * (values // self.mask.shape[-1])
 
 
 class Elbo(NamedTuple):

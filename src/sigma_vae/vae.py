@@ -8,12 +8,17 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sigma_vae.networks.flat import FlatNetwork
-from sigma_vae.types import Batch, Elbo, Inference, Likelihood, Network, Noise, Temperature
+from sigma_vae.networks.sequence import FRAMES, SequenceNetwork, starts
+from sigma_vae.networks.temperature import per_layer
+from sigma_vae.types import Batch, Elbo, Likelihood, Network, Noise, Temperature
 
-__all__ = ["VAE", "Scores", "Show", "keyed_noise", "per_example"]
+__all__ = ["VAE", "Scores", "Show", "keyed_noise"]
 
 Show = Literal["mean", "draw"]
 """What of p(x|z) is shown: its mean, or a draw."""
+
+Examples = Batch | Tensor | Sequence[Tensor]
+"""A batch as a loader may give it: x, or (x, ...)."""
 
 CACHE_BYTES = 2**30
 
@@ -22,7 +27,8 @@ class Scores(NamedTuple):
     """What one posterior draw says of each example, ``(*batch,)``, in nats; kl ``(*batch, layers)`` is the rate layer by layer.
 
     "Post-hoc" is with the σ that :meth:`VAE.calibrate` solved; for an optimal scale that is its own. The masses are None where the
-    data have no levels, or the likelihood is an objective that gives them no probability.
+    data have no levels, or the likelihood is an objective that gives them no probability. ``dims`` counts the values whose probability
+    it is: of a video, those of the predicted frames.
     """
 
     rate: Tensor
@@ -31,6 +37,7 @@ class Scores(NamedTuple):
     log_mass: Tensor | None
     log_mass_post_hoc: Tensor | None
     kl: Tensor
+    dims: Tensor
 
 
 @final
@@ -68,33 +75,34 @@ class VAE(nn.Module):
 
         Args:
             x: data ``(*batch, C, *space)``.
-            context: a video's conditioning frames.
-            mask: a video's valid frames.
+            context: a video's conditioning frames, where x does not begin with them.
+            mask: a video's valid frames ``(batch, frames)``; the others count for nothing.
             noise: where the posterior's standard normal numbers come from; torch's global generator unless given.
 
         Shapes:
             log_likelihood ``(*batch,)``, kl ``(*batch, layers)``.
         """
         inference = self.network.infer(x, context, mask, noise)
-        log_likelihood = self.likelihood(inference.h, inference.target).log_prob(inference.target)
-        return Elbo(per_example(log_likelihood, inference), inference.kl)
+        h, target = inference.scored()
+        return Elbo(inference.per_example(self.likelihood(h, target).log_prob(target)), inference.kl)
 
     @torch.no_grad()
-    def score(self, x: Tensor, noise: Noise | None = None) -> Scores:
+    def score(self, x: Tensor, noise: Noise | None = None, mask: Tensor | None = None) -> Scores:
         """All that an evaluation reports of each example, from one posterior draw; call it in eval mode, after ``calibrate``."""
-        inference = self.network.infer(x, noise=noise)
-        h, target = inference.h, inference.target
+        inference = self.network.infer(x, mask=mask, noise=noise)
+        h, target = inference.scored()
         mass = mass_post_hoc = None
         if self.likelihood.levels is not None and self.likelihood.normalised:
-            mass = per_example(self.likelihood.log_mass(h, target), inference)
-            mass_post_hoc = per_example(self.likelihood.log_mass(h, target, post_hoc=True), inference)
+            mass = inference.per_example(self.likelihood.log_mass(h, target))
+            mass_post_hoc = inference.per_example(self.likelihood.log_mass(h, target, post_hoc=True))
         return Scores(
             rate=inference.kl.sum(-1),
-            log_likelihood=per_example(self.likelihood(h).log_prob(target), inference),
-            log_likelihood_post_hoc=per_example(self.likelihood.post_hoc(h).log_prob(target), inference),
+            log_likelihood=inference.per_example(self.likelihood(h).log_prob(target)),
+            log_likelihood_post_hoc=inference.per_example(self.likelihood.post_hoc(h).log_prob(target)),
             log_mass=mass,
             log_mass_post_hoc=mass_post_hoc,
             kl=inference.kl,
+            dims=inference.dims(),
         )
 
     def sample(
@@ -111,15 +119,60 @@ class VAE(nn.Module):
         Args:
             n: how many.
             show: ``"mean"`` or ``"draw"``.
-            context: a video's conditioning frames.
+            context: a video's conditioning frames ``(1 or n, frames, C, H, W)``, of one clip for all or of n; the samples are then ten
+                frames that follow: :meth:`predict` makes more.
             generator: of the latents; a draw from p(x|z) uses torch's global one.
             temperature: scales the spread of the latents: one number, or one for each layer.
         """
+        if isinstance(self.network, SequenceNetwork):
+            (single,) = per_layer(temperature, 1)
+            return self.predict(starts(n, context), show=show, generator=generator, temperature=single)[0]
         h = self.network.generate(n, context, generator, temperature)
         return _shown(self.likelihood, h, show)
 
+    def predict(
+        self,
+        context: Tensor,
+        frames: int = FRAMES,
+        samples: int = 1,
+        show: Show = "mean",
+        *,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+        batch_statistics: bool = False,
+    ) -> Tensor:
+        """Go on from the first frames of clips, several times each: ``(samples, batch, frames, C, H, W)``.
+
+        Each frame is predicted from what is shown of the one before: with ``"mean"`` as SVG does; with ``"draw"`` the samples are drawn
+        from the model that the ELBO bounds. Call it in eval mode.
+
+        Args:
+            context: conditioning frames ``(batch, past, C, H, W)``.
+            frames: how many to predict.
+            samples: how many predictions of each clip.
+            show: ``"mean"`` or ``"draw"``.
+            generator: of the latents; a draw from p(x|z) uses torch's global one.
+            temperature: scales the spread of the latents.
+            batch_statistics: batch norm as in SVG's own evaluation; see :meth:`SequenceNetwork.predict`.
+
+        Raises:
+            ValueError: the network is none for videos, or context and counts do not fit.
+        """
+        network = self.video_network
+        if samples < 1:
+            raise ValueError(f"samples counts the predictions of each clip and is at least 1, got {samples}")
+        predicted = network.predict(
+            context.repeat(samples, *(1 for _ in context.shape[1:])),
+            frames,
+            lambda h: _shown(self.likelihood, h, show),
+            lambda shape: torch.randn(shape, device=context.device, generator=generator),
+            temperature,
+            batch_statistics=batch_statistics,
+        )
+        return predicted.frames.reshape(samples, len(context), *predicted.frames.shape[1:])
+
     def reconstruct(self, x: Tensor, show: Show = "mean", *, noise: Noise | None = None) -> Tensor:
-        """Encode x, draw its latents, and decode them, to the shape of x."""
+        """Encode x, draw its latents, and decode them, to the shape of x; of a video, the frames after the conditioning ones."""
         return _shown(self.likelihood, self.network.infer(x, noise=noise).h, show)
 
     def encode(self, x: Tensor) -> Normal:
@@ -139,8 +192,15 @@ class VAE(nn.Module):
             )
         return self.network
 
+    @property
+    def video_network(self) -> SequenceNetwork:
+        """The network, where it is one for clips."""
+        if not isinstance(self.network, SequenceNetwork):
+            raise ValueError(f"{type(self.network).__name__} predicts no frames; this works on SequenceNetwork alone")
+        return self.network
+
     @torch.no_grad()
-    def calibrate(self, loader: Iterable[Tensor | Sequence[Tensor]], seed: int = 0) -> None:
+    def calibrate(self, loader: "Iterable[Examples]", seed: int = 0) -> None:
         """Solve the likelihood's scales exactly on the loader's data, with the weights as they are.
 
         Each example is decoded from one posterior draw, the same in each pass. Use training data (or validation data, where the
@@ -158,12 +218,6 @@ class VAE(nn.Module):
         finally:
             for module, mode in training:
                 module.training = mode
-
-
-def per_example(log_likelihood: Tensor, inference: Inference) -> Tensor:
-    """Sum the likelihood over what one example holds beyond the KL's batch axes: the frames of a clip."""
-    batch_axes = inference.kl.dim() - 1
-    return log_likelihood.flatten(batch_axes).sum(-1) if log_likelihood.dim() > batch_axes else log_likelihood
 
 
 def keyed_noise(positions: Tensor, seed: int = 0) -> Noise:
@@ -196,7 +250,7 @@ def _shown(likelihood: Likelihood, h: Tensor, show: Show) -> Tensor:
 class _Decoded:
     """Pairs (h, target) of a loader's data under noise that repeats; kept in memory after the first pass where they are few."""
 
-    def __init__(self, vae: VAE, loader: Iterable[Tensor | Sequence[Tensor]], seed: int) -> None:
+    def __init__(self, vae: VAE, loader: "Iterable[Examples]", seed: int) -> None:
         self.vae = vae
         self.loader = loader
         self.seed = seed
@@ -210,11 +264,10 @@ class _Decoded:
         held = seen = 0
         device = next(self.vae.parameters()).device
         for batch in self.loader:
-            x = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
-            positions = batch.positions if isinstance(batch, Batch) else torch.arange(seen, seen + len(x))
+            x, positions, mask = _examples(batch, seen)
             seen += len(x)
-            inference = self.vae.network.infer(x, noise=keyed_noise(positions, self.seed))
-            pair = (inference.h, inference.target)
+            mask = None if mask is None else mask.to(device)
+            pair = self.vae.network.infer(x.to(device), mask=mask, noise=keyed_noise(positions, self.seed)).scored()
             held += sum(t.numel() * t.element_size() for t in pair)
             if held <= CACHE_BYTES:
                 cache.append(pair)
@@ -223,3 +276,10 @@ class _Decoded:
             yield pair
         if held <= CACHE_BYTES:
             self.cache = cache
+
+
+def _examples(batch: Examples, seen: int) -> Batch:
+    if isinstance(batch, Batch):
+        return batch
+    x = batch if isinstance(batch, Tensor) else batch[0]
+    return Batch(x, torch.arange(seen, seen + len(x)))

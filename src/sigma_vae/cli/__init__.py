@@ -13,6 +13,7 @@ from sigma_vae.cli.explain import explain
 from sigma_vae.cli.inspect import inspect
 from sigma_vae.cli.outputs import encode, reconstruct, sample, score
 from sigma_vae.cli.runs import evaluate, replay, resume, train
+from sigma_vae.cli.video import predict
 from sigma_vae.training import NonFiniteLossError
 
 __all__ = ["main"]
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": evaluate,
     "sample": sample,
     "reconstruct": reconstruct,
+    "predict": predict,
     "encode": encode,
     "score": score,
     "explain": explain,

@@ -1,19 +1,19 @@
 """Subcommands that write what a run makes of data and of noise: pictures, arrays, tables."""
 
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import tyro
 
 from sigma_vae import runs
+from sigma_vae.cli.files import Split, check_count, checked, output, write
 from sigma_vae.evaluation import score as score_examples
-from sigma_vae.evaluation.pictures import drawable, pairs, save_grid
-from sigma_vae.vae import Show, keyed_noise
+from sigma_vae.evaluation.pictures import pairs
+from sigma_vae.evaluation.shown import reconstructed, sampled
+from sigma_vae.networks import SequenceNetwork
+from sigma_vae.vae import Show
 
 __all__ = ["encode", "reconstruct", "sample", "score"]
-
-Split = Literal["train", "validation", "test"]
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def sample(
     out: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Draw samples from the prior, and decode them.
+    """Draw samples from the prior, and decode them; of a video, go on from the first frames of its test clips.
 
     Args:
         run: Folder of the run.
@@ -35,17 +35,18 @@ def sample(
         show: The mean of p(x|z), or a draw from it.
         temperature: Spread of the latents; 1 is the model's own.
         seed: Of the draws.
-        out: A .png picture or a .npz file (key "samples"); RUN/samples-SEED.png or .npz unless given.
+        out: A .png picture, for clips also a .gif, or a .npz file (key "samples"); RUN/samples-SEED.png or .npz unless given.
         device: auto, cpu, cuda, cuda:1.
     """
     opened = runs.open_model(Path(run), device)
-    path = _output(out, Path(run) / f"samples-{seed}", opened.shape)
-    _check_count(n)
-    where = next(opened.vae.parameters()).device
+    moving = isinstance(opened.vae.network, SequenceNetwork)
+    path = output(out, Path(run) / f"samples-{seed}", opened.shape, moving=moving)
+    check_count(n)
+    data = runs.open_run(Path(run), device).data if moving else None
+    generator = torch.Generator(next(opened.vae.parameters()).device).manual_seed(seed)
     torch.manual_seed(seed)
-    drawn = opened.vae.sample(n, show, generator=torch.Generator(where).manual_seed(seed), temperature=temperature)
-    images = opened.scaling.undo(drawn)
-    _write(path, images, {"samples": images})
+    images = opened.scaling.undo(sampled(opened.vae, data, n, generator, show, temperature))
+    write(path, images, {"samples": images})
 
 
 @torch.no_grad()
@@ -67,18 +68,21 @@ def reconstruct(
         n: How many.
         show: The mean of p(x|z), or a draw from it.
         seed: Of the posterior's noise.
-        out: A .png picture or a .npz file (keys "originals", "reconstructions"); RUN/reconstructions-SPLIT unless given.
+        out: A .png picture, for clips also a .gif, or a .npz file (keys "originals", "reconstructions"); RUN/reconstructions-SPLIT
+            unless given.
         device: auto, cpu, cuda, cuda:1.
     """
     opened = runs.open_run(Path(run), device)
-    path = _output(out, Path(run) / f"reconstructions-{split}", opened.data.shape)
-    _check_count(n)
+    moving = opened.data.frames is not None
+    path = output(out, Path(run) / f"reconstructions-{split}", opened.data.shape, moving=moving)
+    check_count(n)
     where = next(opened.vae.parameters()).device
     torch.manual_seed(seed)
     batch = next(iter(opened.data.batches(split, n, device=where)))
     undo = opened.data.scaling.undo
-    originals, again = undo(batch.x), undo(opened.vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed)))
-    _write(path, pairs(originals, again, columns=8), {"originals": originals, "reconstructions": again}, columns=8)
+    originals, again = undo(batch.x), undo(reconstructed(opened.vae, batch, show, seed))
+    columns = 1 if moving and path.suffix == ".png" else 8  # there a row is a clip
+    write(path, pairs(originals, again, columns), {"originals": originals, "reconstructions": again}, columns)
 
 
 @torch.no_grad()
@@ -92,11 +96,13 @@ def encode(run: tyro.conf.Positional[str], *, split: Split = "test", out: str | 
         device: auto, cpu, cuda, cuda:1.
     """
     opened = runs.open_run(Path(run), device)
-    path = _checked(Path(out) if out is not None else Path(run) / f"codes-{split}.npz", (".npz",))
+    path = checked(Path(out) if out is not None else Path(run) / f"codes-{split}.npz", (".npz",))
     where = next(opened.vae.parameters()).device
-    posteriors = [opened.vae.encode(batch.x) for batch in opened.data.batches(split, runs.EVALUATION_BATCH, device=where)]
+    posteriors = [
+        opened.vae.encode(batch.x) for batch in opened.data.batches(split, runs.evaluation_batch(opened.data), device=where)
+    ]
     arrays = {"mean": torch.cat([q.loc for q in posteriors]), "std": torch.cat([q.scale for q in posteriors])}
-    _write(path, arrays["mean"], arrays)
+    write(path, arrays["mean"], arrays)
 
 
 def score(
@@ -114,9 +120,9 @@ def score(
     import pandas as pd
 
     opened = runs.open_run(Path(run), device)
-    path = _checked(Path(out) if out is not None else Path(run) / f"scores-{split}.csv", (".csv", ".parquet"))
+    path = checked(Path(out) if out is not None else Path(run) / f"scores-{split}.csv", (".csv", ".parquet"))
     where = next(opened.vae.parameters()).device
-    batches = opened.data.batches(split, runs.EVALUATION_BATCH, device=where)
+    batches = opened.data.batches(split, runs.evaluation_batch(opened.data), device=where)
     scores = score_examples(opened.vae, batches, seed)
     names = ("log_likelihood_nats", "elbo_nats") if opened.vae.likelihood.normalised else ("fit_nats", "objective_nats")
     columns = {
@@ -125,41 +131,10 @@ def score(
         names[1]: scores.log_likelihood - scores.rate,
     }
     if scores.log_mass is not None:
-        dims = torch.Size(opened.data.shape).numel()
-        columns["bits_per_dim"] = (scores.rate - scores.log_mass) / (dims * torch.tensor(2.0).log())
+        columns["bits_per_dim"] = (scores.rate - scores.log_mass) / (scores.dims * torch.tensor(2.0).log())
     table = pd.DataFrame({name: values.numpy() for name, values in columns.items()}).rename_axis("example")
     if path.suffix == ".csv":
         table.to_csv(path)
     else:
         table.to_parquet(path)
-    print(path)
-
-
-def _check_count(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"--n counts examples and is at least 1, got {n}")
-
-
-def _output(out: str | None, default: Path, shape: tuple[int, ...]) -> Path:
-    if out is None:
-        return default.with_name(default.name + (".png" if drawable(shape) else ".npz"))
-    return _checked(Path(out), (".png", ".npz"))
-
-
-def _checked(path: Path, endings: tuple[str, ...]) -> Path:
-    if path.suffix not in endings:
-        raise ValueError(f"{path} should end in {' or '.join(endings)}, which says in what form it is written")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
-    return path
-
-
-def _write(path: Path, images: torch.Tensor, arrays: dict[str, torch.Tensor], columns: int | None = None) -> None:
-    if path.suffix == ".png":
-        save_grid(path, images, columns)
-    else:
-        import numpy as np
-
-        plain: dict[str, Any] = {name: values.float().cpu().numpy() for name, values in arrays.items()}
-        np.savez_compressed(path, **plain)
     print(path)

@@ -51,16 +51,27 @@ def resume(run: tyro.conf.Positional[str], *, epochs: int | None = None, json: b
     _print_evaluation(runs.resume(Path(run), epochs=epochs, progress=not json), json)
 
 
-def evaluate(run: tyro.conf.Positional[str], *, device: str = "auto", seed: int = 0, json: bool = False) -> None:
+def evaluate(
+    run: tyro.conf.Positional[str],
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    best_of: int | None = None,
+    batch_statistics: bool = False,
+    json: bool = False,
+) -> None:
     """Bounds of a finished run on its test split, in nats and bits per dimension, with standard errors.
 
     Args:
         run: Folder of the run.
         device: auto, cpu, cuda, cuda:1.
         seed: Of the posterior's noise, which belongs to each example: no number depends on the batch size.
+        best_of: Of a video, also the PSNR and SSIM of the best of so many predictions of each clip (SVG: 100).
+        batch_statistics: Make these predictions with the batch's statistics in batch norm, as SVG's own evaluation does.
         json: Print JSON alone.
     """
-    _print_evaluation(runs.evaluate_run(Path(run), device=device, seed=seed), json)
+    report = runs.evaluate_run(Path(run), device=device, seed=seed, best_of=best_of, batch_statistics=batch_statistics)
+    _print_evaluation(report, json)
 
 
 def _print_evaluation(report: dict[str, Any], as_json: bool) -> None:
@@ -74,7 +85,7 @@ def _print_evaluation(report: dict[str, Any], as_json: bool) -> None:
     table.add_column("")
     table.add_column("mean", justify="right")
     table.add_column("± s.e.", justify="right")
-    for name, value in report.items():
+    for name, value in (report | report.get("predictions", {})).items():
         if isinstance(value, dict) and "mean" in value:
             error = value["standard_error"]
             table.add_row(name, f"{value['mean']:.4f}", "" if error is None else f"{error:.4f}")

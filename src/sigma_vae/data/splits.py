@@ -72,6 +72,11 @@ class Splits:
         """Of one example, or of one frame of a clip: ``(C, *space)``."""
         return self.train.shape[1:] if self.clips else self.train.shape
 
+    @property
+    def frames(self) -> int | None:
+        """How many frames a training clip has; None for still data."""
+        return self.train.shape[0] if self.clips else None
+
     def store(self, split: SplitName) -> Store:
         """Where a split lies."""
         if split not in self._parts:

@@ -1,15 +1,21 @@
-"""Grids of images as PNG."""
+"""Grids of images as PNG, clips as PNG or GIF."""
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["drawable", "pairs", "save_grid"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["drawable", "pairs", "save_clips", "save_grid"]
 
 WIDTH = 500
+MILLISECONDS = 250
+"""For which a GIF shows each frame."""
 
 
 def drawable(shape: tuple[int, ...]) -> bool:
@@ -31,6 +37,23 @@ def save_grid(path: Path, images: Tensor, columns: int | None = None, zoom: int 
     Raises:
         ValueError: the channels are neither 1 nor 3.
     """
+    _grid(images, columns, zoom).save(path)
+
+
+def save_clips(path: Path, clips: Tensor, columns: int | None = None) -> None:
+    """Write clips ``(n, T, C, H, W)``: as a .png with a clip a row, or as a .gif, a grid of so many columns that moves.
+
+    Raises:
+        ValueError: the channels are neither 1 nor 3.
+    """
+    if path.suffix != ".gif":
+        save_grid(path, clips.flatten(0, 1), columns=clips.shape[1])
+        return
+    first, *rest = [_grid(frame, columns, None) for frame in clips.unbind(1)]
+    first.save(path, save_all=True, append_images=rest, duration=MILLISECONDS, loop=0)
+
+
+def _grid(images: Tensor, columns: int | None, zoom: int | None) -> "Image":
     from PIL import Image
 
     if images.dim() != 4 or not drawable(tuple(images.shape[1:])):
@@ -48,4 +71,4 @@ def save_grid(path: Path, images: Tensor, columns: int | None = None, zoom: int 
         canvas[top : top + height, left : left + width] = image
     picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
     zoom = zoom or max(1, round(WIDTH / picture.width))
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path)
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)

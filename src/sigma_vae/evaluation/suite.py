@@ -25,7 +25,10 @@ def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
     Densities are those of the data in their own units: of standardised data, smaller than the model's by the Jacobian.
     """
     device = next(vae.parameters()).device
-    parts = [vae.score(batch.x.to(device), keyed_noise(batch.positions, seed)) for batch in batches]
+    parts = [
+        vae.score(batch.x.to(device), keyed_noise(batch.positions, seed), None if batch.mask is None else batch.mask.to(device))
+        for batch in batches
+    ]
 
     def gather(values: list[Tensor]) -> Tensor:
         return torch.cat(values).cpu().double()
@@ -42,6 +45,7 @@ def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
         log_mass=gather_known([part.log_mass for part in parts]),
         log_mass_post_hoc=gather_known([part.log_mass_post_hoc for part in parts]),
         kl=gather([part.kl for part in parts]),
+        dims=gather([part.dims for part in parts]),
     )
 
 
@@ -59,17 +63,17 @@ def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int
         Plain numbers. ``elbo_nats`` is the bound on what the likelihood ``observes`` (the log-density of the values, or the log-mass of
         their levels: never compare the two) with the model's own σ, ``elbo_post_hoc_nats`` with the σ refitted
         on training data (the same for optimal scales), ``bits_per_dim`` and ``bits_per_dim_post_hoc`` the bound on the log-mass of the
-        levels; each a mean over examples with its standard error. An objective that is no likelihood (Bernoulli on grey data) bounds
-        nothing: it has ``objective_nats`` in place of ``elbo_nats``, and no bits. Networks with several layers of latents have
-        ``kl_per_layer_nats``, means from the top layer down, whose sum is the rate.
+        levels; each a mean over examples with its standard error. ``dims`` counts the values that are scored: of clips, those of the
+        predicted frames. An objective that is no likelihood (Bernoulli on grey data) bounds nothing: it has ``objective_nats`` in place
+        of ``elbo_nats``, and no bits. Networks with several layers of latents have ``kl_per_layer_nats``, means from the top layer down,
+        whose sum is the rate.
     """
     vae.eval()
     scores = score(vae, test, seed)
-    dims = math.prod(test.store.shape)
     name = "elbo" if vae.likelihood.normalised else "objective"
     report: dict[str, Any] = {
         "examples": len(scores.rate),
-        "dims": dims,
+        "dims": _number(scores.dims),
         "levels": vae.likelihood.levels,
         "observes": vae.likelihood.observes,
         "noise_seed": seed,
@@ -82,7 +86,7 @@ def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int
         report["kl_per_layer_nats"] = scores.kl.flatten(0, -2).mean(0).tolist()
     for name, mass in (("bits_per_dim", scores.log_mass), ("bits_per_dim_post_hoc", scores.log_mass_post_hoc)):
         if mass is not None:
-            report[name] = _mean((scores.rate - mass) / (dims * math.log(2)))
+            report[name] = _mean((scores.rate - mass) / (scores.dims * math.log(2)))
     report |= _scales(vae)
     if isinstance(vae.network, FlatNetwork):
         report["latent_dim"] = vae.network.latent_dim
@@ -95,6 +99,12 @@ def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int
 def _mean(values: Tensor) -> dict[str, float | None]:
     error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
     return {"mean": float(values.mean()), "standard_error": error}
+
+
+def _number(counts: Tensor) -> float:
+    """The count of every example, or of clips of unequal lengths their mean."""
+    mean = float(counts.mean())
+    return int(mean) if mean.is_integer() else mean
 
 
 def _scales(vae: VAE) -> dict[str, float]:

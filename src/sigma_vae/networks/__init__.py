@@ -5,5 +5,15 @@ from sigma_vae.networks.flat import FlatNetwork
 from sigma_vae.networks.hierarchical import HierarchicalNetwork, hierarchical
 from sigma_vae.networks.ladder_plan import LadderPlan
 from sigma_vae.networks.mlp import mlp
+from sigma_vae.networks.sequence import SequenceNetwork, sequence
 
-__all__ = ["FlatNetwork", "HierarchicalNetwork", "LadderPlan", "conv", "hierarchical", "mlp"]
+__all__ = [
+    "FlatNetwork",
+    "HierarchicalNetwork",
+    "LadderPlan",
+    "SequenceNetwork",
+    "conv",
+    "hierarchical",
+    "mlp",
+    "sequence",
+]

@@ -132,7 +132,7 @@ def _start(vae: VAE, data: Splits, config: TrainingConfig) -> None:
 
 
 def _part(data: Splits, device: torch.device | str = "cpu") -> Batches:
-    limit = max(CALIBRATION_VALUES // math.prod(data.shape), 2)
+    limit = max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), 2)
     return data.batches("train", _passing_batch(data), device=device, limit=min(limit, len(data.train)))
 
 
@@ -168,7 +168,7 @@ def _trainer(
 
 
 def _passing_batch(data: Splits) -> int:
-    return max(128, BATCH_VALUES // math.prod(data.shape))
+    return max(1, max(128, BATCH_VALUES // math.prod(data.shape)) // (data.frames or 1))
 
 
 def _loggers(folder: Path, resumed_from: Path | None) -> list[Logger]:

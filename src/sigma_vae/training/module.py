@@ -13,7 +13,7 @@ from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.training.objective import check_weights, is_weighted, losses
 from sigma_vae.types import Batch, Elbo
-from sigma_vae.vae import VAE, keyed_noise, per_example
+from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["NonFiniteLossError", "TrainingModule", "validated_total"]
 
@@ -38,7 +38,7 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Mean negative ELBO (or weighted objective) of the batch, in nats."""
-        elbo, minimised = losses(self.vae, batch.x, self.config, self.global_step)
+        elbo, minimised = losses(self.vae, batch, self.config, self.global_step)
         loss = minimised.mean()
         if not torch.isfinite(loss):
             raise NonFiniteLossError(self._diagnosis(batch, elbo))
@@ -70,9 +70,9 @@ class TrainingModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Bounds on held-out data, with noise that belongs to the example: no number depends on the batch size."""
-        inference = self.vae.network.infer(batch.x, noise=keyed_noise(batch.positions))
-        likelihood, h, target = self.vae.likelihood, inference.h, inference.target
-        elbo = Elbo(per_example(likelihood(h).log_prob(target), inference), inference.kl)
+        inference = self.vae.network.infer(batch.x, mask=batch.mask, noise=keyed_noise(batch.positions))
+        likelihood, (h, target) = self.vae.likelihood, inference.scored()
+        elbo = Elbo(inference.per_example(likelihood(h).log_prob(target)), inference.kl)
         if not torch.isfinite(elbo.total).all():
             raise NonFiniteLossError(self._diagnosis(batch, elbo))
         metrics = {
@@ -81,8 +81,8 @@ class TrainingModule(pl.LightningModule):
             "validation/distortion_nats": elbo.distortion,
         }
         if likelihood.levels is not None and likelihood.normalised:
-            mass = per_example(likelihood.log_mass(h, target), inference)
-            metrics["validation/bits_per_dim"] = (elbo.rate - mass) / (math.prod(batch.x.shape[1:]) * math.log(2))
+            mass = inference.per_example(likelihood.log_mass(h, target))
+            metrics["validation/bits_per_dim"] = (elbo.rate - mass) / (inference.dims() * math.log(2))
         for name, values in metrics.items():
             shown = name in (validated_total(self.vae), "validation/bits_per_dim")
             self.log(name, values.mean(), batch_size=len(batch.x), on_epoch=True, sync_dist=True, prog_bar=shown)

@@ -10,8 +10,8 @@ from torch import Tensor
 from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import HierarchicalNetwork
-from sigma_vae.types import Elbo
-from sigma_vae.vae import VAE, per_example
+from sigma_vae.types import Batch, Elbo
+from sigma_vae.vae import VAE
 
 __all__ = ["Losses", "balance", "check_weights", "is_weighted", "losses"]
 
@@ -49,7 +49,7 @@ def check_weights(vae: VAE, config: TrainingConfig) -> None:
         )
 
 
-def losses(vae: VAE, x: Tensor, config: TrainingConfig, step: int = 0) -> Losses:
+def losses(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0) -> Losses:
     r"""ELBO and objective of one batch, from one posterior draw.
 
     .. math:: -\sum_i \sigma_i^{2 \beta} \log p(x_i|z) + w \sum_l \gamma_l \max(\lambda, KL_l)
@@ -59,14 +59,15 @@ def losses(vae: VAE, x: Tensor, config: TrainingConfig, step: int = 0) -> Losses
     γ the balance over layers while ``step`` is below ``kl_balancing_steps``. With β = λ = 0, w = 1 and no balance it is the negative ELBO.
     """
     if not is_weighted(config):
-        elbo: Elbo = vae.elbo(x)
+        elbo: Elbo = vae.elbo(batch.x, mask=batch.mask)
         return Losses(elbo, -elbo.total)
-    inference = vae.network.infer(x)
-    distribution = vae.likelihood(inference.h, inference.target)
-    elbo = Elbo(per_example(distribution.log_prob(inference.target), inference), inference.kl)
+    inference = vae.network.infer(batch.x, mask=batch.mask)
+    h, target = inference.scored()
+    distribution = vae.likelihood(h, target)
+    elbo = Elbo(inference.per_example(distribution.log_prob(target)), inference.kl)
     log_likelihood = elbo.log_likelihood
     if config.beta_nll:
-        log_likelihood = per_example(distribution.weighted_log_prob(inference.target, config.beta_nll), inference)
+        log_likelihood = inference.per_example(distribution.weighted_log_prob(target, config.beta_nll))
     kl = elbo.kl
     if config.free_bits_nats:
         kl = kl.flatten(0, -2).mean(0).clamp_min(config.free_bits_nats).expand_as(kl)

@@ -1,0 +1,643 @@
+"""Laws of the video network: the published sizes and recurrence, masks, state, predictions, and what VAE makes of clips."""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+from torch.nn import functional
+
+from sigma_vae import VAE, Gaussian, Optimal, build, mlp
+from sigma_vae.config import ModelConfig, TrainingConfig
+from sigma_vae.networks.recurrence import State
+from sigma_vae.networks.sequence import SequenceNetwork, sequence
+from sigma_vae.networks.video_backbones import Backbone, dcgan, vgg
+from sigma_vae.training.objective import losses
+from sigma_vae.types import Batch, Noise
+from sigma_vae.vae import Scores, keyed_noise
+
+BACKBONES = ("dcgan", "vgg")
+VARIANTS = tuple(itertools.product(BACKBONES, (True, False)))
+PAST, LENGTH, LATENT = 2, 6, 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def network_of(
+    backbone: str = "dcgan",
+    learned: bool = True,
+    out_channels: int = 1,
+    channels: int = 1,
+    past: int = PAST,
+    spread: bool = True,
+) -> SequenceNetwork:
+    """A tiny one in float64, whose weights and running statistics are large enough for everything to depend on everything."""
+    torch.manual_seed(0)
+    network = sequence(
+        (channels, 8, 8), out_channels, LATENT, 4, backbone=backbone, context_frames=past, learned_prior=learned
+    ).double()
+    with torch.no_grad():
+        for module in network.modules() if spread else ():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                module.weight.normal_(0, 1 / math.sqrt(module.weight[0].numel()))
+                module.bias.normal_(0, 0.3)
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
+    return network.eval()
+
+
+def clips(n: int = 4, length: int = LENGTH, channels: int = 1, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, length, channels, 8, 8), generator=generator).double() / 255
+
+
+def noise_of(n: int, seed: int = 0) -> Noise:
+    keyed = keyed_noise(torch.arange(n), seed)
+    return lambda shape: keyed(shape).double()
+
+
+def vae_of(network: SequenceNetwork, name: str = "gaussian/optimal", x: Tensor | None = None) -> VAE:
+    vae = VAE(network, build.likelihood(name, 1)).double()
+    vae.calibrate([clips(8, seed=9) if x is None else x])
+    return vae.eval()
+
+
+# -- published sizes -------------------------------------------------------------------------------------------------------
+
+
+def conv_size(inputs: int, outputs: int, kernel: int) -> int:
+    return (inputs * kernel**2 + 1) * outputs
+
+
+def normed_size(inputs: int, outputs: int, kernel: int) -> int:
+    """A convolution and its batch norm's gain and bias."""
+    return conv_size(inputs, outputs, kernel) + 2 * outputs
+
+
+def sizes(layers: list[tuple[int, int]], kernel: int) -> int:
+    return sum(normed_size(*layer, kernel) for layer in layers)
+
+
+DCGAN_64 = {
+    "encoder": lambda c: sizes([(c, 64), (64, 128), (128, 256), (256, 512), (512, 128)], 4),
+    "decoder": lambda c: sizes([(128, 512), (1024, 256), (512, 128), (256, 64)], 4) + conv_size(128, c, 4),
+}
+DCGAN_32 = {
+    "encoder": lambda c: sizes([(c, 64), (64, 128), (128, 256), (256, 128)], 4),
+    "decoder": lambda c: sizes([(128, 256), (512, 128), (256, 64)], 4) + conv_size(128, c, 4),
+}
+VGG_64 = {
+    "encoder": lambda c: (
+        sizes([(c, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 256)], 3)
+        + sizes([(256, 512), (512, 512), (512, 512)], 3)
+        + normed_size(512, 128, 4)
+    ),
+    "decoder": lambda c: (
+        normed_size(128, 512, 4)
+        + sizes([(1024, 512), (512, 512), (512, 256), (512, 256), (256, 256), (256, 128)], 3)
+        + sizes([(256, 128), (128, 64), (128, 64)], 3)
+        + conv_size(64, c, 3)
+    ),
+}
+LSTM = 4 * 256 * (256 + 256 + 2)
+"""Four gates, each of an input, a state and two biases."""
+
+
+def linear_size(inputs: int, outputs: int) -> int:
+    return (inputs + 1) * outputs
+
+
+@pytest.mark.parametrize(
+    ("backbone", "shape", "latent_dim", "layers"),
+    [
+        ("dcgan", (1, 64, 64), 10, DCGAN_64),
+        ("dcgan", (1, 32, 32), 10, DCGAN_32),
+        ("vgg", (3, 64, 64), 64, VGG_64),
+        ("dcgan", (3, 64, 64), 24, DCGAN_64),
+    ],
+)
+def test_modules_have_the_published_numbers_of_parameters(backbone, shape, latent_dim, layers) -> None:
+    network = sequence(shape, shape[0], latent_dim, backbone=backbone)
+    recurrence = network.recurrence
+    gaussian = linear_size(128, 256) + LSTM + 2 * linear_size(256, latent_dim)
+    expected = {
+        network.encoder: layers["encoder"](shape[0]),
+        network.decoder: layers["decoder"](shape[0]),
+        recurrence.posterior: gaussian,
+        recurrence.prior: gaussian,
+        recurrence.predictor: linear_size(128 + latent_dim, 256) + 2 * LSTM + linear_size(256, 128),
+    }
+    for module, size in expected.items():
+        assert sum(p.numel() for p in module.parameters()) == size
+    assert sum(p.numel() for p in network.parameters()) == sum(expected.values())
+    fixed = sequence(shape, shape[0], latent_dim, backbone=backbone, learned_prior=False)
+    assert sum(p.numel() for p in fixed.parameters()) == sum(expected.values()) - gaussian
+
+
+def test_weights_start_as_published() -> None:
+    torch.manual_seed(0)
+    network = sequence((1, 32, 32), 1)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.BatchNorm2d):
+            mean, count = float(isinstance(module, nn.BatchNorm2d)), module.weight.numel()
+            weight = module.weight.detach()
+            assert float(weight.mean()) == pytest.approx(mean, abs=5 * 0.02 / math.sqrt(count))
+            assert float(weight.std()) == pytest.approx(0.02, rel=5 / math.sqrt(count))
+            assert not module.bias.any()
+
+
+@pytest.mark.parametrize("make", [dcgan, vgg])
+@pytest.mark.parametrize("side", [8, 16, 32, 64, 128])
+def test_a_backbone_takes_its_sizes(make: Callable[..., Backbone], side: int) -> None:
+    encoder, decoder = make((3, side, side), 5, width=2, code_dim=7)
+    code, skips = encoder(torch.rand(2, 3, side, side))
+    assert code.shape == (2, 7)
+    assert decoder(code, decoder.shares(skips), lambda share: share).shape == (2, 5, side, side)
+
+
+# -- the recurrence, written as the paper has it ---------------------------------------------------------------------------
+
+
+class Cells:
+    """Linear layers and LSTM cells stepped one frame at a time; the gates written out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        size = module.lstm.hidden_size
+        self.state = [(torch.zeros(size).double(), torch.zeros(size).double()) for _ in range(module.lstm.num_layers)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.module.embed(x)
+        for layer, (hidden, cell) in enumerate(self.state):
+            own, back, bias, bias_back = self.module.lstm.all_weights[layer]
+            i, f, g, o = (functional.linear(x, own, bias) + functional.linear(hidden, back, bias_back)).chunk(4, -1)
+            cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+            x = o.sigmoid() * cell.tanh()
+            self.state[layer] = x, cell
+        return x
+
+
+def plain_decoder(network: SequenceNetwork, code: Tensor, skips: tuple[Tensor, ...]) -> Tensor:
+    """Concatenates the skip connections frame by frame."""
+    decoder = network.decoder
+    x = decoder.stem(code[:, :, None, None])
+    for stage, skip in zip(decoder.stages, reversed(skips), strict=True):
+        x = stage.rest(stage.convolution(torch.cat([decoder.between(x), skip], 1)))
+    return x
+
+
+class Loop:
+    """SVG's loop over frames, in eval mode."""
+
+    def __init__(self, network: SequenceNetwork) -> None:
+        self.network = network
+        recurrence = network.recurrence
+        self.posterior, self.predictor = Cells(recurrence.posterior), Cells(recurrence.predictor)
+        self.prior = Cells(recurrence.prior) if recurrence.prior is not None else None
+
+    def normal(self, cells: Cells | None, code: Tensor) -> Normal:
+        if cells is None:
+            return Normal(torch.zeros(len(code), LATENT).double(), torch.ones(len(code), LATENT).double())
+        hidden = cells(code)
+        return Normal(cells.module.mean(hidden), (0.5 * cells.module.log_variance(hidden)).exp())
+
+    def step(self, before: Tensor, after: Tensor | None, unit: Tensor) -> tuple[Tensor, Normal, Normal, Tensor]:
+        code = self.network.encoder(before).code
+        p = self.normal(self.prior, code)
+        q = p if after is None else self.normal(self.posterior, self.network.encoder(after).code)
+        z = q.mean + q.stddev * unit
+        hidden = self.predictor(torch.cat([code, z], 1))
+        return self.predictor.module.output(hidden).tanh(), q, p, z
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("backbone", "learned"), VARIANTS)
+@pytest.mark.parametrize("past", [1, 2, 4])
+def test_infer_is_the_published_recurrence(backbone: str, learned: bool, past: int) -> None:
+    network, x, noise = network_of(backbone, learned, past=past), clips(), noise_of(4)
+    loop, features, kl, log_ratio = Loop(network), [], 0.0, 0.0
+    skips = network.encoder(x[:, past - 1]).skips
+    for t in range(1, LENGTH):
+        code, q, p, z = loop.step(x[:, t - 1], x[:, t], noise(torch.Size([4, LATENT])))
+        if t >= past:
+            features.append(plain_decoder(network, code, skips))
+            kl = kl + kl_divergence(q, p).sum(1)
+            log_ratio = log_ratio + (p.log_prob(z) - q.log_prob(z)).sum(1)
+    inference = network.infer(x, noise=noise_of(4))
+    torch.testing.assert_close(inference.h, torch.stack(features, 1))
+    torch.testing.assert_close(inference.kl, kl[:, None])
+    torch.testing.assert_close(inference.log_ratio, log_ratio)
+    assert torch.equal(inference.target, x[:, past:])
+    assert inference.h.std() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("backbone", "learned"), VARIANTS)
+@pytest.mark.parametrize("past", [1, 3])
+def test_predict_is_the_published_recurrence_with_frames_fed_back(backbone: str, learned: bool, past: int) -> None:
+    network, x, noise = network_of(backbone, learned), clips(length=past), noise_of(4)
+    loop, frames = Loop(network), []
+    for t in range(1, past):
+        loop.step(x[:, t - 1], x[:, t], 0.7 * noise(torch.Size([4, LATENT])))
+    frame, skips = x[:, -1], network.encoder(x[:, -1]).skips
+    for _ in range(4):
+        code = loop.step(frame, None, 0.7 * noise(torch.Size([4, LATENT])))[0]
+        frame = plain_decoder(network, code, skips).sigmoid()
+        frames.append(frame)
+    prediction = network.predict(x, 4, torch.sigmoid, noise_of(4), temperature=0.7)
+    torch.testing.assert_close(prediction.frames, torch.stack(frames, 1))
+    torch.testing.assert_close(prediction.h.sigmoid(), prediction.frames)
+
+
+@torch.no_grad()
+def test_context_may_come_separately() -> None:
+    network, x = network_of(past=1), clips()
+    whole = network_of(past=3).infer(x, noise=noise_of(4))
+    mask = torch.ones(4, LENGTH - 3, dtype=torch.bool)
+    for given in (None, mask):
+        apart = network.infer(x[:, 3:], context=x[:, :3], mask=given, noise=noise_of(4))
+        for ours, truth in zip(apart[:4], whole[:4], strict=True):
+            torch.testing.assert_close(ours, truth)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("learned", [True, False])
+def test_kl_is_the_mean_of_minus_log_ratio(learned: bool) -> None:
+    network = network_of(learned=learned)
+    x = clips(2).repeat_interleave(2000, 0)
+    inference = network.infer(x, noise=noise_of(4000))
+    for i in range(2):
+        draws = -inference.log_ratio[2000 * i : 2000 * (i + 1)]
+        assert float(draws.mean() - inference.kl[2000 * i, 0]) == pytest.approx(0, abs=4 * float(draws.std()) / math.sqrt(2000))
+
+
+@torch.no_grad()
+def test_features_and_prior_do_not_see_what_comes_later() -> None:
+    """The bound is one only if p(x_t|...) knows of x_t through z_t alone, and of later frames nothing at all."""
+    network, x = network_of(), clips()
+    changed = x.clone()
+    changed[:, 4] = 1 - changed[:, 4]
+    steps = []
+    for clip in (x, changed):
+        codes = network.encoder(clip.flatten(0, 1)).code.unflatten(0, clip.shape[:2])
+        steps.append(network.recurrence.advance(codes[:, :-1], codes[:, 1:], noise_of(4), State())[0])
+    for before in (
+        [s.prior.mean[:, :4] for s in steps],
+        [s.drawn_from.mean[:, :3] for s in steps],
+        [s.codes[:, :3] for s in steps],
+    ):
+        torch.testing.assert_close(*before)
+    assert not torch.allclose(steps[0].drawn_from.mean[:, 3], steps[1].drawn_from.mean[:, 3])
+    assert not torch.allclose(steps[0].prior.mean[:, 4], steps[1].prior.mean[:, 4])
+
+
+@pytest.mark.parametrize(("backbone", "learned"), VARIANTS)
+def test_gradients_reach_every_parameter(backbone: str, learned: bool) -> None:
+    vae = vae_of(network_of(backbone, learned, spread=False))
+    (-vae.elbo(clips()).total.mean()).backward()
+    for name, parameter in vae.network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+# -- no number depends on others -------------------------------------------------------------------------------------------
+
+
+def scores_in_batches(vae: VAE, x: Tensor, size: int, mask: Tensor | None = None) -> Scores:
+    parts = []
+    for i in torch.arange(len(x)).split(size):
+        length = (
+            int(mask[i].sum(1).max()) if mask is not None else x.shape[1]
+        )  # as a loader that pads to the longest of a batch
+        keyed = keyed_noise(i)
+        noise = lambda shape, keyed=keyed: keyed(shape).double()  # noqa: E731
+        parts.append(vae.score(x[i, :length], noise, None if mask is None else mask[i, :length]))
+    return Scores(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+LENGTHS = torch.tensor([6, 3, 5, 4, 6, 3])
+
+
+def mask_of(lengths: Tensor = LENGTHS, length: int = LENGTH) -> Tensor:
+    return torch.arange(length) < lengths[:, None]
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["equal", "variable"])
+@pytest.mark.parametrize("name", ["gaussian/optimal", "gaussian/per-image", "logistic-mixture:2"])
+def test_no_number_depends_on_the_batch(name: str, lengths: Tensor | None) -> None:
+    decoder = build.likelihood(name, 1)
+    vae, x = vae_of(network_of(out_channels=decoder.in_channels), name), clips(6)
+    mask = None if lengths is None else mask_of(lengths)
+    whole = scores_in_batches(vae, x, 6, mask)
+    for size in (1, 4):
+        for ours, truth in zip(scores_in_batches(vae, x, size, mask), whole, strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
+    frames = torch.full((6,), LENGTH) if lengths is None else lengths
+    assert torch.equal(whole.dims, (frames - PAST) * 64)
+
+
+def padded(x: Tensor, mask: Tensor, content: float) -> Tensor:
+    return torch.where(mask[:, :, None, None, None], x, content)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("scale", [Optimal, lambda: Optimal(per="image"), lambda: Optimal(per="pixel")])
+def test_padding_changes_nothing_in_training(backbone: str, scale: Callable[[], Optimal]) -> None:
+    """Neither the ELBO nor its gradient, nor the optimal scale's statistic, nor those of batch norm."""
+    x, mask = clips(6), mask_of()
+
+    def trained(content: float) -> list[Tensor]:
+        vae = VAE(network_of(backbone), Gaussian(1, scale(), mean="unit")).double().train()
+        elbo, minimised = losses(vae, Batch(padded(x, mask, content), torch.arange(len(x)), mask), TrainingConfig(kl_weight=0.5))
+        minimised.mean().backward()
+        gradients = [parameter.grad for parameter in vae.parameters()]
+        return [elbo.total, elbo.kl, *gradients, *vae.state_dict().values()]
+
+    for ours, truth in zip(trained(math.nan), trained(0.0), strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, truth, rtol=0, atol=0)
+
+
+def test_a_masked_batch_is_its_clips_cut_to_their_lengths() -> None:
+    """The optimal σ is that of the valid values, in training and calibrated; the ELBO of a clip that of the clip alone."""
+    network, x, mask = network_of(), clips(6), mask_of()
+    vae = VAE(network, Gaussian(1, mean="unit")).double()
+    cut = [x[i : i + 1, :length] for i, length in enumerate(LENGTHS.tolist())]
+    vae.calibrate([Batch(padded(x, mask, math.nan), torch.arange(6), mask)], seed=3)
+    vae.eval()
+    stored = vae.likelihood.scale.density_log_scale.clone()
+    with torch.no_grad():
+        squares = []
+        for i, clip in enumerate(cut):
+            inference = network.infer(clip, noise=keyed_noise(torch.tensor([i]), 3))
+            squares.append((inference.h.sigmoid() - inference.target).square().flatten())
+    assert float(stored) == pytest.approx(0.5 * math.log(torch.cat(squares).mean()), rel=1e-9)
+    elbo = vae.elbo(padded(x, mask, math.nan), mask=mask, noise=keyed_noise(torch.arange(6)))
+    for i, clip in enumerate(cut):
+        alone = vae.elbo(clip, noise=keyed_noise(torch.tensor([i])))
+        torch.testing.assert_close(alone.total, elbo.total[i : i + 1])
+        torch.testing.assert_close(alone.kl, elbo.kl[i : i + 1])
+    vae.likelihood.train()  # the scale looks at the batch, batch norm does not
+    inference = network.infer(x, mask=mask, noise=noise_of(6))
+    vae.elbo(x, mask=mask, noise=noise_of(6))
+    valid = mask[:, PAST:]
+    truth = 0.5 * math.log((inference.h[valid].detach().sigmoid() - x[:, PAST:][valid]).square().mean())
+    solved = vae.likelihood(*inference.scored()).log_scale
+    assert float(solved) == pytest.approx(truth, rel=1e-9)
+
+
+def test_batch_norm_sees_valid_frames_alone() -> None:
+    network, x, mask = network_of().train(), clips(6), mask_of()
+    before = copy.deepcopy(network)
+    network.infer(x, mask=mask)
+    before.encoder(x[mask])
+    ours, truth = network.encoder.state_dict(), before.encoder.state_dict()
+    for name, value in truth.items():
+        torch.testing.assert_close(ours[name], value)
+
+
+# -- state, and predictions ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_interleaved_calls_do_not_disturb_each_other() -> None:
+    network = network_of()
+    codes = [network.encoder(clips(seed=seed).flatten(0, 1)).code.unflatten(0, (4, LENGTH)) for seed in (1, 2)]
+    together = [network.recurrence.advance(c, None, torch.zeros, State())[0].codes for c in codes]
+    states, apart = [State(), State()], [[], []]
+    for t, which in itertools.product(range(LENGTH), range(2)):
+        steps, states[which] = network.recurrence.advance(codes[which][:, t : t + 1], None, torch.zeros, states[which])
+        apart[which].append(steps.codes)
+    for i in range(2):
+        torch.testing.assert_close(torch.cat(apart[i], 1), together[i])
+    before = network.infer(clips(), noise=noise_of(4))
+    network.predict(clips(3, 2), 3, torch.sigmoid)
+    for ours, truth in zip(network.infer(clips(), noise=noise_of(4))[:4], before[:4], strict=True):
+        assert torch.equal(ours, truth)
+
+
+def predicted(vae: VAE, seed: int = 0, frames: int = 4, temperature: float = 1.0, **options) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return vae.predict(clips(length=PAST), frames, 3, generator=generator, temperature=temperature, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("learned", [True, False])
+def test_predictions_repeat_with_their_generator_and_begin_alike(learned: bool) -> None:
+    vae = vae_of(network_of(learned=learned))
+    first, again, other = (predicted(vae, seed) for seed in (1, 1, 2))
+    assert first.shape == (3, 4, 4, 1, 8, 8)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    assert not torch.allclose(first[0], first[1])
+    torch.testing.assert_close(predicted(vae, 1, frames=7)[:, :, :4], first)
+    cold, cold_again = (predicted(vae, seed, temperature=0.0) for seed in (1, 2))
+    assert torch.equal(cold, cold_again)
+    torch.testing.assert_close(cold[0], cold[1])
+    assert float((predicted(vae, 1, temperature=0.1) - cold).abs().mean()) < float((first - cold).abs().mean())
+
+
+@torch.no_grad()
+def test_each_frame_is_predicted_from_what_is_shown_of_the_last() -> None:
+    vae, seen = vae_of(network_of()), []
+    hook = vae.network.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    torch.manual_seed(0)
+    draws = vae.predict(clips(length=PAST), 3, show="draw")[0]
+    hook.remove()
+    for t in range(3):
+        torch.testing.assert_close(seen[1 + t], draws[:, t])
+    mean = vae.predict(clips(length=PAST), 1)[0]
+    residual = vae.predict(clips(length=PAST).repeat(64, 1, 1, 1, 1), 1, show="draw", temperature=0.0)[0].sub(
+        vae.predict(clips(length=PAST), 1, temperature=0.0)[0].repeat(64, 1, 1, 1, 1)
+    )
+    assert float(residual.std()) == pytest.approx(float(vae.likelihood.scale.density_log_scale.exp()), rel=0.05)
+    assert mean.min() > 0
+    assert mean.max() < 1
+
+
+@torch.no_grad()
+def test_samples_of_a_video_go_on_from_their_context() -> None:
+    vae = vae_of(network_of())
+    context = clips(length=PAST)
+
+    def seeded() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    samples = vae.sample(4, context=context, generator=seeded())
+    assert samples.shape == (4, 10, 1, 8, 8)
+    assert torch.equal(samples, vae.predict(context, 10, generator=seeded())[0])
+    one = vae.sample(5, context=context[:1], generator=seeded())
+    assert torch.equal(one, vae.predict(context[:1].expand(5, -1, -1, -1, -1), 10, generator=seeded())[0])
+    h = vae.network.generate(4, context, seeded(), frames=10, show=lambda h: vae.likelihood(h).mean)
+    torch.testing.assert_close(vae.likelihood(h).mean, samples, atol=1e-6, rtol=1e-6)
+    assert vae.reconstruct(clips()).shape == (4, LENGTH - PAST, 1, 8, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_statistics_are_those_of_the_batch_and_leave_no_trace(training: bool) -> None:
+    vae = vae_of(network_of())
+    vae.network.train(training)
+    before = copy.deepcopy(vae.state_dict())
+    ours = predicted(vae, batch_statistics=True)
+    for name, value in vae.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(module.training == training for module in vae.network.modules())
+    other = copy.deepcopy(vae)
+    for module in other.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.fill_(3)
+    assert torch.equal(predicted(other, batch_statistics=True), ours)
+    other.network.train()
+    torch.testing.assert_close(predicted(other), ours)
+    vae.network.eval()
+    assert not torch.allclose(predicted(vae), ours)
+    alone = vae.predict(clips(length=PAST)[:1], 2, temperature=0.0)[0]
+    torch.testing.assert_close(alone, vae.predict(clips(length=PAST), 2, temperature=0.0)[0, :1])
+    pair, four = (vae.predict(clips(length=PAST)[:n], 2, temperature=0.0, batch_statistics=True)[0, :2] for n in (2, 4))
+    assert not torch.allclose(pair, four)
+
+
+# -- with everything else --------------------------------------------------------------------------------------------------
+
+
+LIKELIHOODS = (
+    "gaussian/optimal",
+    "gaussian/optimal-image",
+    "gaussian/per-pixel",
+    "laplace/shared",
+    "bernoulli",
+    "categorical",
+    "logistic-mixture:2",
+)
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_every_likelihood_runs_unchanged(name: str) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig("sequence", name, latent_dim=LATENT, width=4)
+    levels = 4 if name == "categorical" else 2 if name == "bernoulli" else 256
+    vae = build.vae(config, (1, 8, 8), levels)
+    x = (clips(4, 5) * (levels - 1)).round().float() / (levels - 1)
+    elbo = vae.train().elbo(x)
+    (-elbo.total.mean()).backward()
+    assert elbo.total.shape == (4,)
+    assert elbo.total.isfinite().all()
+    vae.calibrate([x])
+    vae.eval()
+    with torch.no_grad():
+        assert vae.score(x).log_mass.shape == (4,)
+        for show in ("mean", "draw"):
+            frames = vae.predict(x[:, :2], 3, 2, show)
+            assert frames.shape == (2, 4, 3, 1, 8, 8)
+            assert frames.isfinite().all()
+
+
+@pytest.mark.parametrize("name", build.VIDEO_NETWORKS)
+def test_a_saved_model_says_the_same(name: str, tmp_path) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(name, latent_dim=LATENT, width=4, context_frames=3)
+    vae, x = build.vae(config, (1, 8, 8), 256), clips().float()
+    vae.elbo(x)
+    vae.calibrate([x])
+    build.save(tmp_path, vae, config, (1, 8, 8), 256)
+    loaded = build.load(tmp_path)
+    assert loaded.config == config
+    assert loaded.vae.network.context_frames == 3
+    assert (loaded.vae.network.recurrence.prior is None) == name.endswith("fixed")
+    noise = keyed_noise(torch.arange(4))
+    again = keyed_noise(torch.arange(4))
+    assert torch.equal(loaded.vae.elbo(x, noise=noise).total, vae.eval().elbo(x, noise=again).total)
+
+
+@torch.no_grad()
+def test_half_precision_keeps_densities_in_float32() -> None:
+    vae, x = vae_of(network_of()).float(), clips().float()
+    exact = vae.elbo(x, noise=keyed_noise(torch.arange(4)))
+    with torch.autocast("cpu", torch.bfloat16):
+        elbo = vae.elbo(x, noise=keyed_noise(torch.arange(4)))
+    assert elbo.total.dtype == elbo.kl.dtype == torch.float32
+    torch.testing.assert_close(elbo.kl, exact.kl, rtol=0.1, atol=0.1)
+
+
+def dots(n: int, length: int, seed: int) -> Tensor:
+    """A 2×2 dot on a torus of 8×8, going to the left or to the right."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(0, 8, (n, 1, 2), generator=generator)
+    velocity = torch.randint(0, 2, (n, 1, 1), generator=generator) * torch.tensor([0, 2]) - torch.tensor([0, 1])
+    place = start + velocity * torch.arange(length)[:, None]
+    x = torch.zeros(n, length, 1, 8, 8)
+    clip, time = torch.meshgrid(torch.arange(n), torch.arange(length), indexing="ij")
+    for down, right in itertools.product((0, 1), repeat=2):
+        x[clip, time, 0, (place[..., 0] + down) % 8, (place[..., 1] + right) % 8] = 1
+    return x
+
+
+def test_a_tiny_model_learns_how_dots_move() -> None:
+    torch.manual_seed(0)
+    vae = VAE(sequence((1, 8, 8), 1, 4, 12), Gaussian(1, mean="unit"))
+    train, test = dots(1024, 6, seed=0), dots(128, 6, seed=1)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-2)
+    for _ in range(240):
+        optimizer.zero_grad()
+        (-vae.elbo(train[torch.randint(len(train), (32,))]).total.mean()).backward()
+        optimizer.step()
+    vae.eval()
+    with torch.no_grad():
+        error = float((vae.predict(test[:, :2], 4)[0] - test[:, 2:]).square().mean())
+    copied = float((test[:, 1:2] - test[:, 2:]).square().mean())
+    average = float((train.mean((0, 1)) - test[:, 2:]).square().mean())
+    assert error < 0.25 * copied
+    assert error < 0.5 * average
+
+
+MISTAKES = {
+    "no clip": (lambda n, x: n.infer(x[:, 0]), "x holds clips"),
+    "too short": (lambda n, x: n.infer(x[:, :2]), "none is left to predict"),
+    "other clips": (lambda n, x: n.infer(x, context=x[:1]), "parts of the same clips"),
+    "no context clip": (lambda n, x: n.infer(x, context=x[:, 0]), "context holds clips"),
+    "mask's shape": (lambda n, x: n.infer(x, mask=torch.ones(4, 3, dtype=torch.bool)), "one for each frame"),
+    "mask's type": (lambda n, x: n.infer(x, mask=torch.ones(4, LENGTH)), "mask is of bool"),
+    "gaps": (lambda n, x: n.infer(x, mask=torch.tensor([1, 1, 1, 0, 1, 1]).bool().expand(4, -1)), "without gaps"),
+    "context masked": (lambda n, x: n.infer(x, mask=torch.tensor([1, 0, 0, 0, 0, 0]).bool().expand(4, -1)), "at least the 2"),
+    "no context": (lambda n, x: n.generate(3), "needs context"),
+    "no map": (lambda n, x: n.generate(4, x), "needs show"),
+    "contexts": (lambda n, x: n.generate(3, x, show=torch.sigmoid), "1 or 3 clips"),
+    "frames": (lambda n, x: n.predict(x, 0, torch.sigmoid), "at least 1, got 0"),
+    "sample": (lambda n, x: vae_of(n).sample(2), "needs context"),
+    "samples": (lambda n, x: vae_of(n).predict(x, 2, 0), "at least 1, got 0"),
+    "sample contexts": (lambda n, x: vae_of(n).sample(3, context=x), "1 or 3 clips"),
+    "show": (lambda n, x: vae_of(n).predict(x, 2, show="median"), 'show is "mean" or "draw"'),
+    "encode": (lambda n, x: vae_of(n).encode(x), "SequenceNetwork has no single layer of flat latents"),
+    "not a video": (lambda n, x: VAE(mlp((1, 8, 8), 1), Gaussian(1)).predict(x), "FlatNetwork predicts no frames"),
+    "side": (lambda n, x: sequence((1, 28, 28), 1), "square frames"),
+    "not square": (lambda n, x: sequence((1, 32, 64), 1), "square frames"),
+    "backbone": (lambda n, x: sequence((1, 8, 8), 1, backbone="resnet"), "backbone is one of dcgan, vgg"),
+    "context frames": (lambda n, x: sequence((1, 8, 8), 1, context_frames=0), "at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_a_sentence(mistake: str) -> None:
+    make, says = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=says):
+        make(network_of(), clips())
+
+
+def test_dims_of_still_examples_are_all_their_values() -> None:
+    vae = VAE(mlp((1, 8, 8), 1, width=4), Gaussian(1))
+    images = clips(4)[:, 0].float()
+    vae.calibrate([images])
+    assert vae.eval().score(images).dims.tolist() == [64] * 4

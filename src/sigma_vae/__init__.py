@@ -20,7 +20,7 @@ from sigma_vae.likelihoods import (
     Shared,
     StudentT,
 )
-from sigma_vae.networks import FlatNetwork, conv, mlp
+from sigma_vae.networks import FlatNetwork, conv, mlp, residual
 from sigma_vae.types import Elbo
 from sigma_vae.vae import VAE
 
@@ -47,4 +47,5 @@ __all__ = [
     "StudentT",
     "conv",
     "mlp",
+    "residual",
 ]

@@ -32,7 +32,7 @@ from sigma_vae.likelihoods import (
 )
 from sigma_vae.likelihoods.base import LocationScale, MeanMap
 from sigma_vae.likelihoods.unscaled import Discrete, Unscaled
-from sigma_vae.networks import FlatNetwork, conv, mlp
+from sigma_vae.networks import FlatNetwork, conv, mlp, residual
 from sigma_vae.types import Likelihood, Network, Observes
 from sigma_vae.vae import VAE
 
@@ -75,7 +75,7 @@ SCALES: dict[str, Callable[[], Scale]] = {
 
 SCALES_WITH_A_NUMBER: dict[str, Callable[[float], Scale]] = {"fixed": Fixed, "beta": Fixed.from_beta}
 
-NETWORKS: dict[str, Callable[..., FlatNetwork]] = {"conv": conv, "mlp": mlp}
+NETWORKS: dict[str, Callable[..., FlatNetwork]] = {"residual": residual, "conv": conv, "mlp": mlp}
 
 
 def likelihood(

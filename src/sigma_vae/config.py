@@ -40,8 +40,8 @@ class DataConfig(_Strict):
 class ModelConfig(_Strict):
     """Network and likelihood, by name."""
 
-    network: str = "conv"
-    """conv (the paper's, for images) or mlp (any shape)."""
+    network: str = "residual"
+    """residual (images and series), conv (the paper's, for images) or mlp (any shape)."""
     likelihood: str = "gaussian/optimal"
     """family/scale, or the family alone where it has no scale. Families: gaussian, laplace, logistic, student-t (or student-t:ν,
     :learned, :predicted). Scales: optimal, optimal-image, optimal-channel, optimal-pixel, shared, per-image, per-pixel,
@@ -50,7 +50,7 @@ class ModelConfig(_Strict):
     latent_dim: int = 20
     """Size of the latent code."""
     width: int | None = None
-    """Channels of the first layer (conv: 32) or units of a hidden layer (mlp: 400)."""
+    """Channels of the first layer (residual: 16, conv: 32) or units of a hidden layer (mlp: 400)."""
     observes: Literal["density", "level"] = "density"
     """Train on the density of the values, or on the probability of their levels."""
     mean: Literal["unit", "identity"] = "unit"

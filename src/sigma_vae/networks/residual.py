@@ -8,6 +8,7 @@ from typing import final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from sigma_vae.networks.flat import FlatNetwork
 
@@ -20,9 +21,14 @@ WIDEST = 8
 """Channels double from level to level, up to so many times ``width``."""
 HIDDEN = 32
 """Units of the dense layers around the latents, for each of ``width``."""
+GAIN = 1.68
+"""1 / √E[SiLU(u)²] for a standard normal u: what an activation takes from the mean square, the next layer's weights give back."""
+LAST_GAIN = 0.05
+"""Of what gives features or posteriors, against the layers before: both start near 0."""
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 TRANSPOSED: dict[int, type[nn.ConvTranspose1d | nn.ConvTranspose2d]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
+_Weighted = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.Linear
 
 
 def residual(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 16) -> FlatNetwork:
@@ -33,9 +39,13 @@ def residual(shape: Sequence[int], out_channels: int, latent_dim: int = 20, widt
 
     .. math:: x + W_2\, a(W_1\, a(x))
 
-    There are no batch statistics. Instead the initial :math:`W_2` is smaller by the root of the number of blocks, which keeps the
-    variance of the sum whatever their number (in the manner of Zhang et al. 2019, arXiv 1901.09321). An untrained decoder gives nearly
-    the same features, near 0, for every z.
+    There are no batch statistics. Instead the initial weights keep the mean square from layer to layer (He et al. 2015, arXiv 1502.01852,
+    with the gain of SiLU), those of :math:`W_2` are smaller by the root of the number of blocks, so that it does not grow with them (in
+    the manner of Zhang et al. 2019, arXiv 1901.09321), and the last layers' by twenty: an untrained decoder gives nearly the same features,
+    near 0, for every z, however large the data.
+
+    With 28×28×1 data a pass costs a tenth of the multiply-adds of :func:`conv`, and there are more weights, most of them in the dense
+    layers.
 
     Args:
         shape: of one example: an image ``(C, H, W)`` or a series ``(C, T)``.
@@ -47,6 +57,8 @@ def residual(shape: Sequence[int], out_channels: int, latent_dim: int = 20, widt
     Raises:
         ValueError: the data are neither images nor series, or shorter than 4 along an axis.
 
+    >>> sum(p.numel() for p in residual((1, 28, 28), out_channels=1).parameters())
+    1689241
     >>> residual((3, 28, 45), out_channels=3).generate(2).shape
     torch.Size([2, 3, 28, 45])
     >>> residual((2, 1000), out_channels=2).generate(5).shape
@@ -77,6 +89,8 @@ def residual(shape: Sequence[int], out_channels: int, latent_dim: int = 20, widt
         nn.Unflatten(1, coarsest),
         *_up(dims, [out_channels, *widths], sizes),
     )
+    for half in (encoder, decoder):
+        _initialise(half, blocks=max(len(widths) - 1, 1))
     return FlatNetwork(encoder, decoder, latent_dim)
 
 
@@ -111,30 +125,42 @@ def _up(dims: int, channels: list[int], sizes: list[tuple[int, ...]]) -> list[nn
 
 def _blocks(dims: int, channels: list[int], level: int) -> list[nn.Module]:
     """None at the first of several levels: with the most pixels it would cost the most."""
-    levels = len(channels) - 1
-    blocks = max(levels - 1, 1)
-    return [_Block(dims, channels[level + 1], blocks)] if level or levels == 1 else []
+    first_of_several = level == 0 and len(channels) > 2
+    return [] if first_of_several else [_Block(dims, channels[level + 1])]
+
+
+@torch.no_grad()
+def _initialise(half: nn.Sequential, blocks: int) -> None:
+    """Of the encoder or the decoder, which has so many blocks."""
+    layers = [module for module in half.modules() if isinstance(module, _Weighted)]
+    for number, layer in enumerate(layers):
+        gain = GAIN if number else 1.0  # data and latents have gone through no activation
+        nn.init.normal_(layer.weight, std=gain / math.sqrt(_fan_in(layer)))
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    for block in (module for module in half if isinstance(module, _Block)):
+        block.second.weight.div_(math.sqrt(blocks))
+    layers[-1].weight.mul_(LAST_GAIN)
+
+
+def _fan_in(layer: _Weighted) -> int:
+    """How many products a value of the output sums."""
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
+        return layer.in_channels * math.prod(layer.kernel_size) // math.prod(layer.stride)
+    return layer.weight[0].numel()
 
 
 @final
 class _Block(nn.Module):
     """What two convolutions make of x, added to x."""
 
-    def __init__(self, dims: int, channels: int, blocks: int) -> None:
+    def __init__(self, dims: int, channels: int) -> None:
         super().__init__()
-        convolution = CONVOLUTIONS[dims]
-        self.branch = nn.Sequential(
-            nn.SiLU(),
-            convolution(channels, channels, 3, padding=1),
-            nn.SiLU(),
-            convolution(channels, channels, 3, padding=1),
-        )
-        with torch.no_grad():
-            for parameter in self.branch[-1].parameters():
-                parameter.div_(math.sqrt(blocks))
+        self.first = CONVOLUTIONS[dims](channels, channels, 3, padding=1)
+        self.second = CONVOLUTIONS[dims](channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        change: Tensor = self.branch(x)
+        change: Tensor = self.second(silu(self.first(silu(x))))
         return x + change
 
 

@@ -92,7 +92,7 @@ def test_impossible_sizes_are_refused(sizes):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("network", ["mlp", "conv"])
+@pytest.mark.parametrize("network", ["mlp", "conv", "residual"])
 def test_a_saved_model_is_the_same_model(scale, network, tmp_path):
     config = ModelConfig(network=network, likelihood=f"gaussian/{scale}", latent_dim=3, width=8)
     vae = build.vae(config, (3, 9, 10), Scaling(256))

@@ -360,7 +360,9 @@ def test_padding_changes_nothing_in_training(backbone: str, scale: Callable[[], 
 
     def trained(content: float) -> list[Tensor]:
         vae = VAE(network_of(backbone), Gaussian(1, scale(), mean="unit")).double().train()
-        elbo, minimised = losses(vae, Batch(padded(x, mask, content), torch.arange(len(x)), mask), TrainingConfig(kl_weight=0.5))
+        elbo, minimised = losses(
+            vae, Batch(padded(x, mask, content), torch.arange(len(x)), mask), TrainingConfig(kl_weight=0.5)
+        )
         minimised.mean().backward()
         gradients = [parameter.grad for parameter in vae.parameters()]
         return [elbo.total, elbo.kl, *gradients, *vae.state_dict().values()]

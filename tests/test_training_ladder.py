@@ -12,6 +12,7 @@ from sigma_vae.config import DataConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import load
 from sigma_vae.training import fit
 from sigma_vae.training.objective import balance, losses
+from sigma_vae.types import Batch
 
 STEPS_PER_EPOCH = -(-1455 // 64)
 

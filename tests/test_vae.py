@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from sigma_vae import VAE, Elbo, Fixed, FlatNetwork, Gaussian, Optimal, PerImage, PerPixel, Shared, conv, mlp
+from sigma_vae import VAE, Elbo, Fixed, FlatNetwork, Gaussian, Optimal, PerImage, PerPixel, Shared, mlp
 from sigma_vae.likelihoods.scales import Scale
 from sigma_vae.types import Batch, Inference, Network, Noise
 from sigma_vae.vae import keyed_noise
@@ -435,25 +435,6 @@ def test_calibrate_makes_the_stored_scale_that_of_the_decoded_data() -> None:
 
 
 # -- networks --------------------------------------------------------------------------------------------------------------
-
-
-def test_conv_has_the_size_of_the_released_network() -> None:
-    assert sum(p.numel() for p in conv((1, 28, 28), out_channels=1).parameters()) == 990_249
-
-
-@pytest.mark.parametrize("size", [(4, 4), (5, 6), (7, 4), (13, 30), (28, 28), (32, 33), (31, 34)])
-def test_conv_takes_images_of_any_size(size: tuple[int, int]) -> None:
-    likelihood = Gaussian(3, PerPixel())
-    vae = VAE(conv((3, *size), likelihood.in_channels, latent_dim=4, width=4), likelihood)
-    x = images(2, (3, *size))
-    assert vae.elbo(x).total.shape == (2,)
-    assert vae.sample(3).shape == (3, 3, *size)
-
-
-@pytest.mark.parametrize("shape", [(5,), (1, 9), (1, 3, 20), (1, 2, 5, 5)])
-def test_conv_refuses_what_is_no_image(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="reads images"):
-        conv(shape, out_channels=1)
 
 
 def test_users_modules_of_the_wrong_size_are_refused() -> None:

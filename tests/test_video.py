@@ -11,7 +11,8 @@ from PIL import Image
 from sigma_vae import VAE, Gaussian, build, mlp, runs
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from sigma_vae.data import Splits
+from sigma_vae.data import Scaling, Splits
+from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.pictures import save_clips
 from sigma_vae.evaluation.video import predictions, psnr, ssim
 from sigma_vae.vae import keyed_noise
@@ -29,7 +30,7 @@ def splits(channels: int = 1) -> Splits:
     parts = [
         clips(n, t, seed, channels) for seed, (n, t) in enumerate([(24, TRAIN_LENGTH), (8, TRAIN_LENGTH), (10, TEST_LENGTH)])
     ]
-    return Splits("moving noise", *parts, 256, {"fingerprint": "made up"}, frames=TRAIN_LENGTH)
+    return Splits("moving noise", *map(InMemory, parts), Scaling(256), {"fingerprint": "made up"}, clips=True)
 
 
 @pytest.fixture(scope="module")

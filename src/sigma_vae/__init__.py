@@ -20,7 +20,17 @@ from sigma_vae.likelihoods import (
     Shared,
     StudentT,
 )
-from sigma_vae.networks import FlatNetwork, HierarchicalNetwork, LadderPlan, SequenceNetwork, conv, hierarchical, mlp, sequence
+from sigma_vae.networks import (
+    FlatNetwork,
+    HierarchicalNetwork,
+    LadderPlan,
+    SequenceNetwork,
+    conv,
+    hierarchical,
+    mlp,
+    residual,
+    sequence,
+)
 from sigma_vae.types import Elbo
 from sigma_vae.vae import VAE
 
@@ -51,5 +61,6 @@ __all__ = [
     "conv",
     "hierarchical",
     "mlp",
+    "residual",
     "sequence",
 ]

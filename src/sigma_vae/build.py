@@ -33,7 +33,8 @@ from sigma_vae.likelihoods import (
 )
 from sigma_vae.likelihoods.base import LocationScale, MeanMap
 from sigma_vae.likelihoods.unscaled import Discrete, Unscaled
-from sigma_vae.networks import SequenceNetwork, conv, hierarchical, mlp, sequence
+from sigma_vae.networks import SequenceNetwork, conv, hierarchical, mlp, residual, sequence
+from sigma_vae.networks.default import default_network
 from sigma_vae.types import Likelihood, Network, Observes
 from sigma_vae.vae import VAE
 
@@ -76,7 +77,7 @@ SCALES: dict[str, Callable[[], Scale]] = {
 
 SCALES_WITH_A_NUMBER: dict[str, Callable[[float], Scale]] = {"fixed": Fixed, "beta": Fixed.from_beta}
 
-NETWORKS: dict[str, Callable[..., Network]] = {"conv": conv, "mlp": mlp, "hierarchical": hierarchical}
+NETWORKS: dict[str, Callable[..., Network]] = {"residual": residual, "conv": conv, "mlp": mlp, "hierarchical": hierarchical}
 
 NETWORKS_WITH_A_PLAN: dict[str, Callable[[str], Callable[..., Network]]] = {
     "hierarchical": lambda plan: partial(hierarchical, plan=plan),
@@ -166,7 +167,8 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> VAE:
         observes=config.observes,
     )
     sizes = (config.latent_dim, config.width, config.context_frames)
-    return VAE(network(config.network, shape, decoder.in_channels, *sizes), decoder)
+    name = config.network if config.network != "auto" else default_network(shape)
+    return VAE(network(name, shape, decoder.in_channels, *sizes), decoder)
 
 
 def data(config: DataConfig) -> Splits:

@@ -17,6 +17,7 @@ from sigma_vae.evaluation.pictures import drawable, pairs, save_clips, save_grid
 from sigma_vae.evaluation.shown import reconstructed, sampled
 from sigma_vae.evaluation.video import predictions
 from sigma_vae.networks import SequenceNetwork
+from sigma_vae.networks.default import default_network
 from sigma_vae.training import fit, resolve_device
 from sigma_vae.vae import VAE
 
@@ -54,6 +55,8 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, A
     if config.data.source not in NAMES and Path(config.data.source).exists():  # a path: let the run find it from any folder
         config = replace(config, data=replace(config.data, source=str(Path(config.data.source).resolve())))
     data = build.data(config.data)
+    if config.model.network == "auto":
+        config = replace(config, model=replace(config.model, network=default_network(data.shape, clips=data.clips)))
     vae = _new_vae(config, data)
     out.mkdir(parents=True, exist_ok=True)
     write(out / "config.yaml", config)

@@ -5,6 +5,7 @@ from sigma_vae.networks.flat import FlatNetwork
 from sigma_vae.networks.hierarchical import HierarchicalNetwork, hierarchical
 from sigma_vae.networks.ladder_plan import LadderPlan
 from sigma_vae.networks.mlp import mlp
+from sigma_vae.networks.residual import residual
 from sigma_vae.networks.sequence import SequenceNetwork, sequence
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "conv",
     "hierarchical",
     "mlp",
+    "residual",
     "sequence",
 ]

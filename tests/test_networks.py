@@ -1,0 +1,194 @@
+"""Laws of every network with flat latents: one table, one row a network."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from scipy import integrate, special, stats
+from torch import Tensor, nn
+
+from sigma_vae import VAE, Gaussian, Optimal, conv, mlp, residual
+from sigma_vae.networks import FlatNetwork
+from sigma_vae.networks.residual import GAIN
+
+LATENT, WIDTH, BATCH = 3, 4, 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and the shapes of the examples that it reads."""
+
+    network: Callable[..., FlatNetwork]
+    shapes: tuple[tuple[int, ...], ...]
+    refused: tuple[tuple[int, ...], ...] = ()
+
+
+IMAGES = ((1, 4, 4), (3, 5, 6), (1, 7, 4), (3, 8, 8), (3, 9, 8), (1, 13, 30), (1, 28, 28), (3, 31, 34), (1, 65, 4))
+SERIES = ((1, 4), (2, 9), (3, 16), (1, 101))
+TABLES = ((1,), (5,))
+
+CASES = {
+    "mlp": Case(mlp, (*TABLES, *SERIES, *IMAGES, (1, 3, 4, 5))),
+    "conv": Case(conv, IMAGES, refused=((5,), (1, 9), (1, 3, 20), (3, 20, 3), (1, 4, 4, 4))),
+    "residual": Case(residual, (*SERIES, *IMAGES), refused=((5,), (1, 3), (1, 3, 20), (3, 20, 3), (1, 4, 4, 4))),
+}
+
+BIGGEST = {name: max(case.shapes, key=math.prod) for name, case in CASES.items()}
+EVERY_SHAPE = [pytest.param(name, shape, id=f"{name}-{shape}") for name, case in CASES.items() for shape in case.shapes]
+REFUSED = [pytest.param(name, shape, id=f"{name}-{shape}") for name, case in CASES.items() for shape in case.refused]
+
+every_shape = pytest.mark.parametrize(("name", "shape"), EVERY_SHAPE)
+every_network = pytest.mark.parametrize(("name", "shape"), BIGGEST.items())
+
+
+def build(name: str, shape: tuple[int, ...], out_channels: int = 2, seed: int = 0) -> FlatNetwork:
+    torch.manual_seed(seed)
+    return CASES[name].network(shape, out_channels, latent_dim=LATENT, width=WIDTH)
+
+
+def examples(shape: tuple[int, ...]) -> Tensor:
+    return torch.rand((BATCH, *shape), generator=torch.Generator().manual_seed(1))
+
+
+def unit_noise(shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+@every_shape
+def test_features_are_of_the_data_s_size(name: str, shape: tuple[int, ...]) -> None:
+    network = build(name, shape)
+    x = examples(shape)
+    inference = network.infer(x)
+    assert inference.h.shape == (BATCH, 2, *shape[1:])
+    assert inference.target is x
+    assert inference.kl.shape == (BATCH, 1)
+    assert network.encode(x).loc.shape == (BATCH, LATENT)
+    assert network.generate(5).shape == (5, 2, *shape[1:])
+
+
+@every_shape
+def test_every_parameter_learns(name: str, shape: tuple[int, ...]) -> None:
+    channels = shape[0]
+    network = build(name, shape, out_channels=channels)
+    vae = VAE(network, Gaussian(channels, Optimal(), spatial_dims=len(shape) - 1))
+    (-vae.elbo(examples(shape), noise=unit_noise).total.mean()).backward()
+    idle = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+    assert not idle
+
+
+@every_shape
+def test_every_feature_depends_on_the_latents(name: str, shape: tuple[int, ...]) -> None:
+    """None is left where only a bias reaches: at the edge of a size that is no multiple of anything."""
+    network = build(name, shape).double()
+    z = torch.randn(50, LATENT, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert (network.decode(z).std(0) > 0).all()
+
+
+@every_shape
+def test_the_encoder_sees_every_value(name: str, shape: tuple[int, ...]) -> None:
+    network = build(name, shape).double()
+    x = examples(shape).double().requires_grad_()
+    network.encode(x).loc.sum().backward()
+    assert x.grad is not None
+    assert x.grad.ne(0).any(0).all()
+
+
+@every_network
+def test_a_seed_decides_the_weights(name: str, shape: tuple[int, ...]) -> None:
+    first, again, other = (torch.cat([p.flatten() for p in build(name, shape, seed=seed).parameters()]) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@every_shape
+def test_an_untrained_network_says_little(name: str, shape: tuple[int, ...], value: float) -> None:
+    """Posteriors near the prior, and features near 0 that differ little from z to z, for black and for white data."""
+    network = build(name, shape)
+    inference = network.infer(torch.full((BATCH, *shape), value), noise=unit_noise)
+    assert inference.h.isfinite().all()
+    assert inference.h.abs().max() < 1.5
+    assert inference.h.std(0).mean() < 0.3
+    assert inference.kl.max() < 0.5 * LATENT
+
+
+@every_network
+def test_a_state_dict_is_the_whole_network(name: str, shape: tuple[int, ...]) -> None:
+    network, other = build(name, shape), build(name, shape, seed=1)
+    x = examples(shape)
+    before = other.infer(x, noise=unit_noise)
+    other.load_state_dict(network.state_dict())
+    ours, theirs = (one.infer(x, noise=unit_noise) for one in (network, other))
+    assert torch.equal(ours.h, theirs.h)
+    assert torch.equal(ours.kl, theirs.kl)
+    assert not torch.equal(before.h, theirs.h)
+
+
+@every_network
+def test_no_example_depends_on_its_batch_or_on_the_mode(name: str, shape: tuple[int, ...]) -> None:
+    network = build(name, shape).double()
+    x = examples(shape).double()
+    training = network.train().infer(x, noise=unit_noise)
+    evaluating = network.eval().infer(x, noise=unit_noise)
+    assert torch.equal(training.h, evaluating.h)
+    alone = [
+        network.train().infer(x[i : i + 1], noise=lambda shape, i=i: unit_noise(torch.Size([BATCH, LATENT]))[i : i + 1]).h
+        for i in range(BATCH)
+    ]
+    torch.testing.assert_close(torch.cat(alone), training.h)
+
+
+@pytest.mark.parametrize(("name", "shape"), REFUSED)
+def test_data_that_a_network_cannot_read_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"the {name} network reads .*shape \(.*; use the mlp network"):
+        build(name, shape)
+
+
+# -- conv ------------------------------------------------------------------------------------------------------------------
+
+
+def test_conv_has_the_size_of_the_released_network() -> None:
+    assert sum(p.numel() for p in conv((1, 28, 28), out_channels=1).parameters()) == 990_249
+
+
+# -- residual --------------------------------------------------------------------------------------------------------------
+
+
+def multiply_adds(network: nn.Module, x: Tensor) -> int:
+    """Of one pass over x, biases left out, counted layer by layer from the shapes that pass by."""
+    counts: list[int] = []
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, nn.Linear):
+            counts.append(output.numel() * module.in_features)
+        elif isinstance(module, nn.Conv2d):
+            counts.append(output.numel() * module.in_channels * math.prod(module.kernel_size))
+        elif isinstance(module, nn.ConvTranspose2d):
+            counts.append(inputs[0].numel() * module.out_channels * math.prod(module.kernel_size))
+
+    for module in network.modules():
+        module.register_forward_hook(count)
+    network.infer(x)  # type: ignore[operator]
+    return sum(counts)
+
+
+def test_residual_costs_a_fraction_of_conv() -> None:
+    x = torch.zeros(1, 1, 28, 28)
+    ours, papers = (multiply_adds(network((1, 28, 28), 1), x) for network in (residual, conv))
+    assert ours < papers / 10
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 64, 64), (1, 200, 200), (2, 1000)])
+def test_what_z_changes_neither_vanishes_nor_explodes_with_depth(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    network = residual(shape, out_channels=1)
+    with torch.no_grad():
+        h = network.generate(16, generator=torch.Generator().manual_seed(0))
+    assert 0.01 < h.std(0).mean() < 0.2
+
+
+def test_the_gain_is_what_the_activation_takes() -> None:
+    taken, _ = integrate.quad(lambda u: (u * special.expit(u)) ** 2 * stats.norm.pdf(u), -12, 12)
+    assert pytest.approx(taken**-0.5, abs=0.005) == GAIN

@@ -165,12 +165,30 @@ def test_a_long_video_is_entered_near_to_where_it_is_wanted(made, monkeypatch):
         assert opened.frames <= 15, name
 
 
-def test_a_video_that_cannot_be_entered_is_decoded_from_its_beginning(made):
+def test_a_far_window_is_not_reached_frame_by_frame(made, monkeypatch):
+    monkeypatch.setattr(films, "MARKS_APART", 10)
+    monkeypatch.setattr(windows, "MARKS_APART", 10)
     video = Film(made["h264.mp4"])
     survey = video.survey()
-    lost = films.Survey(survey.frames, survey.probes, [(0, 0), (12, 12 * 512 + 1)])  # no frame has that time stamp
+    clips = windows.Windows(
+        [(video, survey)], [windows.Window(0, 0), windows.Window(0, 90)], 2, 1, plan(survey.probes, ImageConfig(), "")
+    )
+    opened = Opened(monkeypatch)
+    clips(0)
+    assert np.array_equal(clips(1), decoded(made["h264.mp4"])[90:92])
+    assert opened.frames <= 20
+
+
+MARKS = {"a frame that is no key frame": (17, 17 * 512), "no frame": (12, 12 * 512 + 1), "behind the end": (12, 10**6)}
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_frames_are_found_where_a_seek_leads_elsewhere(made, mark):
+    video = Film(made["h264.mp4"])
+    survey = video.survey()
+    misled = films.Survey(survey.frames, survey.probes, [(0, 0), MARKS[mark]])
     shared = plan(survey.probes, ImageConfig(), "video")
-    assert np.array_equal(next(video.frames(20, lost))(shared), decoded(made["h264.mp4"])[20])
+    assert np.array_equal(next(video.frames(20, misled))(shared), decoded(made["h264.mp4"])[20])
 
 
 def test_frames_in_folders_go_by_their_numbers(tmp_path):

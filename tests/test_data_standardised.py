@@ -1,5 +1,6 @@
 """Real values in their own units: what is reported does not depend on the units a model works in, but by the Jacobian."""
 
+import csv
 import math
 from dataclasses import replace
 
@@ -29,6 +30,11 @@ def run(folder, data, likelihood):
     return runs.train(config, folder, progress=False)
 
 
+def metrics(folder, name):
+    with (folder / "metrics.csv").open() as file:
+        return np.array([float(row[name]) for row in csv.DictReader(file) if row.get(name)])
+
+
 def test_channels_have_mean_0_and_deviation_1_on_training_data(tmp_path):
     data = load(table(tmp_path, UNITS))
     values = data.values("train").double()
@@ -50,6 +56,9 @@ def test_other_units_shift_every_bound_by_the_jacobian(tmp_path, likelihood):
     assert other["distortion_nats"]["mean"] == pytest.approx(one["distortion_nats"]["mean"] + jacobian, abs=1e-3)
     assert other["rate_nats"]["mean"] == pytest.approx(one["rate_nats"]["mean"], abs=1e-4)
     assert "bits_per_dim" not in other
+    for name in ("train/loss_nats", "train/distortion_nats", "validation/elbo_nats", "validation/distortion_nats"):
+        shifts = metrics(tmp_path / "other", name) - metrics(tmp_path / "one", name)
+        np.testing.assert_allclose(shifts, -jacobian if "elbo" in name else jacobian, atol=1e-3)
     if likelihood == "gaussian/optimal":
         gaps = [report["entropy_identity"] for report in (one, other)]
         assert gaps[1]["elbo_nats"] == pytest.approx(gaps[0]["elbo_nats"] - jacobian, abs=1e-3)

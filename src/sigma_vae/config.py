@@ -95,9 +95,10 @@ class ModelConfig(_Strict):
     """Network and likelihood, by name."""
 
     network: str = "auto"
-    """auto (residual for images and series, mlp for tables, sequence for clips), residual, conv (the paper's, for images), mlp (any shape), hierarchical (images; layers of latents from coarse to fine:
-    hierarchical:tiny, hierarchical:cifar10, or a plan of blocks, hierarchical:ENCODER/DECODER), or sequence for clips (SVG:
-    sequence:dcgan, sequence:vgg, with a learned prior; sequence:dcgan-fixed, sequence:vgg-fixed)."""
+    """auto (residual for images and series, mlp for tables, sequence for clips), residual, conv (the paper's, for images), mlp (any
+    shape), hierarchical (images; layers of latents from coarse to fine: hierarchical:tiny, hierarchical:cifar10, or a plan of blocks,
+    hierarchical:ENCODER/DECODER), or sequence (clips, SVG: sequence:dcgan, sequence:vgg, with a learned prior; sequence:dcgan-fixed,
+    sequence:vgg-fixed)."""
     likelihood: str = "gaussian/optimal"
     """family/scale, or the family alone where it has no scale. Families: gaussian, laplace, logistic, student-t (or student-t:ν,
     :learned, :predicted). Scales: optimal, optimal-image, optimal-channel, optimal-pixel, shared, per-image, per-pixel,
@@ -106,8 +107,8 @@ class ModelConfig(_Strict):
     latent_dim: int | None = None
     """Size of the latent code (20; of clips, of each frame's, 10), or channels of each layer of latents (hierarchical: by its size)."""
     width: int | None = None
-    """Channels of the first layer (residual: 16, conv: 32, sequence: 64) or between blocks (hierarchical: by its size), or units of a hidden layer
-    (mlp: 400)."""
+    """Channels of the first layer (residual: 16, conv: 32, sequence: 64) or between blocks (hierarchical: by its size), or units of a
+    hidden layer (mlp: 400)."""
     context_frames: int = 2
     """Video networks: how many frames at the start of a clip are given; the likelihood is that of the frames after them."""
     observes: Literal["density", "level"] = "density"

@@ -87,7 +87,7 @@ def fit(
             Resumable(last, training, where),
         ]
         trainer = _trainer(config, folder, where, loggers, callbacks, progress)
-        module = TrainingModule(vae, config)
+        module = TrainingModule(vae, config, training.log_volume_nats)
         try:
             trainer.fit(module, training, validation, ckpt_path=last if resume else None, weights_only=True)
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt

@@ -25,13 +25,20 @@ class NonFiniteLossError(RuntimeError):
 
 
 class TrainingModule(pl.LightningModule):
-    """A VAE and its optimiser, as pytorch-lightning drives them."""
+    """A VAE and its optimiser, as pytorch-lightning drives them.
 
-    def __init__(self, vae: VAE, config: TrainingConfig) -> None:
+    Args:
+        vae: the model.
+        config: how to train it.
+        log_volume_nats: what is logged is smaller by it than the model's log-density: the Jacobian of a standardisation.
+    """
+
+    def __init__(self, vae: VAE, config: TrainingConfig, log_volume_nats: float = 0.0) -> None:
         super().__init__()
         check_weights(vae, config)
         self.vae = vae
         self.config = config
+        self.log_volume_nats = log_volume_nats
         self.skipped_steps = 0
         self.just_skipped = False
         self._row: dict[str, Tensor] | None = None
@@ -76,9 +83,9 @@ class TrainingModule(pl.LightningModule):
         if not torch.isfinite(elbo.total).all():
             raise NonFiniteLossError(self._diagnosis(batch, elbo))
         metrics = {
-            validated_total(self.vae): elbo.total,
+            validated_total(self.vae): elbo.total - self.log_volume_nats,
             "validation/rate_nats": elbo.rate,
-            "validation/distortion_nats": elbo.distortion,
+            "validation/distortion_nats": elbo.distortion + self.log_volume_nats,
         }
         if likelihood.levels is not None and likelihood.normalised:
             mass = inference.per_example(likelihood.log_mass(h, target))
@@ -109,9 +116,9 @@ class TrainingModule(pl.LightningModule):
 
     def _log_step(self, loss: Tensor, elbo: Elbo) -> None:
         metrics = {
-            "train/loss_nats": -elbo.total.detach().mean(),
+            "train/loss_nats": self.log_volume_nats - elbo.total.detach().mean(),
             "train/rate_nats": elbo.rate.detach().mean(),
-            "train/distortion_nats": elbo.distortion.detach().mean(),
+            "train/distortion_nats": elbo.distortion.detach().mean() + self.log_volume_nats,
         }
         if is_weighted(self.config):
             metrics["train/weighted_objective_nats"] = loss

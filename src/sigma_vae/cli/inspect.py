@@ -22,23 +22,23 @@ ROWS = 12
 
 
 def inspect(
-    data: Annotated[DataConfig, tyro.conf.PositionalRequiredArgs], *, out: str | None = None, json: bool = False
+    config: Annotated[DataConfig, tyro.conf.PositionalRequiredArgs], *, out: str | None = None, json: bool = False
 ) -> None:
     """Say what DATA are like: sizes, levels, ranges, constant values, duplicates, and the likelihood they suggest, and why.
 
     Args:
-        data: The data.
+        config: The data.
         out: Where the picture of the first training examples goes; inspect-DATA.png unless given.
         json: Print JSON alone.
     """
-    splits = build.data(data)
+    splits = build.data(config)
     found = inspect_data(splits)
     if json:
         print(json_module.dumps(asdict(found), ensure_ascii=False))
     else:
         _print(found)
     if drawable(splits.shape) and not splits.scaling.standardised:
-        path = Path(out) if out is not None else Path(f"inspect-{Path(data.source.replace(':', '-')).stem}.png")
+        path = Path(out) if out is not None else Path(f"inspect-{Path(config.source.replace(':', '-')).stem}.png")
         save_grid(path, _first(splits))
         if not json:
             print(path)

@@ -1,4 +1,4 @@
-"""Networks at equal training time on Fashion-MNIST: same likelihood, batches, learning rate and minutes; only the network differs.
+"""Networks at equal training time: same likelihood, batches and minutes; only the network, and the learning rate that suits it, differ.
 
 The networks take turns, so that a machine that slows down slows all of them. Time is the wall's, training with its validations; a run
 takes a few minutes more, to calibrate and to evaluate. Run it on an idle machine:
@@ -20,14 +20,16 @@ from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 
 LIKELIHOOD = "gaussian/optimal"
 BATCH_SIZE = 64
+LEARNING_RATES = {"hierarchical:tiny": 3e-3}
+"""Chosen on validation data with another seed; the other networks take 1e-3 (conv is as good with 3e-3)."""
 MANY_EPOCHS = 10_000
 """The minutes end the training before."""
 
 
 def main(
     out: Path,
-    networks: tuple[str, ...] = ("conv", "residual"),
-    minutes: float = 3.0,
+    networks: tuple[str, ...] = ("conv", "residual", "mlp", "hierarchical:tiny"),
+    minutes: float = 2.0,
     seeds: tuple[int, ...] = (0, 1, 2),
     data: str = "fashion-mnist",
 ) -> None:
@@ -51,7 +53,8 @@ def main(
 
 def one(network: str, minutes: float, data: str, seed: int) -> dict[str, float]:
     """Train and evaluate one model."""
-    training = TrainingConfig(epochs=MANY_EPOCHS, max_minutes=minutes, batch_size=BATCH_SIZE, learning_rate=1e-3)
+    rate = LEARNING_RATES.get(network, 1e-3)
+    training = TrainingConfig(epochs=MANY_EPOCHS, max_minutes=minutes, batch_size=BATCH_SIZE, learning_rate=rate)
     config = RunConfig(DataConfig(data), ModelConfig(network=network, likelihood=LIKELIHOOD), training, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"

@@ -32,7 +32,7 @@ def main(
     folder = next(path for path in (out / str(i) for i in itertools.count(1)) if not path.exists())
     reports: dict[str, dict[str, Any]] = {}
     for likelihood in LIKELIHOODS:
-        model = ModelConfig(likelihood=likelihood, width=width, latent_dim=latent_dim)
+        model = ModelConfig("conv", likelihood, width=width, latent_dim=latent_dim)
         config = RunConfig(DataConfig(data), model, replace(TRAINING, epochs=epochs))
         reports[likelihood] = runs.train(config, folder / likelihood.replace("/", "-").replace(":", ""))
     Console().print(table(reports))

@@ -90,7 +90,8 @@ class Batches:
             self._resuming = False
             self._epoch, self._position = (epoch, number + 1) if number + 1 < len(self) else (epoch + 1, 0)
             mine = self._share(number)
-            yield Batch(self.scaling(self.store.take(order[mine], epoch)), order[mine])
+            # What is made anew in each epoch is so for training alone: unshuffled passes, which measure, see the same each time.
+            yield Batch(self.scaling(self.store.take(order[mine], epoch if self.shuffle else 0)), order[mine])
 
     def _order(self, epoch: int) -> Tensor:
         if not self.shuffle:

@@ -9,8 +9,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(STAMP)  ## three minutes: a calibrated and a unit-variance VAE on mnist-5k, then look at demo/
 	$(PYTHON) -m examples.demo
 
-test: $(STAMP) lint  ## linters, types, layers, then all tests
-	$(PYTHON) -m pytest
+test: $(STAMP) lint  ## linters, types, layers, then all tests, each file on a core
+	$(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -203,13 +203,14 @@ def test_frames_in_folders_go_by_their_numbers(tmp_path):
     assert "clips of one video are in several splits, as there is only one" in one.record["preprocessing"]
 
 
-def test_folders_of_splits(tmp_path):
-    parts = {"train": pictures(20, 0), "val": pictures(12, 1), "test": pictures(17, 2)}
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Train", "Valid", "TEST")])
+def test_folders_of_splits(tmp_path, names):
+    parts = dict(zip(names, (pictures(20, 0), pictures(12, 1), pictures(17, 2)), strict=True))
     for name, frames in parts.items():
         write_video(tmp_path / name / "below" / "a.mkv", frames)
     splits = load(DataConfig(str(tmp_path), clips=ClipConfig(frames=5, test_frames=8)))
-    for split, (name, frames) in zip(SPLITS, parts.items(), strict=True):
-        expected = cut(frames.transpose(0, 3, 1, 2), 8 if name == "test" else 5)
+    for split, frames in zip(SPLITS, parts.values(), strict=True):
+        expected = cut(frames.transpose(0, 3, 1, 2), 8 if split == "test" else 5)
         assert np.array_equal(splits.stored(split).numpy(), expected)
     assert "clips of 5 frames (test: 8), side by side; 3 frames at ends of videos left out" in splits.record["preprocessing"]
 

@@ -18,7 +18,7 @@ from sigma_vae.data.files.pictures import PicturePlan, plan
 from sigma_vae.data.files.windows import Window, Windows, starts
 from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_stamp
 from sigma_vae.data.remember import remembered
-from sigma_vae.data.splits import SplitName
+from sigma_vae.data.splits import SPLIT_WORDS, SplitName
 
 __all__ = ["ENDINGS", "OPTIONS", "holds_videos", "read_videos"]
 
@@ -27,11 +27,6 @@ OPTIONS = frozenset({"cache", "crop", "size", "fit", "colour", "unreadable", "fr
 """What :func:`read_videos` reads of the config."""
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_FOLDERS: dict[SplitName, tuple[str, ...]] = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val"),
-    "test": ("test",),
-}
 _FRAMES = 16
 
 
@@ -77,7 +72,7 @@ def read_videos(config: DataConfig) -> Raw:
 
 def _lengths(path: Path, config: DataConfig) -> dict[SplitName, int]:
     frames, test_frames = clip_lengths(config.clips, _FRAMES, _FRAMES)
-    if frames != test_frames and not (path / "test").is_dir():
+    if frames != test_frames and "test" not in dict(_splits(path)):
         raise ValueError(
             f"{path} needs a folder test for clips of another length than in training, got frames {frames} and test_frames"
             f" {test_frames}; put test videos there, or leave test_frames out"
@@ -112,6 +107,7 @@ def _surveyed(path: Path, config: DataConfig) -> tuple[dict[SplitName, list[_Fou
 
 def _survey(videos: Sequence[Video]) -> list[tuple[dict[str, Any], str]]:
     """What each video is like, or why it is unreadable."""
+    from rich.console import Console
     from rich.progress import track
 
     def one(video: Video) -> tuple[dict[str, Any], str]:
@@ -121,7 +117,8 @@ def _survey(videos: Sequence[Video]) -> list[tuple[dict[str, Any], str]]:
             return {}, str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(track(pool.map(one, videos), "counting frames, once", len(videos), transient=True))
+        console = Console(stderr=True)
+        return list(track(pool.map(one, videos), "counting frames, once", len(videos), console=console, transient=True))
 
 
 def _parsed(survey: Mapping[str, Any]) -> Survey:
@@ -173,8 +170,9 @@ def _stamp(video: Video) -> str:
 
 def _splits(path: Path) -> list[tuple[SplitName, Path]]:
     """The folders of the splits; all is for training where there are none."""
-    folders: list[tuple[SplitName, Path]] = [
-        (split, path / name) for split, names in _FOLDERS.items() for name in names if (path / name).is_dir()
+    inner = sorted(path.iterdir()) if path.is_dir() else []
+    folders = [
+        (split, each) for word, split in SPLIT_WORDS.items() for each in inner if each.name.lower() == word and each.is_dir()
     ]
     present = [split for split, _ in folders]
     if not present:

@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sigma_vae.config import DataConfig, ImageConfig
-from sigma_vae.data import load
+from sigma_vae.data import cache, load
 from sigma_vae.data.files import arrays, hdf5
 
 SPLITS = ("train", "validation", "test")
@@ -247,6 +247,18 @@ def test_changed_pictures_are_decoded_anew(tmp_path):
     after = load(DataConfig(str(path)))
     assert together(after) == rows(np.concatenate([255 - GREY[:1], GREY[1:]]))
     assert before.record["fingerprint"] != after.record["fingerprint"]
+
+
+@pytest.mark.parametrize("kept", [None, "shared"])
+def test_folders_with_files_of_the_same_names_sizes_and_times_are_apart(tmp_path, kept):
+    for place, images in (("a", GREY), ("b", 255 - GREY)):
+        (tmp_path / place).mkdir()
+        for i, image in enumerate(images):
+            path = tmp_path / place / f"{i}.bmp"
+            path.write_bytes(png(image, "BMP"))
+            os.utime(path, ns=(1, 1))
+        splits = load(DataConfig(str(tmp_path / place), cache=kept and str(tmp_path / kept)))
+        assert together(splits) == rows(images)
 
 
 def test_decoded_copies_lie_beside_the_data_or_where_told(tmp_path):
@@ -490,6 +502,21 @@ def test_blocks_of_an_hdf5_file_are_put_together(tmp_path, monkeypatch):
     numbers = np.arange(300, dtype=np.uint16)[:, None]
     splits = load(DataConfig(as_hdf5(tmp_path, x=numbers)))
     assert sorted(torch.cat([splits.stored(name) for name in SPLITS]).flatten().tolist()) == list(range(300))
+
+
+def test_large_examples_of_an_hdf5_file_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5, "LARGE", 1)
+    monkeypatch.setattr(cache, "PIECE_BYTES", 5 * GREY[0].nbytes)
+    sizes, read = [], hdf5._Rows._read
+
+    def counted(rows, number):
+        block = read(rows, number)
+        sizes.append(len(block))
+        return block
+
+    monkeypatch.setattr(hdf5._Rows, "_read", counted)
+    assert together(load(DataConfig(as_hdf5(tmp_path, x=GREY)))) == rows(GREY)
+    assert sorted(sizes) == [2, 5, 5]
 
 
 BAD_HDF5 = {

@@ -38,7 +38,10 @@ class ChannelStatistics:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Examples of one split that are, value for value, in another one (or in their own, once more)."""
+    """Examples of one split that are, value for value, in another one (or in their own, once more).
+
+    Clips are compared by as many first frames as those of all splits have.
+    """
 
     split: SplitName
     among: SplitName
@@ -167,9 +170,10 @@ def _chunks(data: Splits, split: SplitName) -> Iterator[Tensor]:
 
 def _duplicates(data: Splits) -> tuple[Duplicates, ...]:
     """By a digest of each example, so that nothing but the digests is kept."""
+    frames = min(data.store(split).shape[0] for split in SPLITS) if data.clips else None
     digests: dict[SplitName, list[bytes]] = {
         split: [
-            hashlib.blake2b(example.numpy().tobytes(), digest_size=16).digest()
+            hashlib.blake2b(example[:frames].numpy().tobytes(), digest_size=16).digest()
             for chunk in _chunks(data, split)
             for example in chunk
         ]

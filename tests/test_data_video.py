@@ -397,7 +397,13 @@ def with_two_validations(folder):
     return folder
 
 
+def with_one_outside(folder):
+    write_video(folder / "train" / "a.mkv", pictures(8))
+    return write_video(folder / "more" / "b.mkv", pictures(8)).parent.parent
+
+
 REFUSED = {
+    "outside of splits": (with_one_outside, {}, "needs its videos in train, got more/b.mkv; move it, or rename"),
     "too short": (lambda folder: write_video(folder / "a.mkv", pictures(15)), {}, r"a.mkv \(15\); ask for .*--frames 15"),
     "too short with steps": (
         lambda folder: write_video(folder / "a.mkv", pictures(9)),

@@ -80,11 +80,21 @@ def _lengths(path: Path, config: DataConfig) -> dict[SplitName, int]:
     return {"train": frames, "validation": frames, "test": test_frames}
 
 
+def _check_inside(path: Path, folders: list[Path], clips: ClipConfig) -> None:
+    """Where there are folders of splits, a video elsewhere is in none."""
+    outside = (place for place, _ in _videos(path, clips) if not any(place.is_relative_to(folder) for folder in folders))
+    if (stray := next(outside, None)) is not None:
+        raise ValueError(
+            f"{path} needs its videos in {', '.join(folder.name for folder in folders)}, got {stray.relative_to(path)}; move it, or"
+            " rename these folders"
+        )
+
+
 def _surveyed(path: Path, config: DataConfig) -> tuple[dict[SplitName, list[_Found]], list[str]]:
     """The videos of each split, and the names of those that are broken."""
-    videos = [
-        (split, str(name), video) for split, folder in _splits(path) for name, video in _named(folder, path, config.clips)
-    ]
+    splits = _splits(path)
+    _check_inside(path, [folder for _, folder in splits], config.clips)
+    videos = [(split, str(name), video) for split, folder in splits for name, video in _named(folder, path, config.clips)]
     stamps = {name: _stamp(video) for _, name, video in videos}
     identity = {"videos": stamps, "reader": "videos-1", "of": "surveys"}
     told = remembered(_home(path), config.cache, identity, lambda: _survey([video for *_, video in videos]))

@@ -83,6 +83,7 @@ def as_shards(place, files, pattern="shards/{:03}.tar"):
 
 HOLDERS = {
     "folder": as_folder,
+    "folder of a folder": lambda place, files: as_folder(place, {f"in/ner/{name}": content for name, content in files.items()}),
     "zip": as_zip,
     "tar": as_tar,
     "tar.gz": lambda place, files: as_tar(place, files, "data.tar.gz"),
@@ -172,6 +173,10 @@ def test_mixed_sizes_are_made_to_fit_as_told(tmp_path):
     splits = load(DataConfig(path, images=ImageConfig(crop=3)))
     assert together(splits) == rows(np.stack([image[(len(image) - 3) // 2 :][:3, :3] for image in images]))
     assert load(DataConfig(path, images=ImageConfig(size=6, fit="pad", colour="rgb"))).shape == (3, 6, 6)
+    with pytest.raises(ValueError, match="fit pad says nothing about squares of crop 3; leave out one"):
+        load(DataConfig(path, images=ImageConfig(crop=3, fit="pad")))
+    with pytest.raises(ValueError, match="fit stretch needs a size to stretch pictures to, got none; give --size"):
+        load(DataConfig(path, images=ImageConfig(fit="stretch")))
 
 
 def truncated(files, name, size):
@@ -707,6 +712,14 @@ def test_damaged_tables_are_refused(tmp_path, kind):
     (tmp_path / f"data.{ending}").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load(DataConfig(str(tmp_path / f"data.{ending}")))
+
+
+def test_levels_are_integers_in_all_tables_or_in_none(tmp_path):
+    """1 is the second of five levels, 1.0 the last one."""
+    write(pd.DataFrame({"a": [0, 1, 4] * 9}), tmp_path / "data" / "train.csv")
+    write(pd.DataFrame({"a": [0.0, 1.0, 1.0]}), tmp_path / "data" / "test.csv")
+    with pytest.raises(ValueError, match=r"needs integers in all tables or in none, got integers in train.csv, .*in test.csv"):
+        load(DataConfig(str(tmp_path / "data"), levels=5))
 
 
 def test_folders_of_tables_that_do_not_fit_together_are_refused(tmp_path):

@@ -138,14 +138,14 @@ def _pictures(holders: list[Container]) -> tuple[list[_Picture], Counter[str]]:
         names = [name for name in holder.names if _is_picture(name)]
         others.update(PurePosixPath(name).suffix or name for name in holder.names if not _is_picture(name))
         folders = [PurePosixPath(name).parts[:-1] for name in names]
-        if not isinstance(holder, Folder):
-            folders = [_of_shard(holder.path) or parts for parts in _below_common(folders)]
+        shard = () if isinstance(holder, Folder) else _of_shard(holder.path)
+        folders = [shard or parts for parts in _below_common(folders)]
         found += [_Picture(holder, name, parts) for name, parts in zip(names, folders, strict=True)]
     return found, others
 
 
 def _below_common(folders: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Archives often hold one folder that holds everything: splits lie below it."""
+    """There is often one folder that holds everything: splits lie below it."""
     while folders and all(parts and parts[0] == folders[0][0] and parts[0].lower() not in SPLIT_WORDS for parts in folders):
         folders = [parts[1:] for parts in folders]
     return folders

@@ -71,10 +71,10 @@ def _checked(images: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np.uint8]
 
 
 def _check_mean(images: npt.NDArray[np.uint8], name: str, path: Path) -> None:
-    if len(images) == _COUNTS["train"] and (other := whose(images)) != name:
+    if len(images) == _COUNTS["train"] and not _has_mean_of(name, images):
         raise ValueError(
             f"{path} needs the training images of {name}, whose mean grey level is {_MEANS[name]}, got {images.mean():.3f}"
-            f" ({other or 'none that is known here'}); give the folder of the right files as --root"
+            f" ({whose(images) or 'none that is known here'}); give the folder of the right files as --root"
         )
 
 
@@ -84,5 +84,8 @@ def whose(train: npt.NDArray[np.uint8]) -> str | None:
     >>> whose(np.full((2, 28, 28), 33, np.uint8)) is None
     True
     """
-    mean = float(train.mean())
-    return next((name for name, known in _MEANS.items() if abs(mean - known) <= _MEAN_TOLERANCE), None)
+    return next((name for name in _MEANS if _has_mean_of(name, train)), None)
+
+
+def _has_mean_of(name: str, train: npt.NDArray[np.uint8]) -> bool:
+    return abs(float(train.mean()) - _MEANS[name]) <= _MEAN_TOLERANCE

@@ -365,6 +365,17 @@ def test_broken_pictures_among_frames(tmp_path):
     assert sum(load(skipping).record["counts"].values()) == 9
 
 
+def test_what_is_no_video_is_listed(tmp_path):
+    for number in range(3):
+        write_video(tmp_path / f"{number}.mkv", pictures(16, number))
+    write_frames(tmp_path / "photos", pictures(2))
+    (tmp_path / "notes").write_text("")
+    splits = load(DataConfig(str(tmp_path)))
+    assert "files that are no videos ignored: " in splits.record["preprocessing"]
+    assert ".png (2)" in splits.record["preprocessing"]
+    assert "without ending (1)" in splits.record["preprocessing"]
+
+
 def test_folders_are_videos_only_where_they_hold_some(tmp_path):
     from sigma_vae.data.files.videos import holds_videos
 

@@ -3,16 +3,18 @@
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from sigma_vae.config import ClipConfig, DataConfig
 from sigma_vae.data.clips import clip_lengths
 from sigma_vae.data.files.arrays import path_of
+from sigma_vae.data.files.containers import Folder
 from sigma_vae.data.files.films import Film, Frames, Survey, Video
 from sigma_vae.data.files.pictures import PicturePlan, plan
 from sigma_vae.data.files.windows import Window, Windows, starts
@@ -67,6 +69,7 @@ def read_videos(config: DataConfig) -> Raw:
     left = sum(item.survey.frames - _used(item, lengths[split], step) for split, items in found.items() for item in items)
     words = [f"clips of {lengths['train']} frames{test}{every}, side by side; {left} frames at ends of videos left out"]
     words += [f"left out {len(broken)} unreadable videos ({', '.join(broken[:5])})"] if broken else []
+    words += _ignored(path, config.clips)
     return Raw(str(path), parts, files, [*words, *shared.words], levels=shared.levels, clips=True)
 
 
@@ -165,6 +168,15 @@ def _used(item: _Found, frames: int, step: int) -> int:
 
 def _home(path: Path) -> Path:
     return path if path.is_dir() else path.parent
+
+
+def _ignored(path: Path, clips: ClipConfig) -> list[str]:
+    """In words what else lies in a folder: its pictures, where clips are not asked for."""
+    read = {*ENDINGS, *_PICTURES} if clips.frames is not None else {*ENDINGS} - {".gif"}
+    names = Folder(path).names if path.is_dir() else []
+    others = Counter(suffix for name in names if (suffix := PurePath(name).suffix.lower()) not in read)
+    listed = ", ".join(f"{suffix or 'without ending'} ({count})" for suffix, count in others.most_common(5))
+    return [f"files that are no videos ignored: {listed}"] if others else []
 
 
 def _size(found: Sequence[_Found]) -> int:

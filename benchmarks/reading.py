@@ -5,7 +5,6 @@
 The pictures are JPEGs of CelebA's size (178×218), cut from two photographs that scikit-learn carries.
 """
 
-import hashlib
 import json
 import tempfile
 import time
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from sigma_vae import VAE, Gaussian, mlp
 from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data import Batches, Scaling, load
-from sigma_vae.data.cache import BLOCK, FORMAT, cached
+from sigma_vae.data.cache import BLOCK, FOLDER, FORMAT, cached, key_of
 from sigma_vae.data.raw import Encoded
 
 BATCH, CROP, SIZE, WORKERS = 128, 148, 64, 2
@@ -157,8 +156,7 @@ def anonymous_memory(folder: Path, gigabytes: int, steps: int) -> dict[str, floa
 def sparse_cache(folder: Path, count: int) -> Encoded:
     """A cache that was built already: all zeros, none of them on the disk."""
     encoded = Encoded(range(count), SHAPE, "uint8", lambda i: np.zeros(SHAPE, np.uint8), {"sparse": count}, folder)  # type: ignore[arg-type]
-    key = hashlib.sha256(json.dumps(dict(encoded.identity), sort_keys=True).encode()).hexdigest()[:24]
-    place = folder / ".sigma-vae" / key
+    place = folder / FOLDER / key_of(encoded.identity, home=None)
     place.mkdir(parents=True)
     with (place / "examples.npy").open("wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (count, *SHAPE)}

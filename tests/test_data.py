@@ -257,6 +257,7 @@ def test_bad_archives_are_refused(tmp_path, kind):
         (DataConfig("digits", levels=256), "digits has 17 levels, got levels=256"),
         (DataConfig("digits", layout="n-c"), "layout says nothing about digits, got 'n-c'; leave it out"),
         (DataConfig("digits", root="/tmp"), "root says nothing about digits"),
+        (DataConfig("/a.npy", root="/tmp"), "root says nothing about the absolute path /a.npy"),
     ],
 )
 def test_bad_configs_are_refused(config, message):

@@ -73,6 +73,8 @@ def test_unreadable_examples_are_refused_or_left_out_by_name(tmp_path):
     assert skipped == ["3.png", "64.png", "199.png"]
     assert np.array_equal(all_of(store), np.stack([example(i) for i in range(COUNT) if i not in (3, 64, 199)]))
     assert cached(encoded(tmp_path, broken, skip=True))[1] == skipped
+    with pytest.raises(ValueError, match=r"3 of 200 examples cannot be decoded \(3.png, .*--unreadable skip"):
+        cached(encoded(tmp_path, broken))
 
 
 def nothing(i):
@@ -166,7 +168,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import test_data_cache as t
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
 try:
     t.cached(t.encoded(Path(sys.argv[1])))
 except OSError as error:
@@ -175,8 +177,9 @@ except OSError as error:
 """
 
 
-def test_a_disk_that_fills_up_leaves_nothing_and_says_what_to_do(tmp_path):
-    command = [sys.executable, "-c", FULL, str(tmp_path), str(Path(__file__).parent)]
+@pytest.mark.parametrize("room", [4096, 128 + COUNT * 60 - 1])  # the system fills it and says how much it wrote, then fails
+def test_a_disk_that_fills_up_leaves_nothing_and_says_what_to_do(tmp_path, room):
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(Path(__file__).parent), str(room)]
     assert subprocess.run(command, check=False).returncode == 7
     assert not [path for path in (tmp_path / ".sigma-vae").iterdir() if path.suffix != ".lock"]
     assert len(cached(encoded(tmp_path))[0]) == COUNT
@@ -187,6 +190,25 @@ def test_too_little_room_is_said_before_anything_is_decoded(tmp_path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
     with pytest.raises(OSError, match=r"0 MB are free.*--cache FOLDER"):
         cached(encoded(tmp_path, nothing))
+
+
+def test_who_waits_for_another_builder_needs_no_room(tmp_path, monkeypatch):
+    process = builder(tmp_path)
+    while calls(tmp_path) < 20:
+        time.sleep(0.01)
+        assert process.poll() is None
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    assert len(cached(encoded(tmp_path, nothing))[0]) == COUNT
+    assert process.wait() == 0
+
+
+def test_data_sets_alike_in_all_but_their_place_may_share_a_folder(tmp_path):
+    shared = tmp_path / "shared"
+    first, second = (
+        cached(encoded(tmp_path / name, lambda i, k=k: example(i + k)), shared)[0] for k, name in enumerate(("a", "b"))
+    )
+    assert np.array_equal(all_of(second)[:-1], all_of(first)[1:])
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):

@@ -10,8 +10,8 @@ from scipy import stats
 
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig
-from sigma_vae.data import Scaling, Splits, load
-from sigma_vae.data.inspection import CHUNK, inspect
+from sigma_vae.data import Scaling, Splits, inspection, load
+from sigma_vae.data.inspection import inspect
 from sigma_vae.data.stores import InMemory
 
 STATE = np.random.RandomState(0)
@@ -27,8 +27,23 @@ def noise(n, *shape):
     return STATE.randint(0, 256, (n, *shape)).astype(np.uint8)
 
 
-def test_statistics_are_numpys_and_scipys():
-    train = noise(CHUNK + 77, 3, 6, 5)
+@pytest.fixture
+def taken(monkeypatch):
+    """How many values are looked at together, where that is at most 1000."""
+    monkeypatch.setattr(inspection, "CHUNK", 1000)
+    sizes, take = [], InMemory.take
+
+    def counted(store, positions, epoch=0):
+        result = take(store, positions, epoch)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(InMemory, "take", counted)
+    return sizes
+
+
+def test_statistics_are_numpys_and_scipys(taken):
+    train = noise(177, 3, 6, 5)
     train[:, 1] //= 4
     found = inspect(splits(train))
     values = (train / 255).transpose(1, 0, 2, 3).reshape(3, -1)
@@ -41,11 +56,12 @@ def test_statistics_are_numpys_and_scipys():
     assert found.share_at_least_level == pytest.approx((train == 0).mean())
     assert found.share_at_largest_level == pytest.approx((train == 255).mean())
     assert found.shape == (3, 6, 5)
+    assert max(taken) == 990
 
 
 @pytest.mark.parametrize("constant", [0, 4, 30])
-def test_constant_values_are_counted(constant):
-    train = noise(CHUNK + 9, 1, 6, 5)
+def test_constant_values_are_counted(constant, taken):
+    train = noise(99, 1, 6, 5)
     train.reshape(len(train), -1)[:, :constant] = 7
     found = inspect(splits(train))
     assert found.constant_values == constant
@@ -61,6 +77,13 @@ def test_duplicates_are_counted_by_where_they_are():
     found = {(one.split, one.among): one.count for one in inspect(splits(train, validation, test)).duplicates}
     expected = {("train", "train"): 1, ("validation", "train"): 3, ("test", "train"): 4, ("test", "validation"): 1}
     assert found == expected
+
+
+def test_clips_of_other_lengths_are_duplicates_by_their_first_frames():
+    train, test = noise(9, 3, 1, 4, 4), noise(4, 5, 1, 4, 4)
+    test[1, :3] = train[7]
+    found = inspect(splits(train, train[:2] ^ 1, test, clips=True)).duplicates
+    assert [(one.split, one.among, one.count) for one in found] == [("test", "train", 1)]
 
 
 def real(values):
@@ -113,3 +136,29 @@ def test_the_command_prints_it_and_draws_the_first_examples(tmp_path, capsys, mo
     assert main(["inspect", "digits", "--json", "--out", str(tmp_path / "a.png")]) == 0
     assert json.loads(capsys.readouterr().out)["levels"] == 17
     assert main(["inspect", "nothing-there"]) == 1
+
+
+def test_the_command_names_columns_and_counts_frames(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.csv").write_text("height,[mass]\n" + "".join(f"{i},{i * i}\n" for i in range(20)))
+    assert main(["inspect", "table.csv"]) == 0
+    said = capsys.readouterr().out
+    assert "columns height, [mass]" in said
+    assert "│ height " in said
+    assert "│ [mass] " in said
+    np.savez("clips.npz", train=noise(4, 3, 1, 6, 6), validation=noise(2, 3, 1, 6, 6), test=noise(2, 5, 1, 6, 6))
+    assert main(["inspect", "clips.npz"]) == 0
+    assert "clips of 3 frames (test: 5)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_json_stands_alone_while_pictures_are_decoded(tmp_path, capsys, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for i, pixels in enumerate(noise(12, 4, 4)):
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+    assert main(["inspect", "pictures", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("{")
+    assert json.loads(out)["counts"] == {"train": 10, "validation": 1, "test": 1}

@@ -194,7 +194,10 @@ def test_no_digit_is_in_two_splits(monkeypatch, tmp_path):
         assert digits_of(splits, "train") | digits_of(splits, "validation") == set(map(bytes, official["train"]))
         assert not digits_of(splits, "train") & digits_of(splits, "validation")
         assert len(splits.record["files"]) == 2
-        assert "two digits of MNIST at 32×32" in splits.record["preprocessing"]
+        assert f"two digits of the files in {tmp_path} at 32×32" in splits.record["preprocessing"]
+    greys = np.repeat(np.uint8([73] * 47 + [72] * 3), 784)  # mean 72.94
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, 50, 28, 28) + greys.tobytes())
+    assert "two digits of fashion-mnist" in load(DataConfig("moving-mnist")).record["preprocessing"]
     (tmp_path / "train-images-idx3-ubyte").unlink()
     with pytest.raises(ValueError, match="got t10k-images-idx3-ubyte alone; put both there"):
         load(DataConfig("moving-mnist"))

@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sigma_vae.config import DataConfig, ImageConfig
-from sigma_vae.data import load
+from sigma_vae.data import cache, load
 from sigma_vae.data.files import arrays, hdf5
 
 SPLITS = ("train", "validation", "test")
@@ -83,6 +83,7 @@ def as_shards(place, files, pattern="shards/{:03}.tar"):
 
 HOLDERS = {
     "folder": as_folder,
+    "folder of a folder": lambda place, files: as_folder(place, {f"in/ner/{name}": content for name, content in files.items()}),
     "zip": as_zip,
     "tar": as_tar,
     "tar.gz": lambda place, files: as_tar(place, files, "data.tar.gz"),
@@ -172,6 +173,10 @@ def test_mixed_sizes_are_made_to_fit_as_told(tmp_path):
     splits = load(DataConfig(path, images=ImageConfig(crop=3)))
     assert together(splits) == rows(np.stack([image[(len(image) - 3) // 2 :][:3, :3] for image in images]))
     assert load(DataConfig(path, images=ImageConfig(size=6, fit="pad", colour="rgb"))).shape == (3, 6, 6)
+    with pytest.raises(ValueError, match="fit pad says nothing about squares of crop 3; leave out one"):
+        load(DataConfig(path, images=ImageConfig(crop=3, fit="pad")))
+    with pytest.raises(ValueError, match="fit stretch needs a size to stretch pictures to, got none; give --size"):
+        load(DataConfig(path, images=ImageConfig(fit="stretch")))
 
 
 def truncated(files, name, size):
@@ -247,6 +252,18 @@ def test_changed_pictures_are_decoded_anew(tmp_path):
     after = load(DataConfig(str(path)))
     assert together(after) == rows(np.concatenate([255 - GREY[:1], GREY[1:]]))
     assert before.record["fingerprint"] != after.record["fingerprint"]
+
+
+@pytest.mark.parametrize("kept", [None, "shared"])
+def test_folders_with_files_of_the_same_names_sizes_and_times_are_apart(tmp_path, kept):
+    for place, images in (("a", GREY), ("b", 255 - GREY)):
+        (tmp_path / place).mkdir()
+        for i, image in enumerate(images):
+            path = tmp_path / place / f"{i}.bmp"
+            path.write_bytes(png(image, "BMP"))
+            os.utime(path, ns=(1, 1))
+        splits = load(DataConfig(str(tmp_path / place), cache=kept and str(tmp_path / kept)))
+        assert together(splits) == rows(images)
 
 
 def test_decoded_copies_lie_beside_the_data_or_where_told(tmp_path):
@@ -492,6 +509,21 @@ def test_blocks_of_an_hdf5_file_are_put_together(tmp_path, monkeypatch):
     assert sorted(torch.cat([splits.stored(name) for name in SPLITS]).flatten().tolist()) == list(range(300))
 
 
+def test_large_examples_of_an_hdf5_file_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5, "LARGE", 1)
+    monkeypatch.setattr(cache, "PIECE_BYTES", 5 * GREY[0].nbytes)
+    sizes, read = [], hdf5._Rows._read
+
+    def counted(rows, number):
+        block = read(rows, number)
+        sizes.append(len(block))
+        return block
+
+    monkeypatch.setattr(hdf5._Rows, "_read", counted)
+    assert together(load(DataConfig(as_hdf5(tmp_path, x=GREY)))) == rows(GREY)
+    assert sorted(sizes) == [2, 5, 5]
+
+
 BAD_HDF5 = {
     "no key": ({"x": GREY}, {"columns": ("y",)}, "has no data set y, only x; give one of its keys"),
     "two keys": ({"x": GREY}, {"columns": ("x", "y")}, "columns gives one key of an HDF5 file, got x, y"),
@@ -680,6 +712,14 @@ def test_damaged_tables_are_refused(tmp_path, kind):
     (tmp_path / f"data.{ending}").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load(DataConfig(str(tmp_path / f"data.{ending}")))
+
+
+def test_levels_are_integers_in_all_tables_or_in_none(tmp_path):
+    """1 is the second of five levels, 1.0 the last one."""
+    write(pd.DataFrame({"a": [0, 1, 4] * 9}), tmp_path / "data" / "train.csv")
+    write(pd.DataFrame({"a": [0.0, 1.0, 1.0]}), tmp_path / "data" / "test.csv")
+    with pytest.raises(ValueError, match=r"needs integers in all tables or in none, got integers in train.csv, .*in test.csv"):
+        load(DataConfig(str(tmp_path / "data"), levels=5))
 
 
 def test_folders_of_tables_that_do_not_fit_together_are_refused(tmp_path):

@@ -10,7 +10,8 @@ import torch
 
 from sigma_vae import build, runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from sigma_vae.data import load
+from sigma_vae.data import load, scaling
+from sigma_vae.data.stores import InMemory
 
 COLUMNS = 5
 UNITS = np.array([1000.0, 0.01, 1.0, 60.0, 2.0])
@@ -44,6 +45,21 @@ def test_channels_have_mean_0_and_deviation_1_on_training_data(tmp_path):
     np.testing.assert_allclose(data.scaling.undo(data.values("test")), raw["test"], rtol=1e-4)
     assert data.levels is None
     assert build.vae(ModelConfig("mlp"), data.shape, data.scaling).likelihood.mean == "identity"
+
+
+def test_moments_are_those_of_all_examples_though_few_are_taken_together(monkeypatch):
+    values = torch.from_numpy(np.random.RandomState(0).randn(90, 3, 4) * 5 + 1e3).float()
+    monkeypatch.setattr(scaling, "CHUNK", 100)
+    sizes, take = [], InMemory.take
+    monkeypatch.setattr(InMemory, "take", lambda store, rows, epoch=0: sizes.append(len(rows)) or take(store, rows, epoch))
+    found = scaling.standardisation(InMemory(values), "made")
+    channels = values.double().transpose(0, 1).flatten(1).numpy()
+    np.testing.assert_allclose(found.mean, channels.mean(1), rtol=1e-14)
+    np.testing.assert_allclose(found.deviation, channels.std(1), rtol=1e-12)
+    assert max(sizes) == 8
+    values[:, 1] = 0.1
+    with pytest.raises(ValueError, match="1, counted from 0, have the same value"):
+        scaling.standardisation(InMemory(values), "made")
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian/optimal", "gaussian/per-pixel", "student-t/optimal-channel"])

@@ -203,13 +203,14 @@ def test_frames_in_folders_go_by_their_numbers(tmp_path):
     assert "clips of one video are in several splits, as there is only one" in one.record["preprocessing"]
 
 
-def test_folders_of_splits(tmp_path):
-    parts = {"train": pictures(20, 0), "val": pictures(12, 1), "test": pictures(17, 2)}
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Train", "Valid", "TEST")])
+def test_folders_of_splits(tmp_path, names):
+    parts = dict(zip(names, (pictures(20, 0), pictures(12, 1), pictures(17, 2)), strict=True))
     for name, frames in parts.items():
         write_video(tmp_path / name / "below" / "a.mkv", frames)
     splits = load(DataConfig(str(tmp_path), clips=ClipConfig(frames=5, test_frames=8)))
-    for split, (name, frames) in zip(SPLITS, parts.items(), strict=True):
-        expected = cut(frames.transpose(0, 3, 1, 2), 8 if name == "test" else 5)
+    for split, frames in zip(SPLITS, parts.values(), strict=True):
+        expected = cut(frames.transpose(0, 3, 1, 2), 8 if split == "test" else 5)
         assert np.array_equal(splits.stored(split).numpy(), expected)
     assert "clips of 5 frames (test: 8), side by side; 3 frames at ends of videos left out" in splits.record["preprocessing"]
 
@@ -364,6 +365,17 @@ def test_broken_pictures_among_frames(tmp_path):
     assert sum(load(skipping).record["counts"].values()) == 9
 
 
+def test_what_is_no_video_is_listed(tmp_path):
+    for number in range(3):
+        write_video(tmp_path / f"{number}.mkv", pictures(16, number))
+    write_frames(tmp_path / "photos", pictures(2))
+    (tmp_path / "notes").write_text("")
+    splits = load(DataConfig(str(tmp_path)))
+    assert "files that are no videos ignored: " in splits.record["preprocessing"]
+    assert ".png (2)" in splits.record["preprocessing"]
+    assert "without ending (1)" in splits.record["preprocessing"]
+
+
 def test_folders_are_videos_only_where_they_hold_some(tmp_path):
     from sigma_vae.data.files.videos import holds_videos
 
@@ -396,7 +408,13 @@ def with_two_validations(folder):
     return folder
 
 
+def with_one_outside(folder):
+    write_video(folder / "train" / "a.mkv", pictures(8))
+    return write_video(folder / "more" / "b.mkv", pictures(8)).parent.parent
+
+
 REFUSED = {
+    "outside of splits": (with_one_outside, {}, "needs its videos in train, got more/b.mkv; move it, or rename"),
     "too short": (lambda folder: write_video(folder / "a.mkv", pictures(15)), {}, r"a.mkv \(15\); ask for .*--frames 15"),
     "too short with steps": (
         lambda folder: write_video(folder / "a.mkv", pictures(9)),

@@ -49,23 +49,39 @@ def _first(data: Splits) -> Tensor:
     return batch[:, 0] if data.clips else batch
 
 
+def _clips(found: Inspection) -> str:
+    if not found.frames:
+        return ""
+    train, test = found.frames["train"], found.frames["test"]
+    return f", clips of {train} frames" + (f" (test: {test})" if test != train else "")
+
+
 def _print(found: Inspection) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    console.print(f"[bold]{found.name}[/bold]: {found.preprocessing}")
+    console.print(f"[bold]{escape(found.name)}[/bold]: {escape(found.preprocessing)}")
     counts = ", ".join(f"{split} {count}" for split, count in found.counts.items())
-    frames = f", clips of {found.frames} frames" if found.frames else ""
-    console.print(f"examples: {counts}; shape {found.shape}{frames}")
+    console.print(f"examples: {counts}; shape {found.shape}{_clips(found)}")
     if found.levels is None:
         console.print("real values" + (", standardised for the model" if found.standardised else ""))
     else:
         ends = f"{found.share_at_least_level:.1%} at the least, {found.share_at_largest_level:.1%} at the largest"
         console.print(f"levels: {found.levels}, of which {found.levels_used} occur; {ends}")
-    table = Table("channel", "mean", "deviation", "least", "largest", "excess kurtosis", title="training split")
-    for i, channel in enumerate(found.channels[:ROWS]):
-        table.add_row(str(i), *(f"{value:.5g}" for value in asdict(channel).values()))
+    table = Table(
+        "column" if found.columns else "channel",
+        "mean",
+        "deviation",
+        "least",
+        "largest",
+        "excess kurtosis",
+        title="training split",
+    )
+    names = found.columns or [str(i) for i in range(len(found.channels))]
+    for name, channel in zip(names[:ROWS], found.channels, strict=False):
+        table.add_row(escape(name), *(f"{value:.5g}" for value in asdict(channel).values()))
     console.print(table)
     if len(found.channels) > ROWS:
         console.print(f"... and {len(found.channels) - ROWS} more channels (--json has all)")

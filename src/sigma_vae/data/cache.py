@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +18,7 @@ from sigma_vae.data.levels import Array
 from sigma_vae.data.raw import Encoded, UnreadableError
 from sigma_vae.data.stores import Mapped
 
-__all__ = ["cached", "digest_of"]
+__all__ = ["cached", "digest_of", "key_of", "piece_of"]
 
 FORMAT = 1
 FOLDER = ".sigma-vae"
@@ -32,8 +32,9 @@ PIECE_BYTES = 2**26
 def cached(encoded: Encoded, folder: Path | None = None) -> tuple[Mapped, list[str]]:
     """The decoded examples, from the cache if they are there, else decoded into it now.
 
-    The cache lies beside the data (or in ``folder``), under a name that is the digest of what decides its content. Only one process
-    builds it; others wait. It is written aside and renamed when it is whole.
+    The cache lies beside the data (or in ``folder``), under a name that is the digest of what decides its content: in a folder that
+    several data sets may share, where the data lie as well. Only one process builds it; others wait. It is written aside and renamed
+    when it is whole.
 
     Returns:
         The examples, and the names of those that were left out as unreadable.
@@ -45,14 +46,29 @@ def cached(encoded: Encoded, folder: Path | None = None) -> tuple[Mapped, list[s
     from filelock import FileLock
 
     home = folder or encoded.home / FOLDER
-    key = hashlib.sha256(json.dumps(dict(encoded.identity), sort_keys=True).encode()).hexdigest()[:24]
+    key = key_of(encoded.identity, encoded.home if folder else None)
     place = home / key
     if not place.exists():
-        with _writing(home, encoded), FileLock(home / f"{key}.lock"):
-            if not place.exists():
+        with _writing(home), FileLock(home / f"{key}.lock"):
+            if not place.exists():  # no other process has built it meanwhile
+                _check_room(home, encoded)
                 _build(encoded, place)
     array, digest, skipped = _open(place)
+    if skipped and not encoded.skip_unreadable:  # another run wanted them left out
+        raise ValueError(_unreadable(skipped, len(encoded.names), f"they were left out of {place}"))
     return Mapped(array, digest, videos=_videos(encoded, set(skipped))), skipped
+
+
+def key_of(identity: Mapping[str, Any], home: Path | None) -> str:
+    """Name of what is kept: a digest of what decides it, and of where the data lie, unless it is kept with them.
+
+    Two data sets may have files of the same names, sizes and times.
+
+    >>> key_of({"file": "a"}, None) == key_of({"file": "a"}, Path("/data"))
+    False
+    """
+    whole = dict(identity) | ({} if home is None else {"home": str(home.resolve())})
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def _videos(encoded: Encoded, skipped: set[str]) -> Tensor | None:
@@ -81,13 +97,23 @@ def _build(encoded: Encoded, place: Path) -> None:
         raise
 
 
+def piece_of(example_bytes: int) -> int:
+    """Examples that are decoded together.
+
+    >>> piece_of(1000), piece_of(10**9)
+    (64, 1)
+    """
+    return max(1, min(PIECE, PIECE_BYTES // example_bytes))
+
+
 def _decode_all(encoded: Encoded, path: Path) -> list[str]:
     """Write all readable examples, in order, with several threads (decoders work outside Python's lock)."""
+    from rich.console import Console
     from rich.progress import Progress
 
     count, example = len(encoded.names), int(np.prod(encoded.shape)) * np.dtype(encoded.dtype).itemsize
-    size = max(1, min(PIECE, PIECE_BYTES // example))
-    with path.open("wb") as file, Progress(transient=True) as progress:
+    size = piece_of(example)
+    with path.open("wb") as file, Progress(console=Console(stderr=True), transient=True) as progress:
         start = _write_header(file, encoded, count)
         task = progress.add_task("decoding, once", total=count)
 
@@ -99,7 +125,7 @@ def _decode_all(encoded: Encoded, path: Path) -> list[str]:
                     row[...] = encoded.decode(i)
                 except UnreadableError as error:
                     broken[i] = str(error)
-            os.pwrite(file.fileno(), rows.tobytes(), start + first * example)
+            _write_at(file.fileno(), memoryview(rows.tobytes()), start + first * example)
             progress.advance(task, len(rows))
             return broken
 
@@ -107,13 +133,23 @@ def _decode_all(encoded: Encoded, path: Path) -> list[str]:
             broken = dict(item for part in pool.map(piece, range(0, count, size)) for item in part.items())
     names = [encoded.names[i] for i in broken]
     if names and (not encoded.skip_unreadable or len(names) == count):
-        raise ValueError(
-            f"{len(names)} of {count} examples cannot be decoded ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''});"
-            f" the first says: {next(iter(broken.values()))}; repair or remove them, or leave them out: --unreadable skip"
-        )
+        raise ValueError(_unreadable(names, count, f"the first says: {next(iter(broken.values()))}"))
     if names:
         _close_gaps(path, encoded, list(broken))
     return names
+
+
+def _unreadable(names: list[str], count: int, what: str) -> str:
+    few = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    remedy = "repair or remove them, or leave them out: --unreadable skip"
+    return f"{len(names)} of {count} examples cannot be decoded ({few}); {what}; {remedy}"
+
+
+def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
+    """All of it: where room runs out, the system writes a part without an error, and only then says so."""
+    while content:
+        written = os.pwrite(descriptor, content, offset)
+        content, offset = content[written:], offset + written
 
 
 def _write_header(file: Any, encoded: Encoded, count: int) -> int:
@@ -172,15 +208,18 @@ def _open(place: Path) -> tuple[Array, str, list[str]]:
     return np.load(examples, mmap_mode="r"), digest, skipped
 
 
-@contextmanager
-def _writing(home: Path, encoded: Encoded) -> Iterator[None]:
-    """Make the folder, see that there is room, and say what to do where there is none."""
+def _check_room(home: Path, encoded: Encoded) -> None:
     needed = len(encoded.names) * int(np.prod(encoded.shape)) * np.dtype(encoded.dtype).itemsize
-    remedy = "give another folder for decoded copies: --cache FOLDER"
+    if (free := shutil.disk_usage(home).free) < needed:
+        raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
+
+
+@contextmanager
+def _writing(home: Path) -> Iterator[None]:
+    """Make the folder, and say what to do where it cannot be written."""
     try:
         home.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(home).free) < needed:
-            raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
         yield
     except OSError as error:
+        remedy = "give another folder for decoded copies: --cache FOLDER"
         raise OSError(f"decoded examples cannot be kept in {home}: {error}; {remedy}") from error

@@ -10,7 +10,7 @@ from sigma_vae.config import DataConfig
 from sigma_vae.data.files.pictures import PicturePlan, plan, probe
 from sigma_vae.data.levels import Array
 from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_stamp
-from sigma_vae.data.splits import SplitName
+from sigma_vae.data.splits import SPLIT_WORDS, SplitName
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,13 +19,6 @@ __all__ = ["HUB_PREFIX", "HubError", "HubPlace", "fetch", "pictures_of", "read_h
 
 HUB_PREFIX = "hub:"
 _SOURCE = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>.+))?")
-_SPLITS: dict[str, SplitName] = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "test": "test",
-}
 
 
 class HubError(ValueError):
@@ -147,8 +140,8 @@ def _named_splits(names: list[str], place: HubPlace) -> dict[SplitName, str]:
     """Our names of splits to the hub's; others are not read."""
     if len(names) == 1:
         return {"train": names[0]}
-    known = [name for name in names if name in _SPLITS]
-    splits = {_SPLITS[name]: name for name in known}
+    known = [name for name in names if name in SPLIT_WORDS]
+    splits = {SPLIT_WORDS[name]: name for name in known}
     if "train" not in splits or len(splits) < len(known):
         raise ValueError(
             f"{place} needs the split train, and at most one each of validation (valid, val) and test, got {', '.join(names)}; "

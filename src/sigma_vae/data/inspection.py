@@ -13,8 +13,8 @@ from sigma_vae.data.splits import SplitName, Splits
 __all__ = ["ChannelStatistics", "Duplicates", "Inspection", "inspect"]
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-CHUNK = 512
-"""Examples looked at together."""
+CHUNK = 2**22
+"""Values looked at together, where an example has no more: several float64 copies of them are made."""
 HEAVY_TAILS = 6.0
 """Excess kurtosis above which residuals are likely to have heavy tails as well: twice that of a Laplace law."""
 MANY_AT_THE_ENDS = 0.2
@@ -38,7 +38,10 @@ class ChannelStatistics:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Examples of one split that are, value for value, in another one (or in their own, once more)."""
+    """Examples of one split that are, value for value, in another one (or in their own, once more).
+
+    Clips are compared by as many first frames as those of all splits have.
+    """
 
     split: SplitName
     among: SplitName
@@ -58,6 +61,8 @@ class Inspection:
     standardised: bool
     preprocessing: str
     channels: tuple[ChannelStatistics, ...]
+    columns: tuple[str, ...]
+    """What a table calls its channels; empty for other data."""
     share_at_least_level: float | None
     share_at_largest_level: float | None
     constant_values: int
@@ -67,7 +72,7 @@ class Inspection:
 
 
 def inspect(data: Splits) -> Inspection:
-    """Go through all of a data set once, a few examples at a time.
+    """Go through all of a data set, a few examples at a time.
 
     >>> from sigma_vae.data.scaling import Scaling
     >>> from sigma_vae.data.stores import InMemory
@@ -80,6 +85,7 @@ def inspect(data: Splits) -> Inspection:
         passed.add(stored)
     scaling = data.scaling
     channels = passed.channels()
+    names = tuple(data.record.get("columns", ()))
     likelihood, reasons = _suggestion(data, channels, passed)
     ends = passed.ends() if scaling.levels else (None, None)
     return Inspection(
@@ -92,6 +98,7 @@ def inspect(data: Splits) -> Inspection:
         standardised=scaling.standardised,
         preprocessing=str(data.record["preprocessing"]),
         channels=channels,
+        columns=names if len(names) == len(channels) else (),  # in a table of series, columns are times
         share_at_least_level=ends[0],
         share_at_largest_level=ends[1],
         constant_values=passed.constant_values(),
@@ -157,15 +164,16 @@ class _Pass:
 
 def _chunks(data: Splits, split: SplitName) -> Iterator[Tensor]:
     store = data.store(split)
-    for positions in torch.split(torch.arange(len(store)), CHUNK):
+    for positions in torch.split(torch.arange(len(store)), max(1, CHUNK // math.prod(store.shape))):
         yield store.take(positions)
 
 
 def _duplicates(data: Splits) -> tuple[Duplicates, ...]:
     """By a digest of each example, so that nothing but the digests is kept."""
+    frames = min(data.store(split).shape[0] for split in SPLITS) if data.clips else None
     digests: dict[SplitName, list[bytes]] = {
         split: [
-            hashlib.blake2b(example.numpy().tobytes(), digest_size=16).digest()
+            hashlib.blake2b(example[:frames].numpy().tobytes(), digest_size=16).digest()
             for chunk in _chunks(data, split)
             for example in chunk
         ]

@@ -1,6 +1,5 @@
 """What was found out of large files, kept beside them: where records begin, how many frames there are."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -8,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sigma_vae.data.cache import FOLDER
+from sigma_vae.data.cache import FOLDER, key_of
 
 __all__ = ["remembered"]
 
@@ -27,7 +26,7 @@ def remembered(home: Path, cache: str | None, identity: Mapping[str, Any], find:
     >>> remembered(home, None, {"file": "a"}, lambda: [1, 2]), remembered(home, None, {"file": "a"}, lambda: 1 / 0)
     ([1, 2], [1, 2])
     """
-    key = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:24]
+    key = key_of(identity, home if cache else None)
     folder = Path(cache).expanduser() if cache else home / FOLDER
     path = folder / f"{key}.json"
     with suppress(OSError, ValueError):  # not there, or not whole

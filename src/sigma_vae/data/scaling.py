@@ -1,7 +1,7 @@
 """From what is stored to what a model reads, and back."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -11,6 +11,9 @@ from torch import Tensor
 from sigma_vae.data.stores import Store
 
 __all__ = ["Scaling", "standardisation"]
+
+CHUNK = 2**22
+"""Values looked at together, where an example has no more."""
 
 
 @final
@@ -73,8 +76,9 @@ def standardisation(train: Store, name: str, columns: Sequence[str] = ()) -> Sca
     Raises:
         ValueError: a channel is constant.
     """
-    values = train.take(torch.arange(len(train))).double().transpose(0, 1).flatten(1)
-    deviation = values.std(1, correction=0)
+    first = train.take(torch.zeros(1, dtype=torch.int64)).double().transpose(0, 1).flatten(1)[:, :1]
+    mean = first[:, 0] + _mean(train, lambda rows: rows - first)  # of a constant, exactly that
+    deviation = _mean(train, lambda rows: (rows - mean[:, None]).square()).sqrt()
     if constant := torch.nonzero(deviation == 0).flatten().tolist():
         named = len(columns) == len(deviation)  # in a table of series, columns are times
         which = ", ".join(columns[i] if named else str(i) for i in constant) + ("" if named else ", counted from 0,")
@@ -82,4 +86,12 @@ def standardisation(train: Store, name: str, columns: Sequence[str] = ()) -> Sca
             f"{name}: channels (columns) {which} have the same value throughout the"
             " training split, so there is nothing to standardise by; leave them out"
         )
-    return Scaling(mean=tuple(values.mean(1).tolist()), deviation=tuple(deviation.tolist()))
+    return Scaling(mean=tuple(mean.tolist()), deviation=tuple(deviation.tolist()))
+
+
+def _mean(train: Store, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean over all values of each channel, in float64, a few examples at a time."""
+    total = torch.zeros(train.shape[0], dtype=torch.float64)
+    for positions in torch.split(torch.arange(len(train)), max(1, CHUNK // math.prod(train.shape))):
+        total += of(train.take(positions).double().transpose(0, 1).flatten(1)).sum(1)
+    return total / (len(train) * math.prod(train.shape[1:]))

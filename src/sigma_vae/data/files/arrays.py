@@ -21,8 +21,15 @@ LARGE = 2**28
 
 
 def path_of(config: DataConfig) -> Path:
-    """The file or folder that a config names, inside its root where it has one."""
-    return Path(config.root or ".").expanduser() / Path(config.source).expanduser()
+    """The file or folder that a config names, inside its root where it has one.
+
+    Raises:
+        ValueError: it has a root that says nothing.
+    """
+    source = Path(config.source).expanduser()
+    if config.root and source.is_absolute():
+        raise ValueError(f"root says nothing about the absolute path {source}, got {config.root!r}; leave it out")
+    return Path(config.root or ".").expanduser() / source
 
 
 def read_arrays(config: DataConfig) -> Raw:

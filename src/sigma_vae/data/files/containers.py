@@ -169,7 +169,7 @@ class Tar(Container):
     def _places(self) -> dict[str, tuple[int, int]]:
         """Start and size of each file in it: remembered, as all headers have to be read, one after the other, to find them."""
         identity = {"places in": file_stamp(self.path)}
-        places: dict[str, tuple[int, int]] = remembered(self._room.parent, str(self._room), identity, self._found)
+        places: dict[str, tuple[int, int]] = remembered(self.path.resolve().parent, str(self._room), identity, self._found)
         return places
 
     def _found(self) -> dict[str, tuple[int, int]]:

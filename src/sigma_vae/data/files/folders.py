@@ -97,14 +97,17 @@ def read_pictures(config: DataConfig) -> Raw:
             f" {_listed(others) or 'nothing'}; check the path"
         )
     stamps = _digest(
-        [holder.stamp([picture.name for picture in group]) for holder, group in groupby(found, attrgetter("holder"))]
+        # The name of the folder too: what is decoded of several folders that lie side by side is kept in one place.
+        [
+            [holder.path.resolve().name, holder.stamp([picture.name for picture in group])]
+            for holder, group in groupby(found, attrgetter("holder"))
+        ]
     )
-    readable, unreadable = _readable(found, stamps, room, config, str(path))
+    readable, unreadable = _readable(found, stamps, path, config)
     how = plan([(width, height, mode) for _, (width, height, mode) in readable], config.images, str(path))
     splits = _splits([picture for picture, _ in readable], str(path))
     parts = {
-        split: _encoded(pictures, how, {"files": stamps, "split": split, "unreadable": config.images.unreadable}, path)
-        for split, pictures in splits.items()
+        split: _encoded(pictures, how, {"files": stamps, "split": split}, path, config) for split, pictures in splits.items()
     }
     words = [*how.words, *unreadable, *_words(found, others)]
     return Raw(str(path), parts, [_record(holder, found) for holder in holders], words, levels=2 if how.levels == 2 else None)
@@ -135,14 +138,14 @@ def _pictures(holders: list[Container]) -> tuple[list[_Picture], Counter[str]]:
         names = [name for name in holder.names if _is_picture(name)]
         others.update(PurePosixPath(name).suffix or name for name in holder.names if not _is_picture(name))
         folders = [PurePosixPath(name).parts[:-1] for name in names]
-        if not isinstance(holder, Folder):
-            folders = [_of_shard(holder.path) or parts for parts in _below_common(folders)]
+        shard = () if isinstance(holder, Folder) else _of_shard(holder.path)
+        folders = [shard or parts for parts in _below_common(folders)]
         found += [_Picture(holder, name, parts) for name, parts in zip(names, folders, strict=True)]
     return found, others
 
 
 def _below_common(folders: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Archives often hold one folder that holds everything: splits lie below it."""
+    """There is often one folder that holds everything: splits lie below it."""
     while folders and all(parts and parts[0] == folders[0][0] and parts[0].lower() not in SPLIT_WORDS for parts in folders):
         folders = [parts[1:] for parts in folders]
     return folders
@@ -160,7 +163,7 @@ def _is_picture(name: str) -> bool:
 
 
 def _readable(
-    found: list[_Picture], stamps: str, room: Path, config: DataConfig, name: str
+    found: list[_Picture], stamps: str, path: Path, config: DataConfig
 ) -> tuple[list[tuple[_Picture, list[Any]]], list[str]]:
     """The pictures whose header can be read, with what it says; and in words which were left out."""
 
@@ -168,7 +171,7 @@ def _readable(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(_Picture.probe, found))
 
-    probed = remembered(room.parent, str(room), {"sizes and modes of": stamps}, look)
+    probed = remembered(path.resolve().parent, config.cache, {"sizes and modes of": stamps}, look)
     # What failed is tried again: it may have been the disk, not the file.
     pairs = [(picture, picture.probe() if isinstance(seen, str) else seen) for picture, seen in zip(found, probed, strict=True)]
     readable = [(picture, seen) for picture, seen in pairs if not isinstance(seen, str)]
@@ -178,7 +181,7 @@ def _readable(
     labels = ", ".join(label for label, _ in broken[:5]) + (", ..." if len(broken) > 5 else "")
     if config.images.unreadable == "refuse" or len(broken) == len(found):
         raise ValueError(
-            f"{name}: {len(broken)} of {len(found)} pictures cannot be read ({labels}; the first: {broken[0][1]}); repair or remove"
+            f"{path}: {len(broken)} of {len(found)} pictures cannot be read ({labels}; the first: {broken[0][1]}); repair or remove"
             " them, or leave them out: --unreadable skip"
         )
     left_out = f"left out {len(broken)} of {len(found)} as unreadable ({labels})"
@@ -207,13 +210,14 @@ def _splits(pictures: list[_Picture], name: str) -> dict[SplitName, list[_Pictur
     }
 
 
-def _encoded(pictures: list[_Picture], how: PicturePlan, identity: dict[str, Any], path: Path) -> Encoded:
+def _encoded(pictures: list[_Picture], how: PicturePlan, identity: dict[str, Any], path: Path, config: DataConfig) -> Encoded:
     def decode(i: int) -> Array:
         return pictures[i].decode(how)
 
     names = [picture.label for picture in pictures]
     identity |= {"plan": asdict(how), "names": _digest(names)}
-    return Encoded(names, how.shape, how.dtype, decode, identity, path.resolve().parent, identity["unreadable"] == "skip")
+    skip = config.images.unreadable == "skip"
+    return Encoded(names, how.shape, how.dtype, decode, identity, path.resolve().parent, skip)
 
 
 def _words(found: list[_Picture], others: Counter[str]) -> list[str]:

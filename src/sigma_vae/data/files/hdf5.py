@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sigma_vae.config import DataConfig, Layout
+from sigma_vae.data.cache import piece_of
 from sigma_vae.data.files.arrays import LARGE, path_of
 from sigma_vae.data.files.axes import CLIPS, channels_first, layout_of, parts_by_key
 from sigma_vae.data.levels import Array
@@ -18,8 +19,6 @@ from sigma_vae.data.splits import SPLIT_WORDS, SplitName
 
 __all__ = ["read_hdf5"]
 
-_BLOCK = 64
-"""Examples that are read at once."""
 _CHUNKS = 2**28
 """Bytes of decompressed chunks that HDF5 keeps: neighbouring blocks often lie in one."""
 
@@ -92,7 +91,7 @@ def _part(dataset: Any, path: Path, layout: Layout, config: DataConfig) -> Part:
     shape = channels_first(whole, layout, name).shape
     if dataset.nbytes < LARGE or dataset.dtype.name not in ("uint8", "uint16") or config.standardise == "yes":
         return channels_first(np.asarray(dataset[()]), layout, name)
-    rows = _Rows(path, dataset.name, layout)
+    rows = _Rows(path, dataset.name, layout, piece_of(dataset.nbytes // shape[0]))
     identity = {"file": file_stamp(path), "key": dataset.name, "layout": layout}
     names = [f"{dataset.name.strip('/')}[{i}]" for i in range(shape[0])]
     return Encoded(names, shape[1:], dataset.dtype.name, rows.decode, identity, path.resolve().parent)
@@ -101,13 +100,13 @@ def _part(dataset: Any, path: Path, layout: Layout, config: DataConfig) -> Part:
 class _Rows:
     """Examples of a data set, read a block at a time; each thread keeps the block that it is in."""
 
-    def __init__(self, path: Path, key: str, layout: Layout) -> None:
-        self._path, self._key, self._layout = path, key, layout
+    def __init__(self, path: Path, key: str, layout: Layout, block: int) -> None:
+        self._path, self._key, self._layout, self._block = path, key, layout, block
         self._lock = threading.Lock()
         self._kept = threading.local()
 
     def decode(self, i: int) -> Array:
-        number, row = divmod(i, _BLOCK)
+        number, row = divmod(i, self._block)
         if self._kept.__dict__.get("number") != number:
             self._kept.block, self._kept.number = self._read(number), number
         example: Array = self._kept.block[row]
@@ -116,7 +115,7 @@ class _Rows:
     def _read(self, number: int) -> Array:
         try:
             with self._lock:
-                block = self._dataset[number * _BLOCK : (number + 1) * _BLOCK]
+                block = self._dataset[number * self._block : (number + 1) * self._block]
         except (OSError, RuntimeError) as error:
             raise UnreadableError(f"{type(error).__name__}: {error}") from error
         return channels_first(block, self._layout, str(self._path))

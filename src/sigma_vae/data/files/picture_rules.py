@@ -46,8 +46,10 @@ def common_size(sizes: Counter[tuple[int, int]], images: ImageConfig, name: str)
     (3, 3)
 
     Raises:
-        ValueError: there is none, and the user does not say what is to be done; or a crop is larger than a picture.
+        ValueError: there is none, and the user does not say what is to be done; a crop is larger than a picture; or ``fit`` has
+            nothing to fit.
     """
+    _check_fit(images, name)
     if images.crop is not None:
         _check_crop(sizes, images.crop, name)
     windows: Counter[tuple[int, int]] = Counter()
@@ -69,6 +71,13 @@ def common_size(sizes: Counter[tuple[int, int]], images: ImageConfig, name: str)
             f" (--size {least}, say{fit}), or cut the same square from each (--crop {least})"
         )
     return next(iter(windows))
+
+
+def _check_fit(images: ImageConfig, name: str) -> None:
+    if images.fit != "refuse" and images.crop is not None:
+        raise ValueError(f"{name}: fit {images.fit} says nothing about squares of crop {images.crop}; leave out one of them")
+    if images.fit == "stretch" and images.size is None:
+        raise ValueError(f"{name}: fit stretch needs a size to stretch pictures to, got none; give --size, 64 say")
 
 
 def _check_crop(sizes: Counter[tuple[int, int]], crop: int, name: str) -> None:

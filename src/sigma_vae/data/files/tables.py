@@ -50,6 +50,11 @@ def read_tables(config: DataConfig) -> Raw:
     frames = {split: _read(file) for split, file in files.items()}
     columns, left_out = _columns(frames["train"], config.columns, files["train"])
     parts = {split: _numbers(frame, columns, config, files[split]) for split, frame in frames.items()}
+    if len({part.dtype for part in parts.values()}) > 1:
+        kinds = ", ".join(
+            f"{'integers' if part.dtype.kind == 'i' else 'fractions'} in {files[split].name}" for split, part in parts.items()
+        )
+        raise ValueError(f"{path} needs integers in all tables or in none, got {kinds}; save them alike")
     words = [f"columns {', '.join(columns)}", *([f"columns left out: {', '.join(left_out)}"] if left_out else [])]
     records = [file_record(file) for file in files.values()]
     return Raw(str(path), parts, records, words, standardise=True, columns=tuple(columns))

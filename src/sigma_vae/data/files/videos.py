@@ -3,22 +3,24 @@
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from sigma_vae.config import ClipConfig, DataConfig
 from sigma_vae.data.clips import clip_lengths
 from sigma_vae.data.files.arrays import path_of
+from sigma_vae.data.files.containers import Folder
 from sigma_vae.data.files.films import Film, Frames, Survey, Video
 from sigma_vae.data.files.pictures import PicturePlan, plan
 from sigma_vae.data.files.windows import Window, Windows, starts
 from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_stamp
 from sigma_vae.data.remember import remembered
-from sigma_vae.data.splits import SplitName
+from sigma_vae.data.splits import SPLIT_WORDS, SplitName
 
 __all__ = ["ENDINGS", "OPTIONS", "holds_videos", "read_videos"]
 
@@ -27,11 +29,6 @@ OPTIONS = frozenset({"cache", "crop", "size", "fit", "colour", "unreadable", "fr
 """What :func:`read_videos` reads of the config."""
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-_FOLDERS: dict[SplitName, tuple[str, ...]] = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val"),
-    "test": ("test",),
-}
 _FRAMES = 16
 
 
@@ -72,12 +69,13 @@ def read_videos(config: DataConfig) -> Raw:
     left = sum(item.survey.frames - _used(item, lengths[split], step) for split, items in found.items() for item in items)
     words = [f"clips of {lengths['train']} frames{test}{every}, side by side; {left} frames at ends of videos left out"]
     words += [f"left out {len(broken)} unreadable videos ({', '.join(broken[:5])})"] if broken else []
+    words += _ignored(path, config.clips)
     return Raw(str(path), parts, files, [*words, *shared.words], levels=shared.levels, clips=True)
 
 
 def _lengths(path: Path, config: DataConfig) -> dict[SplitName, int]:
     frames, test_frames = clip_lengths(config.clips, _FRAMES, _FRAMES)
-    if frames != test_frames and not (path / "test").is_dir():
+    if frames != test_frames and "test" not in dict(_splits(path)):
         raise ValueError(
             f"{path} needs a folder test for clips of another length than in training, got frames {frames} and test_frames"
             f" {test_frames}; put test videos there, or leave test_frames out"
@@ -85,11 +83,21 @@ def _lengths(path: Path, config: DataConfig) -> dict[SplitName, int]:
     return {"train": frames, "validation": frames, "test": test_frames}
 
 
+def _check_inside(path: Path, folders: list[Path], clips: ClipConfig) -> None:
+    """Where there are folders of splits, a video elsewhere is in none."""
+    outside = (place for place, _ in _videos(path, clips) if not any(place.is_relative_to(folder) for folder in folders))
+    if (stray := next(outside, None)) is not None:
+        raise ValueError(
+            f"{path} needs its videos in {', '.join(folder.name for folder in folders)}, got {stray.relative_to(path)}; move it, or"
+            " rename these folders"
+        )
+
+
 def _surveyed(path: Path, config: DataConfig) -> tuple[dict[SplitName, list[_Found]], list[str]]:
     """The videos of each split, and the names of those that are broken."""
-    videos = [
-        (split, str(name), video) for split, folder in _splits(path) for name, video in _named(folder, path, config.clips)
-    ]
+    splits = _splits(path)
+    _check_inside(path, [folder for _, folder in splits], config.clips)
+    videos = [(split, str(name), video) for split, folder in splits for name, video in _named(folder, path, config.clips)]
     stamps = {name: _stamp(video) for _, name, video in videos}
     identity = {"videos": stamps, "reader": "videos-1", "of": "surveys"}
     told = remembered(_home(path), config.cache, identity, lambda: _survey([video for *_, video in videos]))
@@ -112,6 +120,7 @@ def _surveyed(path: Path, config: DataConfig) -> tuple[dict[SplitName, list[_Fou
 
 def _survey(videos: Sequence[Video]) -> list[tuple[dict[str, Any], str]]:
     """What each video is like, or why it is unreadable."""
+    from rich.console import Console
     from rich.progress import track
 
     def one(video: Video) -> tuple[dict[str, Any], str]:
@@ -121,7 +130,8 @@ def _survey(videos: Sequence[Video]) -> list[tuple[dict[str, Any], str]]:
             return {}, str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(track(pool.map(one, videos), "counting frames, once", len(videos), transient=True))
+        console = Console(stderr=True)
+        return list(track(pool.map(one, videos), "counting frames, once", len(videos), console=console, transient=True))
 
 
 def _parsed(survey: Mapping[str, Any]) -> Survey:
@@ -160,6 +170,15 @@ def _home(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
+def _ignored(path: Path, clips: ClipConfig) -> list[str]:
+    """In words what else lies in a folder: its pictures, where clips are not asked for."""
+    read = {*ENDINGS, *_PICTURES} if clips.frames is not None else {*ENDINGS} - {".gif"}
+    names = Folder(path).names if path.is_dir() else []
+    others = Counter(suffix for name in names if (suffix := PurePath(name).suffix.lower()) not in read)
+    listed = ", ".join(f"{suffix or 'without ending'} ({count})" for suffix, count in others.most_common(5))
+    return [f"files that are no videos ignored: {listed}"] if others else []
+
+
 def _size(found: Sequence[_Found]) -> int:
     return sum(file.stat().st_size for item in found for file in item.video.files)
 
@@ -173,8 +192,9 @@ def _stamp(video: Video) -> str:
 
 def _splits(path: Path) -> list[tuple[SplitName, Path]]:
     """The folders of the splits; all is for training where there are none."""
-    folders: list[tuple[SplitName, Path]] = [
-        (split, path / name) for split, names in _FOLDERS.items() for name in names if (path / name).is_dir()
+    inner = sorted(path.iterdir()) if path.is_dir() else []
+    folders = [
+        (split, each) for word, split in SPLIT_WORDS.items() for each in inner if each.name.lower() == word and each.is_dir()
     ]
     present = [split for split, _ in folders]
     if not present:

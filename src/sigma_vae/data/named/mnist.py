@@ -16,7 +16,7 @@ from sigma_vae.data.named.places import Official, find, read_official
 from sigma_vae.data.raw import Raw, file_record
 from sigma_vae.data.splits import SplitName
 
-__all__ = ["read_fashion_mnist", "read_mnist"]
+__all__ = ["read_fashion_mnist", "read_mnist", "whose"]
 
 _STEMS: dict[SplitName, str] = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 _FILES = " and ".join(f"{stem}[.gz]" for stem in _STEMS.values())
@@ -71,9 +71,21 @@ def _checked(images: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np.uint8]
 
 
 def _check_mean(images: npt.NDArray[np.uint8], name: str, path: Path) -> None:
-    if len(images) == _COUNTS["train"] and abs((mean := float(images.mean())) - _MEANS[name]) > _MEAN_TOLERANCE:
-        other = next((name for name, known in _MEANS.items() if abs(mean - known) < _MEAN_TOLERANCE), "none that is known here")
+    if len(images) == _COUNTS["train"] and not _has_mean_of(name, images):
         raise ValueError(
-            f"{path} needs the training images of {name}, whose mean grey level is {_MEANS[name]}, got {mean:.3f} ({other}); "
-            "give the folder of the right files as --root"
+            f"{path} needs the training images of {name}, whose mean grey level is {_MEANS[name]}, got {images.mean():.3f}"
+            f" ({whose(images) or 'none that is known here'}); give the folder of the right files as --root"
         )
+
+
+def whose(train: npt.NDArray[np.uint8]) -> str | None:
+    """The name of the data set that has these training images, told by their mean; None where it is neither.
+
+    >>> whose(np.full((2, 28, 28), 33, np.uint8)) is None
+    True
+    """
+    return next((name for name in _MEANS if _has_mean_of(name, train)), None)
+
+
+def _has_mean_of(name: str, train: npt.NDArray[np.uint8]) -> bool:
+    return abs(float(train.mean()) - _MEANS[name]) <= _MEAN_TOLERANCE

@@ -19,6 +19,7 @@ from sigma_vae.data.files.idx import read_images
 from sigma_vae.data.holdout import ORDER, count_of, shuffled
 from sigma_vae.data.named.bundled import mnist_5k
 from sigma_vae.data.named.folders import folders
+from sigma_vae.data.named.mnist import whose
 from sigma_vae.data.raw import Raw, file_record
 from sigma_vae.data.splits import SplitName
 from sigma_vae.data.stores import Generated
@@ -102,7 +103,7 @@ def read_moving_mnist(config: DataConfig) -> Raw:
 
     Digits of the three splits come from different images: those of test from MNIST's official test images, those of validation
     from a share of its training images, if the official files are in ``root``, or in the folder that SIGMA_VAE_DATA names or mnist in
-    it; else from shares of the 5 000 images of ``mnist-5k``.
+    it; else from shares of the 5 000 images of ``mnist-5k``. Other files of that kind, such as Fashion-MNIST's, do as well.
 
     Raises:
         ValueError: ``root`` has no files or not both; one is damaged; a size or share cannot be.
@@ -143,11 +144,8 @@ def _digits(config: DataConfig) -> tuple[dict[SplitName, Images], str, list[dict
                 f"moving-mnist needs {_expected()} in {folder}, got {next(iter(files.values())).name} alone; put both there"
             )
         if files:
-            return (
-                {name: read_images(path) for name, path in files.items()},
-                "MNIST",
-                [file_record(path) for path in files.values()],
-            )
+            images = {name: read_images(path) for name, path in files.items()}
+            return images, whose(images["train"]) or f"the files in {folder}", [file_record(path) for path in files.values()]
     if config.root:
         raise ValueError(
             f"moving-mnist needs {_expected()} in {places[0]}, got no such file; give the folder, or none for mnist-5k"

@@ -254,6 +254,17 @@ def test_changed_pictures_are_decoded_anew(tmp_path):
     assert before.record["fingerprint"] != after.record["fingerprint"]
 
 
+def test_other_content_of_the_same_size_and_date_is_noticed(tmp_path):
+    """As tools that copy with dates leave it behind."""
+    for images in (GREY, 255 - GREY):
+        for i, image in enumerate(images):
+            (tmp_path / "pictures").mkdir(exist_ok=True)
+            path = tmp_path / "pictures" / f"{i}.bmp"
+            path.write_bytes(png(image, "BMP"))
+            os.utime(path, ns=(1, 1))
+        assert together(load(DataConfig(str(tmp_path / "pictures")))) == rows(images)
+
+
 @pytest.mark.parametrize("kept", [None, "shared"])
 def test_folders_with_files_of_the_same_names_sizes_and_times_are_apart(tmp_path, kept):
     for place, images in (("a", GREY), ("b", 255 - GREY)):

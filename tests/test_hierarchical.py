@@ -14,6 +14,7 @@ from torch.distributions import Normal, kl_divergence
 from sigma_vae import VAE, Fixed, Gaussian, HierarchicalNetwork, LadderPlan, LogisticMixture, build, hierarchical, mlp
 from sigma_vae.config import ModelConfig
 from sigma_vae.data import Batches, Scaling
+from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import evaluate
 from sigma_vae.networks.ladder import Diagonal, draw
 from sigma_vae.vae import keyed_noise
@@ -304,7 +305,7 @@ def test_the_kl_is_in_float32_under_autocast():
 
 def test_the_evaluation_reports_the_kl_of_each_layer():
     stored = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8)
-    batches = Batches(stored, 256, 7)
+    batches = Batches(InMemory(stored), Scaling(256), 7)
     for network, layers in ((hierarchical((1, 8, 8), 1, width=8), 4), (mlp((1, 8, 8), 1, width=8), None)):
         vae = VAE(network, Gaussian(1))
         vae.calibrate(batches)

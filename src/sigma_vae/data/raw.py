@@ -80,6 +80,9 @@ def file_record(path: Path) -> dict[str, Any]:
 
 
 def file_stamp(path: Path) -> list[Any]:
-    """What tells that a file has changed, without reading it: name, size and time of the last change."""
+    """What tells that a file has changed, without reading it: name, size, and when content and entry last changed.
+
+    The latter no copying tool can set back, so that other content of the same size and date is noticed.
+    """
     status = path.stat()
-    return [path.name, status.st_size, status.st_mtime_ns]
+    return [path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -13,7 +13,8 @@ from torch.distributions import Normal, kl_divergence
 
 from sigma_vae import VAE, Fixed, Gaussian, HierarchicalNetwork, LadderPlan, LogisticMixture, build, hierarchical, mlp
 from sigma_vae.config import ModelConfig
-from sigma_vae.data import Batches
+from sigma_vae.data import Batches, Scaling
+from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import evaluate
 from sigma_vae.networks.ladder import Diagonal, draw
 from sigma_vae.vae import keyed_noise
@@ -258,8 +259,8 @@ def test_tiny_takes_images_of_any_size(size):
 @pytest.mark.parametrize("name", ["hierarchical", "hierarchical:tiny", "hierarchical:4,4d2,2/2,4m2"])
 def test_a_network_by_name_survives_its_file(name, tmp_path):
     config = ModelConfig(network=name, likelihood="gaussian/fixed:0.1", width=8)
-    vae = build.vae(config, (1, 8, 8), 256).eval()
-    build.save(tmp_path, vae, config, (1, 8, 8), 256)
+    vae = build.vae(config, (1, 8, 8), Scaling(256)).eval()
+    build.save(tmp_path, vae, config, (1, 8, 8), Scaling(256))
     loaded = build.load(tmp_path).vae
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(loaded.elbo(x, noise=noise_of(2)).total, vae.elbo(x, noise=noise_of(2)).total)
@@ -284,7 +285,7 @@ LIKELIHOODS = [
 
 @pytest.mark.parametrize(("name", "levels"), LIKELIHOODS, ids=lambda value: str(value))
 def test_every_kind_of_likelihood_works_unchanged(name, levels):
-    vae = build.vae(ModelConfig(network="hierarchical", likelihood=name, width=8), (3, 8, 8), levels)
+    vae = build.vae(ModelConfig(network="hierarchical", likelihood=name, width=8), (3, 8, 8), Scaling(levels))
     x = torch.randint(0, levels, (4, 3, 8, 8)) / (levels - 1)
     vae.elbo(x).total.mean().backward()
     vae.calibrate([x])
@@ -304,7 +305,7 @@ def test_the_kl_is_in_float32_under_autocast():
 
 def test_the_evaluation_reports_the_kl_of_each_layer():
     stored = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8)
-    batches = Batches(stored, 256, 7)
+    batches = Batches(InMemory(stored), Scaling(256), 7)
     for network, layers in ((hierarchical((1, 8, 8), 1, width=8), 4), (mlp((1, 8, 8), 1, width=8), None)):
         vae = VAE(network, Gaussian(1))
         vae.calibrate(batches)

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from sigma_vae import VAE, Gaussian, Optimal, build, mlp
 from sigma_vae.config import ModelConfig, TrainingConfig
+from sigma_vae.data import Scaling
 from sigma_vae.networks.recurrence import State
 from sigma_vae.networks.sequence import SequenceNetwork, sequence
 from sigma_vae.networks.video_backbones import Backbone, dcgan, vgg
@@ -531,7 +532,7 @@ def test_every_likelihood_runs_unchanged(name: str) -> None:
     torch.manual_seed(0)
     config = ModelConfig("sequence", name, latent_dim=LATENT, width=4)
     levels = 4 if name == "categorical" else 2 if name == "bernoulli" else 256
-    vae = build.vae(config, (1, 8, 8), levels)
+    vae = build.vae(config, (1, 8, 8), Scaling(levels))
     x = (clips(4, 5) * (levels - 1)).round().float() / (levels - 1)
     elbo = vae.train().elbo(x)
     (-elbo.total.mean()).backward()
@@ -551,10 +552,10 @@ def test_every_likelihood_runs_unchanged(name: str) -> None:
 def test_a_saved_model_says_the_same(name: str, tmp_path) -> None:
     torch.manual_seed(0)
     config = ModelConfig(name, latent_dim=LATENT, width=4, context_frames=3)
-    vae, x = build.vae(config, (1, 8, 8), 256), clips().float()
+    vae, x = build.vae(config, (1, 8, 8), Scaling(256)), clips().float()
     vae.elbo(x)
     vae.calibrate([x])
-    build.save(tmp_path, vae, config, (1, 8, 8), 256)
+    build.save(tmp_path, vae, config, (1, 8, 8), Scaling(256))
     loaded = build.load(tmp_path)
     assert loaded.config == config
     assert loaded.vae.network.context_frames == 3

@@ -24,7 +24,7 @@ def digits():
 
 def small_vae(digits, network="mlp"):
     torch.manual_seed(0)
-    return build.vae(ModelConfig(network=network, latent_dim=2, width=16), digits.shape, digits.levels)
+    return build.vae(ModelConfig(network=network, latent_dim=2, width=16), digits.shape, digits.scaling)
 
 
 def train(vae, digits, out=None, resume=False, **options):

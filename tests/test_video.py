@@ -186,6 +186,8 @@ MISTAKES = {
     "ending": (["predict", "RUN", "--out", "a.jpg"], "should end in .png or .gif or .npz"),
     "codes": (["encode", "RUN"], "no single layer of flat latents"),
     "samples": (["evaluate", "RUN", "--best-of", "0"], "at least 1 sample"),
+    "statistics of nothing": (["evaluate", "RUN", "--batch-statistics"], "say of how many the best is taken"),
+    "temperature": (["predict", "RUN", "--temperature", "-1", "--out", "a.gif"], "at least 0, got -1"),
     "network": (["train", "clips", "--network", "conv", "--out", "a"], "has clips, and the network conv is not for that"),
     "too short": (
         ["train", "clips", "--network", "sequence", "--context-frames", "5", "--out", "a"],

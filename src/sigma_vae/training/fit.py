@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
@@ -58,7 +59,7 @@ def fit(
         progress: show a bar.
 
     Raises:
-        ValueError: the device does not exist, or there is nothing to resume.
+        ValueError: the device does not exist, there is nothing to resume, or more epochs are over than ``config`` has.
         NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
         KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
     """
@@ -92,6 +93,8 @@ def fit(
             trainer.fit(module, training, validation, ckpt_path=last if resume else None, weights_only=True)
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
             raise KeyboardInterrupt from stop
+        except MisconfigurationException as error:
+            raise ValueError(f"{last} cannot be resumed up to {config.epochs} epochs, it has more of them behind it") from error
         last_is_best = best.best_model_score is None
         if calibration.validated_at != trainer.global_step:
             last_is_best = _validate_last(trainer, module, validation, best)

@@ -110,7 +110,7 @@ def test_a_run_on_clips_goes_on_where_it_stopped(moving, tmp_path) -> None:
 
 
 def test_pictures_of_a_run_show_clips(moving) -> None:
-    truth = splits().test.numpy()
+    truth = splits().stored("test").numpy()
     strip = read(moving / "reconstructions.png")
     zoom = strip.shape[1] // (TEST_LENGTH * (SIDE + 1) + 1)
     assert strip.shape == ((16 * (SIDE + 1) + 1) * zoom, (TEST_LENGTH * (SIDE + 1) + 1) * zoom)
@@ -135,7 +135,7 @@ def test_other_commands_take_clips(command: str, ending: str, moving, tmp_path) 
         with np.load(out) as arrays:
             made = arrays["samples" if command == "sample" else "reconstructions"]
             assert made.shape == (12 if command == "sample" else 3, TEST_LENGTH, 1, SIDE, SIDE)
-            np.testing.assert_allclose(made[:3, :PAST], splits().test[:3, :PAST] / 255, atol=1e-6)
+            np.testing.assert_allclose(made[:3, :PAST], splits().stored("test")[:3, :PAST] / 255, atol=1e-6)
             if command == "sample":  # of ten clips the first come again, with other latents
                 np.testing.assert_array_equal(made[10:, :PAST], made[:2, :PAST])
                 assert not np.array_equal(made[10:, PAST:], made[:2, PAST:])
@@ -144,7 +144,7 @@ def test_other_commands_take_clips(command: str, ending: str, moving, tmp_path) 
 def test_predict_writes_a_strip_and_a_gif(moving, capsys) -> None:
     assert main(["predict", str(moving), "--n", "2", "--samples", "3"]) == 0
     assert capsys.readouterr().out.split() == [str(moving / f"predictions-test.{ending}") for ending in ("png", "gif")]
-    strip, truth = read(moving / "predictions-test.png"), splits().test.numpy()
+    strip, truth = read(moving / "predictions-test.png"), splits().stored("test").numpy()
     zoom = strip.shape[1] // (TEST_LENGTH * (SIDE + 1) + 1)
     assert strip.shape[0] == (2 * 4 * (SIDE + 1) + 1) * zoom
     for clip in range(2):

@@ -91,6 +91,11 @@ def test_impossible_sizes_are_refused(sizes):
         build.vae(replace(ModelConfig(network="mlp"), **sizes), (1, 8, 8), Scaling(256))
 
 
+def test_a_map_to_the_mean_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="takes no mean='identity'; leave it at auto"):
+        build.vae(ModelConfig("mlp", "categorical", mean="identity"), (1, 8, 8), Scaling(4))
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("network", ["mlp", "conv", "residual"])
 def test_a_saved_model_is_the_same_model(scale, network, tmp_path):

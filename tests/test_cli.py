@@ -112,6 +112,26 @@ def test_temperature_zero_gives_one_image(digits_run, tmp_path):
         assert np.ptp(file["samples"], axis=0).max() < 1e-6
 
 
+def test_a_ladder_is_sampled_layer_by_layer(tmp_path, capsys):
+    words = ["train", "digits", "--network", "hierarchical:2,2d2/1,2m1", "--width", "8", "--max-steps", "2"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert "kl_per_layer_nats" in capsys.readouterr().out
+
+    def samples(*temperature):
+        assert (
+            main(["sample", str(tmp_path / "run"), "--n", "3", "--temperature", *temperature, "--out", str(tmp_path / "a.npz")])
+            == 0
+        )
+        with np.load(tmp_path / "a.npz") as file:
+            return file["samples"]
+
+    np.testing.assert_array_equal(samples("0.5"), samples("0.5", "0.5"))
+    assert np.ptp(samples("0", "0"), axis=0).max() < 1e-6
+    assert not np.array_equal(samples("0", "1"), samples("1", "0"))
+    assert main(["sample", str(tmp_path / "run"), "--temperature", "1", "1", "1", "--out", str(tmp_path / "a.npz")]) == 1
+    assert "one for each of 2 layers" in capsys.readouterr().err
+
+
 def test_reconstructions_resemble_their_originals(digits_run, tmp_path):
     path = tmp_path / "a.npz"
     assert main(["reconstruct", str(digits_run), "--split", "train", "--n", "50", "--out", str(path)]) == 0

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sigma_vae import build, runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
@@ -105,6 +106,19 @@ def test_series_are_standardised_channel_by_channel(tmp_path):
     expected = 7 * sum(math.log(s) for s in data.scaling.deviation)
     assert data.scaling.log_volume_nats(data.shape) == pytest.approx(expected)
     assert data.values("train").std() == pytest.approx(1, abs=0.01)
+
+
+def test_pictures_and_samples_are_in_the_datas_own_units(tmp_path):
+    """Values about 0.75 that hardly differ: as standardised, half of them would be black."""
+    values = 0.75 + 0.01 * np.random.RandomState(0).normal(size=(40, 1, 8, 8))
+    np.save(tmp_path / "a.npy", values)
+    model, training = ModelConfig("mlp", "gaussian/fixed:1", latent_dim=1, width=4), TrainingConfig(max_steps=1)
+    data = DataConfig(str(tmp_path / "a.npy"), layout="n-c-h-w", standardise="yes")
+    runs.train(RunConfig(data, model, training, device="cpu"), tmp_path / "run", progress=False)
+    for name in ("samples", "reconstructions"):
+        with Image.open(tmp_path / "run" / f"{name}.png") as picture:
+            shown = np.asarray(picture)
+        assert shown.min() > 0.6 * 255, name
 
 
 def test_misuse_is_refused(tmp_path):

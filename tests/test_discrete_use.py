@@ -2,6 +2,7 @@
 
 import json
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -68,6 +69,50 @@ def test_a_generator_decides_the_draws(family: Family) -> None:
     p = make(family, 0)(features(make(family, 0), (50,)))
     a, b = (p.sample(generator=torch.Generator().manual_seed(1)) for _ in range(2))
     assert torch.equal(a, b)
+
+
+# Both sides of where the series ends, and of 0.
+LOGITS = np.array([0, 1e-12, 1e-6, 1e-3, 0.0999, 0.1001, 0.7, 5, 40])
+LOGITS = np.concatenate([-LOGITS[::-1], LOGITS])
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
+def test_reparametrised_draws_are_quantiles_and_move_as_they_do(dtype: torch.dtype, close: float) -> None:
+    """Truth: x = log(1 + u(e^h - 1))/h and its slope in h, in 60 digits, with the very u that was drawn."""
+
+    def quantile(u: float, h: float) -> mpmath.mpf:
+        with mpmath.workdps(60):
+            return mpmath.log1p(mpmath.mpf(u) * mpmath.expm1(h)) / mpmath.mpf(h) if h else mpmath.mpf(u)
+
+    def slope(u: float, h: float) -> mpmath.mpf:
+        with mpmath.workdps(60):
+            u, h, grown = mpmath.mpf(u), mpmath.mpf(h), mpmath.mpf(u) * mpmath.expm1(h)
+            return u * mpmath.exp(h) / (h * (1 + grown)) - mpmath.log1p(grown) / h**2 if h else u * (1 - u) / 2
+
+    h = torch.from_numpy(LOGITS).to(dtype)[:, None].expand(-1, 20).clone().requires_grad_()
+    p = ContinuousBernoulli(1, spatial_dims=0)(h.reshape(-1, 1))
+    assert p.has_rsample
+    x = p.rsample(generator=torch.Generator().manual_seed(0))
+    u = torch.rand(x.shape, dtype=dtype, generator=torch.Generator().manual_seed(0)).flatten().tolist()
+    (found,) = torch.autograd.grad(x.sum(), h)
+    pairs = list(zip(u, h.flatten().tolist(), strict=True))
+    np.testing.assert_allclose(x.detach().flatten(), [float(quantile(*pair)) for pair in pairs], rtol=0, atol=close)
+    np.testing.assert_allclose(found.flatten(), [float(slope(*pair)) for pair in pairs], rtol=0, atol=close)
+    assert torch.equal(x, p.sample(generator=torch.Generator().manual_seed(0)))
+
+
+def test_reparametrised_draws_stay_in_range_at_extremes_and_others_have_none() -> None:
+    h = torch.tensor([-1e4, -200.0, 200.0, 1e4]).repeat_interleave(1000)[:, None].requires_grad_()
+    x = ContinuousBernoulli(1, spatial_dims=0)(h).rsample()
+    (slope,) = torch.autograd.grad(x.sum(), h)
+    assert x.min() >= 0
+    assert x.max() <= 1
+    assert slope.isfinite().all()
+    assert slope.min() >= 0
+    p = Categorical(1, spatial_dims=0)(torch.zeros(2, 256))
+    assert not p.has_rsample
+    with pytest.raises(ValueError, match="are levels and have no gradient"):
+        p.rsample()
 
 
 # -- gradients -----------------------------------------------------------------------------------------------------------------------

@@ -146,6 +146,16 @@ def test_data_that_a_network_cannot_read_are_refused(name: str, shape: tuple[int
         build(name, shape)
 
 
+@every_network
+def test_a_network_in_half_precision_has_densities_in_float32(name: str, shape: tuple[int, ...]) -> None:
+    network, x = build(name, shape).bfloat16(), examples(shape).bfloat16()
+    inference = network.infer(x, noise=unit_noise)
+    assert inference.h.dtype == network.generate(2).dtype == torch.bfloat16
+    assert inference.kl.dtype == inference.log_ratio.dtype == torch.float32
+    exact = build(name, shape).infer(x.float(), noise=unit_noise)
+    torch.testing.assert_close(inference.kl, exact.kl, rtol=0.1, atol=0.05)
+
+
 # -- conv ------------------------------------------------------------------------------------------------------------------
 
 

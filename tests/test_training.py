@@ -211,6 +211,24 @@ def test_resume_trains_further(digits_config, tmp_path):
     runs.train(longer, long, progress=False)
     assert same(load_file(short / "model" / "model.safetensors"), load_file(long / "model" / "model.safetensors"))
     assert read(short / "config.yaml", RunConfig).training.epochs == 8
+    with pytest.raises(ValueError, match="up to 2 epochs, it has more of them behind it"):
+        runs.resume(short, epochs=2, progress=False)
+    assert read(short / "config.yaml", RunConfig).training.epochs == 8
+
+
+def test_an_interrupted_resumption_remembers_how_far_it_was_to_go(digits_config, tmp_path, monkeypatch):
+    runs.train(replace(digits_config, training=replace(digits_config.training, epochs=1)), tmp_path / "run", progress=False)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "fit", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            runs.resume(tmp_path / "run", epochs=3, progress=False)
+    runs.resume(tmp_path / "run", progress=False)
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 3 * 46
 
 
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.99, "schedule": "cosine", "warmup_steps": 20}])

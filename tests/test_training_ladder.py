@@ -201,6 +201,15 @@ SMALL = "hierarchical:2,2d2,1/1,2m1,2"
 EVERYTHING = {"ema_decay": 0.9, "free_bits_nats": 0.5, "kl_balancing_steps": 15}
 
 
+@pytest.mark.parametrize("network", ["residual", "conv"])
+def test_other_networks_resume_to_the_very_same_model(digits, tmp_path, network):
+    whole, halved = (small_vae(digits, network) for _ in range(2))
+    train(whole, digits, epochs=2, batch_size=256, ema_decay=0.9)
+    train(halved, digits, tmp_path, epochs=1, batch_size=256, ema_decay=0.9)
+    train(halved, digits, tmp_path, epochs=2, batch_size=256, ema_decay=0.9, resume=True)
+    assert same(whole, halved)
+
+
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_a_ladder_resumes_to_the_very_same_model(digits, tmp_path, options):
     if options:

@@ -15,6 +15,7 @@ from sigma_vae.data import Scaling, Splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.pictures import save_clips
 from sigma_vae.evaluation.video import predictions, psnr, ssim
+from sigma_vae.training import fit
 from sigma_vae.vae import keyed_noise
 
 TRAIN_LENGTH, TEST_LENGTH, SIDE, PAST = 5, 7, 8, 2
@@ -186,6 +187,8 @@ MISTAKES = {
     "ending": (["predict", "RUN", "--out", "a.jpg"], "should end in .png or .gif or .npz"),
     "codes": (["encode", "RUN"], "no single layer of flat latents"),
     "samples": (["evaluate", "RUN", "--best-of", "0"], "at least 1 sample"),
+    "statistics of nothing": (["evaluate", "RUN", "--batch-statistics"], "say of how many the best is taken"),
+    "temperature": (["predict", "RUN", "--temperature", "-1", "--out", "a.gif"], "at least 0, got -1"),
     "network": (["train", "clips", "--network", "conv", "--out", "a"], "has clips, and the network conv is not for that"),
     "too short": (
         ["train", "clips", "--network", "sequence", "--context-frames", "5", "--out", "a"],
@@ -201,6 +204,14 @@ def test_a_mistake_gets_a_sentence(mistake: str, moving, tmp_path, capsys, monke
     assert main([str(moving) if word == "RUN" else word for word in words]) == 1
     assert says in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_network_of_choice_for_clips_is_one_that_predicts() -> None:
+    data = splits()
+    vae = build.vae(ModelConfig(latent_dim=3, width=4), data.shape, data.scaling, clips=data.clips)
+    assert vae.video_network.context_frames == PAST
+    with pytest.raises(ValueError, match="has clips and needs a SequenceNetwork, got FlatNetwork"):
+        fit(build.vae(ModelConfig(width=4), data.shape, data.scaling), data, device="cpu", progress=False)
 
 
 def test_still_data_predict_nothing(digits_run, tmp_path, capsys) -> None:

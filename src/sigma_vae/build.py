@@ -155,19 +155,22 @@ def network(
     return make(shape, out_channels, **given)
 
 
-def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> VAE:
-    """The model that a config names, for data of this shape ``(C, *space)``, scaled like this; of clips, that of a frame."""
+def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: bool = False) -> VAE:
+    """The model that a config names, for data of this shape ``(C, *space)``, scaled like this; for clips, with the shape of a frame.
+
+    Raises:
+        ValueError: a name is unknown, or what it names does not fit the data or the other options.
+    """
     mean: MeanMap = config.mean if config.mean != "auto" else "identity" if scaling.standardised else "unit"
     decoder = likelihood(
-        config.likelihood,
-        shape[0],
-        spatial_dims=len(shape) - 1,
-        levels=scaling.levels,
-        mean=mean,
-        observes=config.observes,
+        config.likelihood, shape[0], spatial_dims=len(shape) - 1, levels=scaling.levels, mean=mean, observes=config.observes
     )
+    if config.mean != "auto" and not isinstance(decoder, LocationScale):
+        raise ValueError(
+            f"{config.likelihood} makes of features more than a mean, and takes no mean={config.mean!r}; leave it at auto"
+        )
     sizes = (config.latent_dim, config.width, config.context_frames)
-    name = config.network if config.network != "auto" else default_network(shape)
+    name = config.network if config.network != "auto" else default_network(shape, clips=clips)
     return VAE(network(name, shape, decoder.in_channels, *sizes), decoder)
 
 

@@ -68,16 +68,19 @@ def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> di
     """Go on exactly where a run stopped, perhaps for more epochs than it was given.
 
     Raises:
-        ValueError: the folder holds no run, or its data have changed.
+        ValueError: the folder holds no run, its data have changed, or it has more epochs behind it than asked for.
     """
-    config = _config(out)
+    config = given = _config(out)
     if epochs is not None:
         config = replace(config, training=replace(config.training, epochs=epochs))
     data = _same_data(out, config)
     vae = _new_vae(config, data)
-    result = _finish(config, out, vae, data, resumed=True, progress=progress)
-    write(out / "config.yaml", config)
-    return result
+    write(out / "config.yaml", config)  # at once: where this is interrupted, the next resumption has the same end
+    try:
+        return _finish(config, out, vae, data, resumed=True, progress=progress)
+    except ValueError:
+        write(out / "config.yaml", given)
+        raise
 
 
 def open_run(out: Path, device: str = "auto") -> Run:
@@ -121,8 +124,10 @@ def evaluate_run(
         batch_statistics: make these with the batch's statistics, as SVG's own evaluation does.
 
     Raises:
-        ValueError: there is no such run, or it predicts no frames.
+        ValueError: there is no such run, or it predicts no frames, or the statistics are those of predictions that nobody asked for.
     """
+    if batch_statistics and best_of is None:
+        raise ValueError("batch_statistics is about predictions: say of how many the best is taken (best_of, SVG: 100)")
     run = open_run(out, device)
     extra = {}
     if best_of is not None:
@@ -148,7 +153,9 @@ def _new_vae(config: RunConfig, data: Splits) -> VAE:
     torch.manual_seed(config.seed)
     vae = build.vae(config.model, data.shape, data.scaling)
     if isinstance(vae.network, SequenceNetwork) != (data.frames is not None):
-        have, remedy = ("no clips", "take conv, hierarchical or mlp") if data.frames is None else ("clips", "take sequence")
+        have, remedy = (
+            ("no clips", "take residual, conv, hierarchical or mlp") if data.frames is None else ("clips", "take sequence")
+        )
         raise ValueError(f"{config.data.source} has {have}, and the network {config.model.network} is not for that; {remedy}")
     if data.frames is not None and data.frames <= config.model.context_frames:
         raise ValueError(
@@ -179,14 +186,14 @@ def _draw(out: Path, vae: VAE, data: Splits) -> None:
     moving = data.frames is not None
     samples = sampled(vae, data, CLIPS if moving else PICTURES, torch.Generator(device).manual_seed(0))
     batch = next(iter(data.batches("test", CLIPS if moving else PICTURES // 2, device=device)))
-    again = reconstructed(vae, batch)
+    samples, originals, again = map(data.scaling.undo, (samples, batch.x, reconstructed(vae, batch)))
     if not moving:
         save_grid(out / "samples.png", samples)
-        save_grid(out / "reconstructions.png", pairs(batch.x, again, columns=8), columns=8)
+        save_grid(out / "reconstructions.png", pairs(originals, again, columns=8), columns=8)
         return
     for ending, columns in ((".png", 1), (".gif", 8)):
         save_clips(out / f"samples{ending}", samples)
-        save_clips(out / f"reconstructions{ending}", pairs(batch.x, again, columns), columns)
+        save_clips(out / f"reconstructions{ending}", pairs(originals, again, columns), columns)
 
 
 def _environment(config: RunConfig, data: Splits) -> dict[str, Any]:

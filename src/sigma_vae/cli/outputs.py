@@ -22,7 +22,7 @@ def sample(
     *,
     n: int = 64,
     show: Show = "mean",
-    temperature: float = 1.0,
+    temperature: tuple[float, ...] = (1.0,),
     seed: int = 0,
     out: str | None = None,
     device: str = "auto",
@@ -33,7 +33,8 @@ def sample(
         run: Folder of the run.
         n: How many.
         show: The mean of p(x|z), or a draw from it.
-        temperature: Spread of the latents; 1 is the model's own.
+        temperature: Spread of the latents; 1 is the model's own. Of a hierarchical network one number, or one for each layer, from the
+            top down.
         seed: Of the draws.
         out: A .png picture, for clips also a .gif, or a .npz file (key "samples"); RUN/samples-SEED.png or .npz unless given.
         device: auto, cpu, cuda, cuda:1.
@@ -42,10 +43,11 @@ def sample(
     moving = isinstance(opened.vae.network, SequenceNetwork)
     path = output(out, Path(run) / f"samples-{seed}", opened.shape, moving=moving)
     check_count(n)
+    spread = temperature[0] if len(temperature) == 1 else temperature
     data = runs.open_run(Path(run), device).data if moving else None
     generator = torch.Generator(next(opened.vae.parameters()).device).manual_seed(seed)
     torch.manual_seed(seed)
-    images = opened.scaling.undo(sampled(opened.vae, data, n, generator, show, temperature))
+    images = opened.scaling.undo(sampled(opened.vae, data, n, generator, show, spread))
     write(path, images, {"samples": images})
 
 

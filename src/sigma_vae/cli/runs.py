@@ -91,6 +91,8 @@ def _print_evaluation(report: dict[str, Any], as_json: bool) -> None:
             table.add_row(name, f"{value['mean']:.4f}", "" if error is None else f"{error:.4f}")
         elif name.startswith(("sigma", "factor")):
             table.add_row(name, f"{value:.5f}", "")
+    if "kl_per_layer_nats" in report:
+        table.add_row("kl_per_layer_nats", " ".join(f"{nats:.2f}" for nats in report["kl_per_layer_nats"]), "")
     if "active_units" in report:
         table.add_row("active_units", f"{report['active_units']} of {report['latent_dim']}", "")
     if report.get("entropy_identity"):

@@ -91,7 +91,8 @@ class ContinuousBernoulli(_UnitInterval):
 
     In its logit h it is an exponential law cut to [0, 1], uniform at h = 0, and needs no special case there but for digits. A
     level's mass is the density over its bin, which at both ends has half the width:
-    :math:`\log\int_a^b e^{hx}dx = ha + \log(b-a) + \log\frac{e^{h(b-a)}-1}{h(b-a)}`.
+    :math:`\log\int_a^b e^{hx}dx = ha + \log(b-a) + \log\frac{e^{h(b-a)}-1}{h(b-a)}`. Draws are :math:`\log(1 + u(e^h - 1))/h` of
+    uniform u, with a gradient to h (``rsample``).
 
     Args:
         channels: the data's channels.
@@ -111,6 +112,8 @@ class ContinuousBernoulli(_UnitInterval):
     >>> p.mean.flatten()
     tensor([5.0000e-01, 5.0001e-01, 1.0000e-04])
     """
+
+    has_row_rsample = True
 
     def row_log_prob(self, h: Tensor, x: Tensor) -> Tensor:
         """Log-density."""
@@ -134,16 +137,14 @@ class ContinuousBernoulli(_UnitInterval):
         return torch.where(h > 0, 1 - mean, mean)
 
     def row_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
-        """By the inverse of the cumulative distribution."""
-        rate = h.abs().clamp_min(1e-6)  # where it is less, uniform to float32's last digit
-        uniform = torch.rand(h.shape, dtype=h.dtype, device=h.device, generator=generator)
-        x = (-torch.log1p(uniform * torch.expm1(-rate)) / rate).clamp(0, 1)
-        return torch.where(h > 0, 1 - x, x)
+        """By the inverse of the cumulative distribution, with a gradient."""
+        return _quantile(torch.rand(h.shape, dtype=h.dtype, device=h.device, generator=generator), h)
 
 
 # With t = |h| and x mirrored where h > 0, all of it is the exponential law on [0, 1], p(x) = e^{-tx} / ∫ e^{-tx}dx. Near t = 0 the
 # closed forms cancel (their gradients in float32 from t = 0.01 on), and a power series has the digits.
 SERIES_BELOW = 0.5
+QUANTILE_SERIES_BELOW = 0.1
 
 
 def _falling(h: Tensor) -> Tensor:
@@ -165,3 +166,20 @@ def _falling_mean(t: Tensor) -> Tensor:
     s = small.square()
     series = 0.5 - small * (1 / 12 - s * (1 / 720 - s * (1 / 30240 - s * (1 / 1209600 - s / 47900160))))
     return torch.where(t < SERIES_BELOW, series, 1 / large - 1 / torch.expm1(large))
+
+
+def _quantile(u: Tensor, h: Tensor) -> Tensor:
+    """The x in [0, 1] below which a mass u lies: log(1 + u(e^h - 1))/h, monotone in u and in h.
+
+    Its numerator is the cumulant generating function of a coin that shows 1 with probability u: near h = 0 the cumulants are the series.
+    """
+    small = h.clamp(-QUANTILE_SERIES_BELOW, QUANTILE_SERIES_BELOW)
+    q, skew = u * (1 - u), 1 - 2 * u
+    sixth, seventh = 1 - 30 * q * (1 - 4 * q), skew * (1 - 60 * q * (1 - 6 * q))
+    high = small / 120 * (skew * (1 - 12 * q) + small / 6 * (sixth + small / 7 * seventh))
+    series = u + q * small * (1 / 2 + small * (skew / 6 + small * ((1 - 6 * q) / 24 + high)))
+    t = _falling(h).clamp_min(QUANTILE_SERIES_BELOW)
+    mass = torch.where(h > 0, 1 - u, u).clamp_max(1 - torch.finfo(u.dtype).eps)  # at 1 the slope would be infinite
+    falling = -torch.log1p(mass * torch.expm1(-t)) / t
+    closed = torch.where(h > 0, 1 - falling, falling)
+    return torch.where(h.abs() < QUANTILE_SERIES_BELOW, series, closed).clamp(0, 1)

@@ -26,6 +26,9 @@ class Unscaled(Likelihood):
         ``(rows, in_channels, n)`` and x ``(rows, channels, n)``, in float32 or float64.
     """
 
+    has_row_rsample = False
+    """Whether ``row_sample`` has a gradient to the features."""
+
     @abstractmethod
     def row_log_prob(self, h: Tensor, x: Tensor) -> Tensor:
         """Log-probability ``(rows,)`` of the data, in nats."""
@@ -144,6 +147,7 @@ class FromFeatures(Distribution):
         split = h.dim() - likelihood.spatial_dims - 1
         space = h.shape[split + 1 :]
         self._likelihood = likelihood
+        self.has_rsample = likelihood.has_row_rsample
         self._h = h.reshape(*h.shape[: split + 1], math.prod(space))
         super().__init__(h.shape[:split], torch.Size((channels, *space)), validate_args=False)
 
@@ -166,6 +170,21 @@ class FromFeatures(Distribution):
     @torch.no_grad()
     def sample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
         """Draws, in [0, 1]."""
+        return self._draw(sample_shape, generator)
+
+    def rsample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
+        """The draws of :meth:`sample`, with a gradient to the features.
+
+        Raises:
+            ValueError: the family's draws have none (``has_rsample`` says so).
+        """
+        if not self.has_rsample:
+            raise ValueError(
+                f"draws of {self._likelihood} are levels and have no gradient; take sample(), or a continuous family"
+            )
+        return self._draw(sample_shape, generator)
+
+    def _draw(self, sample_shape: Shape, generator: torch.Generator | None) -> Tensor:
         shape = torch.Size(sample_shape)
         draws = self._likelihood.row_sample(self._expanded(shape), generator)
         return draws.reshape(shape + self.batch_shape + self.event_shape)

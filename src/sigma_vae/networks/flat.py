@@ -69,7 +69,7 @@ class FlatNetwork(Network):
         z = mean + std * unit
         log_posterior = (-0.5 * unit.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
         return Inference(
-            h=self.decode(z),
+            h=self.decode(z.to(x.dtype)),
             target=x,
             kl=self.prior.kl(posterior, z).unsqueeze(-1),
             log_ratio=self.prior.log_prob(z) - log_posterior,

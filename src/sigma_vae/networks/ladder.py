@@ -69,7 +69,7 @@ class LadderLayer(nn.Module):
 
     def leave(self, state: Tensor, z: Tensor) -> Tensor:
         """Features that know the draw."""
-        state = state + self.project(z)
+        state = state + self.project(z.to(state.dtype))
         mixed: Tensor = state + self.residual(state)
         return mixed
 

@@ -130,7 +130,7 @@ class SequenceNetwork(Network):
         start = starts(n, context)
         if show is None:
             raise ValueError("a video network predicts from frames and needs show, from features to frames; see VAE.predict")
-        (single,) = per_layer(temperature, 1)
+        (single,) = per_layer(temperature, 1)  # perhaps a sequence of one
         return self.predict(start, frames, show, _torch_noise(start, generator), single).h
 
     def predict(
@@ -156,15 +156,15 @@ class SequenceNetwork(Network):
                 does: predictions then depend on each other. Running statistics stay as they are.
 
         Raises:
-            ValueError: context is no batch of clips, or ``frames`` is below 1.
+            ValueError: context is no batch of clips or has no frame, ``frames`` is below 1, or the temperature is negative or not finite.
         """
         _check_clip("context", context)
         if frames < 1:
             raise ValueError(f"frames counts what is to be predicted and is at least 1, got {frames}")
-        unit = noise or _torch_noise(context)
+        unit, (spread,) = noise or _torch_noise(context), per_layer(temperature, 1)
 
         def draw(shape: torch.Size) -> Tensor:
-            return temperature * unit(shape)
+            return spread * unit(shape)
 
         with batch_statistics_of(self) if batch_statistics else nullcontext():
             codes, skips = self._encode(context, None, context.shape[1])
@@ -286,6 +286,8 @@ def _torch_noise(like: Tensor, generator: torch.Generator | None = None) -> Nois
 def _check_clip(name: str, clip: Tensor) -> None:
     if clip.dim() != 5:
         raise ValueError(f"{name} holds clips, (batch, frames, C, H, W), got {tuple(clip.shape)}; unsqueeze what is missing")
+    if clip.shape[1] < 1:
+        raise ValueError(f"{name} holds clips of at least one frame, (batch, frames, C, H, W), got {tuple(clip.shape)}")
 
 
 def _put(values: Tensor, mask: Tensor) -> Tensor:

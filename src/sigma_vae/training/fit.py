@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
 
@@ -20,6 +21,7 @@ from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Batches, Splits
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
+from sigma_vae.networks import SequenceNetwork
 from sigma_vae.training.callbacks import AtomicCheckpoints, AveragedWeights, CalibrateBeforeValidation, Checkpoint, Resumable
 from sigma_vae.training.module import TrainingModule, validated_total
 from sigma_vae.vae import VAE, keyed_noise
@@ -58,11 +60,15 @@ def fit(
         progress: show a bar.
 
     Raises:
-        ValueError: the device does not exist, or there is nothing to resume.
+        ValueError: the device does not exist, there is nothing to resume, or more epochs are over than ``config`` has,
+            or the network is not for clips and the data are, or the other way round.
         NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
         KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
     """
     where = resolve_device(device)
+    if isinstance(vae.network, SequenceNetwork) != data.clips:
+        have, need = ("clips", "a SequenceNetwork") if data.clips else ("no clips", "any other network")
+        raise ValueError(f"{data.name} has {have} and needs {need}, got {type(vae.network).__name__}")
     pl.seed_everything(seed, workers=True, verbose=False)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
@@ -92,6 +98,8 @@ def fit(
             trainer.fit(module, training, validation, ckpt_path=last if resume else None, weights_only=True)
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
             raise KeyboardInterrupt from stop
+        except MisconfigurationException as error:
+            raise ValueError(f"{last} cannot be resumed up to {config.epochs} epochs, it has more of them behind it") from error
         last_is_best = best.best_model_score is None
         if calibration.validated_at != trainer.global_step:
             last_is_best = _validate_last(trainer, module, validation, best)

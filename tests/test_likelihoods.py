@@ -1,6 +1,7 @@
 """Laws of every likelihood in the table of cases: what they return is what scipy, mpmath or a closed form says."""
 
 import itertools
+import math
 
 import mpmath
 import numpy as np
@@ -351,6 +352,23 @@ def test_no_likelihood_gives_nan_or_infinity(case: Case, loc: float, raw: float,
     likelihood.scale.store("density", torch.full((1,), -2.0))
     h = torch.tensor([[loc, *[raw] * (likelihood.in_channels - 1)]], requires_grad=True)
     x = torch.full((1, 1), level / 255)
+    log_prob = likelihood(h, x).log_prob(x)
+    (grad,) = torch.autograd.grad(log_prob.sum(), h)
+    assert log_prob.isfinite().all()
+    assert grad.isfinite().all()
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(
+    family=st.sampled_from(FAMILIES),
+    observes=st.sampled_from(["density", "level"]),
+    log_scale=st.floats(-20, 20),
+    logit=st.floats(-1e4, 1e4, width=32),
+)
+def test_no_scale_and_no_level_gives_nan_or_infinity(family: Family, observes: str, log_scale: float, logit: float) -> None:
+    likelihood = family.likelihood(1, Fixed(math.exp(log_scale)), spatial_dims=0, mean="unit", observes=observes)
+    h = torch.full((256, 1), logit, requires_grad=True)
+    x = torch.linspace(0, 1, 256)[:, None]
     log_prob = likelihood(h, x).log_prob(x)
     (grad,) = torch.autograd.grad(log_prob.sum(), h)
     assert log_prob.isfinite().all()

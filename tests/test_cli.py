@@ -33,7 +33,10 @@ def test_train_names_its_folder_and_never_overwrites(tmp_path, capsys, monkeypat
     words = ["train", "digits", "--network", "mlp", "--width", "8", "--max-steps", "2", "--likelihood", "gaussian/fixed:0.2"]
     assert main(words) == 0
     assert Path("runs/digits-mlp-gaussian-fixed0.2-0/evaluation.json").exists()
-    assert "elbo_post_hoc_nats" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "elbo_post_hoc_nats" in said
+    assert "'train': 1455" in said
+    assert "kept as levels 0..16" in said  # what was done to the data
     assert main(words) == 1
     assert "never overwritten" in capsys.readouterr().err
 

@@ -55,6 +55,8 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, A
     if config.data.source not in NAMES and Path(config.data.source).exists():  # a path: let the run find it from any folder
         config = replace(config, data=replace(config.data, source=str(Path(config.data.source).resolve())))
     data = build.data(config.data)
+    if progress:
+        print(f"{data.name}: {data.record['counts']}; {data.record['preprocessing']}")
     if config.model.network == "auto":
         config = replace(config, model=replace(config.model, network=default_network(data.shape, clips=data.clips)))
     vae = _new_vae(config, data)

@@ -20,10 +20,11 @@ def train(
 
     Args:
         config: The run.
-        out: Folder of the run; runs/DATA-NETWORK-LIKELIHOOD-SEED unless given. Never overwritten.
+        out: Folder of the run; runs/DATA-NETWORK-LIKELIHOOD-SEED unless given (without NETWORK where it is auto). Never overwritten.
         json: Print the evaluation as JSON alone.
     """
-    name = f"{Path(config.data.source).stem}-{config.model.network}-{config.model.likelihood}-{config.seed}"
+    network = "" if config.model.network == "auto" else f"-{config.model.network}"
+    name = f"{Path(config.data.source).stem}{network}-{config.model.likelihood}-{config.seed}"
     folder = Path(out) if out is not None else Path("runs") / name.replace("/", "-").replace(":", "")
     _print_evaluation(runs.train(config, folder, progress=not json), json)
     _say(f"run folder: {folder}", json)

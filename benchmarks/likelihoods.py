@@ -56,7 +56,7 @@ def main(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"command": command, "about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(table(rows)))
+    print("\n".join([*table(rows), "", *quotients(rows)]))
 
 
 def in_fresh_process(name: str, mode: str, allocator: str, batch: int, repeats: int) -> dict[str, Any]:
@@ -163,6 +163,19 @@ def usual_mixture(h: Tensor, x: Tensor) -> Tensor:
     masses = torch.where(x < -0.999, first, torch.where(x > 0.999, last, inner))
     joint = masses.sum(3) + functional.log_softmax(logits, dim=-1)
     return -torch.logsumexp(joint, dim=-1).sum((1, 2))
+
+
+def quotients(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What the heavy families take of the usual implementation's time (median and fastest) and memory, eager."""
+    eager = {(row["name"], row["allocator"]): row for row in rows if row["mode"] == "eager"}
+    for name, allocator in eager:
+        if usual := eager.get((f"usual {name}", allocator)):
+            own = eager[name, allocator]
+            parts = [f"{what} {own[key] / usual[key]:.2f}" for what, key in QUOTIENTS.items()]
+            yield f"{name}, {allocator} allocator, of the usual: {', '.join(parts)}"
+
+
+QUOTIENTS = {"median time": "ms", "fastest": "least_ms", "memory": "extra_mib"}
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -31,7 +31,13 @@ def splits(channels: int = 1) -> Splits:
     parts = [
         clips(n, t, seed, channels) for seed, (n, t) in enumerate([(24, TRAIN_LENGTH), (8, TRAIN_LENGTH), (10, TEST_LENGTH)])
     ]
-    return Splits("moving noise", *map(InMemory, parts), Scaling(256), {"fingerprint": "made up"}, clips=True)
+    return Splits(
+        "moving noise",
+        *map(InMemory, parts),
+        Scaling(256),
+        {"fingerprint": "made up", "counts": {}, "preprocessing": "none"},
+        clips=True,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import tyro
@@ -102,7 +103,7 @@ def table(results: dict[str, list[dict[str, float | None]]]) -> Iterator[str]:
     """Mean ± standard deviation over seeds, as Markdown, best first."""
     yield "| likelihood | bits/dim, σ refitted | bits/dim, own σ | rate (nats) |"
     yield "| --- | --- | --- | --- |"
-    best_first = sorted(results.items(), key=lambda item: sum(float(row["bits_per_dim_post_hoc"] or 0) for row in item[1]))
+    best_first = sorted(results.items(), key=lambda item: mean(float(row["bits_per_dim_post_hoc"] or 0) for row in item[1]))
     for name, rows in best_first:
         yield (
             f"| `{name}` | " + " | ".join(spread([row[key] for row in rows], digits) for key, digits in COLUMNS.items()) + " |"

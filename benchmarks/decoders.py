@@ -73,6 +73,9 @@ def main(
     """
     about = {"data": Path(data).stem, "steps": steps, "width": width, "latent_dim": latent_dim}
     record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {**about, "results": {}}
+    record["command"] = (
+        f"python -m benchmarks.decoders {about['data']} --seeds {seeds} --steps {steps} --width {width} --latent-dim {latent_dim}"
+    )
     if {key: record.get(key) for key in about} != about:
         raise SystemExit(f"{out} holds another study ({record}); give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)

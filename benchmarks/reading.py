@@ -37,7 +37,8 @@ def main(out: Path, pictures: int = 3000, rounds: int = 3, gigabytes: int = 20, 
         speeds = speed(Path(folder), pictures, rounds)
     with tempfile.TemporaryDirectory() as folder:
         memory = anonymous_memory(Path(folder), gigabytes, steps)
-    record = {"pictures": pictures, "rounds": rounds, "images_per_second": speeds, "memory": memory}
+    command = f"python -m benchmarks.reading --pictures {pictures} --rounds {rounds} --gigabytes {gigabytes} --steps {steps}"
+    record = {"command": command, "pictures": pictures, "rounds": rounds, "images_per_second": speeds, "memory": memory}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(speeds)))

@@ -37,6 +37,9 @@ def main(
     """Run every likelihood with every seed, keep the results as JSON, print the table; seed 0 also draws its predictions."""
     about = {"steps": steps, "width": width, "samples": samples, "clips": clips}
     record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {**about, "results": {}}
+    record["command"] = (
+        f"python -m benchmarks.video --seeds {seeds} --steps {steps} --width {width} --samples {samples} --clips {clips}"
+    )
     if {key: record.get(key) for key in about} != about:
         raise SystemExit(f"{out} holds other runs; give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ STEPS, BATCH_SIZE, LEARNING_RATE = 1500, 256, 2e-3
 PATIENCE = 5
 """Looks at the held-out codes without a gain, after which it stops; one every so many steps:"""
 LOOK_EVERY = 50
-MOST_HELD_OUT = 4000
+MOST_HELD_OUT = 2000
 HELD_OUT_SHARE = 0.1
 
 
@@ -47,7 +47,7 @@ class FlowPrior(FittedPrior):
     """
 
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim)
+        super().__init__(latent_dim, least_codes=max(20, 2 * latent_dim))
         self.moments = GaussianPrior(latent_dim)
         self.transform = _transform(latent_dim, seed=0)
 
@@ -60,14 +60,14 @@ class FlowPrior(FittedPrior):
             ValueError: the codes are too few, not finite, or of another size.
         """
         generator = torch.Generator().manual_seed(seed)
-        codes = self.checked(codes, least=max(20, 2 * self.latent_dim))
+        codes = self.checked(codes)
         if held_out is None:
             mixed = codes[torch.randperm(len(codes), generator=generator)]
             part = max(1, round(HELD_OUT_SHARE * len(codes)))
             held_out, codes = mixed[:part], mixed[part:]
         moments = GaussianPrior(self.latent_dim).double()
         moments.fit(codes)
-        units = moments.whiten(codes).float(), moments.whiten(self.checked(held_out, 1)[:MOST_HELD_OUT]).float()
+        units = moments.whiten(codes).float(), moments.whiten(self.checked(held_out, least=1)[:MOST_HELD_OUT]).float()
         transform = _transform(self.latent_dim, seed)
         with torch.enable_grad():
             _maximise(transform.requires_grad_(), *units, generator)

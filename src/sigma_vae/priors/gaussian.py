@@ -38,7 +38,7 @@ class GaussianPrior(FittedPrior):
     scale_tril: Tensor
 
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim)
+        super().__init__(latent_dim, least_codes=latent_dim + 1)
         self.register_buffer("mean", torch.full((latent_dim,), math.nan))
         self.register_buffer("scale_tril", torch.full((latent_dim, latent_dim), math.nan))
 
@@ -48,7 +48,7 @@ class GaussianPrior(FittedPrior):
         Raises:
             ValueError: the codes are too few, not finite, of another size, or lie in a plane.
         """
-        codes = self.checked(codes, least=self.latent_dim + 1)
+        codes = self.checked(codes)
         mean = codes.mean(0)
         centred = codes - mean
         factor, failed = torch.linalg.cholesky_ex(centred.T @ centred / len(codes))

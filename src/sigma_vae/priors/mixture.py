@@ -57,7 +57,7 @@ class MixturePrior(FittedPrior):
     scale_trils: Tensor
 
     def __init__(self, latent_dim: int, components: int | None = None) -> None:
-        super().__init__(latent_dim)
+        super().__init__(latent_dim, least_codes=max(latent_dim + 1, components or 1))
         if components is not None and components < 1:
             raise ValueError(
                 f"components counts the Gaussians and is at least 1 (None: chosen by held-out codes), got {components}"
@@ -77,7 +77,7 @@ class MixturePrior(FittedPrior):
         Raises:
             ValueError: the codes are too few, not finite or of another size, or held-out ones are needed and missing.
         """
-        some = self._some(codes, max(self.latent_dim + 1, self._asked or 1), seed)
+        some = _some(self.checked(codes), seed)
         if self._asked is not None:
             fitted = _expectation_maximisation(some, self._asked, seed)
         elif held_out is None:
@@ -85,7 +85,7 @@ class MixturePrior(FittedPrior):
                 "the number of components is chosen by held-out codes: give held_out (validation), or components=20, say"
             )
         else:
-            fitted = _chosen(some, self._some(held_out, 2, seed), seed)
+            fitted = _chosen(some, _some(self.checked(held_out, least=1), seed), seed)
         self.components = len(fitted.weights_)
         for name, values in (("log_weights", fitted.weights_), ("means", fitted.means_), ("scale_trils", fitted.covariances_)):
             stored = torch.from_numpy(values)
@@ -117,9 +117,9 @@ class MixturePrior(FittedPrior):
         unit = torch.empty(n, self.latent_dim, device=self.means.device, dtype=self.means.dtype).normal_(generator=generator)
         return self.means[which] + temperature * (self.scale_trils[which] @ unit[..., None]).squeeze(-1)
 
-    def _some(self, codes: Tensor, least: int, seed: int) -> Tensor:
-        codes = self.checked(codes, least)
-        return codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))[:MOST_CODES]]
+
+def _some(codes: Tensor, seed: int) -> Tensor:
+    return codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))[:MOST_CODES]]
 
 
 def _chosen(codes: Tensor, held_out: Tensor, seed: int) -> Any:

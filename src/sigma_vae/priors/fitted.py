@@ -4,11 +4,10 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Normal
 
 from sigma_vae.types import Prior
 
-__all__ = ["FittedPrior", "drawn_kl"]
+__all__ = ["FittedPrior"]
 
 
 class FittedPrior(Prior):
@@ -70,12 +69,6 @@ class FittedPrior(Prior):
         """Refuse to be used before there is anything to use."""
         if not self.fitted:
             raise ValueError(f"this {type(self).__name__} is not fitted yet; fit it on codes: vae.fit_prior(loader, prior)")
-
-
-def drawn_kl(prior: Prior, posterior: Normal, z: Tensor) -> Tensor:
-    """The KL's estimate log q(z|x) − log p(z) at the draw z, ``(*batch,)``, where there is no closed form."""
-    log_posterior: Tensor = posterior.log_prob(z).sum(-1)  # type: ignore[no-untyped-call]
-    return log_posterior - prior.log_prob(z)
 
 
 def _see_whether_fitted(module: nn.Module, incompatible_keys: object) -> None:

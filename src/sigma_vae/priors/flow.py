@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from sigma_vae.priors.fitted import FittedPrior, drawn_kl
-from sigma_vae.priors.gaussian import GaussianPrior
+from sigma_vae.priors.fitted import FittedPrior
+from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
 
 __all__ = ["FlowPrior"]
 
@@ -80,8 +80,8 @@ class FlowPrior(FittedPrior):
         return _log_prob(self.transform, self.moments.whiten(z)) - self.moments.log_determinant()
 
     def kl(self, posterior: Normal, z: Tensor) -> Tensor:
-        """KL(q‖p) at the draw z."""
-        return drawn_kl(self, posterior, z)
+        """KL(q‖p) from the draw z, and in closed form that from the Gaussian with the codes' moments."""
+        return drawn_kl(self, self.moments, posterior, z)
 
     def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         """Draw n latents; the temperature scales the noise that goes through the flow."""

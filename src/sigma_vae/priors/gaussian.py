@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from sigma_vae.priors.fitted import FittedPrior
+from sigma_vae.types import Prior
 
-__all__ = ["GaussianPrior"]
+__all__ = ["GaussianPrior", "drawn_kl"]
 
 
 @final
@@ -97,3 +98,14 @@ class GaussianPrior(FittedPrior):
     def log_determinant(self) -> Tensor:
         """Of :meth:`colour`: half that of Σ."""
         return self.scale_tril.diagonal().log().sum()
+
+
+def drawn_kl(prior: Prior, moments: GaussianPrior, posterior: Normal, z: Tensor) -> Tensor:
+    r"""KL(q‖p) from the draw z ~ q, ``(*batch,)``, where it has no closed form: with a Gaussian G that is near p,
+
+    .. math:: KL(q \| G) + \log G(z) - \log p(z)
+
+    Its expectation is the KL, as that of log q(z) − log p(z) is, but the noise of log q(z) is not in it, about half a nat² a latent; and
+    where p is G, it has none.
+    """
+    return moments.kl(posterior, z) + moments.log_prob(z) - prior.log_prob(z)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from sigma_vae.priors.fitted import FittedPrior, drawn_kl
+from sigma_vae.priors.fitted import FittedPrior
+from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
 
 __all__ = ["MixturePrior"]
 
@@ -63,6 +64,7 @@ class MixturePrior(FittedPrior):
                 f"components counts the Gaussians and is at least 1 (None: chosen by held-out codes), got {components}"
             )
         self.components = self._asked = components
+        self.moments = GaussianPrior(latent_dim)
         count = components or 0
         self.register_buffer("log_weights", torch.full((count,), math.nan))
         self.register_buffer("means", torch.full((count, latent_dim), math.nan))
@@ -86,6 +88,7 @@ class MixturePrior(FittedPrior):
             )
         else:
             fitted = _chosen(some, _some(self.checked(held_out, least=1), seed), seed)
+        self.moments.fit(some)
         self.components = len(fitted.weights_)
         for name, values in (("log_weights", fitted.weights_), ("means", fitted.means_), ("scale_trils", fitted.covariances_)):
             stored = torch.from_numpy(values)
@@ -107,8 +110,8 @@ class MixturePrior(FittedPrior):
         return torch.logsumexp(constants[:, None] - 0.5 * unit.square().sum(1), 0).reshape(z.shape[:-1])
 
     def kl(self, posterior: Normal, z: Tensor) -> Tensor:
-        """KL(q‖p) at the draw z."""
-        return drawn_kl(self, posterior, z)
+        """KL(q‖p) from the draw z, and in closed form that from the Gaussian with the codes' moments."""
+        return drawn_kl(self, self.moments, posterior, z)
 
     def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         """Draw n components, and a latent of each; the temperature scales the spread of the Gaussians, not which of them is drawn."""

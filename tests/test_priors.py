@@ -36,11 +36,12 @@ FITTED = [name for name in PRIORS if name != "standard"]
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
     """One thread, and a flow that is trained for a moment: its laws hold wherever it stops."""
-    threads, steps = torch.get_num_threads(), flow.STEPS
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    flow.STEPS = 60
-    yield
-    flow.STEPS = steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "STEPS", 20)
+        patch.setattr(flow, "LOOK_EVERY", 10)
+        yield
     torch.set_num_threads(threads)
 
 
@@ -171,7 +172,8 @@ def test_a_mixtures_density_is_scipys() -> None:
 # -- fits ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_known_aggregate_posterior_is_recovered() -> None:
+def test_a_known_aggregate_posterior_is_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow, "STEPS", 80)
     held_out = clusters(5000, seed=2)
     truth = mixture_density(held_out.numpy(), WEIGHTS, MEANS, COVARIANCES).mean()
     densities = {}

@@ -143,8 +143,8 @@ def test_the_standard_prior_is_there_only_for_a_while(fitted_run: Path) -> None:
     with standard_prior(vae):
         assert isinstance(vae.flat_network.prior, StandardNormal)
     assert vae.flat_network.prior is fitted
-    with pytest.raises(ValueError, match="at least 1"), standard_prior(vae):
-        vae.sample(-1)
+    with pytest.raises(ValueError, match="show is"), standard_prior(vae):
+        vae.sample(1, "neither")
     assert vae.flat_network.prior is fitted
 
 

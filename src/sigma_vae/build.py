@@ -1,10 +1,8 @@
 """Names and saved models into objects: the one place that knows what a name means."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from difflib import get_close_matches
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +31,13 @@ from sigma_vae.likelihoods import (
 )
 from sigma_vae.likelihoods.base import LocationScale, MeanMap
 from sigma_vae.likelihoods.unscaled import Discrete, Unscaled
-from sigma_vae.networks import SequenceNetwork, conv, hierarchical, mlp, residual, sequence
+from sigma_vae.naming import check_prior, positive, prior, prior_name, unknown
+from sigma_vae.networks import FlatNetwork, SequenceNetwork, conv, hierarchical, mlp, residual, sequence
 from sigma_vae.networks.default import default_network
 from sigma_vae.types import Likelihood, Network, Observes
 from sigma_vae.vae import VAE
 
-__all__ = ["Saved", "data", "likelihood", "load", "network", "save", "vae"]
+__all__ = ["Saved", "data", "likelihood", "load", "network", "prior", "prior_name", "save", "vae"]
 
 FORMAT = 2
 
@@ -119,7 +118,7 @@ def likelihood(
     if first.partition(":")[0] in UNSCALED:
         return _unscaled(name, channels, spatial_dims, levels, observes)
     if not rest:
-        raise ValueError(_unknown("likelihood", name, _likelihood_names()))
+        raise ValueError(unknown("likelihood", name, _likelihood_names()))
     family, scale = _family(name, first), _scale(name, rest)
     return family(channels, scale, spatial_dims=spatial_dims, levels=levels, mean=mean, observes=observes)
 
@@ -143,7 +142,7 @@ def network(
     kind, colon, plan = name.partition(":")
     if name not in VIDEO_NETWORKS and kind not in (NETWORKS_WITH_A_PLAN if colon else NETWORKS):
         plans = [f"{kind}:tiny" for kind in NETWORKS_WITH_A_PLAN]
-        raise ValueError(_unknown("network", name, [*NETWORKS, *plans, *VIDEO_NETWORKS]))
+        raise ValueError(unknown("network", name, [*NETWORKS, *plans, *VIDEO_NETWORKS]))
     sizes = {"latent_dim": latent_dim, "width": width}
     given = {what: size for what, size in sizes.items() if size is not None}
     for what, size in given.items():
@@ -158,6 +157,8 @@ def network(
 def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: bool = False) -> VAE:
     """The model that a config names, for data of this shape ``(C, *space)``, scaled like this; for clips, with the shape of a frame.
 
+    Its prior is the one that it is trained with, N(0, I) where the latents are flat: :meth:`VAE.fit_prior` comes after training.
+
     Raises:
         ValueError: a name is unknown, or what it names does not fit the data or the other options.
     """
@@ -171,7 +172,9 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: b
         )
     sizes = (config.latent_dim, config.width, config.context_frames)
     name = config.network if config.network != "auto" else default_network(shape, clips=clips)
-    return VAE(network(name, shape, decoder.in_channels, *sizes), decoder)
+    made = network(name, shape, decoder.in_channels, *sizes)
+    check_prior(config.prior, name, made)
+    return VAE(made, decoder)
 
 
 def data(config: DataConfig) -> Splits:
@@ -189,10 +192,15 @@ class Saved(NamedTuple):
 
 
 def save(folder: Path, model: VAE, config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> None:
-    """Write weights and scales (safetensors) and what they belong to (JSON): enough to load without any training code."""
+    """Write weights and scales (safetensors) and what they belong to (JSON): enough to load without any training code.
+
+    The prior is named after what the model has: a mixture whose number of components was chosen is saved with that number.
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model.network, FlatNetwork):
+        config = replace(config, prior=prior_name(model.network.prior))
     description = {"format": FORMAT, "model": asdict(config), "shape": list(shape), "scaling": asdict(scaling)}
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     save_file(state, folder / "model.safetensors")
@@ -213,6 +221,8 @@ def load(folder: Path) -> Saved:
     shape = tuple(description["shape"])
     scaling = parse(description["scaling"], Scaling, str(folder / "model.json"))
     model = vae(config, shape, scaling)
+    if isinstance(model.network, FlatNetwork):
+        model.network.prior = prior(config.prior, model.network.latent_dim)
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -243,9 +253,9 @@ def _family(name: str, first: str) -> Callable[..., LocationScale]:
         return FAMILIES[first]
     kind, _, number = first.partition(":")
     if kind not in FAMILIES_WITH_A_NUMBER:
-        raise ValueError(_unknown("likelihood", name, _likelihood_names()))
+        raise ValueError(unknown("likelihood", name, _likelihood_names()))
     what = "its degrees of freedom, learned or predicted"
-    return FAMILIES_WITH_A_NUMBER[kind](_positive(name, kind, number, what, "3"))
+    return FAMILIES_WITH_A_NUMBER[kind](positive(name, kind, number, what, "3"))
 
 
 def _unscaled(name: str, channels: int, spatial_dims: int, levels: int | None, observes: Observes) -> Unscaled:
@@ -272,26 +282,11 @@ def _scale(name: str, rest: str) -> Scale:
     if kind in SCALES and not colon:
         return SCALES[kind]()
     if kind not in SCALES_WITH_A_NUMBER:
-        raise ValueError(_unknown("likelihood", name, _likelihood_names()))
+        raise ValueError(unknown("likelihood", name, _likelihood_names()))
     what = "σ, in units of the data's range" if kind == "fixed" else "β of ‖x − x̂‖² + β·KL"
-    return SCALES_WITH_A_NUMBER[kind](_positive(name, kind, number, what, "0.1"))
-
-
-def _positive(name: str, kind: str, number: str, what: str, example: str) -> float:
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: {kind} takes a number above 0 ({what}), as in {kind}:{example}; got {number!r}")
-    return value
+    return SCALES_WITH_A_NUMBER[kind](positive(name, kind, number, what, "0.1"))
 
 
 def _likelihood_names() -> list[str]:
     scales = [*SCALES, *(f"{kind}:0.1" for kind in SCALES_WITH_A_NUMBER)]
     return [*(f"{family}/{scale}" for family in FAMILIES for scale in scales), *UNSCALED, "logistic-mixture:10"]
-
-
-def _unknown(kind: str, name: str, names: list[str]) -> str:
-    near = get_close_matches(name, names, n=1, cutoff=0.0)
-    return f"there is no {kind} {name!r}; did you mean {near[0]!r}? Known: {', '.join(names)}"

@@ -115,6 +115,10 @@ class ModelConfig(_Strict):
     """Train on the density of the values, or on the probability of their levels."""
     mean: Literal["auto", "unit", "identity"] = "auto"
     """From features to the mean: a sigmoid onto [0, 1], or themselves; auto: themselves where the data are standardised."""
+    prior: str = "standard"
+    """Where samples come from: standard (N(0, I), with which every model is trained), or, fitted to the codes after training:
+    mixture (of Gaussians, as many as validation data are worth), mixture:20, gaussian, flow. For networks with one layer of flat
+    latents."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Network + likelihood = ELBO terms, samples, reconstructions."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -10,17 +10,14 @@ from torch.distributions import Normal
 from sigma_vae.networks.flat import FlatNetwork
 from sigma_vae.networks.sequence import FRAMES, SequenceNetwork, starts
 from sigma_vae.networks.temperature import per_layer
-from sigma_vae.types import Batch, Elbo, Likelihood, Network, Noise, Temperature
+from sigma_vae.passes import Decoded, Examples, codes, in_eval_mode, keyed_noise
+from sigma_vae.priors import FittedPrior
+from sigma_vae.types import Elbo, Likelihood, Network, Noise, Temperature
 
 __all__ = ["VAE", "Scores", "Show", "keyed_noise"]
 
 Show = Literal["mean", "draw"]
 """What of p(x|z) is shown: its mean, or a draw."""
-
-Examples = Batch | Tensor | Sequence[Tensor]
-"""A batch as a loader may give it: x, or (x, ...)."""
-
-CACHE_BYTES = 2**30
 
 
 class Scores(NamedTuple):
@@ -211,32 +208,43 @@ class VAE(nn.Module):
                 :class:`Batch` with positions.
             seed: of the posterior's noise.
         """
-        training = [(module, module.training) for module in self.modules()]  # a part of it may be frozen
-        self.eval()
-        try:
-            self.likelihood.calibrate(_Decoded(self, loader, seed))
-        finally:
-            for module, mode in training:
-                module.training = mode
+        with in_eval_mode(self):
+            self.likelihood.calibrate(Decoded(self.network, loader, seed, next(self.parameters()).device))
 
+    @torch.no_grad()
+    def fit_prior(
+        self, loader: "Iterable[Examples]", prior: FittedPrior, validation: "Iterable[Examples] | None" = None, seed: int = 0
+    ) -> None:
+        """Fit a prior to one posterior draw of each of the loader's examples, and take it in place of the network's.
 
-def keyed_noise(positions: Tensor, seed: int = 0) -> Noise:
-    """Standard normal numbers that depend on an example's position and the seed, not on the batch it comes in.
+        Nothing else changes: call it after training and ``calibrate``. The ELBO is then a bound with that prior, and ``sample`` draws
+        from it. Where the fit fails, the network keeps the prior that it has.
 
-    Args:
-        positions: ``(batch,)``; the shapes asked for have ``batch`` as their first axis.
-        seed: another seed gives other numbers.
+        Args:
+            loader: batches ``x`` or ``(x, ...)`` of training data; only their codes are kept in memory. Give it a fixed order, or
+                :class:`Batch` with positions.
+            prior: moved to the model's device and dtype, and fitted there.
+            validation: others, by which a prior chooses what it has to (:class:`MixturePrior` the number of components, :class:`FlowPrior`
+                when to stop).
+            seed: of the posteriors' noise, and of what is random in the fit.
 
-    >>> torch.equal(keyed_noise(torch.tensor([3, 5]))(torch.Size([2, 4]))[1], keyed_noise(torch.tensor([5]))(torch.Size([1, 4]))[0])
-    True
-    """
-    # torch's CPU generator reads 32 bits of a seed; a step that is prime to them keeps neighbouring seeds apart.
-    generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in positions.tolist()]
+        Raises:
+            ValueError: the network has no flat latents, or the prior cannot be fitted to these codes.
 
-    def noise(shape: torch.Size) -> Tensor:
-        return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators])
-
-    return noise
+        >>> from sigma_vae import VAE, Gaussian, mlp
+        >>> from sigma_vae.priors import GaussianPrior
+        >>> likelihood = Gaussian(channels=1)
+        >>> vae = VAE(mlp((1, 8, 8), likelihood.in_channels, latent_dim=3), likelihood)
+        >>> vae.fit_prior(torch.rand(4, 16, 1, 8, 8), GaussianPrior(latent_dim=3))
+        >>> vae.flat_network.prior.mean.shape
+        torch.Size([3])
+        """
+        network = self.flat_network
+        with in_eval_mode(self):
+            draws = codes(network, loader, seed)
+            held_out = None if validation is None else codes(network, validation, seed)
+        prior.to(draws).fit(draws, held_out, seed)
+        network.prior = prior
 
 
 def _shown(likelihood: Likelihood, h: Tensor, show: Show) -> Tensor:
@@ -245,41 +253,3 @@ def _shown(likelihood: Likelihood, h: Tensor, show: Show) -> Tensor:
     distribution = likelihood(h)
     shown: Tensor = distribution.mean if show == "mean" else distribution.sample()
     return shown
-
-
-class _Decoded:
-    """Pairs (h, target) of a loader's data under noise that repeats; kept in memory after the first pass where they are few."""
-
-    def __init__(self, vae: VAE, loader: "Iterable[Examples]", seed: int) -> None:
-        self.vae = vae
-        self.loader = loader
-        self.seed = seed
-        self.cache: list[tuple[Tensor, Tensor]] | None = None
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._decoded() if self.cache is None else self.cache)
-
-    def _decoded(self) -> Iterator[tuple[Tensor, Tensor]]:
-        cache: list[tuple[Tensor, Tensor]] = []
-        held = seen = 0
-        device = next(self.vae.parameters()).device
-        for batch in self.loader:
-            x, positions, mask = _examples(batch, seen)
-            seen += len(x)
-            mask = None if mask is None else mask.to(device)
-            pair = self.vae.network.infer(x.to(device), mask=mask, noise=keyed_noise(positions, self.seed)).scored()
-            held += sum(t.numel() * t.element_size() for t in pair)
-            if held <= CACHE_BYTES:
-                cache.append(pair)
-            else:
-                cache.clear()
-            yield pair
-        if held <= CACHE_BYTES:
-            self.cache = cache
-
-
-def _examples(batch: Examples, seen: int) -> Batch:
-    if isinstance(batch, Batch):
-        return batch
-    x = batch if isinstance(batch, Tensor) else batch[0]
-    return Batch(x, torch.arange(seen, seen + len(x)))

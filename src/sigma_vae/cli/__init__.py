@@ -12,6 +12,7 @@ import tyro
 from sigma_vae.cli.explain import explain
 from sigma_vae.cli.inspect import inspect
 from sigma_vae.cli.outputs import encode, reconstruct, sample, score
+from sigma_vae.cli.priors import fit_prior
 from sigma_vae.cli.runs import evaluate, replay, resume, train
 from sigma_vae.cli.video import predict
 from sigma_vae.training import NonFiniteLossError
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "resume": resume,
     "replay": replay,
     "evaluate": evaluate,
+    "fit-prior": fit_prior,
     "sample": sample,
     "reconstruct": reconstruct,
     "predict": predict,

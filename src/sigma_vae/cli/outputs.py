@@ -1,6 +1,8 @@
 """Subcommands that write what a run makes of data and of noise: pictures, arrays, tables."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -10,6 +12,7 @@ from sigma_vae.cli.files import Split, check_count, checked, output, write
 from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.pictures import pairs
 from sigma_vae.evaluation.shown import reconstructed, sampled
+from sigma_vae.evaluation.standard_prior import has_fitted_prior, standard_prior
 from sigma_vae.networks import SequenceNetwork
 from sigma_vae.vae import Show
 
@@ -23,6 +26,7 @@ def sample(
     n: int = 64,
     show: Show = "mean",
     temperature: tuple[float, ...] = (1.0,),
+    prior: Literal["fitted", "standard"] | None = None,
     seed: int = 0,
     out: str | None = None,
     device: str = "auto",
@@ -35,19 +39,25 @@ def sample(
         show: The mean of p(x|z), or a draw from it.
         temperature: Spread of the latents; 1 is the model's own. Of a hierarchical network one number, or one for each layer, from the
             top down.
+        prior: Draw from N(0, I), or from what was fitted to the codes; the model's own unless said.
         seed: Of the draws.
-        out: A .png picture, for clips also a .gif, or a .npz file (key "samples"); RUN/samples-SEED.png or .npz unless given.
+        out: A .png picture, for clips also a .gif, or a .npz file (key "samples"); RUN/samples-SEED.png or .npz unless given, with
+            --prior standard RUN/samples-standard-prior-SEED.
         device: auto, cpu, cuda, cuda:1.
     """
     opened = runs.open_model(Path(run), device)
     moving = isinstance(opened.vae.network, SequenceNetwork)
-    path = output(out, Path(run) / f"samples-{seed}", opened.shape, moving=moving)
+    if prior == "fitted" and not has_fitted_prior(opened.vae):
+        raise ValueError(f"{run} has no fitted prior; fit one: sigma-vae fit-prior {run}")
+    name = f"samples-standard-prior-{seed}" if prior == "standard" else f"samples-{seed}"
+    path = output(out, Path(run) / name, opened.shape, moving=moving)
     check_count(n)
     spread = temperature[0] if len(temperature) == 1 else temperature
     data = runs.open_run(Path(run), device).data if moving else None
     generator = torch.Generator(next(opened.vae.parameters()).device).manual_seed(seed)
     torch.manual_seed(seed)
-    images = opened.scaling.undo(sampled(opened.vae, data, n, generator, show, spread))
+    with standard_prior(opened.vae) if prior == "standard" else nullcontext():
+        images = opened.scaling.undo(sampled(opened.vae, data, n, generator, show, spread))
     write(path, images, {"samples": images})
 
 

@@ -2,6 +2,7 @@
 
 from sigma_vae.runs.evaluating import evaluate_run
 from sigma_vae.runs.folder import Run, evaluation_batch, open_model, open_run
+from sigma_vae.runs.priors import fit_prior
 from sigma_vae.runs.training import resume, train
 
-__all__ = ["Run", "evaluate_run", "evaluation_batch", "open_model", "open_run", "resume", "train"]
+__all__ = ["Run", "evaluate_run", "evaluation_batch", "fit_prior", "open_model", "open_run", "resume", "train"]

@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from sigma_vae import build
 from sigma_vae.config import RunConfig
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import evaluate
 from sigma_vae.evaluation.pictures import pairs, save_clips, save_grid
 from sigma_vae.evaluation.shown import reconstructed, sampled
+from sigma_vae.evaluation.standard_prior import has_fitted_prior, scores_under_standard_prior, standard_prior
 from sigma_vae.evaluation.video import predictions
 from sigma_vae.networks import SequenceNetwork
 from sigma_vae.runs.folder import evaluation_batch, open_run, write_json
@@ -64,17 +67,24 @@ def evaluation(vae: VAE, config: RunConfig, data: Splits, seed: int = 0) -> dict
     }
     if isinstance(vae.network, SequenceNetwork):
         about["context_frames"] = vae.network.context_frames
-    return about | evaluate(vae, test, training, seed)
+    report = about | evaluate(vae, test, training, seed)
+    if has_fitted_prior(vae):
+        report["prior"] = build.prior_name(vae.flat_network.prior)
+        report["standard_prior"] = scores_under_standard_prior(vae, test, seed)
+    return report
 
 
 def draw(out: Path, vae: VAE, data: Splits) -> None:
-    """Write pictures of samples and reconstructions; of clips also moving ones."""
+    """Write pictures of samples and reconstructions; of clips also moving ones; where a prior was fitted, samples of N(0, I) as well."""
     vae.eval()
     device = next(vae.parameters()).device
     moving = data.frames is not None
-    samples = sampled(vae, data, CLIPS if moving else PICTURES, torch.Generator(device).manual_seed(0))
+    if has_fitted_prior(vae):
+        with standard_prior(vae):
+            save_grid(out / "samples-standard-prior.png", _samples(vae, data, PICTURES))
+    samples = _samples(vae, data, CLIPS if moving else PICTURES)
     batch = next(iter(data.batches("test", CLIPS if moving else PICTURES // 2, device=device)))
-    samples, originals, again = map(data.scaling.undo, (samples, batch.x, reconstructed(vae, batch)))
+    originals, again = map(data.scaling.undo, (batch.x, reconstructed(vae, batch)))
     if not moving:
         save_grid(out / "samples.png", samples)
         save_grid(out / "reconstructions.png", pairs(originals, again, columns=8), columns=8)
@@ -82,3 +92,8 @@ def draw(out: Path, vae: VAE, data: Splits) -> None:
     for ending, columns in ((".png", 1), (".gif", 8)):
         save_clips(out / f"samples{ending}", samples)
         save_clips(out / f"reconstructions{ending}", pairs(originals, again, columns), columns)
+
+
+def _samples(vae: VAE, data: Splits, n: int) -> Tensor:
+    generator = torch.Generator(next(vae.parameters()).device).manual_seed(0)
+    return data.scaling.undo(sampled(vae, data, n, generator))

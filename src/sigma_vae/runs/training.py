@@ -16,6 +16,7 @@ from sigma_vae.networks import SequenceNetwork
 from sigma_vae.networks.default import default_network
 from sigma_vae.runs.evaluating import draw, evaluation
 from sigma_vae.runs.folder import config_of, same_data, write_json
+from sigma_vae.runs.priors import check_codes, take_prior
 from sigma_vae.training import fit, resolve_device
 from sigma_vae.vae import VAE
 
@@ -23,7 +24,7 @@ __all__ = ["resume", "train"]
 
 
 def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any]:
-    """Train into a new folder, calibrate, evaluate on the test split, and draw pictures.
+    """Train into a new folder, calibrate, fit the prior where one is asked for, evaluate on the test split, and draw pictures.
 
     Returns:
         The evaluation, as ``evaluation.json`` holds it.
@@ -71,8 +72,10 @@ def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> di
 
 def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> dict[str, Any]:
     fit(vae, data, config.training, out=out, seed=config.seed, device=config.device, resume=resumed, progress=progress)
-    build.save(out / "model", vae, config.model, data.shape, data.scaling)
     vae.to(resolve_device(config.device))
+    if config.model.prior != "standard":
+        take_prior(config.model.prior, vae, data, config.seed)
+    build.save(out / "model", vae, config.model, data.shape, data.scaling)
     report = evaluation(vae, config, data)
     write_json(out / "evaluation.json", report)
     if drawable(data.shape):
@@ -92,6 +95,7 @@ def _new_vae(config: RunConfig, data: Splits) -> VAE:
         raise ValueError(
             f"context_frames={config.model.context_frames} leaves nothing to predict of clips of {data.frames} frames; give fewer"
         )
+    check_codes(config.model.prior, vae, data)
     return vae
 
 

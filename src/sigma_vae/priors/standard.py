@@ -1,4 +1,4 @@
-"""p(z): what the latents are drawn from."""
+"""The prior that models are trained with."""
 
 import math
 from typing import final

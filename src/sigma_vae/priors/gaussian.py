@@ -1,0 +1,113 @@
+"""A Gaussian with the moments of the codes."""
+
+import math
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from sigma_vae.priors.fitted import FittedPrior
+from sigma_vae.types import Prior
+
+__all__ = ["GaussianPrior", "drawn_kl"]
+
+
+@final
+class GaussianPrior(FittedPrior):
+    r"""N(μ, Σ) with full covariance: the mean and the covariance of the codes, which maximise their density.
+
+    .. math:: KL(N(m, S) \| N(\mu, \Sigma))
+        = \tfrac12 \left( \operatorname{tr} \Sigma^{-1} S + (m-\mu)^T \Sigma^{-1} (m-\mu) - d + \log |\Sigma| - \log |S| \right)
+
+    Args:
+        latent_dim: size of z.
+
+    Shapes:
+        z ``(*batch, latent_dim)``, log_prob and kl ``(*batch,)`` in nats.
+
+    >>> prior = GaussianPrior(latent_dim=2)
+    >>> prior.fit(torch.tensor([[3.0, 0.0], [5.0, 0.0], [4.0, -1.0], [4.0, 1.0]]))
+    >>> prior.mean, prior.scale_tril
+    (tensor([4., 0.]), tensor([[0.7071, 0.0000],
+            [0.0000, 0.7071]]))
+    >>> prior.kl(Normal(torch.tensor([4.0, 0.0]), 0.5**0.5 * torch.ones(2)), torch.zeros(2)).abs() < 1e-6
+    tensor(True)
+    """
+
+    mean: Tensor
+    scale_tril: Tensor
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__(latent_dim, least_codes=latent_dim + 1)
+        self.register_buffer("mean", torch.full((latent_dim,), math.nan))
+        self.register_buffer("scale_tril", torch.full((latent_dim, latent_dim), math.nan))
+
+    def fit(self, codes: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
+        """Take the codes' moments; nothing is chosen, nothing is random.
+
+        Raises:
+            ValueError: the codes are too few, not finite, of another size, or lie in a plane.
+        """
+        codes = self.checked(codes)
+        mean = codes.mean(0)
+        centred = codes - mean
+        factor, failed = torch.linalg.cholesky_ex(centred.T @ centred / len(codes))
+        if failed:
+            raise ValueError(
+                "the codes lie in a plane, so no Gaussian has a density there; are they draws from the posteriors?"
+            )
+        self.mean.copy_(mean)
+        self.scale_tril.copy_(factor)
+        self.fitted = True
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of z, in nats."""
+        unit = self.whiten(z)
+        return -0.5 * unit.square().sum(-1) - 0.5 * math.log(2 * math.pi) * self.latent_dim - self.log_determinant()
+
+    def kl(self, posterior: Normal, z: Tensor) -> Tensor:
+        """KL(q‖p) in closed form; the draw z is not needed."""
+        mean, std = posterior.loc, posterior.scale
+        identity = torch.eye(self.latent_dim, dtype=self.mean.dtype, device=self.mean.device)
+        precisions = torch.linalg.solve_triangular(self.scale_tril, identity, upper=False).square().sum(0)
+        trace = (precisions * std.square()).sum(-1)
+        distance = self.whiten(mean).square().sum(-1)
+        result: Tensor = 0.5 * (trace + distance - self.latent_dim) + self.log_determinant() - std.log().sum(-1)
+        return result
+
+    def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
+        """Draw n latents; the temperature scales their deviations from the mean."""
+        self.require_fitted()
+        unit = torch.empty(n, self.latent_dim, device=self.mean.device, dtype=self.mean.dtype).normal_(generator=generator)
+        return self.colour(temperature * unit)
+
+    def whiten(self, z: Tensor) -> Tensor:
+        """From N(μ, Σ) to N(0, I)."""
+        self.require_fitted()
+        centred = z - self.mean
+        flat = centred.reshape(-1, self.latent_dim)
+        factor = self.scale_tril.to(flat.dtype)
+        unit: Tensor = torch.linalg.solve_triangular(factor, flat.T, upper=False).T
+        return unit.reshape(centred.shape)
+
+    def colour(self, unit: Tensor) -> Tensor:
+        """From N(0, I) to N(μ, Σ)."""
+        return self.mean + unit @ self.scale_tril.T
+
+    def log_determinant(self) -> Tensor:
+        """Of :meth:`colour`: half that of Σ."""
+        return self.scale_tril.diagonal().log().sum()
+
+
+def drawn_kl(prior: Prior, moments: GaussianPrior, posterior: Normal, z: Tensor) -> Tensor:
+    r"""KL(q‖p) from the draw z ~ q, ``(*batch,)``, where it has no closed form.
+
+    With a Gaussian G that is near p it is
+
+    .. math:: KL(q \| G) + \log G(z) - \log p(z)
+
+    Its expectation is the KL, as that of log q(z) − log p(z) is, but the noise of log q(z) is not in it, about half a nat² a latent; and
+    where p is G, it has none.
+    """
+    return moments.kl(posterior, z) + moments.log_prob(z) - prior.log_prob(z)

@@ -1,0 +1,152 @@
+"""A mixture of Gaussians, fitted by expectation-maximisation."""
+
+import math
+import warnings
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from sigma_vae.priors.fitted import FittedPrior
+from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
+
+__all__ = ["MixturePrior"]
+
+LADDER = (1, 5, 10, 20, 50, 100)
+"""The numbers of components that are tried."""
+MOST_CODES = 12_000
+"""More change the mixture little, and cost time in proportion."""
+REGULARISATION = 1e-6
+"""Added to the diagonals of the covariances, in units of the codes' mean variance."""
+ITERATIONS = 100
+
+
+@final
+class MixturePrior(FittedPrior):
+    r"""A mixture of Gaussians with full covariances.
+
+    .. math:: \log p(z) = \log \sum_k w_k N(z; \mu_k, \Sigma_k)
+
+    There is no closed form of KL(q‖p); it is taken at the draw that gave z.
+
+    Args:
+        latent_dim: size of z.
+        components: how many Gaussians; None: chosen in :meth:`fit`, from 1 up, as long as the held-out codes gain from more. Once fitted,
+            ``components`` says how many there are.
+
+    Shapes:
+        z ``(*batch, latent_dim)``, log_prob and kl ``(*batch,)`` in nats; log_weights ``(components,)``,
+        means ``(components, latent_dim)``, scale_trils (Cholesky factors of the covariances) ``(components, latent_dim, latent_dim)``.
+
+    Raises:
+        ValueError: components is below 1.
+
+    >>> codes = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) + 10 * (torch.arange(400) % 2)[:, None]
+    >>> prior = MixturePrior(latent_dim=2)
+    >>> prior.fit(codes[:300], held_out=codes[300:])
+    >>> prior.components
+    5
+    >>> prior = MixturePrior(latent_dim=2, components=2)
+    >>> prior.fit(codes)
+    >>> prior.means.mean(1).sort().values.round().abs()
+    tensor([ 0., 10.])
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    scale_trils: Tensor
+
+    def __init__(self, latent_dim: int, components: int | None = None) -> None:
+        super().__init__(latent_dim, least_codes=max(latent_dim + 1, components or 1))
+        if components is not None and components < 1:
+            raise ValueError(
+                f"components counts the Gaussians and is at least 1 (None: chosen by held-out codes), got {components}"
+            )
+        self.components = self._asked = components
+        self.moments = GaussianPrior(latent_dim)
+        count = components or 0
+        self.register_buffer("log_weights", torch.full((count,), math.nan))
+        self.register_buffer("means", torch.full((count, latent_dim), math.nan))
+        self.register_buffer("scale_trils", torch.full((count, latent_dim, latent_dim), math.nan))
+
+    def fit(self, codes: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
+        """Fit by expectation-maximisation from a k-means start, on at most 12 000 of the codes.
+
+        Where the number of components is chosen, it rises as long as the mean log-density of the held-out codes does, by more than the
+        standard error of the rise.
+
+        Raises:
+            ValueError: the codes are too few, not finite or of another size, or held-out ones are needed and missing.
+        """
+        some = _some(self.checked(codes), seed)
+        if self._asked is not None:
+            fitted = _expectation_maximisation(some, self._asked, seed)
+        elif held_out is None:
+            raise ValueError(
+                "the number of components is chosen by held-out codes: give held_out (validation), or components=20, say"
+            )
+        else:
+            fitted = _chosen(some, _some(self.checked(held_out, least=1), seed), seed)
+        self.moments.fit(some)
+        self.components = len(fitted.weights_)
+        for name, values in (("log_weights", fitted.weights_), ("means", fitted.means_), ("scale_trils", fitted.covariances_)):
+            stored = torch.from_numpy(values)
+            stored = (
+                stored.log() if name == "log_weights" else torch.linalg.cholesky(stored) if name == "scale_trils" else stored
+            )
+            setattr(self, name, stored.to(getattr(self, name)))
+        self.fitted = True
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of z, in nats."""
+        self.require_fitted()
+        centred = z.reshape(-1, self.latent_dim) - self.means[:, None]
+        factors = self.scale_trils.to(centred.dtype)
+        unit = torch.linalg.solve_triangular(factors, centred.mT, upper=False)
+        constants = (
+            self.log_weights - factors.diagonal(dim1=1, dim2=2).log().sum(-1) - 0.5 * math.log(2 * math.pi) * self.latent_dim
+        )
+        return torch.logsumexp(constants[:, None] - 0.5 * unit.square().sum(1), 0).reshape(z.shape[:-1])
+
+    def kl(self, posterior: Normal, z: Tensor) -> Tensor:
+        """KL(q‖p) from the draw z, and in closed form that from the Gaussian with the codes' moments."""
+        return drawn_kl(self, self.moments, posterior, z)
+
+    def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
+        """Draw n components, and a latent of each; the temperature scales the spread of the Gaussians, not which of them is drawn."""
+        self.require_fitted()
+        which = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
+        unit = torch.empty(n, self.latent_dim, device=self.means.device, dtype=self.means.dtype).normal_(generator=generator)
+        return self.means[which] + temperature * (self.scale_trils[which] @ unit[..., None]).squeeze(-1)
+
+
+def _some(codes: Tensor, seed: int) -> Tensor:
+    return codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))[:MOST_CODES]]
+
+
+def _chosen(codes: Tensor, held_out: Tensor, seed: int) -> Any:
+    """The last mixture of the ladder that was worth its step."""
+    best = _expectation_maximisation(codes, LADDER[0], seed)
+    density = best.score_samples(held_out.numpy())
+    for components in LADDER[1:]:
+        if components * (codes.shape[1] + 1) > len(codes):  # fewer codes than a covariance each would take
+            break
+        richer = _expectation_maximisation(codes, components, seed)
+        gain = richer.score_samples(held_out.numpy()) - density
+        if gain.mean() <= gain.std() / math.sqrt(len(gain)):
+            break
+        best, density = richer, density + gain
+    return best
+
+
+def _expectation_maximisation(codes: Tensor, components: int, seed: int) -> Any:
+    """In float64: of float32 codes scikit-learn finds covariances that are not positive definite."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    floor = REGULARISATION * float(codes.var(0).mean())
+    mixture = GaussianMixture(components, reg_covar=floor, max_iter=ITERATIONS, random_state=seed)
+    with warnings.catch_warnings():  # held-out codes judge a mixture that is still moving
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return mixture.fit(codes.numpy())

@@ -122,8 +122,10 @@ def _pits(likelihood: Likelihood, inference: Inference, uniform: Tensor) -> dict
 
 def _standardised(distribution: Any, x: Tensor, u: Tensor) -> Tensor:
     if isinstance(distribution, Continuous | Discretized):
-        return (x - distribution.loc) / distribution.scale
-    return torch.special.ndtri(u.double().clamp(LEAST_TAIL, 1 - LEAST_TAIL))
+        residuals: Tensor = (x - distribution.loc) / distribution.scale
+        return residuals
+    scores: Tensor = torch.special.ndtri(u.double().clamp(LEAST_TAIL, 1 - LEAST_TAIL))
+    return scores
 
 
 def _sums(inference: Inference, values: Tensor, likelihood: Likelihood) -> Tensor:

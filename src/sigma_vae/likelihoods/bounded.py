@@ -89,7 +89,7 @@ class Bernoulli(_UnitInterval):
         return torch.where(one, zero, 0), torch.where(one, 1, zero)
 
     def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """p and p(1 − p)."""
+        """Of a coin: p and p(1 − p)."""
         p = torch.sigmoid(h)
         return p, p * torch.sigmoid(-h)
 

@@ -125,8 +125,9 @@ class LogisticMixture(Discrete):
         earlier = torch.cat([torch.zeros_like(bins.log_mass[:, :1]), bins.log_mass[:, :-1].cumsum(1)], 1)
         weights = torch.softmax(self._split(h).logits[:, None] + earlier, 2)
         below = torch.sigmoid(bins.lower) * bins.not_first
-        upto = torch.sigmoid(bins.upper).mul_(bins.not_last).add_(1 - bins.not_last)
-        return torch.stack([(weights * below).sum(2), (weights * upto).sum(2)], 1).clamp_max(1)
+        below, upto = ((weights * cdf).sum(2) for cdf in (below, torch.sigmoid(bins.upper)))
+        last = bins.level[:, :, 0] >= self.levels - 1
+        return torch.stack([below, upto.masked_fill(last, 1)], 1).clamp_max(1)  # a sum of weights may be 1 + a rounding error
 
     def row_moments(self, h: Tensor) -> None:
         """None: a sum over all levels for each component, or over all colours."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from sigma_vae.cli.calibrate import calibrate
 from sigma_vae.cli.explain import explain
 from sigma_vae.cli.inspect import inspect
 from sigma_vae.cli.outputs import encode, reconstruct, sample, score
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "resume": resume,
     "replay": replay,
     "evaluate": evaluate,
+    "calibrate": calibrate,
     "sample": sample,
     "reconstruct": reconstruct,
     "predict": predict,

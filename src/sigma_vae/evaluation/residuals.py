@@ -125,7 +125,7 @@ class Correlations:
 
     def report(self) -> dict[str, Any]:
         """Both, with the number of residuals that they come from."""
-        return {"axes": self.along_axes(), "channels": self.between_channels(), "residuals": int(self.one[0])}
+        return {"axes": self.along_axes(), "channels": self.between_channels(), "count": int(self.one[0])}
 
 
 def _pairs(r: Tensor, axis: int) -> Tensor:

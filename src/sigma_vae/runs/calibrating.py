@@ -80,7 +80,7 @@ def _config(data: str, run: Run) -> DataConfig:
     scaling = run.data.scaling
     return replace(
         run.config.data,
-        source=data,
+        source=data if data in NAMES or not Path(data).exists() else str(Path(data).resolve()),
         root=None,
         cache=None,
         levels=None if data in NAMES else scaling.levels,
@@ -96,17 +96,22 @@ def _fitting(config: DataConfig, run: Run) -> Splits:
         raise ValueError(
             f"{config.source}, read as the run's own data were: {error} (or give a config.yaml as --data)"
         ) from error
-    for what, theirs, ours in (
-        ("shape", data.shape, run.data.shape),
-        ("levels", data.levels, run.data.levels),
-        ("clips", data.clips, run.data.clips),
-    ):
-        if theirs != ours:
-            raise ValueError(
-                f"σ can be fitted on data of the kind that the model was trained on, {run.config.data.source} with {what} {ours}; got"
-                f" {config.source} with {what} {theirs}; read it otherwise by a config.yaml as --data"
-            )
+    ours, theirs = _kind(run.data), _kind(data)
+    if theirs != ours:
+        raise ValueError(
+            f"σ can be fitted on data of the kind that the model was trained on: {run.config.data.source}, {ours}; got"
+            f" {config.source}, {theirs}; a config.yaml as --data says how else they are read"
+        )
     return replace(data, scaling=run.data.scaling)
+
+
+def _kind(data: Splits) -> str:
+    values = "real values" if data.levels is None else f"{data.levels} levels"
+    return (
+        f"{values} in examples of shape {data.shape}"
+        if not data.clips
+        else f"{values}, with clips of such frames: {data.shape}"
+    )
 
 
 def _sigma(vae: VAE) -> dict[str, float | None]:

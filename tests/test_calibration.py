@@ -242,6 +242,17 @@ def test_a_sigma_for_each_image_goes_with_its_error() -> None:
     assert found["correlation_of_logs"] > 0.5
 
 
+@pytest.mark.parametrize("name", ["gaussian-levels", "categorical", "continuous-bernoulli", "bernoulli"])
+def test_errors_of_levels_and_of_families_without_sigma_match_their_variance(name: str) -> None:
+    """Of a model that is right; its discretized Gaussian has means far beyond the end levels."""
+    right = next(right for right in RIGHT if right.name == name)
+    found = right.report()["sigma"]["per_value"]
+    assert len(found["count"]) >= 8  # fewer than ten where many predictions are the same
+    ratio = np.array(found["mean_squared_error"]) / found["predicted_variance"]
+    np.testing.assert_allclose(ratio, 1, atol=0.15)
+    assert abs(np.average(ratio, weights=found["count"]) - 1) < 0.03
+
+
 def test_what_has_no_variance_has_no_sigma_report() -> None:
     for likelihood, levels in ((StudentT(1, Fixed(0.3), df=2, levels=None), None), (LogisticMixture(1, levels=17), 17)):
         vae = model(likelihood)
@@ -278,8 +289,9 @@ def test_the_autocorrelation_of_a_known_process(rho: float) -> None:
         correlations.add(part)
     found = correlations.report()
     error = 5 * math.sqrt((1 + rho**2) / (1 - rho**2)) / math.sqrt(r.numel())
-    np.testing.assert_allclose(found["axes"]["width"], [rho**k for k in range(LAGS + 1)], atol=error)
-    np.testing.assert_allclose(found["axes"]["height"], [1] + [0] * LAGS, atol=error)
+    np.testing.assert_allclose(found["axes"]["width"]["autocorrelation"], [rho**k for k in range(LAGS + 1)], atol=error)
+    np.testing.assert_allclose(found["axes"]["height"]["autocorrelation"], [1] + [0] * LAGS, atol=error)
+    assert found["axes"]["width"]["pairs"] == [n * height * (width - k) for k in range(LAGS + 1)]
     assert found["channels"] is None
     assert found["count"] == r.numel()
 
@@ -304,7 +316,7 @@ def test_correlations_are_numpys(shape: tuple[int, ...]) -> None:
             (np.take(centred, range(size - k), axis) * np.take(centred, range(k, size), axis)).mean() / r.var()
             for k in range(min(LAGS + 1, size))
         ]
-        np.testing.assert_allclose(found["axes"][name], truth, atol=1e-12)
+        np.testing.assert_allclose(found["axes"][name]["autocorrelation"], truth, atol=1e-12)
     np.testing.assert_allclose(
         found["channels"], np.corrcoef(np.moveaxis(r, channel, 0).reshape(shape[channel], -1)), atol=1e-12
     )
@@ -319,11 +331,11 @@ def test_residuals_without_variation_have_no_correlations() -> None:
 @each_right
 def test_the_residuals_of_a_model_that_is_right_are_white(right: Right) -> None:
     report = right.report()
-    error = 5 / math.sqrt(0.3 * report["values"])  # of the longest lag that has pairs enough
-    found = report["residuals"]
-    for values in (found["axes"] or {}).values():
-        assert values[0] == 1
-        assert max(map(abs, values[1:3])) < error
+    found, error = report["residuals"], 5 / math.sqrt(report["values"] / 3)
+    for axis in (found["axes"] or {}).values():
+        assert axis["autocorrelation"][0] == 1
+        for value, pairs in zip(axis["autocorrelation"][1:], axis["pairs"][1:], strict=True):
+            assert abs(value) < 5 / math.sqrt(pairs)
     if found["channels"] is not None:
         np.testing.assert_allclose(found["channels"], np.eye(len(found["channels"])), atol=error)
     assert (found["axes"] is None) == (right.make().spatial_dims == 0)
@@ -334,8 +346,8 @@ def test_what_a_decoder_misses_shows_in_its_residuals() -> None:
     axes = calibration(model(Gaussian(1, Fixed(0.7), levels=None), lambda h: 0 * h), batches(x.float(), None))["residuals"][
         "axes"
     ]
-    np.testing.assert_allclose(axes["width"], [0.6**k for k in range(6)], atol=0.03)
-    np.testing.assert_allclose(axes["height"], [1, 0, 0, 0, 0], atol=0.03)
+    np.testing.assert_allclose(axes["width"]["autocorrelation"], [0.6**k for k in range(6)], atol=0.03)
+    np.testing.assert_allclose(axes["height"]["autocorrelation"], [1, 0, 0, 0, 0], atol=0.03)
 
 
 # -- all kinds of data and networks -------------------------------------------------------------------------------------------------
@@ -380,7 +392,7 @@ def test_every_network_and_kind_of_data(
     there |= set() if optimal else {f"{kind}_post_hoc" for kind in there}
     assert {name for name in ("density", "density_post_hoc", "level", "level_post_hoc") if report[name]} == there
     found = report["residuals"]
-    assert (found["axes"] and {name: len(row) for name, row in found["axes"].items()}) == axes
+    assert (found["axes"] and {name: len(row["pairs"]) for name, row in found["axes"].items()}) == axes
     assert (found["channels"] and len(found["channels"])) == channels
     save_page(tmp_path / "page.png", json.loads(json.dumps(report, allow_nan=False)))
     assert (tmp_path / "page.png").stat().st_size > 10_000

@@ -11,7 +11,6 @@ from sigma_vae.evaluation.residuals import AgainstError, Correlations, deciles
 from sigma_vae.likelihoods import Optimal
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.likelihoods.distributions import Continuous, Discretized
-from sigma_vae.likelihoods.unscaled import FromFeatures
 from sigma_vae.types import Inference, Likelihood, Observes
 from sigma_vae.vae import VAE, keyed_noise
 
@@ -20,8 +19,8 @@ __all__ = ["INTERVALS", "PIT_BINS", "calibration"]
 INTERVALS = (0.5, 0.8, 0.9, 0.95)
 """Nominal probability of the central intervals."""
 PIT_BINS = 20
-LEAST_TAIL = 1e-12
-"""Where a normal score would be infinite."""
+LEAST_TAIL = 1e-7
+"""Beyond it a normal score (5.2) is rounding, or infinite."""
 
 
 @torch.no_grad()
@@ -46,10 +45,11 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any]:
 
         ``sigma`` sets predicted variances against squared errors, in units of what the model reads, in up to ten bins of equal
         counts: ``per_value``, and ``per_example`` (means over each), with the correlation of their logarithms over examples (None
-        where σ does not vary). It is None for a likelihood that has no variance: an infinite one, or the logistic mixture's.
+        where σ does not vary). A model that observes levels has errors σΦ⁻¹(u): those of x end where the levels end. None for a
+        likelihood without a variance (an infinite one), or without a formula for it (the logistic mixture).
 
-        ``residuals`` are (x − mean)/σ; where there is no σ, normal scores of u (Dunn & Smyth 1996). ``axes`` are their
-        autocorrelations at lags 0 to 8, ``channels`` their correlation matrix.
+        ``residuals`` are (x − mean)/σ of a density, and of levels the normal scores Φ⁻¹(u) (Dunn & Smyth 1996). ``axes`` holds their
+        ``autocorrelation`` at lags 0 to 8 along each axis with the number of ``pairs``, ``channels`` their correlation matrix.
 
     Raises:
         ValueError: the likelihood is an objective (Bernoulli on grey data), no σ is known yet, or features are not finite.
@@ -71,9 +71,10 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any]:
         for name, values in u.items():
             tallies[name].add(inference, values, vae.likelihood)
         h, target = inference.scored()
-        distribution = vae.likelihood(h)
-        errors.add(inference, distribution, target, vae.likelihood)
-        correlations.add(_standardised(distribution, target, u.get("level", next(iter(u.values())))))
+        distribution, scores = vae.likelihood(h), _normal_scores(u)
+        errors.add(inference, distribution, target, scores, vae.likelihood)
+        continuous = isinstance(distribution, Continuous)
+        correlations.add((target - distribution.loc) / distribution.scale if continuous else scores)
     first = next(iter(tallies.values()))
     return {
         "examples": first.examples,
@@ -120,11 +121,10 @@ def _pits(likelihood: Likelihood, inference: Inference, uniform: Tensor) -> dict
     return found
 
 
-def _standardised(distribution: Any, x: Tensor, u: Tensor) -> Tensor:
-    if isinstance(distribution, Continuous | Discretized):
-        residuals: Tensor = (x - distribution.loc) / distribution.scale
-        return residuals
-    scores: Tensor = torch.special.ndtri(u.double().clamp(LEAST_TAIL, 1 - LEAST_TAIL))
+def _normal_scores(u: dict[str, Tensor]) -> Tensor:
+    """Φ⁻¹(u) with the model's own σ: standard normal where the model is right, whatever its family (Dunn & Smyth 1996)."""
+    own = u["level"] if "level" in u else u["density"]
+    scores: Tensor = torch.special.ndtri(own.double().clamp(LEAST_TAIL, 1 - LEAST_TAIL))
     return scores
 
 
@@ -192,13 +192,12 @@ class _Errors:
         """Mean predicted variance and mean squared error of each example, ``(batch, 2)``."""
         self.known = True
 
-    def add(self, inference: Inference, distribution: Any, x: Tensor, likelihood: Likelihood) -> None:
-        moments = _moments(distribution) if self.known else None
-        if moments is None or not moments[1].isfinite().all():
+    def add(self, inference: Inference, distribution: Any, x: Tensor, scores: Tensor, likelihood: Likelihood) -> None:
+        pair = _variance_and_square(distribution, x, scores) if self.known else None
+        if pair is None or not pair[0].isfinite().all():
             self.known = False
             return
-        center, variance = moments
-        variance, square = variance.expand(x.shape), (x - center).square()
+        variance, square = pair[0].expand(x.shape), pair[1]
         self.values.add(variance, square)
         sums = torch.stack([_sums(inference, one, likelihood) for one in (variance, square)], 1)
         self.examples.append(sums / inference.dims().cpu()[:, None])
@@ -214,10 +213,14 @@ class _Errors:
         }
 
 
-def _moments(distribution: Any) -> tuple[Tensor, Tensor] | None:
-    if isinstance(distribution, FromFeatures):
-        return distribution.moments()
-    return distribution.loc, distribution.residual_variance
+def _variance_and_square(distribution: Any, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What is predicted, and what has the same mean where the prediction is right."""
+    if isinstance(distribution, Continuous):
+        return distribution.residual_variance, (x - distribution.loc).square()
+    if isinstance(distribution, Discretized):  # x − loc is cut at the end levels, and less than σ says
+        return distribution.residual_variance, distribution.residual_variance * scores.square()
+    moments: tuple[Tensor, Tensor] | None = distribution.moments()
+    return None if moments is None else (moments[1], (x - moments[0]).square())
 
 
 def _correlation(x: Tensor, y: Tensor) -> float | None:

@@ -139,13 +139,13 @@ def _residuals(axes: "Axes", residuals: dict[str, Any]) -> None:
         shown = axes.imshow(channels, cmap="PuOr", vmin=-1, vmax=1)
         axes.figure.colorbar(shown, ax=axes)
         return
-    half = DEVIATIONS / math.sqrt(residuals["count"])
-    lags = max(map(len, along.values()))
-    axes.fill_between([0, lags - 1], -half, half, **BAND)
+    longest = max(along.values(), key=lambda axis: len(axis["pairs"]))["pairs"]
+    half = [DEVIATIONS / math.sqrt(pairs) for pairs in longest[1:]]
+    axes.fill_between(range(1, len(longest)), [-value for value in half], half, **BAND)
     axes.axhline(0, color="0.4", linewidth=0.8)
-    for (name, values), style in zip(along.items(), AXIS_STYLES, strict=False):
-        axes.plot(range(len(values)), values, label=f"along {name}", **style)
-    lowest = min(min(values) for values in along.values())
+    for (name, axis), style in zip(along.items(), AXIS_STYLES, strict=False):
+        axes.plot(range(len(axis["autocorrelation"])), axis["autocorrelation"], label=f"along {name}", **style)
+    lowest = min(min(axis["autocorrelation"]) for axis in along.values())
     axes.set(title="Autocorrelation of residuals (0: independent)", xlabel="lag", ylim=(min(-0.25, lowest - 0.05), 1.05))
     words = None
     if channels is not None:

@@ -98,8 +98,11 @@ class Correlations:
             sums = [torch.tensor(float(values.shape[1])), values.sum(1).cpu(), (values @ values.T).cpu()]
             self.channels = [old + new for old, new in zip(self.channels, sums, strict=True)] if self.channels else sums
 
-    def along_axes(self) -> dict[str, list[float]] | None:
-        """For each axis the correlations at lags 0, 1, ..., at most 8; None where residuals do not vary, or have no axis."""
+    def along_axes(self) -> dict[str, dict[str, list[float]]] | None:
+        """For each axis the correlations at lags 0, 1, ..., at most 8, and how many pairs each comes from.
+
+        None where residuals do not vary, or have no axis.
+        """
         count, total, squares = self.one.tolist()
         mean = total / count
         variance = squares / count - mean**2
@@ -108,7 +111,8 @@ class Correlations:
         found = {}
         for name, (n, first, second, products) in self.pairs.items():
             covariance = (products - mean * (first + second)) / n + mean**2
-            found[name] = [1.0, *(covariance / variance).tolist()]
+            pairs = [int(count), *n.long().tolist()]
+            found[name] = {"autocorrelation": [1.0, *(covariance / variance).tolist()], "pairs": pairs}
         return found
 
     def between_channels(self) -> list[list[float]] | None:

@@ -84,7 +84,7 @@ class _EventDistribution(Distribution):
 
     @property
     def residual_variance(self) -> Tensor:
-        """Variance of x − loc, broadcastable to the event: of levels, before they are put in bins and cut at the ends."""
+        """Variance of x − loc, broadcastable to the event; of levels, before they are put in bins and cut at the ends."""
         return torch.exp(2 * self.log_scale) * self.law.variance()
 
     def weighted_log_prob(self, value: Tensor, beta: float) -> Tensor:

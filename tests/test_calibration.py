@@ -40,7 +40,7 @@ from sigma_vae.evaluation.calibration import INTERVALS, PIT_BINS, calibration
 from sigma_vae.evaluation.calibration_page import save_page
 from sigma_vae.evaluation.residuals import LAGS, Correlations, deciles
 from sigma_vae.runs import sigma as stored_sigma
-from sigma_vae.types import Likelihood
+from sigma_vae.types import Batch, Likelihood
 from sigma_vae.vae import keyed_noise
 
 # -- models that are calibrated by construction: x is drawn from what the decoder makes of the very z that is drawn for it ----------
@@ -396,6 +396,19 @@ def test_every_network_and_kind_of_data(
     assert (found["channels"] and len(found["channels"])) == channels
     save_page(tmp_path / "page.png", json.loads(json.dumps(report, allow_nan=False)))
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_frames_beyond_a_clips_end_count_for_nothing() -> None:
+    torch.manual_seed(0)
+    vae, _ = clips()
+    x, mask = torch.rand(3, 6, 1, 32, 32), torch.arange(6) < torch.tensor([6, 4, 5])[:, None]
+    stored = (x * 255).round() / 255
+    empty = torch.where(mask[..., None, None, None], stored, 0)
+    reports = [calibration(vae, [Batch(frames, torch.arange(3), mask)]) for frames in (stored, empty)]
+    assert reports[0] == reports[1]
+    assert reports[0]["values"] == (4 + 2 + 3) * 1024
+    assert sum(reports[0]["sigma"]["per_value"]["count"]) == reports[0]["values"] == reports[0]["residuals"]["count"]
+    assert "time" not in reports[0]["residuals"]["axes"]  # frames of one row follow those of another clip
 
 
 def test_calibrating_moves_the_post_hoc_coverage_alone() -> None:

@@ -53,6 +53,14 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any]:
 
     Raises:
         ValueError: the likelihood is an objective (Bernoulli on grey data), no σ is known yet, or features are not finite.
+
+    >>> from sigma_vae import Fixed, Gaussian, mlp
+    >>> from sigma_vae.data import Scaling
+    >>> from sigma_vae.data.stores import InMemory
+    >>> vae = VAE(mlp((4,), out_channels=4, latent_dim=2), Gaussian(4, Fixed(50.0), spatial_dims=0, levels=None))
+    >>> found = calibration(vae, Batches(InMemory(torch.randn(100, 4)), Scaling(), batch_size=32))
+    >>> found["density"]["coverage"]["50"]["mean"]  # σ is far too wide
+    1.0
     """
     if not vae.likelihood.normalised:
         raise ValueError(

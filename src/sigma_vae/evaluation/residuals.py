@@ -20,7 +20,13 @@ AXES = {0: (), 1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "w
 
 @final
 class AgainstError:
-    """Predicted variance and squared error of all values, binned by the prediction, in memory that does not grow with them."""
+    """Predicted variance and squared error of all values, binned by the prediction, in memory that does not grow with them.
+
+    >>> values = AgainstError()
+    >>> values.add(torch.tensor([1.0, 4.0, 4.0]), torch.tensor([2.0, 3.0, 5.0]))
+    >>> values.bins()
+    {'predicted_variance': [1.0, 4.0], 'mean_squared_error': [2.0, 4.0], 'count': [1, 2]}
+    """
 
     def __init__(self) -> None:
         self.totals = torch.zeros(3, FINE_BINS, dtype=torch.float64)
@@ -72,6 +78,11 @@ class Correlations:
 
     with the mean m of all residuals, over all pairs of all examples and channels. Axes are named length (series), height and width
     (images), and time (frames of clips).
+
+    >>> correlations = Correlations(spatial_dims=1)
+    >>> correlations.add(torch.tensor([[[1.0, -1.0, 1.0, -1.0]]]))
+    >>> correlations.along_axes()
+    {'length': {'autocorrelation': [1.0, -1.0, 1.0, -1.0], 'pairs': [4, 3, 2, 1]}}
     """
 
     def __init__(self, spatial_dims: int) -> None:
@@ -86,7 +97,7 @@ class Correlations:
     def add(self, residuals: Tensor) -> None:
         """Count residuals ``(batch, [time,] C, *space)``."""
         r = residuals.double()
-        self.one += torch.stack([torch.tensor(float(r.numel())), r.sum().cpu(), r.square().sum().cpu()])
+        self.one += torch.stack([_count(r), r.sum().cpu(), r.square().sum().cpu()])
         names = AXES[self.spatial_dims]
         axes = dict(zip(names, range(-len(names), 0), strict=True))
         if r.dim() > self.spatial_dims + 2:
@@ -95,7 +106,7 @@ class Correlations:
             self.pairs[name] = self.pairs.get(name, 0) + _pairs(r, axis)
         values = r.movedim(-1 - self.spatial_dims, 0).flatten(1)
         if 1 < len(values) <= LARGEST_MATRIX:
-            sums = [torch.tensor(float(values.shape[1])), values.sum(1).cpu(), (values @ values.T).cpu()]
+            sums = [_count(values[0]), values.sum(1).cpu(), (values @ values.T).cpu()]
             self.channels = [old + new for old, new in zip(self.channels, sums, strict=True)] if self.channels else sums
 
     def along_axes(self) -> dict[str, dict[str, list[float]]] | None:
@@ -132,12 +143,16 @@ class Correlations:
         return {"axes": self.along_axes(), "channels": self.between_channels(), "count": int(self.one[0])}
 
 
+def _count(values: Tensor) -> Tensor:
+    return torch.tensor(values.numel(), dtype=torch.float64)
+
+
 def _pairs(r: Tensor, axis: int) -> Tensor:
     """Count, sums and sum of products of all pairs at each lag, ``(4, lags)``."""
     size = r.shape[axis]
     columns = []
     for lag in range(1, min(LAGS, size - 1) + 1):
         first, second = r.narrow(axis, 0, size - lag), r.narrow(axis, lag, size - lag)
-        sums = torch.stack([first.sum(), second.sum(), (first * second).sum()]).cpu()
-        columns.append(torch.cat([torch.tensor([float(first.numel())]), sums]))
+        sums = [first.sum(), second.sum(), (first * second).sum()]
+        columns.append(torch.stack([_count(first), *(total.cpu() for total in sums)]))
     return torch.stack(columns, 1) if columns else torch.zeros(4, 0, dtype=torch.float64)

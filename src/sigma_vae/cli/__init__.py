@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 
+from sigma_vae.cli.calibrate import calibrate
 from sigma_vae.cli.explain import explain
 from sigma_vae.cli.inspect import inspect
 from sigma_vae.cli.outputs import encode, reconstruct, sample, score
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "replay": replay,
     "evaluate": evaluate,
     "fit-prior": fit_prior,
+    "calibrate": calibrate,
     "sample": sample,
     "reconstruct": reconstruct,
     "predict": predict,

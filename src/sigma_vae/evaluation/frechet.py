@@ -23,10 +23,12 @@ AT_ONCE = 2**24
 
 
 class KernelDistance(NamedTuple):
-    """The mean over subsets, and how these differ."""
+    """The mean over subsets, how these differ, and how many of what size there were."""
 
     mean: float
     standard_deviation: float
+    subsets: int
+    subset_size: int
 
 
 class PrecisionRecall(NamedTuple):
@@ -74,7 +76,7 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int =
     Args:
         x: features ``(n, d)``.
         y: features ``(m, d)``.
-        subsets: how many pairs of subsets are drawn.
+        subsets: how many pairs of subsets are drawn; one, where that is all there is of both.
         subset_size: examples of each; of smaller sets, as many as both have.
         seed: of the choice of subsets.
 
@@ -87,14 +89,16 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int =
     from torchmetrics.image.kid import KernelInceptionDistance
 
     x, y = _checked(x, y, at_least=2)
+    size = min(subset_size, len(x), len(y))
+    count = 1 if size == len(x) == len(y) else subsets
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", message=".*save all extracted features in buffer")
-        metric = KernelInceptionDistance(nn.Identity(), subsets=subsets, subset_size=min(subset_size, len(x), len(y)))
+        metric = KernelInceptionDistance(nn.Identity(), subsets=count, subset_size=size)
         metric.update(x, real=True)
         metric.update(y, real=False)
         torch.manual_seed(seed)
         mean, deviation = metric.compute()
-    return KernelDistance(float(mean), float(deviation))
+    return KernelDistance(float(mean), float(deviation), count, size)
 
 
 def precision_recall(

@@ -21,7 +21,6 @@ __all__ = ["quality"]
 
 SAMPLES_AT_ONCE = 100
 """Whose random numbers are drawn together: fixed, so that no sample depends on how many are asked for."""
-SUBSETS, SUBSET_SIZE = 100, 1000
 
 
 class _Reference(NamedTuple):
@@ -34,7 +33,7 @@ class _Reference(NamedTuple):
     def against(self, features: Tensor) -> dict[str, Any]:
         return {
             "frechet": frechet_distance(self.features, features),
-            "kernel": kernel_distance(self.features, features, SUBSETS, SUBSET_SIZE, self.seed)._asdict(),
+            "kernel": kernel_distance(self.features, features, seed=self.seed)._asdict(),
             **precision_recall(self.features, features, NEIGHBOURS, self.radii)._asdict(),
         }
 
@@ -58,10 +57,11 @@ def quality(
         batch: how many images are encoded together; no number depends on it.
 
     Returns:
-        ``samples`` from the prior, shown as decoder ``means`` and as ``draws`` from p(x|z), each with ``frechet``, ``kernel`` (KID,
-        with its deviation over subsets), ``precision``, ``recall``, ``density`` and ``coverage``; ``samples_standard_prior``, the same
-        with N(0, I), where the prior is a fitted one; the ``frechet`` distance of ``reconstructions``, means as well; the ``floor``:
-        other real images, of the training split, in the place of samples; and how all this was made.
+        ``samples`` from the prior, shown as decoder ``means`` and as ``draws`` from p(x|z), each with ``frechet``, ``kernel`` (KID, with
+        its deviation over subsets, their number and size), ``precision``, ``recall``, ``density`` and ``coverage``;
+        ``samples_standard_prior``, the same with N(0, I), where the prior is a fitted one; the ``frechet`` distance of
+        ``reconstructions``, means as well; the ``floor``: other real images, of the training split, in the place of samples; and how
+        all this was made.
         ``rank_deficient`` says that there are no more images than features, where Fréchet distances are strongly biased upwards.
 
     Raises:
@@ -85,7 +85,6 @@ def quality(
         "extractor": extractor.record(data.shape, reference.shape[1]),
         "prior": None if prior is None else type(prior).__name__,
         "neighbours": NEIGHBOURS,
-        "kernel_subsets": {"count": SUBSETS, "size": min(SUBSET_SIZE, count)},
         "rank_deficient": count <= reference.shape[1],
         "floor": {"split": other, "examples": len(floor.store), **compare.against(extractor.of(_pictures(floor)))},
         "samples": _samples(vae, data, extractor, compare, prior),

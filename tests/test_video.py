@@ -12,6 +12,7 @@ from scipy import stats
 from sigma_vae import VAE, Gaussian, build, mlp, runs
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from sigma_vae.configfile import read as read_config
 from sigma_vae.data import Scaling, Splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.pictures import save_clips
@@ -110,7 +111,7 @@ def test_a_run_on_clips_goes_on_where_it_stopped(moving, tmp_path) -> None:
     shutil.copytree(moving, again)
     assert main(["resume", str(again), "--epochs", "3", "--json"]) == 0
     once = tmp_path / "once"
-    config = runs.read(moving / "config.yaml", RunConfig)
+    config = read_config(moving / "config.yaml", RunConfig)
     training = TrainingConfig(epochs=3, batch_size=8, log_every=1, ema_decay=0.9)
     runs.train(RunConfig(config.data, config.model, training, config.seed, config.device), once, progress=False)
     assert (again / "evaluation.json").read_bytes() == (once / "evaluation.json").read_bytes()

@@ -288,6 +288,7 @@ def test_draws_of_clips_repeat(moving) -> None:
 
 VIDEO_MISTAKES = {
     "nothing asked": ({}, "needs an extractor"),
+    "show": ({"frames": FRAME_FEATURES, "show": "means"}, 'show is "mean" or "draw"'),
     "context": ({"frames": FRAME_FEATURES, "context_frames": LENGTH}, "got 5 given of 5 frames"),
 }
 

@@ -1,7 +1,7 @@
 """Features of images and clips, by the name of what extracts them."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -39,7 +39,7 @@ class Extractor:
     """
 
     name: str
-    backbone: Backbone
+    backbone: Backbone = field(repr=False)
     device: torch.device
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ __all__ = [
 
 NEIGHBOURS = 5
 """The k of precision, recall, density and coverage, as Naeem et al. (2020) set it."""
-AT_ONCE = 2**24
+AT_ONCE = 2**22
 """Distances held together."""
 
 

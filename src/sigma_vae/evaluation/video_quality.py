@@ -57,6 +57,8 @@ def video_quality(
         ValueError: there is no extractor, the data are no clips of images, or too short, or the network predicts no frames.
     """
     past = vae.video_network.context_frames if context_frames is None else context_frames
+    if show not in ("mean", "draw"):
+        raise ValueError(f'show is "mean" or "draw", got {show!r}')
     _check(data, split, past, clips, frames)
     vae.eval()
     device = next(vae.parameters()).device

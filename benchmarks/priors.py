@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 import tyro
+from sigma_vae.evaluation.bounds import oracle
+from sigma_vae.evaluation.information import information
 from torch import Tensor
 
 from benchmarks.calibration import spread
@@ -21,11 +23,9 @@ from sigma_vae import build, runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import score
-from sigma_vae.evaluation.bounds import oracle
 from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.features import Extractor, extractor
 from sigma_vae.evaluation.frechet import frechet_distance
-from sigma_vae.evaluation.information import information
 from sigma_vae.priors import StandardNormal
 from sigma_vae.vae import VAE, keyed_noise
 
@@ -97,7 +97,11 @@ def train(likelihood: str, seed: int, network: str, width: int, out: Path) -> No
     """One run, with the budget of the earlier measurements."""
     steps, batch = (4688, 64) if network == "mlp" else (2000, 64)
     training = TrainingConfig(epochs=100, max_steps=steps, batch_size=batch, validate_every=steps // 4)
-    runs.train(RunConfig(DataConfig("fashion-mnist"), ModelConfig(network, likelihood, width=width), training, seed), out, progress=False)
+    runs.train(
+        RunConfig(DataConfig("fashion-mnist"), ModelConfig(network, likelihood, width=width), training, seed),
+        out,
+        progress=False,
+    )
 
 
 @torch.no_grad()
@@ -112,7 +116,11 @@ def samples(vae: VAE, data: Splits, measures: dict[str, Extractor]) -> dict[str,
     for name, measure in measures.items():
         result[f"frechet_{name}_reconstructions"] = frechet_distance(measure(again[: SAMPLES[name]]), known[name])
     for name in PRIORS:
-        prior = StandardNormal(vae.flat_network.latent_dim) if name == "standard" else build.prior(name, vae.flat_network.latent_dim)
+        prior = (
+            StandardNormal(vae.flat_network.latent_dim)
+            if name == "standard"
+            else build.prior(name, vae.flat_network.latent_dim)
+        )
         if name == "standard":
             vae.flat_network.prior = prior
         else:

@@ -9,9 +9,10 @@ from sigma_vae.config import DataConfig, RunConfig
 from sigma_vae.configfile import read
 from sigma_vae.data import NAMES, Splits
 from sigma_vae.data.splits import SplitName
+from sigma_vae.evaluation.settings import EvaluationSettings
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.runs.evaluating import evaluate_run
-from sigma_vae.runs.folder import Run, evaluation_batch, open_run, write_json
+from sigma_vae.runs.folder import Run, evaluation_batch, open_run
 from sigma_vae.runs.sigma import KEY, keep
 from sigma_vae.vae import VAE
 
@@ -61,8 +62,7 @@ def calibrate_run(
         "noise_seed": seed,
     }
     keep(out, run.vae, record)
-    report = evaluate_run(out, device=device) | {KEY: record}
-    write_json(out / "evaluation.json", report)
+    report = evaluate_run(out, EvaluationSettings(metrics=()), device=device)
     after = _sigma(run.vae)
     return {
         "factor_post_hoc" if likelihood.scale.predicted else "sigma_post_hoc": {

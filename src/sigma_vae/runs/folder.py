@@ -11,7 +11,7 @@ from sigma_vae.data import Splits
 from sigma_vae.training import resolve_device
 from sigma_vae.vae import VAE
 
-__all__ = ["Run", "config_of", "evaluation_batch", "open_model", "open_run", "same_data", "write_json"]
+__all__ = ["Run", "config_of", "evaluation_batch", "open_model", "open_run", "read_json", "same_data", "write_json"]
 
 EVALUATION_BATCH = 256
 
@@ -66,7 +66,7 @@ def config_of(out: Path) -> RunConfig:
 def same_data(out: Path, config: RunConfig) -> Splits:
     """The data that the run was trained on: changed data may move what it was trained on into the test split."""
     data = build.data(config.data)
-    known = _read_json(out / "environment.json").get("data", {}).get("fingerprint")
+    known = read_json(out / "environment.json").get("data", {}).get("fingerprint")
     if known != data.record["fingerprint"]:
         raise ValueError(
             f"the data of {out} have changed since it was trained; restore them, or train anew into another folder"
@@ -79,7 +79,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a report.
+
+    Raises:
+        ValueError: it is missing or broken.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:

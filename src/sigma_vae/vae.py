@@ -25,7 +25,8 @@ class Scores(NamedTuple):
 
     "Post-hoc" is with the σ that :meth:`VAE.calibrate` solved; for an optimal scale that is its own. The masses are None where the
     data have no levels, or the likelihood is an objective that gives them no probability. ``dims`` counts the values whose probability
-    it is: of a video, those of the predicted frames.
+    it is: of a video, those of the predicted frames. ``log_ratio`` is log p(z) − log q(z|x) at the draw: log-likelihood plus log-ratio
+    is the logarithm of an importance weight, whose mean is p(x); log-likelihood minus rate, where the KL is analytic, is not.
     """
 
     rate: Tensor
@@ -35,6 +36,7 @@ class Scores(NamedTuple):
     log_mass_post_hoc: Tensor | None
     kl: Tensor
     dims: Tensor
+    log_ratio: Tensor
 
 
 @final
@@ -100,6 +102,7 @@ class VAE(nn.Module):
             log_mass_post_hoc=mass_post_hoc,
             kl=inference.kl,
             dims=inference.dims(),
+            log_ratio=inference.log_ratio,
         )
 
     def sample(

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from sigma_vae.data import Batches
+from sigma_vae.evaluation.gathering import each_example
 from sigma_vae.likelihoods.distributions import Continuous
 from sigma_vae.networks import FlatNetwork
 from sigma_vae.priors import StandardNormal
+from sigma_vae.types import Batch
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["entropy_identity"]
@@ -29,28 +31,32 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any
         identity does not speak of the model: no flat latents, a fitted prior, no density, or one (Student's) that is no
         exponential family.
     """
-    if not isinstance(vae.network, FlatNetwork) or not isinstance(vae.network.prior, StandardNormal):
-        return None
     vae.eval()
-    elbo = entropies = 0.0
-    examples = 0
-    device = next(vae.parameters()).device
-    for batch in batches:
-        x = batch.x.to(device)
-        inference = vae.network.infer(x, noise=keyed_noise(batch.positions, seed))
+    if not _is_spoken_of(vae, batches):
+        return None
+
+    def rows(batch: Batch) -> Tensor:
+        inference = vae.network.infer(batch.x, noise=keyed_noise(batch.positions, seed))
         distribution = vae.likelihood.post_hoc(inference.h)
-        if not isinstance(distribution, Continuous) or not distribution.law.closed_form:
-            return None
-        log_likelihood = distribution.log_prob(x).double()
-        elbo += float((log_likelihood - inference.kl.sum(-1)).sum())
-        posterior: Tensor = vae.encode(x).entropy().sum(-1).double()  # type: ignore[no-untyped-call]
-        entropies += float((posterior - distribution.entropy()).sum())
-        examples += len(x)
-    prior = 0.5 * vae.network.latent_dim * math.log(2 * math.pi * math.e)
-    volume = batches.log_volume_nats
-    elbo, entropies = elbo / examples - volume, entropies / examples - prior - volume
+        elbo = distribution.log_prob(batch.x).cpu().double() - inference.kl.sum(-1).cpu().double()
+        posterior: Tensor = vae.encode(batch.x).entropy().sum(-1)  # type: ignore[no-untyped-call]
+        return torch.stack([elbo, (posterior - distribution.entropy()).cpu().double()], 1)
+
+    elbo, entropies = each_example(vae, batches, rows).mean(0).tolist()
+    elbo -= batches.log_volume_nats
+    prior = 0.5 * vae.flat_network.latent_dim * math.log(2 * math.pi * math.e)
+    entropies -= prior + batches.log_volume_nats
     return {
         "elbo_nats": elbo,
         "entropies_nats": entropies,
         "gap_nats_per_dim": (elbo - entropies) / math.prod(batches.store.shape),
     }
+
+
+def _is_spoken_of(vae: VAE, batches: Batches) -> bool:
+    """Flat latents, N(0, I), and a density of an exponential family: what a first batch shows."""
+    if not isinstance(vae.network, FlatNetwork) or not isinstance(vae.network.prior, StandardNormal):
+        return False
+    x = next(iter(batches)).x[:1].to(next(vae.parameters()).device)
+    distribution = vae.likelihood.post_hoc(vae.network.infer(x, noise=torch.zeros).h)
+    return isinstance(distribution, Continuous) and distribution.law.closed_form

@@ -8,48 +8,53 @@ from torch import Tensor
 
 from sigma_vae.data import Batches
 from sigma_vae.evaluation.entropies import entropy_identity
+from sigma_vae.evaluation.gathering import each_example
+from sigma_vae.evaluation.information import active_units
+from sigma_vae.evaluation.summary import mean_and_error
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import FlatNetwork
+from sigma_vae.types import Batch
 from sigma_vae.vae import VAE, Scores, keyed_noise
 
-__all__ = ["ACTIVE_VARIANCE", "evaluate", "score"]
-
-ACTIVE_VARIANCE = 0.01
-"""A latent is active where its posterior mean varies more than this over the data (Burda et al. 2016)."""
+__all__ = ["evaluate", "score"]
 
 
-@torch.no_grad()
 def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
-    """Scores of every example, in the data's order and independent of the batch size, on the CPU in float64.
+    """Scores of every example, in the split's order and independent of the batch size, on the CPU in float64.
 
     Densities are those of the data in their own units: of standardised data, smaller than the model's by the Jacobian.
+
+    On several processes each calls this with its share of the split (``Batches(rank, world_size)``), and each gets the scores of all.
+
+    Raises:
+        ValueError: the batches are a share, and no group of as many processes is there.
     """
-    device = next(vae.parameters()).device
-    parts = [
-        vae.score(batch.x.to(device), keyed_noise(batch.positions, seed), None if batch.mask is None else batch.mask.to(device))
-        for batch in batches
-    ]
 
-    def gather(values: list[Tensor]) -> Tensor:
-        return torch.cat(values).cpu().double()
+    def rows(batch: Batch) -> Tensor:
+        return _columns(vae.score(batch.x, keyed_noise(batch.positions, seed), batch.mask))
 
-    def gather_known(values: list[Tensor | None]) -> Tensor | None:
-        known = [value for value in values if value is not None]
-        return gather(known) if known else None
-
-    log_volume = batches.log_volume_nats
+    columns = each_example(vae, batches, rows)
+    rate, log_likelihood, post_hoc, dims, log_ratio = columns[:, :5].unbind(1)
+    masses = vae.likelihood.levels is not None and vae.likelihood.normalised
     return Scores(
-        rate=gather([part.rate for part in parts]),
-        log_likelihood=gather([part.log_likelihood for part in parts]) - log_volume,
-        log_likelihood_post_hoc=gather([part.log_likelihood_post_hoc for part in parts]) - log_volume,
-        log_mass=gather_known([part.log_mass for part in parts]),
-        log_mass_post_hoc=gather_known([part.log_mass_post_hoc for part in parts]),
-        kl=gather([part.kl for part in parts]),
-        dims=gather([part.dims for part in parts]),
+        rate=rate,
+        log_likelihood=log_likelihood - batches.log_volume_nats,
+        log_likelihood_post_hoc=post_hoc - batches.log_volume_nats,
+        log_mass=columns[:, 5] if masses else None,
+        log_mass_post_hoc=columns[:, 6] if masses else None,
+        kl=columns[:, 7 if masses else 5 :],
+        dims=dims,
+        log_ratio=log_ratio,
     )
 
 
-@torch.no_grad()
+def _columns(scores: Scores) -> Tensor:
+    """All that is scored ``(batch, columns)`` in float64: five columns, the masses where there are any, the layers' KL."""
+    known = [mass for mass in (scores.log_mass, scores.log_mass_post_hoc) if mass is not None]
+    single = (scores.rate, scores.log_likelihood, scores.log_likelihood_post_hoc, scores.dims, scores.log_ratio, *known)
+    return torch.cat([torch.stack([column.cpu().double() for column in single], 1), scores.kl.cpu().double()], 1)
+
+
 def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int = 0) -> dict[str, Any]:
     """Single-sample bounds on held-out data, and what explains them.
 
@@ -77,28 +82,23 @@ def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int
         "levels": vae.likelihood.levels,
         "observes": vae.likelihood.observes,
         "noise_seed": seed,
-        f"{name}_nats": _mean(scores.log_likelihood - scores.rate),
-        f"{name}_post_hoc_nats": _mean(scores.log_likelihood_post_hoc - scores.rate),
-        "rate_nats": _mean(scores.rate),
-        "distortion_nats": _mean(-scores.log_likelihood),
+        f"{name}_nats": mean_and_error(scores.log_likelihood - scores.rate),
+        f"{name}_post_hoc_nats": mean_and_error(scores.log_likelihood_post_hoc - scores.rate),
+        "rate_nats": mean_and_error(scores.rate),
+        "distortion_nats": mean_and_error(-scores.log_likelihood),
     }
     if scores.kl.shape[-1] > 1:
         report["kl_per_layer_nats"] = scores.kl.flatten(0, -2).mean(0).tolist()
     for name, mass in (("bits_per_dim", scores.log_mass), ("bits_per_dim_post_hoc", scores.log_mass_post_hoc)):
         if mass is not None:
-            report[name] = _mean((scores.rate - mass) / (scores.dims * math.log(2)))
+            report[name] = mean_and_error((scores.rate - mass) / (scores.dims * math.log(2)))
     report |= _scales(vae)
     if isinstance(vae.network, FlatNetwork):
         report["latent_dim"] = vae.network.latent_dim
-        report["active_units"] = _active_units(vae, test)
+        report["active_units"] = active_units(vae, test)
     if training is not None:
         report["entropy_identity"] = entropy_identity(vae, training, seed)
     return report
-
-
-def _mean(values: Tensor) -> dict[str, float | None]:
-    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
-    return {"mean": float(values.mean()), "standard_error": error}
 
 
 def _number(counts: Tensor) -> float:
@@ -114,9 +114,3 @@ def _scales(vae: VAE) -> dict[str, float]:
     stored = {"density": vae.likelihood.scale.density_log_scale, "level": vae.likelihood.scale.level_log_scale}
     kind = "factor" if vae.likelihood.scale.predicted else "sigma"
     return {f"{kind}_post_hoc_{name}": float(value.mean().exp()) for name, value in stored.items() if value.numel()}
-
-
-def _active_units(vae: VAE, batches: Batches) -> int:
-    device = next(vae.parameters()).device
-    means = torch.cat([vae.encode(batch.x.to(device)).loc.cpu().double() for batch in batches])
-    return int((means.var(0, correction=0) > ACTIVE_VARIANCE).sum())

@@ -64,14 +64,27 @@ class FlatNetwork(Network):
         """One posterior draw, decoded; KL in one layer, ``(batch, 1)``."""
         _refuse(context=context, mask=mask)
         posterior = self.encode(x)
-        mean, std = posterior.loc, posterior.scale
-        unit = torch.randn_like(mean) if noise is None else noise(mean.shape).to(mean)
-        z = mean + std * unit
-        log_posterior = (-0.5 * unit.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        shape = posterior.loc.shape
+        return self.draw(x, posterior, torch.randn_like(posterior.loc) if noise is None else noise(shape).to(posterior.loc))
+
+    def draw(self, x: Tensor, posterior: Normal, unit: Tensor) -> Inference:
+        """What :meth:`infer` says of x under given standard normal numbers; with more axes in front, of as many draws of each example.
+
+        Args:
+            x: data ``(batch, C, *space)``.
+            posterior: q(z|x), from :meth:`encode`.
+            unit: ``(*draws, batch, latent_dim)``.
+
+        Shapes:
+            h ``(*draws, batch, in_channels, *space)``, kl ``(*draws, batch, 1)`` and so on.
+        """
+        z = posterior.loc + posterior.scale * unit
+        log_posterior = (-0.5 * unit.square() - posterior.scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        h = self.decode(z.reshape(-1, self.latent_dim).to(x.dtype))
         return Inference(
-            h=self.decode(z.to(x.dtype)),
-            target=x,
-            kl=self.prior.kl(posterior, z).unsqueeze(-1),
+            h=h.reshape(*unit.shape[:-1], *h.shape[1:]),
+            target=x.expand(*unit.shape[:-2], *x.shape),
+            kl=self.prior.kl(posterior, z).expand(unit.shape[:-1]).unsqueeze(-1),
             log_ratio=self.prior.log_prob(z) - log_posterior,
         )
 

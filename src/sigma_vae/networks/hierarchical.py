@@ -166,6 +166,10 @@ class HierarchicalNetwork(Network):
         """One posterior draw of every layer, ``(batch, latent_dim, rows, columns)`` each, from the top down."""
         return [draw.z for draw in self._infer(x, noise)[1]]
 
+    def latent_kl(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
+        """KL(q‖p) of each latent, given a draw of the layers above: ``(batch, latent_dim, rows, columns)`` each, in nats."""
+        return [draw.latent_kl for draw in self._infer(x, noise)[1]]
+
     def decode(
         self, latents: Sequence[Tensor], generator: torch.Generator | None = None, temperature: Temperature = 1.0
     ) -> Tensor:

@@ -25,11 +25,16 @@ class Diagonal(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """Latents ``(batch, latent_dim, rows, columns)``, and of each example KL(q‖p) and log p(z) − log q(z), in nats."""
+    """Latents, KL(q‖p) of each ``(batch, latent_dim, rows, columns)``, and log p(z) − log q(z) of each example, in nats."""
 
     z: Tensor
-    kl: Tensor
+    latent_kl: Tensor
     log_ratio: Tensor
+
+    @property
+    def kl(self) -> Tensor:
+        """KL(q‖p) of each example."""
+        return self.latent_kl.flatten(1).sum(1)
 
 
 @final
@@ -87,7 +92,7 @@ def draw(posterior: Diagonal, prior: Diagonal, unit: Tensor) -> Draw:
     log_ratio_of_stds = posterior.log_std - prior.log_std
     kl = 0.5 * ((2 * log_ratio_of_stds).exp() + (posterior.mean - prior.mean).square() * precision - 1) - log_ratio_of_stds
     log_ratio = log_ratio_of_stds + 0.5 * (unit.square() - (z - prior.mean).square() * precision)
-    return Draw(z, kl.flatten(1).sum(1), log_ratio.flatten(1).sum(1))
+    return Draw(z, kl, log_ratio.flatten(1).sum(1))
 
 
 def bottleneck(in_channels: int, out_channels: int, resolution: int, width: int, last_scale: float = 1.0) -> nn.Sequential:

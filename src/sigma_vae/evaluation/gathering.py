@@ -1,0 +1,85 @@
+"""A pass over a split on one process or on many: every example once, and the same numbers on every process."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, distributed
+
+from sigma_vae.data import Batches
+from sigma_vae.types import Batch
+from sigma_vae.vae import VAE
+
+__all__ = ["each_example", "sum_over_examples"]
+
+Rows = Callable[[Batch], Tensor]
+"""What is said of each example of a batch: ``(batch, columns)``, or ``(batch,)``."""
+
+
+@torch.no_grad()
+def each_example(vae: VAE, batches: Batches, rows: Rows) -> Tensor:
+    """What ``rows`` says of every example, in the order of the split, on the CPU in float64.
+
+    Where the batches are one process's share (``world_size`` above 1), the shares of all processes of the default group are gathered:
+    each must call this, and each gets everything.
+
+    Args:
+        vae: the model; batches are moved to its device.
+        batches: of the split.
+        rows: is given the batches.
+
+    Shapes:
+        result ``(examples, columns)``, or ``(examples,)``.
+
+    Raises:
+        ValueError: the batches are a share, and no group of as many processes is there.
+    """
+    _check_group(batches)
+    device = next(vae.parameters()).device
+    found = [(batch.positions, rows(batch).cpu().double()) for batch in _on(device, batches)]
+    positions, values = torch.cat([p for p, _ in found]), torch.cat([v for _, v in found])
+    if batches.world_size > 1:
+        both = _all_rows(torch.cat([positions[:, None].double(), values.reshape(len(values), -1)], 1), device)
+        positions, values = both[:, 0].long(), both[:, 1:].reshape(-1, *values.shape[1:])
+    return values[positions.argsort()]
+
+
+@torch.no_grad()
+def sum_over_examples(vae: VAE, batches: Batches, rows: Rows) -> Tensor:
+    """The sum over all examples of what ``rows`` says, ``(columns,)``: for what is too much to keep of each; see :func:`each_example`."""
+    _check_group(batches)
+    device = next(vae.parameters()).device
+    sums = (rows(batch).cpu().double().sum(0) for batch in _on(device, batches))
+    total = sum(sums, torch.zeros((), dtype=torch.float64))
+    assert isinstance(total, Tensor)
+    if batches.world_size > 1:
+        total = total.to(device)
+        distributed.all_reduce(total)
+    return total.cpu()
+
+
+def _on(device: torch.device, batches: Batches) -> Iterator[Batch]:
+    for x, positions, mask in batches:
+        yield Batch(x.to(device), positions, None if mask is None else mask.to(device))
+
+
+def _check_group(batches: Batches) -> None:
+    known = distributed.is_available() and distributed.is_initialized()
+    processes = distributed.get_world_size() if known else 1
+    if batches.world_size not in (1, processes):
+        raise ValueError(
+            f"these batches are the share of one of {batches.world_size} processes, but there are {processes}: what the others hold"
+            " would be missing; initialise torch.distributed in each of them, or give all examples (world_size=1)"
+        )
+
+
+def _all_rows(mine: Tensor, device: torch.device) -> Tensor:
+    """The rows of all processes, whose numbers may differ."""
+    count = torch.tensor([len(mine)], device=device)
+    counts = [torch.empty_like(count) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(counts, count)
+    most = max(int(n) for n in counts)
+    padded = torch.zeros(most, mine.shape[1], dtype=mine.dtype, device=device)
+    padded[: len(mine)] = mine.to(device)
+    parts = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(parts, padded)
+    return torch.cat([part[: int(n)] for part, n in zip(parts, counts, strict=True)]).cpu()

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sigma_vae.evaluation import score
 from sigma_vae.evaluation.summary import mean_and_error
-from sigma_vae.runs.folder import evaluation_batch, open_run, read_json
+from sigma_vae.runs.folder import evaluation_batch, open_run
+from sigma_vae.runs.reports import read_json
 from sigma_vae.vae import Scores
 
 __all__ = ["compare"]

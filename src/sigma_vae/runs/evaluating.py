@@ -15,8 +15,9 @@ from sigma_vae.evaluation.settings import EvaluationSettings
 from sigma_vae.evaluation.shown import reconstructed, sampled
 from sigma_vae.evaluation.standard_prior import has_fitted_prior, scores_under_standard_prior, standard_prior
 from sigma_vae.networks import FlatNetwork, SequenceNetwork
-from sigma_vae.runs.folder import Run, evaluation_batch, open_run, read_json, write_json
+from sigma_vae.runs.folder import Run, evaluation_batch, open_run
 from sigma_vae.runs.measuring import SECTIONS, measured
+from sigma_vae.runs.reports import read_json, write_json
 from sigma_vae.runs.sigma import KEY as SIGMA_FITTED_ON
 from sigma_vae.runs.sigma import fitted_on
 from sigma_vae.vae import VAE
@@ -31,7 +32,7 @@ CLIPS = 8
 
 def evaluate_run(
     out: Path,
-    settings: EvaluationSettings = EvaluationSettings(),
+    settings: EvaluationSettings = EvaluationSettings(),  # noqa: B008 (frozen)
     *,
     device: str = "auto",
 ) -> dict[str, Any]:

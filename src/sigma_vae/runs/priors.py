@@ -13,7 +13,8 @@ from sigma_vae.evaluation.pictures import drawable
 from sigma_vae.naming import check_prior
 from sigma_vae.priors import FittedPrior
 from sigma_vae.runs.evaluating import draw, evaluation
-from sigma_vae.runs.folder import Run, evaluation_batch, open_model, open_run, write_json
+from sigma_vae.runs.folder import Run, evaluation_batch, open_model, open_run
+from sigma_vae.runs.reports import write_json
 from sigma_vae.runs.sigma import fitted_on, keep
 from sigma_vae.vae import VAE
 

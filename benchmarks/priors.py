@@ -1,7 +1,7 @@
 """Calibrated at both ends: tuned and calibrated decoders on Fashion-MNIST, with N(0, I) and with every fitted prior.
 
     python -m benchmarks.classifier --out classifier.pt
-    python -m benchmarks.priors --classifier classifier.pt --runs runs/priors-mlp --out benchmarks/results/priors-mlp.json
+    python -m benchmarks.priors --classifier classifier.pt --runs-in runs/priors-mlp --out benchmarks/results/priors-mlp.json
 
 The runs are kept, and each result is written as it is measured: started again, only what is missing is done. Fréchet distances are those of
 decoder means against all test images: 5 000 on the 64 features of the small classifier, 2 000 on EfficientNet-Lite0's.
@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 import tyro
-from sigma_vae.evaluation.bounds import oracle
-from sigma_vae.evaluation.information import information
 from torch import Tensor
 
 from benchmarks.calibration import spread
@@ -23,10 +21,11 @@ from sigma_vae import build, runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import score
+from sigma_vae.evaluation.bounds import oracle
 from sigma_vae.evaluation.calibration import calibration
-from sigma_vae.evaluation.features import Extractor, extractor
+from sigma_vae.evaluation.features import Extractor, load_extractor
 from sigma_vae.evaluation.frechet import frechet_distance
-from sigma_vae.priors import StandardNormal
+from sigma_vae.evaluation.information import information
 from sigma_vae.vae import VAE, keyed_noise
 
 LIKELIHOODS = (
@@ -58,7 +57,7 @@ def main(classifier: Path, runs_in: Path, out: Path, network: str = "mlp", width
     record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"results": {}}
     record |= {"command": command, "samples": SAMPLES}
     out.parent.mkdir(parents=True, exist_ok=True)
-    measures = {"classifier": extractor(str(classifier)), "efficientnet": extractor("efficientnet")}
+    measures = {"classifier": load_extractor(classifier), "efficientnet": load_extractor("efficientnet")}
     for seed in range(seeds):
         for likelihood in LIKELIHOODS:
             rows = record["results"].setdefault(likelihood, [])
@@ -86,8 +85,8 @@ def one(
         **{key: report[key]["mean"] for key in ("bits_per_dim_post_hoc", "elbo_post_hoc_nats", "rate_nats")},
         "mutual_information_at_most_nats": told["mutual_information_at_most_nats"],
         "marginal_kl_at_least_nats": told["marginal_kl_at_least_nats"],
-        "coverage_90": covered["density"]["coverage"]["90"],
-        "leak_nats": leak["leak_nats"],
+        "coverage_90": covered["density"]["coverage"]["90"]["mean"],
+        "leak_nats": leak["leak_nats"]["mean"],
         "leak_formula_nats": leak["leak_formula_nats"],
         **samples(run.vae, run.data, measures),
     }
@@ -109,27 +108,29 @@ def samples(vae: VAE, data: Splits, measures: dict[str, Extractor]) -> dict[str,
     """Fréchet distances of reconstructions and, with each prior, of samples; the bound that each prior gives."""
     result: dict[str, float | None] = {}
     real = torch.cat([batch.x for batch in data.batches("test", BATCH)])
-    known = {name: measure(real) for name, measure in measures.items()}
+    known = {name: measure.of(real.split(BATCH)) for name, measure in measures.items()}
     again = torch.cat(
         [vae.reconstruct(b.x, noise=keyed_noise(b.positions)) for b in data.batches("test", BATCH, limit=max(SAMPLES.values()))]
     )
     for name, measure in measures.items():
-        result[f"frechet_{name}_reconstructions"] = frechet_distance(measure(again[: SAMPLES[name]]), known[name])
-    for name in PRIORS:
-        prior = (
-            StandardNormal(vae.flat_network.latent_dim)
-            if name == "standard"
-            else build.prior(name, vae.flat_network.latent_dim)
+        result[f"frechet_{name}_reconstructions"] = frechet_distance(
+            known[name], measure.of(again[: SAMPLES[name]].split(BATCH))
         )
-        if name == "standard":
-            vae.flat_network.prior = prior
-        else:
+    for name in PRIORS:
+        prior = build.prior(name, vae.flat_network.latent_dim)
+        if isinstance(prior, FittedPrior):
             vae.fit_prior(data.batches("train", BATCH), prior, data.batches("validation", BATCH))
+        else:
+            vae.flat_network.prior = prior
+        if isinstance(prior, MixturePrior):
+            result["components"] = prior.components
         scores = score(vae, data.batches("test", BATCH))
         result[f"elbo_post_hoc_nats_{name}"] = float((scores.log_likelihood_post_hoc - scores.rate).mean())
         made = drawn(vae, max(SAMPLES.values()))
         for features, measure in measures.items():
-            result[f"frechet_{features}_{name}"] = frechet_distance(measure(made[: SAMPLES[features]]), known[features])
+            result[f"frechet_{features}_{name}"] = frechet_distance(
+                known[features], measure.of(made[: SAMPLES[features]].split(BATCH))
+            )
     return result
 
 

@@ -26,6 +26,7 @@ from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.features import Extractor, load_extractor
 from sigma_vae.evaluation.frechet import frechet_distance
 from sigma_vae.evaluation.information import information
+from sigma_vae.priors import FittedPrior, MixturePrior
 from sigma_vae.vae import VAE, keyed_noise
 
 LIKELIHOODS = (

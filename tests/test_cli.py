@@ -1,6 +1,7 @@
 """The command line: each command on a real run, each mistake with its sentence and exit code."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,11 +84,14 @@ def test_a_users_own_arrays_train(tmp_path):
         assert samples["samples"].shape == (5, 5)
 
 
-def test_evaluate_prints_what_is_stored(digits_run, capsys):
-    assert main(["evaluate", str(digits_run), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((digits_run / "evaluation.json").read_text())
-    assert main(["evaluate", str(digits_run)]) == 0
-    assert "bits_per_dim" in capsys.readouterr().out
+def test_evaluate_prints_what_is_stored(digits_run, tmp_path, capsys):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    assert main(["evaluate", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((run / "evaluation.json").read_text())
+    assert main(["evaluate", str(run)]) == 0
+    printed = capsys.readouterr().out
+    for word in ("bits_per_dim", "marginal_kl_at_least_nats", "90 % interval covers, density"):
+        assert word in printed
 
 
 @pytest.mark.parametrize("show", ["mean", "draw"])

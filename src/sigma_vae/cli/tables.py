@@ -32,16 +32,16 @@ def print_evaluation(report: dict[str, Any]) -> None:
 
 
 def print_comparison(rows: Sequence[dict[str, Any]]) -> None:
-    """A column for each number that any of the runs has, a row for each run."""
+    """A column for each run, a row for each thing that any of them says."""
     from rich.console import Console
     from rich.table import Table
 
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)]
-    table = Table()
-    for name in columns:
-        table.add_column(name, justify="left" if isinstance(rows[0].get(name), str) else "right", overflow="fold")
+    table = Table("")
     for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name in columns))
+        table.add_column(row["run"], justify="right", overflow="fold")
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name != "run" and any(row.get(name) is not None for row in rows):
+            table.add_row(name, *(_cell(row.get(name)) for row in rows))
     Console().print(table)
 
 
@@ -106,14 +106,17 @@ def _calibration(section: dict[str, Any]) -> Iterator[Row]:
 
 
 def _quality(section: dict[str, Any]) -> Iterator[Row]:
+    """Fréchet distances, each with how many images of what it is of; of samples also precision and recall."""
     for features, part in section.items():
-        how = f"{features}, {part['n']} images of {part['split']}" if "n" in part else features
+        how = f"{features}, {part['examples']} of {part['split']}" if "examples" in part else f"{features}, {part['split']}"
         for name in ("samples", "samples_standard_prior"):
             for shown, numbers in part.get(name, {}).items():
                 what = f"{name.replace('_', ' ')}, {shown} ({how})"
                 yield f"Fréchet distance, {what}", f"{numbers['frechet']:.3f}", ""
                 yield f"precision / recall, {what}", f"{numbers['precision']:.3f} / {numbers['recall']:.3f}", ""
-        for name in ("reconstructions", "floor", "clips", "frames"):
+        if "reconstructions" in part:
+            yield f"Fréchet distance, reconstructions ({how})", f"{part['reconstructions']['means']['frechet']:.3f}", ""
+        for name in ("floor", "clips", "frames"):
             if name in part:
                 yield f"Fréchet distance, {name} ({how})", f"{part[name]['frechet']:.3f}", ""
 

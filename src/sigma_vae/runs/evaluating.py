@@ -50,10 +50,10 @@ def evaluate_run(
         ValueError: there is no such run, or a metric does not apply to it.
     """
     run = open_run(out, device)
-    report = evaluation(out, run, settings)
     path = out / ("evaluation.json" if settings.split == "test" else f"evaluation-{settings.split}.json")
     known = read_json(path) if path.exists() else {}
     sections = measured(run.vae, run.data, settings, out)
+    report = evaluation(out, run, settings)
     if known.get("how") == report["how"]:
         kept = {name: known[name] for name in SECTIONS if name in known}
         if "quality" in kept and "quality" in sections:

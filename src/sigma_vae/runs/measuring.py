@@ -10,7 +10,7 @@ from sigma_vae.data import Splits
 from sigma_vae.evaluation.bounds import iwae, oracle
 from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.calibration_page import save_page
-from sigma_vae.evaluation.features import load_clip_extractor, load_extractor
+from sigma_vae.evaluation.features import Extractor, load_clip_extractor, load_extractor
 from sigma_vae.evaluation.information import information
 from sigma_vae.evaluation.quality import quality
 from sigma_vae.evaluation.settings import EvaluationSettings, Metric
@@ -35,9 +35,14 @@ def measured(vae: VAE, data: Splits, settings: EvaluationSettings, out: Path) ->
         ValueError: a metric is asked for that does not apply to the model or to the data.
     """
     metrics = _that_apply(vae) if settings.metrics is None else settings.metrics
-    sections: dict[str, Any] = {metric: MEASURE[metric](vae, data, settings) for metric in metrics}
+    extractors = (
+        _extractors(vae, settings) if "quality" in metrics else {}
+    )  # first: a missing file is found before the long work
+    sections: dict[str, Any] = {metric: MEASURE[metric](vae, data, settings) for metric in metrics if metric != "quality"}
+    if extractors:
+        sections["quality"] = {made.name: _quality(vae, data, settings, made, clips) for made, clips in extractors}
     if "calibration" in sections:
-        save_page(out / "calibration.png", sections["calibration"])
+        save_page(out / "calibration.png", sections["calibration"], data.name)
     if settings.best_of is not None:
         test = data.batches(settings.split, evaluation_batch(data), device=_device(vae))
         sections["predictions"] = predictions(
@@ -75,23 +80,22 @@ def _calibration(vae: VAE, data: Splits, settings: EvaluationSettings) -> dict[s
     return calibration(vae, data.batches(settings.split, evaluation_batch(data), device=_device(vae)), settings.seed)
 
 
-def _quality(vae: VAE, data: Splits, settings: EvaluationSettings) -> dict[str, Any]:
-    """By extractor: of a video, of clips or of single frames."""
-    device = _device(vae)
-    sections: dict[str, Any] = {}
-    for name in settings.features:
-        moving, of_clips = isinstance(vae.network, SequenceNetwork), name.startswith(CLIP_RECIPES)
-        if not moving:
-            sections[name] = quality(vae, data, load_extractor(name, device), settings.samples, settings.seed, settings.split)
-        elif of_clips:
-            clips = load_clip_extractor(name, device)
-            sections[name] = video_quality(vae, data, clips=clips, n=settings.samples, seed=settings.seed, split=settings.split)
-        else:
-            frames = load_extractor(name, device)
-            sections[name] = video_quality(
-                vae, data, frames=frames, n=settings.samples, seed=settings.seed, split=settings.split
-            )
-    return sections
+def _extractors(vae: VAE, settings: EvaluationSettings) -> list[tuple[Extractor, bool]]:
+    """What is asked for, and whether it looks at whole clips."""
+    moving = isinstance(vae.network, SequenceNetwork)
+    of_clips = [moving and name.startswith(CLIP_RECIPES) for name in settings.features]
+    return [
+        ((load_clip_extractor if clips else load_extractor)(name, _device(vae)), clips)
+        for name, clips in zip(settings.features, of_clips, strict=True)
+    ]
+
+
+def _quality(vae: VAE, data: Splits, settings: EvaluationSettings, extractor: Extractor, of_clips: bool) -> dict[str, Any]:
+    """Of images, of clips, or of the frames of clips."""
+    if not isinstance(vae.network, SequenceNetwork):
+        return quality(vae, data, extractor, settings.samples, settings.seed, settings.split)
+    clips, frames = (extractor, None) if of_clips else (None, extractor)
+    return video_quality(vae, data, clips=clips, frames=frames, n=settings.samples, seed=settings.seed, split=settings.split)
 
 
 MEASURE: dict[Metric, Callable[[VAE, Splits, EvaluationSettings], dict[str, Any]]] = {
@@ -99,7 +103,6 @@ MEASURE: dict[Metric, Callable[[VAE, Splits, EvaluationSettings], dict[str, Any]
     "oracle": _oracle,
     "information": _information,
     "calibration": _calibration,
-    "quality": _quality,
 }
 
 

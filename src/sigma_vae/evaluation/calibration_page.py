@@ -30,7 +30,8 @@ AXIS_STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#009E73", "marker": "s", "linestyle": ":"},
 )
 BAND: dict[str, Any] = {"color": "0.75", "alpha": 0.6, "linewidth": 0}
-TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+TICKS = ((1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0,))
+"""Of each decade, on axes of one, two or more of them."""
 DEVIATIONS = 2.58
 """Half the width of bands: 99 % of what a calibrated model with independent values would show."""
 
@@ -119,8 +120,9 @@ def _error(axes: "Axes", sigma: dict[str, Any] | None) -> None:
         low, high = min(every) / 1.3, max(every) * 1.3
         axes.plot([low, high], [low, high], color="0.4", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        ticks = TICKS[min(int(math.log10(high / low)), 2)]
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(LogLocator(subs=TICKS))
+            axis.set_major_locator(LogLocator(subs=ticks))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_locator(NullLocator())
     correlation = sigma["correlation_of_logs"]

@@ -24,7 +24,7 @@ __all__ = ["Measure", "iwae", "oracle"]
 Measure = Literal["iwae_nats", "iwae_post_hoc_nats", "iwae_bits_per_dim", "iwae_bits_per_dim_post_hoc"]
 """What the likelihood observes, with its own σ and with the refitted one; the masses of the levels, likewise."""
 
-FEATURES = 2**21
+FEATURES = 2**20
 """Decoded together, where one draw of the batch has fewer."""
 
 

@@ -62,7 +62,7 @@ class ScaleRow:
 
 DF = 4.0
 STUDENT_T = SimpleNamespace(
-    **{name: partial(getattr(stats.t, name), df=DF) for name in ("logpdf", "cdf", "logcdf", "entropy")},
+    **{name: partial(getattr(stats.t, name), df=DF) for name in ("logpdf", "cdf", "logcdf", "entropy", "var")},
 )
 
 
@@ -77,7 +77,7 @@ def laplace_log_cdf(z: np.ndarray) -> np.ndarray:
 
 
 LAPLACE = SimpleNamespace(
-    logpdf=stats.laplace.logpdf, cdf=stats.laplace.cdf, entropy=stats.laplace.entropy, logcdf=laplace_log_cdf
+    **{name: getattr(stats.laplace, name) for name in ("logpdf", "cdf", "entropy", "var")}, logcdf=laplace_log_cdf
 )
 
 FAMILIES = (
@@ -192,6 +192,16 @@ def log_mass(law: Any, x: np.ndarray, loc: np.ndarray, log_scale: np.ndarray, le
     lower, upper = np.where(mirrored, -upper, lower), np.where(mirrored, -lower, upper)
     far, near = law.logcdf(lower), law.logcdf(upper)
     return near + np.log1p(-np.exp(far - near))
+
+
+def cdfs(law: Any, x: np.ndarray, loc: np.ndarray, log_scale: np.ndarray, levels: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """scipy's elementwise F(x−) and F(x), of the density or of the levels' bins."""
+    scale = np.exp(log_scale)
+    if levels is None:
+        return law.cdf((x - loc) / scale), law.cdf((x - loc) / scale)
+    level, top = np.round(x * (levels - 1)), levels - 1
+    lower, upper = (((level + side) / top - loc) / scale for side in (-0.5, 0.5))
+    return law.cdf(np.where(level == 0, -np.inf, lower)), law.cdf(np.where(level == top, np.inf, upper))
 
 
 def minimum(loss: Callable[[float], float], low: float = -8.0, high: float = 4.0) -> float:

@@ -290,7 +290,8 @@ def test_without_its_packages_the_command_says_what_to_install():
 import importlib.abc, sys, time
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        others = {"tyro", "pydantic", "yaml", "pytorch_lightning", "PIL", "pandas", "safetensors", "rich", "sklearn", "scipy"}
+        others = {"tyro", "pydantic", "yaml", "pytorch_lightning", "PIL", "pandas", "safetensors", "rich"}
+        others |= {"sklearn", "scipy", "zuko"}
         if name.split(".")[0] in others:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocked())

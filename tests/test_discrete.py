@@ -163,6 +163,168 @@ def test_log_mass_sums_over_the_event(family: Family, kind: str) -> None:
         np.testing.assert_allclose(p.log_prob(torch.stack([x, x])).numpy(), [truth, truth], rtol=1e-9)
 
 
+# -- distribution functions ------------------------------------------------------------------------------------------------------
+
+
+def marginal_masses(family: Family, h: np.ndarray) -> np.ndarray:
+    """Masses (pixels, channels, levels) of each channel by itself."""
+    return np.exp(family.log_masses(h, family.channels, family.levels))
+
+
+@each
+def test_level_cdf_adds_up_the_references_masses(family: Family) -> None:
+    likelihood = family.make(family.channels, spatial_dims=0, levels=family.levels)
+    h = features(likelihood, (6,))
+    h[0, : family.channels] = torch.tensor([1e-7, -0.49])[: family.channels]
+    upto = marginal_masses(family, h.numpy()).cumsum(-1)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        found = []
+        for k in range(family.levels):
+            x = torch.full((6, family.channels), k / (family.levels - 1), dtype=dtype)
+            found.append(torch.stack(likelihood.element_cdf(h.to(dtype), x, "level"), -1))
+        ours = torch.stack(found, -2).double().numpy()
+        np.testing.assert_allclose(ours[..., 1], upto, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(ours[..., 1:, 0], upto[..., :-1], rtol=0, atol=tolerance)
+        assert (ours[..., 0, 0] == 0).all()
+        assert (ours[..., -1, 1] == 1).all()
+        assert (np.diff(ours[..., 1]) >= 0).all()
+        mass = [
+            family.make(1, spatial_dims=0, levels=family.levels).log_mass(
+                h.reshape(6 * family.channels, -1).to(dtype),
+                torch.full((6 * family.channels, 1), k / (family.levels - 1), dtype=dtype),
+            )
+            for k in range(family.levels)
+        ]
+        mass = torch.stack(mass, -1).exp().double().reshape(6, family.channels, family.levels).numpy()
+        np.testing.assert_allclose(ours[..., 1] - ours[..., 0], mass, rtol=0, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@each
+def test_cdfs_have_the_shape_of_the_data(family: Family, kind: str) -> None:
+    batch, event = SHAPES[kind]
+    likelihood = family.make(event[0], spatial_dims=len(event) - 1, levels=family.levels)
+    h, x = features(likelihood, batch, event[1:]), levels_of(family, (*batch, *event))
+    both = torch.stack(likelihood.element_cdf(h, x, "level"))
+    assert both.shape == (2, *x.shape)
+    # Each place is by itself: its features alone give the same.
+    flat = likelihood.element_cdf if not event[1:] else family.make(event[0], spatial_dims=0, levels=family.levels).element_cdf
+    axis = len(batch)
+    rows = torch.stack(
+        flat(h.movedim(axis, -1).reshape(-1, likelihood.in_channels), x.movedim(axis, -1).reshape(-1, event[0]), "level")
+    )
+    torch.testing.assert_close(both.movedim(axis + 1, -1).reshape(2, -1, event[0]), rows, rtol=1e-12, atol=1e-12)
+    assert torch.equal(both, torch.stack(likelihood.element_cdf(h, x, "level", post_hoc=True)))
+
+
+def test_the_mixtures_channels_are_given_those_before() -> None:
+    levels = 7
+    likelihood = LogisticMixture(3, components=4, spatial_dims=0, levels=levels)
+    colours = torch.cartesian_prod(*[torch.arange(levels, dtype=torch.float64) / (levels - 1)] * 3)
+    for pixel in features(likelihood, (3,)):
+        masses = colour_masses(pixel.numpy(), levels)
+        red, green = masses.sum((1, 2)), masses.sum(2)
+        given = [
+            np.broadcast_to(red[:, None, None], masses.shape),
+            np.broadcast_to((green / red[:, None])[:, :, None], masses.shape),
+            masses / green[:, :, None],
+        ]
+        below, upto = likelihood.element_cdf(pixel.expand(len(colours), -1), colours, "level")
+        for c, mass in enumerate(given):
+            total = mass.cumsum(c)
+            np.testing.assert_allclose(upto[:, c].numpy(), total.ravel(), rtol=1e-9)
+            np.testing.assert_allclose(below[:, c].numpy(), (total - mass).ravel(), rtol=1e-9, atol=1e-12)
+
+
+def test_two_channels_of_a_mixture_are_given_the_first_though_they_share_but_the_component() -> None:
+    likelihood = LogisticMixture(2, components=3, spatial_dims=0, levels=17)
+    pairs = torch.cartesian_prod(*[torch.arange(17, dtype=torch.float64) / 16] * 2)
+    (h,) = features(likelihood, (1,)).numpy()
+    weights, (means, log_scales) = special.softmax(h[:3]), h[3:].reshape(2, 2, 3)
+    bins = logistic_bins(means, np.exp(log_scales), 17)
+    joint = np.einsum("k,ka,kb->ab", weights, *bins)
+    _, upto = likelihood.element_cdf(torch.from_numpy(h).expand(len(pairs), -1), pairs, "level")
+    np.testing.assert_allclose(upto[:, 0].numpy(), np.repeat(joint.sum(1).cumsum(), 17), rtol=1e-9)
+    np.testing.assert_allclose(upto[:, 1].numpy(), (joint / joint.sum(1, keepdims=True)).cumsum(1).ravel(), rtol=1e-9)
+
+
+def test_many_rows_give_the_cdfs_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mixture and the categorical work part by part."""
+    monkeypatch.setattr("sigma_vae.likelihoods.chunks.CPU_FEATURES", 64)
+    for likelihood in (LogisticMixture(3, components=2, spatial_dims=1, levels=17), Categorical(2, spatial_dims=1, levels=17)):
+        h = features(likelihood, (9,), (5,))
+        x = torch.randint(0, 17, (9, likelihood.channels, 5)).double() / 16
+        together = likelihood.element_cdf(h, x, "level")
+        for i in range(9):
+            for ours, one in zip(together, likelihood.element_cdf(h[i : i + 1], x[i : i + 1], "level"), strict=True):
+                torch.testing.assert_close(ours[i : i + 1], one, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("logit", [-1e4, -30, -0.5, -0.4999, -1e-3, -1e-9, 0, 1e-5, 0.3, 2, 30, 1e4])
+def test_the_continuous_bernoulli_distribution_function_and_variance(logit: float) -> None:
+    points = [0.0, 1e-5, 0.3, 0.5, 0.999, 1.0]
+    with mpmath.workdps(60):
+        t = mpmath.mpf(logit)
+        cdf = [float(mpmath.expm1(t * mpmath.mpf(x)) / mpmath.expm1(t) if t else mpmath.mpf(x)) for x in points]
+        variance = float(1 / t**2 - 1 / (4 * mpmath.sinh(t / 2) ** 2) if t else mpmath.mpf(1) / 12)
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 5e-6)):
+        x = torch.tensor(points, dtype=dtype)[:, None]
+        p = ContinuousBernoulli(1, spatial_dims=0)(torch.full_like(x, logit))
+        below, upto = p.element_cdf(x)
+        assert torch.equal(below, upto)
+        np.testing.assert_allclose(upto[:, 0].double().numpy(), cdf, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(p.moments()[1][:, 0].double().numpy(), variance, rtol=100 * tolerance)
+
+
+@each
+def test_the_distribution_function_of_draws_is_uniform(family: Family) -> None:
+    density = family.name.startswith("continuous")
+    likelihood = family.make(3, spatial_dims=0, levels=family.levels)
+    torch.manual_seed(5)
+    h = features(likelihood, (7000,))
+    x = likelihood(h).sample(generator=torch.Generator().manual_seed(6))
+    values = []
+    for draws in (x, 1 - x):
+        below, upto = likelihood.element_cdf(h, draws, "density" if density else "level")
+        values.append(below + torch.rand(below.shape, dtype=below.dtype) * (upto - below))
+    own, mirrored = values
+    assert stats.kstest(own.flatten().numpy(), "uniform").pvalue > 1e-2
+    assert stats.kstest(mirrored.flatten().numpy(), "uniform").pvalue < 1e-4
+    correlations = np.corrcoef(
+        stats.norm.ppf(own.clamp(1e-9, 1 - 1e-9).numpy().T)
+    )  # channels, given those before, are independent
+    assert np.abs(correlations - np.eye(3)).max() < 4 / np.sqrt(len(own))
+
+
+@each
+def test_moments_are_the_brute_force_sums(family: Family) -> None:
+    likelihood = family.make(family.channels, spatial_dims=0, levels=family.levels)
+    h = features(likelihood, (6,))
+    moments = likelihood(h).moments()
+    if family.log_masses is mixture:
+        assert moments is None
+        return
+    if family.log_masses is continuous_bernoulli:
+        return  # above, of the density
+    masses, grid = marginal_masses(family, h.numpy()), np.arange(family.levels) / (family.levels - 1)
+    mean = (masses * grid).sum(-1)
+    np.testing.assert_allclose(moments[0].numpy(), mean, rtol=1e-9)
+    np.testing.assert_allclose(moments[1].numpy(), (masses * grid**2).sum(-1) - mean**2, rtol=1e-8)
+    torch.testing.assert_close(moments[0], likelihood(h).mean)
+
+
+def test_what_has_no_distribution_function_says_so() -> None:
+    h, x = torch.zeros(2, 1), torch.full((2, 1), 0.5)
+    with pytest.raises(ValueError, match="objective, not a likelihood"):
+        Bernoulli(1, spatial_dims=0).element_cdf(h, torch.ones(2, 1), "level")
+    with pytest.raises(ValueError, match="has no density"):
+        Categorical(1, spatial_dims=0, levels=3).element_cdf(torch.zeros(2, 3), x, "density")
+    with pytest.raises(ValueError, match="real-valued data"):
+        ContinuousBernoulli(1, spatial_dims=0, levels=None).element_cdf(h, x, "level")
+    with pytest.raises(ValueError, match="off"):
+        Bernoulli(1, spatial_dims=0, levels=2).element_cdf(h, x, "level")
+
+
 def test_the_mixtures_colours_are_the_references_and_sum_to_one() -> None:
     levels = 17
     likelihood = LogisticMixture(3, components=4, spatial_dims=0, levels=levels)

@@ -152,6 +152,16 @@ def test_of_many_examples_evenly_spaced_ones_are_taken(monkeypatch: pytest.Monke
     assert report["active_units"] == whole["active_units"]
 
 
+def test_of_many_training_examples_a_part_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evenly spaced: of sorted data some of all sorts."""
+    vae, x = encoder_vae(GAINS["few nats"], DEVIATION), gaussian_data(250)
+    part = information(vae, batches_of(x), batches_of(x[torch.arange(100) * 5 // 2]))
+    monkeypatch.setattr(module, "MOST_TRAINING_CODES", 100)
+    for share in ({}, {"size": 7}, {"size": 99}):
+        report = information(vae, batches_of(x), batches_of(x, **share))
+        assert report["marginal_kl_held_out_nats"] == pytest.approx(part["marginal_kl_held_out_nats"], rel=1e-9)
+
+
 @pytest.mark.parametrize(("variance", "active"), [(0.0099, 0), (0.0101, 1)])
 def test_a_unit_is_active_where_its_mean_varies_by_a_hundredth(variance: float, active: int) -> None:
     gain = np.zeros((2, DIM))

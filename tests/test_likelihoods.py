@@ -7,7 +7,20 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from cases import CASES, FAMILIES, FLOOR, NAMES, OPTIMAL_CASES, SHAPES, Case, Family, features_and_data, log_density, log_mass
+from cases import (
+    CASES,
+    FAMILIES,
+    FLOOR,
+    NAMES,
+    OPTIMAL_CASES,
+    SHAPES,
+    Case,
+    Family,
+    cdfs,
+    features_and_data,
+    log_density,
+    log_mass,
+)
 from cases import soft_clip as two_sided_clip
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -119,6 +132,78 @@ def test_density_integrates_to_one(family: Family) -> None:
 
     total = sum(integrate.quad(density, *bounds)[0] for bounds in ((-np.inf, 0.4), (0.4, np.inf)))
     assert total == pytest.approx(1, abs=1e-7)
+
+
+# -- distribution functions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("observes", ["density", "level"])
+@pytest.mark.parametrize("post_hoc", [False, True])
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("case", CASES[::2], **NAMES)
+def test_element_cdf_is_scipys(case: Case, kind: str, post_hoc: bool, observes: str) -> None:
+    """Of either measure, whatever the likelihood was trained on."""
+    batch, event = SHAPES[kind]
+    dims = len(event) - 1
+    h, x = features_and_data(case, batch, event, noise=0.3)
+    loc, raw = split(case, h, event[0], dims)
+    stored = case.stored(event)[observes]
+    log_scale = case.base(raw, dims) + stored if post_hoc else case.log_scale(raw, dims, stored)
+    truth = cdfs(case.family.law, x.numpy(), loc, log_scale, 256 if observes == "level" else None)
+    below, upto = case.settled(event).element_cdf(h, x, observes, post_hoc=post_hoc)
+    assert below.shape == upto.shape == x.shape
+    close(below, truth[0])
+    close(upto, truth[1])
+    assert torch.equal(below, upto) == (observes == "density")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("family", FAMILIES, **NAMES)
+def test_levels_add_up_to_their_distribution_function(family: Family, levels: int, dtype: torch.dtype) -> None:
+    x, tolerance = (torch.arange(levels, dtype=dtype) / (levels - 1))[:, None], 1e-5 if dtype == torch.float32 else 1e-12
+    for loc, sigma in itertools.product((-0.3, 0.5 / 255, 0.77, 1.3), (1e-3, 0.03, 0.5, 10.0)):
+        p = family.likelihood(1, Fixed(sigma), spatial_dims=0, levels=levels, observes="level")(torch.full_like(x, loc))
+        below, upto = p.element_cdf(x)
+        assert below[0] == 0
+        assert upto[-1] == 1
+        assert torch.equal(below[1:], upto[:-1]) or (below[1:] - upto[:-1]).abs().max() < (
+            1e-5 if dtype.itemsize == 4 else 1e-12
+        )
+        assert (upto.diff(dim=0) >= 0).all()
+        mass = p.element_log_prob(x).exp()
+        torch.testing.assert_close(upto - below, mass, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("observes", ["density", "level"])
+@pytest.mark.parametrize("family", FAMILIES, **NAMES)
+def test_the_distribution_function_of_draws_is_uniform(family: Family, observes: str) -> None:
+    torch.manual_seed(2)
+    h = torch.rand(20_000, 1, dtype=torch.float64)
+    p, narrow = (family.likelihood(1, Fixed(s), spatial_dims=0, levels=17, observes=observes)(h) for s in (0.2, 0.18))
+    draws = p.sample()
+    values = []
+    for distribution in (p, narrow):
+        below, upto = distribution.element_cdf(draws)
+        values.append((below + torch.rand_like(below) * (upto - below)).flatten().numpy())
+    assert stats.kstest(values[0], "uniform").pvalue > 1e-2
+    assert stats.kstest(values[1], "uniform").pvalue < 1e-2  # what it says of a σ that is 10 % off
+
+
+@pytest.mark.parametrize("family", FAMILIES, **NAMES)
+def test_residual_variance_is_scipys(family: Family) -> None:
+    p = family.likelihood(2, Fixed(0.2), spatial_dims=0)(torch.zeros(3, 2, dtype=torch.float64))
+    assert float(p.residual_variance) == pytest.approx(0.04 * family.law.var(), rel=1e-12)
+
+
+def test_a_heavy_tail_has_no_variance() -> None:
+    h = torch.zeros(1, 1)
+    assert StudentT(1, Fixed(0.2), df=2, spatial_dims=0)(h).residual_variance == math.inf
+    predicted = StudentT(1, Fixed(1.0), df="predicted", spatial_dims=0)
+    variance = predicted(torch.tensor([[0.0, -3.0], [0.0, 3.0]], dtype=torch.float64)).residual_variance
+    assert variance[0] == math.inf
+    df = 4 * math.exp(3)  # far from the ends of its range
+    assert float(variance[1]) == pytest.approx(df / (df - 2), rel=1e-2)
 
 
 # -- draws and moments -----------------------------------------------------------------------------------------------------

@@ -454,7 +454,19 @@ def test_users_modules_of_the_wrong_size_are_refused() -> None:
 
 # -- the torch-only face ---------------------------------------------------------------------------------------------------
 
-HEAVY = ("pytorch_lightning", "pydantic", "yaml", "PIL", "pandas", "sklearn", "tyro", "safetensors", "rich", "matplotlib")
+HEAVY = (
+    "pytorch_lightning",
+    "pydantic",
+    "yaml",
+    "PIL",
+    "pandas",
+    "sklearn",
+    "tyro",
+    "safetensors",
+    "rich",
+    "matplotlib",
+    "zuko",
+)
 
 
 def test_import_needs_torch_and_numpy_alone() -> None:

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 from sigma_vae import VAE, Gaussian, build, mlp, runs
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from sigma_vae.configfile import read as read_config
 from sigma_vae.data import Scaling, Splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.pictures import save_clips
@@ -109,7 +111,7 @@ def test_a_run_on_clips_goes_on_where_it_stopped(moving, tmp_path) -> None:
     shutil.copytree(moving, again)
     assert main(["resume", str(again), "--epochs", "3", "--json"]) == 0
     once = tmp_path / "once"
-    config = runs.read(moving / "config.yaml", RunConfig)
+    config = read_config(moving / "config.yaml", RunConfig)
     training = TrainingConfig(epochs=3, batch_size=8, log_every=1, ema_decay=0.9)
     runs.train(RunConfig(config.data, config.model, training, config.seed, config.device), once, progress=False)
     assert (again / "evaluation.json").read_bytes() == (once / "evaluation.json").read_bytes()
@@ -288,10 +290,26 @@ def test_the_best_sample_is_the_one_with_the_highest_ssim(moving) -> None:
         assert report[name]["mean"] == pytest.approx(best[..., i].mean(), rel=1e-5)
         assert report[name]["standard_error"] == pytest.approx(best[..., i].mean(1).std(ddof=1) / math.sqrt(10), rel=1e-3)
         assert report[f"{name}_average_sample"]["mean"] == pytest.approx(table[..., i].mean(), rel=1e-5)
+        errors = best[..., i].std(0, ddof=1) / math.sqrt(10)
+        np.testing.assert_allclose(report[f"{name}_per_frame_standard_error"], errors, rtol=1e-3)
+        low, high = stats.norm.interval(0.95, best[..., i].mean(0), errors)
+        np.testing.assert_allclose(report[f"{name}_per_frame_interval_95"], np.stack([low, high], 1), rtol=1e-4)
+        each = best[..., i].mean(1)
+        whole = stats.norm.interval(0.95, each.mean(), each.std(ddof=1) / math.sqrt(10))
+        assert report[name]["interval_95"] == pytest.approx(whole, rel=1e-4)
+    assert report["clips"] == 10
     assert report["ssim"]["mean"] > report["ssim_average_sample"]["mean"]
     other = predictions(run.vae, run.data.batches("test", 4), samples, seed=5, batch_statistics=True)
     assert other["batch_statistics"]
     assert other["ssim"] != report["ssim"]
+
+
+def test_one_clip_has_no_interval(moving) -> None:
+    run = runs.open_run(moving, "cpu")
+    report = predictions(run.vae, run.data.batches("test", 4, limit=1), 2)
+    assert report["psnr_db"]["interval_95"] == [None, None]
+    assert report["ssim_per_frame_interval_95"] == [[None, None]] * (TEST_LENGTH - PAST)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
 def test_evaluate_reports_the_best_of_many(moving, capsys) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import tyro
 
+from sigma_vae.cli.calibrate import calibrate
+from sigma_vae.cli.compare import compare
 from sigma_vae.cli.explain import explain
 from sigma_vae.cli.inspect import inspect
 from sigma_vae.cli.outputs import encode, reconstruct, sample, score
@@ -28,7 +30,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "resume": resume,
     "replay": replay,
     "evaluate": evaluate,
+    "compare": compare,
     "fit-prior": fit_prior,
+    "calibrate": calibrate,
     "sample": sample,
     "reconstruct": reconstruct,
     "predict": predict,

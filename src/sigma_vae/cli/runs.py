@@ -7,8 +7,10 @@ from typing import Annotated, Any
 import tyro
 
 from sigma_vae import runs
+from sigma_vae.cli.tables import print_evaluation
 from sigma_vae.config import RunConfig
 from sigma_vae.configfile import read
+from sigma_vae.evaluation.settings import EvaluationSettings
 
 __all__ = ["evaluate", "replay", "resume", "train"]
 
@@ -52,53 +54,23 @@ def resume(run: tyro.conf.Positional[str], *, epochs: int | None = None, json: b
     _print_evaluation(runs.resume(Path(run), epochs=epochs, progress=not json), json)
 
 
-def evaluate(
-    run: tyro.conf.Positional[str],
-    *,
-    device: str = "auto",
-    seed: int = 0,
-    best_of: int | None = None,
-    batch_statistics: bool = False,
-    json: bool = False,
-) -> None:
-    """Bounds of a finished run on its test split, in nats and bits per dimension, with standard errors.
+def evaluate(run: tyro.conf.Positional[str], settings: EvaluationSettings, *, device: str = "auto", json: bool = False) -> None:
+    """Bounds of a finished run on held-out data, in nats and bits per dimension, and whatever else is asked for.
 
     Args:
         run: Folder of the run.
+        settings: What is measured.
         device: auto, cpu, cuda, cuda:1.
-        seed: Of the posterior's noise, which belongs to each example: no number depends on the batch size.
-        best_of: Of a video, also the PSNR and SSIM of the best of so many predictions of each clip (SVG: 100).
-        batch_statistics: Make these predictions with the batch's statistics in batch norm, as SVG's own evaluation does.
         json: Print JSON alone.
     """
-    report = runs.evaluate_run(Path(run), device=device, seed=seed, best_of=best_of, batch_statistics=batch_statistics)
-    _print_evaluation(report, json)
+    _print_evaluation(runs.evaluate_run(Path(run), settings, device=device), json)
 
 
 def _print_evaluation(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json_module.dumps(report, ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{report['data']} · {report['network']} · {report['likelihood']} · {report['examples']} test examples")
-    table.add_column("")
-    table.add_column("mean", justify="right")
-    table.add_column("± s.e.", justify="right")
-    for name, value in (report | report.get("predictions", {})).items():
-        if isinstance(value, dict) and "mean" in value:
-            error = value["standard_error"]
-            table.add_row(name, f"{value['mean']:.4f}", "" if error is None else f"{error:.4f}")
-        elif name.startswith(("sigma", "factor")):
-            table.add_row(name, f"{value:.5f}", "")
-    if "kl_per_layer_nats" in report:
-        table.add_row("kl_per_layer_nats", " ".join(f"{nats:.2f}" for nats in report["kl_per_layer_nats"]), "")
-    if "active_units" in report:
-        table.add_row("active_units", f"{report['active_units']} of {report['latent_dim']}", "")
-    if report.get("entropy_identity"):
-        table.add_row("entropy gap, nats/dim", f"{report['entropy_identity']['gap_nats_per_dim']:.4f}", "")
-    Console().print(table)
+    else:
+        print_evaluation(report)
 
 
 def _say(text: str, quiet: bool) -> None:

@@ -11,16 +11,36 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["drawable", "pairs", "save_clips", "save_grid"]
+__all__ = ["drawable", "in_unit_range", "pairs", "save_clips", "save_grid"]
 
 WIDTH = 500
 MILLISECONDS = 250
 """For which a GIF shows each frame."""
+ROUNDING = 1e-6
 
 
 def drawable(shape: tuple[int, ...]) -> bool:
     """Whether examples ``(C, H, W)`` can be shown: grey or red, green and blue."""
     return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def in_unit_range(x: Tensor) -> Tensor:
+    """The same values, seen to be in [0, 1] but for rounding.
+
+    Raises:
+        ValueError: they are not.
+
+    >>> in_unit_range(torch.tensor([0.0, 255.0]))
+    Traceback (most recent call last):
+    ...
+    ValueError: images are looked at with values in [0, 1], got values from 0 to 255; rescale the data
+    """
+    low, high = float(x.min()), float(x.max())
+    if not (-ROUNDING <= low and high <= 1 + ROUNDING):
+        raise ValueError(
+            f"images are looked at with values in [0, 1], got values from {low:.3g} to {high:.3g}; rescale the data"
+        )
+    return x
 
 
 def pairs(originals: Tensor, reconstructions: Tensor, columns: int) -> Tensor:

@@ -1,6 +1,7 @@
 """How near predictions come to what happened: PSNR and SSIM of the best of many samples."""
 
 import math
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch.nn import functional
 from sigma_vae.data import Batches
 from sigma_vae.vae import VAE, keyed_noise
 
-__all__ = ["predictions", "psnr", "ssim"]
+__all__ = ["mean_over_clips", "predictions", "psnr", "ssim"]
 
 WINDOW = 7
 K1, K2 = 0.01, 0.03
 LEAST_MSE = 1e-10
+NORMAL_95 = NormalDist().inv_cdf(0.975)
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -68,6 +70,19 @@ def ssim(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
     return (above / below).mean((-3, -2, -1))
 
 
+def mean_over_clips(values: Tensor) -> dict[str, Any]:
+    r"""Mean m, its standard error s over clips ``(clips,)``, and the normal 95 % interval :math:`m \pm 1.96 s`.
+
+    >>> [round(end, 3) for end in mean_over_clips(torch.tensor([1.0, 3.0]))["interval_95"]]
+    [0.04, 3.96]
+    """
+    mean, n = float(values.mean()), len(values)
+    if n < 2:
+        return {"mean": mean, "standard_error": None, "interval_95": [None, None]}
+    error = float(values.std()) / math.sqrt(n)
+    return {"mean": mean, "standard_error": error, "interval_95": [mean - NORMAL_95 * error, mean + NORMAL_95 * error]}
+
+
 @torch.no_grad()
 def predictions(
     vae: VAE,
@@ -94,8 +109,10 @@ def predictions(
         batch_statistics: batch norm as in the published evaluation; numbers then do depend on the batch.
 
     Returns:
-        ``psnr_db`` and ``ssim`` of the best samples (mean over time and clips, with the standard error over clips), the same for
-        the average sample, ``..._per_frame``, and how they were made.
+        ``psnr_db`` and ``ssim`` of the best samples: the mean over time and clips with its standard error over clips and
+        ``interval_95``, the normal 95 % interval of the mean (ends None for a single clip); the same for the average sample; the best
+        samples' means frame by frame, ``..._per_frame``, with ``..._per_frame_standard_error`` and ``..._per_frame_interval_95``;
+        and how they were made.
 
     Raises:
         ValueError: the network predicts no frames, the clips are too short, or there is no sample to choose from.
@@ -129,14 +146,15 @@ def predictions(
     chosen = values[:, torch.arange(len(best)), best]
     return {
         "samples": samples,
+        "clips": len(best),
         "frames": length - past,
         "context_frames": past,
         "ssim_range": ssim_range,
         "batch_statistics": batch_statistics,
         **_both("", chosen.mean(-1)),
         **_both("_average_sample", values.mean((-2, -1))),
-        "psnr_db_per_frame": chosen[0].mean(0).tolist(),
-        "ssim_per_frame": chosen[1].mean(0).tolist(),
+        **_per_frame("psnr_db", chosen[0]),
+        **_per_frame("ssim", chosen[1]),
     }
 
 
@@ -147,10 +165,15 @@ def _windows(x: Tensor) -> Tensor:
 
 
 def _both(name: str, values: Tensor) -> dict[str, Any]:
-    """Mean over clips ``(2, clips)``, and its standard error."""
-    n = values.shape[1]
-    errors = (values.std(1) / math.sqrt(n)).tolist() if n > 1 else [None, None]
+    """Of values ``(2, clips)``."""
+    return {f"{kind}{name}": mean_over_clips(value) for kind, value in zip(("psnr_db", "ssim"), values, strict=True)}
+
+
+def _per_frame(kind: str, values: Tensor) -> dict[str, Any]:
+    """Of values ``(clips, frames)``, frame by frame."""
+    frames = [mean_over_clips(value) for value in values.unbind(1)]
     return {
-        f"{kind}{name}": {"mean": float(value.mean()), "standard_error": error}
-        for kind, value, error in zip(("psnr_db", "ssim"), values, errors, strict=True)
+        f"{kind}_per_frame": [frame["mean"] for frame in frames],
+        f"{kind}_per_frame_standard_error": [frame["standard_error"] for frame in frames],
+        f"{kind}_per_frame_interval_95": [frame["interval_95"] for frame in frames],
     }

@@ -108,16 +108,37 @@ class LocationScale(Likelihood):
         Raises:
             ValueError: the data have no levels, x is off them, or no σ is known yet.
         """
-        if self.levels is None:
+        distribution, x = self._given(h, x, "level", post_hoc)
+        log_prob: Tensor = distribution.log_prob(x)
+        return log_prob
+
+    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
+        """F(x−) and F(x) of each value, of the data's shape: of the density (both the same), or of the levels' masses.
+
+        Raises:
+            ValueError: levels are asked for and the data have none, x is off them, or no σ is known yet.
+
+        >>> from sigma_vae import Fixed, Gaussian
+        >>> likelihood = Gaussian(1, Fixed(0.5), spatial_dims=0, levels=3)
+        >>> likelihood.element_cdf(torch.full((1, 1), 0.5), torch.full((1, 1), 0.5), "level")  # Φ(∓½)
+        (tensor([[0.3085]]), tensor([[0.6915]]))
+        """
+        distribution, x = self._given(h, x, observes, post_hoc)
+        return distribution.element_cdf(x)
+
+    def _given(self, h: Tensor, x: Tensor, observes: Observes, post_hoc: bool) -> tuple[Continuous | Discretized, Tensor]:
+        """The distribution of what is observed, in eval mode or after the fact, and x as it reads it."""
+        if observes == "level" and self.levels is None:
             raise ValueError(
                 f"{self} models real-valued data (levels=None), which have a density but no probability of a level;"
                 " report `forward(h).log_prob(x)`, or say how many levels the data have"
             )
         law, loc, raw = self._split(h)
         observed = self._observed(law, loc, x)
-        self._check_levels(observed.x)
-        log_scale = self.scale.refitted(raw, "level") if post_hoc else self.scale(raw, "level", None)
-        return self._distribution(law, loc, log_scale, "level").log_prob(observed.x)
+        if observes == "level":
+            self._check_levels(observed.x)
+        log_scale = self.scale.refitted(raw, observes) if post_hoc else self.scale(raw, observes, None)
+        return self._distribution(law, loc, log_scale, observes), observed.x
 
     def post_hoc(self, h: Tensor) -> Continuous | Discretized:
         """p(x|h) with the σ that :meth:`calibrate` solved, whatever the scale: what makes runs of different σ comparable."""

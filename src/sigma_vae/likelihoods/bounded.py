@@ -74,6 +74,25 @@ class Bernoulli(_UnitInterval):
             )
         return self.row_log_prob(h, x)
 
+    def row_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of binary data."""
+        return self.row_level_cdf(h, x)
+
+    def row_level_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Up to a zero there is its probability, up to a one everything."""
+        if not self.normalised:
+            raise ValueError(
+                f"{self} is an objective, not a likelihood, of data with {self.levels} levels: it has no distribution function; build"
+                " it with levels=2 for binary data, or take ContinuousBernoulli"
+            )
+        one, zero = x > 0.5, torch.sigmoid(-h)
+        return torch.where(one, zero, 0), torch.where(one, 1, zero)
+
+    def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a coin: p and p(1 − p)."""
+        p = torch.sigmoid(h)
+        return p, p * torch.sigmoid(-h)
+
     def row_mean(self, h: Tensor) -> Tensor:
         """The probability of a one."""
         return torch.sigmoid(h)
@@ -131,6 +150,22 @@ class ContinuousBernoulli(_UnitInterval):
         log_integral = torch.log(width) + _log_normaliser(rate * width)
         return (log_integral - rate * start - _log_normaliser(rate)).sum((1, 2))
 
+    def row_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the density."""
+        cdf = _cdf(x, h)
+        return cdf, cdf
+
+    def row_level_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the density, at both edges of the bins."""
+        assert self.levels is not None
+        top = self.levels - 1
+        level = torch.round(x * top)
+        return _cdf((level - 0.5).clamp_min(0) / top, h), _cdf((level + 0.5).clamp_max(top) / top, h)
+
+    def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the density."""
+        return self.row_mean(h), _variance(_falling(h))
+
     def row_mean(self, h: Tensor) -> Tensor:
         """Of the density."""
         mean = _falling_mean(h.abs())
@@ -166,6 +201,22 @@ def _falling_mean(t: Tensor) -> Tensor:
     s = small.square()
     series = 0.5 - small * (1 / 12 - s * (1 / 720 - s * (1 / 30240 - s * (1 / 1209600 - s / 47900160))))
     return torch.where(t < SERIES_BELOW, series, 1 / large - 1 / torch.expm1(large))
+
+
+def _variance(t: Tensor) -> Tensor:
+    """Variance of the density proportional to e^{-tx} on [0, 1], for t ≥ 0: 1/t² − 1/(4 sinh²(t/2))."""
+    small, large = t.clamp(max=SERIES_BELOW), t.clamp(min=SERIES_BELOW)
+    s = small.square()
+    series = 1 / 12 - s * (1 / 240 - s * (1 / 6048 - s * (1 / 172800 - s / 5322240)))
+    gap = torch.expm1(-large)
+    return torch.where(t < SERIES_BELOW, series, 1 / large.square() - torch.exp(-large) / gap.square())
+
+
+def _cdf(x: Tensor, h: Tensor) -> Tensor:
+    """Mass below x: (e^{hx} − 1)/(e^h − 1), from the end where the density is higher."""
+    t, far = _falling(h), torch.where(h > 0, 1 - x, x)
+    mass = far * torch.exp(_log_normaliser(t * far) - _log_normaliser(t))
+    return torch.where(h > 0, 1 - mass, mass)
 
 
 def _quantile(u: Tensor, h: Tensor) -> Tensor:

@@ -52,6 +52,20 @@ class Categorical(Discrete):
         k = torch.round(x * (self.levels - 1)).long().reshape(-1, h.shape[-1])
         return in_chunks(_class_log_mass, logits, k, _class_gradient).reshape(x.shape[:2]).sum(-1)
 
+    def row_level_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cumulative sums of the classes' probabilities."""
+        logits = h.reshape(-1, self.levels, h.shape[-1])
+        k = torch.round(x * (self.levels - 1)).long().reshape(-1, h.shape[-1])
+        below, upto = in_chunks(_class_cdf, logits, k).reshape(*x.shape[:2], 2, x.shape[-1]).unbind(2)
+        return below, upto
+
+    def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ k P(k)/(L−1), and the spread about it."""
+        logits = h.reshape(-1, self.levels, h.shape[-1])
+        mean, variance = in_chunks(_class_moments, logits, logits).unbind(1)
+        shape = (len(h), self.channels, h.shape[-1])
+        return mean.reshape(shape), variance.reshape(shape)
+
     def row_mean(self, h: Tensor) -> Tensor:
         """Σ k P(k)/(L−1)."""
         values = torch.linspace(0, 1, self.levels, dtype=h.dtype, device=h.device)
@@ -67,6 +81,23 @@ class Categorical(Discrete):
 
 def _class_log_mass(logits: Tensor, k: Tensor) -> Tensor:
     return -cross_entropy(logits, k, reduction="none").sum(-1)
+
+
+def _class_cdf(logits: Tensor, k: Tensor) -> Tensor:
+    """Masses below the class and up to it, ``(rows, 2, n)``."""
+    masses, k = torch.softmax(logits, 1), k[:, None]
+    total = masses.cumsum(1)
+    upto = total.gather(1, k).masked_fill(k == logits.shape[1] - 1, 1)
+    below = total.gather(1, (k - 1).clamp_min(0)).masked_fill(k == 0, 0)
+    return torch.cat([below, upto], 1).clamp_max(1)  # a sum of masses may be 1 + a rounding error
+
+
+def _class_moments(logits: Tensor, _: Tensor) -> Tensor:
+    """Mean and variance, ``(rows, 2, n)``."""
+    values = torch.linspace(0, 1, logits.shape[1], dtype=logits.dtype, device=logits.device)[:, None]
+    masses = torch.softmax(logits, 1)
+    mean = (masses * values).sum(1, keepdim=True)
+    return torch.cat([mean, (masses * (values - mean).square()).sum(1, keepdim=True)], 1)
 
 
 @torch.no_grad()
@@ -135,10 +166,24 @@ class BitwiseCategorical(Discrete):
         signs = 2 * (k[:, :, None] >> self._places(h) & 1).to(h.dtype) - 1
         return logsigmoid(signs * self._logits(h)).sum((1, 2, 3))
 
+    def row_level_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A level is below another where it has a zero at the first bit in which they differ, and the other a one."""
+        k = torch.round(x * (self.levels - 1)).long()
+        one = (k[:, :, None] >> self._places(h) & 1).bool()
+        logits = self._logits(h)
+        alike = torch.sigmoid(torch.where(one, logits, -logits)).cumprod(2)  # the mass of the levels with the same first bits
+        before = torch.cat([torch.ones_like(alike[:, :, :1]), alike[:, :, :-1]], 2)
+        below = (before * torch.sigmoid(-logits) * one).sum(2)
+        return below.clamp_max(1), (below + alike[:, :, -1]).clamp_max(1).masked_fill(k == self.levels - 1, 1)
+
+    def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ of the bits' own: they are independent."""
+        p, worth = torch.sigmoid(self._logits(h)), self._worth(h)
+        return (p * worth).sum(2), (p * torch.sigmoid(-self._logits(h)) * worth.square()).sum(2)
+
     def row_mean(self, h: Tensor) -> Tensor:
         """Each bit's probability times what it stands for."""
-        worth = (1 << self._places(h)).to(h.dtype) / (self.levels - 1)
-        return (torch.sigmoid(self._logits(h)) * worth).sum(2)
+        return (torch.sigmoid(self._logits(h)) * self._worth(h)).sum(2)
 
     def row_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """Levels, bit by bit."""
@@ -147,6 +192,10 @@ class BitwiseCategorical(Discrete):
 
     def _logits(self, h: Tensor) -> Tensor:
         return h.reshape(len(h), self.channels, self.bits, h.shape[-1])
+
+    def _worth(self, h: Tensor) -> Tensor:
+        """What each bit adds to x where it is one."""
+        return (1 << self._places(h)).to(h.dtype) / (self.levels - 1)
 
     def _places(self, h: Tensor) -> Tensor:
         return torch.arange(self.bits - 1, -1, -1, device=h.device)[:, None]

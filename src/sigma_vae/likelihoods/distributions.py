@@ -42,6 +42,10 @@ class Law(Protocol):
         """Elementwise; its mean is 1 at the best scale."""
         ...
 
+    def variance(self) -> float | Tensor:
+        """Variance at scale 1; infinite where there is none."""
+        ...
+
     def entropy(self) -> float | Tensor:
         """Differential entropy in nats, of one residual; a tensor broadcasts to the event."""
         ...
@@ -73,6 +77,15 @@ class _EventDistribution(Distribution):
     @abstractmethod
     def element_log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of each element, of the data's shape."""
+
+    @abstractmethod
+    def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x−) and F(x) of each element: the probability of less than it, and of it or less."""
+
+    @property
+    def residual_variance(self) -> Tensor:
+        """Variance of x − loc, broadcastable to the event; of levels, before they are put in bins and cut at the ends."""
+        return torch.exp(2 * self.log_scale) * self.law.variance()
 
     def weighted_log_prob(self, value: Tensor, beta: float) -> Tensor:
         r"""The β-NLL objective (Seitzer et al. 2022), with its sign: :math:`\sum_i \sigma_i^{2\beta} \log p(x_i)`, weights detached.
@@ -114,6 +127,17 @@ class Continuous(_EventDistribution):
     def element_log_prob(self, value: Tensor) -> Tensor:
         """Log-density of each element."""
         return self.law.log_prob(self._residual(value)) - self.log_scale
+
+    def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x) of each element, twice: a single value has no mass.
+
+        >>> from sigma_vae import Fixed, Laplace
+        >>> p = Laplace(1, Fixed(0.5), spatial_dims=0)(torch.zeros(1, 1))
+        >>> p.element_cdf(torch.full((1, 1), -0.5))  # e⁻¹/2
+        (tensor([[0.1839]]), tensor([[0.1839]]))
+        """
+        cdf = self.law.log_cdf(self._residual(value)).exp()
+        return cdf, cdf
 
     def _residual(self, value: Tensor) -> Tensor:
         self._check_event(value)
@@ -170,6 +194,15 @@ class Discretized(_EventDistribution):
         below, above = 0.5 - loc, loc - (top - 0.5)
         tail = self.law.log_cdf(torch.where(level <= 0, below, above) * inverse_scale)
         return torch.where((level <= 0) | (level >= top), tail, inner)
+
+    def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Masses of the levels below each element's, and of those up to it: the law's F at both edges of the bin."""
+        self._check_event(value)
+        top = self.levels - 1
+        level, loc = torch.round(value * top), self.loc * top
+        inverse_scale = torch.exp(-self.log_scale) / top
+        below, upto = (self.law.log_cdf((level + side - loc) * inverse_scale).exp() for side in (-0.5, 0.5))
+        return below.masked_fill(level <= 0, 0), upto.masked_fill(level >= top, 1)
 
     @property
     def mean(self) -> Tensor:

@@ -30,6 +30,11 @@ class _Normal:
     statistic = staticmethod(torch.square)
 
     @staticmethod
+    def variance() -> float:
+        """1."""
+        return 1.0
+
+    @staticmethod
     def entropy() -> float:
         """½ log 2πe."""
         return 0.5 * math.log(2 * math.pi * math.e)
@@ -64,6 +69,11 @@ class _Laplace:
         outside = -lower.clamp(min=0) - math.log(2) + log1mexp(width)
         across = torch.log(-0.5 * torch.expm1(-upper) - 0.5 * torch.expm1(lower.clamp(max=0)))
         return torch.where(lower >= 0, outside, across)
+
+    @staticmethod
+    def variance() -> float:
+        """2."""
+        return 2.0
 
     @staticmethod
     def entropy() -> float:
@@ -104,6 +114,11 @@ class _Logistic:
         return z * torch.tanh(0.5 * z)
 
     @staticmethod
+    def variance() -> float:
+        """π²/3."""
+        return math.pi**2 / 3
+
+    @staticmethod
     def entropy() -> float:
         """2 nats."""
         return 2.0
@@ -137,6 +152,12 @@ class _StudentT:
         """(ν + 1) z² / (ν + z²), bounded by ν + 1: no residual outweighs the others."""
         square = z.square()
         return (self.df + 1) * square / (self.df + square)
+
+    def variance(self) -> float | Tensor:
+        """ν/(ν − 2); infinite up to ν = 2."""
+        if isinstance(self.df, Tensor):
+            return self.df / (self.df - 2).clamp_min(0)
+        return self.df / (self.df - 2) if self.df > 2 else math.inf
 
     def entropy(self) -> float | Tensor:
         return student_t_entropy(self.df)

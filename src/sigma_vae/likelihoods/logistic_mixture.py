@@ -114,6 +114,25 @@ class LogisticMixture(Discrete):
         log_mass = log_mass.addcmul_(below_0, not_last).addcmul_(above_0, not_first)
         return _Bins(log_mass, level, upper, lower, rate, inner, not_first, not_last)
 
+    def row_level_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each channel given the true values of those before it, whose likelihood weighs the components (Rosenblatt 1952)."""
+        below, upto = in_chunks(self._cdf, h, x).unbind(1)
+        return below, upto
+
+    def _cdf(self, h: Tensor, x: Tensor) -> Tensor:
+        """F(x−) and F(x), ``(rows, 2, channels, n)``."""
+        bins = self._bins(h, x)
+        earlier = torch.cat([torch.zeros_like(bins.log_mass[:, :1]), bins.log_mass[:, :-1].cumsum(1)], 1)
+        weights = torch.softmax(self._split(h).logits[:, None] + earlier, 2)
+        below = torch.sigmoid(bins.lower) * bins.not_first
+        below, upto = ((weights * cdf).sum(2) for cdf in (below, torch.sigmoid(bins.upper)))
+        last = bins.level[:, :, 0] >= self.levels - 1
+        return torch.stack([below, upto.masked_fill(last, 1)], 1).clamp_max(1)  # a sum of weights may be 1 + a rounding error
+
+    def row_moments(self, h: Tensor) -> None:
+        """None: a sum over all levels for each component, or over all colours."""
+        return
+
     def _locations(self, features: "_Features", level: Tensor) -> Tensor:
         """Means in units of levels, ``(rows, channels, K, n)``, given all channels' levels ``(rows, channels, 1 or K, n)``."""
         means = features.means

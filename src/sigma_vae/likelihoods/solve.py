@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from sigma_vae.likelihoods.distributions import Discretized, Law
+from sigma_vae.likelihoods.distributions import Law
 from sigma_vae.likelihoods.scales import Per
 
 __all__ = ["Observed", "best_log_scale", "shared_shape"]
@@ -108,7 +108,7 @@ def best_log_scale(
         return start
 
     def slopes(observed: Observed, log_scale: Tensor) -> Tensor:
-        return _slope_and_curvature(observed, log_scale, event_dims, levels)
+        return _slope_and_curvature(observed, log_scale, levels)
 
     return _maximum(slopes, data, per, event_dims, log_floor, start.double()).to(start.dtype)
 
@@ -192,12 +192,27 @@ def _slope_of_density(observed: Observed, log_scale: Tensor) -> Tensor:
     return torch.stack([statistic - 1, curvature]).detach()
 
 
-def _slope_and_curvature(observed: Observed, log_scale: Tensor, event_dims: int, levels: int) -> Tensor:
-    """First and second derivative of each element's log-mass in its log σ, in two rows."""
+def _slope_and_curvature(observed: Observed, log_scale: Tensor, levels: int) -> Tensor:
+    r"""First and second derivative of each element's log-mass in its log σ, in two rows.
+
+    With a and b the edges of the bin in units of σ, P its mass, f the density and s = −z (log f)' the law's statistic:
+
+    .. math:: \frac{a f(a) - b f(b)}{P}, \qquad \frac{b f(b) (1 - s(b)) - a f(a) (1 - s(a))}{P} - \text{slope}^2
+    """
     law, loc, base, x = observed
-    with torch.enable_grad():
-        variable = log_scale.to(loc.dtype).expand(loc.shape).requires_grad_()
-        masses = Discretized(law, loc, base + variable, event_dims, levels).element_log_prob(x)
-        (slope,) = torch.autograd.grad(masses.sum(), variable, create_graph=True)
-        (curvature,) = torch.autograd.grad(slope.sum(), variable)
-    return torch.stack([slope, curvature]).detach()
+    top = levels - 1
+    width = torch.exp(-base - log_scale.to(loc.dtype)) / top
+    center = (torch.round(x * top) - loc * top) * width
+    lower, upper = center - 0.5 * width, center + 0.5 * width
+    first, last = x * top < 0.5, x * top > top - 0.5
+    tail = law.log_cdf(torch.where(first, upper, -lower))
+    log_mass = torch.where(first | last, tail, law.interval_log_prob(center, width))
+    at_lower, at_upper = (law.statistic(edge) for edge in (lower, upper))
+    # No density is a larger part of its bin's mass than this; without the bound, rounding far out in the tails is exponentiated.
+    most = torch.log(1 / width + 1 + (at_lower + at_upper) / torch.minimum(lower.abs(), upper.abs()).clamp_min(0.1))
+    below, above = (
+        torch.where(open_end, 0.0, edge * torch.exp(torch.minimum(law.log_prob(edge) - log_mass, most)))
+        for open_end, edge in ((first, lower), (last, upper))
+    )
+    slope = below - above
+    return torch.stack([slope, above * (1 - at_upper) - below * (1 - at_lower) - slope.square()])

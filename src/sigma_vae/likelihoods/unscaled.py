@@ -38,6 +38,18 @@ class Unscaled(Likelihood):
         """Log-probability ``(rows,)`` of the levels of the data, in nats."""
 
     @abstractmethod
+    def row_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x−) and F(x) of what ``row_log_prob`` is of, ``(rows, channels, n)`` each."""
+
+    @abstractmethod
+    def row_level_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x−) and F(x) of the levels, ``(rows, channels, n)`` each."""
+
+    @abstractmethod
+    def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance, ``(rows, channels, n)`` each; None where no formula is worth its time."""
+
+    @abstractmethod
     def row_mean(self, h: Tensor) -> Tensor:
         """Mean ``(rows, channels, n)``."""
 
@@ -66,17 +78,33 @@ class Unscaled(Likelihood):
         Raises:
             ValueError: the data have no levels, x is off them, or the family is no likelihood of these data.
         """
+        return self._on_levels(h, x).log_mass(x)
+
+    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
+        """F(x−) and F(x) of each value, of the data's shape; the same post hoc.
+
+        Raises:
+            ValueError: x is nothing that the family can draw, a density is asked for that it does not have, or levels that the data
+                do not have.
+        """
+        if observes == "level":
+            return self._on_levels(h, x).element_level_cdf(x)
+        if self.observes == "level":
+            raise ValueError(f'{self} is a distribution over levels and has no density; ask with observes="level"')
+        return self.forward(h, x).element_cdf(x)
+
+    def _on_levels(self, h: Tensor, x: Tensor) -> "FromFeatures":
+        """p(x|h), where x is on the levels that it gives probabilities to."""
         if self.levels is None:
             raise ValueError(
                 f"{self} models real-valued data (levels=None), which have no probability of a level;"
                 " report `forward(h).log_prob(x)`, or say how many levels the data have"
             )
-        distribution = self(h)
+        distribution = self.forward(h)
         self._check(x, distribution)
         if not torch.compiler.is_compiling():  # it reads a value off the device
             check_levels(x, self.levels)
-        result: Tensor = distribution.log_mass(x)
-        return result
+        return distribution
 
     def post_hoc(self, h: Tensor) -> "FromFeatures":
         """p(x|h): there is no scale to refit."""
@@ -131,6 +159,10 @@ class Discrete(Unscaled):
         """The mass of the levels."""
         return self.row_log_mass(h, x)
 
+    def row_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the levels."""
+        return self.row_level_cdf(h, x)
+
     def check(self, x: Tensor) -> None:
         """Refuse values between the levels."""
         check_levels(x, self.levels)
@@ -160,6 +192,24 @@ class FromFeatures(Distribution):
         """Log-probability of the whole event's levels, in nats."""
         h, x = self._rows(value)
         return self._likelihood.row_log_mass(h, x).reshape(value.shape[: -len(self.event_shape)])
+
+    def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x−) and F(x) of each element: the same for a density; of channels that depend on each other, given those before."""
+        below, upto = self._likelihood.row_cdf(*self._rows(value))
+        return below.reshape(value.shape), upto.reshape(value.shape)
+
+    def element_level_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Masses of the levels below each element's, and of those up to it."""
+        below, upto = self._likelihood.row_level_cdf(*self._rows(value))
+        return below.reshape(value.shape), upto.reshape(value.shape)
+
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance of each element, of the shape of the data; None where the family has no formula that is worth its time."""
+        moments = self._likelihood.row_moments(self._expanded(torch.Size()))
+        if moments is None:
+            return None
+        mean, variance = (moment.reshape(self.batch_shape + self.event_shape) for moment in moments)
+        return mean, variance
 
     @property
     def mean(self) -> Tensor:

@@ -101,7 +101,9 @@ class GaussianPrior(FittedPrior):
 
 
 def drawn_kl(prior: Prior, moments: GaussianPrior, posterior: Normal, z: Tensor) -> Tensor:
-    r"""KL(q‖p) from the draw z ~ q, ``(*batch,)``, where it has no closed form: with a Gaussian G that is near p,
+    r"""KL(q‖p) from the draw z ~ q, ``(*batch,)``, where it has no closed form.
+
+    With a Gaussian G that is near p it is
 
     .. math:: KL(q \| G) + \log G(z) - \log p(z)
 

@@ -1,21 +1,25 @@
 """What is said of a finished run: numbers on its test split, and pictures."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sigma_vae import build
-from sigma_vae.config import RunConfig
+from sigma_vae import __version__, build
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import evaluate
 from sigma_vae.evaluation.pictures import pairs, save_clips, save_grid
+from sigma_vae.evaluation.settings import EvaluationSettings
 from sigma_vae.evaluation.shown import reconstructed, sampled
 from sigma_vae.evaluation.standard_prior import has_fitted_prior, scores_under_standard_prior, standard_prior
-from sigma_vae.evaluation.video import predictions
-from sigma_vae.networks import SequenceNetwork
-from sigma_vae.runs.folder import evaluation_batch, open_run, write_json
+from sigma_vae.networks import FlatNetwork, SequenceNetwork
+from sigma_vae.runs.folder import Run, evaluation_batch, open_run
+from sigma_vae.runs.measuring import SECTIONS, measured
+from sigma_vae.runs.reports import read_json, write_json
+from sigma_vae.runs.sigma import KEY as SIGMA_FITTED_ON
+from sigma_vae.runs.sigma import fitted_on
 from sigma_vae.vae import VAE
 
 __all__ = ["draw", "evaluate_run", "evaluation"]
@@ -27,50 +31,69 @@ CLIPS = 8
 
 
 def evaluate_run(
-    out: Path, *, device: str = "auto", seed: int = 0, best_of: int | None = None, batch_statistics: bool = False
+    out: Path,
+    settings: EvaluationSettings = EvaluationSettings(),  # noqa: B008 (frozen)
+    *,
+    device: str = "auto",
 ) -> dict[str, Any]:
-    """Evaluate a finished run on its test split, and write ``evaluation.json`` anew.
+    """Evaluate a finished run, and write ``evaluation.json`` (of the validation split: ``evaluation-validation.json``) anew.
+
+    Every metric has its own section, which says how it was measured. Sections that are not asked for this time are kept, as long as
+    they are of the same weights.
 
     Args:
         out: folder of the run.
+        settings: what is measured beside the bounds, and how.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-        seed: of the noise.
-        best_of: of a video, also the PSNR and SSIM of the best of so many predictions of each clip.
-        batch_statistics: make these with the batch's statistics, as SVG's own evaluation does.
 
     Raises:
-        ValueError: there is no such run, or it predicts no frames, or the statistics are those of predictions that nobody asked for.
+        ValueError: there is no such run, or a metric does not apply to it.
     """
-    if batch_statistics and best_of is None:
-        raise ValueError("batch_statistics is about predictions: say of how many the best is taken (best_of, SVG: 100)")
     run = open_run(out, device)
-    extra = {}
-    if best_of is not None:
-        test = run.data.batches("test", evaluation_batch(run.data), device=next(run.vae.parameters()).device)
-        extra["predictions"] = predictions(run.vae, test, best_of, seed, batch_statistics=batch_statistics)
-    report = evaluation(run.vae, run.config, run.data, seed) | extra
-    write_json(out / "evaluation.json", report)
+    report = evaluation(out, run, settings)
+    path = out / ("evaluation.json" if settings.split == "test" else f"evaluation-{settings.split}.json")
+    known = read_json(path) if path.exists() else {}
+    sections = measured(run.vae, run.data, settings, out)
+    if known.get("how") == report["how"]:
+        kept = {name: known[name] for name in SECTIONS if name in known}
+        if "quality" in kept and "quality" in sections:
+            sections["quality"] = kept["quality"] | sections["quality"]
+        sections = kept | sections
+    report |= sections
+    write_json(path, report)
     return report
 
 
-def evaluation(vae: VAE, config: RunConfig, data: Splits, seed: int = 0) -> dict[str, Any]:
-    """Of a model and its data: what :func:`evaluate_run` writes."""
+def evaluation(out: Path, run: Run, settings: EvaluationSettings = EvaluationSettings()) -> dict[str, Any]:  # noqa: B008 (frozen)
+    """The bounds of a run whose model is saved in this folder, with what has to be the same for them to be repeated."""
+    config, vae, data = run
     device = next(vae.parameters()).device
     size = evaluation_batch(data)
-    test = data.batches("test", size, device=device)
+    held_out = data.batches(settings.split, size, device=device)
     training = data.batches("train", size, device=device, limit=min(ENTROPY_EXAMPLES, len(data.train)))
     about: dict[str, Any] = {
         "data": config.data.source,
-        "split": "test",
+        "split": settings.split,
         "network": config.model.network,
         "likelihood": config.model.likelihood,
     }
     if isinstance(vae.network, SequenceNetwork):
         about["context_frames"] = vae.network.context_frames
-    report = about | evaluate(vae, test, training, seed)
+    report = about | evaluate(vae, held_out, training, settings.seed)
+    if isinstance(vae.network, FlatNetwork):
+        report["prior"] = build.prior_name(vae.network.prior)
     if has_fitted_prior(vae):
-        report["prior"] = build.prior_name(vae.flat_network.prior)
-        report["standard_prior"] = scores_under_standard_prior(vae, test, seed)
+        report["standard_prior"] = scores_under_standard_prior(vae, held_out, settings.seed)
+    fitted = fitted_on(out)
+    if fitted is not None:
+        report[SIGMA_FITTED_ON] = fitted
+    report["how"] = {
+        "sigma_vae": __version__,
+        "torch": torch.__version__,
+        "model_sha256": hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest(),
+        "data_fingerprint": data.record["fingerprint"],
+        "preprocessing": data.record["preprocessing"],
+    }
     return report
 
 

@@ -1,17 +1,17 @@
 """The files of a run folder: what is read from it, and what is written into it."""
 
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sigma_vae import build
 from sigma_vae.config import RunConfig
 from sigma_vae.configfile import read
 from sigma_vae.data import Splits
+from sigma_vae.runs.reports import read_json
 from sigma_vae.training import resolve_device
 from sigma_vae.vae import VAE
 
-__all__ = ["Run", "config_of", "evaluation_batch", "open_model", "open_run", "same_data", "write_json"]
+__all__ = ["Run", "config_of", "evaluation_batch", "open_model", "open_run", "same_data"]
 
 EVALUATION_BATCH = 256
 
@@ -66,24 +66,9 @@ def config_of(out: Path) -> RunConfig:
 def same_data(out: Path, config: RunConfig) -> Splits:
     """The data that the run was trained on: changed data may move what it was trained on into the test split."""
     data = build.data(config.data)
-    known = _read_json(out / "environment.json").get("data", {}).get("fingerprint")
+    known = read_json(out / "environment.json").get("data", {}).get("fingerprint")
     if known != data.record["fingerprint"]:
         raise ValueError(
             f"the data of {out} have changed since it was trained; restore them, or train anew into another folder"
         )
     return data
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a report."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is missing or broken: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold what a run writes there, but {type(content).__name__}")
-    return content

@@ -13,7 +13,9 @@ from sigma_vae.evaluation.pictures import drawable
 from sigma_vae.naming import check_prior
 from sigma_vae.priors import FittedPrior
 from sigma_vae.runs.evaluating import draw, evaluation
-from sigma_vae.runs.folder import evaluation_batch, open_model, open_run, write_json
+from sigma_vae.runs.folder import Run, evaluation_batch, open_model, open_run
+from sigma_vae.runs.reports import write_json
+from sigma_vae.runs.sigma import fitted_on, keep
 from sigma_vae.vae import VAE
 
 __all__ = ["check_codes", "fit_prior", "take_prior"]
@@ -51,7 +53,7 @@ def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> dic
         shutil.rmtree(left_over, ignore_errors=True)
     config = replace(run.config, model=replace(run.config.model, prior=prior))
     try:
-        report = _write(aside, config, run.vae, run.data)
+        report = _write(aside, config, run.vae, run.data, fitted_on(out))
         _exchange(out / "model", aside / "model", before)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -93,10 +95,12 @@ def take_prior(prior: str, vae: VAE, data: Splits, seed: int) -> None:
     vae.fit_prior(training, made, validation, seed)
 
 
-def _write(folder: Path, config: RunConfig, vae: VAE, data: Splits) -> dict[str, Any]:
+def _write(folder: Path, config: RunConfig, vae: VAE, data: Splits, sigma: dict[str, Any] | None) -> dict[str, Any]:
     build.save(folder / "model", vae, config.model, data.shape, data.scaling)
+    if sigma is not None:
+        keep(folder, vae, sigma)
     write(folder / "config.yaml", config)
-    report = evaluation(vae, config, data)
+    report = evaluation(folder, Run(config, vae, data))
     write_json(folder / "evaluation.json", report)
     if drawable(data.shape):
         draw(folder, vae, data)

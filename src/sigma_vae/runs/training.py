@@ -15,8 +15,9 @@ from sigma_vae.evaluation.pictures import drawable
 from sigma_vae.networks import SequenceNetwork
 from sigma_vae.networks.default import default_network
 from sigma_vae.runs.evaluating import draw, evaluation
-from sigma_vae.runs.folder import config_of, same_data, write_json
+from sigma_vae.runs.folder import Run, config_of, same_data
 from sigma_vae.runs.priors import check_codes, take_prior
+from sigma_vae.runs.reports import write_json
 from sigma_vae.training import fit, resolve_device
 from sigma_vae.vae import VAE
 
@@ -76,7 +77,7 @@ def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bo
     if config.model.prior != "standard":
         take_prior(config.model.prior, vae, data, config.seed)
     build.save(out / "model", vae, config.model, data.shape, data.scaling)
-    report = evaluation(vae, config, data)
+    report = evaluation(out, Run(config, vae, data))
     write_json(out / "evaluation.json", report)
     if drawable(data.shape):
         draw(out, vae, data)

@@ -1,0 +1,128 @@
+"""Reports as tables in the terminal."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+__all__ = ["print_comparison", "print_evaluation"]
+
+Row = tuple[str, str, str]
+"""What it is, its value, its standard error."""
+
+
+def print_evaluation(report: dict[str, Any]) -> None:
+    """The bounds, then each section that the report has."""
+    from rich.console import Console
+    from rich.table import Table
+
+    prior = "" if report.get("prior", "standard") == "standard" else f" · prior {report['prior']}"
+    table = Table(
+        title=f"{report['data']} · {report['network']} · {report['likelihood']}{prior} · {report['examples']} {report['split']} examples"
+    )
+    table.add_column("")
+    table.add_column("mean", justify="right")
+    table.add_column("± s.e.", justify="right")
+    for row in _bounds(report):
+        table.add_row(*row)
+    for name, rows in SECTIONS.items():
+        if name in report:
+            table.add_section()
+            for row in rows(report[name]):
+                table.add_row(*row)
+    Console().print(table)
+
+
+def print_comparison(rows: Sequence[dict[str, Any]]) -> None:
+    """A column for each number that any of the runs has, a row for each run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)]
+    table = Table()
+    for name in columns:
+        table.add_column(name, justify="left" if isinstance(rows[0].get(name), str) else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row.get(name)) for name in columns))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case {"mean": mean, "standard_error": error}:
+            return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
+        case float():
+            return f"{value:.4f}"
+        case _:
+            return str(value)
+
+
+def _bounds(report: dict[str, Any]) -> Iterator[Row]:
+    yield from _means(report)
+    if "standard_prior" in report:
+        yield from _means(report["standard_prior"], " with N(0, I)")
+    for name, value in report.items():
+        if name.startswith(("sigma_post_hoc", "factor_post_hoc")):
+            yield name, f"{value:.5f}", ""
+    if "kl_per_layer_nats" in report:
+        yield "kl_per_layer_nats", " ".join(f"{nats:.2f}" for nats in report["kl_per_layer_nats"]), ""
+    if "active_units" in report:
+        yield "active_units", f"{report['active_units']} of {report['latent_dim']}", ""
+    if report.get("entropy_identity"):
+        yield "entropy gap, nats/dim", f"{report['entropy_identity']['gap_nats_per_dim']:.4f}", ""
+
+
+def _means(section: dict[str, Any], suffix: str = "") -> Iterator[Row]:
+    """Of a section, what has a mean and a standard error."""
+    for name, value in section.items():
+        if isinstance(value, dict) and "mean" in value and value["mean"] is not None:
+            error = value["standard_error"]
+            yield name + suffix, f"{value['mean']:.4f}", "" if error is None else f"{error:.4f}"
+
+
+def _numbers(section: dict[str, Any]) -> Iterator[Row]:
+    """Means, and plain numbers of nats."""
+    yield from _means(section)
+    for name, value in section.items():
+        if isinstance(value, float):
+            yield name, f"{value:.4f}", ""
+
+
+def _iwae(section: dict[str, Any]) -> Iterator[Row]:
+    for name, value, error in _numbers(section):
+        yield f"{name}, {section['draws']} draws", value, error
+
+
+def _oracle(section: dict[str, Any]) -> Iterator[Row]:
+    for name, value, error in _numbers(section):
+        yield f"{name} (no likelihood)", value, error
+
+
+def _calibration(section: dict[str, Any]) -> Iterator[Row]:
+    for name in ("density", "density_post_hoc", "level", "level_post_hoc"):
+        for percent, value in (section[name] or {"coverage": {}})["coverage"].items():
+            for _, share, error in _means({"": value}):
+                yield f"{percent} % interval covers, {name}", share, error
+
+
+def _quality(section: dict[str, Any]) -> Iterator[Row]:
+    for features, part in section.items():
+        how = f"{features}, {part['n']} images of {part['split']}" if "n" in part else features
+        for name in ("samples", "samples_standard_prior"):
+            for shown, numbers in part.get(name, {}).items():
+                what = f"{name.replace('_', ' ')}, {shown} ({how})"
+                yield f"Fréchet distance, {what}", f"{numbers['frechet']:.3f}", ""
+                yield f"precision / recall, {what}", f"{numbers['precision']:.3f} / {numbers['recall']:.3f}", ""
+        for name in ("reconstructions", "floor", "clips", "frames"):
+            if name in part:
+                yield f"Fréchet distance, {name} ({how})", f"{part[name]['frechet']:.3f}", ""
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {
+    "iwae": _iwae,
+    "oracle": _oracle,
+    "information": _numbers,
+    "calibration": _calibration,
+    "quality": _quality,
+    "predictions": _means,
+}

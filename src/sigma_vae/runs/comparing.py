@@ -1,0 +1,99 @@
+"""Finished runs side by side: what their evaluations say of the same examples."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sigma_vae.evaluation import score
+from sigma_vae.evaluation.summary import mean_and_error
+from sigma_vae.runs.folder import evaluation_batch, open_run
+from sigma_vae.runs.reports import read_json
+from sigma_vae.vae import Scores
+
+__all__ = ["compare"]
+
+SAME = ("data", "split", "examples", "dims")
+"""What must agree for numbers to be of the same thing."""
+
+
+def compare(outs: Sequence[Path], *, paired: bool = False, device: str = "auto") -> list[dict[str, Any]]:
+    """A row for each run, from its ``evaluation.json``: what they were made of, and the numbers that compare.
+
+    Bits per dimension compare between all decoders; nats of a density do not compare with nats of levels, and are None unless all runs
+    observe the same. The means of two runs are of the same examples, so the standard error of each says little about their difference:
+    ``paired`` scores every example of each run anew, under noise of the example, and gives the mean difference to the first run, with
+    its own standard error.
+
+    Args:
+        outs: folders of finished runs.
+        paired: whether examples are scored anew, for differences.
+        device: of the scoring.
+
+    Raises:
+        ValueError: fewer than two runs, one that has no evaluation, or evaluations of different data, splits or numbers of examples.
+    """
+    if len(outs) < 2:
+        raise ValueError(f"compare sets runs side by side and needs at least 2, got {len(outs)}")
+    reports = [read_json(out / "evaluation.json") for out in outs]
+    for name in SAME:
+        known = [report.get(name) for report in reports]
+        if any(value != known[0] for value in known):
+            told = ", ".join(f"{out}: {value}" for out, value in zip(outs, known, strict=True))
+            raise ValueError(f"the runs were evaluated on different {name}, so their numbers do not compare ({told})")
+    same_measure = len({report["observes"] for report in reports}) == 1
+    rows = [
+        {"run": str(out), **_made_of(report), **_numbers(report, same_measure)}
+        for out, report in zip(outs, reports, strict=True)
+    ]
+    if paired:
+        for row, differences in zip(rows, _differences(outs, device, same_measure), strict=True):
+            row |= differences
+    return rows
+
+
+def _made_of(report: dict[str, Any]) -> dict[str, Any]:
+    return {name: report.get(name) for name in ("network", "likelihood", "prior")}
+
+
+def _numbers(report: dict[str, Any], same_measure: bool) -> dict[str, Any]:
+    nats = report.get("elbo_post_hoc_nats") if same_measure else None
+    coverage = (report.get("calibration", {}).get("density") or {}).get("coverage", {}).get("90")
+    return {
+        "bits_per_dim_post_hoc": report.get("bits_per_dim_post_hoc"),
+        "elbo_post_hoc_nats": nats,
+        "rate_nats": report["rate_nats"],
+        "coverage_90": coverage,
+        **{
+            f"frechet {name}": section["samples"]["means"]["frechet"]
+            for name, section in report.get("quality", {}).items()
+            if "samples" in section
+        },
+    }
+
+
+def _differences(outs: Sequence[Path], device: str, same_measure: bool) -> Iterator[dict[str, Any]]:
+    """Of each run to the first: None of the first itself."""
+    first: tuple[Tensor | None, Tensor] | None = None
+    for out in outs:
+        run = open_run(out, device)
+        where = next(run.vae.parameters()).device
+        bits, nats = _per_example(score(run.vae, run.data.batches("test", evaluation_batch(run.data), device=where)))
+        if first is None:
+            first = bits, nats
+            yield {"bits_per_dim_post_hoc - first": None, "elbo_post_hoc_nats - first": None}
+            continue
+        known_bits = bits is not None and first[0] is not None
+        yield {
+            "bits_per_dim_post_hoc - first": mean_and_error(bits - first[0]) if known_bits else None,  # type: ignore[operator]
+            "elbo_post_hoc_nats - first": mean_and_error(nats - first[1]) if same_measure else None,
+        }
+
+
+def _per_example(scores: Scores) -> tuple[Tensor | None, Tensor]:
+    """Bits per dimension, and nats of the bound, both post hoc."""
+    mass = scores.log_mass_post_hoc
+    bits = None if mass is None else (scores.rate - mass) / (scores.dims * math.log(2))
+    return bits, scores.log_likelihood_post_hoc - scores.rate

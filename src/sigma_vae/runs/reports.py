@@ -1,0 +1,27 @@
+"""Reports as JSON files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["read_json", "write_json"]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a report."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a report.
+
+    Raises:
+        ValueError: it is missing or broken.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is missing or broken: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold what a run writes there, but {type(content).__name__}")
+    return content

@@ -1,0 +1,41 @@
+"""The refitted σ of a finished run: kept with its weights, together with what it was fitted on."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sigma_vae.vae import VAE
+
+__all__ = ["fitted_on", "keep"]
+
+KEY = "sigma_fitted_on"
+
+
+def keep(out: Path, vae: VAE, record: dict[str, Any]) -> None:
+    """Write the model's weights and scales anew, with a record of what σ was fitted on; the old file stands until the new one is whole.
+
+    Both are one file, so that neither is ever there without the other; a training that goes on writes it without the record.
+    """
+    from safetensors.torch import save_file
+
+    path = out / "model" / "model.safetensors"
+    aside = path.with_name(path.name + ".new")
+    state = {name: value.detach().cpu().contiguous() for name, value in vae.state_dict().items()}
+    try:
+        save_file(state, aside, metadata={KEY: json.dumps(record, ensure_ascii=False)})
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def fitted_on(out: Path) -> dict[str, Any] | None:
+    """What a later calibration fitted σ on, as :func:`keep` wrote it; None where training did, on its own training split."""
+    from safetensors import safe_open
+
+    with safe_open(out / "model" / "model.safetensors", framework="pt") as file:
+        record = (file.metadata() or {}).get(KEY)
+    if record is None:
+        return None
+    content: dict[str, Any] = json.loads(record)
+    return content

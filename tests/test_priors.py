@@ -1,0 +1,448 @@
+"""Laws of the priors: densities, draws, KL, fits; truth is SciPy's, a sum over a grid, or a model whose marginal is known."""
+
+import copy
+import math
+import sys
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, special, stats
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
+
+from sigma_vae import VAE, Fixed, FlatNetwork, Gaussian, Optimal, build, hierarchical, mlp
+from sigma_vae.config import ModelConfig
+from sigma_vae.data import Scaling
+from sigma_vae.priors import FittedPrior, FlowPrior, GaussianPrior, MixturePrior, StandardNormal, flow
+from sigma_vae.types import Batch, Prior
+from sigma_vae.vae import keyed_noise
+
+WEIGHTS = np.array([0.5, 0.3, 0.2])
+MEANS = np.array([[-1.5, 0.0], [1.0, 1.2], [1.2, -1.0]])
+COVARIANCES = np.array([[[0.3, 0.1], [0.1, 0.2]], [[0.1, 0.0], [0.0, 0.4]], [[0.25, -0.2], [-0.2, 0.3]]])
+
+PRIORS: dict[str, Callable[[int], Prior]] = {
+    "standard": StandardNormal,
+    "gaussian": GaussianPrior,
+    "mixture:3": lambda latent_dim: MixturePrior(latent_dim, 3),
+    "mixture": MixturePrior,
+    "flow": FlowPrior,
+}
+FITTED = [name for name in PRIORS if name != "standard"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """One thread, and a flow that is trained for a moment: its laws hold wherever it stops."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "STEPS", 20)
+        patch.setattr(flow, "LOOK_EVERY", 10)
+        yield
+    torch.set_num_threads(threads)
+
+
+def clusters(n: int, seed: int) -> Tensor:
+    """Draws from three known Gaussians, ``(n, 2)`` in float64."""
+    random = np.random.default_rng(seed)
+    which = random.choice(3, n, p=WEIGHTS)
+    factors = np.linalg.cholesky(COVARIANCES)
+    return torch.from_numpy(MEANS[which] + np.einsum("nij,nj->ni", factors[which], random.standard_normal((n, 2))))
+
+
+def mixture_density(z: np.ndarray, weights: np.ndarray, means: np.ndarray, covariances: np.ndarray) -> np.ndarray:
+    """SciPy's, of a mixture of Gaussians, in nats."""
+    parts = [stats.multivariate_normal.logpdf(z, mean, cov) for mean, cov in zip(means, covariances, strict=True)]
+    return special.logsumexp(np.stack(parts) + np.log(weights)[:, None], axis=0)
+
+
+def fitted(name: str, codes: Tensor, held_out: Tensor, seed: int = 0) -> Prior:
+    prior = PRIORS[name](codes.shape[1]).to(codes.dtype)
+    if isinstance(prior, FittedPrior):
+        prior.fit(codes, held_out, seed)
+    return prior
+
+
+@pytest.fixture(scope="module", params=PRIORS)
+def prior(request: pytest.FixtureRequest) -> Prior:
+    return fitted(request.param, clusters(3000, seed=0), clusters(1000, seed=1))
+
+
+# -- densities and draws ---------------------------------------------------------------------------------------------------
+
+SIDE = np.linspace(-7, 7, 281)
+STEP = SIDE[1] - SIDE[0]
+
+
+@torch.no_grad()
+def on_grid(prior: Prior) -> np.ndarray:
+    grid = torch.from_numpy(np.stack(np.meshgrid(SIDE, SIDE, indexing="ij"), -1))
+    return prior.log_prob(grid).exp().numpy()
+
+
+def test_a_density_sums_to_one(prior: Prior) -> None:
+    assert on_grid(prior).sum() * STEP**2 == pytest.approx(1, abs=1e-3)
+
+
+def test_draws_have_the_density(prior: Prior) -> None:
+    draws = prior.sample(4000, torch.Generator().manual_seed(1)).numpy()
+    density = on_grid(prior) * STEP**2
+    for axis in (0, 1):
+        cdf = density.sum(1 - axis).cumsum()
+        assert stats.kstest(draws[:, axis], lambda z, cdf=cdf: np.interp(z, SIDE + STEP / 2, cdf)).pvalue > 1e-3
+    product = np.prod(draws, axis=1)
+    expected = (density * SIDE[:, None] * SIDE).sum()
+    assert abs(product.mean() - expected) < 4 * product.std() / math.sqrt(len(draws))
+
+
+def base_noise(prior: Prior, z: Tensor) -> Tensor:
+    """What a draw was made of, up to an affine map that is the same for all temperatures."""
+    return prior.transform()(prior.moments.whiten(z)) if isinstance(prior, FlowPrior) else z
+
+
+@torch.no_grad()
+def test_the_generator_decides_and_the_temperature_scales_the_noise(prior: Prior) -> None:
+    def draw(temperature: float = 1.0, seed: int = 3) -> Tensor:
+        return prior.sample(50, torch.Generator().manual_seed(seed), temperature)
+
+    before = torch.get_rng_state()
+    cold, warm, half = (base_noise(prior, draw(temperature)) for temperature in (0.0, 1.0, 0.5))
+    assert torch.equal(draw(), draw())
+    assert not torch.equal(draw(), draw(seed=4))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(half - cold, 0.5 * (warm - cold))
+    assert (warm - cold).std() > 0.1
+    points = prior.components if isinstance(prior, MixturePrior) else 1
+    assert points is not None
+    assert len(draw(0.0).round(decimals=6).unique(dim=0)) <= points
+
+
+def test_a_cold_mixture_gives_its_means_as_often_as_it_should() -> None:
+    prior = fitted("mixture:3", clusters(3000, seed=0), clusters(1000, seed=1))
+    assert isinstance(prior, MixturePrior)
+    draws = prior.sample(5000, torch.Generator().manual_seed(0), temperature=0.0)
+    counts = [(draws == mean).all(-1).sum().item() for mean in prior.means]
+    assert stats.chisquare(counts, 5000 * prior.log_weights.exp().numpy()).pvalue > 1e-3
+
+
+POSTERIOR = Normal(
+    torch.tensor([[0.0, 0.0], [1.0, 1.0], [-1.5, 0.2]]).double(), torch.tensor([[1.0, 1.0], [0.1, 0.3], [0.5, 0.05]]).double()
+)
+
+
+@torch.no_grad()
+def test_kl_is_the_mean_of_the_log_ratio(prior: Prior) -> None:
+    torch.manual_seed(0)
+    z = POSTERIOR.sample((5_000,))
+    log_ratio = POSTERIOR.log_prob(z).sum(-1) - prior.log_prob(z)
+    kl = prior.kl(POSTERIOR, z).expand(log_ratio.shape)
+    error = (kl - log_ratio).std(0) / math.sqrt(len(z))
+    assert ((kl - log_ratio).mean(0).abs() < 4 * error).all()
+    # A single draw says more than the log-ratio does, wherever the posterior is narrow.
+    assert kl[:, 1:].var(0).mean() < log_ratio[:, 1:].var(0).mean()
+
+
+def test_kl_from_a_gaussian_is_that_of_torch_and_of_a_sum_over_a_grid() -> None:
+    prior = fitted("gaussian", clusters(3000, seed=0), clusters(10, seed=1))
+    kl = prior.kl(POSTERIOR, torch.full_like(POSTERIOR.loc, math.nan))  # no draw is needed
+    assert isinstance(prior, GaussianPrior)
+    full = MultivariateNormal(POSTERIOR.loc, POSTERIOR.scale.square().diag_embed())
+    torch.testing.assert_close(kl, kl_divergence(full, MultivariateNormal(prior.mean, scale_tril=prior.scale_tril)))
+    covariance = (prior.scale_tril @ prior.scale_tril.T).numpy()
+    first = stats.multivariate_normal(POSTERIOR.loc[0].numpy(), np.eye(2))
+    grid = np.stack(np.meshgrid(SIDE, SIDE, indexing="ij"), -1)
+    log_ratio = first.logpdf(grid) - stats.multivariate_normal.logpdf(grid, prior.mean.numpy(), covariance)
+    by_grid = integrate.trapezoid(integrate.trapezoid(first.pdf(grid) * log_ratio, SIDE), SIDE)
+    assert float(kl[0]) == pytest.approx(by_grid, abs=1e-6)
+
+
+def test_a_mixtures_density_is_scipys() -> None:
+    codes = clusters(3000, seed=0)
+    prior = fitted("mixture:3", codes, codes)
+    assert isinstance(prior, MixturePrior)
+    covariances = (prior.scale_trils @ prior.scale_trils.mT).numpy()
+    truth = mixture_density(codes.numpy(), prior.log_weights.exp().numpy(), prior.means.numpy(), covariances)
+    np.testing.assert_allclose(prior.log_prob(codes).numpy(), truth, rtol=1e-6)
+    np.testing.assert_allclose(prior.float().log_prob(codes.float()).numpy(), truth, atol=1e-4)
+
+
+# -- fits ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_known_aggregate_posterior_is_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow, "STEPS", 80)
+    held_out = clusters(5000, seed=2)
+    truth = mixture_density(held_out.numpy(), WEIGHTS, MEANS, COVARIANCES).mean()
+    densities = {}
+    for name in FITTED:
+        prior = fitted(name, clusters(6000, seed=0), clusters(2000, seed=1))
+        densities[name] = float(prior.log_prob(held_out).mean())
+        if name == "mixture":
+            assert isinstance(prior, MixturePrior)
+            assert prior.components is not None
+            assert prior.components > 1
+    assert densities["mixture:3"] == pytest.approx(truth, abs=0.01)
+    assert densities["mixture"] == pytest.approx(truth, abs=0.02)
+    assert truth > densities["flow"] > densities["gaussian"] + 0.1
+
+
+def test_codes_of_a_gaussian_need_one_component() -> None:
+    torch.manual_seed(0)
+    codes = torch.randn(4000, 3).double() @ torch.tensor([[2.0, 0.5, 0.0], [0.0, 0.1, 0.0], [0.0, 0.3, 1.0]]).double() + 3
+    prior = fitted("mixture", codes[:3000], codes[3000:])
+    assert isinstance(prior, MixturePrior)
+    assert prior.components == 1
+    gaussian = fitted("gaussian", codes[:3000], codes[3000:])
+    torch.testing.assert_close(prior.log_prob(codes), gaussian.log_prob(codes), atol=0.01, rtol=0)
+
+
+def test_a_gaussian_has_the_moments_of_the_codes() -> None:
+    codes = clusters(500, seed=0)
+    prior = GaussianPrior(2).double()
+    prior.fit(codes)
+    np.testing.assert_allclose(prior.mean.numpy(), codes.numpy().mean(0))
+    np.testing.assert_allclose((prior.scale_tril @ prior.scale_tril.T).numpy(), np.cov(codes.numpy().T, bias=True))
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_codes_in_single_precision_and_of_unequal_spreads_are_fitted(name: str) -> None:
+    torch.manual_seed(0)
+    codes = torch.randn(600, 6) * torch.tensor([1.0, 1.0, 1e-2, 1.0, 1e-2, 3.0]) + 20 * (torch.arange(600) % 2)[:, None]
+    prior = fitted(name, codes, codes)
+    assert prior.log_prob(codes).dtype == torch.float32
+    assert bool(prior.log_prob(codes).isfinite().all())
+    assert prior.sample(3).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_fit_repeats_and_leaves_the_global_generator_alone(name: str) -> None:
+    codes, held_out = clusters(400, seed=0), clusters(100, seed=1)
+    before = torch.get_rng_state()
+    first, again, other = (fitted(name, codes, held_out, seed).log_prob(codes) for seed in (5, 5, 6))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert torch.equal(first, other) == (name == "gaussian")
+
+
+def test_a_flow_needs_no_held_out_codes_no_gradients_and_only_one_latent() -> None:
+    codes = clusters(400, seed=0)[:, :1]
+    prior = FlowPrior(1).double()
+    with torch.no_grad():
+        prior.fit(codes)
+    assert not any(parameter.requires_grad for parameter in prior.parameters())
+    side = torch.linspace(-8, 8, 4001).double()
+    assert float(prior.log_prob(side[:, None]).exp().sum() * (side[1] - side[0])) == pytest.approx(1, abs=1e-3)
+
+
+def test_torch_still_checks_arguments_of_distributions() -> None:
+    FlowPrior(2)
+    assert "zuko" in sys.modules
+    with pytest.raises(ValueError, match="constraint GreaterThan"):
+        Normal(0.0, -1.0)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_an_unfitted_prior_is_of_no_use_until_it_is_loaded(name: str) -> None:
+    codes = clusters(500, seed=0)
+    made = fitted(name, codes, codes)
+    fresh = MixturePrior(2, made.components).double() if isinstance(made, MixturePrior) else PRIORS[name](2).double()
+    for use in (lambda: fresh.log_prob(codes), lambda: fresh.sample(2), lambda: fresh.kl(POSTERIOR, POSTERIOR.loc)):
+        with pytest.raises(ValueError, match="is not fitted yet; fit it on codes"):
+            use()
+    fresh.load_state_dict(copy.deepcopy(fresh).state_dict())
+    with pytest.raises(ValueError, match="is not fitted yet"):
+        fresh.sample(2)
+    fresh.load_state_dict(made.state_dict())
+    assert torch.equal(fresh.log_prob(codes), made.log_prob(codes))
+    assert torch.equal(copy.deepcopy(fresh).log_prob(codes), made.log_prob(codes))
+
+
+CODES = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
+    "no latents": (lambda: GaussianPrior(0), "at least 1; got 0"),
+    "no components": (lambda: MixturePrior(2, 0), "components counts the Gaussians"),
+    "another size": (lambda: GaussianPrior(3).fit(CODES), r"codes are \(n, 3\), one row an example; got \(50, 2\)"),
+    "not a table": (lambda: FlowPrior(2).fit(CODES[0]), r"got \(2,\)"),
+    "too few for a covariance": (lambda: GaussianPrior(2).fit(CODES[:2]), "needs at least 3 codes, got 2"),
+    "too few for the components": (lambda: MixturePrior(2, 60).fit(CODES), "needs at least 60 codes, got 50"),
+    "not finite": (lambda: MixturePrior(2, 1).fit(CODES.log()), "got NaN or infinity"),
+    "in a plane": (lambda: GaussianPrior(2).fit(CODES[:, :1].expand(-1, 2)), "lie in a plane"),
+    "nothing to choose by": (lambda: MixturePrior(2).fit(CODES), "give held_out"),
+    "another size held out": (lambda: MixturePrior(2).fit(CODES, CODES[:, :1]), r"got \(50, 1\)"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_explained(mistake: str) -> None:
+    make, says = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+# -- in a model ------------------------------------------------------------------------------------------------------------
+
+DIM, NOISE = 5, 0.4
+
+
+def linear_vae(prior: Prior | None = None) -> VAE:
+    """X = A z + b + noise, with an encoder of its own: its bound is far from tight."""
+    torch.manual_seed(0)
+    encoder = nn.Linear(DIM, 4)
+    network = FlatNetwork(encoder, nn.Linear(2, DIM), 2, prior)
+    with torch.no_grad():
+        encoder.weight[2:] *= 0.1
+        network.decoder.weight *= 2
+    return VAE(network, Gaussian(DIM, Fixed(NOISE), spatial_dims=0, levels=None)).double().eval()
+
+
+def as_mixture(prior: Prior) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights, means and covariances of a prior that is one of Gaussians."""
+    if isinstance(prior, MixturePrior):
+        return prior.log_weights.exp().numpy(), prior.means.numpy(), (prior.scale_trils @ prior.scale_trils.mT).numpy()
+    assert isinstance(prior, GaussianPrior)
+    return np.ones(1), prior.mean.numpy()[None], (prior.scale_tril @ prior.scale_tril.T).numpy()[None]
+
+
+@pytest.mark.parametrize("name", ["gaussian", "mixture:3"])
+@torch.no_grad()
+def test_the_elbo_bounds_the_known_marginal_and_importance_weights_give_it(name: str) -> None:
+    vae = linear_vae(fitted(name, clusters(2000, seed=0), clusters(500, seed=1)))
+    a, b = vae.flat_network.decoder.weight.numpy(), vae.flat_network.decoder.bias.numpy()
+    weights, means, covariances = as_mixture(vae.flat_network.prior)
+    x = torch.from_numpy(clusters(3, seed=3).numpy() @ a.T + b + NOISE * np.random.default_rng(0).standard_normal((3, DIM)))
+    log_likelihood = mixture_density(x.numpy(), weights, means @ a.T + b, a @ covariances @ a.T + NOISE**2 * np.eye(DIM))
+    draws = 40_000
+    inference = vae.network.infer(x.repeat(draws, 1))
+    fits = vae.likelihood(inference.h).log_prob(inference.target)
+    elbo = (fits - inference.kl.sum(-1)).reshape(draws, -1)
+    assert (elbo.mean(0).numpy() < log_likelihood - 0.05).all()
+    log_weights = (fits + inference.log_ratio).reshape(draws, -1)
+    estimate, size = special.logsumexp(log_weights.numpy(), axis=0) - math.log(draws), draws
+    relative = (log_weights - torch.from_numpy(estimate)).exp()
+    assert (relative.var(0) / size).sqrt().max() < 0.1  # or it would say nothing
+    np.testing.assert_allclose(estimate, log_likelihood, atol=float(4 * (relative.var(0) / size).sqrt().max()))
+
+
+@torch.no_grad()
+def test_a_fitted_prior_that_is_standard_changes_nothing() -> None:
+    prior = GaussianPrior(2).double()
+    prior.load_state_dict({"mean": torch.zeros(2), "scale_tril": torch.eye(2)})
+    x = torch.randn(20, DIM).double()
+    ours, usual = (linear_vae(p).network.infer(x, noise=keyed_noise(torch.arange(20))) for p in (prior, None))
+    torch.testing.assert_close(ours.kl, usual.kl)
+    torch.testing.assert_close(ours.log_ratio, usual.log_ratio)
+
+
+def image_vae(latent_dim: int = 3) -> VAE:
+    torch.manual_seed(0)
+    likelihood = Gaussian(1, Optimal())
+    vae = VAE(mlp((1, 4, 4), likelihood.in_channels, latent_dim, width=16), likelihood)
+    vae.calibrate([images(30)])
+    return vae
+
+
+def images(n: int, seed: int = 0) -> Tensor:
+    return torch.rand(n, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_fitting_the_prior_changes_nothing_else(name: str) -> None:
+    vae = image_vae().train()
+    vae.network.decoder.eval()  # a part that was frozen
+    before, modes = copy.deepcopy(vae.state_dict()), [part.training for part in vae.network.decoder.modules()]
+    vae.fit_prior([images(200)], build.prior(name, 3), [images(60, seed=1)], seed=2)
+    after = vae.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert {key.split(".")[1] for key in after.keys() - before.keys()} == {"prior"}
+    assert vae.training
+    assert vae.network.encoder.training
+    assert [part.training for part in vae.network.decoder.modules()] == modes
+    x, posterior = images(200), vae.encode(images(200))
+    draws = posterior.loc + posterior.scale * keyed_noise(torch.arange(200), seed=2)(posterior.loc.shape)
+    gain = vae.flat_network.prior.log_prob(draws) - StandardNormal(3).log_prob(draws)
+    assert gain.mean() > 0
+    assert vae.sample(5).shape == (5, 1, 4, 4)
+    assert vae.elbo(x).total.shape == (200,)
+
+
+def test_codes_do_not_depend_on_the_batches() -> None:
+    x, means = images(50), []
+    positions = torch.arange(50)
+    loaders = ([x], x.split(7), [(part, part) for part in x.split(7)], [Batch(x.flip(0), positions.flip(0))])
+    for loader in loaders:
+        vae = image_vae()
+        vae.fit_prior(loader, GaussianPrior(3))
+        prior = vae.flat_network.prior
+        assert isinstance(prior, GaussianPrior)
+        means.append(prior.mean)
+    for mean in means[1:]:
+        torch.testing.assert_close(mean, means[0])
+
+
+def test_what_cannot_be_fitted_leaves_the_prior_that_was() -> None:
+    vae = image_vae()
+    for loader, prior, says in (
+        ([images(3)], GaussianPrior(3), "at least 4 codes"),
+        ([], GaussianPrior(3), "gave no batch"),
+        ([images(30)], GaussianPrior(4), r"codes are \(n, 4\)"),
+        ([images(30)], MixturePrior(3), "give held_out"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            vae.fit_prior(loader, prior)
+        assert isinstance(vae.flat_network.prior, StandardNormal)
+    ladder = VAE(hierarchical((1, 4, 4), 1, plan="4,4d4/1,4m1"), Gaussian(1))
+    with pytest.raises(ValueError, match="no single layer of flat latents"):
+        ladder.fit_prior([images(30)], GaussianPrior(3))
+
+
+# -- names and saved models ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_saved_model_has_its_prior(name: str, tmp_path) -> None:
+    config = ModelConfig("mlp", latent_dim=3, width=16, prior=name)
+    vae = build.vae(config, (1, 4, 4), Scaling(256))
+    assert isinstance(vae.flat_network.prior, StandardNormal)  # what it is trained with
+    vae.calibrate([images(30)])
+    if name != "standard":
+        vae.fit_prior([images(200)], build.prior(name, 3), [images(60, seed=1)])
+    build.save(tmp_path / "model", vae, config, (1, 4, 4), Scaling(256))
+    saved = build.load(tmp_path / "model")
+    found = vae.flat_network.prior
+    assert saved.config.prior == (f"mixture:{found.components}" if isinstance(found, MixturePrior) else name)
+    ours, theirs = (v.sample(6, generator=torch.Generator().manual_seed(0)) for v in (vae.eval(), saved.vae))
+    assert torch.equal(ours, theirs)
+    ours, theirs = (v.elbo(images(9), noise=keyed_noise(torch.arange(9))).total for v in (vae, saved.vae))
+    assert torch.equal(ours, theirs)
+
+
+def test_a_users_own_prior_has_no_name(tmp_path) -> None:
+    class Own(nn.Module):
+        pass
+
+    config = ModelConfig("mlp", latent_dim=3, width=16)
+    vae = build.vae(config, (1, 4, 4), Scaling(256))
+    vae.flat_network.prior = Own()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="Own has no name"):
+        build.save(tmp_path / "model", vae, config, (1, 4, 4), Scaling(256))
+
+
+@pytest.mark.parametrize(
+    ("network", "name", "says"),
+    [
+        ("mlp", "mixtur", "did you mean 'mixture'"),
+        ("mlp", "standrad", "did you mean 'standard'"),
+        ("mlp", "gaussian:3", "did you mean"),
+        ("mlp", "mixture:", "takes a number of components, as in mixture:20"),
+        ("mlp", "mixture:0", "takes a number of components"),
+        ("mlp", "mixture:two", "takes a number of components"),
+        ("hierarchical:4,4d4/1,4m1", "mixture", "single layer of flat latents, which hierarchical:4,4d4/1,4m1 does not have"),
+        ("hierarchical:4,4d4/1,4m1", "standrad", "did you mean 'standard'"),
+    ],
+)
+def test_a_prior_that_cannot_be_is_refused_with_the_model(network: str, name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        build.vae(ModelConfig(network, prior=name), (1, 4, 4), Scaling(256))

@@ -4,6 +4,7 @@ project = "sigma-vae"
 copyright = "2026, the sigma-vae authors"
 author = "The sigma-vae authors"
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
+myst_enable_extensions = ["dollarmath"]
 html_theme = "furo"
 html_title = "sigma-vae"
 napoleon_custom_sections = [("Shapes", "notes_style")]

@@ -148,8 +148,18 @@ def test_of_many_examples_evenly_spaced_ones_are_taken(monkeypatch: pytest.Monke
     chosen = x[torch.arange(100) * 5 // 2]
     truth = kl_divergence(vae.encode(chosen), Normal(0.0, 1.0)).sum(1).mean()
     assert (whole["examples"], report["examples"]) == (250, 100)
-    assert report["mean_kl_nats"]["mean"] == pytest.approx(float(truth), rel=1e-6)
+    assert report["mean_kl_nats"]["mean"] == pytest.approx(truth.item(), rel=1e-6)
     assert report["active_units"] == whole["active_units"]
+
+
+def test_of_many_training_examples_a_part_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evenly spaced: of sorted data some of all sorts."""
+    vae, x = encoder_vae(GAINS["few nats"], DEVIATION), gaussian_data(250)
+    part = information(vae, batches_of(x), batches_of(x[torch.arange(100) * 5 // 2]))
+    monkeypatch.setattr(module, "MOST_TRAINING_CODES", 100)
+    for share in ({}, {"size": 7}, {"size": 99}):
+        report = information(vae, batches_of(x), batches_of(x, **share))
+        assert report["marginal_kl_held_out_nats"] == pytest.approx(part["marginal_kl_held_out_nats"], rel=1e-9)
 
 
 @pytest.mark.parametrize(("variance", "active"), [(0.0099, 0), (0.0101, 1)])
@@ -168,7 +178,7 @@ def test_a_unit_is_active_where_its_mean_varies_by_a_hundredth(variance: float, 
 def ladder_and_images(n: int = 30) -> tuple[VAE, Batches]:
     torch.manual_seed(0)
     likelihood = Gaussian(1, Fixed(0.3))
-    vae = VAE(hierarchical((1, 8, 8), 1, latent_dim=2, width=8, plan="8,8d2,4/2,4m2,8m4"), likelihood)
+    vae = VAE(hierarchical((1, 8, 8), 1, latent_dim=2, width=8, plan="8,8d2,4,4d2/2,4m2,8m4"), likelihood)
     images = torch.randint(0, 256, (n, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     batches = Batches(InMemory(images), Scaling(256), 7)
     vae.calibrate(batches)

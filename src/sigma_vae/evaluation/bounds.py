@@ -24,8 +24,10 @@ __all__ = ["Measure", "iwae", "oracle"]
 Measure = Literal["iwae_nats", "iwae_post_hoc_nats", "iwae_bits_per_dim", "iwae_bits_per_dim_post_hoc"]
 """What the likelihood observes, with its own σ and with the refitted one; the masses of the levels, likewise."""
 
-FEATURES = 2**21
-"""Decoded together, where one draw of the batch has fewer."""
+FEATURES = 2**18
+"""Decoded together, where one draw of the batch has fewer: on a CPU temporaries should stay in its caches."""
+OTHER_FEATURES = 2**24
+"""Of a GPU, which needs larger pieces to be busy."""
 
 
 class _Term(NamedTuple):
@@ -183,13 +185,13 @@ def _inferences(vae: VAE, batch: Batch, draws: int, seed: int) -> Iterator[Infer
             yield vae.network.infer(batch.x, mask=batch.mask, noise=noise)
         return
     posterior = vae.network.encode(batch.x)
-    together = 1
+    most, together = FEATURES if batch.x.device.type == "cpu" else OTHER_FEATURES, 1
     while draws:
         unit = torch.stack([noise(posterior.loc.shape) for _ in range(min(together, draws))]).to(posterior.loc)
         inference = vae.network.draw(batch.x, posterior, unit)
         yield inference
         draws -= len(unit)
-        together = max(1, FEATURES * len(unit) // inference.h.numel())
+        together = max(1, most * len(unit) // inference.h.numel())
 
 
 def _summed_weights(

@@ -24,6 +24,8 @@ MOST_CODES = 10_000
 """Of the test examples, for the log-sum-exp pair: its cost is their square."""
 COMPONENTS = 20
 """Of the mixture that is fitted to training codes, at most."""
+MOST_TRAINING_CODES = 12_000
+"""For that; more change it little."""
 CHUNK = 2**21
 """Log-densities held together: 16 MB."""
 
@@ -57,7 +59,7 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> di
     Args:
         vae: the model; put into eval mode.
         test: what is reported on, on at most 10 000 examples, evenly spaced.
-        training: gives the codes that the mixture is fitted to, at most 12 000 of them.
+        training: gives the codes that the mixture is fitted to, of at most 12 000 examples, evenly spaced.
         seed: of the posterior's noise, which is keyed by example.
 
     Returns:
@@ -84,7 +86,7 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> di
         raise ValueError("information is about the spread of codes and needs at least two test examples, got one")
     codes = _evenly(whole, MOST_CODES)
     mean_kl = float(codes.kl.mean())
-    held_out = _held_out(codes, _codes(vae, vae.network, training, seed).z, seed)
+    held_out = _held_out(codes, _codes(vae, vae.network, _part(training, MOST_TRAINING_CODES), seed).z, seed)
     moments = _moment_bound(codes) if isinstance(vae.network.prior, StandardNormal) else None
     bounds = [moments, None if held_out is None else held_out["mean"]]
     marginal = max([0.0, *(bound for bound in bounds if bound is not None)])
@@ -131,10 +133,25 @@ def _codes(vae: VAE, network: FlatNetwork, batches: Batches, seed: int) -> _Code
 
 
 def _evenly(codes: _Codes, most: int) -> _Codes:
-    """At most so many of them, evenly spaced: data sets may be sorted."""
-    n = len(codes.z)
-    chosen = torch.arange(n) if n <= most else torch.arange(most) * n // most
+    chosen = _spaced(len(codes.z), most)
     return _Codes(*(values[chosen] for values in codes))
+
+
+def _part(batches: Batches, most: int) -> Batches:
+    """At most so many examples of a split."""
+    if len(batches.store) <= most:
+        return batches
+    world, sizes = batches.world_size, range(min(batches.batch_size, most), most + 1)
+    size = next(
+        size for size in sizes if most % size == 0 or most % size >= world
+    )  # each process has a share of the last batch, too
+    chosen = batches.store.select(_spaced(len(batches.store), most))
+    return Batches(chosen, batches.scaling, size, rank=batches.rank, world_size=world)
+
+
+def _spaced(n: int, most: int) -> Tensor:
+    """At most so many of n rows, evenly spaced: data sets may be sorted."""
+    return torch.arange(n) if n <= most else torch.arange(most) * n // most
 
 
 def _bracket(codes: _Codes, mean_kl: float) -> dict[str, float]:

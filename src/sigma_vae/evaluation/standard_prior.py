@@ -1,15 +1,13 @@
 """The same model with N(0, I) in place of its fitted prior: what the fitted one is worth."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sigma_vae.data import Batches
-from sigma_vae.evaluation.suite import score
+from sigma_vae.evaluation.suite import bounds_of, score
 from sigma_vae.networks import FlatNetwork
 from sigma_vae.priors import StandardNormal
 from sigma_vae.vae import VAE
@@ -48,19 +46,4 @@ def scores_under_standard_prior(vae: VAE, test: Batches, seed: int = 0) -> dict[
     """
     vae.eval()
     with standard_prior(vae):
-        scores = score(vae, test, seed)
-    name = "elbo" if vae.likelihood.normalised else "objective"
-    report = {
-        f"{name}_nats": _mean(scores.log_likelihood - scores.rate),
-        f"{name}_post_hoc_nats": _mean(scores.log_likelihood_post_hoc - scores.rate),
-        "rate_nats": _mean(scores.rate),
-    }
-    for name, mass in (("bits_per_dim", scores.log_mass), ("bits_per_dim_post_hoc", scores.log_mass_post_hoc)):
-        if mass is not None:
-            report[name] = _mean((scores.rate - mass) / (scores.dims * math.log(2)))
-    return report
-
-
-def _mean(values: Tensor) -> dict[str, float | None]:
-    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
-    return {"mean": float(values.mean()), "standard_error": error}
+        return bounds_of(vae, score(vae, test, seed))

@@ -16,7 +16,7 @@ from sigma_vae.networks import FlatNetwork
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE, Scores, keyed_noise
 
-__all__ = ["evaluate", "score"]
+__all__ = ["bounds_of", "evaluate", "score"]
 
 
 def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
@@ -75,29 +75,37 @@ def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int
     """
     vae.eval()
     scores = score(vae, test, seed)
-    name = "elbo" if vae.likelihood.normalised else "objective"
     report: dict[str, Any] = {
         "examples": len(scores.rate),
         "dims": _number(scores.dims),
         "levels": vae.likelihood.levels,
         "observes": vae.likelihood.observes,
         "noise_seed": seed,
-        f"{name}_nats": mean_and_error(scores.log_likelihood - scores.rate),
-        f"{name}_post_hoc_nats": mean_and_error(scores.log_likelihood_post_hoc - scores.rate),
-        "rate_nats": mean_and_error(scores.rate),
+        **bounds_of(vae, scores),
         "distortion_nats": mean_and_error(-scores.log_likelihood),
     }
     if scores.kl.shape[-1] > 1:
-        report["kl_per_layer_nats"] = scores.kl.flatten(0, -2).mean(0).tolist()
-    for name, mass in (("bits_per_dim", scores.log_mass), ("bits_per_dim_post_hoc", scores.log_mass_post_hoc)):
-        if mass is not None:
-            report[name] = mean_and_error((scores.rate - mass) / (scores.dims * math.log(2)))
+        report["kl_per_layer_nats"] = scores.kl.mean(0).tolist()
     report |= _scales(vae)
     if isinstance(vae.network, FlatNetwork):
         report["latent_dim"] = vae.network.latent_dim
         report["active_units"] = active_units(vae, test)
     if training is not None:
         report["entropy_identity"] = entropy_identity(vae, training, seed)
+    return report
+
+
+def bounds_of(vae: VAE, scores: Scores) -> dict[str, Any]:
+    """What :func:`evaluate` reports of the scores: the bounds in nats and bits, and the rate."""
+    name = "elbo" if vae.likelihood.normalised else "objective"
+    report = {
+        f"{name}_nats": mean_and_error(scores.log_likelihood - scores.rate),
+        f"{name}_post_hoc_nats": mean_and_error(scores.log_likelihood_post_hoc - scores.rate),
+        "rate_nats": mean_and_error(scores.rate),
+    }
+    for name, mass in (("bits_per_dim", scores.log_mass), ("bits_per_dim_post_hoc", scores.log_mass_post_hoc)):
+        if mass is not None:
+            report[name] = mean_and_error((scores.rate - mass) / (scores.dims * math.log(2)))
     return report
 
 

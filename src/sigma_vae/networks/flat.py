@@ -83,7 +83,7 @@ class FlatNetwork(Network):
         h = self.decode(z.reshape(-1, self.latent_dim).to(x.dtype))
         return Inference(
             h=h.reshape(*unit.shape[:-1], *h.shape[1:]),
-            target=x.expand(*unit.shape[:-2], *x.shape),
+            target=x if unit.dim() == 2 else x.expand(*unit.shape[:-2], *x.shape),
             kl=self.prior.kl(posterior, z).expand(unit.shape[:-1]).unsqueeze(-1),
             log_ratio=self.prior.log_prob(z) - log_posterior,
         )

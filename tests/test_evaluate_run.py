@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -166,3 +166,11 @@ def test_one_run_compares_with_nothing(evaluated, tmp_path):
         runs.compare([evaluated])
     with pytest.raises(ValueError, match="missing or broken"):
         runs.compare([evaluated, tmp_path])
+
+
+def test_every_setting_is_explained(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["evaluate", "--help"])
+    text = capsys.readouterr().out
+    for field in fields(EvaluationSettings):
+        assert f"--{field.name.replace('_', '-')}" in text

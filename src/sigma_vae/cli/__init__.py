@@ -16,6 +16,7 @@ from sigma_vae.cli.inspect import inspect
 from sigma_vae.cli.outputs import encode, reconstruct, sample, score
 from sigma_vae.cli.priors import fit_prior
 from sigma_vae.cli.runs import evaluate, replay, resume, train
+from sigma_vae.cli.study import STUDY, study
 from sigma_vae.cli.video import predict
 from sigma_vae.training import NonFiniteLossError
 
@@ -39,17 +40,22 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "encode": encode,
     "score": score,
     "explain": explain,
+    "study": study,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 if it went well, 1 for a problem that is explained, 130 for Ctrl-C (a wrong command line exits with 2)."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    commands, program = COMMANDS, PROGRAM
+    if len(words) > 1 and words[0] == "study":
+        commands, program, words = STUDY, f"{PROGRAM} study", words[1:]
     try:
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog=PROGRAM,
+            commands,
+            prog=program,
             description="Train VAEs with calibrated decoders: no KL weight to tune.",
-            args=arguments,
+            args=words,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """What is measured of a finished run beside its bounds, and how: it is written beside the numbers, so that they can be repeated."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 __all__ = ["EvaluationSettings", "Metric"]
 
@@ -11,6 +11,8 @@ Metric = Literal["iwae", "oracle", "information", "calibration", "quality"]
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What is measured, and how."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     metrics: tuple[Metric, ...] | None = None
     """Beside the single-sample bounds: iwae (the importance-weighted bound), oracle (σ taken from the examples that it scores: no

@@ -1,0 +1,107 @@
+"""Subcommands of ``sigma-vae study``: grids of runs, and what came of them."""
+
+import json as json_module
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from sigma_vae import study as studies
+from sigma_vae.study.grid import SHIPPED
+from sigma_vae.study.runner import Backend
+from sigma_vae.study.statistics import summary
+
+__all__ = ["STUDY", "study"]
+
+
+def run(
+    spec: tyro.conf.Positional[str],
+    *,
+    out: str,
+    size: str | None = None,
+    backend: Backend = "loky",
+    workers: int | None = None,
+    address: str | None = None,
+    retries: int = 1,
+    json: bool = False,
+) -> None:
+    """Do every run of a study that is not finished; stopped or killed, the same command goes on.
+
+    Args:
+        spec: Name of a study that comes with the library, or path of a YAML file.
+        out: Folder of the study; on a cluster, one that all workers see.
+        size: Of the study, where it has several: cpu is for two cores.
+        backend: Where the runs are done: loky (processes on this machine), dask or ray.
+        workers: How many are done at once (loky, or a local Dask cluster); as many as there are cores unless given.
+        address: Of a Dask scheduler or a Ray cluster; a local one is started unless given.
+        retries: How often a run that fails is tried again.
+        json: Print the records of all cells as JSON alone.
+    """
+    grid = studies.read_spec(spec, size)
+    records = studies.run(
+        grid,
+        Path(out),
+        backend=backend,
+        workers=workers,
+        address=address,
+        retries=retries,
+        tell=None if json else _tell,
+    )
+    failed = [record for record in records if record["status"] != "done"]
+    if json:
+        print(json_module.dumps(records, ensure_ascii=False))
+    else:
+        _print_summary(grid, Path(out))
+        print(f"{len(records) - len(failed)} of {len(records)} cells done; table: {Path(out) / 'results.parquet'}")
+    if failed:
+        told = "; ".join(f"{record['place']}: {record['error']}" for record in failed)
+        raise ValueError(f"{len(failed)} cells failed and are tried again when the study is run again: {told}")
+
+
+def _tell(record: dict[str, Any], ended: int, of: int) -> None:
+    """A line for each cell that ends."""
+    place = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in record["place"].items())
+    how = "" if record["status"] == "done" else f", failed: {record['error']}"
+    print(f"[{ended}/{of}] {place}: {record['seconds']:.0f} s{how}", flush=True)
+
+
+def _print_summary(spec: studies.StudySpec, out: Path) -> None:
+    """Mean ± standard deviation over seeds, of the test split."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = summary(studies.collect(studies.cells(spec), out), [name for name in spec.axes if name != "seed"])
+    table = Table(title=f"{spec.title}: test split, mean ± standard deviation over seeds")
+    for name in rows.columns:
+        table.add_column(str(name).rpartition(".")[2] if "." in str(name) else str(name), overflow="fold")
+    for row in rows.itertuples(index=False):
+        table.add_row(*map(str, row))
+    Console().print(table)
+
+
+def table(spec: tyro.conf.Positional[str], *, out: str, size: str | None = None) -> None:
+    """Print what a study has found so far: mean ± standard deviation over seeds, on the test split.
+
+    Args:
+        spec: Name of a study that comes with the library, or path of a YAML file.
+        out: Folder of the study.
+        size: Of the study, where it has several.
+    """
+    _print_summary(studies.read_spec(spec, size), Path(out))
+
+
+def names() -> None:
+    """List the studies that come with the library, with their sizes."""
+    for name in SHIPPED:
+        spec = studies.read_spec(name)
+        sizes = f" [{', '.join(spec.sizes)}]" if spec.sizes else ""
+        print(f"{name}{sizes}: {spec.title}, {len(studies.cells(spec))} runs. {spec.about}")
+
+
+def study() -> None:
+    """Grids of runs, of which `run`, `table` and `list` are the subcommands."""
+    raise ValueError(f"say what to do with a study: sigma-vae study {' | '.join(STUDY)}")
+
+
+STUDY: dict[str, Callable[..., None]] = {"run": run, "table": table, "list": names}

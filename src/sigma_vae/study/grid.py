@@ -1,0 +1,141 @@
+"""A grid of runs as data: what is the same in all of them, and what is varied."""
+
+import copy
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from sigma_vae.config import RunConfig
+from sigma_vae.configfile import parse, read
+from sigma_vae.evaluation.settings import EvaluationSettings
+
+__all__ = ["SHIPPED", "Cell", "StudySpec", "cells", "read_spec"]
+
+SHIPPED = tuple(sorted(path.name.removesuffix(".yaml") for path in resources.files(__package__).joinpath("specs").iterdir()))
+"""Names of the specs that come with the library."""
+
+Values = list[Any] | dict[str, dict[str, Any]]
+"""Of an axis: values of one setting, or settings that go together, by a label."""
+
+
+@dataclass(frozen=True)
+class StudySpec:
+    """A study: every combination of the axes' values is a cell, trained once and evaluated with every prior."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    title: str
+    """What it is called."""
+    base: dict[str, Any]
+    """What all runs have in common: any part of a run's config."""
+    axes: dict[str, Values]
+    """What is varied. The name of a setting, as ``model.likelihood``, ``training.kl_weight`` or ``seed``, with its values; or a name of
+    your own with, for each label, settings that go together: ``{mlp: {model.network: mlp, model.width: 400}}``."""
+    about: str = ""
+    """What it is to show."""
+    priors: tuple[str, ...] = ("standard",)
+    """Fitted after the training, one after the other, to the same weights."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """What is measured of each on the test split; on the validation split the bounds alone."""
+    sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Other sizes of the same study by name: what of ``base``, ``axes``, ``priors`` and ``evaluation`` they replace."""
+    published: dict[str, Any] = field(default_factory=dict)
+    """The paper's numbers, to stand beside ours."""
+
+    def __post_init__(self) -> None:
+        """Refuse a grid without cells."""
+        for name, values in self.axes.items():
+            if not values:
+                raise ValueError(f"the axis {name} has no values; give it some, or leave it out")
+        if not self.priors:
+            raise ValueError("priors names at least one: standard")
+
+
+class Cell(NamedTuple):
+    """One run of a study."""
+
+    place: dict[str, Any]
+    """Its value, or label, on each axis."""
+    config: RunConfig
+    priors: tuple[str, ...]
+    evaluation: EvaluationSettings
+
+    @property
+    def key(self) -> str:
+        """Names the cell by what it is made of: the same in every study that has it."""
+        made_of = {"config": asdict(self.config), "priors": self.priors, "evaluation": asdict(self.evaluation)}
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_spec(name: str, size: str | None = None) -> StudySpec:
+    """A study by its name or from a YAML file, in one of its sizes.
+
+    Raises:
+        ValueError: there is no such study or size, or the file holds something else.
+    """
+    path = Path(name)
+    if name in SHIPPED:
+        path = Path(str(resources.files(__package__).joinpath("specs", f"{name}.yaml")))
+    elif not path.is_file():
+        raise ValueError(f"there is no study {name!r}; known: {', '.join(SHIPPED)}, or the path of a YAML file")
+    spec = read(path, StudySpec)
+    if size is None:
+        return spec
+    if size not in spec.sizes:
+        raise ValueError(f"{name} has no size {size!r}; it has: {', '.join(spec.sizes) or 'its own alone'}")
+    whole = {key: value for key, value in asdict(spec).items() if key != "sizes"}
+    return parse(_merged(whole, spec.sizes[size]), StudySpec, f"{name}, size {size}")
+
+
+def cells(spec: StudySpec) -> list[Cell]:
+    """Every combination of the axes' values, the last axis first.
+
+    Raises:
+        ValueError: a setting does not exist, or has no such value.
+
+    >>> axes = {"model.likelihood": ["gaussian/optimal", "gaussian/fixed:1.0"], "seed": [0, 1]}
+    >>> [cell.place["seed"] for cell in cells(StudySpec("two", {"data": {"source": "digits"}}, axes))]
+    [0, 1, 0, 1]
+    """
+    labelled = [[(name, label, settings) for label, settings in _settings(name, values)] for name, values in spec.axes.items()]
+    found = []
+    for chosen in itertools.product(*labelled):
+        content = copy.deepcopy(spec.base)
+        for _, _, settings in chosen:
+            for path, value in settings.items():
+                _put(content, path, value)
+        place = {name: label for name, label, _ in chosen}
+        config = parse(content, RunConfig, f"{spec.title}, cell {place}")
+        found.append(Cell(place, config, spec.priors, spec.evaluation))
+    return found
+
+
+def _settings(name: str, values: Values) -> list[tuple[Any, Mapping[str, Any]]]:
+    """Label and settings of each value."""
+    if isinstance(values, dict):
+        return list(values.items())
+    return [(value, {name: value}) for value in values]
+
+
+def _put(content: dict[str, Any], path: str, value: Any) -> None:
+    """Set ``a.b.c``."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is no setting of a run: {parent} has a value, {content!r}, and no parts")
+    content[last] = value
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """Theirs over ours; dictionaries part by part, but axes as a whole."""
+    merged = dict(ours)
+    for key, value in theirs.items():
+        whole = key == "axes" or not (isinstance(value, dict) and isinstance(ours.get(key), dict))
+        merged[key] = value if whole else _merged(ours[key], value)
+    return merged

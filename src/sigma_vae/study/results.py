@@ -1,0 +1,55 @@
+"""Results of a study as one table: a row for each cell, prior and split, a column for each number."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sigma_vae.study.cell import known
+from sigma_vae.study.grid import Cell
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["collect", "flat"]
+
+
+def collect(cells: Sequence[Cell], out: Path) -> "pd.DataFrame":
+    """Write ``results.parquet`` from what the cells have written, and return it.
+
+    Columns: ``key``, ``status``, ``error``, one for each axis, ``prior``, ``split``, ``training_seconds``, ``core_seconds``, then
+    every number of the evaluation under its dotted name; a mean under its own name, with its error at ``....standard_error``. A cell
+    that failed has one row; one that has not ended has none.
+    """
+    import pandas as pd
+
+    table = pd.DataFrame([row for cell in cells for row in _rows(cell, out)])
+    table.to_parquet(out / "results.parquet", index=False)
+    return table
+
+
+def flat(report: dict[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a report under dotted names; lists and words are left out.
+
+    >>> dict(flat({"elbo_nats": {"mean": 1.0, "standard_error": 0.5}, "how": {"n": 2, "name": "x"}}))
+    {'elbo_nats': 1.0, 'elbo_nats.standard_error': 0.5, 'how.n': 2}
+    """
+    for name, value in report.items():
+        path = f"{before}.{name}" if before else name
+        if isinstance(value, dict):
+            yield from flat(value, path)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield path.removesuffix(".mean"), value
+
+
+def _rows(cell: Cell, out: Path) -> Iterator[dict[str, Any]]:
+    record = known(cell, out)
+    if record is None:
+        return
+    about = {"key": cell.key, "status": record["status"], "error": record.get("error"), **cell.place}
+    if record["status"] != "done":
+        yield about
+        return
+    about |= {"training_seconds": record["training_seconds"], "core_seconds": record["seconds"] * record["threads"]}
+    for prior, reports in record["reports"].items():
+        for split, report in reports.items():
+            yield {**about, "prior": prior, "split": split, **dict(flat(report))}

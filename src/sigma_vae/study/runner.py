@@ -1,0 +1,123 @@
+"""Cells go through joblib: on processes of this machine, a Dask cluster, or Ray, by the same command."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from sigma_vae.study.cell import do, known
+from sigma_vae.study.grid import Cell, StudySpec, cells
+from sigma_vae.study.results import collect
+
+__all__ = ["Backend", "run"]
+
+Backend = Literal["loky", "dask", "ray"]
+
+
+def run(
+    spec: StudySpec,
+    out: Path,
+    *,
+    backend: Backend = "loky",
+    workers: int | None = None,
+    address: str | None = None,
+    retries: int = 1,
+    tell: Callable[[dict[str, Any], int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Do every cell that is not finished, and write ``results.parquet`` with a row for each cell, prior and split.
+
+    Each cell has a folder under ``out/cells``, named by a digest of its configuration, with its run and ``cell.json``, which is
+    written when the cell ends. A study that was stopped, or killed, goes on where it stood: finished cells are not repeated, one that
+    was being trained is resumed from its checkpoint. A cell that raises is written down as failed, with its error, and tried again: at
+    once so many times, and once more whenever the study is run again.
+
+    Args:
+        spec: the grid.
+        out: folder of the study; of a cluster, one that all workers see.
+        backend: ``"loky"`` (processes here), ``"dask"`` or ``"ray"``.
+        workers: how many cells are done at once (loky); as many as there are cores unless given, each with its share of them.
+        address: of the Dask scheduler or the Ray cluster; a local one is started unless given.
+        retries: how often a failed cell is tried again.
+        tell: called with the record of each cell that ends, how many have ended, and how many there are.
+
+    Returns:
+        The records of all cells, in the order of the grid.
+
+    Raises:
+        ValueError: a cell's configuration is not possible, or the backend's package is not installed.
+    """
+    from joblib import Parallel, delayed, effective_n_jobs
+
+    todo = cells(spec)
+    out.mkdir(parents=True, exist_ok=True)
+    ended = 0
+    with _on(backend, workers, address):
+        threads = max(1, (os.cpu_count() or 1) // effective_n_jobs(workers or -1)) if backend == "loky" else 1
+        for attempt in range(1 + retries):
+            left = [cell for cell in todo if not _finished(cell, out)]
+            if attempt == 0:
+                ended = len(todo) - len(left)
+            parallel = Parallel(n_jobs=workers or -1, return_as="generator_unordered")
+            for record in parallel(delayed(do)(cell, out.resolve(), threads) for cell in left):
+                ended += record["status"] == "done"
+                if tell is not None:
+                    tell(record, ended, len(todo))
+    collect(todo, out)
+    return [record for cell in todo if (record := known(cell, out)) is not None]
+
+
+def _finished(cell: Cell, out: Path) -> bool:
+    record = known(cell, out)
+    return record is not None and record["status"] == "done"
+
+
+@contextmanager
+def _on(backend: Backend, workers: int | None, address: str | None) -> Iterator[None]:
+    """Joblib's backend; a local cluster where none is named."""
+    from joblib import parallel_config
+
+    if backend == "loky":
+        if address is not None:
+            raise ValueError("an address is that of a cluster: take backend dask or ray, or leave it out")
+        with parallel_config(backend="loky"):
+            yield
+    elif backend == "dask":
+        with _dask(workers, address), parallel_config(backend="dask"):
+            yield
+    else:
+        with _ray(address), parallel_config(backend="ray"):
+            yield
+
+
+@contextmanager
+def _dask(workers: int | None, address: str | None) -> Iterator[None]:
+    try:
+        from distributed import Client, LocalCluster
+    except ImportError as error:
+        raise ValueError("the backend dask needs its package: pip install 'dask[distributed]'") from error
+    if address is not None:
+        with Client(address):  # type: ignore[no-untyped-call]
+            yield
+        return
+    count = workers or os.cpu_count()
+    with (
+        LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None) as cluster,  # type: ignore[no-untyped-call]
+        Client(cluster),  # type: ignore[no-untyped-call]
+    ):
+        yield
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    try:
+        import ray
+        from ray.util.joblib import register_ray
+    except ImportError as error:
+        raise ValueError("the backend ray needs its package: pip install 'ray[default]'") from error
+    register_ray()
+    ray.init(address=address, ignore_reinit_error=True)
+    try:
+        yield
+    finally:
+        ray.shutdown()

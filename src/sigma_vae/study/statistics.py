@@ -1,0 +1,132 @@
+"""What a study's table says: spread over seeds, paired differences, the best of a grid chosen without looking at the test split."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Chosen", "Difference", "chosen_on_validation", "cost", "paired_difference", "summary"]
+
+DIGITS = {"bits_per_dim_post_hoc": 4, "elbo_post_hoc_nats": 1, "rate_nats": 2, "calibration.density.coverage.90": 3}
+"""What a summary shows, and how exactly; Fréchet distances beside it."""
+RESAMPLES = 10_000
+
+
+class Difference(NamedTuple):
+    """Mean over pairs, and the 95 % bootstrap interval of it; the ends are None where there is one pair."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    pairs: int
+
+
+class Chosen(NamedTuple):
+    """A place in a grid, by its mean on the validation split, and its numbers on the test split."""
+
+    place: dict[str, Any]
+    test: "pd.Series[float]"
+
+
+def summary(table: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
+    """Mean ± standard deviation over seeds on the test split, a row for each place of the grid and each prior.
+
+    Args:
+        table: of :func:`~sigma_vae.study.results.collect`.
+        by: the axes that make a place: all but the seed.
+    """
+    import pandas as pd
+
+    rows = []
+    for place, group in _test(table).groupby([*by, "prior"], sort=False, dropna=False):
+        row: dict[str, Any] = dict(zip([*by, "prior"], place, strict=True)) | {"seeds": len(group)}
+        rows.append(row | {name: _spread(group[name], digits) for name, digits in _shown(table).items()})
+    return pd.DataFrame(rows)
+
+
+def paired_difference(
+    table: "pd.DataFrame", metric: str, ours: dict[str, Any], theirs: dict[str, Any], seed: int = 0
+) -> Difference:
+    """Ours minus theirs on the test split, seed by seed: what the seeds have in common (data order, first weights) cancels.
+
+    Args:
+        table: of :func:`~sigma_vae.study.results.collect`.
+        metric: a column.
+        ours: which rows: columns and their values.
+        theirs: which rows ours are compared with.
+        seed: of the bootstrap over pairs.
+
+    Raises:
+        ValueError: there are no pairs, or several rows of one seed.
+    """
+    both = _of(table, ours, metric).to_frame("ours").join(_of(table, theirs, metric).rename("theirs"), how="inner").dropna()
+    if both.empty:
+        raise ValueError(f"no seed has both {ours} and {theirs} with a number of {metric}")
+    differences = (both["ours"] - both["theirs"]).to_numpy(dtype=float)
+    mean, n = float(differences.mean()), len(differences)
+    if n == 1:
+        return Difference(mean, None, None, n)
+    draws = np.random.default_rng(seed).choice(differences, (RESAMPLES, n)).mean(1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Difference(mean, float(low), float(high), n)
+
+
+def chosen_on_validation(table: "pd.DataFrame", axis: str, candidates: Sequence[Any], metric: str, *, highest: bool) -> Chosen:
+    """The best of a grid, as somebody would choose it who tunes: by the mean over seeds on the validation split.
+
+    Args:
+        table: of :func:`~sigma_vae.study.results.collect`, of one prior.
+        axis: what is tuned.
+        candidates: its values.
+        metric: a column that both splits have.
+        highest: whether more of it is better.
+
+    Raises:
+        ValueError: no candidate has a number on the validation split.
+    """
+    known = table[(table["status"] == "done") & table[axis].isin(list(candidates))]
+    means = known[known["split"] == "validation"].groupby(axis, sort=False)[metric].mean().dropna()
+    if means.empty:
+        raise ValueError(f"none of {list(candidates)} has a number of {metric} on the validation split")
+    best = means.idxmax() if highest else means.idxmin()
+    test = _test(known[known[axis] == best])
+    return Chosen({axis: best}, test.select_dtypes("number").mean())
+
+
+def cost(table: "pd.DataFrame") -> dict[str, float]:
+    """Runs and core-hours, training and evaluation together."""
+    runs = table[table["status"] == "done"].drop_duplicates("key")
+    return {"runs": len(runs), "core_hours": float(runs["core_seconds"].sum()) / 3600}
+
+
+def _test(table: "pd.DataFrame") -> "pd.DataFrame":
+    done = table[table["status"] == "done"]
+    return done[done["split"] == "test"] if len(done) else done
+
+
+def _of(table: "pd.DataFrame", where: dict[str, Any], metric: str) -> "pd.Series[float]":
+    """The metric by seed."""
+    rows = _test(table)
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    values = rows.set_index("seed")[metric]
+    if values.index.has_duplicates:
+        raise ValueError(f"{where} are several rows of one seed; say more: prior, and every axis")
+    return values
+
+
+def _shown(table: "pd.DataFrame") -> dict[str, int]:
+    frechet = [name for name in table.columns if name.startswith("quality.") and name.endswith("samples.means.frechet")]
+    return {name: digits for name, digits in {**DIGITS, **dict.fromkeys(frechet, 2)}.items() if name in table.columns}
+
+
+def _spread(values: "pd.Series[float]", digits: int) -> str:
+    known = values.dropna().to_numpy(dtype=float)
+    if len(known) == 0:
+        return ""
+    deviation = known.std(ddof=1) if len(known) > 1 else math.nan
+    return f"{known.mean():.{digits}f}" + (f" ± {deviation:.{digits}f}" if math.isfinite(deviation) else "")

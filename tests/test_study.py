@@ -1,0 +1,254 @@
+"""Studies: grids as data, cells that are never lost, tables that do not depend on where the work was done."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sigma_vae import study
+from sigma_vae.cli import main
+from sigma_vae.study.cell import folder_of, known
+from sigma_vae.study.grid import SHIPPED
+from sigma_vae.study.statistics import chosen_on_validation, cost, paired_difference, summary
+
+TIMES = ["training_seconds", "core_seconds"]
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return study.read_spec("smallest")
+
+
+@pytest.fixture(scope="module")
+def finished(spec, tmp_path_factory):
+    """The smallest study, done on two processes."""
+    out = tmp_path_factory.mktemp("study") / "out"
+    study.run(spec, out, workers=2)
+    return out
+
+
+def results(out):
+    return pd.read_parquet(out / "results.parquet")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_study_can_be_read_in_every_size(name):
+    spec = study.read_spec(name)
+    for size in (None, *spec.sizes):
+        cells = study.cells(study.read_spec(name, size))
+        assert len({cell.key for cell in cells}) == len(cells) > 0
+
+
+def test_a_grid_is_every_combination(spec):
+    cells = study.cells(spec)
+    assert len(cells) == 4
+    assert {(c.config.model.likelihood, c.config.seed) for c in cells} == {
+        (name, seed) for name in ("gaussian/optimal", "gaussian/fixed:1.0") for seed in (0, 1)
+    }
+    axes = {
+        "setup": {"small": {"model.network": "mlp", "model.width": 8}, "conv": {"model.network": "conv"}},
+        "seed": [0, 1, 2],
+    }
+    grid = study.cells(replace(spec, axes=axes))
+    assert [(c.place["setup"], c.config.model.network, c.config.model.width) for c in grid[::3]] == [
+        ("small", "mlp", 8),
+        ("conv", "conv", 32),
+    ]
+
+
+def test_a_cell_is_named_by_what_it_is_made_of(spec):
+    cell = study.cells(spec)[0]
+    other = study.cells(replace(spec, title="another title", axes=dict(reversed(spec.axes.items()))))
+    assert cell.key in {c.key for c in other}
+    changed = replace(spec, base=spec.base | {"training": spec.base["training"] | {"epochs": 3}})
+    assert not {c.key for c in study.cells(changed)} & {c.key for c in study.cells(spec)}
+    assert study.cells(replace(spec, priors=("standard",)))[0].key != cell.key
+
+
+MISTAKES = {
+    "unknown key": ({"titel": "x"}, "titel"),
+    "unknown setting": ({"axes": {"model.colour": ["red"]}}, "model.colour"),
+    "wrong value": ({"axes": {"seed": ["one"]}}, "seed"),
+    "empty axis": ({"axes": {"seed": []}}, "the axis seed has no values"),
+    "a part of a value": ({"axes": {"seed.x": [1]}, "base": {"data": {"source": "digits"}, "seed": 1}}, "seed has a value"),
+    "unknown metric": ({"evaluation": {"metrics": ["beauty"]}}, "beauty"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_spec_gets_a_sentence(mistake, tmp_path, capsys):
+    changes, says = MISTAKES[mistake]
+    content = {"title": "t", "base": {"data": {"source": "digits"}}, "axes": {"seed": [0]}} | changes
+    (tmp_path / "spec.yaml").write_text(json.dumps(content))  # JSON is YAML
+    assert main(["study", "run", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / "out")]) == 1
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_studies_and_sizes_are_refused(capsys, tmp_path):
+    for words, says in ((["nothing"], "known: "), (["smallest", "--size", "huge"], "has no size 'huge'")):
+        assert main(["study", "run", *words, "--out", str(tmp_path / "out")]) == 1
+        assert says in capsys.readouterr().err
+
+
+def test_the_table_has_each_cell_prior_and_split_once(spec, finished):
+    table = results(finished)
+    assert len(table) == 4 * 2 * 2
+    assert not table.duplicated(["key", "prior", "split"]).any()
+    assert (table["status"] == "done").all()
+    for cell in study.cells(spec):
+        report = known(cell, finished)["reports"]["standard"]["test"]
+        row = table[(table["key"] == cell.key) & (table["prior"] == "standard") & (table["split"] == "test")].iloc[0]
+        assert row["bits_per_dim_post_hoc"] == report["bits_per_dim_post_hoc"]["mean"]
+        assert row["information.marginal_kl_at_least_nats"] == report["information"]["marginal_kl_at_least_nats"]
+        assert row["model.likelihood"] == cell.config.model.likelihood
+    fitted = table[(table["prior"] == "mixture:3") & (table["split"] == "test")]["elbo_post_hoc_nats"].to_numpy()
+    plain = table[(table["prior"] == "standard") & (table["split"] == "test")]["elbo_post_hoc_nats"].to_numpy()
+    assert (fitted != plain).all()
+
+
+def test_a_finished_study_repeats_nothing(spec, finished):
+    def stamps():
+        return {path: path.stat().st_mtime_ns for path in (finished / "cells").glob("*/cell.json")}
+
+    before, told = stamps(), []
+    study.run(spec, finished, workers=1, tell=lambda *ended: told.append(ended))
+    assert stamps() == before
+    assert told == []
+
+
+def test_a_study_is_the_same_on_a_dask_cluster(spec, finished, tmp_path):
+    pytest.importorskip("distributed", reason="the backend dask needs its package")
+    study.run(spec, tmp_path / "out", backend="dask", workers=2)
+    pd.testing.assert_frame_equal(results(tmp_path / "out").drop(columns=TIMES), results(finished).drop(columns=TIMES))
+
+
+KILLED = """
+from pathlib import Path
+from sigma_vae import study
+if __name__ == "__main__":
+    study.run(study.read_spec("smallest"), Path({out!r}), workers=1)
+"""
+
+
+def test_a_killed_study_goes_on_without_repeating_what_was_finished(spec, finished, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "killed.py").write_text(KILLED.format(out=str(out)))
+    process = subprocess.Popen([sys.executable, str(tmp_path / "killed.py")], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(out.glob("cells/*/cell.json")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/cell.json")}
+    assert 0 < len(before) < 4
+    study.run(spec, out, workers=2)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    pd.testing.assert_frame_equal(results(out).drop(columns=TIMES), results(finished).drop(columns=TIMES))
+
+
+def test_a_cell_that_raises_is_written_down_and_tried_again(spec, tmp_path, capsys):
+    broken = tmp_path / "broken.npz"
+    axes = {"data.source": ["digits", str(broken)], "seed": [0]}
+    content = {"title": "one is broken", "base": spec.base, "axes": axes}
+    (tmp_path / "spec.yaml").write_text(json.dumps(content))
+    words = ["study", "run", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main(words) == 1
+    assert "1 cells failed" in capsys.readouterr().err
+    good, bad = study.cells(study.read_spec(str(tmp_path / "spec.yaml")))
+    record = known(bad, tmp_path / "out")
+    assert (record["status"], record["failures"]) == ("failed", 2)  # and once more
+    assert "broken.npz" in record["error"]
+    table = results(tmp_path / "out")
+    assert table.set_index("key")["error"].dropna().to_dict() == {bad.key: record["error"]}
+    done = (folder_of(good, tmp_path / "out") / "cell.json").stat().st_mtime_ns
+    rng = np.random.default_rng(0)
+    np.savez(broken, x=rng.integers(0, 256, (200, 8, 8), dtype=np.uint8))
+    assert main(words) == 0
+    assert known(bad, tmp_path / "out")["status"] == "done"
+    assert (folder_of(good, tmp_path / "out") / "cell.json").stat().st_mtime_ns == done
+
+
+def test_the_command_prints_the_table(finished, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["study", "table", "smallest", "--out", str(finished)]) == 0
+    printed = "".join(capsys.readouterr().out.split())
+    for word in ("gaussian/optimal", "mixture:3", "±"):
+        assert word in printed
+    assert main(["study", "list"]) == 0
+    assert "smallest" in capsys.readouterr().out
+    assert main(["study"]) == 1
+    assert "say what to do" in capsys.readouterr().err
+
+
+def made_up():
+    """Two likelihoods and a tuned one, three seeds; what is best on validation is not best on test."""
+    rows = []
+    for name, validation, test in (("ours", 10.0, 9.0), ("β1", 11.0, 5.0), ("β2", 8.0, 12.0)):
+        for seed in range(3):
+            for split, value in (("validation", validation), ("test", test + seed * (1.0 if name == "ours" else 1.5))):
+                rows.append(
+                    {"key": f"{name}{seed}", "status": "done", "name": name, "seed": seed, "prior": "standard", "split": split}
+                    | {"elbo_post_hoc_nats": value, "core_seconds": 1800.0}
+                )
+    return pd.DataFrame(rows)
+
+
+def test_tuning_looks_at_validation_and_is_reported_on_test():
+    best = chosen_on_validation(made_up(), "name", ["β1", "β2"], "elbo_post_hoc_nats", highest=True)
+    assert best.place == {"name": "β1"}
+    assert best.test["elbo_post_hoc_nats"] == pytest.approx(5 + 1.5)
+    with pytest.raises(ValueError, match="on the validation split"):
+        chosen_on_validation(made_up(), "name", ["β3"], "elbo_post_hoc_nats", highest=True)
+
+
+def test_differences_are_paired_by_seed():
+    difference = paired_difference(made_up(), "elbo_post_hoc_nats", {"name": "ours"}, {"name": "β1"})
+    assert difference.mean == pytest.approx(np.mean([4.0, 3.5, 3.0]))
+    assert 3.0 <= difference.low < difference.mean < difference.high <= 4.0  # each seed's difference bounds the interval
+    assert difference.pairs == 3
+    with pytest.raises(ValueError, match="no seed has both"):
+        paired_difference(made_up(), "elbo_post_hoc_nats", {"name": "ours"}, {"name": "β3"})
+    with pytest.raises(ValueError, match="several rows of one seed"):
+        paired_difference(made_up(), "elbo_post_hoc_nats", {"prior": "standard"}, {"name": "β1"})
+
+
+def test_the_interval_of_a_mean_difference_covers_it():
+    """Of differences drawn from N(1, 1), the bootstrap interval of 20 pairs covers 1 nearly as often as it says."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(100):
+        noise = rng.normal(1, 1, 20)
+        rows = [
+            {"status": "done", "split": "test", "name": name, "seed": seed, "m": value}
+            for seed in range(20)
+            for name, value in (("a", noise[seed]), ("b", 0.0))
+        ]
+        found = paired_difference(pd.DataFrame(rows), "m", {"name": "a"}, {"name": "b"})
+        covered += found.low <= 1 <= found.high
+    assert 84 <= covered <= 100  # binomial: 95 expected of 100, 92 of the bootstrap's bias at n = 20
+
+
+def test_cost_counts_each_run_once():
+    assert cost(made_up()) == {"runs": 9, "core_hours": pytest.approx(4.5)}
+
+
+def test_a_summary_has_spread_over_seeds():
+    rows = summary(made_up(), ["name"]).set_index("name")
+    assert rows.loc["ours", "elbo_post_hoc_nats"] == "10.0 ± 1.0"
+    assert rows.loc["ours", "seeds"] == 3
+
+
+def test_specs_lie_beside_the_code():
+    assert all((Path(study.__file__).parent / "specs" / f"{name}.yaml").is_file() for name in SHIPPED)

@@ -4,7 +4,7 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench study docs clean
 
 demo: $(STAMP)  ## three minutes: a calibrated and a unit-variance VAE on mnist-5k, then look at demo/
 	$(PYTHON) -m examples.demo
@@ -21,6 +21,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)  ## the README's numbers: a quarter of an hour on Fashion-MNIST
 	$(PYTHON) -m benchmarks.calibration --out benchmarks/results/calibration.json
+
+study: $(STAMP)  ## the smallest study: four runs on the digits, a table
+	$(VENV)/bin/sigma-vae study run smallest --out studies/smallest
 
 docs: $(STAMP)  ## the documentation as a site, under site/
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

@@ -43,6 +43,7 @@ from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import bounds, evaluate, score
 from sigma_vae.evaluation.bounds import iwae, oracle
+from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.information import information
 from sigma_vae.likelihoods.scales import Scale
 from sigma_vae.vae import keyed_noise
@@ -304,7 +305,9 @@ def all_reports(share: dict[str, int]) -> dict[str, dict[str, float]]:
     of_data = batches_of(data, BATCH, **share)
     return {
         "linear": everything(linear, of_data) | numbers(evaluate(linear, of_data, of_data), "training"),
+        "information": numbers(information(linear, of_data, of_data)),
         "ladder": numbers([iwae(ladder, mine, draws=3), score(ladder, mine).kl.tolist()]),
+        "calibration": numbers([calibration(ladder, mine), calibration(linear, of_data)]),
         "layers": numbers(information(layers, mine, mine)),
     }
 
@@ -328,6 +331,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 def test_a_share_without_its_processes_is_refused() -> None:
     with pytest.raises(ValueError, match="share of one of 2 processes, but there are 1"):
         iwae(EXACT.vae(), batches_of(draw_data(4), rank=0, world_size=2), draws=1, measures=["iwae_nats"])
+    with pytest.raises(ValueError, match="share of one of 2 processes, but there are 1"):
+        calibration(EXACT.vae(), batches_of(draw_data(4), rank=0, world_size=2))
 
 
 def test_scores_come_in_the_order_of_the_split() -> None:

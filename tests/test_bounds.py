@@ -399,6 +399,17 @@ def test_the_formula_speaks_of_one_sigma_of_a_gaussian_density_alone() -> None:
             assert report["oracle_nats"] == report["oracle_level_nats"]
 
 
+def test_where_sigma_is_at_its_floor_there_is_no_formula() -> None:
+    """Residuals, again, are the data: a thousandth at most, below the floor."""
+    dims, test = 3, 1e-3 * torch.rand(50, 3)
+    likelihood = Gaussian(dims, Optimal(floor=0.01), spatial_dims=0, levels=None)
+    vae = VAE(FlatNetwork(Constant(2), Constant(dims), 1), likelihood).double()
+    vae.calibrate([torch.full((10, dims), 0.1)])
+    report = oracle(vae, batches_of(test))
+    assert report["leak_formula_nats"] is report["mse_over_variance"] is None
+    assert report["leak_nats"]["mean"] == pytest.approx(dims * math.log(10), rel=2e-3)  # but for the residuals' own squares
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------------
 
 

@@ -169,6 +169,12 @@ def test_the_standard_error_is_that_of_examples() -> None:
     assert inside["standard_error"] == pytest.approx(shares.std(ddof=1) / math.sqrt(n), rel=1e-3)
 
 
+def test_a_single_example_has_no_standard_error() -> None:
+    vae = model(Gaussian(1, Fixed(1.0), levels=None), lambda h: 0 * h)
+    coverage = calibration(vae, batches(torch.zeros(1, 1, *SPACE), None))["density"]["coverage"]
+    assert coverage == {f"{100 * nominal:g}": {"mean": 1.0, "standard_error": None} for nominal in INTERVALS}
+
+
 def test_coverage_above_zero_leaves_out_the_least_level() -> None:
     x = torch.zeros(50, 1, *SPACE)
     x[:, :, 0, :3] = 1  # a tenth

@@ -9,6 +9,7 @@ from torch import Tensor
 from sigma_vae.data import Batches
 from sigma_vae.evaluation.gathering import add_up, each_example
 from sigma_vae.evaluation.residuals import AgainstError, Correlations, deciles
+from sigma_vae.evaluation.summary import mean_and_error
 from sigma_vae.likelihoods import Optimal
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.likelihoods.distributions import Continuous, Discretized
@@ -174,15 +175,13 @@ class _Pit:
     def report(self, inside: Tensor, dims: Tensor) -> dict[str, Any]:
         """Of what ``add`` said of all examples ``(examples, intervals)``, and how many values each has."""
         mean = inside.sum(0) / dims.sum()
-        spread = (inside - mean * dims[:, None]).std(0) / (
-            dims.mean() * math.sqrt(len(dims))
-        )  # of a ratio, where clips differ in length
-        errors = spread.tolist() if len(dims) > 1 else [None] * len(INTERVALS)
+        around = (inside - mean * dims[:, None]) / dims.mean()  # of a ratio, where clips differ in length
         above, *held = self.above_zero.tolist()
         names = [f"{100 * nominal:g}" for nominal in INTERVALS]
         return {
             "coverage": {
-                name: {"mean": m, "standard_error": e} for name, m, e in zip(names, mean.tolist(), errors, strict=True)
+                name: {"mean": m, "standard_error": mean_and_error(of_examples)["standard_error"]}
+                for name, m, of_examples in zip(names, mean.tolist(), around.unbind(1), strict=True)
             },
             "coverage_above_zero": {name: n / above for name, n in zip(names, held, strict=True)} if above else None,
             "pit": (self.histogram.double() / self.histogram.sum()).tolist(),

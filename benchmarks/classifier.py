@@ -19,10 +19,14 @@ from torch.nn import functional
 from sigma_vae.config import DataConfig
 from sigma_vae.data import load
 from sigma_vae.data.files.idx import read_images
+from sigma_vae.evaluation.features import load_extractor
+from sigma_vae.evaluation.frechet import frechet_distance
 
 BATCH, LEARNING_RATE = 64, 2e-3
 LABELS_MAGIC = 0x00000801  # unsigned bytes, one axis
 HEADER = 8
+SIDE = 5_000
+"""Images on each side of a distance."""
 
 
 def main(out: Path, data: str = "fashion-mnist", root: str | None = None, epochs: int = 2, seed: int = 0) -> None:
@@ -41,6 +45,8 @@ def main(out: Path, data: str = "fashion-mnist", root: str | None = None, epochs
     features, head = network()
     fit(features, head, as_input(train), train_labels, epochs)
     print(f"accuracy on {len(test)} test images: {accuracy(features, head, as_input(test), test_labels):.4f}")
+    for name, distance in distances(features.eval(), as_input(train[:SIDE]), as_input(test[:SIDE])).items():
+        print(f"Fréchet distance of {SIDE} {name} from as many test images: {distance:.2f}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.")
@@ -104,6 +110,19 @@ def accuracy(features: nn.Module, head: nn.Module, images: Tensor, labels: Tenso
     """Share of images whose class is told."""
     right = [head(features(x)).argmax(1) == y for x, y in zip(images.split(1000), labels.split(1000), strict=True)]
     return float(torch.cat(right).double().mean())
+
+
+def distances(features: nn.Module, train: Tensor, test: Tensor) -> dict[str, float]:
+    """What the features make of real images, and of two ways to spoil them."""
+    noise = 0.1 * torch.randn(train.shape, generator=torch.Generator().manual_seed(0))
+    pictures = {
+        "training images": train,
+        "of them after a 5×5 box blur": functional.avg_pool2d(train, 5, stride=1, padding=2),
+        "of them with noise of 0.1": (train + noise).clamp(0, 1),
+    }
+    extractor = load_extractor(features)
+    known = extractor.of(test.split(BATCH))
+    return {name: frechet_distance(known, extractor.of(shown.split(BATCH))) for name, shown in pictures.items()}
 
 
 def as_input(images: np.ndarray) -> Tensor:

@@ -43,6 +43,7 @@ from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import bounds, evaluate, score
 from sigma_vae.evaluation.bounds import iwae, oracle
+from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.information import information
 from sigma_vae.likelihoods.scales import Scale
 from sigma_vae.vae import keyed_noise
@@ -269,7 +270,9 @@ def test_every_network_gives_the_bound_of_its_draws(name: str) -> None:
 
 def everything(vae: VAE, batches: Batches) -> dict[str, float]:
     scores = {name: value.tolist() for name, value in score(vae, batches)._asdict().items() if value is not None}
-    return numbers([scores, iwae(vae, batches, draws=3), oracle(vae, batches), evaluate(vae, batches)])
+    return numbers(
+        [scores, iwae(vae, batches, draws=3), oracle(vae, batches), evaluate(vae, batches), calibration(vae, batches)]
+    )
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -304,7 +307,8 @@ def all_reports(share: dict[str, int]) -> dict[str, dict[str, float]]:
     of_data = batches_of(data, BATCH, **share)
     return {
         "linear": everything(linear, of_data) | numbers(evaluate(linear, of_data, of_data), "training"),
-        "ladder": numbers([iwae(ladder, mine, draws=3), score(ladder, mine).kl.tolist()]),
+        "information": numbers(information(linear, of_data, of_data)),
+        "ladder": numbers([iwae(ladder, mine, draws=3), score(ladder, mine).kl.tolist(), calibration(ladder, mine)]),
         "layers": numbers(information(layers, mine, mine)),
     }
 
@@ -328,6 +332,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 def test_a_share_without_its_processes_is_refused() -> None:
     with pytest.raises(ValueError, match="share of one of 2 processes, but there are 1"):
         iwae(EXACT.vae(), batches_of(draw_data(4), rank=0, world_size=2), draws=1, measures=["iwae_nats"])
+    with pytest.raises(ValueError, match="share of one of 2 processes, but there are 1"):
+        calibration(EXACT.vae(), batches_of(draw_data(4), rank=0, world_size=2))
 
 
 def test_scores_come_in_the_order_of_the_split() -> None:
@@ -392,6 +398,17 @@ def test_the_formula_speaks_of_one_sigma_of_a_gaussian_density_alone() -> None:
         assert report["leak_level_nats"]["mean"] > 0
         if likelihood.observes == "level":
             assert report["oracle_nats"] == report["oracle_level_nats"]
+
+
+def test_where_sigma_is_at_its_floor_there_is_no_formula() -> None:
+    """Residuals, again, are the data: a thousandth at most, below the floor."""
+    dims, test = 3, 1e-3 * torch.rand(50, 3)
+    likelihood = Gaussian(dims, Optimal(floor=0.01), spatial_dims=0, levels=None)
+    vae = VAE(FlatNetwork(Constant(2), Constant(dims), 1), likelihood).double()
+    vae.calibrate([torch.full((10, dims), 0.1)])
+    report = oracle(vae, batches_of(test))
+    assert report["leak_formula_nats"] is report["mse_over_variance"] is None
+    assert report["leak_nats"]["mean"] == pytest.approx(dims * math.log(10), rel=2e-3)  # but for the residuals' own squares
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +169,12 @@ def test_the_standard_error_is_that_of_examples() -> None:
     assert inside["standard_error"] == pytest.approx(shares.std(ddof=1) / math.sqrt(n), rel=1e-3)
 
 
+def test_a_single_example_has_no_standard_error() -> None:
+    vae = model(Gaussian(1, Fixed(1.0), levels=None), lambda h: 0 * h)
+    coverage = calibration(vae, batches(torch.zeros(1, 1, *SPACE), None))["density"]["coverage"]
+    assert coverage == {f"{100 * nominal:g}": {"mean": 1.0, "standard_error": None} for nominal in INTERVALS}
+
+
 def test_coverage_above_zero_leaves_out_the_least_level() -> None:
     x = torch.zeros(50, 1, *SPACE)
     x[:, :, 0, :3] = 1  # a tenth
@@ -322,10 +328,12 @@ def test_correlations_are_numpys(shape: tuple[int, ...]) -> None:
     )
 
 
-def test_residuals_without_variation_have_no_correlations() -> None:
+@pytest.mark.parametrize("value", [0.0, 7.7])
+def test_residuals_without_variation_have_no_correlations(value: float) -> None:
+    """Nor where the sums' rounding looks like some."""
     correlations = Correlations(2)
-    correlations.add(torch.zeros(3, 2, 4, 4))
-    assert correlations.report() == {"axes": None, "channels": None, "count": 96}
+    correlations.add(torch.full((64, 3, 28, 28), value))
+    assert correlations.report() == {"axes": None, "channels": None, "count": 64 * 3 * 28 * 28}
 
 
 @each_right
@@ -398,13 +406,24 @@ def test_every_network_and_kind_of_data(
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
+@dataclass(frozen=True)
+class Masked:
+    """One batch of clips of unequal lengths."""
+
+    batch: Batch
+    world_size: int = 1
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield self.batch
+
+
 def test_frames_beyond_a_clips_end_count_for_nothing() -> None:
     torch.manual_seed(0)
     vae, _ = clips()
     x, mask = torch.rand(3, 6, 1, 32, 32), torch.arange(6) < torch.tensor([6, 4, 5])[:, None]
     stored = (x * 255).round() / 255
     empty = torch.where(mask[..., None, None, None], stored, 0)
-    reports = [calibration(vae, [Batch(frames, torch.arange(3), mask)]) for frames in (stored, empty)]
+    reports = [calibration(vae, Masked(Batch(frames, torch.arange(3), mask))) for frames in (stored, empty)]
     assert reports[0] == reports[1]
     assert reports[0]["values"] == (4 + 2 + 3) * 1024
     assert sum(reports[0]["sigma"]["per_value"]["count"]) == reports[0]["values"] == reports[0]["residuals"]["count"]

@@ -80,9 +80,10 @@ def test_sections_are_kept_while_the_weights_stay(evaluated, tmp_path):
 
 def test_the_validation_split_has_a_file_of_its_own(evaluated, tmp_path):
     run = shutil.copytree(evaluated, tmp_path / "run")
-    before = (run / "evaluation.json").read_bytes()
-    report = runs.evaluate_run(run, EvaluationSettings(metrics=(), split="validation"), device="cpu")
-    assert (run / "evaluation.json").read_bytes() == before
+    before = {name: (run / name).read_bytes() for name in ("evaluation.json", "calibration.png")}
+    report = runs.evaluate_run(run, EvaluationSettings(metrics=("calibration",), split="validation"), device="cpu")
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert (run / "calibration-validation.png").exists()
     assert report["split"] == "validation"
     assert report["examples"] == len(runs.open_run(run, "cpu").data.store("validation"))
     assert json.loads((run / "evaluation-validation.json").read_text()) == report

@@ -133,6 +133,19 @@ def test_no_bound_is_negative() -> None:
     assert report["mutual_information_at_most_nats"] == pytest.approx(0, abs=1e-9)
 
 
+def test_few_examples_do_not_raise_the_bounds() -> None:
+    """Where q(z) is the prior, but the moments of 40 of its codes are not those of it."""
+    x, training = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (40, 4000))
+    report = information(
+        encoder_vae(math.sqrt(0.9) * np.eye(8), np.full(8, math.sqrt(0.1))), batches_of(x), batches_of(training)
+    )
+    spread = np.cov(x.numpy().T, bias=True)
+    of_themselves = 0.9 * spread + 0.1 * np.eye(8)
+    assert 0.5 * (np.trace(of_themselves) - 8 - np.linalg.slogdet(of_themselves)[1]) > 0.2
+    assert report["marginal_kl_moments_nats"] < 0.02
+    assert report["marginal_kl_at_least_nats"] < 0.02
+
+
 def test_few_training_codes_give_no_density() -> None:
     vae, x = encoder_vae(GAINS["few nats"], DEVIATION), gaussian_data(50)
     assert information(vae, batches_of(x), batches_of(x[:2]))["marginal_kl_held_out_nats"] is None

@@ -120,7 +120,8 @@ def oracle(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any]:
     Returns:
         ``oracle_nats``, with the σ that is best for what the likelihood observes, and ``leak_nats``, what it is above the post-hoc value:
         means over examples with their standard errors; for data with levels ``oracle_level_nats`` and ``leak_level_nats``, of their
-        log-mass. ``leak_formula_nats`` and ``mse_over_variance``, r, are None where the formula does not speak of the likelihood.
+        log-mass. ``leak_formula_nats`` and ``mse_over_variance``, r, are None where the formula does not speak of the likelihood,
+        or the σ that is solved lies at its floor.
 
     Raises:
         ValueError: the likelihood has no scale, or none is stored yet.
@@ -149,7 +150,10 @@ def _leak_formula(likelihood: LocationScale, solved: Likelihood, scores: Scores)
     scale = likelihood.scale
     if not isinstance(likelihood, Gaussian) or likelihood.observes == "level" or scale.predicted or scale.refit_per != "batch":
         return {"leak_formula_nats": None, "mse_over_variance": None}
-    log_ratio = 2 * float(solved.scale.density_log_scale.double() - scale.density_log_scale.double())
+    best = float(solved.scale.density_log_scale)
+    if best <= scale.log_floor + 1e-6:  # in float32; its square is not the mean squared error then
+        return {"leak_formula_nats": None, "mse_over_variance": None}
+    log_ratio = 2 * (best - float(scale.density_log_scale))
     dims = float(scores.dims.mean())
     return {
         "leak_formula_nats": 0.5 * dims * (math.expm1(log_ratio) - log_ratio),

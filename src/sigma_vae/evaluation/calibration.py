@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from sigma_vae.data import Batches
+from sigma_vae.evaluation.gathering import add_up, each_example
 from sigma_vae.evaluation.residuals import AgainstError, Correlations, deciles
+from sigma_vae.evaluation.summary import mean_and_error
 from sigma_vae.likelihoods import Optimal
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.likelihoods.distributions import Continuous, Discretized
-from sigma_vae.types import Inference, Likelihood, Observes
+from sigma_vae.types import Batch, Inference, Likelihood, Observes
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["INTERVALS", "PIT_BINS", "calibration"]
@@ -34,7 +36,7 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any]:
 
     Args:
         vae: calibrated on training data; put into eval mode.
-        batches: held-out data; every example is counted once.
+        batches: held-out data; every example is counted once; on several processes, each gives its share.
         seed: of the posterior's noise, and of the randomised PIT.
 
     Returns:
@@ -52,7 +54,8 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any]:
         ``autocorrelation`` at lags 0 to 8 along each axis with the number of ``pairs``, ``channels`` their correlation matrix.
 
     Raises:
-        ValueError: the likelihood is an objective (Bernoulli on grey data), no σ is known yet, or features are not finite.
+        ValueError: the likelihood is an objective (Bernoulli on grey data), no σ is known yet, features are not finite, or the
+            batches are a share, and no group of as many processes is there.
 
     >>> from sigma_vae import Fixed, Gaussian, mlp
     >>> from sigma_vae.data import Scaling
@@ -70,26 +73,30 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any]:
     vae.eval()
     tallies = {name: _Pit() for name in _asked(vae.likelihood)}
     errors, correlations = _Errors(), Correlations(vae.likelihood.spatial_dims)
-    device = next(vae.parameters()).device
-    for batch in batches:
-        noise, mask = keyed_noise(batch.positions, seed), None if batch.mask is None else batch.mask.to(device)
-        inference = vae.network.infer(batch.x.to(device), mask=mask, noise=noise)
-        uniform = torch.special.ndtr(noise(inference.target.shape).to(device))  # the same generators go on
+
+    def rows(batch: Batch) -> Tensor:
+        noise = keyed_noise(batch.positions, seed)
+        inference = vae.network.infer(batch.x, mask=batch.mask, noise=noise)
+        uniform = torch.special.ndtr(noise(inference.target.shape).to(inference.target.device))  # the same generators go on
         u = _pits(vae.likelihood, inference, uniform if inference.mask is None else uniform[inference.mask])
-        for name, values in u.items():
-            tallies[name].add(inference, values, vae.likelihood)
         h, target = inference.scored()
         distribution, scores = vae.likelihood(h), _normal_scores(u)
-        errors.add(inference, distribution, target, scores, vae.likelihood)
         continuous = isinstance(distribution, Continuous)
         correlations.add((target - distribution.loc) / distribution.scale if continuous else scores)
-    first = next(iter(tallies.values()))
+        of_errors = errors.add(inference, distribution, target, scores, vae.likelihood)
+        inside = [tallies[name].add(inference, values, vae.likelihood) for name, values in u.items()]
+        return torch.cat([inference.dims().cpu().double()[:, None], of_errors, *inside], 1)
+
+    found = each_example(vae, batches, rows)  # (examples, values of each, two columns of errors, for each kind one an interval)
+    sums = [errors.values.totals, *correlations.sums, *(total for tally in tallies.values() for total in tally.sums)]
+    add_up(vae, batches, sums)
+    dims, inside = found[:, 0], dict(zip(tallies, torch.split(found[:, 3:], len(INTERVALS), 1), strict=True))
     return {
-        "examples": first.examples,
-        "values": int(first.dims.sum()),
+        "examples": len(found),
+        "values": int(dims.sum()),
         "noise_seed": seed,
-        **{name: tallies[name].report() if name in tallies else None for name in KINDS},
-        "sigma": errors.report(),
+        **{name: tallies[name].report(inside[name], dims) if name in tallies else None for name in KINDS},
+        "sigma": errors.report(found[:, 1:3]),
         "residuals": correlations.report(),
     }
 
@@ -147,43 +154,34 @@ class _Pit:
 
     def __init__(self) -> None:
         self.histogram = torch.zeros(PIT_BINS, dtype=torch.int64)
-        self.inside: list[Tensor] = []
-        """For each batch, how many values of each example lie in each interval, ``(batch, intervals)``."""
-        self.sizes: list[Tensor] = []
         self.above_zero = torch.zeros(1 + len(INTERVALS), dtype=torch.int64)
         """How many values are not the least level; of these, how many lie in each interval."""
 
-    def add(self, inference: Inference, u: Tensor, likelihood: Likelihood) -> None:
+    @property
+    def sums(self) -> list[Tensor]:
+        """What is added up over examples."""
+        return [self.histogram, self.above_zero]
+
+    def add(self, inference: Inference, u: Tensor, likelihood: Likelihood) -> Tensor:
+        """How many values of each example lie in each interval, ``(batch, intervals)``."""
         self.histogram += torch.bincount((u * PIT_BINS).long().clamp(0, PIT_BINS - 1).flatten(), minlength=PIT_BINS).cpu()
         probability = 2 * (u - 0.5).abs()  # of the smallest central interval that holds the value
         inside = [probability <= nominal for nominal in INTERVALS]
-        self.inside.append(torch.stack([_sums(inference, one, likelihood) for one in inside], 1))
-        self.sizes.append(inference.dims().cpu())
         if likelihood.levels is not None:
             above = inference.scored()[1] > 0.5 / (likelihood.levels - 1)
             self.above_zero += torch.stack([above.sum(), *((above & one).sum() for one in inside)]).cpu()
+        return torch.stack([_sums(inference, one, likelihood) for one in inside], 1)
 
-    @property
-    def dims(self) -> Tensor:
-        """Values of each example."""
-        return torch.cat(self.sizes)
-
-    @property
-    def examples(self) -> int:
-        return sum(map(len, self.sizes))
-
-    def report(self) -> dict[str, Any]:
-        inside, dims = torch.cat(self.inside), self.dims.double()[:, None]
+    def report(self, inside: Tensor, dims: Tensor) -> dict[str, Any]:
+        """Of what ``add`` said of all examples ``(examples, intervals)``, and how many values each has."""
         mean = inside.sum(0) / dims.sum()
-        spread = (inside - mean * dims).std(0) / (
-            dims.mean() * math.sqrt(len(dims))
-        )  # of a ratio, where clips differ in length
-        errors = spread.tolist() if len(dims) > 1 else [None] * len(INTERVALS)
+        around = (inside - mean * dims[:, None]) / dims.mean()  # of a ratio, where clips differ in length
         above, *held = self.above_zero.tolist()
         names = [f"{100 * nominal:g}" for nominal in INTERVALS]
         return {
             "coverage": {
-                name: {"mean": m, "standard_error": e} for name, m, e in zip(names, mean.tolist(), errors, strict=True)
+                name: {"mean": m, "standard_error": mean_and_error(of_examples)["standard_error"]}
+                for name, m, of_examples in zip(names, mean.tolist(), around.unbind(1), strict=True)
             },
             "coverage_above_zero": {name: n / above for name, n in zip(names, held, strict=True)} if above else None,
             "pit": (self.histogram.double() / self.histogram.sum()).tolist(),
@@ -196,24 +194,22 @@ class _Errors:
 
     def __init__(self) -> None:
         self.values = AgainstError()
-        self.examples: list[Tensor] = []
-        """Mean predicted variance and mean squared error of each example, ``(batch, 2)``."""
-        self.known = True
 
-    def add(self, inference: Inference, distribution: Any, x: Tensor, scores: Tensor, likelihood: Likelihood) -> None:
-        pair = _variance_and_square(distribution, x, scores) if self.known else None
+    def add(self, inference: Inference, distribution: Any, x: Tensor, scores: Tensor, likelihood: Likelihood) -> Tensor:
+        """Mean predicted variance and mean squared error of each example, ``(batch, 2)``; NaN where there is no variance."""
+        pair = _variance_and_square(distribution, x, scores)
         if pair is None or not pair[0].isfinite().all():
-            self.known = False
-            return
+            return torch.full((len(inference.kl), 2), math.nan, dtype=torch.float64)
         variance, square = pair[0].expand(x.shape), pair[1]
         self.values.add(variance, square)
         sums = torch.stack([_sums(inference, one, likelihood) for one in (variance, square)], 1)
-        self.examples.append(sums / inference.dims().cpu()[:, None])
+        return sums / inference.dims().cpu()[:, None]
 
-    def report(self) -> dict[str, Any] | None:
-        if not self.known:
+    def report(self, of_examples: Tensor) -> dict[str, Any] | None:
+        """Of what ``add`` said of all examples."""
+        if not of_examples.isfinite().all():
             return None
-        variance, square = torch.cat(self.examples).unbind(1)
+        variance, square = of_examples.unbind(1)
         return {
             "per_value": self.values.bins(),
             "per_example": deciles(variance, square),

@@ -1,6 +1,6 @@
 """A pass over a split on one process or on many: every example once, and the same numbers on every process."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, distributed
@@ -9,7 +9,7 @@ from sigma_vae.data import Batches
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE
 
-__all__ = ["each_example", "sum_over_examples"]
+__all__ = ["add_up", "each_example", "sum_over_examples"]
 
 Rows = Callable[[Batch], Tensor]
 """What is said of each example of a batch: ``(batch, columns)``, or ``(batch,)``."""
@@ -51,10 +51,19 @@ def sum_over_examples(vae: VAE, batches: Batches, rows: Rows) -> Tensor:
     sums = (rows(batch).cpu().double().sum(0) for batch in _on(device, batches))
     total = sum(sums, torch.zeros((), dtype=torch.float64))
     assert isinstance(total, Tensor)
-    if batches.world_size > 1:
-        total = total.to(device)
+    add_up(vae, batches, [total])
+    return total
+
+
+def add_up(vae: VAE, batches: Batches, sums: Iterable[Tensor]) -> None:
+    """Make sums on the CPU over one process's share those over all examples, in place, on every process."""
+    if batches.world_size == 1:
+        return
+    device = next(vae.parameters()).device
+    for mine in sums:
+        total = mine.to(device)
         distributed.all_reduce(total)
-    return total.cpu()
+        mine.copy_(total)
 
 
 def _on(device: torch.device, batches: Batches) -> Iterator[Batch]:

@@ -12,6 +12,9 @@ LAGS = 8
 LARGEST_MATRIX = 16
 """Channels (columns) up to which their correlations are told one by one."""
 
+ROUNDING = 1e-12
+"""A variance that is no larger a part of the mean square is what rounding leaves of a constant's."""
+
 FINE_BINS, WIDEST = 2**14, 20.0
 """Of log σ: so many between −20 and 20, which are joined to ten of about equal counts in the end."""
 
@@ -109,6 +112,11 @@ class Correlations:
             sums = [_count(values[0]), values.sum(1).cpu(), (values @ values.T).cpu()]
             self.channels = [old + new for old, new in zip(self.channels, sums, strict=True)] if self.channels else sums
 
+    @property
+    def sums(self) -> list[Tensor]:
+        """What is added up over examples."""
+        return [self.one, *self.pairs.values(), *self.channels]
+
     def along_axes(self) -> dict[str, dict[str, list[float]]] | None:
         """For each axis the correlations at lags 0, 1, ..., at most 8, and how many pairs each comes from.
 
@@ -117,7 +125,7 @@ class Correlations:
         count, total, squares = self.one.tolist()
         mean = total / count
         variance = squares / count - mean**2
-        if not self.pairs or variance <= 0:
+        if not self.pairs or variance <= ROUNDING * squares / count:
             return None
         found = {}
         for name, (n, first, second, products) in self.pairs.items():
@@ -132,9 +140,10 @@ class Correlations:
             return None
         count, sums, products = self.channels
         covariance = products / count - torch.outer(sums, sums) / count**2
-        deviation = covariance.diagonal().clamp_min(0).sqrt()
-        if not (deviation > 0).all():
+        variance = covariance.diagonal()
+        if not (variance > ROUNDING * products.diagonal() / count).all():
             return None
+        deviation = variance.sqrt()
         matrix: list[list[float]] = (covariance / torch.outer(deviation, deviation)).tolist()
         return matrix
 

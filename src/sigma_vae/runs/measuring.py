@@ -42,7 +42,8 @@ def measured(vae: VAE, data: Splits, settings: EvaluationSettings, out: Path) ->
     if extractors:
         sections["quality"] = {made.name: _quality(vae, data, settings, made, clips) for made, clips in extractors}
     if "calibration" in sections:
-        save_page(out / "calibration.png", sections["calibration"], data.name)
+        page = "calibration.png" if settings.split == "test" else f"calibration-{settings.split}.png"
+        save_page(out / page, sections["calibration"], data.name)
     if settings.best_of is not None:
         test = data.batches(settings.split, evaluation_batch(data), device=_device(vae))
         sections["predictions"] = predictions(

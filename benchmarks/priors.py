@@ -171,7 +171,10 @@ def tables(results: dict[str, list[dict[str, float | None]]]) -> Iterator[str]:
         yield "| likelihood | " + " | ".join(label for label, _ in columns.values()) + " |"
         yield "| --- |" + " --- |" * len(columns)
         for likelihood, rows in results.items():
-            cells = [spread([row[key] for row in rows], digits) for key, (_, digits) in columns.items()]
+            cells = [
+                "" if any(row[key] is None for row in rows) else spread([row[key] for row in rows], digits)
+                for key, (_, digits) in columns.items()
+            ]
             yield f"| `{likelihood}` | " + " | ".join(cells) + " |"
 
 

@@ -98,6 +98,8 @@ def test_back_to_the_standard_prior_everything_is_as_it_was(digits_run: Path, ru
     assert "N(0, I)" in said
     assert "gaussian" in said
     assert main(["fit-prior", str(run), "--prior", "standard", "--device", "cpu"]) == 0
+    (header,) = [line for line in capsys.readouterr().out.splitlines() if "N(0, I)" in line]
+    assert "standard" not in header  # it is N(0, I): one column
     assert contents(run) == contents(digits_run)
 
 

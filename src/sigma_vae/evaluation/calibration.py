@@ -175,10 +175,9 @@ class _Pit:
     def report(self) -> dict[str, Any]:
         inside, dims = torch.cat(self.inside), self.dims.double()[:, None]
         mean = inside.sum(0) / dims.sum()
-        spread = (inside - mean * dims).std(0) / (
-            dims.mean() * math.sqrt(len(dims))
-        )  # of a ratio, where clips differ in length
-        errors = spread.tolist() if len(dims) > 1 else [None] * len(INTERVALS)
+        errors: list[Any] = [None] * len(INTERVALS)
+        if len(dims) > 1:  # of a ratio, where clips differ in length
+            errors = ((inside - mean * dims).std(0) / (dims.mean() * math.sqrt(len(dims)))).tolist()
         above, *held = self.above_zero.tolist()
         names = [f"{100 * nominal:g}" for nominal in INTERVALS]
         return {

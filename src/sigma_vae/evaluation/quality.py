@@ -75,7 +75,7 @@ def quality(
     reference = extractor.of(_pictures(images))
     compare = _Reference(reference, radii(reference), seed)
     other: SplitName = "test" if split == "train" else "train"
-    floor = subset(data, other, n, batch, seed, device)
+    floor = subset(data, other, count, batch, seed, device)
     prior = vae.network.prior if isinstance(vae.network, FlatNetwork) else None
     report: dict[str, Any] = {
         "examples": count,

@@ -12,6 +12,7 @@ from torch import nn
 
 from sigma_vae import runs
 from sigma_vae.cli import main
+from sigma_vae.cli.tables import print_evaluation
 from sigma_vae.evaluation import score
 from sigma_vae.evaluation.settings import EvaluationSettings
 from sigma_vae.runs.measuring import MEASURE
@@ -275,3 +276,23 @@ def test_a_small_table_is_evaluated_by_what_applies_to_it(tmp_path, capsys):
     assert main(["evaluate", str(run), "--metrics", "iwae", "oracle", "--draws", "2"]) == 0
     assert main(["fit-prior", str(run), "--prior", "mixture"]) == 0
     assert main(["calibrate", str(run), "--split", "validation"]) == 0
+
+
+def test_every_distance_is_printed_with_how_many_of_what_it_is_of(capsys):
+    record = {"extractor": {"input": [3, 4, 4], "preprocessing": "none"}, "frechet": 1.5}
+    video = {
+        "split": "test",
+        "data": {"preprocessing": "cut"},
+        "clips": record | {"examples": 7},
+        "frames": record | {"examples": 21},
+    }
+    bounds = {"data": "[/x]", "network": "sequence", "likelihood": "gaussian/optimal", "examples": 7, "split": "test"}
+    print_evaluation(bounds | {"quality": {"[b].pt": video}})
+    printed = " ".join(capsys.readouterr().out.split())
+    for says in (
+        "[/x] · sequence",
+        "clips ([b].pt, 7 of test)",
+        "frames ([b].pt, 21 of test)",
+        "[b].pt: data cut; features of 3×4×4",
+    ):
+        assert says in printed

@@ -111,7 +111,7 @@ def _calibration(section: dict[str, Any]) -> Iterator[Row]:
 def _quality(section: dict[str, Any]) -> Iterator[Row]:
     """Fréchet distances, each with how many images of what it is of; of samples also the other numbers."""
     for features, part in section.items():
-        how = f"{features}, {part['examples']} of {part['split']}" if "examples" in part else f"{features}, {part['split']}"
+        how = f"{features}, {part.get('examples')} of {part['split']}"
         for name in ("samples", "samples_standard_prior"):
             for shown, numbers in part.get(name, {}).items():
                 what = f"{name.replace('_', ' ')}, {shown} ({how})"
@@ -123,7 +123,8 @@ def _quality(section: dict[str, Any]) -> Iterator[Row]:
             yield f"Fréchet distance, reconstructions ({how})", f"{part['reconstructions']['means']['frechet']:.3f}", ""
         for name in ("floor", "clips", "frames"):
             if name in part:
-                yield f"Fréchet distance, {name} ({how})", f"{part[name]['frechet']:.3f}", ""
+                count = f"{part[name]['examples']} of {part[name].get('split', part['split'])}"
+                yield f"Fréchet distance, {name} ({features}, {count})", f"{part[name]['frechet']:.3f}", ""
 
 
 def _seen(quality: dict[str, Any]) -> Iterator[str]:

@@ -19,8 +19,10 @@ from torch.nn import functional
 from sigma_vae.config import DataConfig
 from sigma_vae.data import load
 from sigma_vae.data.files.idx import read_images
+from sigma_vae.evaluation.frechet import frechet_distance
 
 BATCH, LEARNING_RATE = 64, 2e-3
+COMPARED = 5_000
 LABELS_MAGIC = 0x00000801  # unsigned bytes, one axis
 HEADER = 8
 
@@ -45,6 +47,8 @@ def main(out: Path, data: str = "fashion-mnist", root: str | None = None, epochs
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.")
         torch.jit.script(features.eval()).save(str(out))
+    for name, distance in distances(features, as_input(train[:COMPARED]), as_input(test[:COMPARED])).items():
+        print(f"Fréchet distance of {COMPARED} training images to as many test images, {name}: {distance:.2f}")
 
 
 def image_files(data: str, root: str | None) -> list[Path]:
@@ -104,6 +108,15 @@ def accuracy(features: nn.Module, head: nn.Module, images: Tensor, labels: Tenso
     """Share of images whose class is told."""
     right = [head(features(x)).argmax(1) == y for x, y in zip(images.split(1000), labels.split(1000), strict=True)]
     return float(torch.cat(right).double().mean())
+
+
+@torch.no_grad()
+def distances(features: nn.Module, images: Tensor, test: Tensor) -> dict[str, float]:
+    """What the distance makes of images as they are, and of what is done to them."""
+    blurred = functional.avg_pool2d(functional.pad(images, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    noisy = (images + 0.1 * torch.randn_like(images)).clamp(0, 1)
+    seen = {"as they are": images, "blurred by 5×5 boxes": blurred, "with noise of 0.1": noisy}
+    return {name: frechet_distance(features(test), features(x)) for name, x in seen.items()}
 
 
 def as_input(images: np.ndarray) -> Tensor:

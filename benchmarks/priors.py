@@ -56,6 +56,8 @@ def main(classifier: Path, runs_in: Path, out: Path, network: str = "mlp", width
     """
     command = f"python -m benchmarks.priors --classifier classifier.pt --runs-in RUNS --network {network} --width {width} --seeds {seeds}"
     record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"results": {}}
+    if record.get("command", command).split(" --seeds")[0] != command.split(" --seeds")[0]:
+        raise SystemExit(f"{out} holds the results of {record['command']}; give another --out")
     record |= {"command": command, "samples": SAMPLES}
     out.parent.mkdir(parents=True, exist_ok=True)
     measures = {"classifier": load_extractor(classifier), "efficientnet": load_extractor("efficientnet")}
@@ -171,8 +173,13 @@ def tables(results: dict[str, list[dict[str, float | None]]]) -> Iterator[str]:
         yield "| likelihood | " + " | ".join(label for label, _ in columns.values()) + " |"
         yield "| --- |" + " --- |" * len(columns)
         for likelihood, rows in results.items():
-            cells = [spread([row[key] for row in rows], digits) for key, (_, digits) in columns.items()]
+            cells = [cell([row[key] for row in rows], digits) for key, (_, digits) in columns.items()]
             yield f"| `{likelihood}` | " + " | ".join(cells) + " |"
+
+
+def cell(values: list[float | None], digits: int) -> str:
+    """Mean ± standard deviation; empty where there is no such number (of the leak, no formula)."""
+    return "" if None in values else spread(values, digits)
 
 
 if __name__ == "__main__":

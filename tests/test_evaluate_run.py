@@ -199,6 +199,15 @@ def test_paired_differences_are_of_each_example(evaluated, other):
     assert found["mean"] == pytest.approx(means[1] - means[0], abs=1e-4)
 
 
+def test_an_objective_has_no_bound_to_compare(evaluated, digits_config, tmp_path):
+    model = replace(digits_config.model, likelihood="bernoulli")
+    training = replace(digits_config.training, max_steps=1)
+    runs.train(replace(digits_config, model=model, training=training), tmp_path / "run", progress=False)
+    _, second, third = runs.compare([evaluated, tmp_path / "run", evaluated], paired=True, device="cpu")
+    assert (second["elbo_post_hoc_nats"], second["elbo_post_hoc_nats - first"]) == (None, None)
+    assert third["elbo_post_hoc_nats - first"] == {"mean": 0, "standard_error": 0}
+
+
 def test_nats_of_densities_and_of_levels_are_not_compared(evaluated, tmp_path):
     run = shutil.copytree(evaluated, tmp_path / "run")
     report = stored(run) | {"observes": "level"}

@@ -112,24 +112,23 @@ def _digest(section: dict[str, Any]) -> str:
 
 def _differences(outs: Sequence[Path], device: str, same_measure: bool) -> Iterator[dict[str, Any]]:
     """Of each run to the first: None of the first itself."""
-    first: tuple[Tensor | None, Tensor] | None = None
+    first: tuple[Tensor | None, Tensor | None] | None = None
     for out in outs:
         run = open_run(out, device)
         where = next(run.vae.parameters()).device
-        bits, nats = _per_example(score(run.vae, run.data.batches("test", evaluation_batch(run.data), device=where)))
-        if first is None:
-            first = bits, nats
-            yield {"bits_per_dim_post_hoc - first": None, "elbo_post_hoc_nats - first": None}
-            continue
-        known_bits = bits is not None and first[0] is not None
-        yield {
-            "bits_per_dim_post_hoc - first": mean_and_error(bits - first[0]) if known_bits else None,  # type: ignore[operator]
-            "elbo_post_hoc_nats - first": mean_and_error(nats - first[1]) if same_measure else None,
-        }
+        scores = score(run.vae, run.data.batches("test", evaluation_batch(run.data), device=where))
+        bound = same_measure and run.vae.likelihood.normalised  # an objective bounds nothing
+        values = _bits(scores), scores.log_likelihood_post_hoc - scores.rate if bound else None
+        bits, nats = (None, None) if first is None else map(_difference, values, first)
+        first = values if first is None else first
+        yield {"bits_per_dim_post_hoc - first": bits, "elbo_post_hoc_nats - first": nats}
 
 
-def _per_example(scores: Scores) -> tuple[Tensor | None, Tensor]:
-    """Bits per dimension, and nats of the bound, both post hoc."""
+def _difference(values: Tensor | None, first: Tensor | None) -> dict[str, float | None] | None:
+    return None if values is None or first is None else mean_and_error(values - first)
+
+
+def _bits(scores: Scores) -> Tensor | None:
+    """Bits per dimension of each example, post hoc."""
     mass = scores.log_mass_post_hoc
-    bits = None if mass is None else (scores.rate - mass) / (scores.dims * math.log(2))
-    return bits, scores.log_likelihood_post_hoc - scores.rate
+    return None if mass is None else (scores.rate - mass) / (scores.dims * math.log(2))

@@ -147,6 +147,8 @@ def test_what_cannot_be_measured_is_found_before_the_work_and_changes_nothing(
         (["--draws", "0"], "draws is at least 1, got 0"),
         (["--samples", "0"], "samples is at least 1, got 0"),
         (["--best-of", "0"], "best_of is at least 1, got 0"),
+        (["--seed", "-1"], "seed is a number from 0 to 2³² − 1, got -1"),
+        (["--features"], "features names at least one extractor"),
         (["--batch-statistics"], "say of how many the best is taken"),
     ):
         with pytest.raises(SystemExit, match="2"):

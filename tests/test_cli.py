@@ -251,7 +251,13 @@ def test_every_command_explains_itself(command, capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     for name in COMMANDS[command].__annotations__:
-        if name not in ("return", "config", "settings", "run", "folders"):  # the options of config and settings are their fields
+        if name not in (
+            "return",
+            "config",
+            "settings",
+            "run",
+            "folders",
+        ):  # the options of config and settings are their fields
             assert f"--{name.replace('_', '-')}" in text
 
 

@@ -527,7 +527,7 @@ def test_sigma_of_other_data_is_theirs_and_all_else_stays(run: Path, tmp_path: P
     assert after == said["evaluation"]
     assert after["sigma_post_hoc_density"] == scale["density"]["after"]
     changed = {name for name in before if before[name] != after[name]}
-    assert changed - {"entropy_identity"} == {
+    assert changed - {"entropy_identity", "how"} == {
         "elbo_post_hoc_nats",
         "bits_per_dim_post_hoc",
         "sigma_post_hoc_density",
@@ -587,6 +587,10 @@ def test_standardised_data_are_read_by_the_runs_own_mean_and_deviation(tmp_path:
     assert density["after"] > math.sqrt(3)  # two deviations away: √(1 + 2²), less what the untrained mean is off
     assert density["before"] < 1.5
     assert result["sigma_post_hoc"]["level"] == {"before": None, "after": None}
+    table = (tmp_path / "other.csv").read_text()
+    (tmp_path / "swapped.csv").write_text(table.replace("a,b,c", "b,a,c"))
+    with pytest.raises(ValueError, match=r"knows the columns a, b, c, .*swapped.csv has b, a, c"):
+        runs.calibrate_run(run, str(tmp_path / "swapped.csv"), device="cpu")
 
 
 def test_a_predicted_scale_gets_a_factor(tmp_path: Path, capsys) -> None:

@@ -108,6 +108,16 @@ def test_what_cannot_be_loaded_gets_a_sentence(mistake: str, tmp_path: Path) -> 
         load_extractor(source)
 
 
+@pytest.mark.parametrize("error", [EOFError("EOF when reading a line"), Exception("Untrusted repository.")])
+def test_a_repository_that_nobody_trusts_gets_a_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asks(*arguments: object, **options: object) -> nn.Module:
+        raise error
+
+    monkeypatch.setattr(torch.hub, "load", asks)
+    with pytest.raises(ValueError, match=r"trusted\)|Untrusted.*give a folder with its repository, dinov2:FOLDER"):
+        load_extractor("dinov2")
+
+
 @pytest.mark.parametrize("source", ["i3d:nowhere.pt", "i3d", "nowhere.pt"])
 def test_a_missing_clip_extractor_gets_a_sentence(source: str) -> None:
     with pytest.raises(ValueError, match=r"no file|no such file"):

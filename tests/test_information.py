@@ -124,6 +124,15 @@ def test_a_fitted_prior_is_the_one_that_counts() -> None:
     assert report["mutual_information_at_most_nats"] == pytest.approx(mutual, abs=0.05)
 
 
+def test_training_codes_do_not_share_the_noise_of_test_codes() -> None:
+    """Codes that are noise alone: a density that had seen the noise of the test codes would know them."""
+    vae = encoder_vae(np.zeros((2, DIM)), np.ones(2))
+    held_out = information(vae, batches_of(gaussian_data(300)), batches_of(gaussian_data(300, seed=1)))[
+        "marginal_kl_held_out_nats"
+    ]
+    assert held_out["mean"] < 2 * held_out["standard_error"]
+
+
 def test_no_bound_is_negative() -> None:
     """Where codes are those of the prior, what little was fitted to training codes is worse than it."""
     gain, deviation = np.zeros((2, DIM)), np.ones(2)

@@ -15,6 +15,7 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from sigma_vae import VAE, Fixed, FlatNetwork, Gaussian, Optimal, build, hierarchical, mlp
 from sigma_vae.config import ModelConfig
 from sigma_vae.data import Scaling
+from sigma_vae.passes import APART
 from sigma_vae.priors import FittedPrior, FlowPrior, GaussianPrior, MixturePrior, StandardNormal, flow
 from sigma_vae.types import Batch, Prior
 from sigma_vae.vae import keyed_noise
@@ -361,7 +362,7 @@ def test_fitting_the_prior_changes_nothing_else(name: str) -> None:
     assert vae.network.encoder.training
     assert [part.training for part in vae.network.decoder.modules()] == modes
     x, posterior = images(200), vae.encode(images(200))
-    draws = posterior.loc + posterior.scale * keyed_noise(torch.arange(200), seed=2)(posterior.loc.shape)
+    draws = posterior.loc + posterior.scale * keyed_noise(torch.arange(200), seed=2 + APART)(posterior.loc.shape)
     gain = vae.flat_network.prior.log_prob(draws) - StandardNormal(3).log_prob(draws)
     assert gain.mean() > 0
     assert vae.sample(5).shape == (5, 1, 4, 4)
@@ -446,3 +447,17 @@ def test_a_users_own_prior_has_no_name(tmp_path) -> None:
 def test_a_prior_that_cannot_be_is_refused_with_the_model(network: str, name: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         build.vae(ModelConfig(network, prior=name), (1, 4, 4), Scaling(256))
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_codes_share_no_noise_with_each_other_or_with_an_evaluation(seed: int) -> None:
+    """Latents that know nothing are noise alone: if it were the same, held-out codes would be those that were fitted."""
+    vae = image_vae()
+    with torch.no_grad():
+        for parameter in vae.network.encoder[-1].parameters():
+            parameter.zero_()
+    for prior in (MixturePrior(3, 20), MixturePrior(3)):
+        vae.fit_prior([images(300)], prior, [images(300, seed=1)], seed)
+        with torch.no_grad():
+            assert vae.elbo(images(300, seed=2), noise=keyed_noise(torch.arange(300), seed)).rate.mean() > -0.01
+    assert prior.components == 1

@@ -98,6 +98,8 @@ def test_back_to_the_standard_prior_everything_is_as_it_was(digits_run: Path, ru
     assert "N(0, I)" in said
     assert "gaussian" in said
     assert main(["fit-prior", str(run), "--prior", "standard", "--device", "cpu"]) == 0
+    (header,) = [line for line in capsys.readouterr().out.splitlines() if "N(0, I)" in line]
+    assert "standard" not in header  # it is N(0, I): one column
     assert contents(run) == contents(digits_run)
 
 
@@ -191,6 +193,8 @@ def test_a_ladder_takes_no_fitted_prior_afterwards(tmp_path, capsys) -> None:
     assert main(["fit-prior", str(tmp_path / "run")]) == 1
     assert "single layer of flat latents" in capsys.readouterr().err
     assert contents(tmp_path / "run") == before
+    assert main(["sample", str(tmp_path / "run"), "--prior", "fitted"]) == 1
+    assert "leave it out" in capsys.readouterr().err
     assert main(["sample", str(tmp_path / "run"), "--prior", "standard", "--n", "2"]) == 0
 
 

@@ -184,6 +184,15 @@ def test_everything_that_has_to_be_the_same_is_in_the_record() -> None:
     assert quality(vae, data, network, n=10**6)["examples"] == N
 
 
+def test_every_set_is_of_one_size_where_the_split_is_small() -> None:
+    vae = source()
+    data = drawn(vae)
+    data = Splits(data.name, data.train, data.validation, InMemory(data.test.values[:50]), data.scaling, data.record)
+    report = quality(vae, data, extractor(), n=N)
+    assert (report["examples"], report["floor"]["examples"]) == (50, 50)
+    assert (report["floor"]["kernel"]["subsets"], report["floor"]["kernel"]["subset_size"]) == (1, 50)
+
+
 def test_a_sorted_split_is_looked_at_all_over() -> None:
     vae = source()
     data = drawn(vae)

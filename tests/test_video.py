@@ -13,7 +13,7 @@ from sigma_vae import VAE, Gaussian, build, mlp, runs
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.configfile import read as read_config
-from sigma_vae.data import Scaling, Splits
+from sigma_vae.data import Batches, Scaling, Splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.pictures import save_clips
 from sigma_vae.evaluation.video import predictions, psnr, ssim
@@ -295,7 +295,7 @@ def test_the_best_sample_is_the_one_with_the_highest_ssim(moving) -> None:
         each = best[..., i].mean(1)
         whole = stats.norm.interval(0.95, each.mean(), each.std(ddof=1) / math.sqrt(10))
         assert report[name]["interval_95"] == pytest.approx(whole, rel=1e-4)
-    assert report["clips"] == 10
+    assert (report["clips"], report["noise_seed"]) == (10, 5)
     assert report["ssim"]["mean"] > report["ssim_average_sample"]["mean"]
     other = predictions(run.vae, run.data.batches("test", 4), samples, seed=5, batch_statistics=True)
     assert other["batch_statistics"]
@@ -320,6 +320,12 @@ def test_evaluate_reports_the_best_of_many(moving, capsys) -> None:
     assert main(["evaluate", str(moving), "--best-of", "2"]) == 0
     assert "psnr_db" in capsys.readouterr().out
     (moving / "evaluation.json").write_text(before)
+
+
+def test_clips_of_another_range_have_no_psnr(moving) -> None:
+    store = InMemory(255 * torch.rand(2, TEST_LENGTH, 1, SIDE, SIDE))
+    with pytest.raises(ValueError, match=r"with values in \[0, 1\]"):
+        predictions(runs.open_run(moving, "cpu").vae, Batches(store, Scaling(), 2), 1)
 
 
 def test_only_a_video_network_predicts() -> None:

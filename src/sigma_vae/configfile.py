@@ -1,10 +1,11 @@
 """Configs from YAML and plain values, and back: nothing unknown is taken, nothing is guessed."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["parse", "read", "write"]
+__all__ = ["parse", "read", "write", "write_whole"]
 
 Config = TypeVar("Config")
 
@@ -45,4 +46,14 @@ def write(path: Path, config: Any) -> None:
     """Write a config as YAML that :func:`read` takes back."""
     import yaml
 
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file; one that is there stands until the new one is whole, whatever happens on the way."""
+    aside = path.with_name(path.name + ".new")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

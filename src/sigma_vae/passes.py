@@ -9,12 +9,16 @@ from torch import Tensor, nn
 from sigma_vae.networks.flat import FlatNetwork
 from sigma_vae.types import Batch, Network, Noise
 
-__all__ = ["Decoded", "Examples", "codes", "in_eval_mode", "keyed_noise"]
+__all__ = ["APART", "Decoded", "Examples", "codes", "in_eval_mode", "keyed_noise"]
 
 Examples = Batch | Tensor | Sequence[Tensor]
 """A batch as a loader may give it: x, or (x, ...)."""
 
 CACHE_BYTES = 2**30
+
+APART = 2**20
+"""Added to a seed: noise that draws with the seed do not have. Where latents know little, codes are noise, and if those that a density
+is fitted to had the noise of those that it is judged by, they would be the same codes."""
 
 
 def keyed_noise(positions: Tensor, seed: int = 0) -> Noise:
@@ -78,7 +82,7 @@ class Decoded:
 
 
 def codes(network: FlatNetwork, loader: Iterable[Examples], seed: int) -> Tensor:
-    """One posterior draw of each example, ``(n, latent_dim)``: the one from which ``calibrate`` decodes with this seed.
+    """One posterior draw of each example, ``(n, latent_dim)``, under noise of the example's position and the seed.
 
     Raises:
         ValueError: the loader is empty.

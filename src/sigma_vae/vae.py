@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from sigma_vae.networks.flat import FlatNetwork
 from sigma_vae.networks.sequence import FRAMES, SequenceNetwork, starts
 from sigma_vae.networks.temperature import per_layer
-from sigma_vae.passes import Decoded, Examples, codes, in_eval_mode, keyed_noise
+from sigma_vae.passes import APART, Decoded, Examples, codes, in_eval_mode, keyed_noise
 from sigma_vae.priors import FittedPrior
 from sigma_vae.types import Elbo, Likelihood, Network, Noise, Temperature
 
@@ -229,7 +229,7 @@ class VAE(nn.Module):
             prior: moved to the model's device and dtype, and fitted there.
             validation: others, by which a prior chooses what it has to (:class:`MixturePrior` the number of components, :class:`FlowPrior`
                 when to stop).
-            seed: of the posteriors' noise, and of what is random in the fit.
+            seed: of the posteriors' noise, which is not that of an evaluation with this seed, and of what is random in the fit.
 
         Raises:
             ValueError: the network has no flat latents, or the prior cannot be fitted to these codes.
@@ -244,8 +244,8 @@ class VAE(nn.Module):
         """
         network = self.flat_network
         with in_eval_mode(self):
-            draws = codes(network, loader, seed)
-            held_out = None if validation is None else codes(network, validation, seed)
+            draws = codes(network, loader, seed + APART)
+            held_out = None if validation is None else codes(network, validation, seed + 2 * APART)
         prior.to(draws).fit(draws, held_out, seed)
         network.prior = prior
 

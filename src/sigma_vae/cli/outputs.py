@@ -13,7 +13,7 @@ from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.pictures import pairs
 from sigma_vae.evaluation.shown import reconstructed, sampled
 from sigma_vae.evaluation.standard_prior import has_fitted_prior, standard_prior
-from sigma_vae.networks import SequenceNetwork
+from sigma_vae.networks import FlatNetwork, SequenceNetwork
 from sigma_vae.vae import Show
 
 __all__ = ["encode", "reconstruct", "sample", "score"]
@@ -48,7 +48,13 @@ def sample(
     opened = runs.open_model(Path(run), device)
     moving = isinstance(opened.vae.network, SequenceNetwork)
     if prior == "fitted" and not has_fitted_prior(opened.vae):
-        raise ValueError(f"{run} has no fitted prior; fit one: sigma-vae fit-prior {run}")
+        flat = isinstance(opened.vae.network, FlatNetwork)
+        remedy = (
+            f"fit one: sigma-vae fit-prior {run}"
+            if flat
+            else "its latents have the one that was learned with them; leave it out"
+        )
+        raise ValueError(f"{run} has no fitted prior; {remedy}")
     name = f"samples-standard-prior-{seed}" if prior == "standard" else f"samples-{seed}"
     path = output(out, Path(run) / name, opened.shape, moving=moving)
     check_count(n)

@@ -34,7 +34,7 @@ def _print_side_by_side(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     standard = report.get("standard_prior", report)
-    columns = {"N(0, I)": standard} | ({report["prior"]: report} if "prior" in report else {})
+    columns = {"N(0, I)": standard} | ({report["prior"]: report} if "standard_prior" in report else {})
     table = Table("", title=f"mean ± standard error over {report['examples']} test examples")
     for name in columns:
         table.add_column(name, justify="right")

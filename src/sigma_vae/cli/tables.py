@@ -28,7 +28,10 @@ def print_evaluation(report: dict[str, Any]) -> None:
             table.add_section()
             for row in rows(report[name]):
                 table.add_row(*row)
-    Console().print(table)
+    console = Console(markup=False, emoji=False)  # names of files may look like either
+    console.print(table)
+    for line in _seen(report.get("quality", {})):
+        console.print(line)
 
 
 def print_comparison(rows: Sequence[dict[str, Any]]) -> None:
@@ -42,7 +45,7 @@ def print_comparison(rows: Sequence[dict[str, Any]]) -> None:
     for name in dict.fromkeys(name for row in rows for name in row):
         if name != "run" and any(row.get(name) is not None for row in rows):
             table.add_row(name, *(_cell(row.get(name)) for row in rows))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _cell(value: Any) -> str:
@@ -106,19 +109,31 @@ def _calibration(section: dict[str, Any]) -> Iterator[Row]:
 
 
 def _quality(section: dict[str, Any]) -> Iterator[Row]:
-    """Fréchet distances, each with how many images of what it is of; of samples also precision and recall."""
+    """Fréchet distances, each with how many images of what it is of; of samples also the other numbers."""
     for features, part in section.items():
-        how = f"{features}, {part['examples']} of {part['split']}" if "examples" in part else f"{features}, {part['split']}"
+        how = f"{features}, {part.get('examples')} of {part['split']}"
         for name in ("samples", "samples_standard_prior"):
             for shown, numbers in part.get(name, {}).items():
                 what = f"{name.replace('_', ' ')}, {shown} ({how})"
                 yield f"Fréchet distance, {what}", f"{numbers['frechet']:.3f}", ""
-                yield f"precision / recall, {what}", f"{numbers['precision']:.3f} / {numbers['recall']:.3f}", ""
+                yield f"kernel distance, {what}", f"{numbers['kernel']['mean']:.5f}", ""
+                for pair in (("precision", "recall"), ("density", "coverage")):
+                    yield f"{' / '.join(pair)}, {what}", " / ".join(f"{numbers[one]:.3f}" for one in pair), ""
         if "reconstructions" in part:
             yield f"Fréchet distance, reconstructions ({how})", f"{part['reconstructions']['means']['frechet']:.3f}", ""
         for name in ("floor", "clips", "frames"):
             if name in part:
-                yield f"Fréchet distance, {name} ({how})", f"{part[name]['frechet']:.3f}", ""
+                count = f"{part[name]['examples']} of {part[name].get('split', part['split'])}"
+                yield f"Fréchet distance, {name} ({features}, {count})", f"{part[name]['frechet']:.3f}", ""
+
+
+def _seen(quality: dict[str, Any]) -> Iterator[str]:
+    """How images were cut and resized before they were compared: part of what a distance is."""
+    for features, part in quality.items():
+        for section in (part, part.get("clips", {}), part.get("frames", {})):
+            if "extractor" in section:
+                how, size = section["extractor"], "×".join(map(str, section["extractor"]["input"]))
+                yield f"{features}: data {part['data']['preprocessing']}; features of {size}, preprocessing {how['preprocessing']}"
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], Iterator[Row]]] = {

@@ -100,9 +100,12 @@ def dinov2(model: str, place: Path | None = None) -> Backbone:
         warnings.filterwarnings("ignore", message=".*xFormers")
         try:
             network: nn.Module = torch.hub.load(source, model, source=where, verbose=False)  # type: ignore[no-untyped-call]
-        except (OSError, RuntimeError) as error:  # no network, no such folder; no such model
+        except (
+            Exception
+        ) as error:  # no network, no such folder or model; not trusted, or nobody there to ask; what its code says
+            said = "there is nobody to ask whether its code is trusted" if isinstance(error, EOFError) else error
             raise ValueError(
-                f"{model} cannot be loaded from {source} ({error}); give a folder with its repository, dinov2:FOLDER, whose"
+                f"{model} cannot be loaded from {source} ({said}); give a folder with its repository, dinov2:FOLDER, whose"
                 f" weights lie in {torch.hub.get_dir()}/checkpoints, or a TorchScript file, dinov2:FILE"
             ) from error
     return Backbone(network, _for_dinov2, words, _weights_digest(network))

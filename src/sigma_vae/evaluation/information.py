@@ -10,6 +10,7 @@ from sigma_vae.data import Batches
 from sigma_vae.evaluation.gathering import each_example, sum_over_examples
 from sigma_vae.evaluation.summary import mean_and_error
 from sigma_vae.networks import FlatNetwork, HierarchicalNetwork
+from sigma_vae.passes import APART
 from sigma_vae.priors import MixturePrior, StandardNormal
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE, keyed_noise
@@ -87,7 +88,7 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> di
         raise ValueError("information is about the spread of codes and needs at least two test examples, got one")
     codes = _evenly(whole, MOST_CODES)
     mean_kl = float(codes.kl.mean())
-    fitted_to = _codes(vae, vae.network, _part(training, MOST_TRAINING_CODES), seed)
+    fitted_to = _codes(vae, vae.network, _part(training, MOST_TRAINING_CODES), seed + APART)
     held_out = _held_out(codes, fitted_to.z, seed)
     moments = _moment_bound(codes, fitted_to) if isinstance(vae.network.prior, StandardNormal) else None
     bounds = [moments, None if held_out is None else held_out["mean"]]

@@ -12,9 +12,8 @@ from sigma_vae.evaluation.features import Extractor
 from sigma_vae.evaluation.frechet import NEIGHBOURS, frechet_distance, kernel_distance, precision_recall, radii
 from sigma_vae.evaluation.pictures import drawable, in_unit_range
 from sigma_vae.evaluation.repeatable import about, seeded, subset
+from sigma_vae.evaluation.standard_prior import has_fitted_prior, standard_prior
 from sigma_vae.networks import FlatNetwork
-from sigma_vae.priors import StandardNormal
-from sigma_vae.types import Prior
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["quality"]
@@ -75,45 +74,40 @@ def quality(
     reference = extractor.of(_pictures(images))
     compare = _Reference(reference, radii(reference), seed)
     other: SplitName = "test" if split == "train" else "train"
-    floor = subset(data, other, n, batch, seed, device)
-    prior = vae.network.prior if isinstance(vae.network, FlatNetwork) else None
+    floor = subset(data, other, count, batch, seed, device)
     report: dict[str, Any] = {
         "examples": count,
         "split": split,
         "seed": seed,
         "data": about(data),
         "extractor": extractor.record(data.shape, reference.shape[1]),
-        "prior": None if prior is None else type(prior).__name__,
+        "prior": type(vae.network.prior).__name__ if isinstance(vae.network, FlatNetwork) else None,
         "neighbours": NEIGHBOURS,
         "rank_deficient": count <= reference.shape[1],
         "floor": {"split": other, "examples": len(floor.store), **compare.against(extractor.of(_pictures(floor)))},
-        "samples": _samples(vae, data, extractor, compare, prior),
+        "samples": _samples(vae, data, extractor, compare),
     }
-    if prior is not None and not isinstance(prior, StandardNormal):
-        standard = StandardNormal(vae.flat_network.latent_dim).to(device)
-        report["samples_standard_prior"] = _samples(vae, data, extractor, compare, standard)
+    if has_fitted_prior(vae):
+        with standard_prior(vae):
+            report["samples_standard_prior"] = _samples(vae, data, extractor, compare)
     again = extractor.of(_reconstructions(vae, data, images, seed))
     return report | {"reconstructions": {"means": {"frechet": frechet_distance(reference, again)}}}
 
 
-def _samples(vae: VAE, data: Splits, extractor: Extractor, compare: _Reference, prior: Prior | None) -> dict[str, Any]:
+def _samples(vae: VAE, data: Splits, extractor: Extractor, compare: _Reference) -> dict[str, Any]:
     """Comparisons of decoder means, and of draws."""
     count = len(compare.features)
-    pairs = [[extractor(data.scaling.undo(x)) for x in shown] for shown in _shown(vae, prior, count, compare.seed)]
+    pairs = [[extractor(data.scaling.undo(x)) for x in shown] for shown in _shown(vae, count, compare.seed)]
     means, draws = (torch.cat(features)[:count] for features in zip(*pairs, strict=True))
     return {"means": compare.against(means), "draws": compare.against(draws)}
 
 
-def _shown(vae: VAE, prior: Prior | None, n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _shown(vae: VAE, n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Mean and draw of p(x|z) for at least n latents, in chunks of one size with random numbers of their own."""
     device = next(vae.parameters()).device
     for start in range(0, n, SAMPLES_AT_ONCE):
         with seeded(seed, start, device):
-            if prior is None:
-                h = vae.network.generate(SAMPLES_AT_ONCE)
-            else:
-                h = vae.flat_network.decode(prior.sample(SAMPLES_AT_ONCE))
-            distribution = vae.likelihood(h)
+            distribution = vae.likelihood(vae.network.generate(SAMPLES_AT_ONCE))
             shown = distribution.mean, distribution.sample()
         yield shown
 

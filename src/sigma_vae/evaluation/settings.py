@@ -40,5 +40,9 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is at least 1, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is a number from 0 to 2³² − 1, got {self.seed}")
+        if not self.features:
+            raise ValueError("features names at least one extractor, got none; efficientnet is one")
         if self.batch_statistics and self.best_of is None:
             raise ValueError("batch_statistics is about predictions: say of how many the best is taken (best_of, SVG: 100)")

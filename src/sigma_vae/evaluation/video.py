@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sigma_vae.data import Batches
+from sigma_vae.evaluation.pictures import in_unit_range
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["mean_over_clips", "predictions", "psnr", "ssim"]
@@ -115,7 +116,7 @@ def predictions(
         and how they were made.
 
     Raises:
-        ValueError: the network predicts no frames, the clips are too short, or there is no sample to choose from.
+        ValueError: the network predicts no frames, the clips are too short or not in [0, 1], or there is no sample to choose from.
     """
     vae.eval()
     past = vae.video_network.context_frames if context_frames is None else context_frames
@@ -128,7 +129,7 @@ def predictions(
     device = next(vae.parameters()).device
     found: list[Tensor] = []
     for batch in batches:
-        x = batch.x.to(device)
+        x = in_unit_range(batch.x.to(device))
         each = []
         for sample in range(samples):
             noise = keyed_noise(batch.positions, seed * samples + sample)
@@ -146,6 +147,7 @@ def predictions(
     chosen = values[:, torch.arange(len(best)), best]
     return {
         "samples": samples,
+        "noise_seed": seed,
         "clips": len(best),
         "frames": length - past,
         "context_frames": past,

@@ -102,6 +102,11 @@ def _fitting(config: DataConfig, run: Run) -> Splits:
             f"σ can be fitted on data of the kind that the model was trained on: {run.config.data.source}, {ours}; got"
             f" {config.source}, {theirs}; a config.yaml as --data says how else they are read"
         )
+    known, found = (", ".join(each.record.get("columns", ())) for each in (run.data, data))
+    if known and found and known != found:
+        raise ValueError(
+            f"the model knows the columns {known}, {config.source} has {found}; a config.yaml as --data says which are read"
+        )
     return replace(data, scaling=run.data.scaling)
 
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from sigma_vae.evaluation import score
 from sigma_vae.evaluation.summary import mean_and_error
-from sigma_vae.runs.folder import evaluation_batch, open_run
+from sigma_vae.runs.folder import evaluation_batch, model_digest, open_run
 from sigma_vae.runs.reports import read_json
 from sigma_vae.vae import Scores
 
 __all__ = ["compare"]
 
-SAME = ("data", "split", "examples", "dims")
-"""What must agree for numbers to be of the same thing."""
+SAME = ("data", "split", "examples", "levels", "dims")
+"""What must agree for numbers to be of the same thing, and so must the fingerprint of the split."""
 
 
 def compare(outs: Sequence[Path], *, paired: bool = False, device: str = "auto") -> list[dict[str, Any]]:
@@ -25,7 +25,8 @@ def compare(outs: Sequence[Path], *, paired: bool = False, device: str = "auto")
     Bits per dimension compare between all decoders; nats of a density do not compare with nats of levels, and are None unless all runs
     observe the same. The means of two runs are of the same examples, so the standard error of each says little about their difference:
     ``paired`` scores every example of each run anew, under noise of the example, and gives the mean difference to the first run, with
-    its own standard error.
+    its own standard error. Fréchet distances are of decoder means, of different numbers of images in different rows; where a run has a
+    fitted prior, those of N(0, I) stand beside them.
 
     Args:
         outs: folders of finished runs.
@@ -33,25 +34,41 @@ def compare(outs: Sequence[Path], *, paired: bool = False, device: str = "auto")
         device: of the scoring.
 
     Raises:
-        ValueError: fewer than two runs, one that has no evaluation, or evaluations of different data, splits or numbers of examples.
+        ValueError: fewer than two runs, one that has no evaluation or one of other weights, or evaluations of different examples.
     """
     if len(outs) < 2:
         raise ValueError(f"compare sets runs side by side and needs at least 2, got {len(outs)}")
-    reports = [read_json(out / "evaluation.json") for out in outs]
+    reports = [_report(out) for out in outs]
     for name in SAME:
-        known = [report.get(name) for report in reports]
-        if any(value != known[0] for value in known):
-            told = ", ".join(f"{out}: {value}" for out, value in zip(outs, known, strict=True))
-            raise ValueError(f"the runs were evaluated on different {name}, so their numbers do not compare ({told})")
+        _check_same(name, outs, [report.get(name) for report in reports])
+    _check_same("examples (by their fingerprint)", outs, [report["how"]["split_fingerprint"] for report in reports])
     same_measure = len({report["observes"] for report in reports}) == 1
     rows = [
-        {"run": str(out), **_made_of(report), **_numbers(report, same_measure)}
+        {"run": str(out), **_made_of(report), **_numbers(report, same_measure), **_frechet(report, reports)}
         for out, report in zip(outs, reports, strict=True)
     ]
     if paired:
         for row, differences in zip(rows, _differences(outs, device, same_measure), strict=True):
             row |= differences
     return rows
+
+
+def _report(out: Path) -> dict[str, Any]:
+    """The evaluation of the weights that the run has."""
+    report = read_json(out / "evaluation.json")
+    how = report.get("how", {})
+    if "split_fingerprint" not in how or how.get("model_sha256") != model_digest(out):
+        raise ValueError(
+            f"{out / 'evaluation.json'} is of other weights than the run has now, or of an older version; evaluate it anew:"
+            f" sigma-vae evaluate {out}"
+        )
+    return report
+
+
+def _check_same(name: str, outs: Sequence[Path], known: list[Any]) -> None:
+    if any(value != known[0] for value in known):
+        told = ", ".join(f"{out}: {value}" for out, value in zip(outs, known, strict=True))
+        raise ValueError(f"the runs were evaluated on different {name}, so their numbers do not compare ({told})")
 
 
 def _made_of(report: dict[str, Any]) -> dict[str, Any]:
@@ -66,34 +83,52 @@ def _numbers(report: dict[str, Any], same_measure: bool) -> dict[str, Any]:
         "elbo_post_hoc_nats": nats,
         "rate_nats": report["rate_nats"],
         "coverage_90": coverage,
-        **{
-            f"frechet {name}": section["samples"]["means"]["frechet"]
-            for name, section in report.get("quality", {}).items()
-            if "samples" in section
-        },
     }
+
+
+def _frechet(report: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, float]:
+    """Fréchet distances, each under a name that says what has to be the same for it to compare."""
+    found = {}
+    for name, section in report.get("quality", {}).items():
+        others = [each["quality"][name] for each in reports if name in each.get("quality", {})]
+        digest = "" if len({_digest(other) for other in others}) == 1 else f" {_digest(section)[:8]}"
+        for kind in ("clips", "frames"):
+            if kind in section:
+                found[f"frechet {name}{digest}, {section[kind]['examples']} {kind}"] = section[kind]["frechet"]
+        if "samples" in section:
+            label = f"frechet {name}{digest}, {section['examples']} images"
+            found[label] = section["samples"]["means"]["frechet"]
+            fitted = any("samples_standard_prior" in other for other in others)
+            if fitted and section["prior"] is not None:
+                standard = section.get("samples_standard_prior", section["samples"])
+                found[f"{label}, N(0, I)"] = standard["means"]["frechet"]
+    return found
+
+
+def _digest(section: dict[str, Any]) -> str:
+    """Of the extractor's weights."""
+    return str((section.get("clips") or section.get("frames") or section)["extractor"]["sha256"])
 
 
 def _differences(outs: Sequence[Path], device: str, same_measure: bool) -> Iterator[dict[str, Any]]:
     """Of each run to the first: None of the first itself."""
-    first: tuple[Tensor | None, Tensor] | None = None
+    first: tuple[Tensor | None, Tensor | None] | None = None
     for out in outs:
         run = open_run(out, device)
         where = next(run.vae.parameters()).device
-        bits, nats = _per_example(score(run.vae, run.data.batches("test", evaluation_batch(run.data), device=where)))
-        if first is None:
-            first = bits, nats
-            yield {"bits_per_dim_post_hoc - first": None, "elbo_post_hoc_nats - first": None}
-            continue
-        known_bits = bits is not None and first[0] is not None
-        yield {
-            "bits_per_dim_post_hoc - first": mean_and_error(bits - first[0]) if known_bits else None,  # type: ignore[operator]
-            "elbo_post_hoc_nats - first": mean_and_error(nats - first[1]) if same_measure else None,
-        }
+        scores = score(run.vae, run.data.batches("test", evaluation_batch(run.data), device=where))
+        bound = same_measure and run.vae.likelihood.normalised  # an objective bounds nothing
+        values = _bits(scores), scores.log_likelihood_post_hoc - scores.rate if bound else None
+        bits, nats = (None, None) if first is None else map(_difference, values, first)
+        first = values if first is None else first
+        yield {"bits_per_dim_post_hoc - first": bits, "elbo_post_hoc_nats - first": nats}
 
 
-def _per_example(scores: Scores) -> tuple[Tensor | None, Tensor]:
-    """Bits per dimension, and nats of the bound, both post hoc."""
+def _difference(values: Tensor | None, first: Tensor | None) -> dict[str, float | None] | None:
+    return None if values is None or first is None else mean_and_error(values - first)
+
+
+def _bits(scores: Scores) -> Tensor | None:
+    """Bits per dimension of each example, post hoc."""
     mass = scores.log_mass_post_hoc
-    bits = None if mass is None else (scores.rate - mass) / (scores.dims * math.log(2))
-    return bits, scores.log_likelihood_post_hoc - scores.rate
+    return None if mass is None else (scores.rate - mass) / (scores.dims * math.log(2))

@@ -1,6 +1,5 @@
 """What is said of a finished run: numbers on its test split, and pictures."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +8,21 @@ from torch import Tensor
 
 from sigma_vae import __version__, build
 from sigma_vae.data import Splits
+from sigma_vae.data.splits import SplitName
 from sigma_vae.evaluation import evaluate
 from sigma_vae.evaluation.pictures import pairs, save_clips, save_grid
 from sigma_vae.evaluation.settings import EvaluationSettings
 from sigma_vae.evaluation.shown import reconstructed, sampled
 from sigma_vae.evaluation.standard_prior import has_fitted_prior, scores_under_standard_prior, standard_prior
 from sigma_vae.networks import FlatNetwork, SequenceNetwork
-from sigma_vae.runs.folder import Run, evaluation_batch, open_run
-from sigma_vae.runs.measuring import SECTIONS, measured
+from sigma_vae.runs.folder import Run, evaluation_batch, model_digest, open_run
+from sigma_vae.runs.measuring import SECTIONS, measured, page_path
 from sigma_vae.runs.reports import read_json, write_json
 from sigma_vae.runs.sigma import KEY as SIGMA_FITTED_ON
 from sigma_vae.runs.sigma import fitted_on
 from sigma_vae.vae import VAE
 
-__all__ = ["draw", "evaluate_run", "evaluation"]
+__all__ = ["draw", "evaluate_run", "evaluation", "kept", "remove_page_of_others", "store"]
 
 ENTROPY_EXAMPLES = 10_000
 PICTURES = 64
@@ -50,18 +50,39 @@ def evaluate_run(
         ValueError: there is no such run, or a metric does not apply to it.
     """
     run = open_run(out, device)
-    path = out / ("evaluation.json" if settings.split == "test" else f"evaluation-{settings.split}.json")
-    known = read_json(path) if path.exists() else {}
     sections = measured(run.vae, run.data, settings, out)
     report = evaluation(out, run, settings)
-    if known.get("how") == report["how"]:
-        kept = {name: known[name] for name in SECTIONS if name in known}
-        if "quality" in kept and "quality" in sections:
-            sections["quality"] = kept["quality"] | sections["quality"]
-        sections = kept | sections
-    report |= sections
-    write_json(path, report)
+    known = kept(out, report)
+    if "quality" in known and "quality" in sections:
+        sections["quality"] = known["quality"] | sections["quality"]
+    report |= known | sections
+    store(out, report)
     return report
+
+
+def kept(out: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Sections that the run's folder has beside the same bounds: of the same weights, data and versions."""
+    try:
+        known = read_json(_path(out, report["split"]))
+    except ValueError:  # there is none, or nothing that could be kept
+        return {}
+    return {name: known[name] for name in SECTIONS if name in known} if known.get("how") == report["how"] else {}
+
+
+def store(out: Path, report: dict[str, Any]) -> None:
+    """Write the report."""
+    write_json(_path(out, report["split"]), report)
+    remove_page_of_others(out, report)
+
+
+def remove_page_of_others(out: Path, report: dict[str, Any]) -> None:
+    """Plots of a calibration that the report does not have are of other weights."""
+    if "calibration" not in report:
+        page_path(out, report["split"]).unlink(missing_ok=True)
+
+
+def _path(out: Path, split: SplitName) -> Path:
+    return out / ("evaluation.json" if split == "test" else f"evaluation-{split}.json")
 
 
 def evaluation(out: Path, run: Run, settings: EvaluationSettings = EvaluationSettings()) -> dict[str, Any]:  # noqa: B008 (frozen)
@@ -90,8 +111,9 @@ def evaluation(out: Path, run: Run, settings: EvaluationSettings = EvaluationSet
     report["how"] = {
         "sigma_vae": __version__,
         "torch": torch.__version__,
-        "model_sha256": hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest(),
+        "model_sha256": model_digest(out),
         "data_fingerprint": data.record["fingerprint"],
+        "split_fingerprint": data.store(settings.split).fingerprint(),
         "preprocessing": data.record["preprocessing"],
     }
     return report

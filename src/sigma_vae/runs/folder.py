@@ -1,5 +1,6 @@
 """The files of a run folder: what is read from it, and what is written into it."""
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from sigma_vae.runs.reports import read_json
 from sigma_vae.training import resolve_device
 from sigma_vae.vae import VAE
 
-__all__ = ["Run", "config_of", "evaluation_batch", "open_model", "open_run", "same_data"]
+__all__ = ["Run", "config_of", "evaluation_batch", "model_digest", "open_model", "open_run", "same_data"]
 
 EVALUATION_BATCH = 256
 
@@ -45,6 +46,11 @@ def open_model(out: Path, device: str = "auto") -> build.Saved:
         raise ValueError(f"{out} has no finished model yet; finish it: sigma-vae resume {out}")
     saved = build.load(out / "model")
     return saved._replace(vae=saved.vae.to(resolve_device(device)))
+
+
+def model_digest(out: Path) -> str:
+    """SHA-256 of the run's weights and scales: what an evaluation is of."""
+    return hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
 def evaluation_batch(data: Splits) -> int:

@@ -12,7 +12,7 @@ from sigma_vae.data import Splits
 from sigma_vae.evaluation.pictures import drawable
 from sigma_vae.naming import check_prior
 from sigma_vae.priors import FittedPrior
-from sigma_vae.runs.evaluating import draw, evaluation
+from sigma_vae.runs.evaluating import draw, evaluation, kept, remove_page_of_others
 from sigma_vae.runs.folder import Run, evaluation_batch, open_model, open_run
 from sigma_vae.runs.reports import write_json
 from sigma_vae.runs.sigma import fitted_on, keep
@@ -54,6 +54,8 @@ def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> dic
     config = replace(run.config, model=replace(run.config.model, prior=prior))
     try:
         report = _write(aside, config, run.vae, run.data, fitted_on(out))
+        report |= kept(out, report)
+        write_json(aside / "evaluation.json", report)
         _exchange(out / "model", aside / "model", before)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -63,6 +65,7 @@ def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> dic
     aside.rmdir()
     if not isinstance(run.vae.flat_network.prior, FittedPrior):
         (out / STANDARD_PICTURE).unlink(missing_ok=True)
+    remove_page_of_others(out, report)
     return report
 
 
@@ -101,7 +104,6 @@ def _write(folder: Path, config: RunConfig, vae: VAE, data: Splits, sigma: dict[
         keep(folder, vae, sigma)
     write(folder / "config.yaml", config)
     report = evaluation(folder, Run(config, vae, data))
-    write_json(folder / "evaluation.json", report)
     if drawable(data.shape):
         draw(folder, vae, data)
     return report

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sigma_vae.configfile import write_whole
+
 __all__ = ["read_json", "write_json"]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a report."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """Write a report; one that is there stands until the new one is whole."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from sigma_vae.data import NAMES, Splits
 from sigma_vae.evaluation.pictures import drawable
 from sigma_vae.networks import SequenceNetwork
 from sigma_vae.networks.default import default_network
-from sigma_vae.runs.evaluating import draw, evaluation
+from sigma_vae.runs.evaluating import draw, evaluation, kept, store
 from sigma_vae.runs.folder import Run, config_of, same_data
 from sigma_vae.runs.priors import check_codes, take_prior
 from sigma_vae.runs.reports import write_json
@@ -78,7 +78,8 @@ def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bo
         take_prior(config.model.prior, vae, data, config.seed)
     build.save(out / "model", vae, config.model, data.shape, data.scaling)
     report = evaluation(out, Run(config, vae, data))
-    write_json(out / "evaluation.json", report)
+    report |= kept(out, report)  # where nothing was left to train
+    store(out, report)
     if drawable(data.shape):
         draw(out, vae, data)
     return report

@@ -106,8 +106,7 @@ class Setting:
         both = (self.values(arm, metric, prior).index for arm in (ours, theirs))
         if not set.intersection(*map(set, both)):
             return None
-        pair = ({ARM: arm, "prior": prior} for arm in (ours, theirs))
-        return paired_difference(self.table, metric, *pair)
+        return paired_difference(self.table, metric, {ARM: ours, "prior": prior}, {ARM: theirs, "prior": prior})
 
     def tuned(self) -> str | None:
         """The fixed σ of three or more with the highest post-hoc ELBO on validation data: what somebody finds who tunes."""

@@ -17,6 +17,8 @@ WIDTH, HEIGHT = 4.6, 3.3
 """Inches: on a phone text shrinks by a fifth alone."""
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
+OWN = ("*", "P", "X", "D", "v", "^", "<", ">")
+"""Arms that find their own σ, where others are lines."""
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 NOMINAL = (50, 80, 90, 95)
 THUMBNAIL = 240
@@ -75,7 +77,7 @@ def rate_distortion(setting: Setting, observes: str) -> Plot | None:
 
 
 def information(setting: Setting) -> Plot | None:
-    """Bounds on the mutual information and on the marginal KL along σ; arms that find their own σ as stars where they have it."""
+    """Bounds on the mutual information and on the marginal KL along σ; arms that find their own σ by a sign where they have it."""
     kinds = {
         "mutual_information_at_most_nats": "mutual information, at most",
         "marginal_kl_at_least_nats": "marginal KL, at least",
@@ -89,6 +91,10 @@ def information(setting: Setting) -> Plot | None:
     places = {arm: sigma for arm, _ in there if (sigma := _sigma(setting, arm)) is not None}
     if len(places) < 2:
         return None
+    own: dict[str, dict[str, Any]] = {
+        arm: {"marker": marker, "markersize": 9, "markeredgecolor": "black", "linestyle": "none", "zorder": 3}
+        for arm, marker in zip((arm for arm in places if arm not in setting.fixed), OWN, strict=False)
+    }
 
     def draw(axes: "Axes") -> None:
         for (kind, words), colour, marker in zip(kinds.items(), OKABE_ITO, MARKERS, strict=False):
@@ -98,16 +104,12 @@ def information(setting: Setting) -> Plot | None:
             axes.errorbar(
                 [x for x, _ in fixed], means, spread, color=colour, marker=marker, linestyle=dash, capsize=3, label=words
             )
-            for arm in places:
-                if arm not in setting.fixed and (arm, kind) in there:
-                    style: dict[str, Any] = {"color": colour, "marker": "*", "markersize": 13, "markeredgecolor": "black"}
-                    axes.plot([places[arm]], [there[arm, kind].mean()], linestyle="none", **style)
-        for arm in places:
-            if arm not in setting.fixed:
-                axes.axvline(places[arm], color="0.5", linewidth=0.8, linestyle=":")
-                axes.annotate(
-                    arm, (places[arm], 0.98), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right", fontsize=7
-                )
+            for arm, shape in own.items():
+                if (arm, kind) in there:
+                    axes.plot([places[arm]], [there[arm, kind].mean()], color=colour, **shape)
+        for arm, shape in own.items():
+            axes.plot([], [], color="white", label=arm, **shape)
+            axes.axvline(places[arm], color="0.5", linewidth=0.8, linestyle=":", zorder=1)
         axes.set(xscale="log", xlabel="σ of the decoder", ylabel="nats")
 
     words = (
@@ -115,7 +117,7 @@ def information(setting: Setting) -> Plot | None:
         for kind, words in kinds.items()
         for arm in places
     )
-    return Plot(_svg(draw, 2), _alt("Nats", words))
+    return Plot(_svg(draw, 2 + len(own)), _alt("Nats", words))
 
 
 def frechet(setting: Setting, features: str) -> Plot | None:

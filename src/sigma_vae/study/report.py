@@ -43,7 +43,7 @@ def report(spec: StudySpec, out: Path) -> None:
         sections.ended(spec, out, found),
         sections.table(spec, tabulate(cells(spec), out)),
         sections.differences(found),
-        *sections.figures(found),
+        sections.figures(found),
         sections.samples(found, out),
     ]
     there = [part for part in parts if not part.empty]

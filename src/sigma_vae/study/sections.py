@@ -1,13 +1,14 @@
 """The sections of a study's report: each takes what the study has found, and has nothing in it where that was not measured."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigma_vae.study import plots
 from sigma_vae.study.cell import folder_of, known
-from sigma_vae.study.comparisons import ARM, BITS, ELBO, STANDARD, Setting, frechet_columns
+from sigma_vae.study.comparisons import ARM, BITS, ELBO, STANDARD, Done, Setting, frechet_columns
 from sigma_vae.study.grid import StudySpec, cells
 from sigma_vae.study.judging import Verdict, signed
 from sigma_vae.study.pieces import Card, Picture, Section, Table, minus
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["differences", "ended", "figures", "judged", "samples", "table"]
 
+Draw = Callable[[Setting], plots.Plot | None]
 COLUMNS = {
     BITS: "bits/dim, refitted σ",
     ELBO: "ELBO, nats, refitted σ",
@@ -174,34 +176,17 @@ def differences(found: Sequence[Setting]) -> Section:
     return Section("Differences", (words,), tables=tuple(tables))
 
 
-def figures(found: Sequence[Setting]) -> Iterator[Section]:
-    """Sections of plots, one picture for each setting."""
-    yield _section("Learning curves", found, [("curves", plots.curves, CURVES)])
-    planes = [
-        (f"plane-{kind}", lambda setting, kind=kind: plots.rate_distortion(setting, kind), f"{PLANE} Likelihoods of {many}.")
-        for kind, many in (("density", "densities"), ("level", "levels"))
-    ]
-    yield _section("Rate and distortion", found, planes)
-    yield _section("Information in the latents", found, [("information", plots.information, INFORMATION)])
+def figures(found: Sequence[Setting]) -> Section:
+    """Plots of what was measured, of each kind one for each setting."""
     names = dict.fromkeys(name for setting in found for name in frechet_columns(setting.table))
-    distances = [
-        (f"frechet-{i}", lambda setting, name=name: plots.frechet(setting, name), FRECHET) for i, name in enumerate(names)
+    drawn: list[tuple[str, Draw, str]] = [
+        ("curves", plots.curves, CURVES),
+        ("plane-density", lambda setting: plots.rate_distortion(setting, "density"), f"{PLANE} Likelihoods of densities."),
+        ("plane-level", lambda setting: plots.rate_distortion(setting, "level"), f"{PLANE} Likelihoods of levels."),
+        ("information", plots.information, INFORMATION),
+        *((f"frechet-{i}", partial(plots.frechet, features=name), FRECHET) for i, name in enumerate(names)),
+        ("coverage", plots.coverage, COVERS),
     ]
-    yield _section("Fréchet distances", found, distances)
-    yield _section("Coverage", found, [("coverage", plots.coverage, COVERS)])
-
-
-CURVES = "Validation ELBO over steps, with each arm's own σ: mean and range over seeds. Lines far below the others are cut off."
-PLANE = "Distortion with the refitted σ against rate on the test split, a point for each seed, fixed σ joined. Lower and left is better."
-INFORMATION = (
-    "Upper bound on the mutual information and lower bound on the marginal KL along the decoder's σ, mean ± deviation over seeds."
-    " Stars: arms that find their own σ."
-)
-FRECHET = "Fréchet distance of samples, decoder means, by prior: mean ± deviation over seeds."
-COVERS = "Share of test values inside central intervals against their nominal share, with each arm's own σ. On the diagonal: calibrated."
-
-
-def _section(title: str, found: Sequence[Setting], drawn: Sequence[tuple[str, Any, str]]) -> Section:
     pictures = []
     for name, draw, caption in drawn:
         for number, setting in enumerate(found):
@@ -209,24 +194,52 @@ def _section(title: str, found: Sequence[Setting], drawn: Sequence[tuple[str, An
             if plot is not None:
                 words = f"{setting.words}: {caption}" if setting.words else caption
                 pictures.append(Picture(f"{name}-{number}.svg", plot.content, plot.alt, words))
-    return Section(title, pictures=tuple(pictures))
+    return Section("Plots", pictures=tuple(pictures))
+
+
+CURVES = (
+    "Learning curves. Validation ELBO over steps, with each arm's own σ: mean and range over seeds. Lines far below the others are"
+    " cut off."
+)
+PLANE = (
+    "Rate and distortion on the test split, the latter with the refitted σ: a point for each seed, fixed σ joined. Lower and left is"
+    " better."
+)
+INFORMATION = (
+    "Information in the latents. Upper bound on the mutual information and lower bound on the marginal KL along the decoder's σ, mean"
+    " ± deviation over seeds; arms that find their own σ where they have it."
+)
+FRECHET = "Sample quality. Fréchet distance of samples, decoder means, by prior: mean ± deviation over seeds."
+COVERS = (
+    "Coverage. Share of test values inside central intervals against their nominal share, with each arm's own σ. On the diagonal:"
+    " calibrated."
+)
 
 
 def samples(found: Sequence[Setting], out: Path) -> Section:
-    """Pictures of the first seed of each arm, small."""
+    """Pictures of the first seed of each arm, small, those of one kind side by side."""
     pictures: list[Picture] = []
     for number, setting in enumerate(found):
-        kinds = {
-            "samples.png": f"samples, prior {setting.priors[-1]}",
-            "samples-standard-prior.png": "samples, prior N(0, I)",
-            "reconstructions.png": "test images above their reconstructions",
-        }
-        for order, arm in enumerate(setting.arms):
-            for done in [done for done in setting.of(arm) if done.finished][:1]:
-                for name, words in kinds.items():
-                    path = folder_of(done.cell, out) / "run" / name
-                    if path.is_file():
-                        file = f"{path.stem}-{number}-{order}.jpg"
-                        caption = f"{_named(setting, arm)}: {words}"
-                        pictures.append(Picture(file, plots.small(path), f"Grid of {words}, {arm}", caption))
-    return Section("Samples and reconstructions", ("Of one seed each.",), pictures=tuple(pictures))
+        runs = [(order, arm, done) for order, arm in enumerate(setting.arms) for done in _first(setting, arm)]
+        for name, words in _kinds(setting).items():
+            for order, arm, done in runs:
+                path = folder_of(done.cell, out) / "run" / name
+                if path.is_file():
+                    file = f"{path.stem}-{number}-{order}.jpg"
+                    caption = f"{_named(setting, arm)}: {words}"
+                    pictures.append(Picture(file, plots.small(path), f"Grid of {words}, {arm}", caption))
+    return Section("Samples and reconstructions", ("Of the first seed of each.",), pictures=tuple(pictures))
+
+
+def _kinds(setting: Setting) -> dict[str, str]:
+    """What a run draws; the prior of its samples is the one that was fitted last."""
+    last = setting.priors[-1]
+    return {
+        "samples-standard-prior.png": "samples, prior N(0, I)",
+        "samples.png": f"samples, prior {'N(0, I)' if last == STANDARD else last}",
+        "reconstructions.png": "test images above their reconstructions",
+    }
+
+
+def _first(setting: Setting, arm: str) -> list[Done]:
+    return [done for done in setting.of(arm) if done.finished][:1]

@@ -247,14 +247,18 @@ def diverges(error: str) -> bool:
 
 CLAIMS = (
     Claim("1, likelihood", "A calibrated σ is as good as the best tuned β, in likelihood.", _tuned_likelihood),
-    Claim("1, samples", "… and in the quality of samples from N(0, I).", _tuned_samples),
+    Claim("1, samples", "A calibrated σ is as good as the best β, in samples from N(0, I).", _tuned_samples),
     Claim("2, likelihood", "One calibrated σ beats unit variance, in likelihood.", _unit_likelihood),
-    Claim("2, samples", "… and in the quality of samples from N(0, I).", _unit_samples),
+    Claim("2, samples", "One calibrated σ beats unit variance, in samples from N(0, I).", _unit_samples),
     Claim("3, speed", "Solving σ learns faster than learning it, and ends as high.", _speed),
     Claim("4, likelihood", "A σ for each pixel has the better likelihood.", _pixel_likelihood),
-    Claim("4, levels", "… also of the levels of the data, in bits per dimension.", _pixel_levels),
-    Claim("4, samples", "… and worse samples.", _pixel_samples),
-    Claim("4, prior", "… and codes farther from the prior.", _pixel_prior),
+    Claim(
+        "4, levels",
+        "A σ for each pixel has the better likelihood also of the levels of the data, in bits per dimension.",
+        _pixel_levels,
+    ),
+    Claim("4, samples", "A σ for each pixel has worse samples.", _pixel_samples),
+    Claim("4, prior", "A σ for each pixel has codes farther from the prior.", _pixel_prior),
     Claim("5, information", "The calibrated model sits where the marginal KL begins to rise.", _position),
     Claim(
         "9, fitted prior",

@@ -392,14 +392,26 @@ def test_divergence_is_counted(spec, tmp_path):
 
 
 def test_settings_are_judged_apart(spec, tmp_path):
-    axes = {"training.batch_size": [32, 64], **spec.axes}
+    axes = {"training.batch_size": [32, 64], "model.likelihood": [OPTIMAL, SHARED], "seed": [0, 1]}
     wide = study.StudySpec("two", spec.base, axes, priors=("standard",))
     build(wide, tmp_path / "out")
     assert [setting.words for setting in settings(wide, tmp_path / "out")] == ["batch_size 32", "batch_size 64"]
     assert main_report(wide, tmp_path) == 0
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert "batch_size 64: gaussian/optimal minus" in page.tables
-    assert len(page.tables["Results"]) == 1 + 2 * 7
+    assert len(page.tables["Results"]) == 1 + 2 * 2
+
+
+def test_arms_may_have_names_of_their_own(spec, tmp_path):
+    named = {
+        "solved": {"model.likelihood": OPTIMAL},
+        "slow": {"model.likelihood": SHARED, "training.scale_learning_rate_factor": 1.0},
+    }
+    axes = {"sigma": {**named, "learned": {"model.likelihood": SHARED}}, "seed": [0, 1, 2]}
+    labelled = study.StudySpec("named", spec.base, axes, priors=("standard",))
+    found = verdicts(labelled, build(labelled, tmp_path / "out"))
+    assert [verdict.word for verdict in found["3, speed"]] == ["holds", "holds"]
+    assert [verdict.finding.split(" takes")[0] for verdict in found["3, speed"]] == ["slow", "learned"]
 
 
 def main_report(spec, folder):

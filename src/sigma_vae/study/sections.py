@@ -125,7 +125,9 @@ def table(spec: StudySpec, rows: "pd.DataFrame") -> Section:
         heads += ("paper: −ELBO, nats", "paper: FID")
     words = "Test split, mean ± standard deviation over seeds. Fewer bits, more ELBO and smaller distances are better."
     told = tuple(
-        f"{name.capitalize()}: {spec.published[name]}." for name in ("source", "note", "claim") if name in spec.published
+        f"{name.capitalize()}: {str(spec.published[name]).rstrip('.')}."
+        for name in ("source", "note", "claim")
+        if name in spec.published
     )
     if published:
         told += ("The paper's figures are of its own data and networks: compare the order of rows, not numbers.",)

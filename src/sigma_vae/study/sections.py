@@ -107,7 +107,7 @@ def _cost(found: Sequence[Setting]) -> Table:
                 ),
                 (_named(setting, OPTIMAL), f"{one['runs']:.0f}", f"{one['core_hours']:.3f}", "1"),
             ]
-    return Table("Cost, training and evaluation together", ("what", "runs", "core-hours", "times optimal"), tuple(rows))
+    return Table("Cost, training and evaluation together", ("what", "runs", "core-hours", "these, times optimal"), tuple(rows))
 
 
 def table(spec: StudySpec, rows: "pd.DataFrame") -> Section:

@@ -129,6 +129,8 @@ def table(spec: StudySpec, rows: "pd.DataFrame") -> Section:
         for name in ("source", "note", "claim")
         if name in spec.published
     )
+    if "columns" in spec.published:
+        told += (f"Where the paper's figures stand in one row, they are of {' / '.join(spec.published['columns'])}.",)
     if published:
         told += ("The paper's figures are of its own data and networks: compare the order of rows, not numbers.",)
     return Section("What each run reached", (words,), tables=(Table("Results", heads, tuple(lines)),), further=told)

@@ -125,6 +125,23 @@ def test_a_finished_study_repeats_nothing(spec, finished):
     assert told == []
 
 
+def test_a_finished_study_has_a_report(finished, capsys):
+    assert main(["study", "report", "smallest", "--out", str(finished)]) == 0
+    page = (finished / "report.html").read_text()
+    assert capsys.readouterr().out.strip() == str(finished / "report.html")
+    for words in (
+        "4 of 4 cells are done",
+        "a verdict takes 3 seeds",
+        "Learning curves",
+        "Information in the latents",
+        "Coverage",
+    ):
+        assert words in page
+    for name in ("samples", "samples-standard-prior", "reconstructions"):
+        assert len(list((finished / "report-files").glob(f"{name}-0-?.jpg"))) == 2
+    assert "Fréchet" not in page.partition("Claims that")[0]  # it was not measured
+
+
 def test_a_study_is_the_same_on_a_dask_cluster(spec, finished, tmp_path):
     pytest.importorskip("distributed", reason="the backend dask needs its package")
     study.run(spec, tmp_path / "out", backend="dask", workers=2)
@@ -167,6 +184,7 @@ def test_a_cell_that_raises_is_written_down_and_tried_again(spec, tmp_path, caps
     words = ["study", "run", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert main(words) == 1
     assert "1 cells failed" in capsys.readouterr().err
+    assert "broken.npz" in (tmp_path / "out" / "report.html").read_text()
     good, bad = study.cells(study.read_spec(str(tmp_path / "spec.yaml")))
     record = known(bad, tmp_path / "out")
     assert (record["status"], record["failures"]) == ("failed", 2)  # and once more

@@ -26,7 +26,7 @@ def run(
     retries: int = 1,
     json: bool = False,
 ) -> None:
-    """Do every run of a study that is not finished; stopped or killed, the same command goes on.
+    """Do every run of a study that is not finished, and write its report; stopped or killed, the same command goes on.
 
     Args:
         spec: Name of a study that comes with the library, or path of a YAML file.
@@ -49,11 +49,15 @@ def run(
         tell=None if json else _tell,
     )
     failed = [record for record in records if record["status"] != "done"]
+    some = len(failed) < len(records)
+    if some:
+        studies.report(grid, Path(out))
     if json:
         print(json_module.dumps(records, ensure_ascii=False))
-    else:
+    elif some:
         _print_summary(grid, Path(out))
-        print(f"{len(records) - len(failed)} of {len(records)} cells done; table: {Path(out) / 'results.parquet'}")
+        done = f"{len(records) - len(failed)} of {len(records)} cells done"
+        print(f"{done}; table: {Path(out) / 'results.parquet'}; report: {Path(out) / 'report.html'}")
     if failed:
         told = "; ".join(f"{record['place']}: {record['error']}" for record in failed)
         raise ValueError(f"{len(failed)} cells failed and are tried again when the study is run again: {told}")
@@ -91,6 +95,18 @@ def table(spec: tyro.conf.Positional[str], *, out: str, size: str | None = None)
     _print_summary(studies.read_spec(spec, size), Path(out))
 
 
+def report(spec: tyro.conf.Positional[str], *, out: str, size: str | None = None) -> None:
+    """Write what a study has found so far: verdicts, tables, plots and samples, as report.html and as report.md.
+
+    Args:
+        spec: Name of a study that comes with the library, or path of a YAML file.
+        out: Folder of the study.
+        size: Of the study, where it has several.
+    """
+    studies.report(studies.read_spec(spec, size), Path(out))
+    print(Path(out) / "report.html")
+
+
 def names() -> None:
     """List the studies that come with the library, with their sizes."""
     for name in SHIPPED:
@@ -100,8 +116,8 @@ def names() -> None:
 
 
 def study() -> None:
-    """Grids of runs, of which `run`, `table` and `list` are the subcommands."""
+    """Grids of runs, of which `run`, `table`, `report` and `list` are the subcommands."""
     raise ValueError(f"say what to do with a study: sigma-vae study {' | '.join(STUDY)}")
 
 
-STUDY: dict[str, Callable[..., None]] = {"run": run, "table": table, "list": names}
+STUDY: dict[str, Callable[..., None]] = {"run": run, "table": table, "report": report, "list": names}

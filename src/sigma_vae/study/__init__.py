@@ -1,7 +1,8 @@
 """Comparisons as data: a grid of runs, made by one command, that says what it found."""
 
 from sigma_vae.study.grid import Cell, StudySpec, cells, read_spec
+from sigma_vae.study.report import report
 from sigma_vae.study.results import collect
 from sigma_vae.study.runner import run
 
-__all__ = ["Cell", "StudySpec", "cells", "collect", "read_spec", "run"]
+__all__ = ["Cell", "StudySpec", "cells", "collect", "read_spec", "report", "run"]

@@ -10,7 +10,7 @@ from sigma_vae.study.grid import Cell
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["collect", "flat"]
+__all__ = ["collect", "flat", "tabulate"]
 
 
 def collect(cells: Sequence[Cell], out: Path) -> "pd.DataFrame":
@@ -20,11 +20,16 @@ def collect(cells: Sequence[Cell], out: Path) -> "pd.DataFrame":
     every number of the evaluation under its dotted name; a mean under its own name, with its error at ``....standard_error``. A cell
     that failed has one row; one that has not ended has none.
     """
-    import pandas as pd
-
-    table = pd.DataFrame([row for cell in cells for row in _rows(cell, out)])
+    table = tabulate(cells, out)
     table.to_parquet(out / "results.parquet", index=False)
     return table
+
+
+def tabulate(cells: Sequence[Cell], out: Path) -> "pd.DataFrame":
+    """The table of :func:`collect`, and nothing is written."""
+    import pandas as pd
+
+    return pd.DataFrame([row for cell in cells for row in _rows(cell, out)])
 
 
 def flat(report: dict[str, Any], before: str = "") -> Iterator[tuple[str, float]]:

@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Chosen", "Difference", "chosen_on_validation", "cost", "paired_difference", "summary"]
+__all__ = ["Chosen", "Difference", "bootstrapped", "chosen_on_validation", "cost", "paired_difference", "summary"]
 
 DIGITS = {"bits_per_dim_post_hoc": 4, "elbo_post_hoc_nats": 1, "rate_nats": 2, "calibration.density.coverage.90": 3}
 """What a summary shows, and how exactly; Fréchet distances beside it."""
@@ -66,11 +66,22 @@ def paired_difference(
     both = _of(table, ours, metric).to_frame("ours").join(_of(table, theirs, metric).rename("theirs"), how="inner").dropna()
     if both.empty:
         raise ValueError(f"no seed has both {ours} and {theirs} with a number of {metric}")
-    differences = (both["ours"] - both["theirs"]).to_numpy(dtype=float)
-    mean, n = float(differences.mean()), len(differences)
+    return bootstrapped((both["ours"] - both["theirs"]).tolist(), seed)
+
+
+def bootstrapped(differences: Sequence[float], seed: int = 0) -> Difference:
+    """Mean of one number for each pair, with its 95 % interval by percentiles of means of resampled pairs (Efron 1979).
+
+    Of few pairs it is narrow: of three it is their range, which has the mean of normal differences in it in three of four cases.
+
+    >>> bootstrapped([1.0, 3.0, 2.0])
+    Difference(mean=2.0, low=1.0, high=3.0, pairs=3)
+    """
+    values = np.asarray(differences, dtype=float)
+    mean, n = float(values.mean()), len(values)
     if n == 1:
         return Difference(mean, None, None, n)
-    draws = np.random.default_rng(seed).choice(differences, (RESAMPLES, n)).mean(1)
+    draws = np.random.default_rng(seed).choice(values, (RESAMPLES, n)).mean(1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return Difference(mean, float(low), float(high), n)
 

@@ -1,0 +1,191 @@
+"""A study as comparisons: arms, which differ in their likelihood, in settings, which differ in all else but the seed."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+from sigma_vae.study.cell import known
+from sigma_vae.study.grid import Cell, StudySpec, cells
+from sigma_vae.study.results import tabulate
+from sigma_vae.study.statistics import Difference, chosen_on_validation, paired_difference
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["ARM", "BITS", "ELBO", "STANDARD", "Done", "Setting", "deviation", "frechet_columns", "settings"]
+
+ARM = "arm"
+"""The column of the arm's label."""
+ELBO = "elbo_post_hoc_nats"
+BITS = "bits_per_dim_post_hoc"
+STANDARD = "standard"
+LIKELIHOOD = "model.likelihood"
+LEAST_GRID = 3
+"""A grid of fewer fixed σ is no tuning."""
+FIXED = re.compile(r"gaussian/(fixed|beta):(.+)")
+FRECHET = re.compile(r"quality\.(.+)\.samples\.means\.frechet")
+
+
+class Done(NamedTuple):
+    """A cell that has ended, and what is written of it."""
+
+    cell: Cell
+    record: dict[str, Any]
+
+    @property
+    def finished(self) -> bool:
+        """It did not fail."""
+        return bool(self.record["status"] == "done")
+
+
+def deviation(likelihood: str) -> float | None:
+    """The σ that a Gaussian decoder is given; None of a decoder that finds its own.
+
+    >>> deviation("gaussian/fixed:0.5"), deviation("gaussian/beta:2"), deviation("gaussian/optimal")
+    (0.5, 1.0, None)
+    """
+    found = FIXED.fullmatch(likelihood)
+    if found is None:
+        return None
+    number = float(found[2])
+    return number if found[1] == "fixed" else float((number / 2) ** 0.5)
+
+
+def frechet_columns(table: "pd.DataFrame") -> dict[str, str]:
+    """Of each set of features, the column of the Fréchet distance of samples, shown as decoder means."""
+    return {found[1]: found[0] for name in table.columns if (found := FRECHET.fullmatch(name))}
+
+
+@final
+@dataclass(frozen=True)
+class Setting:
+    """Runs that are the same but for the arm and the seed."""
+
+    words: str
+    """What it is; empty where the study has one alone."""
+    arms: dict[str, str]
+    """The likelihood of each arm, by its label, in the order of the grid."""
+    priors: tuple[str, ...]
+    ended: list[Done]
+    table: "pd.DataFrame"
+    """Rows of :func:`~sigma_vae.study.results.tabulate`, with the columns ``arm`` and ``seed``."""
+
+    @property
+    def plain(self) -> str:
+        """The prior with which likelihoods are compared: N(0, I) where it was evaluated."""
+        return STANDARD if STANDARD in self.priors else self.priors[0]
+
+    @cached_property
+    def fixed(self) -> dict[str, float]:
+        """Arms with a given σ, from the least on."""
+        given = {arm: sigma for arm, name in self.arms.items() if (sigma := deviation(name)) is not None}
+        return dict(sorted(given.items(), key=lambda pair: pair[1]))
+
+    def first(self, likelihood: str) -> str | None:
+        """The first arm with this likelihood."""
+        return next((arm for arm, name in self.arms.items() if name == likelihood), None)
+
+    @property
+    def unit(self) -> str | None:
+        """The arm with σ = 1."""
+        return next((arm for arm, sigma in self.fixed.items() if sigma == 1), None)
+
+    def values(self, arm: str | None, metric: str, prior: str, split: str = "test") -> "pd.Series[float]":
+        """The metric by seed; of no length where nothing is known."""
+        rows = self.table
+        if metric not in rows.columns:
+            return rows.iloc[:0]["seed"].astype(float)
+        chosen = rows[(rows[ARM] == arm) & (rows["prior"] == prior) & (rows["split"] == split)]
+        return chosen.set_index("seed")[metric].dropna()
+
+    def difference(self, metric: str, ours: str | None, theirs: str | None, prior: str) -> Difference | None:
+        """Ours minus theirs, paired by seed; None where no seed has both."""
+        both = (self.values(arm, metric, prior).index for arm in (ours, theirs))
+        if not set.intersection(*map(set, both)):
+            return None
+        return paired_difference(self.table, metric, {ARM: ours, "prior": prior}, {ARM: theirs, "prior": prior})
+
+    def tuned(self) -> str | None:
+        """The fixed σ of three or more with the highest post-hoc ELBO on validation data: what somebody finds who tunes."""
+        known_ones = [arm for arm in self.fixed if len(self.values(arm, ELBO, self.plain, "validation"))]
+        if len(known_ones) < LEAST_GRID:
+            return None
+        rows = self.table[self.table["prior"] == self.plain]
+        return str(chosen_on_validation(rows, ARM, known_ones, ELBO, highest=True).place[ARM])
+
+    def lowest(self, metric: str, prior: str) -> str | None:
+        """The fixed σ of three or more with the least mean of a metric on the test split itself."""
+        means = {arm: found.mean() for arm in self.fixed if len(found := self.values(arm, metric, prior))}
+        return min(means, key=lambda arm: means[arm]) if len(means) >= LEAST_GRID else None
+
+    def curves(self, arm: str) -> dict[int, list[tuple[int, float]]]:
+        """Step and validation ELBO of each seed."""
+        return {
+            done.cell.config.seed: [(point["step"], point["elbo_nats"]) for point in done.record["curve"]]
+            for done in self.of(arm)
+            if done.finished and done.record["curve"]
+        }
+
+    def observes(self, arm: str) -> str | None:
+        """Whether the arm's ELBO is of a density or of levels; None of no likelihood, or where no run is finished."""
+        for done in self.of(arm):
+            if done.finished:
+                report = done.record["reports"][self.plain]["test"]
+                return str(report["observes"]) if ELBO in report else None
+        return None
+
+    def of(self, arm: str) -> list[Done]:
+        """The arm's cells that have ended."""
+        return [done for done in self.ended if label(done.cell, self.axis) == arm]
+
+    axis: str | None = None
+    """The axis of the arms."""
+
+
+def label(cell: Cell, axis: str | None) -> str:
+    """The arm of a cell."""
+    return cell.config.model.likelihood if axis is None else str(cell.place[axis])
+
+
+def settings(spec: StudySpec, out: Path) -> list[Setting]:
+    """The study's settings, in the order of the grid; what has not ended is not in them.
+
+    Raises:
+        ValueError: no cell is finished.
+    """
+    todo, axis = cells(spec), _axis(spec)
+    ended = [Done(cell, record) for cell in todo if (record := known(cell, out)) is not None]
+    if not any(done.finished for done in ended):
+        raise ValueError(f"{out} has no finished cell of {spec.title!r}, so there is nothing to report; run the study first")
+    table = tabulate(todo, out)
+    by_key = {cell.key: cell for cell in todo}
+    table[ARM] = [label(by_key[key], axis) for key in table["key"]]
+    table["seed"] = [by_key[key].config.seed for key in table["key"]]
+    return [
+        Setting(words, arms, spec.priors, there, table[table["key"].isin([done.cell.key for done in there])], axis)
+        for words, arms, there in _grouped(todo, ended, axis)
+    ]
+
+
+def _grouped(todo: Sequence[Cell], ended: Sequence[Done], axis: str | None) -> Iterator[tuple[str, dict[str, str], list[Done]]]:
+    for words in dict.fromkeys(_words(cell, axis) for cell in todo):
+        arms = {label(cell, axis): cell.config.model.likelihood for cell in todo if _words(cell, axis) == words}
+        yield words, arms, [done for done in ended if _words(done.cell, axis) == words]
+
+
+def _words(cell: Cell, axis: str | None) -> str:
+    others = {name: value for name, value in cell.place.items() if name not in (axis, "seed")}
+    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in others.items())
+
+
+def _axis(spec: StudySpec) -> str | None:
+    """The last that sets the likelihood: it has the last word."""
+    setting = [
+        name
+        for name, values in spec.axes.items()
+        if name == LIKELIHOOD or (isinstance(values, dict) and any(LIKELIHOOD in settings for settings in values.values()))
+    ]
+    return setting[-1] if setting else None

@@ -1,0 +1,456 @@
+"""Reports of studies: the page stands alone, its numbers are the cells' numbers, verdicts follow rules."""
+
+import itertools
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from sigma_vae import study
+from sigma_vae.cli import main
+from sigma_vae.study import report as report_function
+from sigma_vae.study.cell import folder_of
+from sigma_vae.study.comparisons import settings
+from sigma_vae.study.verdicts import CLAIMS
+
+OPTIMAL, SHARED, PIXEL = "gaussian/optimal", "gaussian/shared", "gaussian/per-pixel"
+BETAS = ["gaussian/beta:0.002", "gaussian/beta:0.02", "gaussian/beta:0.2", "gaussian/beta:2"]
+ARMS = [OPTIMAL, SHARED, PIXEL, *BETAS]
+NUMBERS = {  # one for each of ARMS
+    "elbo": (100.0, 99.0, 150.0, 90.0, 101.0, 80.0, 40.0),
+    "bits": (4.0, 4.0, 3.9, 4.2, 4.1, 4.3, 4.6),
+    "rate": (20.0, 20.0, 12.0, 40.0, 22.0, 10.0, 2.0),
+    "frechet": (50.0, 51.0, 80.0, 60.0, 48.0, 70.0, 90.0),
+    "fitted": (10.0, 11.0, 30.0, 20.0, 15.0, 40.0, 80.0),
+    "kl": (2.0, 2.0, 6.0, 11.0, 3.0, 1.5, 1.0),
+    "coverage": (0.91, 0.91, 0.9, 0.3, 0.8, 0.97, 1.0),
+    "sigma": (0.12, 0.12, None, 0.1, 0.12, 0.2, 0.3),
+    "speed": (3.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0),
+    "spread": (0.2, 0.1, 0.3, 0.15, 0.25, 0.1, 0.05),
+}
+ERROR = "ValueError: <script>alert(1)</script> & |more|"
+
+
+def a_spec(seeds=3, likelihoods=ARMS, **more):
+    axes = {"model.likelihood": list(likelihoods), "seed": list(range(seeds))}
+    base = {"data": {"source": "digits"}, "model": {"network": "mlp"}}
+    rows = {OPTIMAL: {"negative_elbo_nats": -3333, "fid": 27.25}, BETAS[0]: {"negative_elbo_nats": None, "fid": 44.54}}
+    published = {"source": "a table", "rows": rows}
+    return study.StudySpec(
+        "A & B <made up>", base, axes, "It shows nothing.", ("standard", "mixture:3"), published=published, **more
+    )
+
+
+def number(name, arm, changes):
+    return changes.get((arm, name), NUMBERS[name][ARMS.index(arm)])
+
+
+def of_split(arm, seed, prior, split, changes):
+    """A report as an evaluation writes it."""
+    of = {name: number(name, arm, changes) for name in NUMBERS}
+    shift = (seed - 1) * of["spread"]
+    elbo = of["elbo"] + seed + shift + (3.0 if prior != "standard" else 0.0) + (0.5 if split == "validation" else 0.0)
+
+    def mean(value):
+        return {"mean": value, "standard_error": 0.01}
+
+    report = {
+        "split": split,
+        "observes": "density",
+        "elbo_nats": mean(elbo - 1),
+        "elbo_post_hoc_nats": mean(elbo),
+        "rate_nats": mean(of["rate"] + 0.1 * seed),
+        "bits_per_dim_post_hoc": mean(of["bits"] - 0.01 * shift),
+    }
+    if of["sigma"] is not None:
+        report["sigma_post_hoc_density"] = of["sigma"]
+    if split == "test":
+        marginal = of["kl"] + 0.1 * seed
+        report["information"] = {
+            "marginal_kl_at_least_nats": marginal,
+            "mutual_information_at_most_nats": of["rate"] + 0.1 * seed - marginal,
+        }
+        covered = {str(percent): mean(of["coverage"] * percent / 90 + 0.001 * shift) for percent in (50, 80, 90, 95)}
+        report["calibration"] = {"density": {"coverage": covered}}
+        distance = of["frechet" if prior == "standard" else "fitted"] + shift
+        report["quality"] = {"efficientnet": {"examples": 500, "samples": {"means": {"frechet": distance}}}}
+    return report
+
+
+def build(spec, out, changes=None, failed=(), pictures=()):
+    """What a finished study leaves, with made-up numbers."""
+    changes = changes or {}
+    for cell in study.cells(spec):
+        arm, seed = cell.config.model.likelihood, cell.config.seed
+        record = {"key": cell.key, "place": cell.place, "threads": 2, "failures": 0, "status": "done", "seconds": 90.0 + seed}
+        if (arm, seed) in failed:
+            record |= {"status": "failed", "failures": 2, "error": failed[arm, seed], "traceback": "..."}
+        else:
+            pace = number("speed", arm, changes)
+            end = number("elbo", arm, changes) + seed
+            record["curve"] = [{"step": 100 * i, "elbo_nats": end * (1 - 0.5 ** (pace * i))} for i in range(1, 9)]
+            record["training_seconds"] = 60.0
+            record["reports"] = {
+                prior: {split: of_split(arm, seed, prior, split, changes) for split in ("test", "validation")}
+                for prior in spec.priors
+            }
+        folder = folder_of(cell, out)
+        (folder / "run").mkdir(parents=True)
+        (folder / "cell.json").write_text(json.dumps(record))
+        for name in pictures if seed == 0 else ():
+            Image.fromarray(np.full((300, 300), 40 * ARMS.index(arm), dtype=np.uint8)).save(folder / "run" / name)
+    return out
+
+
+class Page(HTMLParser):
+    """Tags with attributes, headings, text, and tables by caption as rows of cells."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.tables, self.text = [], {}, ""
+        self.rows, self.into = [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "table":
+            self.rows, self.caption = [], ""
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        self.into = tag if tag in ("td", "th", "caption") else self.into
+
+    def handle_endtag(self, tag):
+        if tag == "table":
+            self.tables[self.caption] = self.rows
+        if tag in ("td", "th", "caption"):
+            self.into = None
+
+    def handle_data(self, data):
+        self.text += data
+        if self.into == "caption":
+            self.caption += data
+        elif self.into is not None:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return a_spec()
+
+
+@pytest.fixture(scope="module")
+def out(spec, tmp_path_factory):
+    """A study in which one cell failed."""
+    pictures = ("samples.png", "samples-standard-prior.png", "reconstructions.png")
+    made = build(spec, tmp_path_factory.mktemp("made-up") / "out", failed={(BETAS[3], 2): ERROR}, pictures=pictures)
+    study.report(spec, made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(out):
+    return Page((out / "report.html").read_text())
+
+
+def measured(spec, out):
+    """What the cells have written, by pandas alone."""
+    rows = []
+    for cell in study.cells(spec):
+        record = json.loads((folder_of(cell, out) / "cell.json").read_text())
+        for prior, reports in record.get("reports", {}).items():
+            test = reports["test"]
+            row = {"arm": cell.config.model.likelihood, "seed": cell.config.seed, "prior": prior}
+            row |= {name: test[name]["mean"] for name in ("elbo_post_hoc_nats", "bits_per_dim_post_hoc", "rate_nats")}
+            row["covers"] = test["calibration"]["density"]["coverage"]["90"]["mean"]
+            row["frechet"] = test["quality"]["efficientnet"]["samples"]["means"]["frechet"]
+            rows.append(row | {"hours": record["seconds"] * record["threads"] / 3600})
+    return pd.DataFrame(rows)
+
+
+def floats(words):
+    return [
+        float(word)
+        for word in words.replace("−", "-").replace("[", " ").replace("]", " ").replace(",", " ").split()
+        if _is(word)
+    ]
+
+
+def _is(word):
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def test_the_page_needs_nothing_else(out, page):
+    assert (out / "report.html").stat().st_size < 3_000_000
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object")
+        for name in ("src", "href", "srcset"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "url(" not in (out / "report.html").read_text().split("</style>")[0]
+
+
+def test_the_page_can_be_read_by_everybody(page):
+    tags = [tag for tag, _ in page.tags]
+    assert dict(page.tags)["html"]["lang"] == "en"
+    assert any(attributes.get("name") == "viewport" for _, attributes in page.tags)
+    levels = [int(tag[1]) for tag in tags if tag in ("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) == 5 + 7 * 3  # each plot; of each arm three
+    assert all(len(picture["alt"]) > 10 for picture in pictures)
+    assert tags.count("caption") == tags.count("table") == len(page.tables)
+    assert all("scope" in attributes for tag, attributes in page.tags if tag == "th")
+
+
+def test_results_are_those_of_the_cells(spec, out, page):
+    heads, *rows = page.tables["Results"]
+    found = measured(spec, out).groupby(["arm", "prior"])
+    columns = ["bits_per_dim_post_hoc", "elbo_post_hoc_nats", "rate_nats", "covers", "frechet"]
+    assert len(rows) == len(found) == 7 * 2
+    assert heads[-2:] == ["paper: −ELBO, nats", "paper: FID"]
+    for arm, prior, seeds, *numbers in rows:
+        group = found.get_group((arm, prior))
+        assert int(seeds) == len(group) == (2 if arm == BETAS[3] else 3)
+        for column, words in zip(columns, numbers, strict=False):
+            digits = len(words.split()[0].partition(".")[2])
+            wanted = [group[column].mean(), group[column].std()]
+            said = floats(words.replace("±", " "))
+            assert said == pytest.approx(wanted, abs=0.51 * 10.0**-digits)
+    published = {(arm, prior): tuple(rest[-2:]) for arm, prior, _, *rest in rows}
+    assert published[OPTIMAL, "standard"] == ("−3333", "27.25")
+    assert published[BETAS[0], "standard"] == ("–", "44.54")
+    assert published[OPTIMAL, "mixture:3"] == published[SHARED, "standard"] == ("", "")
+
+
+def test_differences_are_paired(spec, out, page):
+    _, *rows = page.tables["gaussian/optimal minus"]
+    table = measured(spec, out).set_index(["arm", "prior", "seed"]).sort_index()
+    assert len(rows) == 6 * 2 + 2
+    assert rows[-1][0] == f"best fixed σ on validation: {BETAS[1]}"
+    for other, prior, *numbers in rows:
+        arm = other.rpartition("validation: ")[2]
+        for column, words in zip(("bits_per_dim_post_hoc", "elbo_post_hoc_nats"), numbers, strict=True):
+            pairs = (table.loc[OPTIMAL, prior][column] - table.loc[arm, prior][column]).dropna()
+            mean, low, high, seeds = floats(words)
+            assert mean == pytest.approx(pairs.mean(), abs=0.06)
+            assert pairs.min() - 0.06 <= low <= mean <= high <= pairs.max() + 0.06
+            assert seeds == len(pairs)
+
+
+def test_cost_compares_the_grid_with_one_run(spec, out, page):
+    _, whole, grid, one = page.tables["Cost, training and evaluation together"]
+    hours = measured(spec, out).drop_duplicates(["arm", "seed"]).groupby("arm")["hours"].agg(["sum", "count"])
+    assert [int(whole[1]), float(whole[2])] == [20, pytest.approx(hours["sum"].sum(), abs=5e-4)]
+    assert [int(grid[1]), float(grid[2])] == [11, pytest.approx(hours.loc[BETAS, "sum"].sum(), abs=5e-4)]
+    assert [int(one[1]), float(one[2])] == [3, pytest.approx(hours.loc[OPTIMAL, "sum"], abs=5e-4)]
+    assert float(grid[3]) == pytest.approx(hours.loc[BETAS, "sum"].sum() / hours.loc[OPTIMAL, "sum"], abs=0.051)
+
+
+def test_a_failed_cell_is_shown_with_its_error(out, page):
+    _, row = page.tables["Cells that failed"]
+    assert row == [f"likelihood {BETAS[3]}, seed 2", ERROR, "2"]
+    assert "20 of 21 cells are done, 1 failed, 0 have not ended." in page.text
+    counts = {arm: rest for arm, *rest in page.tables["Runs that ended"]}
+    assert counts[BETAS[3]] == ["3", "0", "1"]
+    markdown = (out / "report.md").read_text()
+    assert "&lt;script>alert(1)&lt;/script> &amp; \\|more\\|" in markdown
+
+
+def test_markdown_has_the_same_tables_and_pictures(out, page):
+    markdown = (out / "report.md").read_text()
+    for caption in page.tables:
+        assert f"**{caption}**" in markdown
+    files = {line.rpartition("(report-files/")[2].rstrip(")") for line in markdown.splitlines() if line.startswith("![")}
+    assert files == {path.name for path in (out / "report-files").iterdir()}
+    rows = [line for line in markdown.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    assert len(rows) == sum(map(len, page.tables.values()))
+
+
+def test_it_is_the_same_but_for_the_date(spec, out, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(out / "cells", copy / "cells")
+
+    class Later:
+        @staticmethod
+        def now(_):
+            return pd.Timestamp("2099-01-01")
+
+    monkeypatch.setitem(report_function.__globals__, "datetime", Later)
+    study.report(spec, copy)
+    for name in ("report.html", "report.md"):
+        ours, theirs = ((folder / name).read_text().splitlines() for folder in (out, copy))
+        differ = [line for line, other in zip(ours, theirs, strict=True) if line != other]
+        assert len(differ) == 1
+        assert "Made on" in differ[0]
+    pictures = [{path.name: path.read_bytes() for path in (folder / "report-files").iterdir()} for folder in (out, copy)]
+    assert pictures[0] == pictures[1]
+
+
+DEFAULT: dict = {}
+VERDICTS = [
+    ("1, likelihood", DEFAULT, ["holds"]),  # 1 % below
+    ("1, likelihood", {(OPTIMAL, "elbo"): 90.0}, ["does not"]),
+    ("1, likelihood", {(OPTIMAL, "elbo"): 96.0, (OPTIMAL, "spread"): 8.0}, ["not shown"]),
+    ("1, samples", DEFAULT, ["holds"]),  # 4 % farther
+    ("1, samples", {(OPTIMAL, "frechet"): 55.0}, ["does not"]),
+    ("1, samples", {(OPTIMAL, "frechet"): 53.0, (OPTIMAL, "spread"): 5.0}, ["not shown"]),
+    ("2, likelihood", DEFAULT, ["holds"]),
+    ("2, likelihood", {(SHARED, "elbo"): 30.0}, ["does not"]),
+    ("2, samples", DEFAULT, ["holds"]),
+    ("2, samples", {(SHARED, "frechet"): 95.0}, ["does not"]),
+    ("3, speed", DEFAULT, ["holds"]),
+    ("3, speed", {(OPTIMAL, "speed"): 0.5}, ["does not"]),
+    ("3, speed", {(OPTIMAL, "elbo"): 90.0}, ["does not"]),  # faster, but lower an end
+    ("3, speed", {(OPTIMAL, "speed"): 1.0, (OPTIMAL, "elbo"): 99.0}, ["not shown"]),  # no faster, no slower
+    ("4, likelihood", DEFAULT, ["holds"]),
+    ("4, likelihood", {(PIXEL, "elbo"): 50.0}, ["does not"]),
+    ("4, levels", DEFAULT, ["holds"]),
+    ("4, levels", {(PIXEL, "bits"): 4.1}, ["does not"]),
+    ("4, samples", DEFAULT, ["holds"]),
+    ("4, samples", {(PIXEL, "frechet"): 20.0}, ["does not"]),
+    ("4, prior", DEFAULT, ["holds"]),
+    ("4, prior", {(PIXEL, "kl"): 1.0}, ["does not"]),
+    ("5, information", DEFAULT, ["holds"]),
+    ("5, information", {(OPTIMAL, "kl"): 9.0}, ["does not"]),
+    ("9, fitted prior", DEFAULT, ["holds"]),
+    ("9, fitted prior", {(OPTIMAL, "fitted"): 16.0}, ["does not"]),
+    ("9, fitted prior", {(OPTIMAL, "fitted"): 15.0, (OPTIMAL, "spread"): 3.0}, ["not shown"]),
+    ("10, coverage", DEFAULT, ["holds", "holds"]),  # the best on validation, and σ = 1
+    ("10, coverage", {(OPTIMAL, "coverage"): 0.5}, ["does not", "does not"]),
+    ("10, coverage", {(OPTIMAL, "coverage"): 0.75}, ["does not", "does not"]),
+    ("11, stability", DEFAULT, ["holds"]),
+]
+
+
+def verdicts(spec, out):
+    (setting,) = settings(spec, out)
+    return {claim.name: list(claim.judge(setting)) for claim in CLAIMS}
+
+
+@pytest.fixture(scope="module")
+def judged(spec, tmp_path_factory):
+    """Verdicts on made-up numbers, each made once."""
+    known = {}
+
+    def of(changes):
+        key = str(sorted(changes.items()))
+        if key not in known:
+            known[key] = verdicts(spec, build(spec, tmp_path_factory.mktemp("changed") / "out", changes))
+        return known[key]
+
+    return of
+
+
+@pytest.mark.parametrize(("claim", "changes", "words"), VERDICTS)
+def test_verdicts_follow_the_numbers(judged, claim, changes, words):
+    assert [verdict.word for verdict in judged(changes)[claim]] == words
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=[claim.name for claim in CLAIMS])
+def test_every_claim_is_judged_both_ways_here_and_says_its_rule(claim):
+    words = {word for name, _, found in VERDICTS for word in found if name == claim.name}
+    assert "holds" in words
+    assert "does not" in words or claim.name == "11, stability"  # below
+    assert claim.rule.startswith("Holds if")
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_two_seeds_show_nothing(tmp_path, seeds):
+    few = a_spec(seeds=seeds)
+    found = verdicts(few, build(few, tmp_path / "out"))
+    del found["11, stability"]  # counts runs
+    assert {verdict.word for each in found.values() for verdict in each} == {"not shown"}
+
+
+def test_missing_arms_show_nothing(tmp_path):
+    few = a_spec(likelihoods=[PIXEL, BETAS[0], BETAS[1]])
+    found = verdicts(few, build(few, tmp_path / "out"))
+    assert all(verdict.word == "not shown" and verdict.lacks for each in found.values() for verdict in each)
+    study.report(few, tmp_path / "out")
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert len(page.tables["Claims that this study cannot judge"]) == 1 + len(CLAIMS)
+
+
+def test_divergence_is_counted(spec, tmp_path):
+    error = "NonFiniteLossError: step 3"
+    found = verdicts(spec, build(spec, tmp_path / "out", failed={(OPTIMAL, 0): error, (SHARED, 1): "OSError: no room"}))
+    (verdict,) = found["11, stability"]
+    assert verdict.word == "does not"
+    assert "6 runs with a calibrated σ, 1 became non-finite, 1 failed otherwise" in verdict.finding
+
+
+def test_settings_are_judged_apart(spec, tmp_path):
+    axes = {"training.batch_size": [32, 64], "model.likelihood": [OPTIMAL, SHARED], "seed": [0, 1]}
+    wide = study.StudySpec("two", spec.base, axes, priors=("standard",))
+    build(wide, tmp_path / "out")
+    assert [setting.words for setting in settings(wide, tmp_path / "out")] == ["batch_size 32", "batch_size 64"]
+    assert main_report(wide, tmp_path) == 0
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    assert "batch_size 64: gaussian/optimal minus" in page.tables
+    assert len(page.tables["Results"]) == 1 + 2 * 2
+
+
+def test_arms_may_have_names_of_their_own(spec, tmp_path):
+    named = {
+        "solved": {"model.likelihood": OPTIMAL},
+        "slow": {"model.likelihood": SHARED, "training.scale_learning_rate_factor": 1.0},
+    }
+    axes = {"sigma": {**named, "learned": {"model.likelihood": SHARED}}, "seed": [0, 1, 2]}
+    labelled = study.StudySpec("named", spec.base, axes, priors=("standard",))
+    found = verdicts(labelled, build(labelled, tmp_path / "out"))
+    assert [verdict.word for verdict in found["3, speed"]] == ["holds", "holds"]
+    assert [verdict.finding.split(" takes")[0] for verdict in found["3, speed"]] == ["slow", "learned"]
+
+
+def main_report(spec, folder):
+    content = {"title": spec.title, "base": spec.base, "axes": spec.axes, "priors": spec.priors}
+    (folder / "spec.yaml").write_text(json.dumps(content))
+    return main(["study", "report", str(folder / "spec.yaml"), "--out", str(folder / "out")])
+
+
+def test_a_study_without_a_finished_cell_gets_a_sentence(spec, tmp_path, capsys):
+    assert main_report(spec, tmp_path) == 1
+    assert "has no finished cell" in capsys.readouterr().err
+    build(spec, tmp_path / "out", failed={(arm, seed): ERROR for arm in ARMS for seed in range(3)})
+    assert main_report(spec, tmp_path) == 1
+    assert "has no finished cell" in capsys.readouterr().err
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FRAME = "<title>none</title><iframe id=f style='width:{width}px;height:800px;border:0' srcdoc=\"{page}\"></iframe>"
+LOOK = """<script>f.onload = () => {
+const root = f.contentDocument.documentElement;
+document.title = 'wide ' + root.scrollWidth + ' of ' + root.clientWidth;
+};</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="a browser, chromium, is not installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_a_phone(out, tmp_path, width):
+    """In a frame: a browser's window is never as narrow as a phone."""
+    inner = (out / "report.html").read_text().replace("&", "&amp;").replace('"', "&quot;")
+    (tmp_path / "frame.html").write_text(FRAME.format(width=width, page=inner) + LOOK)
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=5000",
+    ]
+    words = [CHROMIUM, *flags, "--dump-dom", (tmp_path / "frame.html").as_uri()]
+    dumped = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True).stdout
+    title = dumped.partition("<title>")[2].partition("</title>")[0].split()
+    assert title[0] == "wide"
+    assert int(title[1]) <= int(title[3]) <= width

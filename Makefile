@@ -22,7 +22,7 @@ lint: $(STAMP)
 bench: $(STAMP)  ## the README's numbers: a quarter of an hour on Fashion-MNIST
 	$(PYTHON) -m benchmarks.calibration --out benchmarks/results/calibration.json
 
-study: $(STAMP)  ## the smallest study: four runs on the digits, a table
+study: $(STAMP)  ## the smallest study: four runs on the digits, a table, a report
 	$(VENV)/bin/sigma-vae study run smallest --out studies/smallest
 
 docs: $(STAMP)  ## the documentation as a site, under site/

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from sigma_vae.study.grid import Cell
 __all__ = ["do", "folder_of", "known"]
 
 RECORD = "cell.json"
+OF_SAMPLES = ("iwae", "quality")
+"""What is measured again with each further prior; the rest is about codes and decoder."""
 
 
 def folder_of(cell: Cell, out: Path) -> Path:
@@ -71,11 +74,13 @@ def _measured(cell: Cell, folder: Path) -> dict[str, Any]:
         runs.train(cell.config, run, progress=False)
     seconds = time.monotonic() - trained
     validation = EvaluationSettings(metrics=(), split="validation", seed=cell.evaluation.seed)
-    reports = {}
+    of_samples = replace(cell.evaluation, metrics=tuple(m for m in cell.evaluation.metrics or () if m in OF_SAMPLES))
+    reports: dict[str, Any] = {}
     for prior in cell.priors:
         if runs.open_model(run, "cpu").config.prior != prior:
             runs.fit_prior(run, prior)
-        reports[prior] = {"test": runs.evaluate_run(run, cell.evaluation), "validation": runs.evaluate_run(run, validation)}
+        settings = of_samples if reports else cell.evaluation
+        reports[prior] = {"test": runs.evaluate_run(run, settings), "validation": runs.evaluate_run(run, validation)}
     return {"training_seconds": seconds, "reports": reports, "curve": _curve(run / "metrics.csv")}
 
 

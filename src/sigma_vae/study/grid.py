@@ -41,7 +41,7 @@ class StudySpec:
     priors: tuple[str, ...] = ("standard",)
     """Fitted after the training, one after the other, to the same weights."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    """What is measured of each on the test split; on the validation split the bounds alone."""
+    """What is measured of each on the test split, with further priors the samples and bounds alone; on the validation split the bounds."""
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Other sizes of the same study by name: what of ``base``, ``axes``, ``priors`` and ``evaluation`` they replace."""
     published: dict[str, Any] = field(default_factory=dict)

@@ -16,6 +16,7 @@ import pytest
 from sigma_vae import study
 from sigma_vae.cli import main
 from sigma_vae.study.cell import folder_of, known
+from sigma_vae.study.folder import claim
 from sigma_vae.study.grid import SHIPPED
 from sigma_vae.study.statistics import chosen_on_validation, cost, paired_difference, summary
 
@@ -126,7 +127,7 @@ def test_a_finished_study_repeats_nothing(spec, finished):
 
 
 def test_a_finished_study_has_a_report(finished, capsys):
-    assert main(["study", "report", "smallest", "--out", str(finished)]) == 0
+    assert main(["study", "report", str(finished)]) == 0
     page = (finished / "report.html").read_text()
     assert capsys.readouterr().out.strip() == str(finished / "report.html")
     for words in (
@@ -138,8 +139,63 @@ def test_a_finished_study_has_a_report(finished, capsys):
     ):
         assert words in page
     for name in ("samples", "samples-standard-prior", "reconstructions"):
-        assert len(list((finished / "report-files").glob(f"{name}-0-?.jpg"))) == 2
+        assert (finished / "report.md").read_text().count(f"/run/{name}.png)") == 2
     assert "Fréchet" not in page.partition("Claims that")[0]  # it was not measured
+
+
+def lines(path):
+    """But for the date."""
+    return [line for line in path.read_text().splitlines() if "Made on" not in line]
+
+
+def test_what_is_kept_gives_the_same_report_and_is_small(finished, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    assert main(["study", "keep", str(finished), "--to", str(kept)]) == 0
+    assert capsys.readouterr().out.strip() == str(kept / "report.html")
+    for name in ("report.html", "report.md"):
+        assert lines(kept / name) == lines(finished / name)
+    records = [{path.parent.name: path.read_bytes() for path in out.glob("cells/*/cell.json")} for out in (finished, kept)]
+    assert records[0] == records[1]
+    pd.testing.assert_frame_equal(results(kept), results(finished))
+    there = {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    assert sum(map(len, there.values())) < 600_000
+    assert not [path for path in there if path.suffix in (".ckpt", ".safetensors")]
+    assert main(["study", "report", str(kept)]) == 0
+    assert main(["study", "keep", str(kept), "--to", str(tmp_path / "again")]) == 0
+    for path, content in there.items():
+        if path.suffix not in (".html", ".md"):
+            assert (tmp_path / "again" / path).read_bytes() == (kept / path).read_bytes() == content
+        else:
+            assert lines(tmp_path / "again" / path) == lines(kept / path)
+    assert main(["study", "keep", str(kept), "--to", str(kept)]) == 1
+    assert "another folder" in capsys.readouterr().err
+
+
+def test_a_folder_is_of_one_study(spec, finished, tmp_path):
+    kept = tmp_path / "kept"
+    study.keep(finished, kept)
+    assert study.spec_of(kept) == replace(spec, evaluation=study.spec_of(kept).evaluation)
+    other = replace(spec, axes=spec.axes | {"seed": [0]})
+    with pytest.raises(ValueError, match="2 finished cells that this grid has not"):
+        study.run(other, kept)
+    longer = replace(spec, about="one seed more", axes=spec.axes | {"seed": [0, 1, 2]})
+    claim(longer, kept)
+    assert study.spec_of(kept).about == "one seed more"
+    study.report(kept)
+    assert "4 of 6 cells are done, 0 failed, 2 have not ended." in (kept / "report.md").read_text()
+
+
+def test_a_cell_says_nothing_of_the_machine(finished):
+    for path in finished.glob("cells/*/cell.json"):
+        text = path.read_text()
+        assert str(finished) not in text
+        assert str(Path.cwd()) not in text
+        assert not [place for place in sys.path if len(place) > 1 and place + "/" in text]
+
+
+def test_a_setting_at_its_default_does_not_rename_a_cell(spec):
+    same = replace(spec, base=spec.base | {"training": spec.base["training"] | {"kl_weight": 1.0}})
+    assert [cell.key for cell in study.cells(same)] == [cell.key for cell in study.cells(spec)]
 
 
 def test_a_study_is_the_same_on_a_dask_cluster(spec, finished, tmp_path):
@@ -189,6 +245,8 @@ def test_a_cell_that_raises_is_written_down_and_tried_again(spec, tmp_path, caps
     record = known(bad, tmp_path / "out")
     assert (record["status"], record["failures"]) == ("failed", 2)  # and once more
     assert "broken.npz" in record["error"]
+    assert 'File "sigma_vae/study/cell.py"' in record["traceback"]
+    assert f'File "{Path(study.__file__).anchor}' not in record["traceback"]
     table = results(tmp_path / "out")
     assert table.set_index("key")["error"].dropna().to_dict() == {bad.key: record["error"]}
     done = (folder_of(good, tmp_path / "out") / "cell.json").stat().st_mtime_ns
@@ -201,7 +259,7 @@ def test_a_cell_that_raises_is_written_down_and_tried_again(spec, tmp_path, caps
 
 def test_the_command_prints_the_table(finished, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["study", "table", "smallest", "--out", str(finished)]) == 0
+    assert main(["study", "table", str(finished)]) == 0
     printed = "".join(capsys.readouterr().out.split())
     for word in ("gaussian/optimal", "mixture:3", "±"):
         assert word in printed

@@ -16,6 +16,7 @@ from sigma_vae.cli import main
 from sigma_vae.study import report as report_function
 from sigma_vae.study.cell import folder_of
 from sigma_vae.study.comparisons import settings
+from sigma_vae.study.folder import claim
 from sigma_vae.study.verdicts import CLAIMS
 
 OPTIMAL, SHARED, PIXEL = "gaussian/optimal", "gaussian/shared", "gaussian/per-pixel"
@@ -85,6 +86,7 @@ def of_split(arm, seed, prior, split, changes):
 def build(spec, out, changes=None, failed=(), pictures=()):
     """What a finished study leaves, with made-up numbers."""
     changes = changes or {}
+    claim(spec, out)
     for cell in study.cells(spec):
         arm, seed = cell.config.model.likelihood, cell.config.seed
         record = {"key": cell.key, "place": cell.place, "threads": 2, "failures": 0, "status": "done", "seconds": 90.0 + seed}
@@ -150,7 +152,7 @@ def out(spec, tmp_path_factory):
     """A study in which one cell failed."""
     pictures = ("samples.png", "samples-standard-prior.png", "reconstructions.png")
     made = build(spec, tmp_path_factory.mktemp("made-up") / "out", failed={(BETAS[3], 2): ERROR}, pictures=pictures)
-    study.report(spec, made)
+    study.report(made)
     return made
 
 
@@ -272,14 +274,17 @@ def test_markdown_has_the_same_tables_and_pictures(out, page):
     markdown = (out / "report.md").read_text()
     for caption in page.tables:
         assert f"**{caption}**" in markdown
-    files = {line.rpartition("(report-files/")[2].rstrip(")") for line in markdown.splitlines() if line.startswith("![")}
-    assert files == {path.name for path in (out / "report-files").iterdir()}
+    files = {line.rpartition("](")[2].rstrip(")") for line in markdown.splitlines() if line.startswith("![")}
+    there = [*(out / "report-files").iterdir(), *(out / "cells").glob("*/run/*.png")]
+    assert files == {path.relative_to(out).as_posix() for path in there}
     rows = [line for line in markdown.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
     assert len(rows) == sum(map(len, page.tables.values()))
 
 
 def test_it_is_the_same_but_for_the_date(spec, out, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copyfile(out / "study.yaml", copy / "study.yaml")
     shutil.copytree(out / "cells", copy / "cells")
 
     class Later:
@@ -288,7 +293,7 @@ def test_it_is_the_same_but_for_the_date(spec, out, tmp_path, monkeypatch):
             return pd.Timestamp("2099-01-01")
 
     monkeypatch.setitem(report_function.__globals__, "datetime", Later)
-    study.report(spec, copy)
+    study.report(copy)
     for name in ("report.html", "report.md"):
         ours, theirs = ((folder / name).read_text().splitlines() for folder in (out, copy))
         differ = [line for line, other in zip(ours, theirs, strict=True) if line != other]
@@ -378,7 +383,7 @@ def test_missing_arms_show_nothing(tmp_path):
     few = a_spec(likelihoods=[PIXEL, BETAS[0], BETAS[1]])
     found = verdicts(few, build(few, tmp_path / "out"))
     assert all(verdict.word == "not shown" and verdict.lacks for each in found.values() for verdict in each)
-    study.report(few, tmp_path / "out")
+    study.report(tmp_path / "out")
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert len(page.tables["Claims that this study cannot judge"]) == 1 + len(CLAIMS)
 
@@ -396,7 +401,7 @@ def test_settings_are_judged_apart(spec, tmp_path):
     wide = study.StudySpec("two", spec.base, axes, priors=("standard",))
     build(wide, tmp_path / "out")
     assert [setting.words for setting in settings(wide, tmp_path / "out")] == ["batch_size 32", "batch_size 64"]
-    assert main_report(wide, tmp_path) == 0
+    assert main(["study", "report", str(tmp_path / "out")]) == 0
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert "batch_size 64: gaussian/optimal minus" in page.tables
     assert len(page.tables["Results"]) == 1 + 2 * 2
@@ -414,17 +419,12 @@ def test_arms_may_have_names_of_their_own(spec, tmp_path):
     assert [verdict.finding.split(" takes")[0] for verdict in found["3, speed"]] == ["slow", "learned"]
 
 
-def main_report(spec, folder):
-    content = {"title": spec.title, "base": spec.base, "axes": spec.axes, "priors": spec.priors}
-    (folder / "spec.yaml").write_text(json.dumps(content))
-    return main(["study", "report", str(folder / "spec.yaml"), "--out", str(folder / "out")])
-
-
 def test_a_study_without_a_finished_cell_gets_a_sentence(spec, tmp_path, capsys):
-    assert main_report(spec, tmp_path) == 1
-    assert "has no finished cell" in capsys.readouterr().err
+    words = ["study", "report", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert "holds no study" in capsys.readouterr().err
     build(spec, tmp_path / "out", failed={(arm, seed): ERROR for arm in ARMS for seed in range(3)})
-    assert main_report(spec, tmp_path) == 1
+    assert main(words) == 1
     assert "has no finished cell" in capsys.readouterr().err
 
 

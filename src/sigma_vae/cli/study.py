@@ -51,11 +51,11 @@ def run(
     failed = [record for record in records if record["status"] != "done"]
     some = len(failed) < len(records)
     if some:
-        studies.report(grid, Path(out))
+        studies.report(Path(out))
     if json:
         print(json_module.dumps(records, ensure_ascii=False))
     elif some:
-        _print_summary(grid, Path(out))
+        _print_summary(Path(out))
         done = f"{len(records) - len(failed)} of {len(records)} cells done"
         print(f"{done}; table: {Path(out) / 'results.parquet'}; report: {Path(out) / 'report.html'}")
     if failed:
@@ -70,11 +70,12 @@ def _tell(record: dict[str, Any], ended: int, of: int) -> None:
     print(f"[{ended}/{of}] {place}: {record['seconds']:.0f} s{how}", flush=True)
 
 
-def _print_summary(spec: studies.StudySpec, out: Path) -> None:
+def _print_summary(out: Path) -> None:
     """Mean ± standard deviation over seeds, of the test split."""
     from rich.console import Console
     from rich.table import Table
 
+    spec = studies.spec_of(out)
     rows = summary(studies.collect(studies.cells(spec), out), [name for name in spec.axes if name != "seed"])
     table = Table(title=f"{spec.title}: test split, mean ± standard deviation over seeds")
     for name in rows.columns:
@@ -84,27 +85,34 @@ def _print_summary(spec: studies.StudySpec, out: Path) -> None:
     Console().print(table)
 
 
-def table(spec: tyro.conf.Positional[str], *, out: str, size: str | None = None) -> None:
+def table(study: tyro.conf.Positional[str]) -> None:
     """Print what a study has found so far: mean ± standard deviation over seeds, on the test split.
 
     Args:
-        spec: Name of a study that comes with the library, or path of a YAML file.
-        out: Folder of the study.
-        size: Of the study, where it has several.
+        study: Folder of the study.
     """
-    _print_summary(studies.read_spec(spec, size), Path(out))
+    _print_summary(Path(study))
 
 
-def report(spec: tyro.conf.Positional[str], *, out: str, size: str | None = None) -> None:
+def report(study: tyro.conf.Positional[str]) -> None:
     """Write what a study has found so far: verdicts, tables, plots and samples, as report.html and as report.md.
 
     Args:
-        spec: Name of a study that comes with the library, or path of a YAML file.
-        out: Folder of the study.
-        size: Of the study, where it has several.
+        study: Folder of the study.
     """
-    studies.report(studies.read_spec(spec, size), Path(out))
-    print(Path(out) / "report.html")
+    studies.report(Path(study))
+    print(Path(study) / "report.html")
+
+
+def keep(study: tyro.conf.Positional[str], *, to: str) -> None:
+    """Copy a study without its weights: the numbers of all runs, a few small pictures, and the report, which can be made from them again.
+
+    Args:
+        study: Folder of the study.
+        to: The other folder: a new one, or one that this study was copied to before.
+    """
+    studies.keep(Path(study), Path(to))
+    print(Path(to) / "report.html")
 
 
 def names() -> None:
@@ -120,4 +128,4 @@ def study() -> None:
     raise ValueError(f"say what to do with a study: sigma-vae study {' | '.join(STUDY)}")
 
 
-STUDY: dict[str, Callable[..., None]] = {"run": run, "table": table, "report": report, "list": names}
+STUDY: dict[str, Callable[..., None]] = {"run": run, "table": table, "report": report, "keep": keep, "list": names}

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -67,8 +67,8 @@ class Cell(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Names the cell by what it is made of: the same in every study that has it."""
-        made_of = {"config": asdict(self.config), "priors": self.priors, "evaluation": asdict(self.evaluation)}
+        """Names the cell by what it is made of: the same in every study that has it, and where a later version has more settings."""
+        made_of = {"config": _given(self.config), "priors": self.priors, "evaluation": _given(self.evaluation)}
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -112,6 +112,19 @@ def cells(spec: StudySpec) -> list[Cell]:
         place = {name: label for name, label, _ in chosen}
         config = parse(content, RunConfig, f"{spec.title}, cell {place}")
         found.append(Cell(place, config, spec.priors, spec.evaluation))
+    return found
+
+
+def _given(config: Any) -> dict[str, Any]:
+    """What differs from the defaults, part by part."""
+    found: dict[str, Any] = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        usual = each.default if each.default_factory is MISSING else each.default_factory()
+        if is_dataclass(value):
+            value, usual = _given(value), {}
+        if value != usual:
+            found[each.name] = value
     return found
 
 

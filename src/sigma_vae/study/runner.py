@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from sigma_vae.study.cell import do, known
-from sigma_vae.study.grid import Cell, StudySpec, cells
+from sigma_vae.study.cell import do, finished, known
+from sigma_vae.study.folder import claim
+from sigma_vae.study.grid import StudySpec, cells
 from sigma_vae.study.results import collect
 
 __all__ = ["Backend", "run"]
@@ -27,10 +28,10 @@ def run(
 ) -> list[dict[str, Any]]:
     """Do every cell that is not finished, and write ``results.parquet`` with a row for each cell, prior and split.
 
-    Each cell has a folder under ``out/cells``, named by a digest of its configuration, with its run and ``cell.json``, which is
-    written when the cell ends. A study that was stopped, or killed, goes on where it stood: finished cells are not repeated, one that
-    was being trained is resumed from its checkpoint. A cell that raises is written down as failed, with its error, and tried again: at
-    once so many times, and once more whenever the study is run again.
+    The folder says in ``study.yaml`` which grid it is of. Each cell has a folder under ``out/cells``, named by a digest of its
+    configuration, with its run and ``cell.json``, which is written when the cell ends. A study that was stopped, or killed, goes on where
+    it stood: finished cells are not repeated, one that was being trained is resumed from its checkpoint. A cell that raises is
+    written down as failed, with its error, and tried again: at once so many times, and once more whenever the study is run again.
 
     Args:
         spec: the grid.
@@ -45,17 +46,18 @@ def run(
         The records of all cells, in the order of the grid.
 
     Raises:
-        ValueError: a cell's configuration is not possible, or the backend's package is not installed.
+        ValueError: a cell's configuration is not possible, the folder has finished cells of another grid, or the backend's package is
+            not installed.
     """
     from joblib import Parallel, delayed, effective_n_jobs
 
     todo = cells(spec)
-    out.mkdir(parents=True, exist_ok=True)
+    claim(spec, out)
     ended = 0
     with _on(backend, workers, address):
         threads = max(1, (os.cpu_count() or 1) // effective_n_jobs(workers or -1)) if backend == "loky" else 1
         for attempt in range(1 + retries):
-            left = [cell for cell in todo if not _finished(cell, out)]
+            left = [cell for cell in todo if not finished(cell, out)]
             if attempt == 0:
                 ended = len(todo) - len(left)
             parallel = Parallel(n_jobs=workers or -1, return_as="generator_unordered")
@@ -65,11 +67,6 @@ def run(
                     tell(record, ended, len(todo))
     collect(todo, out)
     return [record for cell in todo if (record := known(cell, out)) is not None]
-
-
-def _finished(cell: Cell, out: Path) -> bool:
-    record = known(cell, out)
-    return record is not None and record["status"] == "done"
 
 
 @contextmanager

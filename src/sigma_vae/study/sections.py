@@ -11,7 +11,7 @@ from sigma_vae.study.cell import folder_of, known
 from sigma_vae.study.comparisons import ARM, BITS, ELBO, STANDARD, Done, Setting, frechet_columns
 from sigma_vae.study.grid import StudySpec, cells
 from sigma_vae.study.judging import Verdict, signed
-from sigma_vae.study.pieces import Card, Picture, Section, Table, minus
+from sigma_vae.study.pieces import PLOTS, Card, Picture, Section, Table, minus
 from sigma_vae.study.statistics import cost, summary
 from sigma_vae.study.verdicts import CLAIMS, OPTIMAL, diverges
 
@@ -197,7 +197,7 @@ def figures(found: Sequence[Setting]) -> Section:
             plot = draw(setting)
             if plot is not None:
                 words = f"{setting.words}: {caption}" if setting.words else caption
-                pictures.append(Picture(f"{name}-{number}.svg", plot.content, plot.alt, words))
+                pictures.append(Picture(f"{PLOTS}/{name}-{number}.svg", plot.content, plot.alt, words))
     return Section("Plots", pictures=tuple(pictures))
 
 
@@ -223,15 +223,14 @@ COVERS = (
 def samples(found: Sequence[Setting], out: Path) -> Section:
     """Pictures of the first seed of each arm, small, those of one kind side by side."""
     pictures: list[Picture] = []
-    for number, setting in enumerate(found):
-        runs = [(order, arm, done) for order, arm in enumerate(setting.arms) for done in _first(setting, arm)]
+    for setting in found:
+        runs = [(arm, done) for arm in setting.arms for done in _first(setting, arm)]
         for name, words in _kinds(setting).items():
-            for order, arm, done in runs:
+            for arm, done in runs:
                 path = folder_of(done.cell, out) / "run" / name
                 if path.is_file():
-                    file = f"{path.stem}-{number}-{order}.jpg"
-                    caption = f"{_named(setting, arm)}: {words}"
-                    pictures.append(Picture(file, plots.small(path), f"Grid of {words}, {arm}", caption))
+                    place, caption = path.relative_to(out).as_posix(), f"{_named(setting, arm)}: {words}"
+                    pictures.append(Picture(place, plots.small(path), f"Grid of {words}, {arm}", caption))
     return Section("Samples and reconstructions", ("Of the first seed of each.",), pictures=tuple(pictures))
 
 

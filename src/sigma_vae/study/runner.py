@@ -49,13 +49,13 @@ def run(
         ValueError: a cell's configuration is not possible, the folder has finished cells of another grid, or the backend's package is
             not installed.
     """
-    from joblib import Parallel, delayed, effective_n_jobs
+    from joblib import Parallel, cpu_count, delayed, effective_n_jobs
 
     todo = cells(spec)
     claim(spec, out)
     ended = 0
     with _on(backend, workers, address):
-        threads = max(1, (os.cpu_count() or 1) // effective_n_jobs(workers or -1)) if backend == "loky" else 1
+        threads = max(1, cpu_count() // effective_n_jobs(workers or -1)) if backend == "loky" else 1
         for attempt in range(1 + retries):
             left = [cell for cell in todo if not finished(cell, out)]
             if attempt == 0:

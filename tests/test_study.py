@@ -1,5 +1,6 @@
 """Studies: grids as data, cells that are never lost, tables that do not depend on where the work was done."""
 
+import io
 import json
 import os
 import signal
@@ -12,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from sigma_vae import study
 from sigma_vae.cli import main
+from sigma_vae.cli.progress import Live, live_or_lines
 from sigma_vae.study.cell import folder_of, known
 from sigma_vae.study.folder import claim
 from sigma_vae.study.grid import SHIPPED
@@ -198,6 +201,15 @@ def test_a_setting_at_its_default_does_not_rename_a_cell(spec):
     assert [cell.key for cell in study.cells(same)] == [cell.key for cell in study.cells(spec)]
 
 
+def test_a_study_is_the_same_on_ray(spec, finished, tmp_path):
+    pytest.importorskip("ray", reason="the backend ray needs its package")
+    words = ["study", "run", "smallest", "--backend", "ray", "--workers", "2", "--out", str(tmp_path / "out")]
+    subprocess.run(
+        [sys.executable, "-m", "sigma_vae", *words], check=True, capture_output=True, timeout=300
+    )  # it warns as it likes
+    pd.testing.assert_frame_equal(results(tmp_path / "out").drop(columns=TIMES), results(finished).drop(columns=TIMES))
+
+
 def test_a_study_is_the_same_on_a_dask_cluster(spec, finished, tmp_path):
     pytest.importorskip("distributed", reason="the backend dask needs its package")
     study.run(spec, tmp_path / "out", backend="dask", workers=2)
@@ -267,6 +279,41 @@ def test_the_command_prints_the_table(finished, capsys, monkeypatch):
     assert "smallest" in capsys.readouterr().out
     assert main(["study"]) == 1
     assert "say what to do" in capsys.readouterr().err
+
+
+def test_on_a_terminal_a_table_says_how_far_it_is(spec, tmp_path):
+    shown, todo = Live(spec, tmp_path), study.cells(spec)
+
+    def words():
+        console = Console(file=io.StringIO(), width=120)
+        console.print(shown.table())
+        return console.file.getvalue()
+
+    assert "0 of 4 done, 0 failed, 0 running" in words()
+    shown.began -= 60
+    shown.add({"status": "done", "key": todo[0].key})
+    shown.add({"status": "failed", "key": todo[1].key})
+    folder_of(todo[2], tmp_path).mkdir(parents=True)
+    (folder_of(todo[2], tmp_path) / "running").touch()
+    assert "1 of 4 done, 1 failed, 1 running; 1:00 elapsed, about 3:00 left" in words()
+    assert "likelihood gaussian/fixed:1.0, seed 0" in words()
+    shown.add({"status": "done", "key": todo[1].key})  # tried again
+    assert "2 of 4 done, 0 failed" in words()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_each_cell_that_ends_is_told(spec, tmp_path, terminal, capsys):
+    file = io.StringIO()
+    record = {
+        "status": "failed",
+        "key": "k",
+        "place": {"model.likelihood": "x", "seed": 0},
+        "seconds": 5.0,
+        "error": "E: [why]",
+    }
+    with live_or_lines(spec, tmp_path, Console(file=file, force_terminal=terminal, width=100)) as tell:
+        tell(record, 1, 4)
+    assert "[1/4] likelihood x, seed 0: 5 s, failed: E: [why]" in (file.getvalue() if terminal else capsys.readouterr().out)
 
 
 def made_up():

@@ -2,12 +2,13 @@
 
 import json as json_module
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from sigma_vae import study as studies
+from sigma_vae.cli.progress import live_or_lines
 from sigma_vae.study.grid import SHIPPED
 from sigma_vae.study.runner import Backend
 from sigma_vae.study.statistics import summary
@@ -33,21 +34,16 @@ def run(
         out: Folder of the study; on a cluster, one that all workers see.
         size: Of the study, where it has several: cpu is for two cores.
         backend: Where the runs are done: loky (processes on this machine), dask or ray.
-        workers: How many are done at once (loky, or a local Dask cluster); as many as there are cores unless given.
+        workers: How many are done at once (on this machine); as many as there are cores unless given.
         address: Of a Dask scheduler or a Ray cluster; a local one is started unless given.
         retries: How often a run that fails is tried again.
         json: Print the records of all cells as JSON alone.
     """
+    from rich.console import Console
+
     grid = studies.read_spec(spec, size)
-    records = studies.run(
-        grid,
-        Path(out),
-        backend=backend,
-        workers=workers,
-        address=address,
-        retries=retries,
-        tell=None if json else _tell,
-    )
+    with nullcontext() if json else live_or_lines(grid, Path(out), Console()) as tell:
+        records = studies.run(grid, Path(out), backend=backend, workers=workers, address=address, retries=retries, tell=tell)
     failed = [record for record in records if record["status"] != "done"]
     some = len(failed) < len(records)
     if some:
@@ -59,15 +55,8 @@ def run(
         done = f"{len(records) - len(failed)} of {len(records)} cells done"
         print(f"{done}; table: {Path(out) / 'results.parquet'}; report: {Path(out) / 'report.html'}")
     if failed:
-        told = "; ".join(f"{record['place']}: {record['error']}" for record in failed)
+        told = "; ".join(dict.fromkeys(record["error"] for record in failed))
         raise ValueError(f"{len(failed)} cells failed and are tried again when the study is run again: {told}")
-
-
-def _tell(record: dict[str, Any], ended: int, of: int) -> None:
-    """A line for each cell that ends."""
-    place = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in record["place"].items())
-    how = "" if record["status"] == "done" else f", failed: {record['error']}"
-    print(f"[{ended}/{of}] {place}: {record['seconds']:.0f} s{how}", flush=True)
 
 
 def _print_summary(out: Path) -> None:

@@ -55,6 +55,8 @@ def compare(outs: Sequence[Path], *, paired: bool = False, device: str = "auto")
 
 def _report(out: Path) -> dict[str, Any]:
     """The evaluation of the weights that the run has."""
+    if not (out / "evaluation.json").exists():
+        raise ValueError(f"{out} has no evaluation; make one: sigma-vae evaluate {out}")
     report = read_json(out / "evaluation.json")
     how = report.get("how", {})
     if "split_fingerprint" not in how or how.get("model_sha256") != model_digest(out):

@@ -40,7 +40,7 @@ def run(
         workers: how many cells are done at once (loky); as many as there are cores unless given, each with its share of them.
         address: of the Dask scheduler or the Ray cluster; a local one is started unless given.
         retries: how often a failed cell is tried again.
-        tell: called with the record of each cell that ends, how many have ended, and how many there are.
+        tell: called with the record of each cell that ends (on Ray: when all have), how many have ended, and how many there are.
 
     Returns:
         The records of all cells, in the order of the grid.
@@ -60,7 +60,8 @@ def run(
             left = [cell for cell in todo if not finished(cell, out)]
             if attempt == 0:
                 ended = len(todo) - len(left)
-            parallel = Parallel(n_jobs=workers or -1, return_as="generator_unordered")
+            # Ray's backend gives results at the end alone.
+            parallel = Parallel(n_jobs=workers or -1, return_as="list" if backend == "ray" else "generator_unordered")
             for record in parallel(delayed(do)(cell, out.resolve(), threads) for cell in left):
                 ended += record["status"] == "done"
                 if tell is not None:
@@ -83,7 +84,7 @@ def _on(backend: Backend, workers: int | None, address: str | None) -> Iterator[
         with _dask(workers, address), parallel_config(backend="dask"):
             yield
     else:
-        with _ray(address), parallel_config(backend="ray"):
+        with _ray(workers, address), parallel_config(backend="ray"):
             yield
 
 
@@ -106,14 +107,15 @@ def _dask(workers: int | None, address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[None]:
+def _ray(workers: int | None, address: str | None) -> Iterator[None]:
     try:
         import ray
         from ray.util.joblib import register_ray
     except ImportError as error:
         raise ValueError("the backend ray needs its package: pip install 'ray[default]'") from error
-    register_ray()
-    ray.init(address=address, ignore_reinit_error=True)
+    register: Callable[[], None] = register_ray
+    register()
+    ray.init(address=address, num_cpus=workers if address is None else None, ignore_reinit_error=True)
     try:
         yield
     finally:

@@ -11,7 +11,9 @@ from torch import Tensor
 from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.training.objective import check_weights, is_weighted, losses
+from sigma_vae.training.accumulation import step_loss
+from sigma_vae.training.objective import check_weights, is_weighted
+from sigma_vae.training.shares import mean_over_all
 from sigma_vae.types import Batch, Elbo
 from sigma_vae.vae import VAE, keyed_noise
 
@@ -45,8 +47,9 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Mean negative ELBO (or weighted objective) of the batch, in nats."""
-        elbo, minimised = losses(self.vae, batch, self.config, self.global_step)
-        loss = minimised.mean()
+        if self.config.accumulate > 1:  # not before the last micro-batch's backward pass, where the engine would do it
+            self.zero_grad()
+        elbo, loss = step_loss(self.vae, batch, self.config, self.global_step)
         if not torch.isfinite(loss):
             raise NonFiniteLossError(self._diagnosis(batch, elbo))
         if self.global_step % self.config.log_every == 0:
@@ -66,6 +69,11 @@ class TrainingModule(pl.LightningModule):
             optimizer.zero_grad()  # Adam leaves alone what has no gradient: its value, its moments, its decay
         if self._row is not None:
             self._write(self._row | {"train/gradient_norm": norm})
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Runs between the last forward and backward pass of a step, where earlier micro-batches have left gradients."""
+        if self.config.accumulate == 1:
+            optimizer.zero_grad()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the count of skipped steps."""
@@ -116,9 +124,9 @@ class TrainingModule(pl.LightningModule):
 
     def _log_step(self, loss: Tensor, elbo: Elbo) -> None:
         metrics = {
-            "train/loss_nats": self.log_volume_nats - elbo.total.detach().mean(),
-            "train/rate_nats": elbo.rate.detach().mean(),
-            "train/distortion_nats": elbo.distortion.detach().mean() + self.log_volume_nats,
+            "train/loss_nats": self.log_volume_nats - mean_over_all(elbo.total.flatten()),
+            "train/rate_nats": mean_over_all(elbo.rate.flatten()),
+            "train/distortion_nats": mean_over_all(elbo.distortion.flatten()) + self.log_volume_nats,
         }
         if is_weighted(self.config):
             metrics["train/weighted_objective_nats"] = loss

@@ -52,18 +52,18 @@ def step_loss(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0) -> 
     True
     """
     us = processes()
-    if us.count == 1 and config.accumulate == 1:
+    if us.world_size == 1 and config.accumulate == 1:
         elbo, minimised = losses(vae, batch, config, step)
         return StepLoss(elbo, minimised.mean())
     examples = int(sum_over_all(torch.tensor(len(batch.x))))
-    parts = max(1, min(config.accumulate, examples // us.count))
+    parts = max(1, min(config.accumulate, examples // us.world_size))
     found: list[Elbo] = []
     total = torch.zeros((), dtype=torch.float64, device=batch.x.device)
     for number, part in enumerate(_split(batch, parts), start=1):
         elbo, minimised = losses(vae, part, config, step)
         found.append(elbo)
         total += minimised.detach().sum()
-        mine = minimised.sum() * (us.count / examples)
+        mine = minimised.sum() * (us.world_size / examples)
         if number < parts:
             with torch.autocast(mine.device.type, enabled=False):
                 mine.backward()  # type: ignore[no-untyped-call]

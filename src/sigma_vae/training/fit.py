@@ -103,7 +103,7 @@ def _fit(
         us = processes()
         loggers = [] if out is None or not us.first else _loggers(folder, last if resume else None)
         training = data.batches(
-            "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.count
+            "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
         )
         validation = shared(data, "validation", _passing_batch(data), where)
         calibration = CalibrateBeforeValidation(vae, shared(data, "train", _passing_batch(data), where, _part(data)))
@@ -166,7 +166,7 @@ def _start(vae: VAE, data: Splits, config: TrainingConfig) -> None:
 
 def _part(data: Splits) -> int:
     """How many training examples scales are refitted on before a validation."""
-    least = max(2, processes().count)
+    least = max(2, processes().world_size)
     return min(max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), least), len(data.train))
 
 
@@ -181,8 +181,8 @@ def _trainer(
     steps, us = config.validate_every, processes()
     return pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=us.per_node if us.count > 1 else 1 if device.index is None else [device.index],
-        num_nodes=us.count // us.per_node,
+        devices=us.per_node if us.world_size > 1 else 1 if device.index is None else [device.index],
+        num_nodes=us.world_size // us.per_node,
         strategy=strategy(),
         max_epochs=config.epochs,
         max_steps=config.max_steps or -1,

@@ -57,7 +57,8 @@ def losses(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0) -> Los
 
     with σ to the power 2β detached (Seitzer et al. 2022, β-NLL), w the ``kl_weight`` (Beta-Sigma VAE, arXiv 2409.09361, which puts
     it on an optimal σ), λ the ``free_bits_nats`` (Kingma et al. 2016, arXiv 1606.04934, section 2.4: the batch's mean of
-    KL_l is what is compared) and γ the balance over layers while ``step`` is below ``kl_balancing_steps``. With β = λ = 0, w = 1 and no balance it is the negative ELBO.
+    KL_l is what is compared, over all processes) and γ the balance over layers while ``step`` is below ``kl_balancing_steps``. With
+    β = λ = 0, w = 1 and no balance it is the negative ELBO.
     """
     if not is_weighted(config):
         elbo: Elbo = vae.elbo(batch.x, mask=batch.mask)
@@ -84,8 +85,9 @@ def balance(kl_nats: Tensor, latents: Sequence[int]) -> Tensor:
     .. math:: \gamma_l \propto \overline{KL}_l / d_l, \qquad \sum_l \gamma_l = L
 
     where :math:`\overline{KL}_l` is the mean over the batch of all processes and :math:`d_l` the layer's number of
-    latents: a layer that uses each of its latents more than others do pays more for it, one that is switched off is nearly free (the warm-up of NVAE, Vahdat and Kautz
-    2020, arXiv 2007.03898, appendix A; its released code has :math:`d_l` as the area of the layer's map).
+    latents: a layer that uses each of its latents more than others do pays more for it, one that is switched off is nearly free (the
+    warm-up of NVAE, Vahdat and Kautz 2020, arXiv 2007.03898, appendix A; its released code has :math:`d_l` as the area of the layer's
+    map).
 
     Args:
         kl_nats: ``(*batch, layers)``.

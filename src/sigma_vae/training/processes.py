@@ -28,7 +28,7 @@ class Processes(NamedTuple):
     """This process among those that work together; alone where nothing else is known."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     local_rank: int = 0
     """Among those of this machine."""
     per_node: int = 1
@@ -43,7 +43,7 @@ def processes() -> Processes:
     """Who works together now: the members of torch's default group, or this process alone.
 
     >>> processes()
-    Processes(rank=0, count=1, local_rank=0, per_node=1)
+    Processes(rank=0, world_size=1, local_rank=0, per_node=1)
     """
     if _alone.get() or not (distributed.is_available() and distributed.is_initialized()):
         return Processes()
@@ -62,7 +62,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
         device: what this process computes on: on GPUs they talk by NCCL, else by gloo.
 
     >>> with joined(torch.device("cpu")) as us:
-    ...     us.count
+    ...     us.world_size
     1
     """
     if not _launched() or distributed.is_initialized():
@@ -107,7 +107,7 @@ def from_first(make: Callable[[], Made]) -> Made:
     2
     """
     us = processes()
-    if us.count == 1:
+    if us.world_size == 1:
         return make()
     message: list[Any] = [None, None]
     failure: BaseException | None = None
@@ -137,7 +137,7 @@ def first_of_node_first() -> Iterator[None]:
     try:
         yield
     finally:
-        if us.count > 1 and not us.local_rank:
+        if us.world_size > 1 and not us.local_rank:
             distributed.barrier()
 
 

@@ -25,9 +25,9 @@ def shared(data: Splits, split: SplitName, size: int, device: torch.device | str
     """
     us = processes()
     examples = min(len(data.store(split)), limit or len(data.store(split)))
-    sizes = range(max(size, us.count), max(size, us.count, examples) + 1)
-    fitting = next((n for n in sizes if (examples % n or n) >= us.count), size)
-    return data.batches(split, fitting, device=device, rank=us.rank, world_size=us.count, limit=limit)
+    sizes = range(max(size, us.world_size), max(size, us.world_size, examples) + 1)
+    fitting = next((n for n in sizes if (examples % n or n) >= us.world_size), size)
+    return data.batches(split, fitting, device=device, rank=us.rank, world_size=us.world_size, limit=limit)
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def sum_over_all(values: Tensor) -> Tensor:
     tensor([1., 1.], dtype=torch.float64)
     """
     total = values.detach().double()
-    if processes().count > 1:
+    if processes().world_size > 1:
         total = total.clone()
         distributed.all_reduce(total)
     return total
@@ -50,7 +50,7 @@ def mean_over_all(values: Tensor) -> Tensor:
     >>> mean_over_all(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     tensor([2., 3.])
     """
-    if processes().count == 1:
+    if processes().world_size == 1:
         return values.detach().mean(0)
     total = sum_over_all(torch.cat([values.double().sum(0).flatten(), values.new_tensor([len(values)]).double()]))
     return (total[:-1] / total[-1]).reshape(values.shape[1:]).to(values.dtype)
@@ -62,4 +62,4 @@ def on_any(flag: bool) -> bool:
     >>> on_any(False)
     False
     """
-    return flag if processes().count == 1 else bool(sum_over_all(torch.tensor(float(flag))))
+    return flag if processes().world_size == 1 else bool(sum_over_all(torch.tensor(float(flag))))

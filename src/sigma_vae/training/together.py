@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.environments import ClusterEnvironment, TorchElasticEnvironment
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, Strategy
 from torch import Tensor, distributed, nn
 
@@ -34,8 +35,8 @@ class OwnNoise(pl.Callback):
         if self.device.type == "cuda":
             mine.append(torch.cuda.get_rng_state(self.device))
         noise: list[Any] = [mine]
-        if processes().count > 1:
-            noise = [None] * processes().count
+        if processes().world_size > 1:
+            noise = [None] * processes().world_size
             distributed.all_gather_object(noise, mine)
         return {"noise": noise}
 
@@ -47,16 +48,18 @@ class OwnNoise(pl.Callback):
         """Runs after everything else of a checkpoint was taken over."""
         us = processes()
         known = 1 if self.loaded is None else len(self.loaded)
-        if self.loaded is not None and known == us.count:
+        if self.loaded is not None and known == us.world_size:
             cpu, *cuda = self.loaded[us.rank]
             torch.set_rng_state(cpu.cpu())
             if cuda and self.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda[0].cpu(), self.device)
-        elif us.count > 1:
-            entropy = (self.seed, trainer.global_step, us.count, us.rank)
+        elif us.world_size > 1:
+            entropy = (self.seed, trainer.global_step, us.world_size, us.rank)
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
-        if known != us.count and trainer.global_step and us.first:
-            said = f"begun on {known} and going on with {us.count} processes: same weights and data, other noise from here on"
+        if known != us.world_size and trainer.global_step and us.first:
+            said = (
+                f"begun on {known} and going on with {us.world_size} processes: same weights and data, other noise from here on"
+            )
             print(said, file=sys.stderr)
 
 
@@ -67,7 +70,7 @@ def check_processes(vae: VAE) -> None:
         ValueError: the network normalises by statistics of the batch, of which each process would take its share's.
     """
     norms = [module for module in vae.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if processes().count > 1 and norms:
+    if processes().world_size > 1 and norms:
         raise ValueError(
             f"{type(vae.network).__name__} normalises by the statistics of a batch ({type(norms[0]).__name__}), and each process would"
             " take those of its share; train it on one process, evaluate it on any number"
@@ -76,7 +79,7 @@ def check_processes(vae: VAE) -> None:
 
 def strategy() -> Strategy | str:
     """How gradients are shared."""
-    if processes().count == 1:
+    if processes().world_size == 1:
         return "auto"
     # σ, its stored values and the loss are the same on every process already: there is no buffer to send around.
     return DDPStrategy(broadcast_buffers=False)
@@ -84,4 +87,4 @@ def strategy() -> Strategy | str:
 
 def environment() -> list[ClusterEnvironment]:
     """Who the others are: said, not guessed from what a cluster's scheduler left behind."""
-    return [] if processes().count == 1 else [TorchElasticEnvironment()]
+    return [] if processes().world_size == 1 else [TorchElasticEnvironment()]

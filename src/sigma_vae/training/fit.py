@@ -233,7 +233,12 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for logger in engine:
             logger.setLevel(logging.WARNING)
-        for message in (r".*does not have many workers", r".*[Cc]heckpoint directory .* exists", r".*LeafSpec"):
+        for message in (
+            r".*does not have many workers",
+            r".*recommended to use `self.log",
+            r".*[Cc]heckpoint directory .* exists",
+            r".*LeafSpec",
+        ):
             warnings.filterwarnings("ignore", message)
         try:
             yield

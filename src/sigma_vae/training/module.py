@@ -13,7 +13,8 @@ from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.training.accumulation import step_loss
 from sigma_vae.training.objective import check_weights, is_weighted
-from sigma_vae.training.shares import mean_over_all
+from sigma_vae.training.processes import processes
+from sigma_vae.training.shares import mean_over_all, sum_over_all
 from sigma_vae.types import Batch, Elbo
 from sigma_vae.vae import VAE, keyed_noise
 
@@ -88,8 +89,6 @@ class TrainingModule(pl.LightningModule):
         inference = self.vae.network.infer(batch.x, mask=batch.mask, noise=keyed_noise(batch.positions))
         likelihood, (h, target) = self.vae.likelihood, inference.scored()
         elbo = Elbo(inference.per_example(likelihood(h).log_prob(target)), inference.kl)
-        if not torch.isfinite(elbo.total).all():
-            raise NonFiniteLossError(self._diagnosis(batch, elbo))
         metrics = {
             validated_total(self.vae): elbo.total - self.log_volume_nats,
             "validation/rate_nats": elbo.rate,
@@ -98,9 +97,14 @@ class TrainingModule(pl.LightningModule):
         if likelihood.levels is not None and likelihood.normalised:
             mass = inference.per_example(likelihood.log_mass(h, target))
             metrics["validation/bits_per_dim"] = (elbo.rate - mass) / (inference.dims() * math.log(2))
-        for name, values in metrics.items():
+        means = mean_over_all(torch.stack(list(metrics.values()), 1))
+        if not torch.isfinite(means[0]):
+            raise NonFiniteLossError(self._diagnosis(batch, elbo))
+        # Not the engine's mean over processes, which takes shares of 6 and 7 examples for 12.
+        examples = int(sum_over_all(torch.tensor(len(batch.x))))
+        for name, mean in zip(metrics, means, strict=True):
             shown = name in (validated_total(self.vae), "validation/bits_per_dim")
-            self.log(name, values.mean(), batch_size=len(batch.x), on_epoch=True, sync_dist=True, prog_bar=shown)
+            self.log(name, mean, batch_size=examples, on_epoch=True, prog_bar=shown)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, or AdamW where weights decay; what a likelihood learns (a shared σ, a ν) has its own rate and no decay."""
@@ -147,9 +151,10 @@ class TrainingModule(pl.LightningModule):
         terms = {"log-likelihood": elbo.log_likelihood, "KL": elbo.rate}
         broken = [name for name, term in terms.items() if not torch.isfinite(term).all()]
         weights = [name for name, p in self.vae.named_parameters() if not torch.isfinite(p).all()]
+        elsewhere = "their mean" if processes().world_size == 1 else "another process's"
         sigma = current_sigma(self.vae)
         return (
-            f"the loss is not finite at step {self.global_step}: broken term: {' and '.join(broken) or 'their mean'};"
+            f"the loss is not finite at step {self.global_step}: broken term: {' and '.join(broken) or elsewhere};"
             f" σ: {'none' if sigma is None else f'{float(sigma):.4g}'};"
             f" batch in [{float(batch.x.min()):.4g}, {float(batch.x.max()):.4g}];"
             f" weights that are not finite: {', '.join(weights[:3]) or 'none'}."

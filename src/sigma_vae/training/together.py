@@ -79,10 +79,7 @@ def check_processes(vae: VAE) -> None:
 
 def strategy() -> Strategy | str:
     """How gradients are shared."""
-    if processes().world_size == 1:
-        return "auto"
-    # σ, its stored values and the loss are the same on every process already: there is no buffer to send around.
-    return DDPStrategy(broadcast_buffers=False)
+    return "auto" if processes().world_size == 1 else DDPStrategy()
 
 
 def environment() -> list[ClusterEnvironment]:

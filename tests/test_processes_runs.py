@@ -1,12 +1,15 @@
 """Runs on several processes: the commands, the folder that they leave, and that evaluation and calibration are those of one."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from launched import on_processes
+from launched import on_processes, results_of
 from safetensors.torch import load_file
 
 from sigma_vae.cli import main

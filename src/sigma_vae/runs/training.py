@@ -58,14 +58,15 @@ def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
     if config.model.network == "auto":
         config = replace(config, model=replace(config.model, network=default_network(data.shape, clips=data.clips)))
     vae = _new_vae(config, data)
-    from_first(lambda: _open_folder(config, out, data))
+    environment = _environment(config, data)
+    from_first(lambda: _open_folder(config, out, environment))
     return _finish(config, out, vae, data, resumed=False, progress=progress)
 
 
-def _open_folder(config: RunConfig, out: Path, data: Splits) -> None:
+def _open_folder(config: RunConfig, out: Path, environment: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write(out / "config.yaml", config)
-    write_json(out / "environment.json", _environment(config, data))
+    write_json(out / "environment.json", environment)
 
 
 def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> dict[str, Any]:

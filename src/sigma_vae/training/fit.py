@@ -26,7 +26,7 @@ from sigma_vae.training.callbacks import AtomicCheckpoints, AveragedWeights, Cal
 from sigma_vae.training.module import TrainingModule, validated_total
 from sigma_vae.training.processes import from_first, joined, own_device, processes
 from sigma_vae.training.shares import shared
-from sigma_vae.training.together import OwnNoise, check_processes, environment, strategy
+from sigma_vae.training.together import OwnNoise, OwnSignals, check_processes, environment, strategy
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["fit", "resolve_device"]
@@ -116,6 +116,7 @@ def _fit(
             Checkpoint(last),
             Resumable(last, training, where),
             OwnNoise(seed, where),
+            OwnSignals(),
         ]
         trainer = _trainer(config, folder, where, loggers, callbacks, progress)
         module = TrainingModule(vae, config, training.log_volume_nats)

@@ -9,11 +9,13 @@ from contextlib import redirect_stderr
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from launched import on_processes, results_of
+from torch.distributed.device_mesh import init_device_mesh
 
 from sigma_vae import VAE, build
 from sigma_vae.config import ModelConfig, TrainingConfig
@@ -21,12 +23,16 @@ from sigma_vae.data import Scaling, Splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.training import NonFiniteLossError, fit
 from sigma_vae.training.processes import ElsewhereError, from_first, joined, processes
+from sigma_vae.training.sharding import shard
 from sigma_vae.training.shares import mean_over_all, on_any, shared
 from sigma_vae.types import Elbo
 from sigma_vae.vae import keyed_noise
 
 SHAPE, LEVELS = (2, 4, 4), 17
 EXAMPLES = 41  # in batches of 16 the last one has 9: 4 and 5 on two processes, 2, 2, 2 and 3 on four
+
+
+LADDER = "hierarchical:4x1,4d4/1,4m1"
 
 
 class Case(NamedTuple):
@@ -47,8 +53,9 @@ CASES = {
     "student-t": Case("student-t:learned/optimal"),
     "per-pixel": Case("gaussian/per-pixel", options={"beta_nll": 0.5}),
     "clipped": Case(options={"gradient_clip_norm": 1.0, "ema_decay": 0.9, "patience": 1}),
-    "ladder": Case(network="hierarchical:4x1,4d4/1,4m1", options={"free_bits_nats": 0.5, "kl_balancing_steps": 2}),
+    "ladder": Case(network=LADDER, options={"free_bits_nats": 0.5, "kl_balancing_steps": 2}),
     "residual": Case(network="residual"),
+    "sharded": Case("gaussian/shared", LADDER, options={"shard_weights": True, "gradient_clip_norm": 5.0, "accumulate": 2}),
     "micro-batches": Case("gaussian/fixed:0.3", options={"accumulate": 3}),
 }
 
@@ -64,13 +71,12 @@ def toy_vae(case: Case) -> VAE:
     torch.manual_seed(0)
     config = ModelConfig(case.network, case.likelihood, latent_dim=3, width=8, observes=case.observes)
     vae = build.vae(config, SHAPE, Scaling(LEVELS)).double()
-    infer = vae.network.infer
 
-    def repeatable(x, context=None, mask=None, noise=None):
+    def repeatable(self, x, context=None, mask=None, noise=None):
         keys = (x.flatten(1) * torch.arange(1, x[0].numel() + 1) * 16).sum(1).round().long()
-        return infer(x.double(), context, mask, keyed_noise(keys) if noise is None else noise)
+        return type(self).infer(self, x.double(), context, mask, keyed_noise(keys) if noise is None else noise)
 
-    vae.network.infer = repeatable
+    vae.network.infer = MethodType(repeatable, vae.network)  # a copy of the network has its own
     return vae
 
 
@@ -240,3 +246,47 @@ def test_each_process_needs_an_example_of_every_batch(tmp_path):
 
 def too_small(_: int, folder: Path) -> None:
     plain(folder, batch_size=20)
+
+
+# -- weights in parts ------------------------------------------------------------------------------------------------------
+
+
+def held_and_resumed(folder: Path) -> dict[str, Any]:
+    with joined(torch.device("cpu")) as us:
+        vae = toy_vae(CASES["sharded"])
+        whole = sum(p.numel() for p in vae.network.parameters())
+        shard(vae, init_device_mesh("cpu", (us.world_size,)))
+        held = sum(p.to_local().numel() for p in vae.network.parameters()) / whole
+        at_once = trained(folder / "at-once", CASES["sharded"])
+        trained(folder / "halves", CASES["sharded"], epochs=1)
+        return {"held": held, "at_once": at_once, "halves": trained(folder / "halves", CASES["sharded"], resume=True)}
+
+
+def test_each_process_holds_a_part_and_they_resume(tmp_path):
+    for found in results_of(2, held_and_resumed, tmp_path):
+        assert 0.3 < found["held"] < 0.7
+        for kind in ("moments", "last"):
+            for name, truth in found["at_once"][kind].items():
+                torch.testing.assert_close(found["halves"][kind][name], truth, rtol=1e-12, atol=1e-15, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "says"),
+    [("mlp", {}, "blocks of a hierarchical network"), (LADDER, {"ema_decay": 0.9}, "do not go together")],
+)
+def test_what_cannot_be_shared_out_is_refused(network, options, says):
+    vae = build.vae(ModelConfig(network, latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
+    with pytest.raises(ValueError, match=says):
+        fit(vae, toy_data(), TrainingConfig(shard_weights=True, **options), device="cpu", progress=False)
+
+
+def batch_norm(_: Path) -> str:
+    vae = build.vae(ModelConfig("mlp", latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
+    vae.network.encoder.append(torch.nn.BatchNorm1d(6))
+    with pytest.raises(ValueError, match="statistics of a batch") as error:
+        fit(vae, toy_data(), device="cpu", progress=False)
+    return str(error.value)
+
+
+def test_statistics_of_a_share_are_refused(tmp_path):
+    assert all("train it on one process" in said for said in results_of(2, batch_norm, tmp_path))

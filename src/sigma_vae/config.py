@@ -135,6 +135,9 @@ class TrainingConfig(_Strict):
     """Examples a step, of all processes together: results mean the same on any number of them."""
     accumulate: int = 1
     """Micro-batches that a step's examples are seen in, to need less memory; an optimal σ is then that of each micro-batch."""
+    shard_weights: bool = False
+    """Of several processes each holds a part of the weights, gradients and moments (FSDP), for hierarchical networks that are too large for
+    one GPU."""
     learning_rate: float = 1e-3
     """Of Adam, after the warm-up."""
     scale_learning_rate_factor: float = 10.0

@@ -25,6 +25,7 @@ from sigma_vae.networks import SequenceNetwork
 from sigma_vae.training.callbacks import AtomicCheckpoints, AveragedWeights, CalibrateBeforeValidation, Checkpoint, Resumable
 from sigma_vae.training.module import TrainingModule, validated_total
 from sigma_vae.training.processes import from_first, joined, own_device, processes
+from sigma_vae.training.sharding import to_be_trained
 from sigma_vae.training.shares import shared
 from sigma_vae.training.together import OwnNoise, OwnSignals, check_processes, environment, strategy
 from sigma_vae.vae import VAE, keyed_noise
@@ -106,7 +107,8 @@ def _fit(
             "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
         )
         validation = shared(data, "validation", _passing_batch(data), where)
-        calibration = CalibrateBeforeValidation(vae, shared(data, "train", _passing_batch(data), where, _part(data)))
+        model = to_be_trained(vae, config)
+        calibration = CalibrateBeforeValidation(model, shared(data, "train", _passing_batch(data), where, _part(data)))
         best = Checkpoint(last.with_name("best.ckpt"), best_of=validated_total(vae))
         callbacks = [
             *([AveragedWeights(decay=config.ema_decay)] if config.ema_decay else []),
@@ -119,7 +121,7 @@ def _fit(
             OwnSignals(),
         ]
         trainer = _trainer(config, folder, where, loggers, callbacks, progress)
-        module = TrainingModule(vae, config, training.log_volume_nats)
+        module = TrainingModule(model, config, training.log_volume_nats)
         try:
             trainer.fit(module, training, validation, ckpt_path=last if resume else None, weights_only=True)
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
@@ -130,8 +132,8 @@ def _fit(
         if calibration.validated_at != trainer.global_step:
             last_is_best = _validate_last(trainer, module, validation, best)
             trainer.save_checkpoint(last)
-        if not last_is_best:
-            _load_weights(vae, best.path)
+        if not last_is_best or model is not vae:
+            _load_weights(vae, last if last_is_best else best.path)
         vae.to(where).eval().calibrate(shared(data, "train", _passing_batch(data), where))
 
 
@@ -184,7 +186,7 @@ def _trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=us.per_node if us.world_size > 1 else 1 if device.index is None else [device.index],
         num_nodes=us.world_size // us.per_node,
-        strategy=strategy(),
+        strategy=strategy(config),
         max_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         max_time=None if config.max_minutes is None else timedelta(minutes=config.max_minutes),
@@ -239,6 +241,7 @@ def _quiet() -> Iterator[None]:
             r".*recommended to use `self.log",
             r".*[Cc]heckpoint directory .* exists",
             r".*LeafSpec",
+            r"FSDP2-wrapped module .* returned a view",  # which nothing changes
         ):
             warnings.filterwarnings("ignore", message)
         try:

@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods import Shared
@@ -14,6 +15,7 @@ from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.training.accumulation import step_loss
 from sigma_vae.training.objective import check_weights, is_weighted
 from sigma_vae.training.processes import processes
+from sigma_vae.training.sharding import average_gradients, clip, gradient_norm, is_sharded, shard
 from sigma_vae.training.shares import mean_over_all, sum_over_all
 from sigma_vae.types import Batch, Elbo
 from sigma_vae.vae import VAE, keyed_noise
@@ -63,13 +65,36 @@ class TrainingModule(pl.LightningModule):
         self.just_skipped = False
         if limit is None and self._row is None:
             return
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        norm = gradient_norm(self.parameters())
         if limit is not None and not norm < limit:  # not "norm >= limit", which NaN passes
             self.just_skipped = True
             self.skipped_steps += 1
             optimizer.zero_grad()  # Adam leaves alone what has no gradient: its value, its moments, its decay
         if self._row is not None:
             self._write(self._row | {"train/gradient_norm": norm})
+
+    def configure_model(self) -> None:
+        """Runs where the processes know each other."""
+        if is_sharded(self.config) and not isinstance(next(self.vae.network.parameters()), DTensor):
+            assert self.device_mesh is not None
+            shard(self.vae, self.device_mesh["data_parallel"])
+
+    def on_after_backward(self) -> None:
+        """What is shared out has its gradients averaged by torch."""
+        if is_sharded(self.config):
+            average_gradients(self.vae.likelihood.parameters())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """The engine's way cannot add up what is shared out and what is not."""
+        if is_sharded(self.config) and gradient_clip_val is not None:
+            clip(self.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Runs between the last forward and backward pass of a step, where earlier micro-batches have left gradients."""

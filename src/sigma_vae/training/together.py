@@ -10,10 +10,12 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from pytorch_lightning.strategies import DDPStrategy, Strategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, distributed, nn
 
+from sigma_vae.config import TrainingConfig
 from sigma_vae.training.processes import processes
+from sigma_vae.training.sharding import is_sharded
 from sigma_vae.vae import VAE
 
 __all__ = ["OwnNoise", "OwnSignals", "check_processes", "environment", "strategy"]
@@ -79,8 +81,10 @@ def check_processes(vae: VAE) -> None:
         )
 
 
-def strategy() -> Strategy | str:
-    """How gradients are shared."""
+def strategy(config: TrainingConfig) -> Strategy | str:
+    """What each process holds: all weights, or its part."""
+    if is_sharded(config):
+        return ModelParallelStrategy(processes().world_size, tensor_parallel_size=1, save_distributed_checkpoint=False)
     return "auto" if processes().world_size == 1 else DDPStrategy()
 
 

@@ -30,7 +30,8 @@ def gradient(likelihood: str, accumulate: int, **options: object) -> tuple[torch
 
 
 @pytest.mark.parametrize(
-    "likelihood", ["gaussian/fixed:0.3", "gaussian/shared", "laplace/per-pixel", "bernoulli", "categorical"]
+    "likelihood",
+    ["gaussian/fixed:0.3", "gaussian/shared", "laplace/per-pixel", "gaussian/optimal-image", "bernoulli", "categorical"],
 )
 @pytest.mark.parametrize("accumulate", [PARTS, EXAMPLES, 100])
 def test_where_no_scale_is_a_statistic_the_gradient_is_that_of_the_whole_batch(likelihood, accumulate):

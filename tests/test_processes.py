@@ -55,7 +55,9 @@ CASES = {
     "clipped": Case(options={"gradient_clip_norm": 1.0, "ema_decay": 0.9, "patience": 1}),
     "ladder": Case(network=LADDER, options={"free_bits_nats": 0.5, "kl_balancing_steps": 2}),
     "residual": Case(network="residual"),
-    "sharded": Case("gaussian/shared", LADDER, options={"shard_weights": True, "gradient_clip_norm": 5.0, "accumulate": 2}),
+    "sharded": Case(
+        "gaussian/shared", "hierarchical:tiny", options={"shard_weights": True, "gradient_clip_norm": 5.0, "accumulate": 2}
+    ),
     "micro-batches": Case("gaussian/fixed:0.3", options={"accumulate": 3}),
 }
 
@@ -268,6 +270,26 @@ def test_each_process_holds_a_part_and_they_resume(tmp_path):
         for kind in ("moments", "last"):
             for name, truth in found["at_once"][kind].items():
                 torch.testing.assert_close(found["halves"][kind][name], truth, rtol=1e-12, atol=1e-15, msg=name)
+
+
+def first_half(_: int, folder: Path) -> None:
+    with joined(torch.device("cpu")):
+        trained(folder, CASES["sharded"], epochs=1)
+
+
+def second_half(folder: Path) -> dict[str, Any]:
+    with joined(torch.device("cpu")):
+        return trained(folder, CASES["sharded"], resume=True)
+
+
+@pytest.mark.parametrize("then", [1, 2])
+def test_a_checkpoint_of_parts_is_whole(then, alone, tmp_path):
+    """It goes on without FSDP, and FSDP goes on from one without parts."""
+    on_processes(2, first_half, tmp_path) if then == 1 else first_half(0, tmp_path)
+    (found, *_) = [second_half(tmp_path)] if then == 1 else results_of(2, second_half, tmp_path)
+    for kind in ("moments", "last"):
+        for name, truth in alone["sharded"][kind].items():
+            torch.testing.assert_close(found[kind][name], truth, rtol=1e-9, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(

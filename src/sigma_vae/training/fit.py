@@ -241,6 +241,7 @@ def _quiet() -> Iterator[None]:
             r".*recommended to use `self.log",
             r".*[Cc]heckpoint directory .* exists",
             r".*LeafSpec",
+            r"The `srun` command is available",
             r"FSDP2-wrapped module .* returned a view",  # which nothing changes
         ):
             warnings.filterwarnings("ignore", message)

@@ -242,6 +242,7 @@ def _quiet() -> Iterator[None]:
             r".*[Cc]heckpoint directory .* exists",
             r".*LeafSpec",
             r"The `srun` command is available",
+            r"You.re using the WeightAveraging callback with a model that overrides",  # not where weights are shared out
             r"FSDP2-wrapped module .* returned a view",  # which nothing changes
         ):
             warnings.filterwarnings("ignore", message)

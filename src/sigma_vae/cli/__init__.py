@@ -3,8 +3,10 @@
 The functions in ``COMMANDS`` are the subcommands: tyro builds the interface from their signatures and docstrings.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import tyro
@@ -19,11 +21,14 @@ from sigma_vae.cli.runs import evaluate, replay, resume, train
 from sigma_vae.cli.study import STUDY, study
 from sigma_vae.cli.video import predict
 from sigma_vae.training import NonFiniteLossError
+from sigma_vae.training.processes import ElsewhereError
 
 __all__ = ["main"]
 
 PROGRAM = "sigma-vae"
 INTERRUPTED = 130
+SHARED = ("train", "resume", "replay", "evaluate", "calibrate", "fit-prior")
+"""What several processes do together."""
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
@@ -45,8 +50,21 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if it went well, 1 for a problem that is explained, 130 for Ctrl-C (a wrong command line exits with 2)."""
+    """Run a command; 0 if it went well, 1 for a problem that is explained, 130 for Ctrl-C (a wrong command line exits with 2).
+
+    Of several processes, started by ``torchrun``, the first one prints; what goes wrong is said by whom it happens to.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    rank, others = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if not others:
+        return _main(words, PROGRAM)
+    if words and words[0] in COMMANDS and words[0] not in SHARED:
+        raise SystemExit(f"{PROGRAM} {words[0]} is for one process; start it without torchrun")
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(sys.stdout if rank == 0 else nowhere):
+        return _main(words, f"{PROGRAM} (process {rank})" if rank else PROGRAM)
+
+
+def _main(words: list[str], speaker: str) -> int:
     commands, program = COMMANDS, PROGRAM
     if len(words) > 1 and words[0] == "study":
         commands, program, words = STUDY, f"{PROGRAM} study", words[1:]
@@ -59,9 +77,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
     except KeyboardInterrupt:
-        print(f"\n{PROGRAM}: interrupted. Where training had begun, `{PROGRAM} resume RUN` goes on", file=sys.stderr)
+        print(f"\n{speaker}: interrupted. Where training had begun, `{PROGRAM} resume RUN` goes on", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, NonFiniteLossError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(f"{speaker}: {error}", file=sys.stderr)
+        return 1
+    except ElsewhereError:  # the first process says it
         return 1
     return 0

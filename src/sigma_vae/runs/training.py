@@ -19,6 +19,7 @@ from sigma_vae.runs.folder import Run, config_of, same_data
 from sigma_vae.runs.priors import check_codes, take_prior
 from sigma_vae.runs.reports import write_json
 from sigma_vae.training import fit, resolve_device
+from sigma_vae.training.processes import first_of_node_first, from_first, joined, processes
 from sigma_vae.vae import VAE
 
 __all__ = ["resume", "train"]
@@ -27,29 +28,45 @@ __all__ = ["resume", "train"]
 def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any]:
     """Train into a new folder, calibrate, fit the prior where one is asked for, evaluate on the test split, and draw pictures.
 
+    Started by ``torchrun``, the processes share the work; the folder is one that all of them see.
+
     Returns:
         The evaluation, as ``evaluation.json`` holds it.
 
     Raises:
         ValueError: the folder already holds something, or the config is not possible.
     """
-    resolve_device(config.device)
+    with joined(resolve_device(config.device)):
+        return _train(config, out, progress=progress)
+
+
+def _check_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
             f"{out} already exists and is never overwritten; give another --out, or go on with it: sigma-vae resume {out}"
         )
+
+
+def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
+    from_first(lambda: _check_new(out))
     if config.data.source not in NAMES and Path(config.data.source).exists():  # a path: let the run find it from any folder
         config = replace(config, data=replace(config.data, source=str(Path(config.data.source).resolve())))
-    data = build.data(config.data)
-    if progress:
+    with first_of_node_first():
+        data = build.data(config.data)
+    if progress and processes().first:
         print(f"{data.name}: {data.record['counts']}; {data.record['preprocessing']}")
     if config.model.network == "auto":
         config = replace(config, model=replace(config.model, network=default_network(data.shape, clips=data.clips)))
     vae = _new_vae(config, data)
+    environment = _environment(config, data)
+    from_first(lambda: _open_folder(config, out, environment))
+    return _finish(config, out, vae, data, resumed=False, progress=progress)
+
+
+def _open_folder(config: RunConfig, out: Path, environment: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write(out / "config.yaml", config)
-    write_json(out / "environment.json", _environment(config, data))
-    return _finish(config, out, vae, data, resumed=False, progress=progress)
+    write_json(out / "environment.json", environment)
 
 
 def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> dict[str, Any]:
@@ -61,14 +78,17 @@ def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> di
     config = given = config_of(out)
     if epochs is not None:
         config = replace(config, training=replace(config.training, epochs=epochs))
-    data = same_data(out, config)
-    vae = _new_vae(config, data)
-    write(out / "config.yaml", config)  # at once: where this is interrupted, the next resumption has the same end
-    try:
-        return _finish(config, out, vae, data, resumed=True, progress=progress)
-    except ValueError:
-        write(out / "config.yaml", given)
-        raise
+    with joined(resolve_device(config.device)):
+        data = same_data(out, config)
+        vae = _new_vae(config, data)
+        # At once: where this is interrupted, the next resumption has the same end.
+        from_first(lambda: write(out / "config.yaml", config))
+        try:
+            return _finish(config, out, vae, data, resumed=True, progress=progress)
+        except ValueError:
+            if processes().first:
+                write(out / "config.yaml", given)
+            raise
 
 
 def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> dict[str, Any]:
@@ -76,8 +96,12 @@ def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bo
     vae.to(resolve_device(config.device))
     if config.model.prior != "standard":
         take_prior(config.model.prior, vae, data, config.seed)
-    build.save(out / "model", vae, config.model, data.shape, data.scaling)
+    from_first(lambda: build.save(out / "model", vae, config.model, data.shape, data.scaling))
     report = evaluation(out, Run(config, vae, data))
+    return from_first(lambda: _write_report(out, report, vae, data))
+
+
+def _write_report(out: Path, report: dict[str, Any], vae: VAE, data: Splits) -> dict[str, Any]:
     report |= kept(out, report)  # where nothing was left to train
     store(out, report)
     if drawable(data.shape):
@@ -109,6 +133,7 @@ def _environment(config: RunConfig, data: Splits) -> dict[str, Any]:
         "platform": platform.platform(),
         "seed": config.seed,
         "threads": torch.get_num_threads(),
+        "processes": processes().world_size,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "data": data.record,
     }

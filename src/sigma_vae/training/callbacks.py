@@ -13,6 +13,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from sigma_vae.data import Batches
 from sigma_vae.training.module import REMEDY, NonFiniteLossError, TrainingModule
+from sigma_vae.training.shares import on_any
 from sigma_vae.vae import VAE
 
 __all__ = ["AtomicCheckpoints", "AveragedWeights", "CalibrateBeforeValidation", "Checkpoint", "Resumable"]
@@ -79,7 +80,7 @@ class Resumable(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Stop between two steps, where weights, optimiser and data position agree."""
-        if self.asked:
+        if on_any(self.asked):
             trainer.save_checkpoint(self.checkpoint)
             raise KeyboardInterrupt
 

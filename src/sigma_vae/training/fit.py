@@ -24,6 +24,10 @@ from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import SequenceNetwork
 from sigma_vae.training.callbacks import AtomicCheckpoints, AveragedWeights, CalibrateBeforeValidation, Checkpoint, Resumable
 from sigma_vae.training.module import TrainingModule, validated_total
+from sigma_vae.training.processes import from_first, joined, own_device, processes
+from sigma_vae.training.sharding import to_be_trained
+from sigma_vae.training.shares import shared
+from sigma_vae.training.together import OwnNoise, OwnSignals, check_processes, environment, strategy
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["fit", "resolve_device"]
@@ -49,6 +53,9 @@ def fit(
 
     The model is left on the device that it was trained on, in eval mode.
 
+    Started by ``torchrun``, the processes train one model: each step's batch, validation and calibration are shared out, ``batch_size``
+    counts the examples of all, and the first process writes the files. Every process must call this with the same arguments.
+
     Args:
         vae: the model.
         data: its splits; test is not touched.
@@ -65,24 +72,43 @@ def fit(
         NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
         KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
     """
-    where = resolve_device(device)
+    with joined(resolve_device(device)):
+        _fit(vae, data, config, out, seed, resolve_device(device), resume=resume, progress=progress)
+
+
+def _fit(
+    vae: VAE,
+    data: Splits,
+    config: TrainingConfig,
+    out: Path | None,
+    seed: int,
+    where: torch.device,
+    *,
+    resume: bool,
+    progress: bool,
+) -> None:
+    check_processes(vae)
     if isinstance(vae.network, SequenceNetwork) != data.clips:
         have, need = ("clips", "a SequenceNetwork") if data.clips else ("no clips", "any other network")
         raise ValueError(f"{data.name} has {have} and needs {need}, got {type(vae.network).__name__}")
     pl.seed_everything(seed, workers=True, verbose=False)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))
         last = folder / "checkpoints" / "last.ckpt"
         if resume and not last.exists():
             raise ValueError(f"{last} does not exist: there is nothing to resume; train anew into another folder")
         vae.train()
         if not resume:
             _start(vae, data, config)
-        loggers = [] if out is None else _loggers(folder, last if resume else None)
-        training = data.batches("train", config.batch_size, shuffle=True, seed=seed, device=where)
-        validation = data.batches("validation", _passing_batch(data), device=where)
-        calibration = CalibrateBeforeValidation(vae, _part(data, where))
+        us = processes()
+        loggers = [] if out is None or not us.first else _loggers(folder, last if resume else None)
+        training = data.batches(
+            "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
+        )
+        validation = shared(data, "validation", _passing_batch(data), where)
+        model = to_be_trained(vae, config)
+        calibration = CalibrateBeforeValidation(model, shared(data, "train", _passing_batch(data), where, _part(data)))
         best = Checkpoint(last.with_name("best.ckpt"), best_of=validated_total(vae))
         callbacks = [
             *([AveragedWeights(decay=config.ema_decay)] if config.ema_decay else []),
@@ -91,9 +117,11 @@ def fit(
             best,
             Checkpoint(last),
             Resumable(last, training, where),
+            OwnNoise(seed, where),
+            OwnSignals(),
         ]
         trainer = _trainer(config, folder, where, loggers, callbacks, progress)
-        module = TrainingModule(vae, config, training.log_volume_nats)
+        module = TrainingModule(model, config, training.log_volume_nats)
         try:
             trainer.fit(module, training, validation, ckpt_path=last if resume else None, weights_only=True)
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
@@ -104,9 +132,9 @@ def fit(
         if calibration.validated_at != trainer.global_step:
             last_is_best = _validate_last(trainer, module, validation, best)
             trainer.save_checkpoint(last)
-        if not last_is_best:
-            _load_weights(vae, best.path)
-        vae.to(where).eval().calibrate(data.batches("train", _passing_batch(data), device=where))
+        if not last_is_best or model is not vae:
+            _load_weights(vae, last if last_is_best else best.path)
+        vae.to(where).eval().calibrate(shared(data, "train", _passing_batch(data), where))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -119,18 +147,18 @@ def resolve_device(device: str) -> torch.device:
     there = {"cpu": True, "cuda": torch.cuda.is_available()}
     have = [name for name, is_there in there.items() if is_there]
     if device == "auto":
-        return torch.device(have[-1])
+        return own_device(torch.device(have[-1]))
     if kind not in there or (number and (kind != "cuda" or not number.isdigit())):
         raise ValueError(f"device is one of auto, cpu, cuda, cuda:N; got {device!r}")
     if not there[kind] or (number and int(number) >= torch.cuda.device_count()):
         raise ValueError(f"device {device!r} is not on this machine; there are: {', '.join(have)}")
-    return torch.device(device)
+    return own_device(torch.device(device))
 
 
 def _start(vae: VAE, data: Splits, config: TrainingConfig) -> None:
     """Give every scale a sane first value: a learned σ the data's spread, and the stored ones a first fit."""
     likelihood = vae.likelihood
-    first = next(iter(_part(data)))
+    first = next(iter(data.batches("train", _passing_batch(data), limit=_part(data))))  # the same on every process
     if config.scale_start == "data" and isinstance(likelihood, LocationScale) and isinstance(likelihood.scale, Shared):
         likelihood.scale.start(float(first.x.std()))
     x = first.x.to(next(vae.parameters()).device)
@@ -139,9 +167,10 @@ def _start(vae: VAE, data: Splits, config: TrainingConfig) -> None:
         vae.elbo(x, noise=keyed_noise(first.positions))
 
 
-def _part(data: Splits, device: torch.device | str = "cpu") -> Batches:
-    limit = max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), 2)
-    return data.batches("train", _passing_batch(data), device=device, limit=min(limit, len(data.train)))
+def _part(data: Splits) -> int:
+    """How many training examples scales are refitted on before a validation."""
+    least = max(2, processes().world_size)
+    return min(max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), least), len(data.train))
 
 
 def _trainer(
@@ -152,10 +181,12 @@ def _trainer(
     callbacks: list[pl.Callback],
     progress: bool,
 ) -> pl.Trainer:
-    steps = config.validate_every
+    steps, us = config.validate_every, processes()
     return pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=1 if device.index is None else [device.index],
+        devices=us.per_node if us.world_size > 1 else 1 if device.index is None else [device.index],
+        num_nodes=us.world_size // us.per_node,
+        strategy=strategy(config),
         max_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         max_time=None if config.max_minutes is None else timedelta(minutes=config.max_minutes),
@@ -165,7 +196,7 @@ def _trainer(
         logger=loggers,
         log_every_n_steps=1,  # of what reaches the bar; the module itself logs every `log_every` steps
         callbacks=callbacks,
-        plugins=[AtomicCheckpoints()],
+        plugins=[AtomicCheckpoints(), *environment()],
         enable_progress_bar=progress,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -205,7 +236,15 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for logger in engine:
             logger.setLevel(logging.WARNING)
-        for message in (r".*does not have many workers", r".*[Cc]heckpoint directory .* exists", r".*LeafSpec"):
+        for message in (
+            r".*does not have many workers",
+            r".*recommended to use `self.log",
+            r".*[Cc]heckpoint directory .* exists",
+            r".*LeafSpec",
+            r"The `srun` command is available",
+            r"You.re using the WeightAveraging callback with a model that overrides",  # not where weights are shared out
+            r"FSDP2-wrapped module .* returned a view",  # which nothing changes
+        ):
             warnings.filterwarnings("ignore", message)
         try:
             yield
@@ -221,5 +260,5 @@ def _validate_last(trainer: pl.Trainer, module: TrainingModule, validation: Batc
 
 
 def _load_weights(vae: VAE, checkpoint: Path) -> None:
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    state = from_first(lambda: torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
     vae.load_state_dict({name.removeprefix("vae."): value for name, value in state.items()})

@@ -7,11 +7,16 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.training.objective import check_weights, is_weighted, losses
+from sigma_vae.training.accumulation import step_loss
+from sigma_vae.training.objective import check_weights, is_weighted
+from sigma_vae.training.processes import processes
+from sigma_vae.training.sharding import average_gradients, clip, gradient_norm, is_sharded, shard
+from sigma_vae.training.shares import mean_over_all, sum_over_all
 from sigma_vae.types import Batch, Elbo
 from sigma_vae.vae import VAE, keyed_noise
 
@@ -45,8 +50,9 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Mean negative ELBO (or weighted objective) of the batch, in nats."""
-        elbo, minimised = losses(self.vae, batch, self.config, self.global_step)
-        loss = minimised.mean()
+        if self.config.accumulate > 1:  # not before the last micro-batch's backward pass, where the engine would do it
+            self.zero_grad()
+        elbo, loss = step_loss(self.vae, batch, self.config, self.global_step)
         if not torch.isfinite(loss):
             raise NonFiniteLossError(self._diagnosis(batch, elbo))
         if self.global_step % self.config.log_every == 0:
@@ -59,13 +65,41 @@ class TrainingModule(pl.LightningModule):
         self.just_skipped = False
         if limit is None and self._row is None:
             return
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        norm = gradient_norm(self.parameters())
         if limit is not None and not norm < limit:  # not "norm >= limit", which NaN passes
             self.just_skipped = True
             self.skipped_steps += 1
             optimizer.zero_grad()  # Adam leaves alone what has no gradient: its value, its moments, its decay
         if self._row is not None:
             self._write(self._row | {"train/gradient_norm": norm})
+
+    def configure_model(self) -> None:
+        """Runs where the processes know each other."""
+        if is_sharded(self.config) and not isinstance(next(self.vae.network.parameters()), DTensor):
+            assert self.device_mesh is not None
+            shard(self.vae, self.device_mesh["data_parallel"])
+
+    def on_after_backward(self) -> None:
+        """What is shared out has its gradients averaged by torch."""
+        if is_sharded(self.config):
+            average_gradients(self.vae.likelihood.parameters())
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """The engine's way cannot add up what is shared out and what is not."""
+        if is_sharded(self.config) and gradient_clip_val is not None:
+            clip(self.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Runs between the last forward and backward pass of a step, where earlier micro-batches have left gradients."""
+        if self.config.accumulate == 1:
+            optimizer.zero_grad()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the count of skipped steps."""
@@ -80,8 +114,6 @@ class TrainingModule(pl.LightningModule):
         inference = self.vae.network.infer(batch.x, mask=batch.mask, noise=keyed_noise(batch.positions))
         likelihood, (h, target) = self.vae.likelihood, inference.scored()
         elbo = Elbo(inference.per_example(likelihood(h).log_prob(target)), inference.kl)
-        if not torch.isfinite(elbo.total).all():
-            raise NonFiniteLossError(self._diagnosis(batch, elbo))
         metrics = {
             validated_total(self.vae): elbo.total - self.log_volume_nats,
             "validation/rate_nats": elbo.rate,
@@ -90,9 +122,14 @@ class TrainingModule(pl.LightningModule):
         if likelihood.levels is not None and likelihood.normalised:
             mass = inference.per_example(likelihood.log_mass(h, target))
             metrics["validation/bits_per_dim"] = (elbo.rate - mass) / (inference.dims() * math.log(2))
-        for name, values in metrics.items():
+        means = mean_over_all(torch.stack(list(metrics.values()), 1))
+        if not torch.isfinite(means[0]):
+            raise NonFiniteLossError(self._diagnosis(batch, elbo))
+        # Not the engine's mean over processes, which takes shares of 6 and 7 examples for 12.
+        examples = int(sum_over_all(torch.tensor(len(batch.x))))
+        for name, mean in zip(metrics, means, strict=True):
             shown = name in (validated_total(self.vae), "validation/bits_per_dim")
-            self.log(name, values.mean(), batch_size=len(batch.x), on_epoch=True, sync_dist=True, prog_bar=shown)
+            self.log(name, mean, batch_size=examples, on_epoch=True, prog_bar=shown)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, or AdamW where weights decay; what a likelihood learns (a shared σ, a ν) has its own rate and no decay."""
@@ -116,9 +153,9 @@ class TrainingModule(pl.LightningModule):
 
     def _log_step(self, loss: Tensor, elbo: Elbo) -> None:
         metrics = {
-            "train/loss_nats": self.log_volume_nats - elbo.total.detach().mean(),
-            "train/rate_nats": elbo.rate.detach().mean(),
-            "train/distortion_nats": elbo.distortion.detach().mean() + self.log_volume_nats,
+            "train/loss_nats": self.log_volume_nats - mean_over_all(elbo.total.flatten()),
+            "train/rate_nats": mean_over_all(elbo.rate.flatten()),
+            "train/distortion_nats": mean_over_all(elbo.distortion.flatten()) + self.log_volume_nats,
         }
         if is_weighted(self.config):
             metrics["train/weighted_objective_nats"] = loss
@@ -139,9 +176,10 @@ class TrainingModule(pl.LightningModule):
         terms = {"log-likelihood": elbo.log_likelihood, "KL": elbo.rate}
         broken = [name for name, term in terms.items() if not torch.isfinite(term).all()]
         weights = [name for name, p in self.vae.named_parameters() if not torch.isfinite(p).all()]
+        elsewhere = "their mean" if processes().world_size == 1 else "another process's"
         sigma = current_sigma(self.vae)
         return (
-            f"the loss is not finite at step {self.global_step}: broken term: {' and '.join(broken) or 'their mean'};"
+            f"the loss is not finite at step {self.global_step}: broken term: {' and '.join(broken) or elsewhere};"
             f" σ: {'none' if sigma is None else f'{float(sigma):.4g}'};"
             f" batch in [{float(batch.x.min()):.4g}, {float(batch.x.max()):.4g}];"
             f" weights that are not finite: {', '.join(weights[:3]) or 'none'}."

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from sigma_vae import data as data_sources
 from sigma_vae.config import DataConfig, ModelConfig
-from sigma_vae.configfile import parse
+from sigma_vae.configfile import parse, write_whole
 from sigma_vae.data import Scaling, Splits
 from sigma_vae.likelihoods import (
     Bernoulli,
@@ -196,15 +196,15 @@ def save(folder: Path, model: VAE, config: ModelConfig, shape: Sequence[int], sc
 
     The prior is named after what the model has: a mixture whose number of components was chosen is saved with that number.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model.network, FlatNetwork):
         config = replace(config, prior=prior_name(model.network.prior))
     description = {"format": FORMAT, "model": asdict(config), "shape": list(shape), "scaling": asdict(scaling)}
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "model.safetensors", save(state))
+    write_whole(folder / "model.json", json.dumps(description, indent=2) + "\n")
 
 
 def load(folder: Path) -> Saved:

@@ -49,11 +49,14 @@ def write(path: Path, config: Any) -> None:
     write_whole(path, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file; one that is there stands until the new one is whole, whatever happens on the way."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file; one that is there stands until the new one is whole and on the disk, whatever happens on the way."""
     aside = path.with_name(path.name + ".new")
     try:
-        aside.write_text(text, encoding="utf-8")
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

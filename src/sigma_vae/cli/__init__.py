@@ -3,8 +3,11 @@
 The functions in ``COMMANDS`` are the subcommands: tyro builds the interface from their signatures and docstrings.
 """
 
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import tyro
@@ -18,12 +21,13 @@ from sigma_vae.cli.priors import fit_prior
 from sigma_vae.cli.runs import evaluate, replay, resume, train
 from sigma_vae.cli.study import STUDY, study
 from sigma_vae.cli.video import predict
-from sigma_vae.training import NonFiniteLossError
+from sigma_vae.training import NonFiniteLossError, Terminated
 
 __all__ = ["main"]
 
 PROGRAM = "sigma-vae"
 INTERRUPTED = 130
+TERMINATED = 143
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "inspect": inspect,
@@ -45,11 +49,12 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if it went well, 1 for a problem that is explained, 130 for Ctrl-C (a wrong command line exits with 2)."""
+    """Run a command; 0 if it went well, 1 for a problem that is explained, 130 for Ctrl-C, 143 for SIGTERM (a wrong command line exits with 2)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands, program = COMMANDS, PROGRAM
     if len(words) > 1 and words[0] == "study":
         commands, program, words = STUDY, f"{PROGRAM} study", words[1:]
+    before = _on_sigterm(_terminate)
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,
@@ -61,7 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{PROGRAM}: interrupted. Where training had begun, `{PROGRAM} resume RUN` goes on", file=sys.stderr)
         return INTERRUPTED
+    except Terminated:
+        print(f"\n{PROGRAM}: terminated (SIGTERM). Where training had begun, `{PROGRAM} resume RUN` goes on", file=sys.stderr)
+        return TERMINATED
     except (ValueError, OSError, NonFiniteLossError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
+    finally:
+        _on_sigterm(before)
     return 0
+
+
+def _on_sigterm(handler: Any) -> Any:
+    """Set what SIGTERM does, where this is the main thread, and return what it did."""
+    return signal.signal(signal.SIGTERM, handler) if threading.current_thread() is threading.main_thread() else None
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Outside of training, which ends its step first, there is nothing to wait for: files are written whole or not at all."""
+    raise Terminated

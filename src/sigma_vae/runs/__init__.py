@@ -3,7 +3,7 @@
 from sigma_vae.runs.calibrating import calibrate_run
 from sigma_vae.runs.comparing import compare
 from sigma_vae.runs.evaluating import evaluate_run
-from sigma_vae.runs.folder import Run, evaluation_batch, open_model, open_run
+from sigma_vae.runs.folder import Run, evaluation_batch, has_checkpoint, open_model, open_run
 from sigma_vae.runs.priors import fit_prior
 from sigma_vae.runs.training import resume, train
 
@@ -14,6 +14,7 @@ __all__ = [
     "evaluate_run",
     "evaluation_batch",
     "fit_prior",
+    "has_checkpoint",
     "open_model",
     "open_run",
     "resume",

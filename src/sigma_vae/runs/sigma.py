@@ -1,10 +1,10 @@
 """The refitted σ of a finished run: kept with its weights, together with what it was fitted on."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from sigma_vae.configfile import write_whole
 from sigma_vae.vae import VAE
 
 __all__ = ["fitted_on", "keep"]
@@ -17,16 +17,10 @@ def keep(out: Path, vae: VAE, record: dict[str, Any]) -> None:
 
     Both are one file, so that neither is ever there without the other; a training that goes on writes it without the record.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    path = out / "model" / "model.safetensors"
-    aside = path.with_name(path.name + ".new")
     state = {name: value.detach().cpu().contiguous() for name, value in vae.state_dict().items()}
-    try:
-        save_file(state, aside, metadata={KEY: json.dumps(record, ensure_ascii=False)})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(out / "model" / "model.safetensors", save(state, metadata={KEY: json.dumps(record, ensure_ascii=False)}))
 
 
 def fitted_on(out: Path) -> dict[str, Any] | None:

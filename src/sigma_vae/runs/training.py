@@ -15,10 +15,11 @@ from sigma_vae.evaluation.pictures import drawable
 from sigma_vae.networks import SequenceNetwork
 from sigma_vae.networks.default import default_network
 from sigma_vae.runs.evaluating import draw, evaluation, kept, store
-from sigma_vae.runs.folder import Run, config_of, same_data
+from sigma_vae.runs.folder import Run, config_of, has_checkpoint, same_data
 from sigma_vae.runs.priors import check_codes, take_prior
 from sigma_vae.runs.reports import write_json
 from sigma_vae.training import fit, resolve_device
+from sigma_vae.training.folder import LOCK, exclusive, explained
 from sigma_vae.vae import VAE
 
 __all__ = ["resume", "train"]
@@ -31,10 +32,11 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, A
         The evaluation, as ``evaluation.json`` holds it.
 
     Raises:
-        ValueError: the folder already holds something, or the config is not possible.
+        ValueError: the folder already holds something, another process is at work in it, or the config is not possible.
+        OSError: the folder cannot be written; what was written before is whole.
     """
     resolve_device(config.device)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise ValueError(
             f"{out} already exists and is never overwritten; give another --out, or go on with it: sigma-vae resume {out}"
         )
@@ -46,29 +48,32 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, A
     if config.model.network == "auto":
         config = replace(config, model=replace(config.model, network=default_network(data.shape, clips=data.clips)))
     vae = _new_vae(config, data)
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "config.yaml", config)
-    write_json(out / "environment.json", _environment(config, data))
-    return _finish(config, out, vae, data, resumed=False, progress=progress)
+    with explained(out, f"go on: sigma-vae resume {out}"), exclusive(out):
+        write_json(out / "environment.json", _environment(config, data))
+        write(out / "config.yaml", config)  # from here on it is a run, which can be resumed
+        return _finish(config, out, vae, data, resumed=False, progress=progress)
 
 
 def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> dict[str, Any]:
-    """Go on exactly where a run stopped, perhaps for more epochs than it was given.
+    """Go on exactly where a run stopped, perhaps for more epochs than it was given; from the beginning, if it had no checkpoint yet.
 
     Raises:
-        ValueError: the folder holds no run, its data have changed, or it has more epochs behind it than asked for.
+        ValueError: the folder holds no run, its data have changed, it has more epochs behind it than asked for, all its checkpoints are
+            damaged, or another process is at work in it.
+        OSError: the folder cannot be written.
     """
     config = given = config_of(out)
     if epochs is not None:
         config = replace(config, training=replace(config.training, epochs=epochs))
     data = same_data(out, config)
     vae = _new_vae(config, data)
-    write(out / "config.yaml", config)  # at once: where this is interrupted, the next resumption has the same end
-    try:
-        return _finish(config, out, vae, data, resumed=True, progress=progress)
-    except ValueError:
-        write(out / "config.yaml", given)
-        raise
+    with explained(out, f"go on: sigma-vae resume {out}"), exclusive(out):
+        write(out / "config.yaml", config)  # at once: where this is interrupted, the next resumption has the same end
+        try:
+            return _finish(config, out, vae, data, resumed=has_checkpoint(out), progress=progress)
+        except ValueError:
+            write(out / "config.yaml", given)
+            raise
 
 
 def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> dict[str, Any]:

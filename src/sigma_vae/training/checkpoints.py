@@ -43,7 +43,9 @@ def write_sealed(checkpoint: dict[str, Any], path: Path, before: Path | None = N
     except OSError as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise OSError(error.errno, f"the checkpoint cannot be written ({error.strerror}), those before are whole", str(path)) from error
+        raise OSError(
+            error.errno, f"the checkpoint cannot be written ({error.strerror}), those before are whole", str(path)
+        ) from error
     if before is not None and path.exists():
         os.replace(path, before)
     os.replace(aside, path)

@@ -20,7 +20,8 @@ from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import SequenceNetwork
 from sigma_vae.training.callbacks import AveragedWeights, CalibrateBeforeValidation
 from sigma_vae.training.checkpoints import BestCheckpoint, SealedCheckpoints, newest, read_sealed, step_of
-from sigma_vae.training.metrics import MetricsTable, events, rows_before
+from sigma_vae.training.folder import exclusive
+from sigma_vae.training.metrics import Events, MetricsTable, rows_before
 from sigma_vae.training.module import TrainingModule, validated_total
 from sigma_vae.training.resuming import Patience, Resumable, Terminated, ValidateAtEnd
 from sigma_vae.vae import VAE, keyed_noise
@@ -60,7 +61,7 @@ def fit(
 
     Raises:
         ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over than ``config`` has,
-            ``out`` has checkpoints that are not to be resumed, or the network is not for clips and the data are, or the other way round.
+            ``out`` has checkpoints that are not to be resumed, another process writes there, or the network is not for clips and the data are, or the other way round.
         NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
         KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
         Terminated: after SIGTERM, likewise; not caught, it ends the process with the exit code 143.
@@ -75,6 +76,7 @@ def fit(
         stack.enter_context(_quiet())
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         last = folder / "checkpoints" / "last.ckpt"
+        stack.enter_context(exclusive(last.parent))
         resumed = _resumed(last, resume=resume)
         vae.train()
         if not resume:
@@ -89,7 +91,7 @@ def fit(
         callbacks = [
             *([AveragedWeights(decay=config.ema_decay)] if config.ema_decay else []),
             CalibrateBeforeValidation(vae, _part(data, where)),  # after the averaged weights have been put in place
-            *([Patience(validated_total(vae), mode="max", patience=config.patience)] if config.patience else []),
+            *([Patience(validated_total(vae), config.patience)] if config.patience else []),
             ValidateAtEnd(),
             best,
             resumable,  # after the best, which it refers to
@@ -196,8 +198,7 @@ def _loggers(folder: Path, resumed: Path | None) -> list[Logger]:
     """CSV and TensorBoard; a resumed run keeps the rows up to the step it resumes from."""
     table = folder / "metrics.csv"
     kept = [] if resumed is None else rows_before(table, step_of(resumed))
-    folder.mkdir(parents=True, exist_ok=True)
-    return [MetricsTable(table, kept), events(folder, kept)]
+    return [MetricsTable(table, kept), Events(folder, kept)]
 
 
 @contextmanager

@@ -1,17 +1,19 @@
-"""The run's metrics, as a table that no kill can tear, and as TensorBoard events made from the same rows."""
+"""The run's metrics, as a table that no kill can tear, and as TensorBoard's events made of the same rows."""
 
 import csv
 import io
 import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-__all__ = ["MetricsTable", "events", "rows_before"]
+__all__ = ["Events", "MetricsTable", "rows_before"]
 
 Row = Mapping[str, Any]
 
@@ -105,13 +107,56 @@ class MetricsTable(Logger):
         os.replace(aside, self.path)
 
 
-def events(folder: Path, kept: Sequence[Row]) -> TensorBoardLogger:
-    """TensorBoard events: those of a resumed run begin with these rows, for events of steps after them are no longer true."""
-    logger = TensorBoardLogger(folder, name="", version="tensorboard")
-    if rank_zero_only.rank == 0:
-        for old in (folder / "tensorboard").glob("events.out.tfevents.*"):
+class Events(Logger):
+    """TensorBoard's file of the same rows, each written when it is logged.
+
+    TensorBoard's own writer does so later, in a thread: what it has not yet written is lost with a killed process, what it has stays
+    when a run goes on from before it, and where there is no room the thread dies with a traceback.
+
+    Args:
+        folder: of the run; the file is made in a folder inside, where it replaces those that are there.
+        kept: rows to begin with.
+    """
+
+    def __init__(self, folder: Path, kept: Sequence[Row] = ()) -> None:
+        super().__init__()
+        self.path = folder / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._begin()
+        for row in kept:
+            self.log_metrics({name: float(value) for name, value in row.items() if name != "step"}, int(row["step"]))
+
+    @property
+    def name(self) -> str:
+        """None: its folder is the run's."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """What the engine's own writer of such files calls it."""
+        return "tensorboard"
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add an event with all values."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
+        self._write(step=step, summary=Summary(value=values))
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's config has them."""
+
+    @rank_zero_only
+    def _begin(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for old in self.path.parent.glob("events.out.tfevents.*"):
             old.unlink()
-    for row in kept:
-        values = {name: float(value) for name, value in row.items() if name != "step"}
-        logger.log_metrics(values, int(row["step"]))
-    return logger
+        self._write(file_version="brain.Event:2")
+
+    def _write(self, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with self.path.open("ab") as file:
+            RecordWriter(file).write(Event(wall_time=time.time(), **content).SerializeToString())

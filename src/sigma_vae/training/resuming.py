@@ -127,16 +127,51 @@ class Resumable(pl.callbacks.Checkpoint):
 
 
 class ValidateAtEnd(pl.Callback):
-    """A validation ends the run, wherever between two of them its last step lies: its weights have their chance to be the best."""
+    """A validation ends the run, wherever between two of them its last step lies: its weights have their chance to be the best.
+
+    A run that goes on from a checkpoint written after a validation does not repeat it, whatever was the reason for it. The engine knows
+    that of those alone that would be due again: so it is told that one is, until the next step begins.
+    """
+
+    def __init__(self) -> None:
+        self.every: int | float | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A run that has nothing left to do is stopped; one that goes on has its last validation behind it."""
+        steps = trainer.fit_loop.epoch_loop
+        if trainer.global_step >= trainer.estimated_stepping_batches:
+            trainer.should_stop = True
+        elif steps.restarting and steps.batch_progress.total.completed == steps.batch_progress.total.processed:
+            self.every, trainer.val_check_batch = trainer.val_check_batch, 1
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """From here on validations are due as they always were."""
+        self._give_back(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """The engine validates before it stops for this reason."""
         if trainer.global_step >= trainer.estimated_stepping_batches:
             trainer.should_stop = True
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on validations are due as they always were."""
+        self._give_back(trainer)
+
+    def _give_back(self, trainer: pl.Trainer) -> None:
+        if self.every is not None:
+            trainer.val_check_batch, self.every = self.every, None
+
 
 class Patience(EarlyStopping):
-    """Stops a run that no longer improves, also one that is resumed when it has just been stopped so."""
+    """Stops a run whose validations no longer improve, also one that is resumed when it has just been stopped so.
+
+    Args:
+        monitor: the metric; more is better.
+        patience: how many validations may pass without a better one.
+    """
+
+    def __init__(self, monitor: str, patience: int) -> None:
+        super().__init__(monitor, mode="max", patience=patience, check_on_train_epoch_end=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Patience that was over is over."""

@@ -49,7 +49,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 if it went well, 1 for a problem that is explained, 130 for Ctrl-C, 143 for SIGTERM (a wrong command line exits with 2)."""
+    """Run a command, and say how it went: 0 well, 1 a problem that is explained, 130 Ctrl-C, 143 SIGTERM.
+
+    A wrong command line exits with 2.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     commands, program = COMMANDS, PROGRAM
     if len(words) > 1 and words[0] == "study":

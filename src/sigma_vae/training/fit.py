@@ -61,7 +61,8 @@ def fit(
 
     Raises:
         ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over than ``config`` has,
-            ``out`` has checkpoints that are not to be resumed, another process writes there, or the network is not for clips and the data are, or the other way round.
+            ``out`` has checkpoints that are not to be resumed, or another process writes there; the network is not for clips and the
+            data are, or the other way round.
         NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
         KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
         Terminated: after SIGTERM, likewise; not caught, it ends the process with the exit code 143.

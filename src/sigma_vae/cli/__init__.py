@@ -18,7 +18,7 @@ from sigma_vae.cli.explain import explain
 from sigma_vae.cli.inspect import inspect
 from sigma_vae.cli.outputs import encode, reconstruct, sample, score
 from sigma_vae.cli.priors import fit_prior
-from sigma_vae.cli.runs import evaluate, replay, resume, train
+from sigma_vae.cli.runs import evaluate, replay, rerun, resume, train
 from sigma_vae.cli.study import STUDY, study
 from sigma_vae.cli.video import predict
 from sigma_vae.training import NonFiniteLossError, Terminated
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "resume": resume,
     "replay": replay,
+    "rerun": rerun,
     "evaluate": evaluate,
     "compare": compare,
     "fit-prior": fit_prior,

@@ -12,7 +12,7 @@ from sigma_vae.runs.reports import read_json
 from sigma_vae.training import resolve_device
 from sigma_vae.vae import VAE
 
-__all__ = ["Run", "config_of", "evaluation_batch", "has_checkpoint", "model_digest", "open_model", "open_run", "same_data"]
+__all__ = ["Run", "config_of", "evaluation_batch", "model_digest", "open_model", "open_run", "same_data"]
 
 EVALUATION_BATCH = 256
 
@@ -51,11 +51,6 @@ def open_model(out: Path, device: str = "auto") -> build.Saved:
 def model_digest(out: Path) -> str:
     """SHA-256 of the run's weights and scales: what an evaluation is of."""
     return hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest()
-
-
-def has_checkpoint(out: Path) -> bool:
-    """Whether a training has come so far that it has something to go on from."""
-    return any((out / "checkpoints" / name).exists() for name in ("last.ckpt", "previous.ckpt"))
 
 
 def evaluation_batch(data: Splits) -> int:

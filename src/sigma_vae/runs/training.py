@@ -9,20 +9,21 @@ import torch
 
 from sigma_vae import __version__, build
 from sigma_vae.config import RunConfig
-from sigma_vae.configfile import write
-from sigma_vae.data import NAMES, Splits
+from sigma_vae.configfile import parse, write
+from sigma_vae.data import NAMES, Scaling, Splits
 from sigma_vae.evaluation.pictures import drawable
 from sigma_vae.networks import SequenceNetwork
 from sigma_vae.networks.default import default_network
 from sigma_vae.runs.evaluating import draw, evaluation, kept, store
-from sigma_vae.runs.folder import Run, config_of, has_checkpoint, same_data
+from sigma_vae.runs.folder import Run, config_of, same_data
 from sigma_vae.runs.priors import check_codes, take_prior
 from sigma_vae.runs.reports import write_json
 from sigma_vae.training import fit, resolve_device
 from sigma_vae.training.folder import LOCK, exclusive, explained
+from sigma_vae.training.non_finite import FILE, first_broken, load_broken_step
 from sigma_vae.vae import VAE
 
-__all__ = ["resume", "train"]
+__all__ = ["has_checkpoint", "rerun", "resume", "train"]
 
 
 def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any]:
@@ -74,6 +75,36 @@ def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> di
         except ValueError:
             write(out / "config.yaml", given)
             raise
+
+
+def rerun(out: Path) -> dict[str, Any]:
+    """Do the step again whose loss was not finite, from ``non-finite.safetensors`` in the run folder; the data are not needed.
+
+    Returns:
+        ``step``, ``split``, ``diagnosis`` as it was given when the run stopped, and ``begins_in``: the modules whose output is not finite
+        where their input was, in their order, and the terms and examples (their positions in the split) that it reaches.
+
+    Raises:
+        ValueError: the folder holds no run, or no such step.
+    """
+    step = load_broken_step(out / FILE)
+    shape = step.about.get("shape")
+    if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
+        raise ValueError(f"{out / FILE} does not say the shape of an example, got {shape!r}")
+    config = config_of(out)
+    vae = build.vae(
+        config.model, shape, parse(step.about.get("scaling"), Scaling, str(out / FILE)), clips=step.batch.x.dim() == 5
+    )
+    try:
+        begins = first_broken(vae, step)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{out / FILE} does not fit the model of {out}: {error}") from error
+    return {name: step.about.get(name) for name in ("step", "split", "diagnosis")} | {"begins_in": begins}
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether a training has come so far that it has something to go on from."""
+    return any((out / "checkpoints" / name).exists() for name in ("last.ckpt", "previous.ckpt"))
 
 
 def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import IO, Any
 import torch
 from lightning_fabric.plugins.io import CheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.utilities import rank_zero_only
+
+from sigma_vae.training.folder import is_first_process
 
 __all__ = ["BestCheckpoint", "SealedCheckpoints", "damage", "newest", "read_sealed", "step_of", "write_sealed"]
 
@@ -86,7 +87,7 @@ def newest(folder: Path) -> Path | None:
     Raises:
         ValueError: there are some, and all are damaged.
     """
-    problems = []
+    problems: list[str] = []
     for path in (folder / "last.ckpt", folder / "previous.ckpt"):
         if not path.exists():
             continue
@@ -175,7 +176,7 @@ class BestCheckpoint(ModelCheckpoint):
         """Whether there is the file with this seal; it is given its name back."""
         for path in (self.path, self.path.with_name(BEFORE[self.path.name])):
             if path.exists() and _seal(path) == seal and damage(path) is None:
-                if path != self.path and rank_zero_only.rank == 0:
+                if path != self.path and is_first_process():
                     os.replace(path, self.path)
                 return True
         log.warning("%s is lost or damaged: the weights found best from here on count", self.path)

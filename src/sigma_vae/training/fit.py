@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from sigma_vae.training.callbacks import AveragedWeights, CalibrateBeforeValidat
 from sigma_vae.training.checkpoints import BestCheckpoint, SealedCheckpoints, newest, read_sealed, step_of
 from sigma_vae.training.folder import exclusive
 from sigma_vae.training.metrics import Events, MetricsTable, rows_before
-from sigma_vae.training.module import TrainingModule, validated_total
+from sigma_vae.training.module import NonFiniteLossError, TrainingModule, validated_total
+from sigma_vae.training.non_finite import KeepsBrokenStep
 from sigma_vae.training.resuming import Patience, Resumable, Terminated, ValidateAtEnd
 from sigma_vae.vae import VAE, keyed_noise
 
@@ -88,8 +90,10 @@ def fit(
         loggers = [] if out is None else _loggers(folder, resumed)
         validation = data.batches("validation", _passing_batch(data), device=where)
         best = BestCheckpoint(last.with_name("best.ckpt"), validated_total(vae))
+        kept = KeepsBrokenStep(folder, {"shape": list(data.shape), "scaling": asdict(data.scaling)})
         resumable = Resumable(last, training, where, config.checkpoint_minutes)
         callbacks = [
+            kept,
             *([AveragedWeights(decay=config.ema_decay)] if config.ema_decay else []),
             CalibrateBeforeValidation(vae, _part(data, where)),  # after the averaged weights have been put in place
             *([Patience(validated_total(vae), config.patience)] if config.patience else []),
@@ -103,6 +107,8 @@ def fit(
             trainer.fit(module, training, validation, ckpt_path=resumed, weights_only=True)
         except Terminated:
             raise
+        except NonFiniteLossError as error:
+            raise (error if out is None else kept.told(error, trainer.global_step)) from error
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
             raise KeyboardInterrupt from stop
         if resumable.asked is not None:  # when nothing was left but to come here

@@ -7,13 +7,18 @@ from pathlib import Path
 
 from pytorch_lightning.utilities import rank_zero_only
 
-__all__ = ["LOCK", "exclusive", "explained"]
+__all__ = ["LOCK", "exclusive", "explained", "is_first_process"]
 
 LOCK = ".lock"
 """Name of the file that is locked; it stays, and says nothing by being there."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of several processes that writes files."""
+    return getattr(rank_zero_only, "rank", 0) in (0, None)
 
 
 @contextmanager
@@ -29,7 +34,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    if rank_zero_only.rank:
+    if not is_first_process():
         yield
         return
     lock = FileLock(folder / LOCK)

@@ -138,7 +138,7 @@ class Events(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add an event with all values."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
         self._write(step=step, summary=Summary(value=values))
@@ -155,8 +155,8 @@ class Events(Logger):
         self._write(file_version="brain.Event:2")
 
     def _write(self, **content: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 
         with self.path.open("ab") as file:
             RecordWriter(file).write(Event(wall_time=time.time(), **content).SerializeToString())

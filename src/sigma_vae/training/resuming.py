@@ -141,7 +141,7 @@ class ValidateAtEnd(pl.Callback):
         steps = trainer.fit_loop.epoch_loop
         if trainer.global_step >= trainer.estimated_stepping_batches:
             trainer.should_stop = True
-        elif steps.restarting and steps.batch_progress.total.completed == steps.batch_progress.total.processed:
+        elif steps.restarting and steps.batch_progress.total.completed == steps.batch_progress.total.ready:
             self.every, trainer.val_check_batch = trainer.val_check_batch, 1
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

@@ -72,7 +72,8 @@ def config_of(out: Path) -> RunConfig:
 def same_data(out: Path, config: RunConfig) -> Splits:
     """The data that the run was trained on: changed data may move what it was trained on into the test split."""
     data = build.data(config.data)
-    known = read_json(out / "environment.json").get("data", {}).get("fingerprint")
+    record = read_json(out / "environment.json").get("data")
+    known = record.get("fingerprint") if isinstance(record, dict) else None
     if known != data.record["fingerprint"]:
         raise ValueError(
             f"the data of {out} have changed since it was trained; restore them, or train anew into another folder"

@@ -27,9 +27,15 @@ def fitted_on(out: Path) -> dict[str, Any] | None:
     """What a later calibration fitted σ on, as :func:`keep` wrote it; None where training did, on its own training split."""
     from safetensors import safe_open
 
-    with safe_open(out / "model" / "model.safetensors", framework="pt") as file:
+    path = out / "model" / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
         record = (file.metadata() or {}).get(KEY)
     if record is None:
         return None
-    content: dict[str, Any] = json.loads(record)
+    try:
+        content = json.loads(record)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not say in JSON what its σ was fitted on: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} says that its σ was fitted on {content!r}, which is no record of data")
     return content

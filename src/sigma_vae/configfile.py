@@ -56,11 +56,16 @@ def parse(content: Any, kind: type[Config], where: str) -> Config:
         return pydantic.TypeAdapter(kind).validate_python(content)
     except pydantic.ValidationError as error:
         # Short, for what is shown may be a file's own content: nested in itself, say.
-        shown = [
-            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']} (got {reprlib.repr(e['input'])})" for e in error.errors()
-        ]
+        shown = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']} (got {_shown(e['input'])})" for e in error.errors()]
         problems = "; ".join(shown[:PROBLEMS])
         raise ValueError(f"{where} is not a {kind.__name__}: {problems}") from error
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # of a whole number with thousands of digits
+        return f"a long {type(value).__name__}"
 
 
 def write(path: Path, config: Any) -> None:

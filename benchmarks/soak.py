@@ -34,7 +34,7 @@ def main(
     data: str = "digits",
     network: str = "residual",
     likelihood: str = "gaussian/optimal",
-    stretch: Annotated[float, tyro.conf.arg(help="Minutes of training between two evaluations.")] = 10,
+    stretch: Annotated[float, tyro.conf.arg(help="Minutes of training between two evaluations.")] = 3,
     every: Annotated[float, tyro.conf.arg(help="Seconds between two looks at the memory.")] = 5,
 ) -> None:
     """Train and evaluate in turns; write the results as JSON, print them."""
@@ -58,7 +58,7 @@ def main(
 def soak(run: Path, config: RunConfig, minutes: float, stretch: float, start: float) -> dict[str, int]:
     """One training, in stretches that end by the clock, and an evaluation after each; a stretch goes on where the last one stopped."""
     training = TrainingConfig(epochs=10**6, validate_every=100, log_every=10, checkpoint_minutes=0.2)
-    stretches, length = 0, min(stretch, minutes / 4)
+    stretches, length = 0, min(stretch, minutes / 10)
     while (time.monotonic() - start) / 60 < minutes:
         stretches += 1
         longer = replace(config, training=replace(training, max_minutes=stretches * length))

@@ -375,3 +375,22 @@ def test_a_summary_has_spread_over_seeds():
 
 def test_specs_lie_beside_the_code():
     assert all((Path(study.__file__).parent / "specs" / f"{name}.yaml").is_file() for name in SHIPPED)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds workers in /proc")
+def test_a_worker_that_dies_is_told_and_costs_only_its_cell(spec, tmp_path):
+    out = tmp_path / "out"
+
+    def kill_workers(record, ended, of):
+        for task in Path("/proc/self/task").iterdir():
+            for pid in (task / "children").read_text().split():
+                if "popen_loky_posix" in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(int(pid), signal.SIGKILL)
+
+    with pytest.raises(ChildProcessError, match=r"what is finished .* is kept"):
+        study.run(spec, out, workers=2, tell=kill_workers)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/cell.json")}
+    assert 0 < len(kept) < 4
+    study.run(spec, out, workers=1)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list(out.glob("cells/*/cell.json"))) == 4

@@ -168,6 +168,8 @@ class TrainingConfig(_Strict):
     """Stop when the validation ELBO has not risen for so many validations."""
     validate_every: int | None = None
     """Steps between validations; once an epoch unless given."""
+    checkpoint_minutes: float = 5.0
+    """A checkpoint is written with each validation, and in between when the last one is so many minutes old."""
     log_every: int = 50
     """Steps between rows of the metrics."""
 
@@ -175,7 +177,14 @@ class TrainingConfig(_Strict):
         """Refuse what cannot be trained with."""
         at_least_one = ("epochs", "max_steps", "batch_size", "accumulate", "patience", "validate_every", "log_every")
         above_zero = ("max_minutes", "scale_learning_rate_factor", "gradient_clip_norm", "skip_gradient_norm")
-        at_least_zero = ("learning_rate", "weight_decay", "warmup_steps", "free_bits_nats", "kl_balancing_steps")
+        at_least_zero = (
+            "learning_rate",
+            "weight_decay",
+            "warmup_steps",
+            "free_bits_nats",
+            "kl_balancing_steps",
+            "checkpoint_minutes",
+        )
         for names, least, says in (
             (at_least_one, 1, "at least 1"),
             (at_least_zero, 0, "at least 0"),

@@ -76,7 +76,11 @@ def kept(out: Path, report: dict[str, Any]) -> dict[str, Any]:
         known = read_json(_path(out, report["split"]))
     except ValueError:  # there is none, or nothing that could be kept
         return {}
-    return {name: known[name] for name in SECTIONS if name in known} if known.get("how") == report["how"] else {}
+    return (
+        {name: known[name] for name in SECTIONS if isinstance(known.get(name), dict)}
+        if known.get("how") == report["how"]
+        else {}
+    )
 
 
 def store(out: Path, report: dict[str, Any]) -> None:

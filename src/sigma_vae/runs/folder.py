@@ -74,7 +74,8 @@ def same_data(out: Path, config: RunConfig) -> Splits:
     """The data that the run was trained on: changed data may move what it was trained on into the test split."""
     with first_of_node_first():
         data = build.data(config.data)
-    known = read_json(out / "environment.json").get("data", {}).get("fingerprint")
+    record = read_json(out / "environment.json").get("data")
+    known = record.get("fingerprint") if isinstance(record, dict) else None
     if known != data.record["fingerprint"]:
         raise ValueError(
             f"the data of {out} have changed since it was trained; restore them, or train anew into another folder"

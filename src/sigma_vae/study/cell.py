@@ -101,7 +101,7 @@ def _without_places(text: str, out: Path) -> str:
 def _measured(cell: Cell, folder: Path) -> dict[str, Any]:
     """The reports of each prior on both splits, and how the training went."""
     run, trained = folder / "run", time.monotonic()
-    if (run / "checkpoints" / "last.ckpt").exists() and not (run / "model" / "model.json").exists():
+    if runs.has_checkpoint(run) and not (run / "model" / "model.json").exists():
         runs.resume(run, progress=False)
     elif not (run / "evaluation.json").exists():
         shutil.rmtree(run, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,7 @@ def run(
     Raises:
         ValueError: a cell's configuration is not possible, the folder has finished cells of another grid, or the backend's package is
             not installed.
+        ChildProcessError: a worker was killed; what is finished is kept.
     """
     from joblib import Parallel, cpu_count, delayed, effective_n_jobs
 
@@ -62,12 +64,25 @@ def run(
                 ended = len(todo) - len(left)
             # Ray's backend gives results at the end alone.
             parallel = Parallel(n_jobs=workers or -1, return_as="list" if backend == "ray" else "generator_unordered")
-            for record in parallel(delayed(do)(cell, out.resolve(), threads) for cell in left):
-                ended += record["status"] == "done"
-                if tell is not None:
-                    tell(record, ended, len(todo))
+            with _living(out):
+                for record in parallel(delayed(do)(cell, out.resolve(), threads) for cell in left):
+                    ended += record["status"] == "done"
+                    if tell is not None:
+                        tell(record, ended, len(todo))
     collect(todo, out)
     return [record for cell in todo if (record := known(cell, out)) is not None]
+
+
+@contextmanager
+def _living(out: Path) -> Iterator[None]:
+    """Say what to do when a worker dies, of the system's hand when memory runs out say."""
+    try:
+        yield
+    except BrokenExecutor as error:
+        raise ChildProcessError(
+            f"a worker of the study died, killed perhaps because memory ran out; what is finished in {out} is kept: run the study"
+            " again to go on, with fewer workers if memory ran out"
+        ) from error
 
 
 @contextmanager

@@ -1,33 +1,35 @@
 """``fit``: train a VAE on data, calibrated at the end."""
 
-import csv
 import logging
 import math
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import EarlyStopping
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.loggers import Logger
 
 from sigma_vae.config import TrainingConfig
-from sigma_vae.data import Batches, Splits
+from sigma_vae.data import Splits
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import SequenceNetwork
-from sigma_vae.training.callbacks import AtomicCheckpoints, AveragedWeights, CalibrateBeforeValidation, Checkpoint, Resumable
-from sigma_vae.training.module import TrainingModule, validated_total
+from sigma_vae.training.callbacks import AveragedWeights, CalibrateBeforeValidation
+from sigma_vae.training.checkpoints import BestCheckpoint, SealedCheckpoints, newest, read_sealed, step_of
+from sigma_vae.training.folder import exclusive
+from sigma_vae.training.metrics import Events, MetricsTable, rows_before
+from sigma_vae.training.module import NonFiniteLossError, TrainingModule, validated_total
+from sigma_vae.training.non_finite import KeepsBrokenStep
 from sigma_vae.training.processes import from_first, joined, own_device, processes
+from sigma_vae.training.resuming import Patience, Resumable, Terminated, ValidateAtEnd
 from sigma_vae.training.sharding import to_be_trained
 from sigma_vae.training.shares import shared
-from sigma_vae.training.together import OwnNoise, OwnSignals, check_processes, environment, strategy
+from sigma_vae.training.together import OwnNoise, check_processes, environment, strategy
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["fit", "resolve_device"]
@@ -63,14 +65,17 @@ def fit(
         out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; nothing is kept unless given.
         seed: of the order of the data and the noise (that of the weights was decided when ``vae`` was made).
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-        resume: go on exactly where ``out/checkpoints/last.ckpt`` stands.
+        resume: go on exactly where the newest whole checkpoint in ``out/checkpoints`` stands.
         progress: show a bar.
 
     Raises:
-        ValueError: the device does not exist, there is nothing to resume, or more epochs are over than ``config`` has,
-            or the network is not for clips and the data are, or the other way round.
+        ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over than ``config`` has,
+            ``out`` has checkpoints that are not to be resumed, or another process writes there; the network is not for clips and the
+            data are, or the other way round.
         NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
         KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
+        Terminated: after SIGTERM, likewise; not caught, it ends the process with the exit code 143.
+        OSError: a file cannot be written, for lack of room say; those written before are whole.
     """
     with joined(resolve_device(device)):
         _fit(vae, data, config, out, seed, resolve_device(device), resume=resume, progress=progress)
@@ -96,44 +101,48 @@ def _fit(
         stack.enter_context(_quiet())
         folder = out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))
         last = folder / "checkpoints" / "last.ckpt"
-        if resume and not last.exists():
-            raise ValueError(f"{last} does not exist: there is nothing to resume; train anew into another folder")
+        stack.enter_context(exclusive(last.parent))
+        resumed = _resumed(last, resume=resume)
         vae.train()
         if not resume:
             _start(vae, data, config)
         us = processes()
-        loggers = [] if out is None or not us.first else _loggers(folder, last if resume else None)
         training = data.batches(
             "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
         )
+        if resumed is not None and step_of(resumed) > config.epochs * len(training):
+            raise ValueError(f"{resumed} cannot be resumed up to {config.epochs} epochs, it has more of them behind it")
+        loggers = [] if out is None or not us.first else _loggers(folder, resumed)
         validation = shared(data, "validation", _passing_batch(data), where)
         model = to_be_trained(vae, config)
-        calibration = CalibrateBeforeValidation(model, shared(data, "train", _passing_batch(data), where, _part(data)))
-        best = Checkpoint(last.with_name("best.ckpt"), best_of=validated_total(vae))
+        part = shared(data, "train", _passing_batch(data), where, _part(data))
+        best = BestCheckpoint(last.with_name("best.ckpt"), validated_total(vae))
+        kept = KeepsBrokenStep(folder, {"shape": list(data.shape), "scaling": asdict(data.scaling)})
+        resumable = Resumable(last, training, config.checkpoint_minutes)
         callbacks = [
+            kept,
             *([AveragedWeights(decay=config.ema_decay)] if config.ema_decay else []),
-            calibration,  # after the averaged weights have been put in place
-            *([EarlyStopping(validated_total(vae), mode="max", patience=config.patience)] if config.patience else []),
+            CalibrateBeforeValidation(model, part),  # after the averaged weights have been put in place
+            *([Patience(validated_total(vae), config.patience)] if config.patience else []),
+            ValidateAtEnd(),
             best,
-            Checkpoint(last),
-            Resumable(last, training, where),
             OwnNoise(seed, where),
-            OwnSignals(),
+            resumable,  # after the best, which it refers to
         ]
-        trainer = _trainer(config, folder, where, loggers, callbacks, progress)
+        trainer = _trainer(config, folder, where, loggers, callbacks, SealedCheckpoints(resumed), progress)
         module = TrainingModule(model, config, training.log_volume_nats)
         try:
-            trainer.fit(module, training, validation, ckpt_path=last if resume else None, weights_only=True)
+            trainer.fit(module, training, validation, ckpt_path=resumed, weights_only=True)
+        except Terminated:
+            raise
+        except NonFiniteLossError as error:
+            raise (error if out is None else kept.told(error, trainer.global_step)) from error
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
             raise KeyboardInterrupt from stop
-        except MisconfigurationException as error:
-            raise ValueError(f"{last} cannot be resumed up to {config.epochs} epochs, it has more of them behind it") from error
-        last_is_best = best.best_model_score is None
-        if calibration.validated_at != trainer.global_step:
-            last_is_best = _validate_last(trainer, module, validation, best)
-            trainer.save_checkpoint(last)
-        if not last_is_best or model is not vae:
-            _load_weights(vae, last if last_is_best else best.path)
+        if resumable.asked is not None:  # when nothing was left but to come here
+            resumable.stop()
+        if best.best_model_score is not None or model is not vae:
+            _load_weights(vae, last if best.best_model_score is None else best.path)
         vae.to(where).eval().calibrate(shared(data, "train", _passing_batch(data), where))
 
 
@@ -179,6 +188,7 @@ def _trainer(
     device: torch.device,
     loggers: list[Logger],
     callbacks: list[pl.Callback],
+    checkpoints: SealedCheckpoints,
     progress: bool,
 ) -> pl.Trainer:
     steps, us = config.validate_every, processes()
@@ -196,7 +206,7 @@ def _trainer(
         logger=loggers,
         log_every_n_steps=1,  # of what reaches the bar; the module itself logs every `log_every` steps
         callbacks=callbacks,
-        plugins=[AtomicCheckpoints(), *environment()],
+        plugins=[checkpoints, *environment()],
         enable_progress_bar=progress,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -210,22 +220,23 @@ def _passing_batch(data: Splits) -> int:
     return max(1, max(128, BATCH_VALUES // math.prod(data.shape)) // (data.frames or 1))
 
 
-def _loggers(folder: Path, resumed_from: Path | None) -> list[Logger]:
+def _resumed(last: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from; what a killed run left half written goes."""
+    found = newest(last.parent) if resume or not last.exists() else last
+    if resume and found is None:
+        raise ValueError(f"{last} does not exist: there is nothing to resume; train anew into another folder")
+    if found is not None and not resume:
+        raise ValueError(f"{last.parent} has checkpoints of another training; resume it, or train into another folder")
+    for half in last.parent.glob("*.part"):
+        half.unlink(missing_ok=True)  # another process may have done it
+    return found
+
+
+def _loggers(folder: Path, resumed: Path | None) -> list[Logger]:
     """CSV and TensorBoard; a resumed run keeps the rows up to the step it resumes from."""
     table = folder / "metrics.csv"
-    kept: list[dict[str, Any]] = []
-    if resumed_from is not None and table.exists():
-        step = torch.load(resumed_from, map_location="cpu", weights_only=True)["global_step"]
-        with table.open(newline="", encoding="utf-8") as file:
-            rows = [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
-        kept = [row for row in rows if int(row["step"]) < step]
-    logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
-        writer = logger.experiment
-    writer.metrics.extend(kept)
-    writer.save()
-    return [logger, TensorBoardLogger(folder, name="", version="tensorboard")]
+    kept = [] if resumed is None else rows_before(table, step_of(resumed))
+    return [MetricsTable(table, kept), Events(folder, kept)]
 
 
 @contextmanager
@@ -253,12 +264,6 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _validate_last(trainer: pl.Trainer, module: TrainingModule, validation: Batches, best: Checkpoint) -> bool:
-    """Validate weights of a run that ended between two validations: whether they are the best."""
-    score: float = trainer.validate(module, validation, verbose=False)[0][validated_total(module.vae)]
-    return best.best_model_score is None or score > best.best_model_score.item()
-
-
 def _load_weights(vae: VAE, checkpoint: Path) -> None:
-    state = from_first(lambda: torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+    state = from_first(lambda: read_sealed(checkpoint)["state_dict"])
     vae.load_state_dict({name.removeprefix("vae."): value for name, value in state.items()})

@@ -1,8 +1,6 @@
 """How pytorch-lightning is told of the processes, and the noise that each of them has."""
 
-import signal
 import sys
-import threading
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from sigma_vae.training.processes import processes
 from sigma_vae.training.sharding import is_sharded
 from sigma_vae.vae import VAE
 
-__all__ = ["OwnNoise", "OwnSignals", "check_processes", "environment", "strategy"]
+__all__ = ["OwnNoise", "check_processes", "environment", "strategy"]
 
 
 class OwnNoise(pl.Callback):
@@ -91,22 +89,3 @@ def strategy(config: TrainingConfig) -> Strategy | str:
 def environment() -> list[ClusterEnvironment]:
     """Who the others are: said, not guessed from what a cluster's scheduler left behind."""
     return [] if processes().world_size == 1 else [TorchElasticEnvironment()]
-
-
-class OwnSignals(pl.Callback):
-    """Of several processes, each handles SIGTERM as it would alone.
-
-    The engine's handler sends messages to the others from wherever in a step the signal finds it, where they wait for another message.
-    """
-
-    def __init__(self) -> None:
-        self.handler: Any = None
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Runs before the engine puts its handler in front."""
-        self.handler = signal.getsignal(signal.SIGTERM)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Runs after that; at the end the engine puts back what was there before."""
-        if processes().world_size > 1 and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.handler)

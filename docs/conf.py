@@ -5,6 +5,7 @@ copyright = "2026, the sigma-vae authors"
 author = "The sigma-vae authors"
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
 myst_enable_extensions = ["dollarmath"]
+exclude_patterns = ["studies/**"]  # reports of studies are pages of their own
 html_theme = "furo"
 html_title = "sigma-vae"
 napoleon_custom_sections = [("Shapes", "notes_style")]

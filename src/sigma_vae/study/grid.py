@@ -135,19 +135,6 @@ def _settings(name: str, values: Values) -> list[tuple[Any, Mapping[str, Any]]]:
     return [(value, {name: value}) for value in values]
 
 
-def _said(settings: Any) -> dict[str, Any]:
-    """What differs from the defaults."""
-    told = {}
-    for part in fields(settings):
-        value = getattr(settings, part.name)
-        default = part.default_factory() if part.default_factory is not MISSING else part.default
-        if is_dataclass(value):
-            told[part.name] = _said(value)
-        elif value != default:
-            told[part.name] = value
-    return {name: value for name, value in told.items() if value != {}}
-
-
 def _put(content: dict[str, Any], path: str, value: Any) -> None:
     """Set ``a.b.c``."""
     *parents, last = path.split(".")

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from benchmarks.calibration import spread
+from benchmarks.priors import spread
 from sigma_vae import runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.types import Observes

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from benchmarks.calibration import spread
+from benchmarks.priors import spread
 from sigma_vae import build, runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 

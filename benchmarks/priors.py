@@ -8,15 +8,16 @@ decoder means against all test images: 5 000 on the 64 features of the small cla
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.calibration import spread
 from sigma_vae import build, runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.data import Splits
@@ -195,6 +196,15 @@ def tables(results: dict[str, list[dict[str, float | None]]]) -> Iterator[str]:
 def cell(values: list[float | None], digits: int) -> str:
     """Mean ± standard deviation; empty where there is no such number (of the leak, no formula)."""
     return "" if None in values else spread(values, digits)
+
+
+def spread(values: list[float | None], digits: int) -> str:
+    """Mean ± standard deviation, or "never" where a seed did not get there."""
+    if any(value is None for value in values):
+        return "never"
+    numbers = [value for value in values if value is not None]
+    deviation = stdev(numbers) if len(numbers) > 1 else math.nan
+    return f"{mean(numbers):.{digits}f} ± {deviation:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks.calibration import spread
+from benchmarks.priors import spread
 from sigma_vae import build, cli, runs
 from sigma_vae.config import ClipConfig, DataConfig, ImageConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.evaluation.video import predictions, psnr, ssim

@@ -95,7 +95,7 @@ def plain(out: Path, data: Splits, epochs: int, seed: int) -> None:
     rows: list[dict[str, float]] = []
     record = {"epochs": epochs, "seed": seed, "batch": BATCH, "threads": torch.get_num_threads(), "rows": rows}
     for images, seconds in timed(loop, loader, epochs, looks):
-        rows.append({"images": images, "seconds": round(seconds, 2), "test_elbo_nats": test_elbo(network, data)})
+        rows.append({"images": images, "seconds": round(seconds, 2), "test_elbo_nats": judged_elbo(network, data)})
         print(rows[-1], flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -114,7 +114,7 @@ def timed(loop: PlainLoop, loader: DataLoader[Tensor], epochs: int, looks: set[i
                 start = time.perf_counter()
 
 
-def test_elbo(network: Any, data: Splits, device: str = "cpu") -> float:
+def judged_elbo(network: Any, data: Splits, device: str = "cpu") -> float:
     """Nats of the density on the test split, float32, σ refitted on training data; noise keyed by the example."""
     likelihood = Gaussian(data.shape[0], levels=None, mean="unit")
     vae = VAE(network, likelihood).to(device)

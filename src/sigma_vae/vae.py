@@ -78,12 +78,15 @@ class VAE(nn.Module):
             mask: a video's valid frames ``(batch, frames)``; the others count for nothing.
             noise: where the posterior's standard normal numbers come from; torch's global generator unless given.
 
+        Under ``torch.autocast`` the network alone is in half precision: the likelihood of its features is in float32.
+
         Shapes:
             log_likelihood ``(*batch,)``, kl ``(*batch, layers)``.
         """
         inference = self.network.infer(x, context, mask, noise)
         h, target = inference.scored()
-        return Elbo(inference.per_example(self.likelihood(h, target).log_prob(target)), inference.kl)
+        with torch.autocast(x.device.type, enabled=False):
+            return Elbo(inference.per_example(self.likelihood(h, target).log_prob(target)), inference.kl)
 
     @torch.no_grad()
     def score(self, x: Tensor, noise: Noise | None = None, mask: Tensor | None = None) -> Scores:

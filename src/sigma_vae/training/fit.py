@@ -22,7 +22,10 @@ from sigma_vae.data import Batches, Splits
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import SequenceNetwork
+from sigma_vae.training.bar import Bar
 from sigma_vae.training.callbacks import AtomicCheckpoints, AveragedWeights, CalibrateBeforeValidation, Checkpoint, Resumable
+from sigma_vae.training.calls import Calls
+from sigma_vae.training.hardware import applied, choices_for
 from sigma_vae.training.module import TrainingModule, validated_total
 from sigma_vae.vae import VAE, keyed_noise
 
@@ -92,10 +95,16 @@ def fit(
             Checkpoint(last),
             Resumable(last, training, where),
         ]
-        trainer = _trainer(config, folder, where, loggers, callbacks, progress)
-        module = TrainingModule(vae, config, training.log_volume_nats)
+        choices = choices_for(vae, data, config, where)
+        calls = Calls(training, choices.steps_per_call)
+        module = TrainingModule(vae, config, choices, calls, training.log_volume_nats)
+        if progress:
+            print(choices)
+            callbacks.append(Bar(config.epochs, module.total_steps))
+        trainer = _trainer(config, folder, where, loggers, callbacks)
         try:
-            trainer.fit(module, training, validation, ckpt_path=last if resume else None, weights_only=True)
+            with applied(choices, vae):
+                trainer.fit(module, calls, validation, ckpt_path=last if resume else None, weights_only=True)
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
             raise KeyboardInterrupt from stop
         except MisconfigurationException as error:
@@ -150,7 +159,6 @@ def _trainer(
     device: torch.device,
     loggers: list[Logger],
     callbacks: list[pl.Callback],
-    progress: bool,
 ) -> pl.Trainer:
     steps = config.validate_every
     return pl.Trainer(
@@ -159,14 +167,13 @@ def _trainer(
         max_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         max_time=None if config.max_minutes is None else timedelta(minutes=config.max_minutes),
-        gradient_clip_val=config.gradient_clip_norm,
         val_check_interval=steps,
         check_val_every_n_epoch=None if steps else 1,
         logger=loggers,
         log_every_n_steps=1,  # of what reaches the bar; the module itself logs every `log_every` steps
         callbacks=callbacks,
         plugins=[AtomicCheckpoints()],
-        enable_progress_bar=progress,
+        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,

@@ -103,15 +103,15 @@ def plain(out: Path, data: Splits, epochs: int, seed: int) -> None:
 
 def timed(loop: PlainLoop, loader: DataLoader[Tensor], epochs: int, looks: set[int]) -> Iterator[tuple[int, float]]:
     """Images seen and seconds of training after each of the steps ``looks``; what is done with them meanwhile takes no time."""
-    images, steps, seconds, start = 0, 0, 0.0, time.perf_counter()
+    images, steps, seconds, start = 0, 0, 0.0, time.process_time()
     for _ in range(epochs):
         for x in loader:
             loop.step(x)
             images, steps = images + len(x), steps + 1
             if steps in looks:
-                seconds += time.perf_counter() - start
+                seconds += time.process_time() - start
                 yield images, seconds
-                start = time.perf_counter()
+                start = time.process_time()
 
 
 def judged_elbo(network: Any, data: Splits, device: str = "cpu") -> float:

@@ -12,10 +12,11 @@ from torch import Tensor
 from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
+from sigma_vae.networks import FlatNetwork
 from sigma_vae.training.calls import Calls, recount
 from sigma_vae.training.choices import Choices
 from sigma_vae.training.objective import check_weights, is_weighted, losses
-from sigma_vae.types import Batch, Elbo
+from sigma_vae.types import Batch, Elbo, Noise
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["NonFiniteLossError", "TrainingModule", "validated_total"]
@@ -62,6 +63,7 @@ class TrainingModule(pl.LightningModule):
         self.just_skipped = False
         self._elbo_of = torch.compile(vae.elbo) if choices.compile else None
         self._unchecked: list[_Step] = []
+        self._remembered: dict[int, Tensor] = {}
 
     def training_step(self, batches: Iterator[Batch], call: int) -> None:
         """Some steps, each down the gradient of a batch's mean negative ELBO (or weighted objective), in nats."""
@@ -82,14 +84,28 @@ class TrainingModule(pl.LightningModule):
         if not loss.is_cuda:  # where a look waits for the device, it is taken at the end of the call
             self._check()
         optimizer.zero_grad()
-        self.manual_backward(loss)
+        self._backward(loss)
         row = self._row(loss.detach(), elbo) if step % self.config.log_every == 0 else None
         self._handle_gradient(optimizer, row)
         for group in optimizer.param_groups:
             group["lr"] = group["full_lr"] * self._rate_factor(step)
         if row is not None:
             self._write(row, step)
-        optimizer.step()
+        self._descend(optimizer)
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.trainer.world_size > 1:
+            self.manual_backward(loss)  # which lets the processes agree on the gradient
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def _descend(self, optimizer: LightningOptimizer) -> None:
+        if self.trainer.world_size > 1:
+            optimizer.step()
+            return
+        optimizer._on_before_step()  # the engine counts steps by these two; what else it does takes longer than the update
+        optimizer.optimizer.step()
+        optimizer._on_after_step()
 
     def _handle_gradient(self, optimizer: LightningOptimizer, row: dict[str, Tensor] | None) -> None:
         """Skip the step where the gradient is too long, clip where it is long; say in the row of metrics how long it was."""
@@ -128,7 +144,7 @@ class TrainingModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Bounds on held-out data, with noise that belongs to the example: no number depends on the batch size."""
-        inference = self.vae.network.infer(batch.x, mask=batch.mask, noise=keyed_noise(batch.positions))
+        inference = self.vae.network.infer(batch.x, mask=batch.mask, noise=self._noise(batch, batch_index))
         likelihood, (h, target) = self.vae.likelihood, inference.scored()
         elbo = Elbo(inference.per_example(likelihood(h).log_prob(target)), inference.kl)
         if not torch.isfinite(elbo.total).all():
@@ -144,6 +160,16 @@ class TrainingModule(pl.LightningModule):
         for name, values in metrics.items():
             shown = name in (validated_total(self.vae), "validation/bits_per_dim")
             self.log(name, values.mean(), batch_size=len(batch.x), on_epoch=True, sync_dist=True, prog_bar=shown)
+
+    def _noise(self, batch: Batch, batch_index: int) -> Noise:
+        """Keyed by the example; where there is little of it, remembered: drawing it takes as long as a small network's pass."""
+        network = self.vae.network
+        if not isinstance(network, FlatNetwork):
+            return keyed_noise(batch.positions)
+        if batch_index not in self._remembered:
+            shape = torch.Size([len(batch.x), network.latent_dim])
+            self._remembered[batch_index] = keyed_noise(batch.positions)(shape)
+        return lambda _: self._remembered[batch_index]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, or AdamW where weights decay; what a likelihood learns (a shared σ, a ν) has its own rate and no decay."""

@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from sigma_vae.networks.flat import FlatNetwork
 from sigma_vae.networks.sequence import FRAMES, SequenceNetwork, starts
 from sigma_vae.networks.temperature import per_layer
-from sigma_vae.passes import APART, Decoded, Examples, codes, in_eval_mode, keyed_noise
+from sigma_vae.passes import APART, Decoded, Examples, codes, in_eval_mode, in_full_precision, keyed_noise
 from sigma_vae.priors import FittedPrior
 from sigma_vae.types import Elbo, Likelihood, Network, Noise, Temperature
 
@@ -85,7 +85,7 @@ class VAE(nn.Module):
         """
         inference = self.network.infer(x, context, mask, noise)
         h, target = inference.scored()
-        with torch.autocast(x.device.type, enabled=False):
+        with in_full_precision(x.device.type):
             return Elbo(inference.per_example(self.likelihood(h, target).log_prob(target)), inference.kl)
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """What a training step makes of the hardware: a pure function of what is there, what is asked for, and what there is to do."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -63,9 +64,9 @@ class Choices:
     threads: int
     steps_per_call: int
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[object]:
         """The context of a training step's network."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bfloat16")
+        return torch.autocast(self.device, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
 
     def __str__(self) -> str:
         """One line."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import HierarchicalNetwork
+from sigma_vae.passes import in_full_precision
 from sigma_vae.types import Batch, Elbo, Inference
 from sigma_vae.vae import VAE
 
@@ -63,7 +64,7 @@ def losses(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0, elbo_o
         elbo = (elbo_of or vae.elbo)(batch.x, mask=batch.mask)
         return Losses(elbo, -elbo.total)
     inference = vae.network.infer(batch.x, mask=batch.mask)
-    with torch.autocast(batch.x.device.type, enabled=False):
+    with in_full_precision(batch.x.device.type):
         return _weighted(vae, inference, config, step)
 
 

@@ -119,7 +119,10 @@ def test_threads_and_memory_format_are_put_back(digits):
     assert torch.get_num_threads() == threads
 
 
-def trained(digits, out=None, resume=False, network="mlp", epochs=2, hardware=HardwareConfig(), **options):
+CHOSEN = HardwareConfig()
+
+
+def trained(digits, out=None, resume=False, network="mlp", epochs=2, hardware=CHOSEN, **options):
     vae = vae_of(digits, network, 4 if network == "conv" else 32)
     config = TrainingConfig(epochs=epochs, hardware=hardware, **options)
     fit(vae, digits, config, out=out, resume=resume, device="cpu", progress=False)
@@ -186,9 +189,14 @@ def test_bfloat16_is_for_the_network_and_float32_for_the_likelihood(digits):
     vae = vae_of(digits, "conv", 4)
     x = digits.values("test")[:8]
     chosen = choose(TrainingConfig(hardware=HardwareConfig(precision="bfloat16")), NEW, CONV)
+    halved = []
+    vae.likelihood.register_forward_pre_hook(lambda *_: halved.append(torch.is_autocast_enabled("cpu")))
     with Dtypes() as noted, chosen.autocast():
         elbo = vae.elbo(x)
-    assert noted.seen == {"convolution": {torch.bfloat16}, "other": {torch.float32}}
+    assert halved == [False]
+    assert noted.seen["convolution"] == {torch.bfloat16}
+    assert torch.float32 in noted.seen["other"]
+    assert torch.bfloat16 not in noted.seen["other"]
     assert elbo.log_likelihood.dtype == elbo.kl.dtype == torch.float32
 
 

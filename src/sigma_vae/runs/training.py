@@ -1,7 +1,7 @@
 """Runs are trained into a new folder, and resumed where they stopped."""
 
 import platform
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from sigma_vae.runs.folder import Run, config_of, same_data
 from sigma_vae.runs.priors import check_codes, take_prior
 from sigma_vae.runs.reports import write_json
 from sigma_vae.training import fit, resolve_device
+from sigma_vae.training.choices import Choices
+from sigma_vae.training.hardware import choices_for
 from sigma_vae.vae import VAE
 
 __all__ = ["resume", "train"]
@@ -48,7 +50,8 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, A
     vae = _new_vae(config, data)
     out.mkdir(parents=True, exist_ok=True)
     write(out / "config.yaml", config)
-    write_json(out / "environment.json", _environment(config, data))
+    choices = choices_for(vae, data, config.training, resolve_device(config.device))
+    write_json(out / "environment.json", _environment(config, data, choices))
     return _finish(config, out, vae, data, resumed=False, progress=progress)
 
 
@@ -101,14 +104,15 @@ def _new_vae(config: RunConfig, data: Splits) -> VAE:
     return vae
 
 
-def _environment(config: RunConfig, data: Splits) -> dict[str, Any]:
+def _environment(config: RunConfig, data: Splits, choices: Choices) -> dict[str, Any]:
     return {
         "sigma_vae": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
         "seed": config.seed,
-        "threads": torch.get_num_threads(),
+        "threads": choices.threads,
+        "choices": asdict(choices),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "data": data.record,
     }

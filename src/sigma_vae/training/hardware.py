@@ -6,10 +6,12 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Splits
@@ -72,14 +74,28 @@ def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
     device = next(vae.parameters()).device
     example = next(iter(data.batches("train", 1, limit=1)))
     mask = None if example.mask is None else example.mask.to(device)
-    with in_eval_mode(vae), FlopCounterMode(display=False) as counter:
+    with in_eval_mode(vae), _Flops() as counted:
         vae.network.infer(example.x.to(device), mask=mask, noise=keyed_noise(example.positions))
     kernels = [max(m.kernel_size) for m in vae.network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     return Work(
-        flops=float(counter.get_total_flops()) * batch_size,
+        flops=float(counted.total) * batch_size,
         widest_kernel=max(kernels, default=0),
         measured=isinstance(vae.network, FlatNetwork | HierarchicalNetwork),
     )
+
+
+class _Flops(TorchDispatchMode):
+    """Counts as torch's own counter does, which also follows modules and stumbles over those that are recomputed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func.overloadpacket)) is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 @contextmanager

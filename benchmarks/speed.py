@@ -79,7 +79,8 @@ def main(
     if case:
         print(json.dumps(measured(part, *case.rsplit("|", 1), data=data)))
     elif part == "plain":
-        plain(path, build.data(DataConfig(data)), epochs, seed=0)
+        if not path.exists() or len(json.loads(path.read_text())["rows"]) < epochs:
+            plain(path, build.data(DataConfig(data)), epochs, seed=0)
     else:
         results = each(part, path, rounds, data)
         print("\n".join(table(part, results, out)))

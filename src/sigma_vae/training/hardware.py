@@ -84,11 +84,11 @@ def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
     )
 
 
-class _Flops(TorchDispatchMode):
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts as torch's own counter does, which also follows modules and stumbles over those that are recomputed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -201,6 +201,12 @@ def test_paired_differences_are_of_each_example(evaluated, other):
     assert found["mean"] == pytest.approx(means[1] - means[0], abs=1e-4)
 
 
+def test_a_run_without_an_evaluation_gets_the_remedy(evaluated, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    assert main(["compare", str(evaluated), str(tmp_path / "run")]) == 1
+    assert f"make one: sigma-vae evaluate {tmp_path / 'run'}" in capsys.readouterr().err
+
+
 def test_an_objective_has_no_bound_to_compare(evaluated, digits_config, tmp_path):
     model = replace(digits_config.model, likelihood="bernoulli")
     training = replace(digits_config.training, max_steps=1)

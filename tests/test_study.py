@@ -1,5 +1,6 @@
 """Studies: grids as data, cells that are never lost, tables that do not depend on where the work was done."""
 
+import io
 import json
 import os
 import signal
@@ -12,10 +13,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from sigma_vae import study
 from sigma_vae.cli import main
+from sigma_vae.cli.progress import Live, live_or_lines
 from sigma_vae.study.cell import folder_of, known
+from sigma_vae.study.folder import claim
 from sigma_vae.study.grid import SHIPPED
 from sigma_vae.study.statistics import chosen_on_validation, cost, paired_difference, summary
 
@@ -126,7 +130,7 @@ def test_a_finished_study_repeats_nothing(spec, finished):
 
 
 def test_a_finished_study_has_a_report(finished, capsys):
-    assert main(["study", "report", "smallest", "--out", str(finished)]) == 0
+    assert main(["study", "report", str(finished)]) == 0
     page = (finished / "report.html").read_text()
     assert capsys.readouterr().out.strip() == str(finished / "report.html")
     for words in (
@@ -138,8 +142,72 @@ def test_a_finished_study_has_a_report(finished, capsys):
     ):
         assert words in page
     for name in ("samples", "samples-standard-prior", "reconstructions"):
-        assert len(list((finished / "report-files").glob(f"{name}-0-?.jpg"))) == 2
+        assert (finished / "report.md").read_text().count(f"/run/{name}.png)") == 2
     assert "Fréchet" not in page.partition("Claims that")[0]  # it was not measured
+
+
+def lines(path):
+    """But for the date."""
+    return [line for line in path.read_text().splitlines() if "Made on" not in line]
+
+
+def test_what_is_kept_gives_the_same_report_and_is_small(finished, tmp_path, capsys):
+    kept = tmp_path / "kept"
+    assert main(["study", "keep", str(finished), "--to", str(kept)]) == 0
+    assert capsys.readouterr().out.strip() == str(kept / "report.html")
+    for name in ("report.html", "report.md"):
+        assert lines(kept / name) == lines(finished / name)
+    records = [{path.parent.name: path.read_bytes() for path in out.glob("cells/*/cell.json")} for out in (finished, kept)]
+    assert records[0] == records[1]
+    pd.testing.assert_frame_equal(results(kept), results(finished))
+    there = {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    assert sum(map(len, there.values())) < 600_000
+    assert not [path for path in there if path.suffix in (".ckpt", ".safetensors")]
+    assert main(["study", "report", str(kept)]) == 0
+    assert main(["study", "keep", str(kept), "--to", str(tmp_path / "again")]) == 0
+    for path, content in there.items():
+        if path.suffix not in (".html", ".md"):
+            assert (tmp_path / "again" / path).read_bytes() == (kept / path).read_bytes() == content
+        else:
+            assert lines(tmp_path / "again" / path) == lines(kept / path)
+    assert main(["study", "keep", str(kept), "--to", str(kept)]) == 1
+    assert "another folder" in capsys.readouterr().err
+
+
+def test_a_folder_is_of_one_study(spec, finished, tmp_path):
+    kept = tmp_path / "kept"
+    study.keep(finished, kept)
+    assert study.spec_of(kept) == replace(spec, evaluation=study.spec_of(kept).evaluation)
+    other = replace(spec, axes=spec.axes | {"seed": [0]})
+    with pytest.raises(ValueError, match="2 finished cells that this grid has not"):
+        study.run(other, kept)
+    longer = replace(spec, about="one seed more", axes=spec.axes | {"seed": [0, 1, 2]})
+    claim(longer, kept)
+    assert study.spec_of(kept).about == "one seed more"
+    study.report(kept)
+    assert "4 of 6 cells are done, 0 failed, 2 have not ended." in (kept / "report.md").read_text()
+
+
+def test_a_cell_says_nothing_of_the_machine(finished):
+    for path in finished.glob("cells/*/cell.json"):
+        text = path.read_text()
+        assert str(finished) not in text
+        assert str(Path.cwd()) not in text
+        assert not [place for place in sys.path if len(place) > 1 and place + "/" in text]
+
+
+def test_a_setting_at_its_default_does_not_rename_a_cell(spec):
+    same = replace(spec, base=spec.base | {"training": spec.base["training"] | {"kl_weight": 1.0}})
+    assert [cell.key for cell in study.cells(same)] == [cell.key for cell in study.cells(spec)]
+
+
+def test_a_study_is_the_same_on_ray(spec, finished, tmp_path):
+    pytest.importorskip("ray", reason="the backend ray needs its package")
+    words = ["study", "run", "smallest", "--backend", "ray", "--workers", "2", "--out", str(tmp_path / "out")]
+    subprocess.run(
+        [sys.executable, "-m", "sigma_vae", *words], check=True, capture_output=True, timeout=300
+    )  # it warns as it likes
+    pd.testing.assert_frame_equal(results(tmp_path / "out").drop(columns=TIMES), results(finished).drop(columns=TIMES))
 
 
 def test_a_study_is_the_same_on_a_dask_cluster(spec, finished, tmp_path):
@@ -189,6 +257,8 @@ def test_a_cell_that_raises_is_written_down_and_tried_again(spec, tmp_path, caps
     record = known(bad, tmp_path / "out")
     assert (record["status"], record["failures"]) == ("failed", 2)  # and once more
     assert "broken.npz" in record["error"]
+    assert 'File "sigma_vae/study/cell.py"' in record["traceback"]
+    assert f'File "{Path(study.__file__).anchor}' not in record["traceback"]
     table = results(tmp_path / "out")
     assert table.set_index("key")["error"].dropna().to_dict() == {bad.key: record["error"]}
     done = (folder_of(good, tmp_path / "out") / "cell.json").stat().st_mtime_ns
@@ -201,7 +271,7 @@ def test_a_cell_that_raises_is_written_down_and_tried_again(spec, tmp_path, caps
 
 def test_the_command_prints_the_table(finished, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["study", "table", "smallest", "--out", str(finished)]) == 0
+    assert main(["study", "table", str(finished)]) == 0
     printed = "".join(capsys.readouterr().out.split())
     for word in ("gaussian/optimal", "mixture:3", "±"):
         assert word in printed
@@ -209,6 +279,41 @@ def test_the_command_prints_the_table(finished, capsys, monkeypatch):
     assert "smallest" in capsys.readouterr().out
     assert main(["study"]) == 1
     assert "say what to do" in capsys.readouterr().err
+
+
+def test_on_a_terminal_a_table_says_how_far_it_is(spec, tmp_path):
+    shown, todo = Live(spec, tmp_path), study.cells(spec)
+
+    def words():
+        console = Console(file=io.StringIO(), width=120)
+        console.print(shown.table())
+        return console.file.getvalue()
+
+    assert "0 of 4 done, 0 failed, 0 running" in words()
+    shown.began -= 60
+    shown.add({"status": "done", "key": todo[0].key})
+    shown.add({"status": "failed", "key": todo[1].key})
+    folder_of(todo[2], tmp_path).mkdir(parents=True)
+    (folder_of(todo[2], tmp_path) / "running").touch()
+    assert "1 of 4 done, 1 failed, 1 running; 1:00 elapsed, about 3:00 left" in words()
+    assert "likelihood gaussian/fixed:1.0, seed 0" in words()
+    shown.add({"status": "done", "key": todo[1].key})  # tried again
+    assert "2 of 4 done, 0 failed" in words()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_each_cell_that_ends_is_told(spec, tmp_path, terminal, capsys):
+    file = io.StringIO()
+    record = {
+        "status": "failed",
+        "key": "k",
+        "place": {"model.likelihood": "x", "seed": 0},
+        "seconds": 5.0,
+        "error": "E: [why]",
+    }
+    with live_or_lines(spec, tmp_path, Console(file=file, force_terminal=terminal, width=100)) as tell:
+        tell(record, 1, 4)
+    assert "[1/4] likelihood x, seed 0: 5 s, failed: E: [why]" in (file.getvalue() if terminal else capsys.readouterr().out)
 
 
 def made_up():
@@ -270,3 +375,22 @@ def test_a_summary_has_spread_over_seeds():
 
 def test_specs_lie_beside_the_code():
     assert all((Path(study.__file__).parent / "specs" / f"{name}.yaml").is_file() for name in SHIPPED)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds workers in /proc")
+def test_a_worker_that_dies_is_told_and_costs_only_its_cell(spec, tmp_path):
+    out = tmp_path / "out"
+
+    def kill_workers(record, ended, of):
+        for task in Path("/proc/self/task").iterdir():
+            for pid in (task / "children").read_text().split():
+                if "popen_loky_posix" in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(int(pid), signal.SIGKILL)
+
+    with pytest.raises(ChildProcessError, match=r"what is finished .* is kept"):
+        study.run(spec, out, workers=2, tell=kill_workers)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/cell.json")}
+    assert 0 < len(kept) < 4
+    study.run(spec, out, workers=1)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list(out.glob("cells/*/cell.json"))) == 4

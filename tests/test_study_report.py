@@ -15,12 +15,15 @@ from sigma_vae import study
 from sigma_vae.cli import main
 from sigma_vae.study import report as report_function
 from sigma_vae.study.cell import folder_of
+from sigma_vae.study.claims import CLAIMS
 from sigma_vae.study.comparisons import settings
-from sigma_vae.study.verdicts import CLAIMS
+from sigma_vae.study.folder import claim
 
 OPTIMAL, SHARED, PIXEL = "gaussian/optimal", "gaussian/shared", "gaussian/per-pixel"
 BETAS = ["gaussian/beta:0.002", "gaussian/beta:0.02", "gaussian/beta:0.2", "gaussian/beta:2"]
 ARMS = [OPTIMAL, SHARED, PIXEL, *BETAS]
+IMAGE, OPTIMAL_IMAGE = "gaussian/per-image", "gaussian/optimal-image"
+LEVELS = ["categorical", "bitwise-categorical", "logistic-mixture:5"]
 NUMBERS = {  # one for each of ARMS
     "elbo": (100.0, 99.0, 150.0, 90.0, 101.0, 80.0, 40.0),
     "bits": (4.0, 4.0, 3.9, 4.2, 4.1, 4.3, 4.6),
@@ -32,13 +35,15 @@ NUMBERS = {  # one for each of ARMS
     "sigma": (0.12, 0.12, None, 0.1, 0.12, 0.2, 0.3),
     "speed": (3.0, 1.0, 3.0, 3.0, 3.0, 3.0, 3.0),
     "spread": (0.2, 0.1, 0.3, 0.15, 0.25, 0.1, 0.05),
+    "psnr": (20.0,) * 7,
+    "ssim": (0.5,) * 7,
 }
 ERROR = "ValueError: <script>alert(1)</script> & |more|"
 
 
-def a_spec(seeds=3, likelihoods=ARMS, **more):
-    axes = {"model.likelihood": list(likelihoods), "seed": list(range(seeds))}
-    base = {"data": {"source": "digits"}, "model": {"network": "mlp"}}
+def a_spec(seeds=3, likelihoods=ARMS, network="mlp", along=None, **more):
+    axes = (along or {}) | {"model.likelihood": list(likelihoods), "seed": list(range(seeds))}
+    base = {"data": {"source": "digits"}, "model": {"network": network}}
     rows = {OPTIMAL: {"negative_elbo_nats": -3333, "fid": 27.25}, BETAS[0]: {"negative_elbo_nats": None, "fid": 44.54}}
     published = {"source": "a table", "rows": rows}
     return study.StudySpec(
@@ -46,13 +51,19 @@ def a_spec(seeds=3, likelihoods=ARMS, **more):
     )
 
 
-def number(name, arm, changes):
-    return changes.get((arm, name), NUMBERS[name][ARMS.index(arm)])
+def number(name, config, changes):
+    """Of a likelihood, or of it with a batch size, or of a KL weight, where they have one of their own."""
+    arm, training = config.model.likelihood, config.training
+    usual = NUMBERS[name][ARMS.index(arm) if arm in ARMS else 0]
+    for key in (f"KL weight {training.kl_weight:g}", f"{arm}, {training.batch_size}", arm):
+        if (key, name) in changes:
+            return changes[key, name]
+    return usual
 
 
-def of_split(arm, seed, prior, split, changes):
+def of_split(config, prior, split, changes):
     """A report as an evaluation writes it."""
-    of = {name: number(name, arm, changes) for name in NUMBERS}
+    seed, of = config.seed, {name: number(name, config, changes) for name in NUMBERS}
     shift = (seed - 1) * of["spread"]
     elbo = of["elbo"] + seed + shift + (3.0 if prior != "standard" else 0.0) + (0.5 if split == "validation" else 0.0)
 
@@ -78,25 +89,29 @@ def of_split(arm, seed, prior, split, changes):
         covered = {str(percent): mean(of["coverage"] * percent / 90 + 0.001 * shift) for percent in (50, 80, 90, 95)}
         report["calibration"] = {"density": {"coverage": covered}}
         distance = of["frechet" if prior == "standard" else "fitted"] + shift
-        report["quality"] = {"efficientnet": {"examples": 500, "samples": {"means": {"frechet": distance}}}}
+        frechet = {"frechet": distance}
+        moving = config.model.network.startswith("sequence")
+        report["quality"] = {"efficientnet": {"frames": frechet} if moving else {"samples": {"means": frechet}}}
+        report["predictions"] = {"psnr_db": mean(of["psnr"] + shift), "ssim": mean(of["ssim"])} if moving else {}
     return report
 
 
 def build(spec, out, changes=None, failed=(), pictures=()):
     """What a finished study leaves, with made-up numbers."""
     changes = changes or {}
+    claim(spec, out)
     for cell in study.cells(spec):
         arm, seed = cell.config.model.likelihood, cell.config.seed
         record = {"key": cell.key, "place": cell.place, "threads": 2, "failures": 0, "status": "done", "seconds": 90.0 + seed}
         if (arm, seed) in failed:
             record |= {"status": "failed", "failures": 2, "error": failed[arm, seed], "traceback": "..."}
         else:
-            pace = number("speed", arm, changes)
-            end = number("elbo", arm, changes) + seed
+            pace = number("speed", cell.config, changes)
+            end = number("elbo", cell.config, changes) + seed
             record["curve"] = [{"step": 100 * i, "elbo_nats": end * (1 - 0.5 ** (pace * i))} for i in range(1, 9)]
             record["training_seconds"] = 60.0
             record["reports"] = {
-                prior: {split: of_split(arm, seed, prior, split, changes) for split in ("test", "validation")}
+                prior: {split: of_split(cell.config, prior, split, changes) for split in ("test", "validation")}
                 for prior in spec.priors
             }
         folder = folder_of(cell, out)
@@ -150,7 +165,7 @@ def out(spec, tmp_path_factory):
     """A study in which one cell failed."""
     pictures = ("samples.png", "samples-standard-prior.png", "reconstructions.png")
     made = build(spec, tmp_path_factory.mktemp("made-up") / "out", failed={(BETAS[3], 2): ERROR}, pictures=pictures)
-    study.report(spec, made)
+    study.report(made)
     return made
 
 
@@ -272,14 +287,17 @@ def test_markdown_has_the_same_tables_and_pictures(out, page):
     markdown = (out / "report.md").read_text()
     for caption in page.tables:
         assert f"**{caption}**" in markdown
-    files = {line.rpartition("(report-files/")[2].rstrip(")") for line in markdown.splitlines() if line.startswith("![")}
-    assert files == {path.name for path in (out / "report-files").iterdir()}
+    files = {line.rpartition("](")[2].rstrip(")") for line in markdown.splitlines() if line.startswith("![")}
+    there = [*(out / "report-files").iterdir(), *(out / "cells").glob("*/run/*.png")]
+    assert files == {path.relative_to(out).as_posix() for path in there}
     rows = [line for line in markdown.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
     assert len(rows) == sum(map(len, page.tables.values()))
 
 
 def test_it_is_the_same_but_for_the_date(spec, out, tmp_path, monkeypatch):
     copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copyfile(out / "study.yaml", copy / "study.yaml")
     shutil.copytree(out / "cells", copy / "cells")
 
     class Later:
@@ -288,7 +306,7 @@ def test_it_is_the_same_but_for_the_date(spec, out, tmp_path, monkeypatch):
             return pd.Timestamp("2099-01-01")
 
     monkeypatch.setitem(report_function.__globals__, "datetime", Later)
-    study.report(spec, copy)
+    study.report(copy)
     for name in ("report.html", "report.md"):
         ours, theirs = ((folder / name).read_text().splitlines() for folder in (out, copy))
         differ = [line for line, other in zip(ours, theirs, strict=True) if line != other]
@@ -335,32 +353,92 @@ VERDICTS = [
 
 
 def verdicts(spec, out):
-    (setting,) = settings(spec, out)
-    return {claim.name: list(claim.judge(setting)) for claim in CLAIMS}
+    found = settings(spec, out)
+    return {claim.name: [verdict for _, verdict in claim.verdicts(found)] for claim in CLAIMS}
+
+
+BATCHES = {str(n): {"training.batch_size": n, "training.max_steps": 3200 // n} for n in (16, 32, 64)}
+SPECS = {
+    "decoders": a_spec(),
+    "images and levels": a_spec(likelihoods=[OPTIMAL, SHARED, IMAGE, OPTIMAL_IMAGE, *LEVELS]),
+    "ladder": a_spec(network="hierarchical:tiny"),
+    "video": a_spec(network="sequence"),
+    "weights": a_spec(likelihoods=[OPTIMAL], along={"training.kl_weight": [0.3, 1.0, 3.0]}),
+    "batches": a_spec(likelihoods=[OPTIMAL, SHARED], along={"batch": BATCHES}),
+    "batches alone": a_spec(likelihoods=[OPTIMAL], along={"batch": BATCHES}),
+    "more images": a_spec(
+        likelihoods=[OPTIMAL], along={"training.max_steps": [10], "batch": {"1": {"training.batch_size": 16}, "2": {}}}
+    ),
+}
+SMALL, SMALL_SHARED = f"{OPTIMAL}, 16", f"{SHARED}, 16"
+FURTHER = [
+    ("images and levels", "6, likelihood", {(IMAGE, "elbo"): 110.0}, ["holds"]),
+    ("images and levels", "6, likelihood", {(IMAGE, "elbo"): 90.0}, ["does not"]),
+    ("images and levels", "6, training", DEFAULT, ["holds"]),  # as good
+    ("images and levels", "6, training", {(OPTIMAL_IMAGE, "elbo"): 80.0}, ["does not"]),
+    ("images and levels", "6, samples", {(OPTIMAL_IMAGE, "frechet"): 40.0}, ["holds"]),
+    ("images and levels", "6, samples", {(OPTIMAL_IMAGE, "frechet"): 60.0}, ["does not"]),
+    (
+        "images and levels",
+        "7, levels",
+        {(LEVELS[0], "bits"): 3.9, (LEVELS[1], "bits"): 4.2},
+        ["holds", "does not", "not shown"],
+    ),
+    ("images and levels", "7, bitwise", {(LEVELS[1], "bits"): 4.1}, ["holds"]),
+    ("images and levels", "7, bitwise", {(LEVELS[1], "bits"): 4.2}, ["does not"]),
+    ("images and levels", "7, bitwise samples", {(LEVELS[1], "frechet"): 40.0}, ["holds"]),
+    ("images and levels", "7, bitwise samples", {(LEVELS[1], "frechet"): 60.0}, ["does not"]),
+    ("ladder", "8, likelihood", DEFAULT, ["holds"]),
+    ("ladder", "8, likelihood", {(OPTIMAL, "elbo"): 90.0}, ["does not"]),
+    ("ladder", "8, unit variance", DEFAULT, ["holds"]),
+    ("video", "8, unit variance", {(SHARED, "elbo"): 30.0}, ["does not"]),
+    ("ladder", "8, samples", DEFAULT, ["holds"]),
+    ("video", "8, samples", {(OPTIMAL, "frechet"): 55.0}, ["does not"]),
+    ("video", "8, predictions", DEFAULT, ["holds", "holds"]),
+    ("video", "8, predictions", {(OPTIMAL, "psnr"): 18.0}, ["does not", "holds"]),
+    ("video", "8, predictions", {(OPTIMAL, "ssim"): 0.4}, ["holds", "does not"]),
+    ("ladder", "8, predictions", DEFAULT, ["not shown"]),  # there are none
+    ("ladder", "1, likelihood", DEFAULT, ["not shown"]),  # that is claim 8
+    ("decoders", "8, likelihood", DEFAULT, ["not shown"]),
+    ("weights", "12, bound", {("KL weight 1", "elbo"): 110.0}, ["holds"]),
+    ("weights", "12, bound", {("KL weight 3", "elbo"): 110.0}, ["does not"]),
+    ("weights", "12, samples", {("KL weight 1", "frechet"): 40.0}, ["holds"]),
+    ("weights", "12, samples", {("KL weight 3", "frechet"): 40.0}, ["does not"]),
+    ("weights", "12, fitted prior", {("KL weight 1", "fitted"): 5.0}, ["holds"]),
+    ("weights", "12, fitted prior", {("KL weight 0.3", "fitted"): 5.0}, ["does not"]),
+    ("decoders", "12, bound", DEFAULT, ["not shown"]),
+    ("batches", "13, batch size", DEFAULT, ["holds"]),
+    ("batches", "13, batch size", {(SMALL, "elbo"): 60.0}, ["does not"]),
+    ("batches", "13, batch size", {(SMALL, "elbo"): 60.0, (SMALL_SHARED, "elbo"): 59.0}, ["holds"]),  # shared is so too
+    ("batches alone", "13, batch size", {(SMALL, "elbo"): 60.0}, ["does not"]),
+    ("batches alone", "13, batch size", {(SMALL, "elbo"): 95.5, (SMALL, "spread"): 3.0}, ["not shown"]),
+    ("more images", "13, batch size", {(SMALL, "elbo"): 60.0}, ["not shown"]),  # one sees more images than the other
+]
 
 
 @pytest.fixture(scope="module")
-def judged(spec, tmp_path_factory):
+def judged(tmp_path_factory):
     """Verdicts on made-up numbers, each made once."""
     known = {}
 
-    def of(changes):
-        key = str(sorted(changes.items()))
+    def of(name, changes):
+        key = name, str(sorted(changes.items()))
         if key not in known:
-            known[key] = verdicts(spec, build(spec, tmp_path_factory.mktemp("changed") / "out", changes))
+            known[key] = verdicts(SPECS[name], build(SPECS[name], tmp_path_factory.mktemp("changed") / "out", changes))
         return known[key]
 
     return of
 
 
-@pytest.mark.parametrize(("claim", "changes", "words"), VERDICTS)
-def test_verdicts_follow_the_numbers(judged, claim, changes, words):
-    assert [verdict.word for verdict in judged(changes)[claim]] == words
+@pytest.mark.parametrize(("name", "claim", "changes", "words"), [*(("decoders", *row) for row in VERDICTS), *FURTHER])
+def test_verdicts_follow_the_numbers(judged, name, claim, changes, words):
+    assert [verdict.word for verdict in judged(name, changes)[claim]] == words
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=[claim.name for claim in CLAIMS])
 def test_every_claim_is_judged_both_ways_here_and_says_its_rule(claim):
-    words = {word for name, _, found in VERDICTS for word in found if name == claim.name}
+    rows = [*VERDICTS, *(row[1:] for row in FURTHER)]
+    words = {word for name, _, found in rows for word in found if name == claim.name}
     assert "holds" in words
     assert "does not" in words or claim.name == "11, stability"  # below
     assert claim.rule.startswith("Holds if")
@@ -378,7 +456,7 @@ def test_missing_arms_show_nothing(tmp_path):
     few = a_spec(likelihoods=[PIXEL, BETAS[0], BETAS[1]])
     found = verdicts(few, build(few, tmp_path / "out"))
     assert all(verdict.word == "not shown" and verdict.lacks for each in found.values() for verdict in each)
-    study.report(few, tmp_path / "out")
+    study.report(tmp_path / "out")
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert len(page.tables["Claims that this study cannot judge"]) == 1 + len(CLAIMS)
 
@@ -396,7 +474,7 @@ def test_settings_are_judged_apart(spec, tmp_path):
     wide = study.StudySpec("two", spec.base, axes, priors=("standard",))
     build(wide, tmp_path / "out")
     assert [setting.words for setting in settings(wide, tmp_path / "out")] == ["batch_size 32", "batch_size 64"]
-    assert main_report(wide, tmp_path) == 0
+    assert main(["study", "report", str(tmp_path / "out")]) == 0
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert "batch_size 64: gaussian/optimal minus" in page.tables
     assert len(page.tables["Results"]) == 1 + 2 * 2
@@ -414,17 +492,12 @@ def test_arms_may_have_names_of_their_own(spec, tmp_path):
     assert [verdict.finding.split(" takes")[0] for verdict in found["3, speed"]] == ["slow", "learned"]
 
 
-def main_report(spec, folder):
-    content = {"title": spec.title, "base": spec.base, "axes": spec.axes, "priors": spec.priors}
-    (folder / "spec.yaml").write_text(json.dumps(content))
-    return main(["study", "report", str(folder / "spec.yaml"), "--out", str(folder / "out")])
-
-
 def test_a_study_without_a_finished_cell_gets_a_sentence(spec, tmp_path, capsys):
-    assert main_report(spec, tmp_path) == 1
-    assert "has no finished cell" in capsys.readouterr().err
+    words = ["study", "report", str(tmp_path / "out")]
+    assert main(words) == 1
+    assert "holds no study" in capsys.readouterr().err
     build(spec, tmp_path / "out", failed={(arm, seed): ERROR for arm in ARMS for seed in range(3)})
-    assert main_report(spec, tmp_path) == 1
+    assert main(words) == 1
     assert "has no finished cell" in capsys.readouterr().err
 
 

@@ -163,7 +163,12 @@ class TrainingConfig(_Strict):
     max_minutes: float | None = None
     """Stop after so many minutes, if that is sooner."""
     batch_size: int = 128
-    """Examples a step."""
+    """Examples a step, of all processes together: results mean the same on any number of them."""
+    accumulate: int = 1
+    """Micro-batches that a step's examples are seen in, to need less memory; an optimal σ is then that of each micro-batch."""
+    shard_weights: bool = False
+    """Of several processes each holds a part of the weights, gradients and moments (FSDP), for hierarchical networks that are too large for
+    one GPU."""
     learning_rate: float = 1e-3
     """Of Adam, after the warm-up."""
     scale_learning_rate_factor: float = 10.0
@@ -194,15 +199,24 @@ class TrainingConfig(_Strict):
     """Stop when the validation ELBO has not risen for so many validations."""
     validate_every: int | None = None
     """Steps between validations; once an epoch unless given."""
+    checkpoint_minutes: float = 5.0
+    """A checkpoint is written with each validation, and in between when the last one is so many minutes old."""
     log_every: int = 50
     """Steps between rows of the metrics."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
-        at_least_one = ("epochs", "max_steps", "batch_size", "patience", "validate_every", "log_every")
+        at_least_one = ("epochs", "max_steps", "batch_size", "accumulate", "patience", "validate_every", "log_every")
         above_zero = ("max_minutes", "scale_learning_rate_factor", "gradient_clip_norm", "skip_gradient_norm")
-        at_least_zero = ("learning_rate", "weight_decay", "warmup_steps", "free_bits_nats", "kl_balancing_steps")
+        at_least_zero = (
+            "learning_rate",
+            "weight_decay",
+            "warmup_steps",
+            "free_bits_nats",
+            "kl_balancing_steps",
+            "checkpoint_minutes",
+        )
         for names, least, says in (
             (at_least_one, 1, "at least 1"),
             (at_least_zero, 0, "at least 0"),

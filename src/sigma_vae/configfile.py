@@ -1,13 +1,18 @@
 """Configs from YAML and plain values, and back: nothing unknown is taken, nothing is guessed."""
 
 import os
+import reprlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["parse", "read", "write", "write_whole"]
+__all__ = ["parse", "read", "read_text", "write", "write_whole"]
 
 Config = TypeVar("Config")
+
+CONFIG_BYTES = 2**20
+PROBLEMS = 10
+"""That are told of one file."""
 
 
 def read(path: Path, kind: type[Config]) -> Config:
@@ -19,10 +24,24 @@ def read(path: Path, kind: type[Config]) -> Config:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+        content = yaml.safe_load(read_text(path, CONFIG_BYTES))
+    except Exception as error:  # on foreign bytes the reader raises nearly anything: YAMLError, KeyError, RecursionError, ...
+        raise ValueError(f"{path} cannot be read as YAML ({type(error).__name__}): {error}") from error
     return parse(content, kind, str(path))
+
+
+def read_text(path: Path, limit: int = 2**26) -> str:
+    """The text of a file that is not absurdly large.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no text, or has more bytes than the limit.
+    """
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path} has more than {limit} bytes, which no run writes there")
+    return content.decode("utf-8")
 
 
 def parse(content: Any, kind: type[Config], where: str) -> Config:
@@ -36,10 +55,17 @@ def parse(content: Any, kind: type[Config], where: str) -> Config:
     try:
         return pydantic.TypeAdapter(kind).validate_python(content)
     except pydantic.ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']} (got {e['input']!r})" for e in error.errors()
-        )
+        # Short, for what is shown may be a file's own content: nested in itself, say.
+        shown = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']} (got {_shown(e['input'])})" for e in error.errors()]
+        problems = "; ".join(shown[:PROBLEMS])
         raise ValueError(f"{where} is not a {kind.__name__}: {problems}") from error
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # of a whole number with thousands of digits
+        return f"a long {type(value).__name__}"
 
 
 def write(path: Path, config: Any) -> None:
@@ -49,11 +75,14 @@ def write(path: Path, config: Any) -> None:
     write_whole(path, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file; one that is there stands until the new one is whole, whatever happens on the way."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file; one that is there stands until the new one is whole and on the disk, whatever happens on the way."""
     aside = path.with_name(path.name + ".new")
     try:
-        aside.write_text(text, encoding="utf-8")
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

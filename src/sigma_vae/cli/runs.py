@@ -12,7 +12,7 @@ from sigma_vae.config import RunConfig
 from sigma_vae.configfile import read
 from sigma_vae.evaluation.settings import EvaluationSettings
 
-__all__ = ["evaluate", "replay", "resume", "train"]
+__all__ = ["evaluate", "replay", "rerun", "resume", "train"]
 
 
 def train(
@@ -52,6 +52,22 @@ def resume(run: tyro.conf.Positional[str], *, epochs: int | None = None, json: b
         json: Print the evaluation as JSON alone.
     """
     _print_evaluation(runs.resume(Path(run), epochs=epochs, progress=not json), json)
+
+
+def rerun(run: tyro.conf.Positional[str], *, json: bool = False) -> None:
+    """Do the step again that stopped a run because its loss was not finite, and say in which layer that begins.
+
+    Args:
+        run: Folder of the run.
+        json: Print JSON alone.
+    """
+    report = runs.rerun(Path(run))
+    if json:
+        print(json_module.dumps(report, ensure_ascii=False))
+        return
+    print(report["diagnosis"])
+    for place in report["begins_in"] or ["nowhere: done again, everything is finite"]:
+        print(f"not finite: {place}")
 
 
 def evaluate(run: tyro.conf.Positional[str], settings: EvaluationSettings, *, device: str = "auto", json: bool = False) -> None:

@@ -2,12 +2,13 @@
 
 import json as json_module
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from sigma_vae import study as studies
+from sigma_vae.cli.progress import live_or_lines
 from sigma_vae.study.grid import SHIPPED
 from sigma_vae.study.runner import Backend
 from sigma_vae.study.statistics import summary
@@ -33,48 +34,37 @@ def run(
         out: Folder of the study; on a cluster, one that all workers see.
         size: Of the study, where it has several: cpu is for two cores.
         backend: Where the runs are done: loky (processes on this machine), dask or ray.
-        workers: How many are done at once (loky, or a local Dask cluster); as many as there are cores unless given.
+        workers: How many are done at once (on this machine); as many as there are cores unless given.
         address: Of a Dask scheduler or a Ray cluster; a local one is started unless given.
         retries: How often a run that fails is tried again.
         json: Print the records of all cells as JSON alone.
     """
+    from rich.console import Console
+
     grid = studies.read_spec(spec, size)
-    records = studies.run(
-        grid,
-        Path(out),
-        backend=backend,
-        workers=workers,
-        address=address,
-        retries=retries,
-        tell=None if json else _tell,
-    )
+    with nullcontext() if json else live_or_lines(grid, Path(out), Console()) as tell:
+        records = studies.run(grid, Path(out), backend=backend, workers=workers, address=address, retries=retries, tell=tell)
     failed = [record for record in records if record["status"] != "done"]
     some = len(failed) < len(records)
     if some:
-        studies.report(grid, Path(out))
+        studies.report(Path(out))
     if json:
         print(json_module.dumps(records, ensure_ascii=False))
     elif some:
-        _print_summary(grid, Path(out))
+        _print_summary(Path(out))
         done = f"{len(records) - len(failed)} of {len(records)} cells done"
         print(f"{done}; table: {Path(out) / 'results.parquet'}; report: {Path(out) / 'report.html'}")
     if failed:
-        told = "; ".join(f"{record['place']}: {record['error']}" for record in failed)
+        told = "; ".join(dict.fromkeys(record["error"] for record in failed))
         raise ValueError(f"{len(failed)} cells failed and are tried again when the study is run again: {told}")
 
 
-def _tell(record: dict[str, Any], ended: int, of: int) -> None:
-    """A line for each cell that ends."""
-    place = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in record["place"].items())
-    how = "" if record["status"] == "done" else f", failed: {record['error']}"
-    print(f"[{ended}/{of}] {place}: {record['seconds']:.0f} s{how}", flush=True)
-
-
-def _print_summary(spec: studies.StudySpec, out: Path) -> None:
+def _print_summary(out: Path) -> None:
     """Mean ± standard deviation over seeds, of the test split."""
     from rich.console import Console
     from rich.table import Table
 
+    spec = studies.spec_of(out)
     rows = summary(studies.collect(studies.cells(spec), out), [name for name in spec.axes if name != "seed"])
     table = Table(title=f"{spec.title}: test split, mean ± standard deviation over seeds")
     for name in rows.columns:
@@ -84,27 +74,34 @@ def _print_summary(spec: studies.StudySpec, out: Path) -> None:
     Console().print(table)
 
 
-def table(spec: tyro.conf.Positional[str], *, out: str, size: str | None = None) -> None:
+def table(study: tyro.conf.Positional[str]) -> None:
     """Print what a study has found so far: mean ± standard deviation over seeds, on the test split.
 
     Args:
-        spec: Name of a study that comes with the library, or path of a YAML file.
-        out: Folder of the study.
-        size: Of the study, where it has several.
+        study: Folder of the study.
     """
-    _print_summary(studies.read_spec(spec, size), Path(out))
+    _print_summary(Path(study))
 
 
-def report(spec: tyro.conf.Positional[str], *, out: str, size: str | None = None) -> None:
+def report(study: tyro.conf.Positional[str]) -> None:
     """Write what a study has found so far: verdicts, tables, plots and samples, as report.html and as report.md.
 
     Args:
-        spec: Name of a study that comes with the library, or path of a YAML file.
-        out: Folder of the study.
-        size: Of the study, where it has several.
+        study: Folder of the study.
     """
-    studies.report(studies.read_spec(spec, size), Path(out))
-    print(Path(out) / "report.html")
+    studies.report(Path(study))
+    print(Path(study) / "report.html")
+
+
+def keep(study: tyro.conf.Positional[str], *, to: str) -> None:
+    """Copy a study without its weights: the numbers of all runs, a few small pictures, and the report, which can be made from them again.
+
+    Args:
+        study: Folder of the study.
+        to: The other folder: a new one, or one that this study was copied to before.
+    """
+    studies.keep(Path(study), Path(to))
+    print(Path(to) / "report.html")
 
 
 def names() -> None:
@@ -120,4 +117,4 @@ def study() -> None:
     raise ValueError(f"say what to do with a study: sigma-vae study {' | '.join(STUDY)}")
 
 
-STUDY: dict[str, Callable[..., None]] = {"run": run, "table": table, "report": report, "list": names}
+STUDY: dict[str, Callable[..., None]] = {"run": run, "table": table, "report": report, "keep": keep, "list": names}

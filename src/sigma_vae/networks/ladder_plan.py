@@ -7,6 +7,8 @@ from typing import NamedTuple, final
 
 __all__ = ["DecoderBlock", "EncoderBlock", "LadderPlan"]
 
+LARGEST_PLAN = 1000
+"""Blocks; the largest published have some 70."""
 LARGEST_PADDING = 0.25
 """Of the image's longer side: more of the network's work than this is not spent on padding."""
 
@@ -110,11 +112,15 @@ class LadderPlan:
 
 def _tokens(text: str, letter: str, examples: str) -> Iterator[tuple[int, int | None]]:
     """Resolution and number after the letter of each block; tokens with an x stand for several."""
+    left = LARGEST_PLAN
     for token in text.split(","):
         match = re.fullmatch(rf"([1-9]\d*)(?:([x{letter}])([1-9]\d*))?", token.strip(), re.ASCII)
         if match is None:
             raise ValueError(f"{token!r} in {text!r} is no block of a plan; a block is written {examples}")
         resolution, kind, number = int(match[1]), match[2], int(match[3] or 1)
+        left -= 1 if kind == letter else number
+        if left < 0:
+            raise ValueError(f"a plan has at most {LARGEST_PLAN} blocks on each side, got more with {token!r}")
         if kind == letter:
             yield resolution, number
         else:

@@ -3,15 +3,22 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from sigma_vae.networks.flat import FlatNetwork
 
 __all__ = ["mlp"]
 
+START_LOG_VARIANCE = -4.0
+"""Of the posterior, before training: from 0, where N(0, 1) noise hides every code, units switch off while σ is still large."""
+
 
 def mlp(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 400) -> FlatNetwork:
-    """Two hidden layers each way, ReLU between them.
+    """Two hidden layers each way, ReLU between them; the untrained posterior is narrow, with a log-variance around −4.
+
+    A decoder first hears what codes say, and then what they cost: with a σ that is solved or learned, and so large at first, latents
+    that start as wide as the prior are given up, and seldom taken up again (``benchmarks/posterior_start.py``).
 
     Args:
         shape: of one example, ``(C, *space)``: a table's row, a series, an image.
@@ -24,13 +31,14 @@ def mlp(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: in
     torch.Size([2, 1, 28, 28])
     """
     out_shape = (out_channels, *shape[1:])
+    posterior = nn.Linear(width, 2 * latent_dim)
     encoder = nn.Sequential(
         nn.Flatten(),
         nn.Linear(math.prod(shape), width),
         nn.ReLU(),
         nn.Linear(width, width),
         nn.ReLU(),
-        nn.Linear(width, 2 * latent_dim),
+        posterior,
     )
     decoder = nn.Sequential(
         nn.Linear(latent_dim, width),
@@ -40,4 +48,6 @@ def mlp(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: in
         nn.Linear(width, math.prod(out_shape)),
         nn.Unflatten(1, out_shape),
     )
+    with torch.no_grad():
+        posterior.bias[latent_dim:] += START_LOG_VARIANCE
     return FlatNetwork(encoder, decoder, latent_dim)

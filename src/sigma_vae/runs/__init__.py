@@ -5,7 +5,7 @@ from sigma_vae.runs.comparing import compare
 from sigma_vae.runs.evaluating import evaluate_run
 from sigma_vae.runs.folder import Run, evaluation_batch, open_model, open_run
 from sigma_vae.runs.priors import fit_prior
-from sigma_vae.runs.training import resume, train
+from sigma_vae.runs.training import has_checkpoint, rerun, resume, train
 
 __all__ = [
     "Run",
@@ -14,8 +14,10 @@ __all__ = [
     "evaluate_run",
     "evaluation_batch",
     "fit_prior",
+    "has_checkpoint",
     "open_model",
     "open_run",
+    "rerun",
     "resume",
     "train",
 ]

@@ -14,6 +14,9 @@ from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.runs.evaluating import evaluate_run
 from sigma_vae.runs.folder import Run, evaluation_batch, open_run
 from sigma_vae.runs.sigma import KEY, keep
+from sigma_vae.training import resolve_device
+from sigma_vae.training.processes import first_of_node_first, from_first, joined
+from sigma_vae.training.shares import shared
 from sigma_vae.vae import VAE
 
 __all__ = ["calibrate_run"]
@@ -44,6 +47,11 @@ def calibrate_run(
     Raises:
         ValueError: there is no such run, its likelihood has no σ, or the data do not fit the model.
     """
+    with joined(resolve_device(device)):
+        return _calibrate(out, data, split, device, seed)
+
+
+def _calibrate(out: Path, data: str | None, split: SplitName, device: str, seed: int) -> dict[str, Any]:
     run = open_run(out, device)
     likelihood = run.vae.likelihood
     if not isinstance(likelihood, LocationScale):
@@ -53,7 +61,7 @@ def calibrate_run(
     fitting = run.data if data is None else _fitting(_config(data, run), run)
     before = _sigma(run.vae)
     where = next(run.vae.parameters()).device
-    run.vae.calibrate(fitting.batches(split, evaluation_batch(fitting), device=where), seed)
+    run.vae.calibrate(shared(fitting, split, evaluation_batch(fitting), where), seed)
     record = {
         "data": fitting.record["source"],
         "split": split,
@@ -61,7 +69,7 @@ def calibrate_run(
         "fingerprint": fitting.record["fingerprint"],
         "noise_seed": seed,
     }
-    keep(out, run.vae, record)
+    from_first(lambda: keep(out, run.vae, record))
     report = evaluate_run(out, EvaluationSettings(metrics=()), device=device)
     after = _sigma(run.vae)
     return {
@@ -91,7 +99,8 @@ def _config(data: str, run: Run) -> DataConfig:
 def _fitting(config: DataConfig, run: Run) -> Splits:
     """Data of the kind that the model knows, scaled as it knows them."""
     try:
-        data = build.data(config)
+        with first_of_node_first():
+            data = build.data(config)
     except ValueError as error:
         raise ValueError(
             f"{config.source}, read as the run's own data were: {error} (or give a config.yaml as --data)"

@@ -39,6 +39,20 @@ def compare(outs: Sequence[Path], *, paired: bool = False, device: str = "auto")
     if len(outs) < 2:
         raise ValueError(f"compare sets runs side by side and needs at least 2, got {len(outs)}")
     reports = [_report(out) for out in outs]
+    try:
+        rows, same_measure = _rows(outs, reports)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"an evaluation.json does not hold what an evaluation writes ({type(error).__name__}: {error}); evaluate the runs anew"
+        ) from error
+    if paired:
+        for row, differences in zip(rows, _differences(outs, device, same_measure), strict=True):
+            row |= differences
+    return rows
+
+
+def _rows(outs: Sequence[Path], reports: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+    """What is told of each run, and whether all of them are of one measure."""
     for name in SAME:
         _check_same(name, outs, [report.get(name) for report in reports])
     _check_same("examples (by their fingerprint)", outs, [report["how"]["split_fingerprint"] for report in reports])
@@ -47,17 +61,16 @@ def compare(outs: Sequence[Path], *, paired: bool = False, device: str = "auto")
         {"run": str(out), **_made_of(report), **_numbers(report, same_measure), **_frechet(report, reports)}
         for out, report in zip(outs, reports, strict=True)
     ]
-    if paired:
-        for row, differences in zip(rows, _differences(outs, device, same_measure), strict=True):
-            row |= differences
-    return rows
+    return rows, same_measure
 
 
 def _report(out: Path) -> dict[str, Any]:
     """The evaluation of the weights that the run has."""
+    if not (out / "evaluation.json").exists():
+        raise ValueError(f"{out} has no evaluation; make one: sigma-vae evaluate {out}")
     report = read_json(out / "evaluation.json")
-    how = report.get("how", {})
-    if "split_fingerprint" not in how or how.get("model_sha256") != model_digest(out):
+    how = report.get("how")
+    if not isinstance(how, dict) or "split_fingerprint" not in how or how.get("model_sha256") != model_digest(out):
         raise ValueError(
             f"{out / 'evaluation.json'} is of other weights than the run has now, or of an older version; evaluate it anew:"
             f" sigma-vae evaluate {out}"

@@ -20,6 +20,9 @@ from sigma_vae.runs.measuring import SECTIONS, measured, page_path
 from sigma_vae.runs.reports import read_json, write_json
 from sigma_vae.runs.sigma import KEY as SIGMA_FITTED_ON
 from sigma_vae.runs.sigma import fitted_on
+from sigma_vae.training import resolve_device
+from sigma_vae.training.processes import from_first, joined
+from sigma_vae.training.shares import shared
 from sigma_vae.vae import VAE
 
 __all__ = ["draw", "evaluate_run", "evaluation", "kept", "remove_page_of_others", "store"]
@@ -39,7 +42,8 @@ def evaluate_run(
     """Evaluate a finished run, and write ``evaluation.json`` (of the validation split: ``evaluation-validation.json``) anew.
 
     Every metric has its own section, which says how it was measured. Sections that are not asked for this time are kept, as long as
-    they are of the same weights.
+    they are of the same weights. Started by ``torchrun``, the processes share the work, all but ``quality`` and what is predicted of
+    video: these the first one measures, while the others wait.
 
     Args:
         out: folder of the run.
@@ -49,9 +53,15 @@ def evaluate_run(
     Raises:
         ValueError: there is no such run, or a metric does not apply to it.
     """
-    run = open_run(out, device)
-    sections = measured(run.vae, run.data, settings, out)
-    report = evaluation(out, run, settings)
+    with joined(resolve_device(device)):
+        run = open_run(out, device)
+        sections = measured(run.vae, run.data, settings, out)
+        report = evaluation(out, run, settings)
+        return from_first(lambda: _add(out, report, sections))
+
+
+def _add(out: Path, report: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """Write the report with these sections, and those that are kept."""
     known = kept(out, report)
     if "quality" in known and "quality" in sections:
         sections["quality"] = known["quality"] | sections["quality"]
@@ -66,7 +76,11 @@ def kept(out: Path, report: dict[str, Any]) -> dict[str, Any]:
         known = read_json(_path(out, report["split"]))
     except ValueError:  # there is none, or nothing that could be kept
         return {}
-    return {name: known[name] for name in SECTIONS if name in known} if known.get("how") == report["how"] else {}
+    return (
+        {name: known[name] for name in SECTIONS if isinstance(known.get(name), dict)}
+        if known.get("how") == report["how"]
+        else {}
+    )
 
 
 def store(out: Path, report: dict[str, Any]) -> None:
@@ -90,8 +104,8 @@ def evaluation(out: Path, run: Run, settings: EvaluationSettings = EvaluationSet
     config, vae, data = run
     device = next(vae.parameters()).device
     size = evaluation_batch(data)
-    held_out = data.batches(settings.split, size, device=device)
-    training = data.batches("train", size, device=device, limit=min(ENTROPY_EXAMPLES, len(data.train)))
+    held_out = shared(data, settings.split, size, device)
+    training = shared(data, "train", size, device, limit=min(ENTROPY_EXAMPLES, len(data.train)))
     about: dict[str, Any] = {
         "data": config.data.source,
         "split": settings.split,

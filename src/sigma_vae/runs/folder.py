@@ -10,6 +10,7 @@ from sigma_vae.configfile import read
 from sigma_vae.data import Splits
 from sigma_vae.runs.reports import read_json
 from sigma_vae.training import resolve_device
+from sigma_vae.training.processes import first_of_node_first
 from sigma_vae.vae import VAE
 
 __all__ = ["Run", "config_of", "evaluation_batch", "model_digest", "open_model", "open_run", "same_data"]
@@ -71,8 +72,10 @@ def config_of(out: Path) -> RunConfig:
 
 def same_data(out: Path, config: RunConfig) -> Splits:
     """The data that the run was trained on: changed data may move what it was trained on into the test split."""
-    data = build.data(config.data)
-    known = read_json(out / "environment.json").get("data", {}).get("fingerprint")
+    with first_of_node_first():
+        data = build.data(config.data)
+    record = read_json(out / "environment.json").get("data")
+    known = record.get("fingerprint") if isinstance(record, dict) else None
     if known != data.record["fingerprint"]:
         raise ValueError(
             f"the data of {out} have changed since it was trained; restore them, or train anew into another folder"

@@ -22,6 +22,8 @@ from sigma_vae.evaluation.video_quality import video_quality
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import FlatNetwork, HierarchicalNetwork, SequenceNetwork
 from sigma_vae.runs.folder import evaluation_batch
+from sigma_vae.training.processes import from_first, processes
+from sigma_vae.training.shares import shared
 from sigma_vae.vae import VAE
 
 __all__ = ["SECTIONS", "measured", "page_path"]
@@ -44,15 +46,20 @@ def measured(vae: VAE, data: Splits, settings: EvaluationSettings, out: Path) ->
     extractors = _extractors(vae, settings) if "quality" in metrics else []
     sections: dict[str, Any] = {metric: MEASURE[metric](vae, data, settings) for metric in metrics if metric != "quality"}
     if extractors:
-        sections["quality"] = {made.name: _quality(vae, data, settings, made, clips) for made, clips in extractors}
-    if "calibration" in sections:
+        sections["quality"] = from_first(
+            lambda: {made.name: _quality(vae, data, settings, made, clips) for made, clips in extractors}
+        )
+    if "calibration" in sections and processes().first:
         save_page(page_path(out, settings.split), sections["calibration"], data.name)
     if settings.best_of is not None:
-        test = data.batches(settings.split, evaluation_batch(data), device=_device(vae))
-        sections["predictions"] = predictions(
-            vae, test, settings.best_of, settings.seed, batch_statistics=settings.batch_statistics
-        )
+        sections["predictions"] = from_first(lambda: _predictions(vae, data, settings))
     return sections
+
+
+def _predictions(vae: VAE, data: Splits, settings: EvaluationSettings) -> dict[str, Any]:
+    assert settings.best_of is not None
+    test = shared(data, settings.split, evaluation_batch(data), _device(vae))
+    return predictions(vae, test, settings.best_of, settings.seed, batch_statistics=settings.batch_statistics)
 
 
 def page_path(out: Path, split: SplitName) -> Path:
@@ -92,22 +99,20 @@ def _obstacle(metric: Metric, vae: VAE, data: Splits, settings: EvaluationSettin
 
 
 def _iwae(vae: VAE, data: Splits, settings: EvaluationSettings) -> dict[str, Any]:
-    return iwae(vae, data.batches(settings.split, evaluation_batch(data), device=_device(vae)), settings.draws, settings.seed)
+    return iwae(vae, shared(data, settings.split, evaluation_batch(data), _device(vae)), settings.draws, settings.seed)
 
 
 def _oracle(vae: VAE, data: Splits, settings: EvaluationSettings) -> dict[str, Any]:
-    return oracle(vae, data.batches(settings.split, evaluation_batch(data), device=_device(vae)), settings.seed)
+    return oracle(vae, shared(data, settings.split, evaluation_batch(data), _device(vae)), settings.seed)
 
 
 def _information(vae: VAE, data: Splits, settings: EvaluationSettings) -> dict[str, Any]:
     size, device = evaluation_batch(data), _device(vae)
-    return information(
-        vae, data.batches(settings.split, size, device=device), data.batches("train", size, device=device), settings.seed
-    )
+    return information(vae, shared(data, settings.split, size, device), shared(data, "train", size, device), settings.seed)
 
 
 def _calibration(vae: VAE, data: Splits, settings: EvaluationSettings) -> dict[str, Any]:
-    return calibration(vae, data.batches(settings.split, evaluation_batch(data), device=_device(vae)), settings.seed)
+    return calibration(vae, shared(data, settings.split, evaluation_batch(data), _device(vae)), settings.seed)
 
 
 def _extractors(vae: VAE, settings: EvaluationSettings) -> list[tuple[Extractor, bool]]:

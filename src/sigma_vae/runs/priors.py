@@ -16,6 +16,9 @@ from sigma_vae.runs.evaluating import draw, evaluation, kept, remove_page_of_oth
 from sigma_vae.runs.folder import Run, evaluation_batch, open_model, open_run
 from sigma_vae.runs.reports import write_json
 from sigma_vae.runs.sigma import fitted_on, keep
+from sigma_vae.training import resolve_device
+from sigma_vae.training.processes import from_first, joined
+from sigma_vae.types import Prior
 from sigma_vae.vae import VAE
 
 __all__ = ["check_codes", "fit_prior", "take_prior"]
@@ -41,6 +44,11 @@ def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> dic
     Raises:
         ValueError: there is no such run or prior, or the run's network has no flat latents.
     """
+    with joined(resolve_device(device)):
+        return from_first(lambda: _fit_prior(out, prior, device))
+
+
+def _fit_prior(out: Path, prior: str, device: str) -> dict[str, Any]:
     aside, before = out / "prior.new", out / "model.before"
     if before.exists() and not (out / "model").exists():  # killed between two renames
         before.rename(out / "model")
@@ -86,7 +94,10 @@ def check_codes(prior: str, vae: VAE, data: Splits) -> None:
 
 
 def take_prior(prior: str, vae: VAE, data: Splits, seed: int) -> None:
-    """Fit the named prior to the codes of the training split, with the validation split to choose by, and put it into the model."""
+    """Fit the named prior to the codes of the training split, with the validation split to choose by, and put it into the model.
+
+    Of several processes the first fits it, and the others take it over.
+    """
     network = vae.flat_network
     device = next(vae.parameters()).device
     made = build.prior(prior, network.latent_dim)
@@ -95,7 +106,12 @@ def take_prior(prior: str, vae: VAE, data: Splits, seed: int) -> None:
         return
     size = evaluation_batch(data)
     training, validation = (data.batches(split, size, device=device) for split in ("train", "validation"))
-    vae.fit_prior(training, made, validation, seed)
+
+    def fitted() -> Prior:
+        vae.fit_prior(training, made, validation, seed)
+        return network.prior
+
+    network.prior = from_first(fitted).to(device)
 
 
 def _write(folder: Path, config: RunConfig, vae: VAE, data: Splits, sigma: dict[str, Any] | None) -> dict[str, Any]:

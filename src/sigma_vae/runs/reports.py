@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sigma_vae.configfile import write_whole
+from sigma_vae.configfile import read_text, write_whole
 
 __all__ = ["read_json", "write_json"]
 
@@ -21,8 +21,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: it is missing or broken.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is missing or broken: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold what a run writes there, but {type(content).__name__}")

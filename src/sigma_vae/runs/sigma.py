@@ -1,10 +1,10 @@
 """The refitted σ of a finished run: kept with its weights, together with what it was fitted on."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from sigma_vae.configfile import write_whole
 from sigma_vae.vae import VAE
 
 __all__ = ["fitted_on", "keep"]
@@ -17,25 +17,25 @@ def keep(out: Path, vae: VAE, record: dict[str, Any]) -> None:
 
     Both are one file, so that neither is ever there without the other; a training that goes on writes it without the record.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    path = out / "model" / "model.safetensors"
-    aside = path.with_name(path.name + ".new")
     state = {name: value.detach().cpu().contiguous() for name, value in vae.state_dict().items()}
-    try:
-        save_file(state, aside, metadata={KEY: json.dumps(record, ensure_ascii=False)})
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(out / "model" / "model.safetensors", save(state, metadata={KEY: json.dumps(record, ensure_ascii=False)}))
 
 
 def fitted_on(out: Path) -> dict[str, Any] | None:
     """What a later calibration fitted σ on, as :func:`keep` wrote it; None where training did, on its own training split."""
     from safetensors import safe_open
 
-    with safe_open(out / "model" / "model.safetensors", framework="pt") as file:
+    path = out / "model" / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
         record = (file.metadata() or {}).get(KEY)
     if record is None:
         return None
-    content: dict[str, Any] = json.loads(record)
+    try:
+        content = json.loads(record)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not say in JSON what its σ was fitted on: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} says that its σ was fitted on {content!r}, which is no record of data")
     return content

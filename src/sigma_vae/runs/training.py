@@ -9,8 +9,8 @@ import torch
 
 from sigma_vae import __version__, build
 from sigma_vae.config import RunConfig
-from sigma_vae.configfile import write
-from sigma_vae.data import NAMES, Splits
+from sigma_vae.configfile import parse, write
+from sigma_vae.data import NAMES, Scaling, Splits
 from sigma_vae.evaluation.pictures import drawable
 from sigma_vae.networks import SequenceNetwork
 from sigma_vae.networks.default import default_network
@@ -20,58 +20,114 @@ from sigma_vae.runs.priors import check_codes, take_prior
 from sigma_vae.runs.reports import write_json
 from sigma_vae.training import fit, resolve_device
 from sigma_vae.training.choices import Choices
+from sigma_vae.training.folder import LOCK, exclusive, explained
 from sigma_vae.training.hardware import choices_for
+from sigma_vae.training.non_finite import FILE, first_broken, load_broken_step
+from sigma_vae.training.processes import first_of_node_first, from_first, joined, processes
 from sigma_vae.vae import VAE
 
-__all__ = ["resume", "train"]
+__all__ = ["has_checkpoint", "rerun", "resume", "train"]
 
 
 def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any]:
     """Train into a new folder, calibrate, fit the prior where one is asked for, evaluate on the test split, and draw pictures.
 
+    Started by ``torchrun``, the processes share the work; the folder is one that all of them see.
+
     Returns:
         The evaluation, as ``evaluation.json`` holds it.
 
     Raises:
-        ValueError: the folder already holds something, or the config is not possible.
+        ValueError: the folder already holds something, another process is at work in it, or the config is not possible.
+        OSError: the folder cannot be written; what was written before is whole.
     """
-    resolve_device(config.device)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    with joined(resolve_device(config.device)):
+        return _train(config, out, progress=progress)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise ValueError(
             f"{out} already exists and is never overwritten; give another --out, or go on with it: sigma-vae resume {out}"
         )
+
+
+def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
+    from_first(lambda: _check_new(out))
     if config.data.source not in NAMES and Path(config.data.source).exists():  # a path: let the run find it from any folder
         config = replace(config, data=replace(config.data, source=str(Path(config.data.source).resolve())))
-    data = build.data(config.data)
-    if progress:
+    with first_of_node_first():
+        data = build.data(config.data)
+    if progress and processes().first:
         print(f"{data.name}: {data.record['counts']}; {data.record['preprocessing']}")
     if config.model.network == "auto":
         config = replace(config, model=replace(config.model, network=default_network(data.shape, clips=data.clips)))
     vae = _new_vae(config, data)
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "config.yaml", config)
     choices = choices_for(vae, data, config.training, resolve_device(config.device))
-    write_json(out / "environment.json", _environment(config, data, choices))
-    return _finish(config, out, vae, data, resumed=False, progress=progress)
+    environment = _environment(config, data, choices)
+    with explained(out, f"go on: sigma-vae resume {out}"), exclusive(out):
+        from_first(lambda: _begin(config, out, environment))
+        return _finish(config, out, vae, data, resumed=False, progress=progress)
+
+
+def _begin(config: RunConfig, out: Path, environment: dict[str, Any]) -> None:
+    write_json(out / "environment.json", environment)
+    write(out / "config.yaml", config)  # from here on it is a run, which can be resumed
 
 
 def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> dict[str, Any]:
-    """Go on exactly where a run stopped, perhaps for more epochs than it was given.
+    """Go on exactly where a run stopped, perhaps for more epochs than it was given; from the beginning, if it had no checkpoint yet.
 
     Raises:
-        ValueError: the folder holds no run, its data have changed, or it has more epochs behind it than asked for.
+        ValueError: the folder holds no run, its data have changed, it has more epochs behind it than asked for, all its checkpoints are
+            damaged, or another process is at work in it.
+        OSError: the folder cannot be written.
     """
     config = given = config_of(out)
     if epochs is not None:
         config = replace(config, training=replace(config.training, epochs=epochs))
-    data = same_data(out, config)
-    vae = _new_vae(config, data)
-    write(out / "config.yaml", config)  # at once: where this is interrupted, the next resumption has the same end
+    with joined(resolve_device(config.device)):
+        data = same_data(out, config)
+        vae = _new_vae(config, data)
+        with explained(out, f"go on: sigma-vae resume {out}"), exclusive(out):
+            # At once: where this is interrupted, the next resumption has the same end.
+            from_first(lambda: write(out / "config.yaml", config))
+            try:
+                return _finish(config, out, vae, data, resumed=has_checkpoint(out), progress=progress)
+            except ValueError:
+                if processes().first:
+                    write(out / "config.yaml", given)
+                raise
+
+
+def rerun(out: Path) -> dict[str, Any]:
+    """Do the step again whose loss was not finite, from ``non-finite.safetensors`` in the run folder; the data are not needed.
+
+    Returns:
+        ``step``, ``split``, ``diagnosis`` as it was given when the run stopped, and ``begins_in``: the modules whose output is not finite
+        where their input was, in their order, and the terms and examples (their positions in the split) that it reaches.
+
+    Raises:
+        ValueError: the folder holds no run, or no such step.
+    """
+    step = load_broken_step(out / FILE)
+    shape = step.about.get("shape")
+    if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
+        raise ValueError(f"{out / FILE} does not say the shape of an example, got {shape!r}")
+    config = config_of(out)
+    vae = build.vae(
+        config.model, shape, parse(step.about.get("scaling"), Scaling, str(out / FILE)), clips=step.batch.x.dim() == 5
+    )
     try:
-        return _finish(config, out, vae, data, resumed=True, progress=progress)
-    except ValueError:
-        write(out / "config.yaml", given)
-        raise
+        begins = first_broken(vae, step)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{out / FILE} does not fit the model of {out}: {error}") from error
+    return {name: step.about.get(name) for name in ("step", "split", "diagnosis")} | {"begins_in": begins}
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether a training has come so far that it has something to go on from."""
+    return any((out / "checkpoints" / name).exists() for name in ("last.ckpt", "previous.ckpt"))
 
 
 def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> dict[str, Any]:
@@ -79,8 +135,12 @@ def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bo
     vae.to(resolve_device(config.device))
     if config.model.prior != "standard":
         take_prior(config.model.prior, vae, data, config.seed)
-    build.save(out / "model", vae, config.model, data.shape, data.scaling)
+    from_first(lambda: build.save(out / "model", vae, config.model, data.shape, data.scaling))
     report = evaluation(out, Run(config, vae, data))
+    return from_first(lambda: _write_report(out, report, vae, data))
+
+
+def _write_report(out: Path, report: dict[str, Any], vae: VAE, data: Splits) -> dict[str, Any]:
     report |= kept(out, report)  # where nothing was left to train
     store(out, report)
     if drawable(data.shape):
@@ -113,6 +173,7 @@ def _environment(config: RunConfig, data: Splits, choices: Choices) -> dict[str,
         "seed": config.seed,
         "threads": choices.threads,
         "choices": asdict(choices),
+        "processes": processes().world_size,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "data": data.record,
     }

@@ -4,18 +4,25 @@ import csv
 import json
 import os
 import shutil
+import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sigma_vae import runs
+from sigma_vae.configfile import write_whole
 from sigma_vae.evaluation.settings import EvaluationSettings
 from sigma_vae.study.grid import Cell
 
-__all__ = ["do", "folder_of", "known"]
+__all__ = ["do", "finished", "folder_of", "known", "record_of", "running_since"]
 
 RECORD = "cell.json"
+RUNNING = "running"
+"""A file that is there while a process works on the cell."""
+OF_SAMPLES = ("iwae", "quality")
+"""What is measured again with each further prior; the rest is about codes and decoder."""
 
 
 def folder_of(cell: Cell, out: Path) -> Path:
@@ -23,13 +30,32 @@ def folder_of(cell: Cell, out: Path) -> Path:
     return out / "cells" / cell.key
 
 
+def record_of(cell: Cell, out: Path) -> Path:
+    """The file that says how it ended."""
+    return folder_of(cell, out) / RECORD
+
+
 def known(cell: Cell, out: Path) -> dict[str, Any] | None:
     """What is written of the cell; None where it has not ended."""
-    path = folder_of(cell, out) / RECORD
+    path = record_of(cell, out)
     if not path.exists():
         return None
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record
+
+
+def finished(cell: Cell, out: Path) -> bool:
+    """Whether it has ended, and did not fail."""
+    record = known(cell, out)
+    return record is not None and record["status"] == "done"
+
+
+def running_since(cell: Cell, out: Path) -> float | None:
+    """When its work began, in seconds since 1970; None where none is going on."""
+    try:
+        return (folder_of(cell, out) / RUNNING).stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def do(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
@@ -47,6 +73,7 @@ def do(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
         if before is not None and before["status"] == "done":
             return before
         torch.set_num_threads(threads)
+        (folder / RUNNING).touch()
         start, failed = time.monotonic(), 0 if before is None else before["failures"]
         record: dict[str, Any] = {"key": cell.key, "place": cell.place, "threads": threads, "failures": failed}
         try:
@@ -54,28 +81,40 @@ def do(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
         except Exception as error:
             told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
             record |= {"status": "failed", "failures": failed + 1, **told}
+        finally:
+            (folder / RUNNING).unlink(missing_ok=True)
         record["seconds"] = time.monotonic() - start
-        aside = folder / (RECORD + ".part")
-        aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(aside, folder / RECORD)
-        return record
+        written = _without_places(json.dumps(record, indent=1, ensure_ascii=False), out)
+        write_whole(record_of(cell, out), written + "\n")
+        told_again: dict[str, Any] = json.loads(written)
+        return told_again
+
+
+def _without_places(text: str, out: Path) -> str:
+    """Paths from the study's folder, the current one or the one of the package on: the same on every machine."""
+    places = {str(out), os.getcwd(), *filter(os.path.isabs, sys.path)} - {os.sep}
+    for place in sorted(places, key=len, reverse=True):
+        text = text.replace(place.rstrip(os.sep) + os.sep, "")
+    return text
 
 
 def _measured(cell: Cell, folder: Path) -> dict[str, Any]:
     """The reports of each prior on both splits, and how the training went."""
     run, trained = folder / "run", time.monotonic()
-    if (run / "checkpoints" / "last.ckpt").exists() and not (run / "model" / "model.json").exists():
+    if runs.has_checkpoint(run) and not (run / "model" / "model.json").exists():
         runs.resume(run, progress=False)
     elif not (run / "evaluation.json").exists():
         shutil.rmtree(run, ignore_errors=True)
         runs.train(cell.config, run, progress=False)
     seconds = time.monotonic() - trained
     validation = EvaluationSettings(metrics=(), split="validation", seed=cell.evaluation.seed)
-    reports = {}
+    of_samples = replace(cell.evaluation, metrics=tuple(m for m in cell.evaluation.metrics or () if m in OF_SAMPLES))
+    reports: dict[str, Any] = {}
     for prior in cell.priors:
         if runs.open_model(run, "cpu").config.prior != prior:
             runs.fit_prior(run, prior)
-        reports[prior] = {"test": runs.evaluate_run(run, cell.evaluation), "validation": runs.evaluate_run(run, validation)}
+        settings = of_samples if reports else cell.evaluation
+        reports[prior] = {"test": runs.evaluate_run(run, settings), "validation": runs.evaluate_run(run, validation)}
     return {"training_seconds": seconds, "reports": reports, "curve": _curve(run / "metrics.csv")}
 
 

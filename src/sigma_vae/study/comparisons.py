@@ -15,18 +15,21 @@ from sigma_vae.study.statistics import Difference, chosen_on_validation, paired_
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ARM", "BITS", "ELBO", "STANDARD", "Done", "Setting", "deviation", "frechet_columns", "settings"]
+__all__ = ["ARM", "BITS", "ELBO", "MARGINAL_KL", "PREDICTIONS", "STANDARD", "Done", "Setting", "frechet_columns", "settings"]
 
 ARM = "arm"
 """The column of the arm's label."""
 ELBO = "elbo_post_hoc_nats"
 BITS = "bits_per_dim_post_hoc"
+MARGINAL_KL = "information.marginal_kl_at_least_nats"
+PREDICTIONS = {"PSNR, dB": ("predictions.psnr_db", 2), "SSIM": ("predictions.ssim", 3)}
+"""Of the best of several predictions of each clip: columns, and how exactly they are shown."""
 STANDARD = "standard"
 LIKELIHOOD = "model.likelihood"
 LEAST_GRID = 3
 """A grid of fewer fixed σ is no tuning."""
 FIXED = re.compile(r"gaussian/(fixed|beta):(.+)")
-FRECHET = re.compile(r"quality\.(.+)\.samples\.means\.frechet")
+FRECHET = re.compile(r"quality\.(.+)\.(samples\.means|frames|clips)\.frechet")
 
 
 class Done(NamedTuple):
@@ -55,7 +58,7 @@ def deviation(likelihood: str) -> float | None:
 
 
 def frechet_columns(table: "pd.DataFrame") -> dict[str, str]:
-    """Of each set of features, the column of the Fréchet distance of samples, shown as decoder means."""
+    """Of each set of features, the column of the Fréchet distance of samples, shown as decoder means; of video, of its predictions."""
     return {found[1]: found[0] for name in table.columns if (found := FRECHET.fullmatch(name))}
 
 
@@ -69,7 +72,8 @@ class Setting:
     arms: dict[str, str]
     """The likelihood of each arm, by its label, in the order of the grid."""
     priors: tuple[str, ...]
-    ended: list[Done]
+    ended: dict[str, list[Done]]
+    """By their arm."""
     table: "pd.DataFrame"
     """Rows of :func:`~sigma_vae.study.results.tabulate`, with the columns ``arm`` and ``seed``."""
 
@@ -116,10 +120,11 @@ class Setting:
         rows = self.table[self.table["prior"] == self.plain]
         return str(chosen_on_validation(rows, ARM, known_ones, ELBO, highest=True).place[ARM])
 
-    def lowest(self, metric: str, prior: str) -> str | None:
-        """The fixed σ of three or more with the least mean of a metric on the test split itself."""
+    def best(self, metric: str, prior: str, *, highest: bool) -> str | None:
+        """The fixed σ of three or more with the highest, or the least, mean of a metric on the test split itself."""
         means = {arm: found.mean() for arm in self.fixed if len(found := self.values(arm, metric, prior))}
-        return min(means, key=lambda arm: means[arm]) if len(means) >= LEAST_GRID else None
+        choose = max if highest else min
+        return choose(means, key=lambda arm: means[arm]) if len(means) >= LEAST_GRID else None
 
     def curves(self, arm: str) -> dict[int, list[tuple[int, float]]]:
         """Step and validation ELBO of each seed."""
@@ -139,13 +144,15 @@ class Setting:
 
     def of(self, arm: str) -> list[Done]:
         """The arm's cells that have ended."""
-        return [done for done in self.ended if label(done.cell, self.axis) == arm]
+        return self.ended.get(arm, [])
 
-    axis: str | None = None
-    """The axis of the arms."""
+    @property
+    def network(self) -> str:
+        """Its name, of the first run that has ended."""
+        return next((done.cell.config.model.network for dones in self.ended.values() for done in dones), "")
 
 
-def label(cell: Cell, axis: str | None) -> str:
+def _label(cell: Cell, axis: str | None) -> str:
     """The arm of a cell."""
     return cell.config.model.likelihood if axis is None else str(cell.place[axis])
 
@@ -162,17 +169,19 @@ def settings(spec: StudySpec, out: Path) -> list[Setting]:
         raise ValueError(f"{out} has no finished cell of {spec.title!r}, so there is nothing to report; run the study first")
     table = tabulate(todo, out)
     by_key = {cell.key: cell for cell in todo}
-    table[ARM] = [label(by_key[key], axis) for key in table["key"]]
+    table[ARM] = [_label(by_key[key], axis) for key in table["key"]]
     table["seed"] = [by_key[key].config.seed for key in table["key"]]
-    return [
-        Setting(words, arms, spec.priors, there, table[table["key"].isin([done.cell.key for done in there])], axis)
-        for words, arms, there in _grouped(todo, ended, axis)
-    ]
+    found = []
+    for words, arms, there in _grouped(todo, ended, axis):
+        by_arm = {arm: [done for done in there if _label(done.cell, axis) == arm] for arm in arms}
+        rows = table[table["key"].isin([done.cell.key for done in there])]
+        found.append(Setting(words, arms, spec.priors, by_arm, rows))
+    return found
 
 
 def _grouped(todo: Sequence[Cell], ended: Sequence[Done], axis: str | None) -> Iterator[tuple[str, dict[str, str], list[Done]]]:
     for words in dict.fromkeys(_words(cell, axis) for cell in todo):
-        arms = {label(cell, axis): cell.config.model.likelihood for cell in todo if _words(cell, axis) == words}
+        arms = {_label(cell, axis): cell.config.model.likelihood for cell in todo if _words(cell, axis) == words}
         yield words, arms, [done for done in ended if _words(done.cell, axis) == words]
 
 

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -41,7 +41,7 @@ class StudySpec:
     priors: tuple[str, ...] = ("standard",)
     """Fitted after the training, one after the other, to the same weights."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    """What is measured of each on the test split; on the validation split the bounds alone."""
+    """What is measured of each on the test split, with further priors the samples and bounds alone; on the validation split the bounds."""
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Other sizes of the same study by name: what of ``base``, ``axes``, ``priors`` and ``evaluation`` they replace."""
     published: dict[str, Any] = field(default_factory=dict)
@@ -67,8 +67,8 @@ class Cell(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Names the cell by what it is made of: the same in every study that has it."""
-        made_of = {"config": asdict(self.config), "priors": self.priors, "evaluation": asdict(self.evaluation)}
+        """Names the cell by what it is made of: the same in every study that has it, and where a later version has more settings."""
+        made_of = {"config": _given(self.config), "priors": self.priors, "evaluation": _given(self.evaluation)}
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -115,11 +115,37 @@ def cells(spec: StudySpec) -> list[Cell]:
     return found
 
 
+def _given(config: Any) -> dict[str, Any]:
+    """What differs from the defaults, part by part."""
+    found: dict[str, Any] = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        usual = each.default if each.default_factory is MISSING else each.default_factory()
+        if is_dataclass(value):
+            value, usual = _given(value), {}
+        if value != usual:
+            found[each.name] = value
+    return found
+
+
 def _settings(name: str, values: Values) -> list[tuple[Any, Mapping[str, Any]]]:
     """Label and settings of each value."""
     if isinstance(values, dict):
         return list(values.items())
     return [(value, {name: value}) for value in values]
+
+
+def _said(settings: Any) -> dict[str, Any]:
+    """What differs from the defaults."""
+    told = {}
+    for part in fields(settings):
+        value = getattr(settings, part.name)
+        default = part.default_factory() if part.default_factory is not MISSING else part.default
+        if is_dataclass(value):
+            told[part.name] = _said(value)
+        elif value != default:
+            told[part.name] = value
+    return {name: value for name, value in told.items() if value != {}}
 
 
 def _put(content: dict[str, Any], path: str, value: Any) -> None:

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from sigma_vae.study.statistics import Difference
 
-__all__ = ["SEEDS", "Verdict", "above", "below", "both", "lacking", "signed"]
+__all__ = ["SEEDS", "Verdict", "above", "below", "both", "lacking", "signed", "within"]
 
 Word = Literal["holds", "does not", "not shown"]
 
@@ -55,6 +55,14 @@ def below(found: Difference, bar: float, finding: str) -> Verdict:
     """Whether the whole interval is below the bar."""
     low, high = (None if end is None else -end for end in (found.high, found.low))
     return above(Difference(-found.mean, low, high, found.pairs), -bar, finding)
+
+
+def within(found: Difference, bar: float, finding: str) -> Verdict:
+    """Whether the whole interval is nearer to zero than the bar: holds; or beyond it on one side: does not."""
+    verdict = above(found, -bar, finding)
+    if verdict.word == "holds":
+        return below(found, bar, finding)
+    return above(found, bar, finding) if found.low is not None and found.low > bar else verdict
 
 
 def both(first: Verdict, second: Verdict) -> Verdict:

@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
-__all__ = ["Card", "Picture", "Section", "Table", "minus"]
+__all__ = ["PLOTS", "Card", "Picture", "Section", "Table", "minus"]
+
+PLOTS = "report-files"
+"""The folder of what a report draws."""
 
 
 class Card(NamedTuple):
@@ -25,7 +28,8 @@ class Table(NamedTuple):
 class Picture(NamedTuple):
     """A file, what it shows in words, and what is written below it."""
 
-    name: str
+    place: str
+    """From the study's folder on: of what the report draws, or of what a run has drawn."""
     content: bytes
     alt: str
     caption: str
@@ -33,7 +37,7 @@ class Picture(NamedTuple):
     @property
     def kind(self) -> str:
         """Its media type."""
-        return "image/svg+xml" if self.name.endswith(".svg") else "image/jpeg"
+        return "image/svg+xml" if self.place.endswith(".svg") else "image/png"
 
 
 class Section(NamedTuple):

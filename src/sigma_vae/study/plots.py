@@ -10,6 +10,7 @@ from sigma_vae.study.comparisons import ELBO, Setting, frechet_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from PIL.Image import Image
 
 __all__ = ["Plot", "coverage", "curves", "frechet", "information", "rate_distortion", "small"]
 
@@ -21,8 +22,8 @@ OWN = ("*", "P", "X", "D", "v", "^", "<", ">")
 """Arms that find their own σ, where others are lines."""
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 NOMINAL = (50, 80, 90, 95)
-THUMBNAIL = 240
-"""Pixels, at most, of the smaller copies."""
+THUMBNAIL, GREYS, COLOURS = 240, 16, 48
+"""Pixels and colours, at most, of the smaller copies."""
 Draw = Callable[["Axes"], None]
 
 
@@ -174,15 +175,24 @@ def coverage(setting: Setting) -> Plot | None:
 
 
 def small(path: Path) -> bytes:
-    """A picture as JPEG of a few kilobytes."""
+    """A picture as PNG of a few kilobytes, with few pixels and colours; of one that is so already, the same bytes."""
     from PIL import Image
 
     with Image.open(path) as picture:
+        if picture.mode == "P" and max(picture.size) <= THUMBNAIL:
+            return path.read_bytes()
         copy = picture.convert("RGB")
     copy.thumbnail((THUMBNAIL, THUMBNAIL))
+    colours = GREYS if _grey(copy) else COLOURS
     buffer = io.BytesIO()
-    copy.save(buffer, format="JPEG", quality=80, optimize=True)
+    copy.quantize(colours, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _grey(picture: "Image") -> bool:
+    """Whether its channels are equal."""
+    red, *others = picture.split()
+    return all(red.tobytes() == other.tobytes() for other in others)
 
 
 def _alt(what: str, numbers: Iterable[str]) -> str:
@@ -195,7 +205,16 @@ def _svg(draw: Draw, entries: int, height: float = HEIGHT) -> bytes:
     from matplotlib.figure import Figure
 
     with style.context(
-        ["default", {"svg.hashsalt": "sigma-vae", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}]
+        [
+            "default",
+            {
+                "svg.hashsalt": "sigma-vae",
+                "svg.fonttype": "none",
+                "font.size": 9,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+            },
+        ]
     ):
         figure = Figure(figsize=(WIDTH, height + 0.2 * math.ceil(entries / 2)), layout="constrained")
         axes = figure.subplots()

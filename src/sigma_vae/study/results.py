@@ -21,7 +21,7 @@ def collect(cells: Sequence[Cell], out: Path) -> "pd.DataFrame":
     that failed has one row; one that has not ended has none.
     """
     table = tabulate(cells, out)
-    table.to_parquet(out / "results.parquet", index=False)
+    table.to_parquet(out / "results.parquet", index=False, compression="zstd", write_statistics=False)
     return table
 
 

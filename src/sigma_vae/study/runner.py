@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from sigma_vae.study.cell import do, known
-from sigma_vae.study.grid import Cell, StudySpec, cells
+from sigma_vae.study.cell import do, finished, known
+from sigma_vae.study.folder import claim
+from sigma_vae.study.grid import StudySpec, cells
 from sigma_vae.study.results import collect
 
 __all__ = ["Backend", "run"]
@@ -27,10 +29,10 @@ def run(
 ) -> list[dict[str, Any]]:
     """Do every cell that is not finished, and write ``results.parquet`` with a row for each cell, prior and split.
 
-    Each cell has a folder under ``out/cells``, named by a digest of its configuration, with its run and ``cell.json``, which is
-    written when the cell ends. A study that was stopped, or killed, goes on where it stood: finished cells are not repeated, one that
-    was being trained is resumed from its checkpoint. A cell that raises is written down as failed, with its error, and tried again: at
-    once so many times, and once more whenever the study is run again.
+    The folder says in ``study.yaml`` which grid it is of. Each cell has a folder under ``out/cells``, named by a digest of its
+    configuration, with its run and ``cell.json``, which is written when the cell ends. A study that was stopped, or killed, goes on where
+    it stood: finished cells are not repeated, one that was being trained is resumed from its checkpoint. A cell that raises is
+    written down as failed, with its error, and tried again: at once so many times, and once more whenever the study is run again.
 
     Args:
         spec: the grid.
@@ -39,37 +41,48 @@ def run(
         workers: how many cells are done at once (loky); as many as there are cores unless given, each with its share of them.
         address: of the Dask scheduler or the Ray cluster; a local one is started unless given.
         retries: how often a failed cell is tried again.
-        tell: called with the record of each cell that ends, how many have ended, and how many there are.
+        tell: called with the record of each cell that ends (on Ray: when all have), how many have ended, and how many there are.
 
     Returns:
         The records of all cells, in the order of the grid.
 
     Raises:
-        ValueError: a cell's configuration is not possible, or the backend's package is not installed.
+        ValueError: a cell's configuration is not possible, the folder has finished cells of another grid, or the backend's package is
+            not installed.
+        ChildProcessError: a worker was killed; what is finished is kept.
     """
-    from joblib import Parallel, delayed, effective_n_jobs
+    from joblib import Parallel, cpu_count, delayed, effective_n_jobs
 
     todo = cells(spec)
-    out.mkdir(parents=True, exist_ok=True)
+    claim(spec, out)
     ended = 0
     with _on(backend, workers, address):
-        threads = max(1, (os.cpu_count() or 1) // effective_n_jobs(workers or -1)) if backend == "loky" else 1
+        threads = max(1, cpu_count() // effective_n_jobs(workers or -1)) if backend == "loky" else 1
         for attempt in range(1 + retries):
-            left = [cell for cell in todo if not _finished(cell, out)]
+            left = [cell for cell in todo if not finished(cell, out)]
             if attempt == 0:
                 ended = len(todo) - len(left)
-            parallel = Parallel(n_jobs=workers or -1, return_as="generator_unordered")
-            for record in parallel(delayed(do)(cell, out.resolve(), threads) for cell in left):
-                ended += record["status"] == "done"
-                if tell is not None:
-                    tell(record, ended, len(todo))
+            # Ray's backend gives results at the end alone.
+            parallel = Parallel(n_jobs=workers or -1, return_as="list" if backend == "ray" else "generator_unordered")
+            with _living(out):
+                for record in parallel(delayed(do)(cell, out.resolve(), threads) for cell in left):
+                    ended += record["status"] == "done"
+                    if tell is not None:
+                        tell(record, ended, len(todo))
     collect(todo, out)
     return [record for cell in todo if (record := known(cell, out)) is not None]
 
 
-def _finished(cell: Cell, out: Path) -> bool:
-    record = known(cell, out)
-    return record is not None and record["status"] == "done"
+@contextmanager
+def _living(out: Path) -> Iterator[None]:
+    """Say what to do when a worker dies, of the system's hand when memory runs out say."""
+    try:
+        yield
+    except BrokenExecutor as error:
+        raise ChildProcessError(
+            f"a worker of the study died, killed perhaps because memory ran out; what is finished in {out} is kept: run the study"
+            " again to go on, with fewer workers if memory ran out"
+        ) from error
 
 
 @contextmanager
@@ -86,7 +99,7 @@ def _on(backend: Backend, workers: int | None, address: str | None) -> Iterator[
         with _dask(workers, address), parallel_config(backend="dask"):
             yield
     else:
-        with _ray(address), parallel_config(backend="ray"):
+        with _ray(workers, address), parallel_config(backend="ray"):
             yield
 
 
@@ -109,14 +122,15 @@ def _dask(workers: int | None, address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _ray(address: str | None) -> Iterator[None]:
+def _ray(workers: int | None, address: str | None) -> Iterator[None]:
     try:
         import ray
         from ray.util.joblib import register_ray
     except ImportError as error:
         raise ValueError("the backend ray needs its package: pip install 'ray[default]'") from error
-    register_ray()
-    ray.init(address=address, ignore_reinit_error=True)
+    register: Callable[[], None] = register_ray
+    register()
+    ray.init(address=address, num_cpus=workers if address is None else None, ignore_reinit_error=True)
     try:
         yield
     finally:

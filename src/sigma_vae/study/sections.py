@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from sigma_vae.study import plots
 from sigma_vae.study.cell import folder_of, known
+from sigma_vae.study.claims import CLAIMS, OPTIMAL, diverges
 from sigma_vae.study.comparisons import ARM, BITS, ELBO, STANDARD, Done, Setting, frechet_columns
 from sigma_vae.study.grid import StudySpec, cells
 from sigma_vae.study.judging import Verdict, signed
-from sigma_vae.study.pieces import Card, Picture, Section, Table, minus
+from sigma_vae.study.pieces import PLOTS, Card, Picture, Section, Table, minus
 from sigma_vae.study.statistics import cost, summary
-from sigma_vae.study.verdicts import CLAIMS, OPTIMAL, diverges
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,8 @@ COLUMNS = {
     ELBO: "ELBO, nats, refitted σ",
     "rate_nats": "rate, nats",
     "calibration.density.coverage.90": "90 % interval covers",
+    "predictions.psnr_db": "PSNR of the best prediction, dB",
+    "predictions.ssim": "SSIM of the best prediction",
 }
 HOW = (
     "An interval in brackets is the 95 % bootstrap interval of a mean of differences, which are paired by seed. A rule that compares holds"
@@ -39,8 +41,8 @@ def judged(found: Sequence[Setting]) -> Section:
     """A card for each claim that the study's data speak of; the others in one table."""
     cards, lacking = [], []
     for claim in CLAIMS:
-        verdicts = [(setting, verdict) for setting in found for verdict in claim.judge(setting)]
-        there = tuple((verdict.word, _finding(setting, verdict)) for setting, verdict in verdicts if not verdict.lacks)
+        verdicts = claim.verdicts(found)
+        there = tuple((verdict.word, _finding(words, verdict)) for words, verdict in verdicts if not verdict.lacks)
         if there:
             cards.append(Card(claim.name, claim.sentence, there, claim.rule))
         else:
@@ -50,8 +52,8 @@ def judged(found: Sequence[Setting]) -> Section:
     return Section("Verdicts", (HOW,), tuple(cards), other)
 
 
-def _finding(setting: Setting, verdict: Verdict) -> str:
-    return f"{setting.words}: {verdict.finding}" if setting.words else verdict.finding
+def _finding(words: str, verdict: Verdict) -> str:
+    return f"{words}: {verdict.finding}" if words else verdict.finding
 
 
 def ended(spec: StudySpec, out: Path, found: Sequence[Setting]) -> Section:
@@ -197,7 +199,7 @@ def figures(found: Sequence[Setting]) -> Section:
             plot = draw(setting)
             if plot is not None:
                 words = f"{setting.words}: {caption}" if setting.words else caption
-                pictures.append(Picture(f"{name}-{number}.svg", plot.content, plot.alt, words))
+                pictures.append(Picture(f"{PLOTS}/{name}-{number}.svg", plot.content, plot.alt, words))
     return Section("Plots", pictures=tuple(pictures))
 
 
@@ -223,15 +225,14 @@ COVERS = (
 def samples(found: Sequence[Setting], out: Path) -> Section:
     """Pictures of the first seed of each arm, small, those of one kind side by side."""
     pictures: list[Picture] = []
-    for number, setting in enumerate(found):
-        runs = [(order, arm, done) for order, arm in enumerate(setting.arms) for done in _first(setting, arm)]
+    for setting in found:
+        runs = [(arm, done) for arm in setting.arms for done in _first(setting, arm)]
         for name, words in _kinds(setting).items():
-            for order, arm, done in runs:
+            for arm, done in runs:
                 path = folder_of(done.cell, out) / "run" / name
                 if path.is_file():
-                    file = f"{path.stem}-{number}-{order}.jpg"
-                    caption = f"{_named(setting, arm)}: {words}"
-                    pictures.append(Picture(file, plots.small(path), f"Grid of {words}, {arm}", caption))
+                    place, caption = path.relative_to(out).as_posix(), f"{_named(setting, arm)}: {words}"
+                    pictures.append(Picture(place, plots.small(path), f"Grid of {words}, {arm}", caption))
     return Section("Samples and reconstructions", ("Of the first seed of each.",), pictures=tuple(pictures))
 
 

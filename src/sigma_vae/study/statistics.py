@@ -11,9 +11,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Chosen", "Difference", "bootstrapped", "chosen_on_validation", "cost", "paired_difference", "summary"]
 
-DIGITS = {"bits_per_dim_post_hoc": 4, "elbo_post_hoc_nats": 1, "rate_nats": 2, "calibration.density.coverage.90": 3}
+DIGITS = {
+    "bits_per_dim_post_hoc": 4,
+    "elbo_post_hoc_nats": 1,
+    "rate_nats": 2,
+    "calibration.density.coverage.90": 3,
+    "predictions.psnr_db": 2,
+    "predictions.ssim": 3,
+}
 """What a summary shows, and how exactly; Fréchet distances beside it."""
 RESAMPLES = 10_000
+FRECHET = ("samples.means.frechet", "frames.frechet", "clips.frechet")
 
 
 class Difference(NamedTuple):
@@ -131,7 +139,7 @@ def _of(table: "pd.DataFrame", where: dict[str, Any], metric: str) -> "pd.Series
 
 
 def _shown(table: "pd.DataFrame") -> dict[str, int]:
-    frechet = [name for name in table.columns if name.startswith("quality.") and name.endswith("samples.means.frechet")]
+    frechet = [name for name in table.columns if name.startswith("quality.") and name.endswith(FRECHET)]
     return {name: digits for name, digits in {**DIGITS, **dict.fromkeys(frechet, 2)}.items() if name in table.columns}
 
 

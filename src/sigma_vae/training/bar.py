@@ -42,6 +42,10 @@ class Bar(pl.Callback):
         """Show what was found."""
         self._draw(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave it as it is: what is said of the exception comes below."""
+        self.progress.stop()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave it as it is."""
         self.progress.stop()

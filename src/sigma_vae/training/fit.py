@@ -1,21 +1,18 @@
 """``fit``: train a VAE on data, calibrated at the end."""
 
-import csv
 import logging
 import math
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import EarlyStopping
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.loggers import Logger
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Batches, Splits
@@ -23,10 +20,19 @@ from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import SequenceNetwork
 from sigma_vae.training.bar import Bar
-from sigma_vae.training.callbacks import AtomicCheckpoints, AveragedWeights, CalibrateBeforeValidation, Checkpoint, Resumable
+from sigma_vae.training.callbacks import AveragedWeights, CalibrateBeforeValidation
 from sigma_vae.training.calls import Calls
+from sigma_vae.training.checkpoints import BestCheckpoint, SealedCheckpoints, newest, read_sealed, step_of
+from sigma_vae.training.folder import exclusive
 from sigma_vae.training.hardware import applied, choices_for
-from sigma_vae.training.module import TrainingModule, validated_total
+from sigma_vae.training.metrics import Events, MetricsTable, rows_before
+from sigma_vae.training.module import NonFiniteLossError, TrainingModule, validated_total
+from sigma_vae.training.non_finite import KeepsBrokenStep
+from sigma_vae.training.processes import from_first, joined, own_device, processes
+from sigma_vae.training.resuming import Patience, Resumable, Terminated, ValidateAtEnd
+from sigma_vae.training.sharding import to_be_trained
+from sigma_vae.training.shares import shared
+from sigma_vae.training.together import OwnNoise, check_processes, environment, strategy
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["fit", "resolve_device"]
@@ -52,6 +58,9 @@ def fit(
 
     The model is left on the device that it was trained on, in eval mode.
 
+    Started by ``torchrun``, the processes train one model: each step's batch, validation and calibration are shared out, ``batch_size``
+    counts the examples of all, and the first process writes the files. Every process must call this with the same arguments.
+
     Args:
         vae: the model.
         data: its splits; test is not touched.
@@ -59,63 +68,94 @@ def fit(
         out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; nothing is kept unless given.
         seed: of the order of the data and the noise (that of the weights was decided when ``vae`` was made).
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-        resume: go on exactly where ``out/checkpoints/last.ckpt`` stands.
+        resume: go on exactly where the newest whole checkpoint in ``out/checkpoints`` stands.
         progress: show a bar.
 
     Raises:
-        ValueError: the device does not exist, there is nothing to resume, or more epochs are over than ``config`` has,
-            or the network is not for clips and the data are, or the other way round.
+        ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over than ``config`` has,
+            ``out`` has checkpoints that are not to be resumed, or another process writes there; the network is not for clips and the
+            data are, or the other way round.
         NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
         KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
+        Terminated: after SIGTERM, likewise; not caught, it ends the process with the exit code 143.
+        OSError: a file cannot be written, for lack of room say; those written before are whole.
     """
-    where = resolve_device(device)
+    with joined(resolve_device(device)):
+        _fit(vae, data, config, out, seed, resolve_device(device), resume=resume, progress=progress)
+
+
+def _fit(
+    vae: VAE,
+    data: Splits,
+    config: TrainingConfig,
+    out: Path | None,
+    seed: int,
+    where: torch.device,
+    *,
+    resume: bool,
+    progress: bool,
+) -> None:
+    check_processes(vae)
     if isinstance(vae.network, SequenceNetwork) != data.clips:
         have, need = ("clips", "a SequenceNetwork") if data.clips else ("no clips", "any other network")
         raise ValueError(f"{data.name} has {have} and needs {need}, got {type(vae.network).__name__}")
     pl.seed_everything(seed, workers=True, verbose=False)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))
         last = folder / "checkpoints" / "last.ckpt"
-        if resume and not last.exists():
-            raise ValueError(f"{last} does not exist: there is nothing to resume; train anew into another folder")
+        stack.enter_context(exclusive(last.parent))
+        resumed = _resumed(last, resume=resume)
         vae.train()
         if not resume:
             _start(vae, data, config)
-        loggers = [] if out is None else _loggers(folder, last if resume else None)
-        training = data.batches("train", config.batch_size, shuffle=True, seed=seed, device=where)
-        validation = data.batches("validation", _passing_batch(data), device=where)
-        calibration = CalibrateBeforeValidation(vae, _part(data, where))
-        best = Checkpoint(last.with_name("best.ckpt"), best_of=validated_total(vae))
-        callbacks = [
-            *([AveragedWeights(decay=config.ema_decay)] if config.ema_decay else []),
-            calibration,  # after the averaged weights have been put in place
-            *([EarlyStopping(validated_total(vae), mode="max", patience=config.patience)] if config.patience else []),
-            best,
-            Checkpoint(last),
-            Resumable(last, training, where),
-        ]
-        choices = choices_for(vae, data, config, where)
+        model = to_be_trained(vae, config)
+        us, choices = processes(), choices_for(model, data, config, where)
+        training = data.batches(
+            "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
+        )
+        if resumed is not None and step_of(resumed) > config.epochs * len(training):
+            raise ValueError(f"{resumed} cannot be resumed up to {config.epochs} epochs, it has more of them behind it")
+        loggers = [] if out is None or not us.first else _loggers(folder, resumed)
+        validation = shared(data, "validation", _passing_batch(data), where)
         calls = Calls(training, choices.steps_per_call)
-        module = TrainingModule(vae, config, choices, calls, training.log_volume_nats)
-        if progress:
+        module = TrainingModule(model, config, choices, calls, training.log_volume_nats)
+        best = BestCheckpoint(last.with_name("best.ckpt"), validated_total(vae))
+        kept = KeepsBrokenStep(folder, {"shape": list(data.shape), "scaling": asdict(data.scaling)})
+        resumable = Resumable(last, training, config.checkpoint_minutes)
+        part = shared(data, "train", _passing_batch(data), where, _part(data))
+        between = _between(model, config, part)
+        callbacks = [kept, *between, best, OwnNoise(seed, where), resumable]  # resumable after the best, which it refers to
+        if progress and us.first:
             print(choices)
             callbacks.append(Bar(config.epochs, module.total_steps))
-        trainer = _trainer(config, folder, where, loggers, callbacks)
+        trainer = _trainer(config, folder, where, loggers, callbacks, SealedCheckpoints(resumed))
         try:
-            with applied(choices, vae):
-                trainer.fit(module, calls, validation, ckpt_path=last if resume else None, weights_only=True)
+            with applied(choices, model):
+                trainer.fit(module, calls, validation, ckpt_path=resumed, weights_only=True)
+        except Terminated:
+            raise
+        except NonFiniteLossError as error:
+            step = trainer.global_step if module.failed is None else module.failed
+            raise (error if out is None else kept.told(error, step)) from error
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
             raise KeyboardInterrupt from stop
-        except MisconfigurationException as error:
-            raise ValueError(f"{last} cannot be resumed up to {config.epochs} epochs, it has more of them behind it") from error
-        last_is_best = best.best_model_score is None
-        if calibration.validated_at != trainer.global_step:
-            last_is_best = _validate_last(trainer, module, validation, best)
-            trainer.save_checkpoint(last)
-        if not last_is_best:
-            _load_weights(vae, best.path)
-        vae.to(where).eval().calibrate(data.batches("train", _passing_batch(data), device=where))
+        if resumable.asked is not None:  # when nothing was left but to come here
+            resumable.stop()
+        if best.best_model_score is not None or model is not vae:
+            _load_weights(vae, last if best.best_model_score is None else best.path)
+        vae.to(where).eval().calibrate(shared(data, "train", _passing_batch(data), where))
+
+
+def _between(model: VAE, config: TrainingConfig, part: Batches) -> list[pl.Callback]:
+    """What happens between steps and validations."""
+    callbacks: list[pl.Callback] = []
+    if config.ema_decay:
+        callbacks.append(AveragedWeights(decay=config.ema_decay))
+    callbacks.append(CalibrateBeforeValidation(model, part))  # after the averaged weights have been put in place
+    if config.patience:
+        callbacks.append(Patience(validated_total(model), config.patience))
+    return [*callbacks, ValidateAtEnd()]
 
 
 def resolve_device(device: str) -> torch.device:
@@ -128,18 +168,18 @@ def resolve_device(device: str) -> torch.device:
     there = {"cpu": True, "cuda": torch.cuda.is_available()}
     have = [name for name, is_there in there.items() if is_there]
     if device == "auto":
-        return torch.device(have[-1])
+        return own_device(torch.device(have[-1]))
     if kind not in there or (number and (kind != "cuda" or not number.isdigit())):
         raise ValueError(f"device is one of auto, cpu, cuda, cuda:N; got {device!r}")
     if not there[kind] or (number and int(number) >= torch.cuda.device_count()):
         raise ValueError(f"device {device!r} is not on this machine; there are: {', '.join(have)}")
-    return torch.device(device)
+    return own_device(torch.device(device))
 
 
 def _start(vae: VAE, data: Splits, config: TrainingConfig) -> None:
     """Give every scale a sane first value: a learned σ the data's spread, and the stored ones a first fit."""
     likelihood = vae.likelihood
-    first = next(iter(_part(data)))
+    first = next(iter(data.batches("train", _passing_batch(data), limit=_part(data))))  # the same on every process
     if config.scale_start == "data" and isinstance(likelihood, LocationScale) and isinstance(likelihood.scale, Shared):
         likelihood.scale.start(float(first.x.std()))
     x = first.x.to(next(vae.parameters()).device)
@@ -148,9 +188,10 @@ def _start(vae: VAE, data: Splits, config: TrainingConfig) -> None:
         vae.elbo(x, noise=keyed_noise(first.positions))
 
 
-def _part(data: Splits, device: torch.device | str = "cpu") -> Batches:
-    limit = max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), 2)
-    return data.batches("train", _passing_batch(data), device=device, limit=min(limit, len(data.train)))
+def _part(data: Splits) -> int:
+    """How many training examples scales are refitted on before a validation."""
+    least = max(2, processes().world_size)
+    return min(max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), least), len(data.train))
 
 
 def _trainer(
@@ -159,11 +200,14 @@ def _trainer(
     device: torch.device,
     loggers: list[Logger],
     callbacks: list[pl.Callback],
+    checkpoints: SealedCheckpoints,
 ) -> pl.Trainer:
-    steps = config.validate_every
+    steps, us = config.validate_every, processes()
     return pl.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=1 if device.index is None else [device.index],
+        devices=us.per_node if us.world_size > 1 else 1 if device.index is None else [device.index],
+        num_nodes=us.world_size // us.per_node,
+        strategy=strategy(config),
         max_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         max_time=None if config.max_minutes is None else timedelta(minutes=config.max_minutes),
@@ -172,7 +216,7 @@ def _trainer(
         logger=loggers,
         log_every_n_steps=1,  # of what reaches the bar; the module itself logs every `log_every` steps
         callbacks=callbacks,
-        plugins=[AtomicCheckpoints()],
+        plugins=[checkpoints, *environment()],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -186,22 +230,23 @@ def _passing_batch(data: Splits) -> int:
     return max(1, max(128, BATCH_VALUES // math.prod(data.shape)) // (data.frames or 1))
 
 
-def _loggers(folder: Path, resumed_from: Path | None) -> list[Logger]:
+def _resumed(last: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from; what a killed run left half written goes."""
+    found = newest(last.parent) if resume or not last.exists() else last
+    if resume and found is None:
+        raise ValueError(f"{last} does not exist: there is nothing to resume; train anew into another folder")
+    if found is not None and not resume:
+        raise ValueError(f"{last.parent} has checkpoints of another training; resume it, or train into another folder")
+    for half in last.parent.glob("*.part"):
+        half.unlink(missing_ok=True)  # another process may have done it
+    return found
+
+
+def _loggers(folder: Path, resumed: Path | None) -> list[Logger]:
     """CSV and TensorBoard; a resumed run keeps the rows up to the step it resumes from."""
     table = folder / "metrics.csv"
-    kept: list[dict[str, Any]] = []
-    if resumed_from is not None and table.exists():
-        step = torch.load(resumed_from, map_location="cpu", weights_only=True)["global_step"]
-        with table.open(newline="", encoding="utf-8") as file:
-            rows = [{key: value for key, value in row.items() if value != ""} for row in csv.DictReader(file)]
-        kept = [row for row in rows if int(row["step"]) < step]
-    logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
-        writer = logger.experiment
-    writer.metrics.extend(kept)
-    writer.save()
-    return [logger, TensorBoardLogger(folder, name="", version="tensorboard")]
+    kept = [] if resumed is None else rows_before(table, step_of(resumed))
+    return [MetricsTable(table, kept), Events(folder, kept)]
 
 
 @contextmanager
@@ -212,7 +257,15 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for logger in engine:
             logger.setLevel(logging.WARNING)
-        for message in (r".*does not have many workers", r".*[Cc]heckpoint directory .* exists", r".*LeafSpec"):
+        for message in (
+            r".*does not have many workers",
+            r".*recommended to use `self.log",
+            r".*[Cc]heckpoint directory .* exists",
+            r".*LeafSpec",
+            r"The `srun` command is available",
+            r"You.re using the WeightAveraging callback with a model that overrides",  # not where weights are shared out
+            r"FSDP2-wrapped module .* returned a view",  # which nothing changes
+        ):
             warnings.filterwarnings("ignore", message)
         try:
             yield
@@ -221,12 +274,6 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _validate_last(trainer: pl.Trainer, module: TrainingModule, validation: Batches, best: Checkpoint) -> bool:
-    """Validate weights of a run that ended between two validations: whether they are the best."""
-    score: float = trainer.validate(module, validation, verbose=False)[0][validated_total(module.vae)]
-    return best.best_model_score is None or score > best.best_model_score.item()
-
-
 def _load_weights(vae: VAE, checkpoint: Path) -> None:
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    state = from_first(lambda: read_sealed(checkpoint)["state_dict"])
     vae.load_state_dict({name.removeprefix("vae."): value for name, value in state.items()})

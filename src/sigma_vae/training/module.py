@@ -8,14 +8,19 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import FlatNetwork
+from sigma_vae.training.accumulation import step_loss
 from sigma_vae.training.calls import Calls, recount
 from sigma_vae.training.choices import Choices
-from sigma_vae.training.objective import check_weights, is_weighted, losses
+from sigma_vae.training.objective import check_weights, is_weighted
+from sigma_vae.training.processes import processes
+from sigma_vae.training.sharding import average_gradients, clip, gradient_norm, is_sharded, shard
+from sigma_vae.training.shares import mean_over_all, sum_over_all
 from sigma_vae.types import Batch, Elbo, Noise
 from sigma_vae.vae import VAE, keyed_noise
 
@@ -25,10 +30,11 @@ REMEDY = "Checkpoints written before are intact. Lower the learning rate, or cli
 
 
 class _Step(NamedTuple):
-    """What is looked at when steps are checked."""
+    """What is looked at when steps are checked; ``rng`` is the state of torch's generator when it began."""
 
     number: int
     batch: Batch
+    rng: Tensor
     elbo: Elbo
     loss: Tensor
 
@@ -62,6 +68,10 @@ class TrainingModule(pl.LightningModule):
         self.skipped_steps = 0
         self.just_skipped = False
         self._elbo_of = torch.compile(vae.elbo) if choices.compile else None
+        self.at_hand: tuple[Batch, Tensor] | None = None
+        """Batch and noise (the generator's state) of the step that is made, or that was found to have failed."""
+        self.failed: int | None = None
+        """The step that was found to have failed."""
         self._unchecked: list[_Step] = []
         self._remembered: dict[int, Tensor] = {}
 
@@ -76,14 +86,14 @@ class TrainingModule(pl.LightningModule):
     def _step(self, batch: Batch) -> None:
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        step = self.global_step
+        step, rng = self.global_step, _rng(batch.x.device)
+        self.at_hand = batch, rng
+        optimizer.zero_grad()  # not between the forward and the backward pass, when earlier micro-batches have left gradients
         with self.choices.autocast():
-            elbo, minimised = losses(self.vae, batch, self.config, step, self._elbo_of)
-        loss = minimised.mean()
-        self._unchecked.append(_Step(step, batch, elbo, loss.detach()))
+            elbo, loss = step_loss(self.vae, batch, self.config, step, self._elbo_of)
+        self._unchecked.append(_Step(step, batch, rng, elbo, loss.detach()))
         if not loss.is_cuda:  # where a look waits for the device, it is taken at the end of the call
             self._check()
-        optimizer.zero_grad()
         self._backward(loss)
         row = self._row(loss.detach(), elbo) if step % self.config.log_every == 0 else None
         self._handle_gradient(optimizer, row)
@@ -109,18 +119,17 @@ class TrainingModule(pl.LightningModule):
 
     def _handle_gradient(self, optimizer: LightningOptimizer, row: dict[str, Tensor] | None) -> None:
         """Skip the step where the gradient is too long, clip where it is long; say in the row of metrics how long it was."""
-        limit, clip = self.config.skip_gradient_norm, self.config.gradient_clip_norm
+        limit, longest = self.config.skip_gradient_norm, self.config.gradient_clip_norm
         self.just_skipped = False
-        if limit is None and clip is None and row is None:
+        if limit is None and longest is None and row is None:
             return
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = gradient_norm(self.parameters())
         if limit is not None and not norm < limit:  # not "norm >= limit", which NaN passes
             self.just_skipped = True
             self.skipped_steps += 1
             optimizer.zero_grad()  # Adam leaves alone what has no gradient: its value, its moments, its decay
-        elif clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        elif longest is not None:
+            clip(self.parameters(), longest, norm)
         if row is not None:
             row["train/gradient_norm"] = norm
 
@@ -129,7 +138,19 @@ class TrainingModule(pl.LightningModule):
         steps, self._unchecked = self._unchecked, []
         if steps and not torch.stack([step.loss for step in steps]).isfinite().all():
             first = next(step for step in steps if not step.loss.isfinite())
+            self.at_hand, self.failed = (first.batch, first.rng), first.number
             raise NonFiniteLossError(self._diagnosis(first.number, first.batch, first.elbo))
+
+    def configure_model(self) -> None:
+        """Runs where the processes know each other."""
+        if is_sharded(self.config) and not isinstance(next(self.vae.network.parameters()), DTensor):
+            assert self.device_mesh is not None
+            shard(self.vae, self.device_mesh["data_parallel"])
+
+    def on_after_backward(self) -> None:
+        """What is shared out has its gradients averaged by torch."""
+        if is_sharded(self.config):
+            average_gradients(self.vae.likelihood.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the count of skipped steps, and what a call is."""
@@ -137,7 +158,15 @@ class TrainingModule(pl.LightningModule):
         checkpoint["steps_per_call"] = self.calls.steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back."""
+        """Take them back.
+
+        Raises:
+            ValueError: the checkpoint is of a version that counted its steps otherwise.
+        """
+        if "steps_per_call" not in checkpoint:
+            raise ValueError(
+                "the checkpoint is of an earlier version, with which alone it goes on; train anew into another folder"
+            )
         self.skipped_steps = checkpoint["skipped_steps"]
         if checkpoint["steps_per_call"] != self.calls.steps:
             recount(checkpoint, checkpoint["steps_per_call"], self.calls.steps, len(self.calls.batches))
@@ -147,8 +176,6 @@ class TrainingModule(pl.LightningModule):
         inference = self.vae.network.infer(batch.x, mask=batch.mask, noise=self._noise(batch, batch_index))
         likelihood, (h, target) = self.vae.likelihood, inference.scored()
         elbo = Elbo(inference.per_example(likelihood(h).log_prob(target)), inference.kl)
-        if not torch.isfinite(elbo.total).all():
-            raise NonFiniteLossError(self._diagnosis(self.global_step, batch, elbo))
         metrics = {
             validated_total(self.vae): elbo.total - self.log_volume_nats,
             "validation/rate_nats": elbo.rate,
@@ -157,9 +184,14 @@ class TrainingModule(pl.LightningModule):
         if likelihood.levels is not None and likelihood.normalised:
             mass = inference.per_example(likelihood.log_mass(h, target))
             metrics["validation/bits_per_dim"] = (elbo.rate - mass) / (inference.dims() * math.log(2))
-        for name, values in metrics.items():
+        means = mean_over_all(torch.stack(list(metrics.values()), 1))
+        if not torch.isfinite(means[0]):
+            raise NonFiniteLossError(self._diagnosis(self.global_step, batch, elbo))
+        # Not the engine's mean over processes, which takes shares of 6 and 7 examples for 12.
+        examples = int(sum_over_all(torch.tensor(len(batch.x))))
+        for name, mean in zip(metrics, means, strict=True):
             shown = name in (validated_total(self.vae), "validation/bits_per_dim")
-            self.log(name, values.mean(), batch_size=len(batch.x), on_epoch=True, sync_dist=True, prog_bar=shown)
+            self.log(name, mean, batch_size=examples, on_epoch=True, prog_bar=shown)
 
     def _noise(self, batch: Batch, batch_index: int) -> Noise:
         """Keyed by the example; where there is little of it, remembered: drawing it takes as long as a small network's pass."""
@@ -203,9 +235,9 @@ class TrainingModule(pl.LightningModule):
 
     def _row(self, loss: Tensor, elbo: Elbo) -> dict[str, Tensor]:
         metrics = {
-            "train/loss_nats": self.log_volume_nats - elbo.total.detach().mean(),
-            "train/rate_nats": elbo.rate.detach().mean(),
-            "train/distortion_nats": elbo.distortion.detach().mean() + self.log_volume_nats,
+            "train/loss_nats": self.log_volume_nats - mean_over_all(elbo.total.flatten()),
+            "train/rate_nats": mean_over_all(elbo.rate.flatten()),
+            "train/distortion_nats": mean_over_all(elbo.distortion.flatten()) + self.log_volume_nats,
         }
         if is_weighted(self.config):
             metrics["train/weighted_objective_nats"] = loss
@@ -225,9 +257,10 @@ class TrainingModule(pl.LightningModule):
         terms = {"log-likelihood": elbo.log_likelihood, "KL": elbo.rate}
         broken = [name for name, term in terms.items() if not torch.isfinite(term).all()]
         weights = [name for name, p in self.vae.named_parameters() if not torch.isfinite(p).all()]
+        elsewhere = "their mean" if processes().world_size == 1 else "another process's"
         sigma = current_sigma(self.vae)
         return (
-            f"the loss is not finite at step {step}: broken term: {' and '.join(broken) or 'their mean'};"
+            f"the loss is not finite at step {step}: broken term: {' and '.join(broken) or elsewhere};"
             f" σ: {'none' if sigma is None else f'{float(sigma):.4g}'};"
             f" batch in [{float(batch.x.min()):.4g}, {float(batch.x.max()):.4g}];"
             f" weights that are not finite: {', '.join(weights[:3]) or 'none'}."
@@ -250,3 +283,8 @@ def current_sigma(vae: VAE) -> Tensor | None:
     own = likelihood.scale(torch.zeros((), device=likelihood.scale.density_log_scale.device), likelihood.observes, None)
     sigma: Tensor = own.mean().exp()
     return sigma
+
+
+def _rng(device: torch.device) -> Tensor:
+    """The generator's state; of a GPU none, which is kept beside each checkpoint alone: reading it would wait for the device."""
+    return torch.get_rng_state() if device.type == "cpu" else torch.zeros(0, dtype=torch.uint8)

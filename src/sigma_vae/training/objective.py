@@ -11,6 +11,7 @@ from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import HierarchicalNetwork
 from sigma_vae.passes import in_full_precision
+from sigma_vae.training.shares import mean_over_all
 from sigma_vae.types import Batch, Elbo, Inference
 from sigma_vae.vae import VAE
 
@@ -56,9 +57,10 @@ def losses(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0, elbo_o
     .. math:: -\sum_i \sigma_i^{2 \beta} \log p(x_i|z) + w \sum_l \gamma_l \max(\lambda, KL_l)
 
     with σ to the power 2β detached (Seitzer et al. 2022, β-NLL), w the ``kl_weight`` (Beta-Sigma VAE, arXiv 2409.09361, which puts
-    it on an optimal σ), λ the ``free_bits_nats`` (Kingma et al. 2016, arXiv 1606.04934, section 2.4: KL_l is then the batch's mean) and
-    γ the balance over layers while ``step`` is below ``kl_balancing_steps``. With β = λ = 0, w = 1 and no balance it is the negative ELBO,
-    ``vae.elbo`` or a compiled ``elbo_of``. Under autocast the network alone is in half precision.
+    it on an optimal σ), λ the ``free_bits_nats`` (Kingma et al. 2016, arXiv 1606.04934, section 2.4: the batch's mean of
+    KL_l is what is compared, over all processes) and γ the balance over layers while ``step`` is below ``kl_balancing_steps``. With
+    β = λ = 0, w = 1 and no balance it is the negative ELBO, ``vae.elbo`` or a compiled ``elbo_of``. Under autocast the network alone is
+    in half precision.
     """
     if not is_weighted(config):
         elbo = (elbo_of or vae.elbo)(batch.x, mask=batch.mask)
@@ -77,7 +79,8 @@ def _weighted(vae: VAE, inference: Inference, config: TrainingConfig, step: int)
         log_likelihood = inference.per_example(distribution.weighted_log_prob(target, config.beta_nll))
     kl = elbo.kl
     if config.free_bits_nats:
-        kl = kl.flatten(0, -2).mean(0).clamp_min(config.free_bits_nats).expand_as(kl)
+        heard = mean_over_all(kl.flatten(0, -2)) >= config.free_bits_nats
+        kl = torch.where(heard, kl, config.free_bits_nats)
     if step < config.kl_balancing_steps:
         kl = kl * balance(elbo.kl, [math.prod(shape) for shape in _hierarchical_network(vae).layer_shapes])
     return Losses(elbo, config.kl_weight * kl.sum(-1) - log_likelihood)
@@ -88,9 +91,10 @@ def balance(kl_nats: Tensor, latents: Sequence[int]) -> Tensor:
 
     .. math:: \gamma_l \propto \overline{KL}_l / d_l, \qquad \sum_l \gamma_l = L
 
-    where :math:`\overline{KL}_l` is the batch's mean and :math:`d_l` the layer's number of latents: a layer that uses each of its
-    latents more than others do pays more for it, one that is switched off is nearly free (the warm-up of NVAE, Vahdat and Kautz
-    2020, arXiv 2007.03898, appendix A; its released code has :math:`d_l` as the area of the layer's map).
+    where :math:`\overline{KL}_l` is the mean over the batch of all processes and :math:`d_l` the layer's number of
+    latents: a layer that uses each of its latents more than others do pays more for it, one that is switched off is nearly free (the
+    warm-up of NVAE, Vahdat and Kautz 2020, arXiv 2007.03898, appendix A; its released code has :math:`d_l` as the area of the layer's
+    map).
 
     Args:
         kl_nats: ``(*batch, layers)``.
@@ -99,7 +103,7 @@ def balance(kl_nats: Tensor, latents: Sequence[int]) -> Tensor:
     >>> balance(torch.tensor([[1.0, 8.0], [3.0, 8.0]]), latents=[1, 4])
     tensor([1., 1.])
     """
-    density = kl_nats.detach().flatten(0, -2).mean(0) / torch.tensor(latents).to(kl_nats)
+    density = mean_over_all(kl_nats.flatten(0, -2)) / torch.tensor(latents).to(kl_nats)
     density = density.clamp_min(0) + NO_KL  # without KL anywhere all weigh the same
     return density / density.mean()
 

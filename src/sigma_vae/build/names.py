@@ -1,15 +1,10 @@
-"""Names and saved models into objects: the one place that knows what a name means."""
+"""Networks, likelihoods and data by name."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
 
 from sigma_vae import data as data_sources
 from sigma_vae.config import DataConfig, ModelConfig
-from sigma_vae.configfile import parse
 from sigma_vae.data import Scaling, Splits
 from sigma_vae.likelihoods import (
     Bernoulli,
@@ -31,15 +26,13 @@ from sigma_vae.likelihoods import (
 )
 from sigma_vae.likelihoods.base import LocationScale, MeanMap
 from sigma_vae.likelihoods.unscaled import Discrete, Unscaled
-from sigma_vae.naming import check_prior, positive, prior, prior_name, unknown
-from sigma_vae.networks import FlatNetwork, SequenceNetwork, conv, hierarchical, mlp, residual, sequence
+from sigma_vae.naming import check_prior, positive, unknown
+from sigma_vae.networks import SequenceNetwork, conv, hierarchical, mlp, residual, sequence
 from sigma_vae.networks.default import default_network
 from sigma_vae.types import Likelihood, Network, Observes
 from sigma_vae.vae import VAE
 
-__all__ = ["Saved", "data", "likelihood", "load", "network", "prior", "prior_name", "save", "vae"]
-
-FORMAT = 2
+__all__ = ["data", "likelihood", "network", "vae"]
 
 FAMILIES: dict[str, Callable[..., LocationScale]] = {
     "gaussian": Gaussian,
@@ -180,72 +173,6 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: b
 def data(config: DataConfig) -> Splits:
     """The data that a config names."""
     return data_sources.load(config)
-
-
-class Saved(NamedTuple):
-    """A model and what it was built from."""
-
-    vae: VAE
-    config: ModelConfig
-    shape: tuple[int, ...]
-    scaling: Scaling
-
-
-def save(folder: Path, model: VAE, config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> None:
-    """Write weights and scales (safetensors) and what they belong to (JSON): enough to load without any training code.
-
-    The prior is named after what the model has: a mixture whose number of components was chosen is saved with that number.
-    """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model.network, FlatNetwork):
-        config = replace(config, prior=prior_name(model.network.prior))
-    description = {"format": FORMAT, "model": asdict(config), "shape": list(shape), "scaling": asdict(scaling)}
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-
-
-def load(folder: Path) -> Saved:
-    """Read a model that :func:`save` wrote; nothing is unpickled, no code is run.
-
-    Raises:
-        ValueError: the folder holds no model, a broken one, or one of a newer format.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    description = _description(folder / "model.json")
-    config = parse(description["model"], ModelConfig, str(folder / "model.json"))
-    shape = tuple(description["shape"])
-    scaling = parse(description["scaling"], Scaling, str(folder / "model.json"))
-    model = vae(config, shape, scaling)
-    if isinstance(model.network, FlatNetwork):
-        model.network.prior = prior(config.prior, model.network.latent_dim)
-    try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder / 'model.safetensors'} does not hold the weights of {config}: {error}") from error
-    return Saved(model.eval(), config, shape, scaling)
-
-
-def _description(path: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is missing or no JSON, so there is no model to load: {error}") from error
-    found = description.get("format") if isinstance(description, dict) else None
-    if found != FORMAT:
-        raise ValueError(
-            f"{path} has model format {found!r}, this version reads {FORMAT}; load it with the version that wrote it"
-        )
-    shape = description.get("shape")
-    numbers = isinstance(shape, list) and shape and all(isinstance(size, int) and size > 0 for size in shape)
-    if not numbers or "scaling" not in description or "model" not in description:
-        raise ValueError(f"{path} lacks the model, its data's shape or scaling; got {description}")
-    result: dict[str, Any] = description
-    return result
 
 
 def _family(name: str, first: str) -> Callable[..., LocationScale]:

@@ -1,0 +1,61 @@
+"""A folder that one process writes at a time, and what is said when it cannot be written any more."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sigma_vae.training.processes import processes
+
+__all__ = ["LOCK", "exclusive", "explained"]
+
+LOCK = ".lock"
+"""Name of the file that is locked; it stays, and says nothing by being there."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other processes from writing into it; a killed one keeps nobody out, for the system ends its lock.
+
+    Of several processes that train together, the first one holds the lock.
+
+    Raises:
+        ValueError: another process is at work there.
+        OSError: the folder cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if not processes().first:
+        yield
+        return
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another process is writing into {folder}; wait for it or stop it, or take another folder") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def explained(folder: Path, remedy: str) -> Iterator[None]:
+    """Say what to do where files of this folder cannot be written.
+
+    Raises:
+        OSError: as it came, with the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            what = f"there is no room for the files of {folder}; what was written before is whole"
+            raise OSError(f"{what}; make room, then {remedy} ({error})") from error
+        if error.errno in FORBIDDEN and (error.filename is None or folder in [path := Path(error.filename), *path.parents]):
+            raise OSError(f"{folder} cannot be written ({error}); take a folder that can, then {remedy}") from error
+        raise

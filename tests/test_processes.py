@@ -1,0 +1,324 @@
+"""Several processes train and measure what one would: the laws of data parallelism, on gloo."""
+
+import csv
+import io
+import math
+import os
+import signal
+from contextlib import redirect_stderr
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from types import MethodType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from launched import on_processes, results_of
+from torch.distributed.device_mesh import init_device_mesh
+
+from sigma_vae import VAE, build
+from sigma_vae.config import ModelConfig, TrainingConfig
+from sigma_vae.data import Scaling, Splits
+from sigma_vae.data.stores import InMemory
+from sigma_vae.training import NonFiniteLossError, fit
+from sigma_vae.training.processes import ElsewhereError, from_first, joined, processes
+from sigma_vae.training.sharding import shard
+from sigma_vae.training.shares import mean_over_all, on_any, shared
+from sigma_vae.types import Elbo
+from sigma_vae.vae import keyed_noise
+
+SHAPE, LEVELS = (2, 4, 4), 17
+EXAMPLES = 41  # in batches of 16 the last one has 9: 4 and 5 on two processes, 2, 2, 2 and 3 on four
+
+
+LADDER = "hierarchical:4x1,4d4/1,4m1"
+
+
+class Case(NamedTuple):
+    likelihood: str = "gaussian/optimal"
+    network: str = "mlp"
+    observes: str = "density"
+    options: dict[str, Any] = {}  # noqa: RUF012 (never changed)
+
+
+CASES = {
+    "optimal": Case(),
+    "optimal-level": Case(observes="level"),
+    "optimal-channel": Case("laplace/optimal-channel"),
+    "optimal-pixel": Case("gaussian/optimal-pixel"),
+    "optimal-image": Case("gaussian/optimal-image"),
+    "running-minimum": Case("gaussian/running-minimum"),
+    "shared": Case("gaussian/shared"),
+    "student-t": Case("student-t:learned/optimal"),
+    "per-pixel": Case("gaussian/per-pixel", options={"beta_nll": 0.5}),
+    "clipped": Case(options={"gradient_clip_norm": 1.0, "ema_decay": 0.9, "patience": 1}),
+    "ladder": Case(network=LADDER, options={"free_bits_nats": 0.5, "kl_balancing_steps": 2}),
+    "residual": Case(network="residual"),
+    "sharded": Case(
+        "gaussian/shared", "hierarchical:tiny", options={"shard_weights": True, "gradient_clip_norm": 5.0, "accumulate": 2}
+    ),
+    "micro-batches": Case("gaussian/fixed:0.3", options={"accumulate": 3}),
+}
+
+
+FOUR = ("optimal", "optimal-channel", "shared", "per-pixel")
+"""On four processes."""
+
+
+def toy_data(examples: int = EXAMPLES) -> Splits:
+    x = torch.randint(0, LEVELS, (examples + 20, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    parts = [InMemory(part) for part in x.split([examples, 13, 7])]
+    return Splits("toy", *parts, Scaling(LEVELS), record={})
+
+
+def toy_vae(case: Case) -> VAE:
+    """In float64, under noise that belongs to the example: nothing then depends on who draws it."""
+    torch.manual_seed(0)
+    config = ModelConfig(case.network, case.likelihood, latent_dim=3, width=8, observes=case.observes)
+    vae = build.vae(config, SHAPE, Scaling(LEVELS)).double()
+
+    def repeatable(self, x, context=None, mask=None, noise=None):
+        keys = (x.flatten(1) * torch.arange(1, x[0].numel() + 1) * 16).sum(1).round().long()
+        return type(self).infer(self, x.double(), context, mask, keyed_noise(keys) if noise is None else noise)
+
+    vae.network.infer = MethodType(repeatable, vae.network)  # a copy of the network has its own
+    return vae
+
+
+def trained(out: Path, case: Case, *, resume: bool = False, epochs: int = 1, **options: Any) -> dict[str, Any]:
+    """All that a training leaves."""
+    vae, data = toy_vae(case), toy_data()
+    config = TrainingConfig(**({"epochs": epochs, "batch_size": 16, "log_every": 1} | case.options | options))
+    fit(vae, data, config, out=out, device="cpu", resume=resume, progress=False)
+    with joined(torch.device("cpu")):  # so that the first process has written
+        from_first(lambda: None)
+    state = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    with (out / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        metrics = [{name: float(value or math.nan) for name, value in row.items()} for row in csv.DictReader(file)]
+    moments = {
+        f"{key} of {n}": m[key] for n, m in state["optimizer_states"][0]["state"].items() for key in ("exp_avg", "exp_avg_sq")
+    }
+    return {"weights": dict(vae.state_dict()), "last": state["state_dict"], "moments": moments, "metrics": metrics}
+
+
+def all_trained(folder: Path) -> dict[str, Any]:
+    with joined(torch.device("cpu")) as us:
+        names = FOUR if us.world_size == 4 else CASES
+        return {name: trained(folder / f"{name}-{us.world_size}", CASES[name]) for name in names}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return all_trained(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return results_of(2, all_trained, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return results_of(4, all_trained, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize(("together", "name"), [*(("on_two", name) for name in CASES), *(("on_four", name) for name in FOUR)])
+def test_any_number_of_processes_trains_the_same_model(together, name, alone, request):
+    """Gradients (as Adam's moments), weights, σ, what is logged and validated, and the calibration: on every process."""
+    for found in request.getfixturevalue(together):
+        for kind in ("moments", "last", "weights"):
+            assert found[name][kind].keys() == alone[name][kind].keys()
+            for key, truth in alone[name][kind].items():
+                says = partial("{} {}: {}".format, kind, key)
+                torch.testing.assert_close(found[name][kind][key], truth, rtol=1e-6, atol=1e-9, msg=says)
+        for row, truth in zip(found[name]["metrics"], alone[name]["metrics"], strict=True):
+            assert row == pytest.approx(truth, rel=1e-6, nan_ok=True)
+
+
+# -- noise, interruptions, failures ----------------------------------------------------------------------------------------
+
+
+def plain(out: Path, *, resume: bool = False, **options: Any) -> dict[str, torch.Tensor]:
+    """Train with the noise that each process has; the weights before the best are chosen."""
+    torch.manual_seed(0)
+    vae = build.vae(ModelConfig("mlp", latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
+    config = TrainingConfig(**({"epochs": 4, "batch_size": 16, "log_every": 1} | options))
+    fit(vae, toy_data(), config, out=out, device="cpu", resume=resume, progress=False)
+    return last(out)["state_dict"]
+
+
+def last(out: Path) -> dict[str, Any]:
+    return torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def interrupted_and_resumed(folder: Path) -> dict[str, Any]:
+    with joined(torch.device("cpu")) as us:
+        whole = plain(folder / "whole")
+        elbo, calls = VAE.elbo, iter(range(1000))
+
+        def interrupting(*arguments, **keywords):
+            if next(calls) == 6 and us.rank == 1:  # one process alone hears of it
+                signal.raise_signal(signal.SIGINT)
+            return elbo(*arguments, **keywords)
+
+        VAE.elbo = interrupting
+        with pytest.raises(KeyboardInterrupt):
+            plain(folder / "stopped")
+        VAE.elbo = elbo
+        at, noise = from_first(
+            lambda: (last(folder / "stopped")["global_step"], last(folder / "stopped")["callbacks"]["OwnNoise"])
+        )
+        return {"at": at, "noise": noise["noise"], "whole": whole, "resumed": plain(folder / "stopped", resume=True)}
+
+
+def test_ctrl_c_on_one_process_stops_all_and_they_resume_exactly(tmp_path):
+    found = results_of(2, interrupted_and_resumed, tmp_path)
+    for process in found:
+        assert 0 < process["at"] < 12
+        assert process["whole"].keys() == process["resumed"].keys()
+        assert all(torch.equal(process["resumed"][name], value) for name, value in process["whole"].items())
+    (first,), (second,) = found[0]["noise"]
+    assert not torch.equal(first, second)  # no process draws what another does
+
+
+def resumed(folder: Path) -> list[str]:
+    with joined(torch.device("cpu")), redirect_stderr(io.StringIO()) as said:
+        plain(folder, resume=True, epochs=6)
+        return [from_first(lambda: str(last(folder)["global_step"])), said.getvalue()]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_another_number_of_processes_goes_on_and_says_so(count, tmp_path):
+    on_processes(2, begun, tmp_path) if count == 1 else plain(tmp_path)
+    found = results_of(count, resumed, tmp_path)
+    assert [steps for steps, _ in found] == ["18"] * count
+    assert f"begun on {3 - count} and going on with {count} processes" in found[0][1]
+
+
+def begun(_: int, folder: Path) -> None:
+    plain(folder)
+
+
+def diverged(folder: Path) -> list[str]:
+    with joined(torch.device("cpu")) as us:
+        elbo, calls = VAE.elbo, iter(range(1000))
+
+        def breaking(*arguments, **keywords):
+            found: Elbo = elbo(*arguments, **keywords)
+            return found._replace(kl=found.kl * math.nan) if next(calls) == 5 and us.rank == 1 else found
+
+        VAE.elbo = breaking
+        with pytest.raises(NonFiniteLossError) as error:
+            plain(folder / "run")
+        return [str(error.value), os.environ["RANK"]]
+
+
+def test_a_loss_that_breaks_on_one_process_stops_all_at_the_same_step(tmp_path):
+    said = results_of(2, diverged, tmp_path)
+    assert all("not finite at step 4" in text for text, _ in said)
+    assert "broken term: another process's" in said[0][0]
+    assert "broken term: KL" in said[1][0]
+
+
+def agreements(_: Path) -> dict[str, Any]:
+    with joined(torch.device("cpu")) as us:
+        found: dict[str, Any] = {"first": from_first(lambda: processes().world_size + us.rank)}
+        try:
+            from_first(lambda: 1 // 0)
+        except (ElsewhereError, ZeroDivisionError) as error:
+            found["failure"] = [type(error).__name__, str(error)]
+        found["any"] = [on_any(us.rank == 1), on_any(False)]
+        found["mean"] = mean_over_all(torch.arange(3.0)[us.rank :])
+        data = toy_data(29)  # 9 in threes, and 9 in tens that leave a process without any
+        found["shares"] = [[batch.positions.tolist() for batch in shared(data, "train", size)] for size in (3, 14)]
+        found["limited"] = [batch.positions.tolist() for batch in shared(data, "train", 4, limit=5)]
+        return found
+
+
+def test_what_processes_agree_on(tmp_path):
+    first, second = results_of(2, agreements, tmp_path)
+    assert first["first"] == second["first"] == 1  # the first one, which then is alone
+    assert first["failure"] == ["ZeroDivisionError", "integer division or modulo by zero"]
+    assert second["failure"] == ["ElsewhereError", "the first process stopped: ZeroDivisionError: " + first["failure"][1]]
+    for found in (first, second):
+        assert found["any"] == [True, False]
+        assert float(found["mean"]) == pytest.approx((0 + 1 + 2 + 1 + 2) / 5)
+    for size in (0, 1):
+        batches = list(zip(first["shares"][size], second["shares"][size], strict=True))
+        assert [i for pair in batches for share in pair for i in share] == list(range(29))
+        assert all(share for pair in batches for share in pair)
+    assert sorted(chain(*first["limited"], *second["limited"])) == list(range(5))
+
+
+def test_each_process_needs_an_example_of_every_batch(tmp_path):
+    with pytest.raises(Exception, match="batch_size 21 would do"):
+        on_processes(2, too_small, tmp_path)
+
+
+def too_small(_: int, folder: Path) -> None:
+    plain(folder, batch_size=20)
+
+
+# -- weights in parts ------------------------------------------------------------------------------------------------------
+
+
+def held(_: Path) -> float:
+    with joined(torch.device("cpu")) as us:
+        vae = toy_vae(CASES["sharded"])
+        whole = sum(p.numel() for p in vae.network.parameters())
+        shard(vae, init_device_mesh("cpu", (us.world_size,)))
+        return sum(p.to_local().numel() for p in vae.network.parameters()) / whole
+
+
+def test_each_process_holds_a_part(tmp_path):
+    shares = results_of(2, held, tmp_path)
+    assert sum(shares) == pytest.approx(1)
+    assert max(shares) < 0.7
+
+
+def first_half(_: int, folder: Path) -> None:
+    with joined(torch.device("cpu")):
+        trained(folder, CASES["sharded"])
+
+
+def second_half(folder: Path) -> dict[str, Any]:
+    with joined(torch.device("cpu")):
+        return trained(folder, CASES["sharded"], resume=True, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return trained(tmp_path_factory.mktemp("epochs"), CASES["sharded"], epochs=2)
+
+
+@pytest.mark.parametrize("then", [1, 2])
+def test_a_checkpoint_of_parts_is_whole(then, two_epochs, tmp_path):
+    """It goes on without FSDP, and FSDP goes on from one without parts."""
+    on_processes(2, first_half, tmp_path) if then == 1 else first_half(0, tmp_path)
+    (found, *_) = [second_half(tmp_path)] if then == 1 else results_of(2, second_half, tmp_path)
+    for kind in ("moments", "last"):
+        for name, truth in two_epochs[kind].items():
+            torch.testing.assert_close(found[kind][name], truth, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "says"),
+    [("mlp", {}, "blocks of a hierarchical network"), (LADDER, {"ema_decay": 0.9}, "do not go together")],
+)
+def test_what_cannot_be_shared_out_is_refused(network, options, says):
+    vae = build.vae(ModelConfig(network, latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
+    with pytest.raises(ValueError, match=says):
+        fit(vae, toy_data(), TrainingConfig(shard_weights=True, **options), device="cpu", progress=False)
+
+
+def batch_norm(_: Path) -> str:
+    vae = build.vae(ModelConfig("mlp", latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
+    vae.network.encoder.append(torch.nn.BatchNorm1d(6))
+    with pytest.raises(ValueError, match="statistics of a batch") as error:
+        fit(vae, toy_data(), device="cpu", progress=False)
+    return str(error.value)
+
+
+def test_statistics_of_a_share_are_refused(tmp_path):
+    assert all("train it on one process" in said for said in results_of(2, batch_norm, tmp_path))

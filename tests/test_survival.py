@@ -1,0 +1,314 @@
+"""Runs that are killed, terminated, damaged, or out of room: nothing that was made is lost, and what to do is said."""
+
+import errno
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_resuming import assert_same, state, train
+
+from sigma_vae.cli import main
+from sigma_vae.config import DataConfig
+from sigma_vae.data import load
+from sigma_vae.training import checkpoints
+from sigma_vae.training.checkpoints import damage, newest, read_sealed, step_of, write_sealed
+from sigma_vae.training.folder import exclusive
+from sigma_vae.training.module import TrainingModule
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="forks, mounts and limits of Linux")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "few.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (40, 4, 4), dtype=np.uint8))
+    return load(DataConfig(str(path), validation_fraction=0.2, test_fraction=0.1))
+
+
+def started(task: Callable[[], int | None], told: Path) -> int:
+    """Run a task in a process of its own, a copy of this one; what it says goes into a file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of copies of processes with threads
+        pid = os.fork()
+    if pid:
+        return pid
+    descriptor = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    code = 99
+    try:
+        code = task() or 0
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """The exit code of a process, negative where a signal killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run_cli(words: list[str], told: Path) -> tuple[int, str]:
+    code = ended(started(lambda: main(words), told))
+    return code, told.read_text(encoding="utf-8")
+
+
+def die_after(events: int) -> None:
+    """SIGKILL this process at one of the moments where a step begins, bytes of a checkpoint are written, forced to disk, or renamed."""
+    left = iter(range(events))
+
+    def watched(function):
+        def watching(*arguments, **options):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return watching
+
+    os.replace, os.fsync = watched(os.replace), watched(os.fsync)
+    checkpoints._Told.write = watched(checkpoints._Told.write)
+    TrainingModule.training_step = watched(TrainingModule.training_step)
+
+
+@LINUX
+def test_a_run_killed_again_and_again_at_random_moments_ends_as_the_whole_one(few, tmp_path):
+    options = {"epochs": 3, "validate_every": 3, "ema_decay": 0.9, "patience": 5}
+    whole = state(tmp_path / "whole", train(few, tmp_path / "whole", **options))
+    out, moments, kills = tmp_path / "killed", random.Random(0), 0
+
+    def go_on() -> None:
+        die_after(moments.randrange(100, 2000))
+        train(few, out, resume=newest(out / "checkpoints") is not None, **options)
+
+    while (code := ended(started(go_on, tmp_path / "told"))) == -signal.SIGKILL:
+        moments.random()
+        kills += 1
+        assert kills < 200, "no way forward"
+    assert code == 0, (tmp_path / "told").read_text()
+    assert kills > 2
+    assert_same(state(out, train(few, out, resume=True, **options)), whole)
+
+
+WORDS = ["--network", "mlp", "--width", "8", "--latent-dim", "2", "--batch-size", "8", "--log-every", "1", "--device", "cpu"]
+EPOCHS = "60"
+
+
+@pytest.fixture(scope="module")
+def command(few):
+    """Words that train."""
+    return lambda out, *more: ["train", few.record["source"], "--out", str(out), "--epochs", EPOCHS, *WORDS, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """A run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert main(command(out, "--validate-every", "50", "--json")) == 0
+    return out
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    for name in ("model/model.safetensors", "metrics.csv", "evaluation.json", "reconstructions.png"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def rows(out: Path) -> int:
+    return (out / "metrics.csv").read_text().count("\n") if (out / "metrics.csv").exists() else 0
+
+
+@LINUX
+def test_sigterm_ends_a_run_that_resumes_to_the_very_same(whole, command, tmp_path):
+    out = tmp_path / "run"
+    pid = started(lambda: main(command(out, "--validate-every", "50")), tmp_path / "told")
+    wait_for(lambda: rows(out) > 60)
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGTERM)  # a launcher that passes it on, beside the cluster that sends it to all
+    assert ended(pid) == 143
+    assert "terminated (SIGTERM)" in (tmp_path / "told").read_text()
+    assert 0 < step_of(out / "checkpoints" / "last.ckpt") < 60 * 5
+    assert not (out / "model").exists()
+    assert main(["resume", str(out)]) == 0
+    assert_same_run(out, whole)
+
+
+@LINUX
+@pytest.mark.parametrize("seconds", [0.0, 0.4])
+def test_a_command_killed_whenever_resumes_to_the_very_same(seconds, whole, command, tmp_path):
+    out = tmp_path / "run"
+    pid = started(lambda: main(command(out, "--validate-every", "50", "--checkpoint-minutes", "0")), tmp_path / "told")
+    wait_for((out / "config.yaml").exists)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    assert ended(pid) == -signal.SIGKILL
+    assert main(["resume", str(out)]) == 0  # the lock of the killed one keeps nobody out
+    assert_same_run(out, whole)
+
+
+@LINUX
+def test_a_second_process_in_the_same_folder_is_refused(command, tmp_path, capsys):
+    out = tmp_path / "run"
+    pid = started(lambda: main(command(out, "--epochs", "10000")), tmp_path / "told")
+    wait_for(lambda: rows(out) > 60)
+    assert main(["resume", str(out)]) == 1
+    assert "another process is writing into" in capsys.readouterr().err
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid) == 143
+
+
+def test_a_lock_alone_is_no_run(command, tmp_path):
+    with exclusive(tmp_path / "run"), pytest.raises(ValueError, match="another process"), exclusive(tmp_path / "run"):
+        pass
+    assert main(command(tmp_path / "run", "--max-steps", "1", "--json")) == 0
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut off": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "a flipped bit": lambda content: content[:3000] + bytes([content[3000] ^ 1]) + content[3001:],
+    "a flipped bit of the digest": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "longer": lambda content: content + b"\0",
+}
+
+
+@pytest.mark.parametrize("spoil", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(spoil, few, tmp_path, caplog):
+    out, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    whole = state(tmp_path / "whole", train(few, tmp_path / "whole"))
+    train(few, out)
+    before = step_of(folder / "previous.ckpt")
+    last = folder / "last.ckpt"
+    last.write_bytes(spoil(last.read_bytes()))
+    assert newest(folder) == folder / "previous.ckpt"
+    assert before < 8
+    caplog.clear()
+    again = train(few, out, resume=True)
+    assert f"going on from {folder / 'previous.ckpt'}" in caplog.text
+    assert_same(state(out, again), whole)
+    assert damage(folder / "previous.ckpt") is None  # the damaged one did not take its place
+    for name in ("last.ckpt", "previous.ckpt"):
+        (folder / name).write_bytes(spoil((folder / name).read_bytes()))
+    with pytest.raises(ValueError, match=r"no whole checkpoint .* delete the folder"):
+        train(few, out, resume=True)
+
+
+def test_the_best_weights_belong_to_the_checkpoint_that_is_resumed(few, tmp_path, caplog):
+    """The run was killed after a new best, and before the checkpoint that knows of it."""
+    out, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    train(few, out, epochs=1)
+    known = (folder / "best.ckpt").read_bytes()
+    shutil.copytree(folder, tmp_path / "then")
+    train(few, out, epochs=2, resume=True)
+    assert (folder / "best.ckpt").read_bytes() != known
+    assert (folder / "best-before.ckpt").read_bytes() == known
+    shutil.copy(tmp_path / "then" / "last.ckpt", folder / "last.ckpt")
+    vae = train(few, out, epochs=1, resume=True)  # nothing to do, but to take the best
+    assert torch.equal(
+        vae.state_dict()["network.decoder.0.weight"],
+        torch.load(tmp_path / "then" / "best.ckpt", weights_only=True)["state_dict"]["vae.network.decoder.0.weight"],
+    )
+    for path in folder.glob("best*.ckpt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    train(few, out, epochs=1, resume=True)
+    assert "best.ckpt is lost or damaged" in caplog.text
+
+
+def test_a_sealed_file_is_a_plain_archive(tmp_path):
+    write_sealed({"a": torch.arange(3), "global_step": 5}, tmp_path / "a.ckpt")
+    assert torch.equal(torch.load(tmp_path / "a.ckpt", weights_only=True)["a"], torch.arange(3))
+    assert read_sealed(tmp_path / "a.ckpt").keys() == {"a", "global_step"}
+    assert step_of(tmp_path / "a.ckpt") == 5
+    assert damage(tmp_path / "absent.ckpt") == "cannot be read (No such file or directory)"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_checkpoints_of_another_training_are_not_overwritten(few, tmp_path):
+    train(few, tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="checkpoints of another training"):
+        train(few, tmp_path, max_steps=1)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one megabyte."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_full_disk_stops_a_run_that_resumes_to_the_very_same(whole, command, small_disk, tmp_path, capsys):
+    out, ballast = small_disk / "run", small_disk / "ballast"
+    pid = started(lambda: main(command(out, "--validate-every", "50", "--checkpoint-minutes", "0")), tmp_path / "told")
+    wait_for(lambda: rows(out) > 60)
+    with suppressed_full_disk(), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    assert ended(pid) == 1
+    said = (tmp_path / "told").read_text()
+    assert "no room" in said
+    assert f"make room, then go on: sigma-vae resume {out}" in said
+    assert "Traceback" not in said
+    assert newest(out / "checkpoints") is not None
+    ballast.unlink()
+    assert not list((out / "checkpoints").glob("*.part"))
+    capsys.readouterr()
+    assert main(["resume", str(out)]) == 0
+    assert_same_run(out, whole)
+
+
+def suppressed_full_disk():
+    return pytest.raises(OSError, match=os.strerror(errno.ENOSPC))
+
+
+@LINUX
+def test_files_that_may_not_grow_stop_a_run_with_a_remedy(command, tmp_path):
+    def limited() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+        return main(command(tmp_path / "run"))
+
+    assert ended(started(limited, tmp_path / "told")) == 1
+    said = (tmp_path / "told").read_text()
+    assert "the checkpoint cannot be written (File too large)" in said
+    assert "Traceback" not in said
+
+
+def test_a_folder_that_cannot_be_written_is_said(whole, command, tmp_path, capsys):
+    copy = shutil.copytree(whole, tmp_path / "run")
+    if subprocess.run(["mount", "--bind", "-o", "ro", str(copy), str(copy)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+        for words in (["resume", str(copy)], command(copy / "inside", "--max-steps", "1")):
+            assert main(words) == 1
+            said = capsys.readouterr().err
+            assert "cannot be written" in said
+            assert "take a folder that can" in said
+        assert main(["sample", str(copy), "--n", "2", "--out", str(tmp_path / "a.png")]) == 0  # what only reads, works
+        assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    finally:
+        subprocess.run(["umount", str(copy)], check=True)

@@ -1,0 +1,292 @@
+"""A run folder from a stranger: whatever its files hold, no code of theirs is run, and what is wrong is said."""
+
+import ast
+import io
+import json
+import pickle
+import resource
+import shutil
+import struct
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sigma_vae import build, runs
+from sigma_vae.cli import main
+from sigma_vae.config import RunConfig
+from sigma_vae.configfile import read
+from sigma_vae.runs.reports import read_json
+from sigma_vae.training.checkpoints import SEAL_BYTES, write_sealed
+
+SOURCES = sorted((Path(__file__).parent.parent / "src").rglob("*.py"))
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.trace),)
+
+
+def pickled(trace: Path) -> bytes:
+    return pickle.dumps(Payload(trace))
+
+
+def archived(trace: Path) -> bytes:
+    file = io.BytesIO()
+    torch.save({"state_dict": {}, "global_step": 1, "x": Payload(trace)}, file)
+    return file.getvalue()
+
+
+def as_array(trace: Path) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([Payload(trace)], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+def sealed(trace: Path) -> bytes:
+    """With the digest that whole checkpoints have: a stranger can compute it as well."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_sealed({"state_dict": {}, "global_step": 1, "x": Payload(trace)}, Path(folder) / "a")
+        return (Path(folder) / "a").read_bytes()
+
+
+def as_yaml(trace: Path) -> bytes:
+    return f'!!python/object/apply:os.system ["touch {trace}"]\n'.encode()
+
+
+FORMS = {"pickle": pickled, "torch": archived, "sealed torch": sealed, "numpy": as_array, "yaml": as_yaml}
+FILES = [
+    "checkpoints/last.ckpt", "checkpoints/previous.ckpt", "checkpoints/best.ckpt", "config.yaml", "environment.json", "metrics.csv",
+    "evaluation.json", "model/model.json", "model/model.safetensors", "non-finite.safetensors",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_payloads_do_run_where_they_are_trusted(form, tmp_path):
+    """Else the tests below could not fail."""
+    import yaml
+
+    (tmp_path / "a").write_bytes(form(tmp_path / "trace"))
+    if form is as_yaml:
+        yaml.unsafe_load((tmp_path / "a").read_text())
+    elif form is pickled:
+        pickle.loads((tmp_path / "a").read_bytes())
+    elif form is as_array:
+        np.load(tmp_path / "a", allow_pickle=True)
+    else:
+        torch.load(tmp_path / "a", weights_only=False)
+    assert (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_payload_in_a_run_folder_is_not_run(name, digits_run, tmp_path, capsys):
+    trace = tmp_path / "trace"
+    for form in FORMS.values():
+        run = shutil.copytree(digits_run, tmp_path / "run")
+        (run / name).write_bytes(form(trace))
+        if name == "checkpoints/previous.ckpt":
+            (run / "checkpoints" / "last.ckpt").unlink()
+        words = [["resume", str(run)], ["sample", str(run), "--n", "1"], ["rerun", str(run)]]
+        words = words[1:] if name.startswith(("model", "evaluation", "non-finite")) else words[:1]
+        words += [["compare", str(run), str(digits_run)]] if "evaluation" in name else []
+        words += [["replay", str(run / name), "--out", str(tmp_path / "new")]] if "config" in name else []
+        for command in words:
+            assert main(command) in (0, 1)
+            assert "Traceback" not in capsys.readouterr().err
+        assert not trace.exists()
+        shutil.rmtree(run)
+
+
+BANNED = {
+    "eval", "exec", "compile", "__import__", "import_module", "unsafe_load", "full_load", "system", "popen", "loads_pickle",
+}  # fmt: skip
+
+
+def test_the_sources_have_no_call_that_runs_what_it_reads():
+    found = []
+    for path in SOURCES:
+        for call in (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            options = {option.arg: ast.unparse(option.value) for option in call.keywords}
+            wrong = (
+                (isinstance(call.func, ast.Name) and name in BANNED)
+                or name.rpartition(".")[2] in BANNED - {"eval", "compile"}  # a module's mode, and a graph's making
+                or (name == "torch.load" and options.get("weights_only") != "True")
+                or options.get("allow_pickle") == "True"
+                or options.get("trust_remote_code") == "True"
+                or name in ("pickle.load", "pickle.loads", "yaml.load", "joblib.load", "pd.read_pickle")
+            )
+            if wrong:
+                found.append(f"{path.name}:{call.lineno} {name}")
+    assert found == []
+
+
+FUZZ = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def value_error_or_fine(function, *arguments):
+    with suppress(ValueError):
+        function(*arguments)
+
+
+def altered(draw, whole):
+    """A true structure with one of its values exchanged."""
+    whole = json.loads(json.dumps(whole))
+    place = whole
+    while isinstance(place, dict) and place:
+        key = draw(st.sampled_from(sorted(place)))
+        if not isinstance(place[key], dict) or not place[key] or draw(st.booleans()):
+            place[key] = draw(plain | st.sampled_from([10**12, -1, 2**63, "hierarchical:9x999999999", "mixture:10000000000"]))
+            return whole
+        place = place[key]
+    return whole
+
+
+@FUZZ
+@given(content=st.binary(max_size=200) | st.text(max_size=100).map(str.encode) | plain.map(lambda p: repr(p).encode()))
+def test_any_bytes_for_a_config_are_a_config_or_refused(content, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / "config.yaml"
+    path.write_bytes(content)
+    value_error_or_fine(read, path, RunConfig)
+    value_error_or_fine(read_json, path)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_structure_for_a_config_is_a_config_or_refused(data, digits_run, tmp_path_factory):
+    import yaml
+
+    whole = yaml.safe_load((digits_run / "config.yaml").read_text())
+    path = tmp_path_factory.mktemp("fuzz") / "config.yaml"
+    path.write_text(json.dumps(altered(data.draw, whole)))
+    value_error_or_fine(read, path, RunConfig)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 5_000,
+        "!!bool maybe",
+        "!!timestamp abc",
+        '!!int ""',
+        "a: &a [x, x]\n"
+        + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(12)),
+        "data: &a [*a, *a]",
+        "a" * (2**20 + 1),
+        "0x" + "f" * 10_000,
+    ],
+)
+def test_a_config_that_is_a_trap_is_refused(content, tmp_path):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.yaml"):
+        read(tmp_path / "config.yaml", RunConfig)
+
+
+@pytest.fixture(scope="module")
+def small_memory():
+    """A gigabyte more than the process has: whoever takes terabytes fails, and not only in a test."""
+    if sys.platform != "linux":
+        yield
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def with_description(digits_run, folder: Path, description) -> Path:
+    folder.mkdir()
+    shutil.copy(digits_run / "model" / "model.safetensors", folder / "model.safetensors")
+    (folder / "model.json").write_text(description if isinstance(description, str) else json.dumps(description))
+    return folder
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_description_of_a_model_is_one_or_refused(data, digits_run, small_memory, tmp_path_factory):
+    whole = json.loads((digits_run / "model" / "model.json").read_text())
+    folder = tmp_path_factory.mktemp("fuzz") / "model"
+    value_error_or_fine(build.load, with_description(digits_run, folder, altered(data.draw, whole)))
+
+
+SIZES = [
+    {"latent_dim": 10**12}, {"width": 10**12}, {"latent_dim": 10**6, "width": 10**6}, {"likelihood": "logistic-mixture:1000000000000"},
+    {"prior": "mixture:1000000000000"}, {"network": "hierarchical:8x100000000/8x100000000"}, {"network": "residual", "width": 10**7},
+    {"likelihood": "categorical"}, {"network": "sequence", "context_frames": 10**12},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("shape", [[1, 8, 8], [1, 10**9, 10**9]], ids=str)
+def test_a_model_of_absurd_size_is_refused_without_taking_memory(sizes, shape, digits_run, small_memory, tmp_path):
+    whole = json.loads((digits_run / "model" / "model.json").read_text())
+    whole["model"] |= sizes
+    whole["shape"] = shape
+    if sizes == {"likelihood": "categorical"}:
+        whole["scaling"]["levels"] = 10**12
+    with pytest.raises(ValueError, match=r"."):
+        build.load(with_description(digits_run, tmp_path / "model", whole))
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_bytes_for_weights_are_refused_or_weights(data, digits_run, small_memory, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz") / "model"
+    shutil.copytree(digits_run / "model", folder)
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    kind = data.draw(st.sampled_from(["cut", "flip", "any", "claims"]))
+    if kind == "cut":
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    elif kind == "flip":
+        content[data.draw(st.integers(0, 2000))] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "any":
+        content = data.draw(st.binary(max_size=300))
+    else:  # terabytes, in the header's length or in a tensor's shape
+        size = data.draw(st.sampled_from([10**6, 2**40, 2**62]))
+        header = json.dumps({"x": {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}}).encode()
+        content = struct.pack("<Q", data.draw(st.sampled_from([len(header), 2**40, 2**63]))) + header + bytes(64)
+    (folder / "model.safetensors").write_bytes(content)
+    value_error_or_fine(build.load, folder)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_evaluation_compares_or_is_refused(data, digits_run, tmp_path_factory):
+    run = tmp_path_factory.mktemp("fuzz") / "run"
+    (run / "model").mkdir(parents=True)
+    shutil.copy(digits_run / "model" / "model.safetensors", run / "model")
+    whole = json.loads((digits_run / "evaluation.json").read_text())
+    report = altered(data.draw, whole) if data.draw(st.booleans()) else data.draw(plain)
+    (run / "evaluation.json").write_text(json.dumps(report))
+    value_error_or_fine(runs.compare, [run, digits_run])
+
+
+@FUZZ
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(place, bit, cut, digits_run, tmp_path_factory):
+    from sigma_vae.training.checkpoints import damage
+
+    content = bytearray((digits_run / "checkpoints" / "last.ckpt").read_bytes())
+    assert len(content) > SEAL_BYTES
+    at = int(place * len(content))
+    content[at] ^= 1 << bit
+    path = tmp_path_factory.mktemp("fuzz") / "last.ckpt"
+    path.write_bytes(content[:at] if cut else content)
+    assert damage(path) is not None

@@ -69,6 +69,9 @@ def test_each_choice_can_be_overruled(asked, expected, machine):
 @pytest.mark.parametrize("options", [{"validate_every": 10}, {"ema_decay": 0.9}])
 def test_what_follows_each_step_has_calls_of_one(options):
     assert choose(TrainingConfig(**options), NEW, TINY).steps_per_call == 1
+    assert TrainingConfig(**options, hardware=HardwareConfig(steps_per_call=1))
+    with pytest.raises(ValueError, match="after each step, got steps_per_call=2"):
+        TrainingConfig(**options, hardware=HardwareConfig(steps_per_call=2))
 
 
 @pytest.mark.parametrize("name", ["threads", "steps_per_call"])
@@ -154,13 +157,21 @@ def test_a_run_goes_on_with_calls_of_another_length(digits, tmp_path, steps):
     assert same(trained(digits, tmp_path, resume=True, hardware=after), trained(digits, hardware=before))
 
 
+def test_a_run_that_ended_amid_a_call_goes_on(digits, tmp_path):
+    hardware = HardwareConfig(steps_per_call=4)
+    trained(digits, tmp_path, max_steps=5, hardware=hardware)
+    assert same(trained(digits, tmp_path, resume=True, hardware=hardware), trained(digits, hardware=hardware))
+
+
 @pytest.mark.parametrize("batches", [1, 7, 12, 46])
 @pytest.mark.parametrize("steps_before", [1, 3, 16])
 @pytest.mark.parametrize("steps", [1, 4, 16])
 def test_calls_that_are_left_are_counted_right(batches, steps_before, steps):
     for ready in range(-(-batches // steps_before) + 1):
         counts = {"current": {"ready": ready, "completed": ready - 1}, "total": {"ready": 50 + ready, "completed": 49 + ready}}
-        recount({"loops": {"fit_loop": {"epoch_loop.batch_progress": counts}}}, steps_before, steps, batches)
+        behind = 3 * batches + min(ready * steps_before, batches)
+        checkpoint = {"loops": {"fit_loop": {"epoch_loop.batch_progress": counts}}, "global_step": behind}
+        recount(checkpoint, steps, batches)
         loader = Batches(InMemory(torch.zeros(batches, 1, dtype=torch.uint8)), Scaling(levels=3), batch_size=1)
         calls = Calls(loader, steps)
         done = min(ready * steps_before, batches)

@@ -141,8 +141,8 @@ class HardwareConfig(_Strict):
     threads: int | None = None
     """Of the CPU; unless given, what torch takes, but no more than the container's share of the processors."""
     steps_per_call: int | None = None
-    """Steps between two looks at clock, interrupts and progress bar; unless given, as many as take a small part of a second. No
-    result depends on it."""
+    """Steps between two looks at clock, interrupts and progress bar; unless given, as many as take a small part of a second, and
+    one where weights are averaged or ``validate_every`` is given. No result depends on it."""
 
     def __post_init__(self) -> None:
         """Refuse counts that mean nothing."""
@@ -226,6 +226,11 @@ class TrainingConfig(_Strict):
                 value = getattr(self, name)
                 if value is not None and not value >= least:
                     raise ValueError(f"{name} is {says}, got {value}")
+        if (self.hardware.steps_per_call or 1) > 1 and (self.validate_every, self.ema_decay) != (None, None):
+            raise ValueError(
+                f"validate_every and ema_decay have something to do after each step, got steps_per_call={self.hardware.steps_per_call};"
+                " leave it open"
+            )
         if not 0 <= self.kl_weight < math.inf:
             raise ValueError(f"kl_weight multiplies the KL and is at least 0 (1: the ELBO), got {self.kl_weight}")
         if not 0 <= self.beta_nll <= 1:

@@ -44,17 +44,18 @@ class Calls:
         self.batches.load_state_dict(state_dict)
 
 
-def recount(checkpoint: dict[str, Any], steps_before: int, steps: int, batches: int) -> None:
+def recount(checkpoint: dict[str, Any], steps: int, batches: int) -> None:
     """Let a checkpoint count its calls as if each had made so many ``steps``: those that are left of its epoch come out right.
 
     Args:
-        checkpoint: the engine's, altered in place.
-        steps_before: of the calls that it has counted.
+        checkpoint: the engine's, altered in place; its calls may have had another length, and the last one may have ended early.
         steps: of the calls to come.
         batches: in an epoch.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    done = min(progress["current"]["ready"] * steps_before, batches)
+    done = checkpoint["global_step"] % batches
+    if not done and progress["current"]["ready"]:  # the epoch is over, and the next one has not begun
+        done = batches
     ready = -(-batches // steps) - -(-(batches - done) // steps)
     change = ready - progress["current"]["ready"]
     for counts in (progress["current"], progress["total"]):

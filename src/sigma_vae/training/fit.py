@@ -96,9 +96,7 @@ def _fit(
     progress: bool,
 ) -> None:
     check_processes(vae)
-    if isinstance(vae.network, SequenceNetwork) != data.clips:
-        have, need = ("clips", "a SequenceNetwork") if data.clips else ("no clips", "any other network")
-        raise ValueError(f"{data.name} has {have} and needs {need}, got {type(vae.network).__name__}")
+    _check_clips(vae, data)
     pl.seed_everything(seed, workers=True, verbose=False)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
@@ -174,6 +172,12 @@ def resolve_device(device: str) -> torch.device:
     if not there[kind] or (number and int(number) >= torch.cuda.device_count()):
         raise ValueError(f"device {device!r} is not on this machine; there are: {', '.join(have)}")
     return own_device(torch.device(device))
+
+
+def _check_clips(vae: VAE, data: Splits) -> None:
+    if isinstance(vae.network, SequenceNetwork) != data.clips:
+        have, need = ("clips", "a SequenceNetwork") if data.clips else ("no clips", "any other network")
+        raise ValueError(f"{data.name} has {have} and needs {need}, got {type(vae.network).__name__}")
 
 
 def _start(vae: VAE, data: Splits, config: TrainingConfig) -> None:

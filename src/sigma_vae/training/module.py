@@ -153,23 +153,21 @@ class TrainingModule(pl.LightningModule):
             average_gradients(self.vae.likelihood.parameters())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the count of skipped steps, and what a call is."""
+        """Keep the count of skipped steps."""
         checkpoint["skipped_steps"] = self.skipped_steps
-        checkpoint["steps_per_call"] = self.calls.steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back.
+        """Take it back, and count calls as they are made now.
 
         Raises:
-            ValueError: the checkpoint is of a version that counted its steps otherwise.
+            ValueError: the checkpoint is of a version that set the learning rate otherwise.
         """
-        if "steps_per_call" not in checkpoint:
+        if any("full_lr" not in group for state in checkpoint["optimizer_states"] for group in state["param_groups"]):
             raise ValueError(
-                "the checkpoint is of an earlier version, with which alone it goes on; train anew into another folder"
+                "the checkpoint is of an earlier version, which alone can go on from it; train anew into another folder"
             )
         self.skipped_steps = checkpoint["skipped_steps"]
-        if checkpoint["steps_per_call"] != self.calls.steps:
-            recount(checkpoint, checkpoint["steps_per_call"], self.calls.steps, len(self.calls.batches))
+        recount(checkpoint, self.calls.steps, len(self.calls.batches))
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Bounds on held-out data, with noise that belongs to the example: no number depends on the batch size."""

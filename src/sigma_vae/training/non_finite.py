@@ -26,9 +26,9 @@ class BrokenStep(NamedTuple):
     """What a step was made of.
 
     Shapes:
-        batch as the model saw it; rng ``(bytes,)`` the state of torch's generator when the step began, empty where it is not known or does not
-        matter; weights by their names in the
-        model; about: ``step``, ``split``, ``diagnosis``, ``shape`` of an example and ``scaling`` of the data.
+        batch as the model saw it; rng ``(bytes,)`` the state of torch's generator when the step began, empty where it does not matter or
+        is not known; weights by their names in the model; about: ``step``, ``split``, ``diagnosis``, ``shape`` of an example and
+        ``scaling`` of the data.
     """
 
     batch: Batch

@@ -31,7 +31,7 @@ from sigma_vae.training.non_finite import KeepsBrokenStep
 from sigma_vae.training.processes import from_first, joined, own_device, processes
 from sigma_vae.training.resuming import Patience, Resumable, Terminated, ValidateAtEnd
 from sigma_vae.training.sharding import to_be_trained
-from sigma_vae.training.shares import shared
+from sigma_vae.training.shares import on_any, shared
 from sigma_vae.training.together import OwnNoise, check_processes, environment, strategy
 from sigma_vae.vae import VAE, keyed_noise
 
@@ -138,7 +138,7 @@ def _fit(
             raise (error if out is None else kept.told(error, step)) from error
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
             raise KeyboardInterrupt from stop
-        if resumable.asked is not None:  # when nothing was left but to come here
+        if on_any(resumable.asked is not None):  # when nothing was left but to come here
             resumable.stop()
         if best.best_model_score is not None or model is not vae:
             _load_weights(vae, last if best.best_model_score is None else best.path)

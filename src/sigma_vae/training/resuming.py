@@ -89,13 +89,13 @@ class Resumable(pl.callbacks.Checkpoint):
         self._give_back()
 
     def stop(self) -> None:
-        """Leave the training, in the way that the signal means.
+        """Leave the training, in the way that the signal means: on all processes, whichever of them got it.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C.
-            Terminated: after SIGTERM, also where another process got it.
+            Terminated: after SIGTERM.
         """
-        raise KeyboardInterrupt if self.asked == signal.SIGINT else Terminated
+        raise KeyboardInterrupt if on_any(self.asked == signal.SIGINT) else Terminated
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in pl_module.parameters()):

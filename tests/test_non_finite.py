@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from sigma_vae import VAE, Gaussian, Optimal, build, runs
 from sigma_vae.cli import main
-from sigma_vae.config import DataConfig, ModelConfig, TrainingConfig
+from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import load
 from sigma_vae.networks import FlatNetwork
 from sigma_vae.training import NonFiniteLossError, fit
@@ -95,7 +96,30 @@ def test_the_last_good_checkpoint_is_the_one_before_where_the_last_holds_the_fai
     monkeypatch.setattr(VAE, "elbo", broken)
     calls = iter(range(-1, 100))  # one call before the first step
     with pytest.raises(NonFiniteLossError, match=r"step 5: .*previous\.ckpt \(step 4\), which a resumption takes"):
-        train(vae, data, tmp_path)
+        train(vae, data, tmp_path, hardware=HardwareConfig(steps_per_call=1))
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 4])
+def test_what_is_kept_is_the_very_step_that_failed(tmp_path, monkeypatch, steps_per_call):
+    """Also amid a call: its batch, its weights, its noise."""
+    data = load(DataConfig("digits"))
+    vae = build.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
+    whole, found = VAE.elbo, []
+
+    def broken(self, x, mask=None, noise=None):
+        found.append(whole(self, x, mask=mask, noise=noise))
+        return found[-1]._replace(kl=found[-1].kl * float("nan")) if len(found) == 7 else found[-1]
+
+    monkeypatch.setattr(VAE, "elbo", broken)  # called once before the first step
+    with pytest.raises(NonFiniteLossError, match="at step 5: broken term: KL"):
+        train(vae, data, tmp_path, hardware=HardwareConfig(steps_per_call=steps_per_call))
+    monkeypatch.undo()
+    step = load_broken_step(tmp_path / FILE)
+    assert step.about["step"] == 5
+    again = build.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
+    again.load_state_dict(step.weights)
+    torch.set_rng_state(step.rng)
+    assert torch.equal(again.train().elbo(step.batch.x).total, found[-1].total)
 
 
 def test_a_rerun_needs_a_broken_step(tmp_path, capsys):

@@ -9,9 +9,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sigma_vae import build
-from sigma_vae.config import DataConfig, ModelConfig, TrainingConfig
+from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import load
 from sigma_vae.training import fit
+from sigma_vae.training.checkpoints import newest
 from sigma_vae.training.module import TrainingModule
 
 EPOCHS, BATCHES = 2, 4
@@ -28,10 +29,13 @@ def few(tmp_path_factory):
     return data
 
 
-def train(few, out: Path, *, resume: bool = False, likelihood: str = "gaussian/optimal", **options):
+def train(few, out: Path, *, resume: bool = False, likelihood: str = "gaussian/optimal", steps_per_call: int = 1, **options):
     torch.manual_seed(0)
     vae = build.vae(ModelConfig("mlp", likelihood, latent_dim=2, width=8), few.shape, few.scaling)
-    config = TrainingConfig(**{"epochs": EPOCHS, "batch_size": 8, "log_every": 1, "checkpoint_minutes": 0.0, **options})
+    hardware = HardwareConfig(steps_per_call=steps_per_call)
+    config = TrainingConfig(
+        **{"epochs": EPOCHS, "batch_size": 8, "log_every": 1, "checkpoint_minutes": 0.0, "hardware": hardware, **options}
+    )
     fit(vae, few, config, out=out, device="cpu", resume=resume, progress=False)
     return vae
 
@@ -79,14 +83,14 @@ class Killed(BaseException):
 
 
 def stop_at(step: int, monkeypatch) -> None:
-    whole = TrainingModule.training_step
+    whole = TrainingModule._step
 
-    def training_step(self, batch, batch_index):
+    def stopping(self, batch):
         if self.global_step == step:
             raise Killed
-        return whole(self, batch, batch_index)
+        whole(self, batch)
 
-    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    monkeypatch.setattr(TrainingModule, "_step", stopping)
 
 
 CASES = {
@@ -99,6 +103,9 @@ CASES = {
     "at most 7 steps, validated every 2": {"max_steps": 7, "validate_every": 2},
     "skipped steps": {"skip_gradient_norm": 30.0, "gradient_clip_norm": 1.0},
     "impatient": {"learning_rate": 0.0, "patience": 1, "ema_decay": 0.5},
+    "three steps a call": {"steps_per_call": 3, "schedule": "cosine", "warmup_steps": 3, "skip_gradient_norm": 30.0},
+    "three steps a call, at most 6 steps": {"steps_per_call": 3, "max_steps": 6, "likelihood": "gaussian/running-minimum"},
+    "an epoch a call": {"steps_per_call": 16, "likelihood": "gaussian/shared", "patience": 1},
 }
 
 
@@ -111,19 +118,21 @@ def test_a_run_stopped_at_any_step_ends_as_the_whole_one(options, few, tmp_path,
         with monkeypatch.context() as patch:
             stop_at(step, patch)
             with pytest.raises(Killed):
-                train(few, resumed, resume=step > 1, **options)
+                train(few, resumed, resume=newest(resumed / "checkpoints") is not None, **options)
     assert_same(state(resumed, train(few, resumed, resume=True, **options)), whole)
     assert_same(state(resumed, train(few, resumed, resume=True, **options)), whole)  # nothing is left to do
 
 
-@pytest.mark.parametrize("options", [{}, {"validate_every": 3, "ema_decay": 0.9}, {"validate_every": 100}])
+@pytest.mark.parametrize(
+    "options", [{}, {"validate_every": 3, "ema_decay": 0.9}, {"validate_every": 100}, {"steps_per_call": 3}]
+)
 def test_a_finished_run_goes_on_as_the_longer_one(options, few, tmp_path):
     """Also where it was validated at its end out of turn."""
     train(few, tmp_path / "short", epochs=1, **options)
     train(few, tmp_path / "short", epochs=2, resume=True, **options)
     train(few, tmp_path / "long", epochs=2, **options)
     short, long = (torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("short", "long"))
-    for name in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+    for name in ("global_step", "state_dict", "optimizer_states"):
         assert_same(short[name], long[name], name)
     assert_same(short["callbacks"]["Resumable"], long["callbacks"]["Resumable"])
     table = csv.DictReader((tmp_path / "short" / "metrics.csv").read_text().splitlines())

@@ -1,6 +1,7 @@
 """Training: what a run leaves behind, that it can be interrupted anywhere, and that options mean what they say."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -73,6 +74,9 @@ def test_a_run_folder_is_complete(digits_run, digits_config):
     assert expected <= found
     assert any(name.startswith("tensorboard/events") for name in found)
     assert read(digits_run / "config.yaml", RunConfig) == digits_config
+    choices = json.loads((digits_run / "environment.json").read_text(encoding="utf-8"))["choices"]
+    assert choices["precision"] == "float32"
+    assert choices["threads"] >= 1
 
 
 def test_metrics_have_each_step_once_and_all_quantities(digits_run):

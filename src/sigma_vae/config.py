@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 __all__ = [
     "ClipConfig",
     "DataConfig",
+    "HardwareConfig",
     "ImageConfig",
     "Layout",
     "ModelConfig",
@@ -122,6 +123,36 @@ class ModelConfig(_Strict):
 
 
 @dataclass(frozen=True)
+class HardwareConfig(_Strict):
+    """What a training step makes of the hardware; auto is what was measured to pay there. Training starts by saying what was chosen."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the network's convolutions and matrix products in training; weights, KL, likelihood and every evaluation are float32. auto:
+    bfloat16 where the hardware has it, the network is large enough to gain, and it is known to do no harm."""
+    memory_format: Literal["auto", "contiguous", "channels-last"] = "auto"
+    """Of images in the network; auto: channels last where convolutions are wide and in bfloat16."""
+    fused_optimiser: Literal["auto", "yes", "no"] = "auto"
+    """Update all weights in one kernel; auto: yes."""
+    allocator: Literal["auto", "default", "patient"] = "auto"
+    """Patient: the process keeps memory that it has freed, instead of asking the kernel for it in each step (glibc; for the whole
+    process, until it ends). auto: patient where training is on the CPU."""
+    compile: bool = False
+    """Compile the step (torch.compile, half a minute): for long runs of small networks."""
+    threads: int | None = None
+    """Of the CPU; unless given, what torch takes, but no more than the container's share of the processors."""
+    steps_per_call: int | None = None
+    """Steps between two looks at clock, interrupts and progress bar; unless given, as many as take a small part of a second, and
+    one where weights are averaged or ``validate_every`` is given. No result depends on it."""
+
+    def __post_init__(self) -> None:
+        """Refuse counts that mean nothing."""
+        for name in ("threads", "steps_per_call"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is at least 1, got {value}")
+
+
+@dataclass(frozen=True)
 class TrainingConfig(_Strict):
     """How the weights are found."""
 
@@ -172,6 +203,7 @@ class TrainingConfig(_Strict):
     """A checkpoint is written with each validation, and in between when the last one is so many minutes old."""
     log_every: int = 50
     """Steps between rows of the metrics."""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
@@ -194,6 +226,11 @@ class TrainingConfig(_Strict):
                 value = getattr(self, name)
                 if value is not None and not value >= least:
                     raise ValueError(f"{name} is {says}, got {value}")
+        if (self.hardware.steps_per_call or 1) > 1 and (self.validate_every, self.ema_decay) != (None, None):
+            raise ValueError(
+                f"validate_every and ema_decay have something to do after each step, got steps_per_call={self.hardware.steps_per_call};"
+                " leave it open"
+            )
         if not 0 <= self.kl_weight < math.inf:
             raise ValueError(f"kl_weight multiplies the KL and is at least 0 (1: the ELBO), got {self.kl_weight}")
         if not 0 <= self.beta_nll <= 1:

@@ -1,7 +1,7 @@
 """Passes over a loader's examples under noise that repeats: each example's draw is the same, whatever batch it comes in."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sigma_vae.networks.flat import FlatNetwork
 from sigma_vae.types import Batch, Network, Noise
 
-__all__ = ["APART", "Decoded", "Examples", "codes", "in_eval_mode", "keyed_noise"]
+__all__ = ["APART", "Decoded", "Examples", "codes", "in_eval_mode", "in_full_precision", "keyed_noise"]
 
 Examples = Batch | Tensor | Sequence[Tensor]
 """A batch as a loader may give it: x, or (x, ...)."""
@@ -50,6 +50,11 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in training:
             part.training = mode
+
+
+def in_full_precision(device: str) -> AbstractContextManager[object]:
+    """Where autocast is on, the context that switches it off: for a likelihood, whose terms half precision would round to whole nats."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class Decoded:

@@ -10,7 +10,7 @@ from torch.distributions import Normal
 from sigma_vae.networks.flat import FlatNetwork
 from sigma_vae.networks.sequence import FRAMES, SequenceNetwork, starts
 from sigma_vae.networks.temperature import per_layer
-from sigma_vae.passes import APART, Decoded, Examples, codes, in_eval_mode, keyed_noise
+from sigma_vae.passes import APART, Decoded, Examples, codes, in_eval_mode, in_full_precision, keyed_noise
 from sigma_vae.priors import FittedPrior
 from sigma_vae.types import Elbo, Likelihood, Network, Noise, Temperature
 
@@ -78,12 +78,15 @@ class VAE(nn.Module):
             mask: a video's valid frames ``(batch, frames)``; the others count for nothing.
             noise: where the posterior's standard normal numbers come from; torch's global generator unless given.
 
+        Under ``torch.autocast`` the network alone is in half precision: the likelihood of its features is in float32.
+
         Shapes:
             log_likelihood ``(*batch,)``, kl ``(*batch, layers)``.
         """
         inference = self.network.infer(x, context, mask, noise)
         h, target = inference.scored()
-        return Elbo(inference.per_example(self.likelihood(h, target).log_prob(target)), inference.kl)
+        with in_full_precision(x.device.type):
+            return Elbo(inference.per_example(self.likelihood(h, target).log_prob(target)), inference.kl)
 
     @torch.no_grad()
     def score(self, x: Tensor, noise: Noise | None = None, mask: Tensor | None = None) -> Scores:

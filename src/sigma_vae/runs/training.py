@@ -1,7 +1,7 @@
 """Runs are trained into a new folder, and resumed where they stopped."""
 
 import platform
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from sigma_vae.runs.folder import Run, config_of, same_data
 from sigma_vae.runs.priors import check_codes, take_prior
 from sigma_vae.runs.reports import write_json
 from sigma_vae.training import fit, resolve_device
+from sigma_vae.training.choices import Choices
 from sigma_vae.training.folder import LOCK, exclusive, explained
+from sigma_vae.training.hardware import choices_for
 from sigma_vae.training.non_finite import FILE, first_broken, load_broken_step
 from sigma_vae.training.processes import first_of_node_first, from_first, joined, processes
 from sigma_vae.vae import VAE
@@ -61,7 +63,8 @@ def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
     if config.model.network == "auto":
         config = replace(config, model=replace(config.model, network=default_network(data.shape, clips=data.clips)))
     vae = _new_vae(config, data)
-    environment = _environment(config, data)
+    choices = choices_for(vae, data, config.training, resolve_device(config.device))
+    environment = _environment(config, data, choices)
     with explained(out, f"go on: sigma-vae resume {out}"), exclusive(out):
         from_first(lambda: _begin(config, out, environment))
         return _finish(config, out, vae, data, resumed=False, progress=progress)
@@ -161,14 +164,15 @@ def _new_vae(config: RunConfig, data: Splits) -> VAE:
     return vae
 
 
-def _environment(config: RunConfig, data: Splits) -> dict[str, Any]:
+def _environment(config: RunConfig, data: Splits, choices: Choices) -> dict[str, Any]:
     return {
         "sigma_vae": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
         "seed": config.seed,
-        "threads": torch.get_num_threads(),
+        "threads": choices.threads,
+        "choices": asdict(choices),
         "processes": processes().world_size,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "data": data.record,

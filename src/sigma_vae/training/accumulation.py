@@ -1,6 +1,6 @@
 """A step's loss over several processes and several micro-batches: each example counts the same, wherever and whenever it is seen."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,9 @@ class StepLoss(NamedTuple):
     loss: Tensor
 
 
-def step_loss(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0) -> StepLoss:
+def step_loss(
+    vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0, elbo_of: Callable[..., Elbo] | None = None
+) -> StepLoss:
     r"""What one step minimises: of the global batch, of which this process has its share, in ``config.accumulate`` micro-batches.
 
     With :math:`n_i` of all n examples in micro-batch i,
@@ -43,6 +45,7 @@ def step_loss(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0) -> 
         batch: this process's share, at least one example.
         config: its weights of the objective, and how many micro-batches; never more than each process has examples.
         step: how many steps were taken.
+        elbo_of: ``vae.elbo``, perhaps compiled.
 
     >>> from sigma_vae import Fixed, Gaussian, mlp
     >>> vae = VAE(mlp((1, 4, 4), 1, latent_dim=2, width=8), Gaussian(1, Fixed(0.5)))
@@ -53,14 +56,14 @@ def step_loss(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0) -> 
     """
     us = processes()
     if us.world_size == 1 and config.accumulate == 1:
-        elbo, minimised = losses(vae, batch, config, step)
+        elbo, minimised = losses(vae, batch, config, step, elbo_of)
         return StepLoss(elbo, minimised.mean())
     examples = int(sum_over_all(torch.tensor(len(batch.x))))
     parts = max(1, min(config.accumulate, examples // us.world_size))
     found: list[Elbo] = []
     total = torch.zeros((), dtype=torch.float64, device=batch.x.device)
     for number, part in enumerate(_split(batch, parts), start=1):
-        elbo, minimised = losses(vae, part, config, step)
+        elbo, minimised = losses(vae, part, config, step, elbo_of)
         found.append(elbo)
         total += minimised.detach().sum()
         mine = minimised.sum() * (us.world_size / examples)

@@ -15,20 +15,23 @@ import torch
 from pytorch_lightning.loggers import Logger
 
 from sigma_vae.config import TrainingConfig
-from sigma_vae.data import Splits
+from sigma_vae.data import Batches, Splits
 from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import SequenceNetwork
+from sigma_vae.training.bar import Bar
 from sigma_vae.training.callbacks import AveragedWeights, CalibrateBeforeValidation
+from sigma_vae.training.calls import Calls
 from sigma_vae.training.checkpoints import BestCheckpoint, SealedCheckpoints, newest, read_sealed, step_of
 from sigma_vae.training.folder import exclusive
+from sigma_vae.training.hardware import applied, choices_for
 from sigma_vae.training.metrics import Events, MetricsTable, rows_before
 from sigma_vae.training.module import NonFiniteLossError, TrainingModule, validated_total
 from sigma_vae.training.non_finite import KeepsBrokenStep
 from sigma_vae.training.processes import from_first, joined, own_device, processes
 from sigma_vae.training.resuming import Patience, Resumable, Terminated, ValidateAtEnd
 from sigma_vae.training.sharding import to_be_trained
-from sigma_vae.training.shares import shared
+from sigma_vae.training.shares import on_any, shared
 from sigma_vae.training.together import OwnNoise, check_processes, environment, strategy
 from sigma_vae.vae import VAE, keyed_noise
 
@@ -93,9 +96,7 @@ def _fit(
     progress: bool,
 ) -> None:
     check_processes(vae)
-    if isinstance(vae.network, SequenceNetwork) != data.clips:
-        have, need = ("clips", "a SequenceNetwork") if data.clips else ("no clips", "any other network")
-        raise ValueError(f"{data.name} has {have} and needs {need}, got {type(vae.network).__name__}")
+    _check_clips(vae, data)
     pl.seed_everything(seed, workers=True, verbose=False)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
@@ -106,7 +107,8 @@ def _fit(
         vae.train()
         if not resume:
             _start(vae, data, config)
-        us = processes()
+        model = to_be_trained(vae, config)
+        us, choices = processes(), choices_for(model, data, config, where)
         training = data.batches(
             "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
         )
@@ -114,36 +116,44 @@ def _fit(
             raise ValueError(f"{resumed} cannot be resumed up to {config.epochs} epochs, it has more of them behind it")
         loggers = [] if out is None or not us.first else _loggers(folder, resumed)
         validation = shared(data, "validation", _passing_batch(data), where)
-        model = to_be_trained(vae, config)
-        part = shared(data, "train", _passing_batch(data), where, _part(data))
+        calls = Calls(training, choices.steps_per_call)
+        module = TrainingModule(model, config, choices, calls, training.log_volume_nats)
         best = BestCheckpoint(last.with_name("best.ckpt"), validated_total(vae))
         kept = KeepsBrokenStep(folder, {"shape": list(data.shape), "scaling": asdict(data.scaling)})
         resumable = Resumable(last, training, config.checkpoint_minutes)
-        callbacks = [
-            kept,
-            *([AveragedWeights(decay=config.ema_decay)] if config.ema_decay else []),
-            CalibrateBeforeValidation(model, part),  # after the averaged weights have been put in place
-            *([Patience(validated_total(vae), config.patience)] if config.patience else []),
-            ValidateAtEnd(),
-            best,
-            OwnNoise(seed, where),
-            resumable,  # after the best, which it refers to
-        ]
-        trainer = _trainer(config, folder, where, loggers, callbacks, SealedCheckpoints(resumed), progress)
-        module = TrainingModule(model, config, training.log_volume_nats)
+        part = shared(data, "train", _passing_batch(data), where, _part(data))
+        between = _between(model, config, part)
+        callbacks = [kept, *between, best, OwnNoise(seed, where), resumable]  # resumable after the best, which it refers to
+        if progress and us.first:
+            print(choices)
+            callbacks.append(Bar(config.epochs, module.total_steps))
+        trainer = _trainer(config, folder, where, loggers, callbacks, SealedCheckpoints(resumed))
         try:
-            trainer.fit(module, training, validation, ckpt_path=resumed, weights_only=True)
+            with applied(choices, model):
+                trainer.fit(module, calls, validation, ckpt_path=resumed, weights_only=True)
         except Terminated:
             raise
         except NonFiniteLossError as error:
-            raise (error if out is None else kept.told(error, trainer.global_step)) from error
+            step = trainer.global_step if module.failed is None else module.failed
+            raise (error if out is None else kept.told(error, step)) from error
         except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
             raise KeyboardInterrupt from stop
-        if resumable.asked is not None:  # when nothing was left but to come here
+        if on_any(resumable.asked is not None):  # when nothing was left but to come here
             resumable.stop()
         if best.best_model_score is not None or model is not vae:
             _load_weights(vae, last if best.best_model_score is None else best.path)
         vae.to(where).eval().calibrate(shared(data, "train", _passing_batch(data), where))
+
+
+def _between(model: VAE, config: TrainingConfig, part: Batches) -> list[pl.Callback]:
+    """What happens between steps and validations."""
+    callbacks: list[pl.Callback] = []
+    if config.ema_decay:
+        callbacks.append(AveragedWeights(decay=config.ema_decay))
+    callbacks.append(CalibrateBeforeValidation(model, part))  # after the averaged weights have been put in place
+    if config.patience:
+        callbacks.append(Patience(validated_total(model), config.patience))
+    return [*callbacks, ValidateAtEnd()]
 
 
 def resolve_device(device: str) -> torch.device:
@@ -162,6 +172,12 @@ def resolve_device(device: str) -> torch.device:
     if not there[kind] or (number and int(number) >= torch.cuda.device_count()):
         raise ValueError(f"device {device!r} is not on this machine; there are: {', '.join(have)}")
     return own_device(torch.device(device))
+
+
+def _check_clips(vae: VAE, data: Splits) -> None:
+    if isinstance(vae.network, SequenceNetwork) != data.clips:
+        have, need = ("clips", "a SequenceNetwork") if data.clips else ("no clips", "any other network")
+        raise ValueError(f"{data.name} has {have} and needs {need}, got {type(vae.network).__name__}")
 
 
 def _start(vae: VAE, data: Splits, config: TrainingConfig) -> None:
@@ -189,7 +205,6 @@ def _trainer(
     loggers: list[Logger],
     callbacks: list[pl.Callback],
     checkpoints: SealedCheckpoints,
-    progress: bool,
 ) -> pl.Trainer:
     steps, us = config.validate_every, processes()
     return pl.Trainer(
@@ -200,14 +215,13 @@ def _trainer(
         max_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         max_time=None if config.max_minutes is None else timedelta(minutes=config.max_minutes),
-        gradient_clip_val=config.gradient_clip_norm,
         val_check_interval=steps,
         check_val_every_n_epoch=None if steps else 1,
         logger=loggers,
         log_every_n_steps=1,  # of what reaches the bar; the module itself logs every `log_every` steps
         callbacks=callbacks,
         plugins=[checkpoints, *environment()],
-        enable_progress_bar=progress,
+        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,

@@ -26,8 +26,9 @@ class BrokenStep(NamedTuple):
     """What a step was made of.
 
     Shapes:
-        batch as the model saw it; rng ``(bytes,)`` the state of torch's generator when the step began; weights by their names in the
-        model; about: ``step``, ``split``, ``diagnosis``, ``shape`` of an example and ``scaling`` of the data.
+        batch as the model saw it; rng ``(bytes,)`` the state of torch's generator when the step began, empty where it does not matter or
+        is not known; weights by their names in the model; about: ``step``, ``split``, ``diagnosis``, ``shape`` of an example and
+        ``scaling`` of the data.
     """
 
     batch: Batch
@@ -37,7 +38,7 @@ class BrokenStep(NamedTuple):
 
 
 class KeepsBrokenStep(pl.Callback):
-    """Remembers the batch at hand, and writes it down where its loss is not finite.
+    """Writes down the step whose loss is not finite.
 
     Args:
         folder: of the run.
@@ -47,26 +48,26 @@ class KeepsBrokenStep(pl.Callback):
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self.folder = folder
         self.about = dict(about)
-        self.batch: Batch | None = None
-        self.rng = torch.get_rng_state()
-        self.split = "train"
+        self.validated: Batch | None = None
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, *_: Any) -> None:
-        """A step begins."""
-        self.batch, self.rng, self.split = batch, _rng(batch.x.device), "train"
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Steps begin, of which the module itself remembers the one at hand."""
+        self.validated = None
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, *_: Any) -> None:
         """A batch of a validation begins, whose noise belongs to the examples."""
-        self.batch, self.split = batch, "validation"
+        self.validated = batch
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write what there is."""
-        if not isinstance(exception, NonFiniteLossError) or self.batch is None or not trainer.is_global_zero:
-            return
         assert isinstance(pl_module, TrainingModule)
-        about = self.about | {"step": trainer.global_step, "split": self.split, "diagnosis": str(exception)}
-        step = BrokenStep(self.batch, self.rng, pl_module.vae.state_dict(), about)
-        write_whole(self.folder / FILE, _packed(step))
+        at_hand = pl_module.at_hand if self.validated is None else (self.validated, torch.zeros(0, dtype=torch.uint8))
+        if not isinstance(exception, NonFiniteLossError) or at_hand is None or not trainer.is_global_zero:
+            return
+        (batch, rng), split = at_hand, "train" if self.validated is None else "validation"
+        number = trainer.global_step if pl_module.failed is None else pl_module.failed
+        about = self.about | {"step": number, "split": split, "diagnosis": str(exception)}
+        write_whole(self.folder / FILE, _packed(BrokenStep(batch, rng, pl_module.vae.state_dict(), about)))
 
     def told(self, error: NonFiniteLossError, step: int) -> NonFiniteLossError:
         """The error, with what is there to go on from and to look at.
@@ -146,11 +147,6 @@ def _finite(values: Any) -> bool:
     if isinstance(values, Tensor):
         return not values.is_floating_point() or bool(torch.isfinite(values).all())
     return all(map(_finite, values)) if isinstance(values, tuple | list) else True
-
-
-def _rng(device: torch.device) -> Tensor:
-    """The generator's state; of a GPU none, which is kept beside each checkpoint alone: reading it would wait for the device."""
-    return torch.get_rng_state() if device.type == "cpu" else torch.zeros(0, dtype=torch.uint8)
 
 
 def _packed(step: BrokenStep) -> bytes:

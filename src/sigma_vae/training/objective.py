@@ -1,7 +1,7 @@
 """What is minimised: the negative ELBO, or a weighted objective, which is never called one."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 from sigma_vae.config import TrainingConfig
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import HierarchicalNetwork
+from sigma_vae.passes import in_full_precision
 from sigma_vae.training.shares import mean_over_all
-from sigma_vae.types import Batch, Elbo
+from sigma_vae.types import Batch, Elbo, Inference
 from sigma_vae.vae import VAE
 
 __all__ = ["Losses", "balance", "check_weights", "is_weighted", "losses"]
@@ -50,7 +51,7 @@ def check_weights(vae: VAE, config: TrainingConfig) -> None:
         )
 
 
-def losses(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0) -> Losses:
+def losses(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0, elbo_of: Callable[..., Elbo] | None = None) -> Losses:
     r"""ELBO and objective of one batch, from one posterior draw.
 
     .. math:: -\sum_i \sigma_i^{2 \beta} \log p(x_i|z) + w \sum_l \gamma_l \max(\lambda, KL_l)
@@ -58,12 +59,18 @@ def losses(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0) -> Los
     with σ to the power 2β detached (Seitzer et al. 2022, β-NLL), w the ``kl_weight`` (Beta-Sigma VAE, arXiv 2409.09361, which puts
     it on an optimal σ), λ the ``free_bits_nats`` (Kingma et al. 2016, arXiv 1606.04934, section 2.4: the batch's mean of
     KL_l is what is compared, over all processes) and γ the balance over layers while ``step`` is below ``kl_balancing_steps``. With
-    β = λ = 0, w = 1 and no balance it is the negative ELBO.
+    β = λ = 0, w = 1 and no balance it is the negative ELBO, ``vae.elbo`` or a compiled ``elbo_of``. Under autocast the network alone is
+    in half precision.
     """
     if not is_weighted(config):
-        elbo: Elbo = vae.elbo(batch.x, mask=batch.mask)
+        elbo = (elbo_of or vae.elbo)(batch.x, mask=batch.mask)
         return Losses(elbo, -elbo.total)
     inference = vae.network.infer(batch.x, mask=batch.mask)
+    with in_full_precision(batch.x.device.type):
+        return _weighted(vae, inference, config, step)
+
+
+def _weighted(vae: VAE, inference: Inference, config: TrainingConfig, step: int) -> Losses:
     h, target = inference.scored()
     distribution = vae.likelihood(h, target)
     elbo = Elbo(inference.per_example(distribution.log_prob(target)), inference.kl)

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
 from sigma_vae.data import Batches
-from sigma_vae.training.module import REMEDY, NonFiniteLossError
+from sigma_vae.training.module import REMEDY, NonFiniteLossError, TrainingModule
 from sigma_vae.training.shares import on_any
 
 __all__ = ["Patience", "Resumable", "Terminated", "ValidateAtEnd"]
@@ -89,13 +89,13 @@ class Resumable(pl.callbacks.Checkpoint):
         self._give_back()
 
     def stop(self) -> None:
-        """Leave the training, in the way that the signal means.
+        """Leave the training, in the way that the signal means: on all processes, whichever of them got it.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C.
-            Terminated: after SIGTERM, also where another process got it.
+            Terminated: after SIGTERM.
         """
-        raise KeyboardInterrupt if self.asked == signal.SIGINT else Terminated
+        raise KeyboardInterrupt if on_any(self.asked == signal.SIGINT) else Terminated
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in pl_module.parameters()):
@@ -127,10 +127,10 @@ class ValidateAtEnd(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run that has nothing left to do is stopped; one that goes on has its last validation behind it."""
-        steps = trainer.fit_loop.epoch_loop
-        if trainer.global_step >= trainer.estimated_stepping_batches:
+        calls = trainer.fit_loop.epoch_loop
+        if _is_last(trainer, pl_module):
             trainer.should_stop = True
-        elif steps.restarting and steps.batch_progress.total.completed == steps.batch_progress.total.ready:
+        elif calls.restarting and calls.batch_progress.total.completed == calls.batch_progress.total.ready:
             self.every, trainer.val_check_batch = trainer.val_check_batch, 1
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -139,7 +139,7 @@ class ValidateAtEnd(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """The engine validates before it stops for this reason."""
-        if trainer.global_step >= trainer.estimated_stepping_batches:
+        if _is_last(trainer, pl_module):
             trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -168,8 +168,14 @@ class Patience(EarlyStopping):
         trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
 
 
+def _is_last(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
+    """Whether no step is left: what the engine itself counts are calls, of several steps each."""
+    assert isinstance(module, TrainingModule)
+    return trainer.global_step >= module.total_steps
+
+
 def _between_steps(trainer: pl.Trainer) -> bool:
-    """Whether nothing is open: no gradient that is being summed, no validation that follows, no end of an epoch."""
-    steps = trainer.fit_loop.epoch_loop
-    follows: Callable[[Any], bool] = steps._should_check_val_fx
-    return not (steps._should_accumulate() or steps.batch_progress.is_last_batch or follows(trainer.fit_loop._data_fetcher))
+    """Whether nothing is open: no validation that follows, no end of an epoch."""
+    calls = trainer.fit_loop.epoch_loop
+    follows: Callable[[Any], bool] = calls._should_check_val_fx
+    return not (calls.batch_progress.is_last_batch or follows(trainer.fit_loop._data_fetcher))

@@ -78,10 +78,13 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 @torch.no_grad()
-def clip(parameters: Iterable[nn.Parameter], largest: float) -> None:
-    """Shorten the gradient to this norm, as torch does where nothing is shared out."""
-    parameters = list(parameters)
-    factor = (largest / (gradient_norm(parameters) + 1e-6)).clamp(max=1)
+def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> None:
+    """Shorten a gradient of this norm to the largest allowed, as torch does; torch itself stumbles over what is partly shared out."""
+    parameters = [p for p in parameters if p.grad is not None]
+    if not any(isinstance(p.grad, DTensor) for p in parameters):
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        return
+    factor = float((largest / (norm + 1e-6)).clamp(max=1))
     for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(float(factor))
+        assert parameter.grad is not None
+        parameter.grad.mul_(factor)

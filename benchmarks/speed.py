@@ -1,0 +1,214 @@
+"""Speed on Fashion-MNIST: images a second beside other trainers, and seconds to a test ELBO; one part at a time.
+
+    python -m benchmarks.speed --part plain      # 40 minutes: what the usual loop reaches in 10 epochs
+    python -m benchmarks.speed --part images     # images a second, the paper's network; levers one by one
+    python -m benchmarks.speed --part tiny       # milliseconds a step of the smallest network
+    python -m benchmarks.speed --part elbo       # test ELBO after equal training
+    python -m benchmarks.speed --part precision  # whether bfloat16 does harm
+    python -m benchmarks.speed --part sooner     # seconds to what `plain` reached
+    python -m benchmarks.speed --part gpu
+
+Each writes ``OUT/speed-PART.json`` measurement by measurement, and goes on where it was stopped. Seconds are the processor's, of one
+thread; the trainers take turns, each measurement in a process of its own. pythae has to be installed: see :mod:`benchmarks.trainers`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from benchmarks.plain import BATCH, judged_elbo, plain
+from benchmarks.trainers import network_named, ours, train_one
+from sigma_vae import Gaussian, build
+from sigma_vae.config import DataConfig, HardwareConfig, TrainingConfig
+from sigma_vae.data import Splits
+
+RESULTS = Path("benchmarks/results")
+Part = Literal["plain", "images", "tiny", "elbo", "precision", "sooner", "gpu"]
+Measured = dict[str, Any]
+
+LEVERS = ("patient allocator", "fused optimiser", "bfloat16", "bfloat16, channels last")
+IMAGES = ("pythae", "plain loop", "ours, nothing chosen", *(f"ours, {lever}" for lever in LEVERS), "ours, float32", "ours, all")
+TINY = (
+    "pythae",
+    "plain loop",
+    "ours, nothing chosen",
+    "ours, one step a call",
+    "ours, fused optimiser",
+    "ours, bfloat16",
+    "ours",
+)
+EQUAL = ("pythae", "plain loop", "ours, all")
+EQUAL_STEPS = 200
+PRECISION_STEPS = {"conv": 422, "residual": 1266, "mlp": 4220, "hierarchical:tiny": 422}
+SOONER = {
+    f"{network}, batches of {batch}, {images} images": (network, batch, images)
+    for network, batch, budgets in (
+        ("conv", 32, (60_000, 90_000, 120_000, 150_000, 180_000)),
+        ("residual", 64, (60_000, 120_000, 240_000, 480_000)),
+        ("hierarchical:tiny", 64, (40_000, 80_000)),
+    )
+    for images in budgets
+}
+"""A cosine to 0 over so many images; the network, and what is due to the trainer, are told apart."""
+SOONER_RATE = {"conv": 1e-3, "residual": 1e-3, "hierarchical:tiny": 3e-3}
+
+
+def main(
+    part: Part, out: Path = RESULTS, rounds: int = 3, epochs: int = 10, case: str = "", data: str = "fashion-mnist"
+) -> None:
+    """Measure one part.
+
+    Args:
+        part: which.
+        out: folder of the results.
+        rounds: rounds or seeds.
+        epochs: of the plain loop.
+        case: one measurement, as JSON: what this runs in processes of its own.
+        data: name of the data set.
+    """
+    path = out / f"speed-{part}.json"
+    if part == "gpu" and not torch.cuda.is_available():
+        sys.exit("no GPU here: nothing measured")
+    if case:
+        print(json.dumps(measured(part, *case.rsplit("|", 1), data=data)))
+    elif part == "plain":
+        if not path.exists() or len(json.loads(path.read_text())["rows"]) < epochs:
+            plain(path, build.data(DataConfig(data)), epochs, seed=0)
+    else:
+        results = each(part, path, rounds, data)
+        print("\n".join(table(part, results, out)))
+
+
+def each(part: Part, path: Path, rounds: int, data: str) -> dict[str, list[Measured]]:
+    """Every case in every round, unless it is there already."""
+    results: dict[str, list[Measured]] = json.loads(path.read_text())["results"] if path.exists() else {}
+    for number in range(rounds):
+        for case in cases(part):
+            rows = results.setdefault(case, [])
+            if len(rows) <= number:
+                rows.append(in_fresh_process(part, f"{case}|{number}", data))
+                print(case, rows[-1], flush=True)
+                record = {"command": f"python -m benchmarks.speed --part {part} --rounds {rounds}", "results": results}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+def cases(part: Part) -> list[str]:
+    """What a part compares."""
+    if part == "precision":
+        return [f"{network}, {precision}" for network in PRECISION_STEPS for precision in ("float32", "bfloat16")]
+    return {
+        "images": [*IMAGES],
+        "tiny": [*TINY],
+        "elbo": [*EQUAL],
+        "sooner": [*SOONER],
+        "gpu": ["plain loop", "ours"],
+    }[part]
+
+
+def in_fresh_process(part: Part, case: str, data: str) -> Measured:
+    """Where no other case has left its heap."""
+    command = [sys.executable, "-m", "benchmarks.speed", "--part", part, "--case", case, "--data", data]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    result: Measured = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def measured(part: Part, case: str, number: str, data: str) -> Measured:
+    """One measurement; its number is its seed."""
+    splits, seed = build.data(DataConfig(data)), int(number)
+    if part == "images":
+        timed = train_one(case, "conv", slice_of(splits, 20 * BATCH), 14, seed)
+        return {"images_per_second": 1000 * BATCH / timed.milliseconds(warmup=4)}
+    if part == "tiny":
+        per_epoch = -(-len(splits.train) // BATCH)
+        timed = train_one(case, "tiny", splits, 4 * per_epoch, seed)
+        return {"milliseconds_a_step": timed.milliseconds(warmup=per_epoch)}
+    if part == "elbo":
+        timed = train_one(case, "conv", slice_of(splits, EQUAL_STEPS * BATCH), EQUAL_STEPS, seed)
+        return {"test_elbo_nats": judged_elbo(timed.network, splits)}
+    if part == "precision":
+        network, precision = case.split(", ")
+        config = TrainingConfig(
+            epochs=100,
+            max_steps=PRECISION_STEPS[network],
+            schedule="cosine",
+            hardware=HardwareConfig(precision=precision),  # type: ignore[arg-type]
+        )
+        return trained(network, splits, config, seed)
+    if part == "sooner":
+        network, batch, images = SOONER[case]
+        rate = SOONER_RATE[network]
+        config = TrainingConfig(
+            epochs=100,
+            max_steps=images // batch,
+            batch_size=batch,
+            learning_rate=rate,
+            schedule="cosine",
+            hardware=HardwareConfig(precision="bfloat16"),
+        )
+        return trained(network, splits, config, seed)
+    from benchmarks.speed_gpu import on_gpu
+
+    return on_gpu(case, splits, seed)
+
+
+def slice_of(splits: Splits, examples: int) -> Splits:
+    """Less to train on: an epoch for the trainer that knows no half ones, and a short calibration afterwards."""
+    parts = splits.train.select(torch.arange(examples)), splits.validation.select(torch.arange(512))
+    return replace(splits, train=parts[0], validation=parts[1])
+
+
+def trained(network: str, splits: Splits, config: TrainingConfig, seed: int) -> Measured:
+    """Seconds of a whole training of ``gaussian/optimal``, from its first step to its last, and what it is worth."""
+    torch.set_num_threads(1)
+    timed = ours(network_named(network, splits, seed), splits, config, Gaussian(splits.shape[0], mean="unit"))
+    seconds = timed.starts[-1] - timed.starts[0]
+    return {
+        "seconds": seconds,
+        "all_seconds": timed.end - timed.starts[0],
+        "test_elbo_nats": judged_elbo(timed.network, splits),
+    }
+
+
+def table(part: Part, results: dict[str, list[Measured]], out: Path) -> Iterator[str]:
+    """Markdown: medians and ranges; ratios are taken within a round."""
+    keys = list(next(iter(results.values()))[0])
+    reference = next(iter(results))
+    yield f"| | {' | '.join(key.replace('_', ' ') for key in keys)} | of {reference} |"
+    yield "| --- |" + " --- |" * (len(keys) + 1)
+    for case, rows in results.items():
+        ratios = [row[keys[0]] / base[keys[0]] for row, base in zip(rows, results[reference], strict=False)]
+        yield f"| {case} | {' | '.join(spread([row[key] for row in rows]) for key in keys)} | {spread(ratios)} |"
+    target = out / "speed-plain.json"
+    if part == "sooner" and target.exists():
+        last = json.loads(target.read_text())["rows"][-1]
+        yield f"\nThe plain loop: {last['test_elbo_nats']:.1f} nats after {last['images']} images and {last['seconds']:.0f} seconds."
+        for case, rows in results.items():
+            nats, seconds = mean(row["test_elbo_nats"] for row in rows), mean(row["seconds"] for row in rows)
+            verdict = f"{last['seconds'] / seconds:.1f}× sooner" if nats >= last["test_elbo_nats"] else "not there yet"
+            yield f"- {case}: {nats:.1f} nats in {seconds:.0f} s: {verdict}"
+
+
+def spread(values: list[float]) -> str:
+    """Median and range, or of three seeds' nats as well the standard deviation."""
+    if len(values) == 1:
+        return f"{values[0]:.4g}"
+    if abs(values[0]) > 300:
+        return f"{mean(values):.2f} ± {stdev(values):.2f}"
+    return f"{median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -19,8 +19,9 @@ lint: $(STAMP)
 	$(VENV)/bin/lint-imports
 	$(PYTHON) -m benchmarks.house_rules
 
-bench: $(STAMP)  ## the README's numbers on Fashion-MNIST; speed (all night on one core) goes on where it was stopped
-	$(PYTHON) -m benchmarks.calibration --out benchmarks/results/calibration.json
+bench: $(STAMP)  ## speed on Fashion-MNIST beside pythae and the usual loop: hours on one core, goes on where it was stopped
+	$(PYTHON) -m pip install --quiet --no-deps pythae==0.1.2
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt cloudpickle imageio pydantic scikit-learn scipy tqdm
 	for part in plain images tiny elbo precision sooner; do $(PYTHON) -m benchmarks.speed --part $$part || exit 1; done
 
 study: $(STAMP)  ## the smallest study: four runs on the digits, a table, a report

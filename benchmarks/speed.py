@@ -52,8 +52,8 @@ PRECISION_STEPS = {"conv": 422, "residual": 1266, "mlp": 4220, "hierarchical:tin
 SOONER = {
     f"{network}, batches of {batch}, {images} images": (network, batch, images)
     for network, batch, budgets in (
-        ("conv", 32, (60_000, 90_000, 120_000, 150_000, 180_000)),
-        ("residual", 64, (60_000, 120_000, 240_000, 480_000)),
+        ("conv", 32, (120_000, 180_000)),
+        ("residual", 64, (240_000, 480_000)),
         ("hierarchical:tiny", 64, (40_000, 80_000)),
     )
     for images in budgets
@@ -190,7 +190,7 @@ def table(part: Part, results: dict[str, list[Measured]], out: Path) -> Iterator
     yield "| --- |" + " --- |" * (len(keys) + 1)
     for case, rows in results.items():
         ratios = [row[keys[0]] / base[keys[0]] for row, base in zip(rows, results[reference], strict=False)]
-        yield f"| {case} | {' | '.join(spread([row[key] for row in rows]) for key in keys)} | {spread(ratios)} |"
+        yield f"| {case} | {' | '.join(spread([row[key] for row in rows], nats='nats' in key) for key in keys)} | {spread(ratios)} |"
     target = out / "speed-plain.json"
     if part == "sooner" and target.exists():
         last = json.loads(target.read_text())["rows"][-1]
@@ -201,11 +201,11 @@ def table(part: Part, results: dict[str, list[Measured]], out: Path) -> Iterator
             yield f"- {case}: {nats:.1f} nats in {seconds:.0f} s: {verdict}"
 
 
-def spread(values: list[float]) -> str:
-    """Median and range, or of three seeds' nats as well the standard deviation."""
+def spread(values: list[float], *, nats: bool = False) -> str:
+    """Median and range; of nats, mean and standard deviation over seeds."""
     if len(values) == 1:
         return f"{values[0]:.4g}"
-    if abs(values[0]) > 300:
+    if nats:
         return f"{mean(values):.2f} ± {stdev(values):.2f}"
     return f"{median(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
 

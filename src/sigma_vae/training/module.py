@@ -69,14 +69,15 @@ class TrainingModule(pl.LightningModule):
         self.just_skipped = False
         self._elbo_of = torch.compile(vae.elbo) if choices.compile else None
         self.at_hand: tuple[Batch, Tensor] | None = None
-        """Batch and noise (the generator's state) of the step that is made, or that was found to have failed."""
         self.failed: int | None = None
-        """The step that was found to have failed."""
+        """The step that was found to have failed; ``at_hand`` are batch and noise (the generator's state) of it, or of the newest."""
         self._unchecked: list[_Step] = []
+        self._broken: Tensor | None = None
         self._remembered: dict[int, Tensor] = {}
 
     def training_step(self, batches: Iterator[Batch], call: int) -> None:
         """Some steps, each down the gradient of a batch's mean negative ELBO (or weighted objective), in nats."""
+        self._broken = None
         for batch in batches:
             self._step(batch)
             if self.global_step == self.config.max_steps:
@@ -92,7 +93,9 @@ class TrainingModule(pl.LightningModule):
         with self.choices.autocast():
             elbo, loss = step_loss(self.vae, batch, self.config, step, self._elbo_of)
         self._unchecked.append(_Step(step, batch, rng, elbo, loss.detach()))
-        if not loss.is_cuda:  # where a look waits for the device, it is taken at the end of the call
+        if self._looks_later(loss):
+            self._hold_where_broken(optimizer, loss.detach())
+        else:
             self._check()
         self._backward(loss)
         row = self._row(loss.detach(), elbo) if step % self.config.log_every == 0 else None
@@ -102,6 +105,16 @@ class TrainingModule(pl.LightningModule):
         if row is not None:
             self._write(row, step)
         self._descend(optimizer)
+
+    def _looks_later(self, loss: Tensor) -> bool:
+        """Whether losses are looked at when the call ends: on a GPU a look waits for it."""
+        return loss.is_cuda and self.choices.fused_optimiser and not is_sharded(self.config)
+
+    def _hold_where_broken(self, optimizer: LightningOptimizer, loss: Tensor) -> None:
+        """From a loss that is not finite on, the call's steps leave weights and moments as they are: the device itself decides."""
+        broken = 1.0 - loss.isfinite().float()
+        self._broken = broken if self._broken is None else torch.maximum(self._broken, broken)
+        optimizer.optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells a fused optimiser
 
     def _backward(self, loss: Tensor) -> None:
         if self.trainer.world_size > 1:
@@ -214,8 +227,7 @@ class TrainingModule(pl.LightningModule):
             {"params": list(scales.values()), "lr": rate * self.config.scale_learning_rate_factor, "weight_decay": 0.0},
         ]
         groups = [group | {"full_lr": group["lr"]} for group in groups if group["params"]]
-        fused = self.choices.fused_optimiser
-        return torch.optim.AdamW(groups, lr=rate, fused=fused)
+        return torch.optim.AdamW(groups, lr=rate, fused=self.choices.fused_optimiser)
 
     @property
     def total_steps(self) -> int:
@@ -228,8 +240,7 @@ class TrainingModule(pl.LightningModule):
         warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
         if config.schedule == "constant":
             return warm
-        total = self.total_steps
-        return warm * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))
+        return warm * 0.5 * (1 + math.cos(math.pi * min(step / self.total_steps, 1.0)))
 
     def _row(self, loss: Tensor, elbo: Elbo) -> dict[str, Tensor]:
         metrics = {

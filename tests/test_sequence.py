@@ -12,6 +12,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
 from sigma_vae import VAE, Gaussian, Optimal, build, mlp
+from sigma_vae.build.names import VIDEO_NETWORKS
 from sigma_vae.config import ModelConfig, TrainingConfig
 from sigma_vae.data import Scaling
 from sigma_vae.networks.recurrence import State
@@ -548,7 +549,7 @@ def test_every_likelihood_runs_unchanged(name: str) -> None:
             assert frames.isfinite().all()
 
 
-@pytest.mark.parametrize("name", build.VIDEO_NETWORKS)
+@pytest.mark.parametrize("name", VIDEO_NETWORKS)
 def test_a_saved_model_says_the_same(name: str, tmp_path) -> None:
     torch.manual_seed(0)
     config = ModelConfig(name, latent_dim=LATENT, width=4, context_frames=3)

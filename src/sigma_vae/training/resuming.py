@@ -30,7 +30,7 @@ class Resumable(pl.callbacks.Checkpoint):
 
     It holds, beside what the engine and :class:`~sigma_vae.training.together.OwnNoise` keep, the position in the data. It is written
     where nothing of a step is open; a step that is the last of an epoch, or that a validation follows, is over after that. The first
-    Ctrl-C, and SIGTERM, end the step at hand, write a checkpoint and stop; a second Ctrl-C stops at once.
+    Ctrl-C, and SIGTERM, end the step at hand (and those of its call), write a checkpoint and stop; a second Ctrl-C stops at once.
 
     Args:
         checkpoint: its file.

@@ -51,12 +51,8 @@ def main(
             found = one(splits, STEPS.get(name, STEPS["mnist-5k"]), start, likelihood, seed)
             rows.append(place | {"elbo_post_hoc_nats": found})
             print(rows[-1], flush=True)
-            out.write_text(
-                json.dumps(
-                    {"command": f"python -m benchmarks.posterior_start --data {' '.join(data)}", "results": rows}, indent=1
-                )
-                + "\n"
-            )
+            record = {"command": f"python -m benchmarks.posterior_start --data {' '.join(data)}", "results": rows}
+            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(rows)))
 
 

@@ -642,21 +642,13 @@ def test_a_likelihood_without_sigma_has_nothing_to_fit(tmp_path: Path, capsys) -
 @pytest.mark.parametrize("interruption", [OSError("no space left"), KeyboardInterrupt()], ids=["full disk", "ctrl-c"])
 @pytest.mark.parametrize("moment", ["while it is written", "before it takes its place"])
 def test_an_interrupted_write_leaves_the_old_model(interruption, moment: str, run: Path, monkeypatch) -> None:
-    import safetensors.torch
-
     before = contents(run)
 
-    def half(tensors: dict, path: Path, metadata: dict) -> None:
-        path.write_bytes(b"half of it")
+    def never(*_: object) -> None:
         raise interruption
 
-    def never(source: Path, target: Path) -> None:
-        raise interruption
-
-    if moment == "while it is written":
-        monkeypatch.setattr(safetensors.torch, "save_file", half)
-    else:
-        monkeypatch.setattr("sigma_vae.runs.sigma.os.replace", never)
+    function = "fsync" if moment == "while it is written" else "replace"
+    monkeypatch.setattr(f"sigma_vae.configfile.os.{function}", never)
     assert main(["calibrate", str(run), "--split", "validation"]) in (1, 130)
     assert contents(run) == before
 

@@ -265,7 +265,7 @@ def test_what_was_evaluated_on_something_else_is_not_compared(key, value, evalua
 def test_one_run_compares_with_nothing(evaluated, tmp_path):
     with pytest.raises(ValueError, match="at least 2, got 1"):
         runs.compare([evaluated])
-    with pytest.raises(ValueError, match="missing or broken"):
+    with pytest.raises(ValueError, match="has no evaluation; make one: sigma-vae evaluate"):
         runs.compare([evaluated, tmp_path])
 
 

@@ -78,7 +78,7 @@ def load(folder: Path) -> Saved:
 def _sized(config: ModelConfig, shape: tuple[int, ...], scaling: Scaling, stored: Mapping[str, Sequence[int]]) -> VAE:
     """The model, whose sizes are compared with those of the stored weights before any memory is taken for it."""
     with torch.device("meta"):
-        sketch = _named(lambda: vae(config, shape, scaling), config)
+        sketch = _named(lambda: vae(replace(config, prior="standard"), shape, scaling), config)  # priors come after
     _check_sizes(sketch, stored)
     model = vae(config, shape, scaling)
     if isinstance(model.network, FlatNetwork):

@@ -52,9 +52,9 @@ PRECISION_STEPS = {"conv": 422, "residual": 1266, "mlp": 4220, "hierarchical:tin
 SOONER = {
     f"{network}, batches of {batch}, {images} images": (network, batch, images)
     for network, batch, budgets in (
-        ("conv", 32, (120_000, 180_000)),
-        ("residual", 64, (240_000, 480_000)),
-        ("hierarchical:tiny", 64, (40_000, 80_000)),
+        ("conv", 32, (180_000,)),
+        ("residual", 64, (480_000,)),
+        ("hierarchical:tiny", 64, (40_000,)),
     )
     for images in budgets
 }

@@ -10,7 +10,8 @@ from sigma_vae import study
 from sigma_vae.study.folder import spec_of
 from sigma_vae.study.grid import cells
 
-KEPT = sorted(path.parent for path in (Path(__file__).parents[1] / "docs" / "studies").glob("*/study.yaml"))
+DOCS = Path(__file__).parents[1] / "docs"
+KEPT = sorted(path.parent for path in (DOCS / "studies").glob("*/study.yaml"))
 
 
 def undated(path: Path) -> list[str]:
@@ -42,3 +43,7 @@ def test_a_kept_table_is_that_of_its_cells_all_of_which_ended(kept: Path, tmp_pa
     table = study.collect(grid, again)
     pd.testing.assert_frame_equal(table, pd.read_parquet(kept / "results.parquet"))
     assert len({tuple(row) for row in table[list(spec_of(kept).axes)].itertuples(index=False)}) == len(grid)
+
+
+def test_the_page_of_claims_is_what_the_kept_studies_say() -> None:
+    assert study.verdicts(KEPT) == (DOCS / "claims.md").read_text(encoding="utf-8"), "sigma-vae study verdicts docs/studies/*"

@@ -501,6 +501,26 @@ def test_a_study_without_a_finished_cell_gets_a_sentence(spec, tmp_path, capsys)
     assert "has no finished cell" in capsys.readouterr().err
 
 
+def test_one_page_says_what_several_studies_found(spec, out, tmp_path, capsys):
+    other = a_spec(likelihoods=[OPTIMAL, *BETAS], along={"training.batch_size": [16, 64]})
+    build(other, tmp_path / "other", changes={(BETAS[1], "elbo"): 200.0})
+    assert main(["study", "verdicts", str(out), str(tmp_path / "other")]) == 0
+    page = capsys.readouterr().out
+    row = next(line for line in page.splitlines() if line.startswith("| 1, likelihood"))
+    assert [cell.strip() for cell in row.strip("|").split("|")][2:] == [
+        out.name,
+        "other (batch\\_size 16, batch\\_size 64)",
+        "",
+    ]
+    for verdict in verdicts(spec, out)["1, likelihood"]:
+        assert f"**{verdict.word}**, {out.name}: " in page
+    judged, missing = page.split("## Claims that none of these studies has measured")
+    assert "- 7, bitwise: " in missing
+    assert "## Claim 7, bitwise" not in judged
+    assert main(["study", "verdicts", str(tmp_path)]) == 1
+    assert "holds no study" in capsys.readouterr().err
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FRAME = "<title>none</title><iframe id=f style='width:{width}px;height:800px;border:0' srcdoc=\"{page}\"></iframe>"
 LOOK = """<script>f.onload = () => {

@@ -104,6 +104,15 @@ def keep(study: tyro.conf.Positional[str], *, to: str) -> None:
     print(Path(to) / "report.html")
 
 
+def verdicts(folders: tyro.conf.Positional[tuple[str, ...]]) -> None:
+    """Print what several studies say of each claim, on one page in Markdown: where it holds, does not, or is not shown, and the numbers.
+
+    Args:
+        folders: Of the studies.
+    """
+    print(studies.verdicts([Path(folder) for folder in folders]), end="")
+
+
 def names() -> None:
     """List the studies that come with the library, with their sizes."""
     for name in SHIPPED:
@@ -117,4 +126,11 @@ def study() -> None:
     raise ValueError(f"say what to do with a study: sigma-vae study {' | '.join(STUDY)}")
 
 
-STUDY: dict[str, Callable[..., None]] = {"run": run, "table": table, "report": report, "keep": keep, "list": names}
+STUDY: dict[str, Callable[..., None]] = {
+    "run": run,
+    "table": table,
+    "report": report,
+    "keep": keep,
+    "verdicts": verdicts,
+    "list": names,
+}

@@ -2,8 +2,9 @@
 
 from sigma_vae.study.folder import spec_of
 from sigma_vae.study.grid import Cell, StudySpec, cells, read_spec
+from sigma_vae.study.overview import verdicts
 from sigma_vae.study.report import keep, report
 from sigma_vae.study.results import collect
 from sigma_vae.study.runner import run
 
-__all__ = ["Cell", "StudySpec", "cells", "collect", "keep", "read_spec", "report", "run", "spec_of"]
+__all__ = ["Cell", "StudySpec", "cells", "collect", "keep", "read_spec", "report", "run", "spec_of", "verdicts"]

@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from sigma_vae.study.statistics import Difference
 
-__all__ = ["SEEDS", "Verdict", "above", "below", "both", "lacking", "signed", "within"]
+__all__ = ["SEEDS", "Verdict", "Word", "above", "below", "both", "lacking", "signed", "within"]
 
 Word = Literal["holds", "does not", "not shown"]
 

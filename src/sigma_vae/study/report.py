@@ -1,11 +1,8 @@
 """A study's report: verdicts, tables, plots and samples on one page, as HTML that needs nothing else, and as Markdown."""
 
-import base64
 import shutil
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sigma_vae import __version__
 from sigma_vae.study import sections
@@ -15,14 +12,9 @@ from sigma_vae.study.folder import claim, spec_of
 from sigma_vae.study.grid import cells
 from sigma_vae.study.pieces import PLOTS, Picture
 from sigma_vae.study.results import collect, tabulate
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from sigma_vae.study.templates import SIGNS, template
 
 __all__ = ["keep", "report"]
-
-SIGNS = {"holds": "✓", "does not": "✗", "not shown": "?"}
-"""Words and signs, not colours alone."""
 
 
 def report(out: Path) -> None:
@@ -50,8 +42,8 @@ def report(out: Path) -> None:
     there = [part for part in parts if not part.empty]
     made = f"Made on {datetime.now(UTC):%Y-%m-%d} by sigma-vae {__version__}."
     content = {"title": spec.title, "about": spec.about, "made": made, "sections": there, "signs": SIGNS}
-    (out / "report.html").write_text(_template("report.html.j2", escape=True).render(content), encoding="utf-8")
-    (out / "report.md").write_text(_template("report.md.j2", escape=False).render(content), encoding="utf-8")
+    (out / "report.html").write_text(template("report.html.j2", escape=True).render(content), encoding="utf-8")
+    (out / "report.md").write_text(template("report.md.j2", escape=False).render(content), encoding="utf-8")
     _write_plots(out, [picture for part in there for picture in part.pictures if picture.place.startswith(f"{PLOTS}/")])
 
 
@@ -88,20 +80,3 @@ def _write_plots(out: Path, pictures: list[Picture]) -> None:
         (out / PLOTS).mkdir()
     for picture in pictures:
         (out / picture.place).write_bytes(picture.content)
-
-
-def _template(name: str, *, escape: bool) -> "Template":
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters |= {"base64": lambda content: base64.b64encode(content).decode(), "line": _line}
-    return environment.from_string(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
-
-
-def _line(words: str) -> str:
-    """For Markdown: one line, in which nothing is a sign."""
-    for sign in ("\\", "`", "*", "|", "[", "_", "~"):
-        words = words.replace(sign, "\\" + sign)
-    return " ".join(words.replace("&", "&amp;").replace("<", "&lt;").split())

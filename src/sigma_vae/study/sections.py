@@ -18,7 +18,7 @@ from sigma_vae.study.statistics import cost, summary
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["differences", "ended", "figures", "judged", "samples", "table"]
+__all__ = ["HOW", "differences", "ended", "figures", "judged", "samples", "table"]
 
 Draw = Callable[[Setting], plots.Plot | None]
 COLUMNS = {
@@ -35,6 +35,7 @@ HOW = (
     " seeds. Of three seeds such an interval is the range of the three differences, and has the mean of normal ones in it in three cases"
     " of four: a verdict on three seeds is an indication."
 )
+"""Said above verdicts."""
 
 
 def judged(found: Sequence[Setting]) -> Section:

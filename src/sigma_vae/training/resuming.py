@@ -84,8 +84,8 @@ class Resumable(pl.callbacks.Checkpoint):
         """Give the signals back."""
         self._give_back()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the signals back, before the engine does: it would be given its own again after that, and live on in them."""
         self._give_back()
 
     def stop(self) -> None:

@@ -93,7 +93,7 @@ def test_a_bound_in_the_datas_own_units_is_that_of_a_gaussian(tmp_path):
     report = runs.train(config, tmp_path / "run", progress=False)
     truth = -sum(0.5 * math.log(2 * math.pi * math.e * s**2) for s in (3.0, 0.5, 20.0))
     assert report["elbo_nats"]["mean"] == pytest.approx(truth, abs=0.15)
-    saved = build.load(tmp_path / "run" / "model")
+    saved = build.load(str(tmp_path / "run"))
     np.testing.assert_allclose(saved.scaling.deviation, rows[:3000].std(0), rtol=1e-5)
 
 

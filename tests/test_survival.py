@@ -1,6 +1,7 @@
 """Runs that are killed, terminated, damaged, or out of room: nothing that was made is lost, and what to do is said."""
 
 import errno
+import gc
 import os
 import random
 import resource
@@ -10,18 +11,21 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from test_resuming import assert_same, state, train
 
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig
 from sigma_vae.data import load
-from sigma_vae.training import checkpoints
+from sigma_vae.training import NonFiniteLossError, checkpoints
 from sigma_vae.training.checkpoints import damage, newest, read_sealed, step_of, write_sealed
 from sigma_vae.training.folder import exclusive
 from sigma_vae.training.module import TrainingModule
@@ -83,6 +87,24 @@ def die_after(events: int) -> None:
     os.replace, os.fsync = watched(os.replace), watched(os.fsync)
     checkpoints._Told.write = watched(checkpoints._Told.write)
     TrainingModule.training_step = watched(TrainingModule.training_step)
+
+
+@pytest.mark.parametrize("options", [{}, {"learning_rate": 1e30}], ids=["ends", "fails"])
+def test_a_training_that_is_over_leaves_signals_as_they_were_and_nothing_in_memory(options, few, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    made: list[weakref.ref[pl.Trainer]] = []
+    init = pl.Trainer.__init__
+
+    def noted(trainer: pl.Trainer, **words: object) -> None:
+        made.append(weakref.ref(trainer))
+        init(trainer, **words)
+
+    with pytest.MonkeyPatch.context() as patch, suppress(NonFiniteLossError) if options else nullcontext():
+        patch.setattr(pl.Trainer, "__init__", noted)
+        train(few, tmp_path, **options)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    gc.collect()
+    assert [trainer() for trainer in made] == [None]
 
 
 @LINUX

@@ -21,6 +21,8 @@ from sigma_vae.vae import VAE
 __all__ = ["Saved", "load", "save"]
 
 FORMAT = 2
+MODEL = "model"
+"""A run's folder of its model."""
 DESCRIPTION_BYTES = 2**20
 BUFFER_VALUES = 2**24
 """That a model may have beside those in its file: tables of its likelihood, say."""
@@ -52,8 +54,11 @@ def save(folder: Path, model: VAE, config: ModelConfig, shape: Sequence[int], sc
     write_whole(folder / "model.json", json.dumps(description, indent=2) + "\n")
 
 
-def load(folder: Path) -> Saved:
+def load(folder: str | Path) -> Saved:
     """Read a model that :func:`save` wrote; nothing is unpickled, no code is run, and no more memory is taken than the files have bytes.
+
+    Args:
+        folder: of the model, or of a run that has one.
 
     Raises:
         ValueError: the folder holds no model, a broken one, or one of a newer format.
@@ -61,6 +66,7 @@ def load(folder: Path) -> Saved:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    folder = _of_model(Path(folder))
     path = folder / "model.json"
     description = _description(path)
     config = parse(description["model"], ModelConfig, str(path))
@@ -73,6 +79,10 @@ def load(folder: Path) -> Saved:
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights} does not hold the weights of {config}: {error}") from error
     return Saved(model.eval(), config, shape, scaling)
+
+
+def _of_model(folder: Path) -> Path:
+    return folder / MODEL if not (folder / "model.json").exists() and (folder / MODEL).is_dir() else folder
 
 
 def _sized(config: ModelConfig, shape: tuple[int, ...], scaling: Scaling, stored: Mapping[str, Sequence[int]]) -> VAE:

@@ -122,7 +122,7 @@ def names() -> None:
 
 
 def study() -> None:
-    """Grids of runs, of which `run`, `table`, `report` and `list` are the subcommands."""
+    """Grids of runs, of which `run`, `table`, `report`, `keep`, `verdicts` and `list` are the subcommands."""
     raise ValueError(f"say what to do with a study: sigma-vae study {' | '.join(STUDY)}")
 
 

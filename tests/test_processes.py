@@ -41,8 +41,10 @@ class Case(NamedTuple):
     observes: str = "density"
     options: dict[str, Any] = {}  # noqa: RUF012 (never changed)
     shape: tuple[int, ...] = SHAPE
-    normed: bool = False
-    """With batch norm, of which a bias that it takes away has gradient 0: Adam makes steps of what rounding leaves of it."""
+    own_norm: bool = False
+    """Of the codes, as a user's own network may have it."""
+    loose: bool = False
+    """A bias that batch norm takes away has gradient 0, and Adam makes steps of what rounding leaves of that."""
 
 
 CASES = {
@@ -61,8 +63,8 @@ CASES = {
     "sharded": Case(
         "gaussian/shared", "hierarchical:tiny", options={"shard_weights": True, "gradient_clip_norm": 5.0, "accumulate": 2}
     ),
-    "sequence": Case(network="sequence", options={"ema_decay": 0.9}, shape=(4, 1, 8, 8), normed=True),
-    "batch-norm": Case(normed=True),
+    "sequence": Case(network="sequence", options={"ema_decay": 0.9}, shape=(4, 1, 8, 8), loose=True),
+    "own-norm": Case(own_norm=True),
     "micro-batches": Case("gaussian/fixed:0.3", options={"accumulate": 3}),
 }
 
@@ -82,8 +84,8 @@ def toy_vae(case: Case) -> VAE:
     torch.manual_seed(0)
     config = ModelConfig(case.network, case.likelihood, latent_dim=3, width=8, observes=case.observes)
     vae = build.vae(config, case.shape[-3:], Scaling(LEVELS), clips=len(case.shape) == 4)
-    if case.normed and case.network == "mlp":  # as a user's own network may be
-        vae.network.encoder.append(torch.nn.BatchNorm1d(6, momentum=None))
+    if case.own_norm:
+        vae.network.decoder.insert(0, torch.nn.BatchNorm1d(3, momentum=None))
     vae.double()
 
     def repeatable(self, x, context=None, mask=None, noise=None):
@@ -139,7 +141,7 @@ def test_any_number_of_processes_trains_the_same_model(together, name, alone, re
             assert found[name][kind].keys() == alone[name][kind].keys()
             for key, truth in alone[name][kind].items():
                 says = partial("{} {}: {}".format, kind, key)
-                atol = 1e-6 if CASES[name].normed and kind != "moments" else 1e-9
+                atol = 1e-7 if CASES[name].loose and kind != "moments" else 1e-9
                 torch.testing.assert_close(found[name][kind][key], truth, rtol=1e-6, atol=atol, msg=says)
         for row, truth in zip(found[name]["metrics"], alone[name]["metrics"], strict=True):
             assert row == pytest.approx(truth, rel=1e-6, nan_ok=True)

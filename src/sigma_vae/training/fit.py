@@ -28,6 +28,7 @@ from sigma_vae.training.hardware import applied, choices_for
 from sigma_vae.training.metrics import Events, MetricsTable, rows_before
 from sigma_vae.training.module import NonFiniteLossError, TrainingModule, validated_total
 from sigma_vae.training.non_finite import KeepsBrokenStep
+from sigma_vae.training.norms import global_statistics
 from sigma_vae.training.processes import from_first, joined, own_device, processes
 from sigma_vae.training.resuming import Patience, Resumable, Terminated, ValidateAtEnd
 from sigma_vae.training.sharding import to_be_trained
@@ -129,7 +130,7 @@ def _fit(
             callbacks.append(Bar(config.epochs, module.total_steps))
         trainer = _trainer(config, folder, where, loggers, callbacks, SealedCheckpoints(resumed))
         try:
-            with applied(choices, model):
+            with applied(choices, model), global_statistics(model):
                 trainer.fit(module, calls, validation, ckpt_path=resumed, weights_only=True)
         except Terminated:
             raise

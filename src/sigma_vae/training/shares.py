@@ -7,7 +7,7 @@ from sigma_vae.data import Batches, Splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.training.processes import processes
 
-__all__ = ["mean_over_all", "on_any", "shared", "sum_over_all"]
+__all__ = ["mean_over_all", "on_any", "rows_of_all", "shared", "sum_over_all"]
 
 
 def shared(data: Splits, split: SplitName, size: int, device: torch.device | str = "cpu", limit: int | None = None) -> Batches:
@@ -42,6 +42,18 @@ def sum_over_all(values: Tensor) -> Tensor:
         total = total.clone()
         distributed.all_reduce(total)
     return total
+
+
+def rows_of_all(values: Tensor) -> Tensor:
+    """What each process has, ``(processes, ...)``, in float64, detached; the same on each of them.
+
+    >>> rows_of_all(torch.ones(2))
+    tensor([[1., 1.]], dtype=torch.float64)
+    """
+    us = processes()
+    rows = values.new_zeros((us.world_size, *values.shape), dtype=torch.float64)
+    rows[us.rank] = values.detach()
+    return sum_over_all(rows)
 
 
 def mean_over_all(values: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from sigma_vae.config import TrainingConfig
+from sigma_vae.training.norms import of_shares_alone
 from sigma_vae.training.processes import processes
 from sigma_vae.training.sharding import is_sharded
 from sigma_vae.vae import VAE
@@ -69,13 +70,14 @@ def check_processes(vae: VAE) -> None:
     """Refuse what several processes would train differently from one.
 
     Raises:
-        ValueError: the network normalises by statistics of the batch, of which each process would take its share's.
+        ValueError: the network normalises by statistics of the batch, in a way of which each process would take its share's.
     """
-    norms = [module for module in vae.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = of_shares_alone(vae)
     if processes().world_size > 1 and norms:
         raise ValueError(
-            f"{type(vae.network).__name__} normalises by the statistics of a batch ({type(norms[0]).__name__}), and each process would"
-            " take those of its share; train it on one process, evaluate it on any number"
+            f"{type(vae.network).__name__} normalises by the statistics of a batch with {norms[0]}, and each process would take"
+            " those of its share; use nn.BatchNorm1d, 2d or 3d with running statistics, whose batch is that of all processes, or"
+            " train it on one process and evaluate it on any number"
         )
 
 

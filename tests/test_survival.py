@@ -103,7 +103,8 @@ def test_a_training_that_is_over_leaves_signals_as_they_were_and_nothing_in_memo
         patch.setattr(pl.Trainer, "__init__", noted)
         train(few, tmp_path, **options)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    gc.collect()
+    if options:
+        gc.collect()  # the error's own frames have held it until now
     assert [trainer() for trainer in made] == [None]
 
 

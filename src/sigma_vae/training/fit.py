@@ -1,5 +1,6 @@
 """``fit``: train a VAE on data, calibrated at the end."""
 
+import gc
 import logging
 import math
 import tempfile
@@ -83,6 +84,7 @@ def fit(
     """
     with joined(resolve_device(device)):
         _fit(vae, data, config, out, seed, resolve_device(device), resume=resume, progress=progress)
+    gc.collect()  # the engine's objects refer to each other, and to weights, gradients and moments: many fits in one process would pile up
 
 
 def _fit(

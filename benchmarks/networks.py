@@ -3,7 +3,7 @@
 The networks take turns, so that a machine that slows down slows all of them. Time is the wall's, training with its validations; a run
 takes a few minutes more, to calibrate and to evaluate. Run it on an idle machine:
 `OMP_NUM_THREADS=1 python -m benchmarks.networks --out benchmarks/results/networks.json`; docs/networks.md also has
-`--networks hierarchical:tiny --likelihoods gaussian/optimal logistic-mixture --data cifar10_slice.npz --minutes 3`.
+`--networks hierarchical:tiny --likelihoods gaussian/optimal logistic-mixture --data cifar10_slice.npz`.
 """
 
 import itertools

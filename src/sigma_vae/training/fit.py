@@ -20,7 +20,7 @@ from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import SequenceNetwork
 from sigma_vae.training.bar import Bar
-from sigma_vae.training.callbacks import AveragedWeights, CalibrateBeforeValidation
+from sigma_vae.training.callbacks import AveragedWeights, CalibrateBeforeValidation, ValidationRow
 from sigma_vae.training.calls import Calls
 from sigma_vae.training.checkpoints import BestCheckpoint, SealedCheckpoints, newest, read_sealed, step_of
 from sigma_vae.training.folder import exclusive
@@ -151,6 +151,7 @@ def _between(model: VAE, config: TrainingConfig, part: Batches) -> list[pl.Callb
     if config.ema_decay:
         callbacks.append(AveragedWeights(decay=config.ema_decay))
     callbacks.append(CalibrateBeforeValidation(model, part))  # after the averaged weights have been put in place
+    callbacks.append(ValidationRow())
     if config.patience:
         callbacks.append(Patience(validated_total(model), config.patience))
     return [*callbacks, ValidateAtEnd()]

@@ -202,7 +202,7 @@ class TrainingModule(pl.LightningModule):
         examples = int(sum_over_all(torch.tensor(len(batch.x))))
         for name, mean in zip(metrics, means, strict=True):
             shown = name in (validated_total(self.vae), "validation/bits_per_dim")
-            self.log(name, mean, batch_size=examples, on_epoch=True, prog_bar=shown)
+            self.log(name, mean, batch_size=examples, on_epoch=True, prog_bar=shown, logger=False)  # ValidationRow writes it
 
     def _noise(self, batch: Batch, batch_index: int) -> Noise:
         """Keyed by the example; where there is little of it, remembered: drawing it takes as long as a small network's pass."""

@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ import pytorch_lightning as pl
 import torch
 from test_resuming import assert_same, state, train
 
+from sigma_vae import build, runs
 from sigma_vae.cli import main
-from sigma_vae.config import DataConfig
-from sigma_vae.data import load
+from sigma_vae.config import DataConfig, RunConfig
+from sigma_vae.data import Splits, load
 from sigma_vae.training import NonFiniteLossError, checkpoints
 from sigma_vae.training.checkpoints import damage, newest, read_sealed, step_of, write_sealed
 from sigma_vae.training.folder import exclusive
@@ -203,6 +205,50 @@ def test_a_lock_alone_is_no_run(command, tmp_path):
     with exclusive(tmp_path / "run"), pytest.raises(ValueError, match="another process"), exclusive(tmp_path / "run"):
         pass
     assert main(command(tmp_path / "run", "--max-steps", "1", "--json")) == 0
+
+
+def contents(out: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_was_taken_while_the_data_were_read_stays_as_it_is(digits_config, tmp_path, monkeypatch):
+    out, read = tmp_path / "run", build.data
+    short = replace(digits_config, training=replace(digits_config.training, epochs=1))
+
+    def slowly(config: DataConfig) -> Splits:
+        monkeypatch.undo()
+        runs.train(short, out, progress=False)
+        found.update(contents(out))
+        return read(config)
+
+    found: dict[Path, bytes] = {}
+    monkeypatch.setattr(build, "data", slowly)
+    with pytest.raises(ValueError, match="already exists and is never overwritten"):
+        runs.train(replace(short, seed=2), out, progress=False)
+    assert found
+    assert contents(out) == found
+
+
+def test_a_training_that_broke_off_before_its_folder_was_a_run_begins_anew(digits_config, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    short = replace(digits_config, training=replace(digits_config.training, max_steps=1))
+
+    def full(path: Path, config: RunConfig) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("sigma_vae.runs.training.write", full)
+    with pytest.raises(OSError, match="make room, then train again"):
+        runs.train(short, out, progress=False)
+    monkeypatch.undo()
+    assert (out / "environment.json").exists()
+    (out / "config.yaml.new").write_text("data:")  # as a killed process leaves it
+    runs.train(short, out, progress=False)
+    assert not (out / "config.yaml.new").exists()
+    for name in ("config.yaml", "mine.txt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        with pytest.raises(ValueError, match="already exists and is never overwritten"):
+            runs.train(short, tmp_path / name, progress=False)
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

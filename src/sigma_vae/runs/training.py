@@ -28,6 +28,9 @@ from sigma_vae.vae import VAE
 
 __all__ = ["has_checkpoint", "rerun", "resume", "train"]
 
+NOT_YET_A_RUN = {LOCK, "environment.json", "environment.json.new", "config.yaml.new"}
+"""What a training leaves that broke off before its folder was a run."""
+
 
 def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any]:
     """Train into a new folder, calibrate, fit the prior where one is asked for, evaluate on the test split, and draw pictures.
@@ -46,7 +49,7 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, A
 
 
 def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name not in NOT_YET_A_RUN for path in out.iterdir())):
         raise ValueError(
             f"{out} already exists and is never overwritten; give another --out, or go on with it: sigma-vae resume {out}"
         )
@@ -65,12 +68,14 @@ def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
     vae = _new_vae(config, data)
     choices = choices_for(vae, data, config.training, resolve_device(config.device))
     environment = _environment(config, data, choices)
-    with explained(out, f"go on: sigma-vae resume {out}"), exclusive(out):
+    with explained(out, "train again"), exclusive(out):
         from_first(lambda: _begin(config, out, environment))
-        return _finish(config, out, vae, data, resumed=False, progress=progress)
+        with explained(out, f"go on: sigma-vae resume {out}"):
+            return _finish(config, out, vae, data, resumed=False, progress=progress)
 
 
 def _begin(config: RunConfig, out: Path, environment: dict[str, Any]) -> None:
+    _check_new(out)  # again: while the data were read, another process may have trained into it
     write_json(out / "environment.json", environment)
     write(out / "config.yaml", config)  # from here on it is a run, which can be resumed
 
@@ -119,7 +124,7 @@ def rerun(out: Path) -> dict[str, Any]:
         config.model, shape, parse(step.about.get("scaling"), Scaling, str(out / FILE)), clips=step.batch.x.dim() == 5
     )
     try:
-        begins = first_broken(vae, step)
+        begins = first_broken(vae, step, config.training)
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"{out / FILE} does not fit the model of {out}: {error}") from error
     return {name: step.about.get(name) for name in ("step", "split", "diagnosis")} | {"begins_in": begins}

@@ -26,9 +26,10 @@ from sigma_vae.training.checkpoints import BestCheckpoint, SealedCheckpoints, ne
 from sigma_vae.training.folder import exclusive
 from sigma_vae.training.hardware import applied, choices_for
 from sigma_vae.training.metrics import Events, MetricsTable, rows_before
-from sigma_vae.training.module import NonFiniteLossError, TrainingModule, validated_total
+from sigma_vae.training.module import NonFiniteLossError, TrainingModule
 from sigma_vae.training.non_finite import KeepsBrokenStep
 from sigma_vae.training.processes import from_first, joined, own_device, processes
+from sigma_vae.training.quantities import validated_total
 from sigma_vae.training.resuming import Patience, Resumable, Terminated, ValidateAtEnd
 from sigma_vae.training.sharding import to_be_trained
 from sigma_vae.training.shares import on_any, shared

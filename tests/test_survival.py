@@ -207,6 +207,21 @@ def test_a_lock_alone_is_no_run(command, tmp_path):
     assert main(command(tmp_path / "run", "--max-steps", "1", "--json")) == 0
 
 
+CHANGES = {"evaluate": runs.evaluate_run, "calibrate": runs.calibrate_run, "fit-prior": runs.fit_prior}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_one_process_at_a_time_changes_a_finished_run(change, digits_run, tmp_path):
+    out = shutil.copytree(digits_run, tmp_path / "run")
+    with exclusive(out), pytest.raises(ValueError, match="another process is writing into"):
+        change(out, device="cpu")
+    assert contents(out) == {tmp_path / "run" / path.relative_to(digits_run): b for path, b in contents(digits_run).items()}
+    with pytest.raises(ValueError, match="holds no run"):
+        change(tmp_path / "nowhere", device="cpu")
+    assert not (tmp_path / "nowhere").exists()
+    change(out, device="cpu")  # none waits for itself
+
+
 def contents(out: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sigma_vae.training.processes import processes
+from sigma_vae.training.processes import from_first
 
 __all__ = ["LOCK", "exclusive", "explained"]
 
@@ -29,14 +29,16 @@ def exclusive(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    if not processes().first:
-        yield
-        return
     lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another process is writing into {folder}; wait for it or stop it, or take another folder") from error
+
+    def acquire() -> None:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            says = f"another process is writing into {folder}; wait for it or stop it, or take another folder"
+            raise ValueError(says) from error
+
+    from_first(acquire)
     try:
         yield
     finally:

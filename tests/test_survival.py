@@ -266,6 +266,22 @@ def test_a_training_that_broke_off_before_its_folder_was_a_run_begins_anew(digit
             runs.train(short, tmp_path / name, progress=False)
 
 
+def test_what_a_scheduler_says_of_others_is_not_believed(few, tmp_path, monkeypatch):
+    said = {
+        "NTASKS": "4",
+        "NTASKS_PER_NODE": "4",
+        "JOB_NAME": "train",
+        "JOB_ID": "1",
+        "PROCID": "0",
+        "LOCALID": "0",
+        "NODELIST": "a1",
+    }
+    for name, value in said.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    train(few, tmp_path, max_steps=1)
+    assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 1
+
+
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "cut off": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",

@@ -25,7 +25,7 @@ from test_resuming import assert_same, state, train
 
 from sigma_vae import build, runs
 from sigma_vae.cli import main
-from sigma_vae.config import DataConfig, RunConfig
+from sigma_vae.config import DataConfig, RunConfig, TrainingConfig
 from sigma_vae.data import Splits, load
 from sigma_vae.training import NonFiniteLossError, checkpoints
 from sigma_vae.training.checkpoints import damage, newest, read_sealed, step_of, write_sealed
@@ -280,6 +280,12 @@ def test_what_a_scheduler_says_of_others_is_not_believed(few, tmp_path, monkeypa
         monkeypatch.setenv(f"SLURM_{name}", value)
     train(few, tmp_path, max_steps=1)
     assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 1
+
+
+@pytest.mark.parametrize("minutes", [float("inf"), float("nan"), 1e13, 0.0])
+def test_a_time_that_no_clock_counts_is_refused(minutes):
+    with pytest.raises(ValueError, match="max_minutes is"):
+        TrainingConfig(max_minutes=minutes)
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

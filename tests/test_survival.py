@@ -30,6 +30,7 @@ from sigma_vae.data import Splits, load
 from sigma_vae.training import NonFiniteLossError, checkpoints
 from sigma_vae.training.checkpoints import damage, newest, read_sealed, step_of, write_sealed
 from sigma_vae.training.folder import exclusive
+from sigma_vae.training.metrics import MetricsTable, rows_before
 from sigma_vae.training.module import TrainingModule
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="forks, mounts and limits of Linux")
@@ -286,6 +287,17 @@ def test_what_a_scheduler_says_of_others_is_not_believed(few, tmp_path, monkeypa
 def test_a_time_that_no_clock_counts_is_refused(minutes):
     with pytest.raises(ValueError, match="max_minutes is"):
         TrainingConfig(max_minutes=minutes)
+
+
+def test_a_table_of_metrics_is_on_the_disk_before_it_takes_the_name_of_the_old_one(tmp_path, monkeypatch):
+    done: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *words, name=name, real=real: (done.append(name), real(*words)))
+    table = MetricsTable(tmp_path / "metrics.csv", [{"step": 0, "a": 1.0}])
+    table.log_metrics({"b": 2.0}, 1)
+    assert done == ["fsync", "replace"] * 2
+    assert rows_before(tmp_path / "metrics.csv", 9) == [{"step": "0", "a": "1.0"}, {"step": "1", "b": "2.0"}]
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

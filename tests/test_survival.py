@@ -300,6 +300,16 @@ def test_a_table_of_metrics_is_on_the_disk_before_it_takes_the_name_of_the_old_o
     assert rows_before(tmp_path / "metrics.csv", 9) == [{"step": "0", "a": "1.0"}, {"step": "1", "b": "2.0"}]
 
 
+def test_a_folder_is_a_folder_whatever_its_name(few, digits_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(few, Path("memory:x"), max_steps=1)
+    assert step_of(tmp_path / "memory:x" / "checkpoints" / "last.ckpt") == 1
+    for begin in (lambda out: train(few, out), lambda out: runs.train(digits_config, out, progress=False)):
+        with pytest.raises(ValueError, match="take another folder"):
+            begin(Path("a::b"))
+    assert [path.name for path in tmp_path.iterdir()] == ["memory:x"]
+
+
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "cut off": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",

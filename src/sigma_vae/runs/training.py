@@ -20,7 +20,7 @@ from sigma_vae.runs.priors import check_codes, take_prior
 from sigma_vae.runs.reports import write_json
 from sigma_vae.training import fit, resolve_device
 from sigma_vae.training.choices import Choices
-from sigma_vae.training.folder import LOCK, exclusive, explained
+from sigma_vae.training.folder import LOCK, check_name, exclusive, explained
 from sigma_vae.training.hardware import choices_for
 from sigma_vae.training.non_finite import FILE, first_broken, load_broken_step
 from sigma_vae.training.processes import first_of_node_first, from_first, joined, processes
@@ -49,6 +49,7 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, A
 
 
 def _check_new(out: Path) -> None:
+    check_name(out)
     if out.exists() and (not out.is_dir() or any(path.name not in NOT_YET_A_RUN for path in out.iterdir())):
         raise ValueError(
             f"{out} already exists and is never overwritten; give another --out, or go on with it: sigma-vae resume {out}"

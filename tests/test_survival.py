@@ -21,11 +21,13 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from test_resuming import assert_same, state, train
 
 from sigma_vae import build, runs
 from sigma_vae.cli import main
-from sigma_vae.config import DataConfig, RunConfig, TrainingConfig
+from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from sigma_vae.configfile import read
 from sigma_vae.data import Splits, load
 from sigma_vae.training import NonFiniteLossError, checkpoints
 from sigma_vae.training.checkpoints import damage, newest, read_sealed, step_of, write_sealed
@@ -267,6 +269,27 @@ def test_a_training_that_broke_off_before_its_folder_was_a_run_begins_anew(digit
             runs.train(short, tmp_path / name, progress=False)
 
 
+def test_a_run_goes_on_from_any_folder(tmp_path, monkeypatch):
+    """Where its data's root and their decoded copies are, is kept as an absolute path."""
+    pictures = tmp_path / "data" / "pictures"
+    pictures.mkdir(parents=True)
+    for number, picture in enumerate(np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)):
+        Image.fromarray(picture).save(pictures / f"{number:02}.png")
+    data = DataConfig("pictures", root="data", cache="copies", validation_fraction=0.2)
+    model, training = ModelConfig("mlp", latent_dim=2, width=8), TrainingConfig(epochs=1, batch_size=8)
+    (tmp_path / "pictures").mkdir()  # not these, which a source without a root would mean
+    monkeypatch.chdir(tmp_path)
+    runs.train(RunConfig(data, model, training, device="cpu"), tmp_path / "run", progress=False)
+    before = sorted((tmp_path / "copies").iterdir())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    runs.resume(tmp_path / "run", epochs=2, progress=False)
+    assert sorted((tmp_path / "copies").iterdir()) == before != []
+    assert not list(Path.cwd().iterdir())
+    config = read(tmp_path / "run" / "config.yaml", RunConfig)
+    assert (config.data.source, config.data.root) == ("pictures", str(tmp_path / "data"))
+
+
 def test_what_a_scheduler_says_of_others_is_not_believed(few, tmp_path, monkeypatch):
     said = {
         "NTASKS": "4",
@@ -289,6 +312,16 @@ def test_a_time_that_no_clock_counts_is_refused(minutes):
         TrainingConfig(max_minutes=minutes)
 
 
+def test_a_folder_is_a_folder_whatever_its_name(few, digits_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(few, Path("memory:x"), max_steps=1)
+    assert step_of(tmp_path / "memory:x" / "checkpoints" / "last.ckpt") == 1
+    for begin in (lambda out: train(few, out), lambda out: runs.train(digits_config, out, progress=False)):
+        with pytest.raises(ValueError, match="take another folder"):
+            begin(Path("a::b"))
+    assert [path.name for path in tmp_path.iterdir()] == ["memory:x"]
+
+
 def test_a_table_of_metrics_is_on_the_disk_before_it_takes_the_name_of_the_old_one(tmp_path, monkeypatch):
     done: list[str] = []
     for name in ("fsync", "replace"):
@@ -298,16 +331,6 @@ def test_a_table_of_metrics_is_on_the_disk_before_it_takes_the_name_of_the_old_o
     table.log_metrics({"b": 2.0}, 1)
     assert done == ["fsync", "replace"] * 2
     assert rows_before(tmp_path / "metrics.csv", 9) == [{"step": "0", "a": "1.0"}, {"step": "1", "b": "2.0"}]
-
-
-def test_a_folder_is_a_folder_whatever_its_name(few, digits_config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train(few, Path("memory:x"), max_steps=1)
-    assert step_of(tmp_path / "memory:x" / "checkpoints" / "last.ckpt") == 1
-    for begin in (lambda out: train(few, out), lambda out: runs.train(digits_config, out, progress=False)):
-        with pytest.raises(ValueError, match="take another folder"):
-            begin(Path("a::b"))
-    assert [path.name for path in tmp_path.iterdir()] == ["memory:x"]
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

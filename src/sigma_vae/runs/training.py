@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sigma_vae import __version__, build
-from sigma_vae.config import RunConfig
+from sigma_vae.config import DataConfig, RunConfig
 from sigma_vae.configfile import parse, write
 from sigma_vae.data import NAMES, Scaling, Splits
 from sigma_vae.evaluation.pictures import drawable
@@ -58,8 +58,7 @@ def _check_new(out: Path) -> None:
 
 def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
     from_first(lambda: _check_new(out))
-    if config.data.source not in NAMES and Path(config.data.source).exists():  # a path: let the run find it from any folder
-        config = replace(config, data=replace(config.data, source=str(Path(config.data.source).resolve())))
+    config = replace(config, data=_from_anywhere(config.data))
     with first_of_node_first():
         data = build.data(config.data)
     if progress and processes().first:
@@ -73,6 +72,17 @@ def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
         from_first(lambda: _begin(config, out, environment))
         with explained(out, f"go on: sigma-vae resume {out}"):
             return _finish(config, out, vae, data, resumed=False, progress=progress)
+
+
+def _from_anywhere(data: DataConfig) -> DataConfig:
+    """The same data, found from any folder; a source is looked for in its root, where it has one."""
+    inside = data.root is not None or data.source in NAMES or not Path(data.source).exists()
+    source = data.source if inside else str(Path(data.source).resolve())
+    return replace(data, source=source, root=_absolute(data.root), cache=_absolute(data.cache))
+
+
+def _absolute(folder: str | None) -> str | None:
+    return None if folder is None else str(Path(folder).expanduser().resolve())
 
 
 def _begin(config: RunConfig, out: Path, environment: dict[str, Any]) -> None:

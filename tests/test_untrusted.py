@@ -198,6 +198,20 @@ def test_a_config_that_is_a_trap_is_refused(content, tmp_path):
         read(tmp_path / "config.yaml", RunConfig)
 
 
+BOMB = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(BOMB, "anchor or an alias"), ("a: &b 1", "anchor"), ("a: *b", "alias"), ("a: {<<: {b: 1}}", "merges")],
+)
+def test_a_config_that_stands_for_a_longer_one_is_refused_before_it_is_built(content, says, tmp_path, monkeypatch):
+    monkeypatch.setattr("yaml.safe_load", lambda _: pytest.fail("built"))
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.yaml cannot be read as YAML .*{says}"):
+        read(tmp_path / "config.yaml", RunConfig)
+
+
 @pytest.fixture(scope="module")
 def small_memory():
     """A gigabyte more than the process has: whoever takes terabytes fails, and not only in a test."""

@@ -128,15 +128,15 @@ def rerun(out: Path) -> dict[str, Any]:
     """
     step = load_broken_step(out / FILE)
     shape = step.about.get("shape")
-    if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
+    if not isinstance(shape, list) or not shape or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"{out / FILE} does not say the shape of an example, got {shape!r}")
     config = config_of(out)
-    vae = build.vae(
-        config.model, shape, parse(step.about.get("scaling"), Scaling, str(out / FILE)), clips=step.batch.x.dim() == 5
-    )
+    scaling = parse(step.about.get("scaling"), Scaling, str(out / FILE))
+    sizes = {name: value.shape for name, value in step.weights.items()}
     try:
+        vae = build.sized(replace(config.model, prior="standard"), tuple(shape), scaling, sizes)
         begins = first_broken(vae, step, config.training)
-    except (RuntimeError, KeyError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:  # tensors of any kind and size
         raise ValueError(f"{out / FILE} does not fit the model of {out}: {error}") from error
     return {name: step.about.get(name) for name in ("step", "split", "diagnosis")} | {"begins_in": begins}
 

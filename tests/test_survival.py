@@ -291,15 +291,7 @@ def test_a_run_goes_on_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_what_a_scheduler_says_of_others_is_not_believed(few, tmp_path, monkeypatch):
-    said = {
-        "NTASKS": "4",
-        "NTASKS_PER_NODE": "4",
-        "JOB_NAME": "train",
-        "JOB_ID": "1",
-        "PROCID": "0",
-        "LOCALID": "0",
-        "NODELIST": "a1",
-    }
+    said = {"NTASKS": "4", "JOB_NAME": "train", "JOB_ID": "1", "PROCID": "0", "LOCALID": "0", "NODELIST": "a1"}
     for name, value in said.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     train(few, tmp_path, max_steps=1)

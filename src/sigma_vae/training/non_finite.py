@@ -90,8 +90,8 @@ class KeepsBrokenStep(pl.Callback):
         if processes().rank == first_where(module.fails_here):
             try:
                 write_whole(self.folder / FILE, _packed(BrokenStep(batch, rng, weights, self.about | about)))
-            except OSError as error:
-                self.problem = str(error)
+            except Exception as error:  # whatever it is, the others wait to hear of it
+                self.problem = f"{type(error).__name__}: {error}"
         if on_any(self.problem is not None):  # also waits: a process that ends may take the writing one with it
             self.problem = self.problem or "another process could not"
 

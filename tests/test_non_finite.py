@@ -1,5 +1,7 @@
 """A loss that is not finite: the run stops, says where, and keeps the step so that it can be done again."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingCo
 from sigma_vae.data import load
 from sigma_vae.networks import FlatNetwork
 from sigma_vae.training import NonFiniteLossError, fit
+from sigma_vae.training.checkpoints import write_sealed
 from sigma_vae.training.module import TrainingModule
-from sigma_vae.training.non_finite import FILE, first_broken, load_broken_step
+from sigma_vae.training.non_finite import FILE, KeepsBrokenStep, first_broken, load_broken_step
 
 DIMS = 6
 
@@ -122,6 +125,66 @@ def test_what_is_kept_is_the_very_step_that_failed(tmp_path, monkeypatch, steps_
     again.load_state_dict(step.weights)
     torch.set_rng_state(step.rng)
     assert torch.equal(again.train().elbo(step.batch.x).total, found[6].total)
+
+
+WAYS = {
+    "plain": {},
+    "micro-batches": {"accumulate": 3},
+    "half precision": {"hardware": HardwareConfig(precision="bfloat16", steps_per_call=1)},
+    "weighted": {"kl_weight": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_a_rerun_does_what_the_step_did(tmp_path, monkeypatch, options):
+    """To the last bit: in the same micro-batches, in the same precision."""
+    data = load(DataConfig("digits"))
+    vae = build.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
+    whole, found, parts = FlatNetwork.infer, [], options.get("accumulate", 1)
+
+    def noted(self, *arguments, **words):
+        inference = whole(self, *arguments, **words)
+        if self.training:
+            found.append(inference)
+        return inference
+
+    def breaking(self, *arguments, **words):
+        inference = noted(self, *arguments, **words)
+        last = self.training and len(found) == 1 + 6 * parts  # one before the first step
+        return inference._replace(kl=inference.kl * float("nan")) if last else inference
+
+    monkeypatch.setattr(FlatNetwork, "infer", breaking)
+    options = {"hardware": HardwareConfig(steps_per_call=1), **options}
+    with pytest.raises(NonFiniteLossError, match="at step 5: broken term: KL"):
+        train(vae, data, tmp_path, **options)
+    before = found[-parts:]
+    found.clear()
+    monkeypatch.setattr(FlatNetwork, "infer", noted)
+    again = build.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
+    assert first_broken(again, load_broken_step(tmp_path / FILE), TrainingConfig(**options)) == []
+    for ours, theirs in zip(found, before, strict=True):
+        assert torch.equal(ours.kl, theirs.kl)
+        assert torch.equal(ours.scored()[0], theirs.scored()[0])
+
+
+def test_a_damaged_checkpoint_is_not_called_good(tmp_path):
+    for name, behind in (("previous.ckpt", 2), ("last.ckpt", 3)):
+        write_sealed({"global_step": behind}, tmp_path / "checkpoints" / name)
+    told = partial(KeepsBrokenStep(tmp_path, {}).told, NonFiniteLossError("broken"), 9)
+    assert "last.ckpt (step 3)." in str(told())
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-100])
+    assert "previous.ckpt (step 2)." in str(told())  # taken without any deletion
+    last.unlink()
+    assert "previous.ckpt (step 2)." in str(told())
+
+
+def test_what_cannot_be_kept_does_not_hide_what_failed(tmp_path):
+    (tmp_path / FILE).mkdir()
+    data = load(DataConfig("digits"))
+    vae = build.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
+    with pytest.raises(NonFiniteLossError, match=r"broken term: .* The step could not be kept \(.*directory"):
+        train(vae, data, tmp_path, learning_rate=1e30)
 
 
 def test_a_rerun_needs_a_broken_step(tmp_path, capsys):

@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 import signal
 from contextlib import redirect_stderr
 from functools import partial
@@ -22,6 +21,7 @@ from sigma_vae.config import ModelConfig, TrainingConfig
 from sigma_vae.data import Scaling, Splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.training import NonFiniteLossError, fit
+from sigma_vae.training.non_finite import FILE, first_broken, load_broken_step
 from sigma_vae.training.processes import ElsewhereError, from_first, joined, processes
 from sigma_vae.training.sharding import shard
 from sigma_vae.training.shares import mean_over_all, on_any, shared
@@ -150,10 +150,14 @@ def test_any_number_of_processes_trains_the_same_model(together, name, alone, re
 # -- noise, interruptions, failures ----------------------------------------------------------------------------------------
 
 
-def plain(out: Path, *, resume: bool = False, **options: Any) -> dict[str, torch.Tensor]:
-    """Train with the noise that each process has; the weights before the best are chosen."""
+def plain_vae(network: str = "mlp") -> VAE:
     torch.manual_seed(0)
-    vae = build.vae(ModelConfig("mlp", latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
+    return build.vae(ModelConfig(network, latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
+
+
+def plain(out: Path, *, resume: bool = False, network: str = "mlp", **options: Any) -> dict[str, torch.Tensor]:
+    """Train with the noise that each process has; the weights before the best are chosen."""
+    vae = plain_vae(network)
     config = TrainingConfig(**({"epochs": 4, "batch_size": 16, "log_every": 1} | options))
     fit(vae, toy_data(), config, out=out, device="cpu", resume=resume, progress=False)
     return last(out)["state_dict"]
@@ -211,25 +215,35 @@ def begun(_: int, folder: Path) -> None:
     plain(folder)
 
 
-def diverged(folder: Path) -> list[str]:
+def diverged(folder: Path, network: str, options: dict[str, Any]) -> list[Any]:
     with joined(torch.device("cpu")) as us:
         elbo, calls = VAE.elbo, iter(range(1000))
 
         def breaking(*arguments, **keywords):
             found: Elbo = elbo(*arguments, **keywords)
-            return found._replace(kl=found.kl * math.nan) if next(calls) == 5 and us.rank == 1 else found
+            if next(calls) != 5:
+                return found
+            shares.append(arguments[1])
+            return found._replace(kl=found.kl * math.nan) if us.rank == 1 else found
 
+        shares: list[torch.Tensor] = []
         VAE.elbo = breaking
         with pytest.raises(NonFiniteLossError) as error:
-            plain(folder / "run")
-        return [str(error.value), os.environ["RANK"]]
+            plain(folder / "run", network=network, **options)
+        return [str(error.value), shares[0]]
 
 
-def test_a_loss_that_breaks_on_one_process_stops_all_at_the_same_step(tmp_path):
-    said = results_of(2, diverged, tmp_path)
-    assert all("not finite at step 4" in text for text, _ in said)
-    assert "broken term: another process's" in said[0][0]
-    assert "broken term: KL" in said[1][0]
+@pytest.mark.parametrize(("network", "options"), [("mlp", {}), (LADDER, {"shard_weights": True})], ids=["whole", "in parts"])
+def test_a_loss_that_breaks_on_one_process_stops_all_at_the_same_step_and_that_one_keeps_it(network, options, tmp_path):
+    (first, _), (second, share) = results_of(2, diverged, tmp_path, network, options)
+    assert all("not finite at step 4" in text for text in (first, second))
+    assert "broken term: another process's" in first
+    assert "broken term: KL" in second
+    assert "could not be kept" not in first + second
+    step = load_broken_step(tmp_path / "run" / FILE)
+    assert torch.equal(step.batch.x, share)
+    assert "broken term: KL" in step.about["diagnosis"]
+    assert first_broken(plain_vae(network), step) == []  # weights are whole, and it was not the model that broke
 
 
 def agreements(_: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sigma_vae import build
 from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import load
-from sigma_vae.training import fit
+from sigma_vae.training import checkpoints, fit
 from sigma_vae.training.checkpoints import newest
 from sigma_vae.training.module import TrainingModule
 
@@ -121,6 +121,28 @@ def test_a_run_stopped_at_any_step_ends_as_the_whole_one(options, few, tmp_path,
                 train(few, resumed, resume=newest(resumed / "checkpoints") is not None, **options)
     assert_same(state(resumed, train(few, resumed, resume=True, **options)), whole)
     assert_same(state(resumed, train(few, resumed, resume=True, **options)), whole)  # nothing is left to do
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 3), (1, 1), (3, 1), (1, 16)])
+def test_a_validation_whose_checkpoint_was_not_written_has_one_row(before, after, few, tmp_path, monkeypatch):
+    """Whatever the number of steps in a call was then and is now."""
+    whole = state(tmp_path / "whole", train(few, tmp_path / "whole"))
+    write = checkpoints.write_sealed
+
+    def dying(checkpoint, path, *others):
+        if path.name == "last.ckpt" and checkpoint["global_step"] == EPOCHS * BATCHES:
+            raise Killed
+        write(checkpoint, path, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "write_sealed", dying)
+        with pytest.raises(Killed):
+            train(few, tmp_path / "run", steps_per_call=before)
+    resumed = state(tmp_path / "run", train(few, tmp_path / "run", steps_per_call=after, resume=True))
+    for kind in ("metrics", "events", "weights"):
+        assert_same(resumed[kind], whole[kind], kind)
+    table = csv.DictReader(whole["metrics"].decode().splitlines())
+    assert [int(row["step"]) for row in table if row["validation/elbo_nats"]] == [BATCHES - 1, EPOCHS * BATCHES - 1]
 
 
 @pytest.mark.parametrize(

@@ -14,20 +14,25 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from test_resuming import assert_same, state, train
 
+from sigma_vae import build, runs
 from sigma_vae.cli import main
-from sigma_vae.config import DataConfig
-from sigma_vae.data import load
+from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from sigma_vae.configfile import read
+from sigma_vae.data import Splits, load
 from sigma_vae.training import NonFiniteLossError, checkpoints
 from sigma_vae.training.checkpoints import damage, newest, read_sealed, step_of, write_sealed
 from sigma_vae.training.folder import exclusive
+from sigma_vae.training.metrics import MetricsTable, rows_before
 from sigma_vae.training.module import TrainingModule
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="forks, mounts and limits of Linux")
@@ -204,6 +209,121 @@ def test_a_lock_alone_is_no_run(command, tmp_path):
     with exclusive(tmp_path / "run"), pytest.raises(ValueError, match="another process"), exclusive(tmp_path / "run"):
         pass
     assert main(command(tmp_path / "run", "--max-steps", "1", "--json")) == 0
+
+
+CHANGES = {"evaluate": runs.evaluate_run, "calibrate": runs.calibrate_run, "fit-prior": runs.fit_prior}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_one_process_at_a_time_changes_a_finished_run(change, digits_run, tmp_path):
+    out = shutil.copytree(digits_run, tmp_path / "run")
+    with exclusive(out), pytest.raises(ValueError, match="another process is writing into"):
+        change(out, device="cpu")
+    assert contents(out) == {tmp_path / "run" / path.relative_to(digits_run): b for path, b in contents(digits_run).items()}
+    with pytest.raises(ValueError, match="holds no run"):
+        change(tmp_path / "nowhere", device="cpu")
+    assert not (tmp_path / "nowhere").exists()
+    change(out, device="cpu")  # none waits for itself
+
+
+def contents(out: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_was_taken_while_the_data_were_read_stays_as_it_is(digits_config, tmp_path, monkeypatch):
+    out, read = tmp_path / "run", build.data
+    short = replace(digits_config, training=replace(digits_config.training, epochs=1))
+
+    def slowly(config: DataConfig) -> Splits:
+        monkeypatch.undo()
+        runs.train(short, out, progress=False)
+        found.update(contents(out))
+        return read(config)
+
+    found: dict[Path, bytes] = {}
+    monkeypatch.setattr(build, "data", slowly)
+    with pytest.raises(ValueError, match="already exists and is never overwritten"):
+        runs.train(replace(short, seed=2), out, progress=False)
+    assert found
+    assert contents(out) == found
+
+
+def test_a_training_that_broke_off_before_its_folder_was_a_run_begins_anew(digits_config, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    short = replace(digits_config, training=replace(digits_config.training, max_steps=1))
+
+    def full(path: Path, config: RunConfig) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("sigma_vae.runs.training.write", full)
+    with pytest.raises(OSError, match="make room, then train again"):
+        runs.train(short, out, progress=False)
+    monkeypatch.undo()
+    assert (out / "environment.json").exists()
+    (out / "config.yaml.new").write_text("data:")  # as a killed process leaves it
+    runs.train(short, out, progress=False)
+    assert not (out / "config.yaml.new").exists()
+    for name in ("config.yaml", "mine.txt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        with pytest.raises(ValueError, match="already exists and is never overwritten"):
+            runs.train(short, tmp_path / name, progress=False)
+
+
+def test_a_run_goes_on_from_any_folder(tmp_path, monkeypatch):
+    """Where its data's root and their decoded copies are, is kept as an absolute path."""
+    pictures = tmp_path / "data" / "pictures"
+    pictures.mkdir(parents=True)
+    for number, picture in enumerate(np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)):
+        Image.fromarray(picture).save(pictures / f"{number:02}.png")
+    data = DataConfig("pictures", root="data", cache="copies", validation_fraction=0.2)
+    model, training = ModelConfig("mlp", latent_dim=2, width=8), TrainingConfig(epochs=1, batch_size=8)
+    (tmp_path / "pictures").mkdir()  # not these, which a source without a root would mean
+    monkeypatch.chdir(tmp_path)
+    runs.train(RunConfig(data, model, training, device="cpu"), tmp_path / "run", progress=False)
+    before = sorted((tmp_path / "copies").iterdir())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    runs.resume(tmp_path / "run", epochs=2, progress=False)
+    assert sorted((tmp_path / "copies").iterdir()) == before != []
+    assert not list(Path.cwd().iterdir())
+    config = read(tmp_path / "run" / "config.yaml", RunConfig)
+    assert (config.data.source, config.data.root) == ("pictures", str(tmp_path / "data"))
+
+
+def test_what_a_scheduler_says_of_others_is_not_believed(few, tmp_path, monkeypatch):
+    said = {"NTASKS": "4", "JOB_NAME": "train", "JOB_ID": "1", "PROCID": "0", "LOCALID": "0", "NODELIST": "a1"}
+    for name, value in said.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    train(few, tmp_path, max_steps=1)
+    assert step_of(tmp_path / "checkpoints" / "last.ckpt") == 1
+
+
+@pytest.mark.parametrize("minutes", [float("inf"), float("nan"), 1e13, 0.0])
+def test_a_time_that_no_clock_counts_is_refused(minutes):
+    with pytest.raises(ValueError, match="max_minutes is"):
+        TrainingConfig(max_minutes=minutes)
+
+
+def test_a_folder_is_a_folder_whatever_its_name(few, digits_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(few, Path("memory:x"), max_steps=1)
+    assert step_of(tmp_path / "memory:x" / "checkpoints" / "last.ckpt") == 1
+    for begin in (lambda out: train(few, out), lambda out: runs.train(digits_config, out, progress=False)):
+        with pytest.raises(ValueError, match="take another folder"):
+            begin(Path("a::b"))
+    assert [path.name for path in tmp_path.iterdir()] == ["memory:x"]
+
+
+def test_a_table_of_metrics_is_on_the_disk_before_it_takes_the_name_of_the_old_one(tmp_path, monkeypatch):
+    done: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *words, name=name, real=real: (done.append(name), real(*words)))
+    table = MetricsTable(tmp_path / "metrics.csv", [{"step": 0, "a": 1.0}])
+    table.log_metrics({"b": 2.0}, 1)
+    assert done == ["fsync", "replace"] * 2
+    assert rows_before(tmp_path / "metrics.csv", 9) == [{"step": "0", "a": "1.0"}, {"step": "1", "b": "2.0"}]
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {

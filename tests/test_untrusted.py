@@ -10,6 +10,7 @@ import struct
 import sys
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from sigma_vae import build, runs
 from sigma_vae.cli import main
 from sigma_vae.config import RunConfig
-from sigma_vae.configfile import read
+from sigma_vae.configfile import read, write
 from sigma_vae.runs.reports import read_json
 from sigma_vae.training.checkpoints import SEAL_BYTES, write_sealed
 
@@ -198,6 +200,20 @@ def test_a_config_that_is_a_trap_is_refused(content, tmp_path):
         read(tmp_path / "config.yaml", RunConfig)
 
 
+BOMB = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(BOMB, "anchor or an alias"), ("a: &b 1", "anchor"), ("a: *b", "alias"), ("a: {<<: {b: 1}}", "merges")],
+)
+def test_a_config_that_stands_for_a_longer_one_is_refused_before_it_is_built(content, says, tmp_path, monkeypatch):
+    monkeypatch.setattr("yaml.safe_load", lambda _: pytest.fail("built"))
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.yaml cannot be read as YAML .*{says}"):
+        read(tmp_path / "config.yaml", RunConfig)
+
+
 @pytest.fixture(scope="module")
 def small_memory():
     """A gigabyte more than the process has: whoever takes terabytes fails, and not only in a test."""
@@ -290,3 +306,37 @@ def test_every_flipped_bit_and_every_cut_of_a_checkpoint_is_found(place, bit, cu
     path = tmp_path_factory.mktemp("fuzz") / "last.ckpt"
     path.write_bytes(content[:at] if cut else content)
     assert damage(path) is not None
+
+
+STEPS = {
+    "as it was": ({}, {}, None),
+    "noise of another type": ({"rng": torch.get_rng_state().float()}, {}, "holds no step"),
+    "a number for noise": ({"rng": torch.tensor(1, dtype=torch.uint8)}, {}, "holds no step"),
+    "an example of another shape": ({"x": torch.zeros(2, 1, 9, 9)}, {}, "does not fit"),
+    "no choices": ({}, {"choices": None}, "is not a Choices"),
+    "a huge network": ({}, {"width": 10**9}, "does not fit"),
+    "a huge example": ({}, {"shape": [1, 10**6, 10**6]}, "does not fit"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "words", "says"), STEPS.values(), ids=STEPS)
+def test_a_step_of_a_stranger_is_done_again_or_refused(tensors, words, says, digits_run, small_memory, tmp_path):
+    described = json.loads((digits_run / "model" / "model.json").read_text())
+    choices = json.loads((digits_run / "environment.json").read_text())["choices"]
+    about = {
+        "step": 1,
+        "split": "train",
+        "choices": choices,
+        "shape": described["shape"],
+        "scaling": described["scaling"],
+    } | words
+    weights = {f"weights.{name}": value for name, value in load_file(digits_run / "model" / "model.safetensors").items()}
+    batch = {"x": torch.zeros(2, 1, 8, 8), "positions": torch.arange(2), "rng": torch.get_rng_state()}
+    save_file(weights | batch | tensors, tmp_path / "non-finite.safetensors", metadata={"about": json.dumps(about)})
+    config = read(digits_run / "config.yaml", RunConfig)
+    write(tmp_path / "config.yaml", replace(config, model=replace(config.model, width=words.get("width", config.model.width))))
+    if says is None:
+        assert runs.rerun(tmp_path)["begins_in"] == []
+        return
+    with pytest.raises(ValueError, match=says):
+        runs.rerun(tmp_path)

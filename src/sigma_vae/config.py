@@ -21,6 +21,10 @@ __all__ = [
 Layout = Literal["auto", "n-h-w", "n-h-w-c", "n-c-h-w", "n-c-t", "n-t", "n-c", "n-t-c-h-w", "n-t-h-w-c", "n-t-h-w"]
 
 
+MOST_MINUTES = 1e9
+"""That a training may be given: two thousand years, which clocks can count."""
+
+
 class _Strict:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
@@ -226,6 +230,10 @@ class TrainingConfig(_Strict):
                 value = getattr(self, name)
                 if value is not None and not value >= least:
                     raise ValueError(f"{name} is {says}, got {value}")
+        if self.max_minutes is not None and not self.max_minutes <= MOST_MINUTES:
+            raise ValueError(
+                f"max_minutes is at most {MOST_MINUTES:g}, got {self.max_minutes}; leave it out to train all epochs"
+            )
         if (self.hardware.steps_per_call or 1) > 1 and (self.validate_every, self.ema_decay) != (None, None):
             raise ValueError(
                 f"validate_every and ema_decay have something to do after each step, got steps_per_call={self.hardware.steps_per_call};"

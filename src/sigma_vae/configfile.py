@@ -24,10 +24,23 @@ def read(path: Path, kind: type[Config]) -> Config:
     import yaml
 
     try:
-        content = yaml.safe_load(read_text(path, CONFIG_BYTES))
+        text = read_text(path, CONFIG_BYTES)
+        _check_plain(text)
+        content = yaml.safe_load(text)
     except Exception as error:  # on foreign bytes the reader raises nearly anything: YAMLError, KeyError, RecursionError, ...
         raise ValueError(f"{path} cannot be read as YAML ({type(error).__name__}): {error}") from error
     return parse(content, kind, str(path))
+
+
+def _check_plain(text: str) -> None:
+    """Refuse what lets a short text stand for a very long one, before anything is built of it."""
+    import yaml
+
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent) or (isinstance(event, yaml.NodeEvent) and event.anchor is not None):
+            raise ValueError("it has an anchor or an alias (&name, *name), which no config needs; write its value out")
+        if isinstance(event, yaml.ScalarEvent) and event.value == "<<" and event.style is None:
+            raise ValueError("it merges mappings (<<), which no config needs; write them out")
 
 
 def read_text(path: Path, limit: int = 2**26) -> str:

@@ -18,7 +18,7 @@ from sigma_vae.naming import prior, prior_name
 from sigma_vae.networks import FlatNetwork
 from sigma_vae.vae import VAE
 
-__all__ = ["Saved", "load", "save"]
+__all__ = ["Saved", "load", "save", "sized"]
 
 FORMAT = 2
 MODEL = "model"
@@ -74,7 +74,7 @@ def load(folder: str | Path) -> Saved:
     scaling = parse(description["scaling"], Scaling, str(path))
     weights = folder / "model.safetensors"
     try:
-        model = _sized(config, shape, scaling, _shapes(weights))
+        model = sized(config, shape, scaling, _shapes(weights))
         model.load_state_dict(load_file(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights} does not hold the weights of {config}: {error}") from error
@@ -85,8 +85,13 @@ def _of_model(folder: Path) -> Path:
     return folder / MODEL if not (folder / "model.json").exists() and (folder / MODEL).is_dir() else folder
 
 
-def _sized(config: ModelConfig, shape: tuple[int, ...], scaling: Scaling, stored: Mapping[str, Sequence[int]]) -> VAE:
-    """The model, whose sizes are compared with those of the stored weights before any memory is taken for it."""
+def sized(config: ModelConfig, shape: tuple[int, ...], scaling: Scaling, stored: Mapping[str, Sequence[int]]) -> VAE:
+    """A new model, whose sizes are compared with those of stored weights before any memory is taken for it.
+
+    Raises:
+        ValueError: the config names no model.
+        RuntimeError: it names one of other sizes.
+    """
     with torch.device("meta"):
         sketch = _named(lambda: vae(replace(config, prior="standard"), shape, scaling), config)  # priors come after
     _check_sizes(sketch, stored)

@@ -11,8 +11,9 @@ from sigma_vae.data import NAMES, Splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.evaluation.settings import EvaluationSettings
 from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.runs.evaluating import evaluate_run
+from sigma_vae.runs.evaluating import evaluate_anew
 from sigma_vae.runs.folder import Run, evaluation_batch, open_run
+from sigma_vae.runs.held import held
 from sigma_vae.runs.sigma import KEY, keep
 from sigma_vae.training import resolve_device
 from sigma_vae.training.processes import first_of_node_first, from_first, joined
@@ -45,9 +46,11 @@ def calibrate_run(
         seed; ``evaluation``, as ``evaluation.json`` holds it, with ``sigma_fitted_on``.
 
     Raises:
-        ValueError: there is no such run, its likelihood has no σ, or the data do not fit the model.
+        ValueError: there is no such run, its likelihood has no σ, the data do not fit the model, or another process is at work in its
+            folder.
+        OSError: the folder cannot be written.
     """
-    with joined(resolve_device(device)):
+    with joined(resolve_device(device)), held(out):
         return _calibrate(out, data, split, device, seed)
 
 
@@ -70,7 +73,7 @@ def _calibrate(out: Path, data: str | None, split: SplitName, device: str, seed:
         "noise_seed": seed,
     }
     from_first(lambda: keep(out, run.vae, record))
-    report = evaluate_run(out, EvaluationSettings(metrics=()), device=device)
+    report = evaluate_anew(out, EvaluationSettings(metrics=()), device)
     after = _sigma(run.vae)
     return {
         "factor_post_hoc" if likelihood.scale.predicted else "sigma_post_hoc": {

@@ -16,6 +16,7 @@ from sigma_vae.evaluation.shown import reconstructed, sampled
 from sigma_vae.evaluation.standard_prior import has_fitted_prior, scores_under_standard_prior, standard_prior
 from sigma_vae.networks import FlatNetwork, SequenceNetwork
 from sigma_vae.runs.folder import Run, evaluation_batch, model_digest, open_run
+from sigma_vae.runs.held import held
 from sigma_vae.runs.measuring import SECTIONS, measured, page_path
 from sigma_vae.runs.reports import read_json, write_json
 from sigma_vae.runs.sigma import KEY as SIGMA_FITTED_ON
@@ -25,7 +26,7 @@ from sigma_vae.training.processes import from_first, joined
 from sigma_vae.training.shares import shared
 from sigma_vae.vae import VAE
 
-__all__ = ["draw", "evaluate_run", "evaluation", "kept", "remove_page_of_others", "store"]
+__all__ = ["draw", "evaluate_anew", "evaluate_run", "evaluation", "kept", "remove_page_of_others", "store"]
 
 ENTROPY_EXAMPLES = 10_000
 PICTURES = 64
@@ -51,13 +52,19 @@ def evaluate_run(
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
 
     Raises:
-        ValueError: there is no such run, or a metric does not apply to it.
+        ValueError: there is no such run, a metric does not apply to it, or another process is at work in its folder.
+        OSError: the folder cannot be written.
     """
-    with joined(resolve_device(device)):
-        run = open_run(out, device)
-        sections = measured(run.vae, run.data, settings, out)
-        report = evaluation(out, run, settings)
-        return from_first(lambda: _add(out, report, sections))
+    with joined(resolve_device(device)), held(out):
+        return evaluate_anew(out, settings, device)
+
+
+def evaluate_anew(out: Path, settings: EvaluationSettings, device: str) -> dict[str, Any]:
+    """What :func:`evaluate_run` does, for those who hold the folder."""
+    run = open_run(out, device)
+    sections = measured(run.vae, run.data, settings, out)
+    report = evaluation(out, run, settings)
+    return from_first(lambda: _add(out, report, sections))
 
 
 def _add(out: Path, report: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from sigma_vae.naming import check_prior
 from sigma_vae.priors import FittedPrior
 from sigma_vae.runs.evaluating import draw, evaluation, kept, remove_page_of_others
 from sigma_vae.runs.folder import Run, evaluation_batch, open_model, open_run
+from sigma_vae.runs.held import held
 from sigma_vae.runs.reports import write_json
 from sigma_vae.runs.sigma import fitted_on, keep
 from sigma_vae.training import resolve_device
@@ -42,9 +43,10 @@ def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> dic
         The evaluation, as ``evaluation.json`` holds it.
 
     Raises:
-        ValueError: there is no such run or prior, or the run's network has no flat latents.
+        ValueError: there is no such run or prior, the run's network has no flat latents, or another process is at work in its folder.
+        OSError: the folder cannot be written.
     """
-    with joined(resolve_device(device)):
+    with joined(resolve_device(device)), held(out):
         return from_first(lambda: _fit_prior(out, prior, device))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sigma_vae import __version__, build
-from sigma_vae.config import RunConfig
+from sigma_vae.config import DataConfig, RunConfig
 from sigma_vae.configfile import parse, write
 from sigma_vae.data import NAMES, Scaling, Splits
 from sigma_vae.evaluation.pictures import drawable
@@ -20,13 +20,16 @@ from sigma_vae.runs.priors import check_codes, take_prior
 from sigma_vae.runs.reports import write_json
 from sigma_vae.training import fit, resolve_device
 from sigma_vae.training.choices import Choices
-from sigma_vae.training.folder import LOCK, exclusive, explained
+from sigma_vae.training.folder import LOCK, check_name, exclusive, explained
 from sigma_vae.training.hardware import choices_for
 from sigma_vae.training.non_finite import FILE, first_broken, load_broken_step
 from sigma_vae.training.processes import first_of_node_first, from_first, joined, processes
 from sigma_vae.vae import VAE
 
 __all__ = ["has_checkpoint", "rerun", "resume", "train"]
+
+NOT_YET_A_RUN = {LOCK, "environment.json", "environment.json.new", "config.yaml.new"}
+"""What a training leaves that broke off before its folder was a run."""
 
 
 def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any]:
@@ -46,7 +49,8 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, A
 
 
 def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+    check_name(out)
+    if out.exists() and (not out.is_dir() or any(path.name not in NOT_YET_A_RUN for path in out.iterdir())):
         raise ValueError(
             f"{out} already exists and is never overwritten; give another --out, or go on with it: sigma-vae resume {out}"
         )
@@ -54,8 +58,7 @@ def _check_new(out: Path) -> None:
 
 def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
     from_first(lambda: _check_new(out))
-    if config.data.source not in NAMES and Path(config.data.source).exists():  # a path: let the run find it from any folder
-        config = replace(config, data=replace(config.data, source=str(Path(config.data.source).resolve())))
+    config = replace(config, data=_from_anywhere(config.data))
     with first_of_node_first():
         data = build.data(config.data)
     if progress and processes().first:
@@ -65,12 +68,25 @@ def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
     vae = _new_vae(config, data)
     choices = choices_for(vae, data, config.training, resolve_device(config.device))
     environment = _environment(config, data, choices)
-    with explained(out, f"go on: sigma-vae resume {out}"), exclusive(out):
+    with explained(out, "train again"), exclusive(out):
         from_first(lambda: _begin(config, out, environment))
-        return _finish(config, out, vae, data, resumed=False, progress=progress)
+        with explained(out, f"go on: sigma-vae resume {out}"):
+            return _finish(config, out, vae, data, resumed=False, progress=progress)
+
+
+def _from_anywhere(data: DataConfig) -> DataConfig:
+    """The same data, found from any folder; a source is looked for in its root, where it has one."""
+    inside = data.root is not None or data.source in NAMES or not Path(data.source).exists()
+    source = data.source if inside else str(Path(data.source).resolve())
+    return replace(data, source=source, root=_absolute(data.root), cache=_absolute(data.cache))
+
+
+def _absolute(folder: str | None) -> str | None:
+    return None if folder is None else str(Path(folder).expanduser().resolve())
 
 
 def _begin(config: RunConfig, out: Path, environment: dict[str, Any]) -> None:
+    _check_new(out)  # again: while the data were read, another process may have trained into it
     write_json(out / "environment.json", environment)
     write(out / "config.yaml", config)  # from here on it is a run, which can be resumed
 
@@ -112,15 +128,15 @@ def rerun(out: Path) -> dict[str, Any]:
     """
     step = load_broken_step(out / FILE)
     shape = step.about.get("shape")
-    if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
+    if not isinstance(shape, list) or not shape or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"{out / FILE} does not say the shape of an example, got {shape!r}")
     config = config_of(out)
-    vae = build.vae(
-        config.model, shape, parse(step.about.get("scaling"), Scaling, str(out / FILE)), clips=step.batch.x.dim() == 5
-    )
+    scaling = parse(step.about.get("scaling"), Scaling, str(out / FILE))
+    sizes = {name: value.shape for name, value in step.weights.items()}
     try:
-        begins = first_broken(vae, step)
-    except (RuntimeError, KeyError) as error:
+        vae = build.sized(replace(config.model, prior="standard"), tuple(shape), scaling, sizes)
+        begins = first_broken(vae, step, config.training)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:  # tensors of any kind and size
         raise ValueError(f"{out / FILE} does not fit the model of {out}: {error}") from error
     return {name: step.about.get(name) for name in ("step", "split", "diagnosis")} | {"begins_in": begins}
 

@@ -1,4 +1,4 @@
-"""What happens around the steps: averaged weights, and scales refitted before each validation."""
+"""What happens around the steps: averaged weights, scales refitted before each validation, and a row of what it found."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from sigma_vae.data import Batches
 from sigma_vae.training.module import REMEDY, NonFiniteLossError, TrainingModule
 from sigma_vae.vae import VAE
 
-__all__ = ["AveragedWeights", "CalibrateBeforeValidation"]
+__all__ = ["AveragedWeights", "CalibrateBeforeValidation", "ValidationRow"]
 
 
 class AveragedWeights(EMAWeightAveraging):
@@ -35,3 +35,16 @@ class CalibrateBeforeValidation(pl.Callback):
             self.vae.calibrate(self.part)
         except ValueError as error:  # of data that trained before, so it is the weights that have become useless
             raise NonFiniteLossError(f"after step {trainer.global_step - 1}: {error}. {REMEDY}") from error
+
+
+class ValidationRow(pl.Callback):
+    """Writes what a validation found, as of the newest step.
+
+    The engine would write it, too, but counts calls, of several steps each: a resumed run keeps the rows of the steps behind it.
+    """
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Runs when the means are there, before a checkpoint is written."""
+        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("validation/")}
+        for logger in trainer.loggers:
+            logger.log_metrics(found | {"epoch": trainer.current_epoch}, trainer.global_step - 1)

@@ -21,16 +21,17 @@ from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import SequenceNetwork
 from sigma_vae.training.bar import Bar
-from sigma_vae.training.callbacks import AveragedWeights, CalibrateBeforeValidation
+from sigma_vae.training.callbacks import AveragedWeights, CalibrateBeforeValidation, ValidationRow
 from sigma_vae.training.calls import Calls
 from sigma_vae.training.checkpoints import BestCheckpoint, SealedCheckpoints, newest, read_sealed, step_of
-from sigma_vae.training.folder import exclusive
+from sigma_vae.training.folder import check_name, exclusive
 from sigma_vae.training.hardware import applied, choices_for
 from sigma_vae.training.metrics import Events, MetricsTable, rows_before
-from sigma_vae.training.module import NonFiniteLossError, TrainingModule, validated_total
+from sigma_vae.training.module import NonFiniteLossError, TrainingModule
 from sigma_vae.training.non_finite import KeepsBrokenStep
 from sigma_vae.training.norms import global_statistics
 from sigma_vae.training.processes import from_first, joined, own_device, processes
+from sigma_vae.training.quantities import validated_total
 from sigma_vae.training.resuming import Patience, Resumable, Terminated, ValidateAtEnd
 from sigma_vae.training.sharding import to_be_trained
 from sigma_vae.training.shares import on_any, shared
@@ -75,8 +76,8 @@ def fit(
 
     Raises:
         ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over than ``config`` has,
-            ``out`` has checkpoints that are not to be resumed, or another process writes there; the network is not for clips and the
-            data are, or the other way round.
+            ``out`` has checkpoints that are not to be resumed or ``::`` in its name, or another process writes there; the network is not
+            for clips and the data are, or the other way round.
         NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
         KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
         Terminated: after SIGTERM, likewise; not caught, it ends the process with the exit code 143.
@@ -99,11 +100,12 @@ def _fit(
     progress: bool,
 ) -> None:
     check_processes(vae)
+    check_name(out)
     _check_clips(vae, data)
     pl.seed_everything(seed, workers=True, verbose=False)
     with ExitStack() as stack:
         stack.enter_context(_quiet())
-        folder = out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))
+        folder = (out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))).absolute()
         last = folder / "checkpoints" / "last.ckpt"
         stack.enter_context(exclusive(last.parent))
         resumed = _resumed(last, resume=resume)
@@ -154,6 +156,7 @@ def _between(model: VAE, config: TrainingConfig, part: Batches) -> list[pl.Callb
     if config.ema_decay:
         callbacks.append(AveragedWeights(decay=config.ema_decay))
     callbacks.append(CalibrateBeforeValidation(model, part))  # after the averaged weights have been put in place
+    callbacks.append(ValidationRow())
     if config.patience:
         callbacks.append(Patience(validated_total(model), config.patience))
     return [*callbacks, ValidateAtEnd()]

@@ -13,6 +13,8 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
+from sigma_vae.configfile import write_whole
+
 __all__ = ["Events", "MetricsTable", "rows_before"]
 
 Row = Mapping[str, Any]
@@ -99,12 +101,11 @@ class MetricsTable(Logger):
         if not rows:
             self.path.unlink(missing_ok=True)
             return
-        aside = self.path.with_name(self.path.name + ".part")
-        with aside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(aside, self.path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, text.getvalue())
 
 
 class Events(Logger):

@@ -11,20 +11,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sigma_vae.config import TrainingConfig
-from sigma_vae.likelihoods import Shared
-from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import FlatNetwork
 from sigma_vae.training.accumulation import step_loss
 from sigma_vae.training.calls import Calls, recount
 from sigma_vae.training.choices import Choices
 from sigma_vae.training.objective import check_weights, is_weighted
 from sigma_vae.training.processes import processes
+from sigma_vae.training.quantities import current_sigma, validated_total
 from sigma_vae.training.sharding import average_gradients, clip, gradient_norm, is_sharded, shard
 from sigma_vae.training.shares import mean_over_all, sum_over_all
 from sigma_vae.types import Batch, Elbo, Noise
 from sigma_vae.vae import VAE, keyed_noise
 
-__all__ = ["NonFiniteLossError", "TrainingModule", "validated_total"]
+__all__ = ["NonFiniteLossError", "TrainingModule"]
 
 REMEDY = "Checkpoints written before are intact. Lower the learning rate, or clip gradients (gradient_clip_norm)"
 
@@ -71,6 +70,8 @@ class TrainingModule(pl.LightningModule):
         self.at_hand: tuple[Batch, Tensor] | None = None
         self.failed: int | None = None
         """The step that was found to have failed; ``at_hand`` are batch and noise (the generator's state) of it, or of the newest."""
+        self.fails_here = False
+        """Whether, where a loss is not finite, it is for a term of this process."""
         self._unchecked: list[_Step] = []
         self._broken: Tensor | None = None
         self._remembered: dict[int, Tensor] = {}
@@ -202,7 +203,7 @@ class TrainingModule(pl.LightningModule):
         examples = int(sum_over_all(torch.tensor(len(batch.x))))
         for name, mean in zip(metrics, means, strict=True):
             shown = name in (validated_total(self.vae), "validation/bits_per_dim")
-            self.log(name, mean, batch_size=examples, on_epoch=True, prog_bar=shown)
+            self.log(name, mean, batch_size=examples, on_epoch=True, prog_bar=shown, logger=False)  # ValidationRow writes it
 
     def _noise(self, batch: Batch, batch_index: int) -> Noise:
         """Keyed by the example; where there is little of it, remembered: drawing it takes as long as a small network's pass."""
@@ -265,6 +266,7 @@ class TrainingModule(pl.LightningModule):
     def _diagnosis(self, step: int, batch: Batch, elbo: Elbo) -> str:
         terms = {"log-likelihood": elbo.log_likelihood, "KL": elbo.rate}
         broken = [name for name, term in terms.items() if not torch.isfinite(term).all()]
+        self.fails_here = bool(broken)
         weights = [name for name, p in self.vae.named_parameters() if not torch.isfinite(p).all()]
         elsewhere = "their mean" if processes().world_size == 1 else "another process's"
         sigma = current_sigma(self.vae)
@@ -277,23 +279,6 @@ class TrainingModule(pl.LightningModule):
         )
 
 
-def validated_total(vae: VAE) -> str:
-    """The name under which a validation logs what is maximised: a bound, or where there is no likelihood (grey Bernoulli) an objective."""
-    return "validation/elbo_nats" if vae.likelihood.normalised else "validation/objective_nats"
-
-
-def current_sigma(vae: VAE) -> Tensor | None:
-    """The σ that training uses (the geometric mean of several; the running one of an optimal scale), where there is one."""
-    likelihood = vae.likelihood
-    if not isinstance(likelihood, LocationScale) or likelihood.scale.predicted:
-        return None
-    if isinstance(likelihood.scale, Shared):
-        return likelihood.scale.log_scale.detach().exp()
-    own = likelihood.scale(torch.zeros((), device=likelihood.scale.density_log_scale.device), likelihood.observes, None)
-    sigma: Tensor = own.mean().exp()
-    return sigma
-
-
 def _rng(device: torch.device) -> Tensor:
-    """The generator's state; of a GPU none, which is kept beside each checkpoint alone: reading it would wait for the device."""
-    return torch.get_rng_state() if device.type == "cpu" else torch.zeros(0, dtype=torch.uint8)
+    """The state of the generator that draws the noise."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

@@ -98,7 +98,7 @@ class Resumable(pl.callbacks.Checkpoint):
         raise KeyboardInterrupt if on_any(self.asked == signal.SIGINT) else Terminated
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in pl_module.parameters()):
+        if on_any(not all(bool(torch.isfinite(p).all()) for p in pl_module.parameters())):
             raise NonFiniteLossError(f"after step {trainer.global_step - 1} weights are not finite. {REMEDY}")
         for logger in trainer.loggers:  # what is logged is on the disk before the state that comes after it
             logger.save()

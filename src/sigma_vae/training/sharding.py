@@ -13,7 +13,7 @@ from sigma_vae.networks import HierarchicalNetwork
 from sigma_vae.training.processes import processes
 from sigma_vae.vae import VAE
 
-__all__ = ["average_gradients", "clip", "gradient_norm", "is_sharded", "shard", "to_be_trained"]
+__all__ = ["average_gradients", "clip", "gradient_norm", "is_sharded", "shard", "to_be_trained", "whole"]
 
 
 def is_sharded(config: TrainingConfig) -> bool:
@@ -48,6 +48,14 @@ def shard(vae: VAE, mesh: DeviceMesh) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(vae.network, mesh=mesh)
     register_fsdp_forward_method(vae.network, "infer")
+
+
+def whole(value: Tensor) -> Tensor:
+    """The tensor itself, or where it is shared out, put together: each process must call this."""
+    if not isinstance(value, DTensor):
+        return value
+    together: Tensor = value.full_tensor()
+    return together
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -7,7 +7,11 @@ from sigma_vae.data import Batches, Splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.training.processes import processes
 
+<<<<<<< HEAD
 __all__ = ["mean_over_all", "on_any", "rows_of_all", "shared", "sum_over_all"]
+=======
+__all__ = ["first_where", "mean_over_all", "on_any", "shared", "sum_over_all"]
+>>>>>>> trainfix
 
 
 def shared(data: Splits, split: SplitName, size: int, device: torch.device | str = "cpu", limit: int | None = None) -> Batches:
@@ -75,3 +79,15 @@ def on_any(flag: bool) -> bool:
     False
     """
     return flag if processes().world_size == 1 else bool(sum_over_all(torch.tensor(float(flag))))
+
+
+def first_where(here: bool) -> int:
+    """The lowest rank where it is so, 0 where it is so nowhere; the same answer on all processes.
+
+    >>> first_where(True)
+    0
+    """
+    us = processes()
+    flags = torch.zeros(us.world_size)
+    flags[us.rank] = float(here)
+    return int(sum_over_all(flags).argmax())

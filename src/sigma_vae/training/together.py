@@ -7,6 +7,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, distributed
@@ -89,5 +90,5 @@ def strategy(config: TrainingConfig) -> Strategy | str:
 
 
 def environment() -> list[ClusterEnvironment]:
-    """Who the others are: said, not guessed from what a cluster's scheduler left behind."""
-    return [] if processes().world_size == 1 else [TorchElasticEnvironment()]
+    """Who the others are, or that there are none: said, not guessed from what a cluster's scheduler left behind."""
+    return [LightningEnvironment() if processes().world_size == 1 else TorchElasticEnvironment()]

@@ -7,11 +7,7 @@ from sigma_vae.data import Batches, Splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.training.processes import processes
 
-<<<<<<< HEAD
-__all__ = ["mean_over_all", "on_any", "rows_of_all", "shared", "sum_over_all"]
-=======
-__all__ = ["first_where", "mean_over_all", "on_any", "shared", "sum_over_all"]
->>>>>>> trainfix
+__all__ = ["first_where", "mean_over_all", "on_any", "rows_of_all", "shared", "sum_over_all"]
 
 
 def shared(data: Splits, split: SplitName, size: int, device: torch.device | str = "cpu", limit: int | None = None) -> Batches:

@@ -21,6 +21,7 @@ from sigma_vae.cli.progress import Live, live_or_lines
 from sigma_vae.study.cell import folder_of, known
 from sigma_vae.study.folder import claim
 from sigma_vae.study.grid import SHIPPED
+from sigma_vae.study.results import collect
 from sigma_vae.study.statistics import chosen_on_validation, cost, paired_difference, summary
 
 TIMES = ["training_seconds", "core_seconds"]
@@ -84,6 +85,33 @@ MISTAKES = {
     "empty axis": ({"axes": {"seed": []}}, "the axis seed has no values"),
     "a part of a value": ({"axes": {"seed.x": [1]}, "base": {"data": {"source": "digits"}, "seed": 1}}, "seed has a value"),
     "unknown metric": ({"evaluation": {"metrics": ["beauty"]}}, "beauty"),
+    "prior as an axis": ({"axes": {"model.prior": ["standard", "mixture:3"]}}, "write priors: [standard, mixture:3]"),
+    "prior in the base": (
+        {"base": {"data": {"source": "digits"}, "model": {"prior": "gaussian"}}},
+        "priors: [standard, gaussian]",
+    ),
+    "prior in a label": ({"axes": {"how": {"a": {"model.prior": "flow"}}}}, "priors: [standard, flow]"),
+    "one run twice": ({"axes": {"seed": [0, 0]}}, "same run twice: seed 0, and seed 0"),
+    "one run by two labels": (
+        {"axes": {"how": {"plain": {}, "weighted": {"training.kl_weight": 1.0}}}},
+        "same run twice: how plain, and how weighted",
+    ),
+    "labels for seeds": ({"axes": {"seed": {"first": {"seed": 0}}}}, "is a list of numbers, got the labels first"),
+    **{
+        f"an axis called {name}": ({"axes": {name: {"a": {}}}}, f"the axis {name} has the name of a column")
+        for name in (
+            "key",
+            "status",
+            "error",
+            "prior",
+            "split",
+            "training_seconds",
+            "core_seconds",
+            "arm",
+            "rate_nats",
+            "levels",
+        )
+    },
 }
 
 
@@ -194,6 +222,28 @@ def test_a_cell_says_nothing_of_the_machine(finished):
         assert str(finished) not in text
         assert str(Path.cwd()) not in text
         assert not [place for place in sys.path if len(place) > 1 and place + "/" in text]
+
+
+@pytest.mark.parametrize(
+    ("values", "column"),
+    [
+        ([None, 5], ["null", "5"]),
+        ([{"size": 8}, {"size": 6}], ['{"size": 8}', '{"size": 6}']),
+        ([1.0, 5], [1.0, 5.0]),
+        (["auto", 5], ["auto", "5"]),
+    ],
+)
+def test_any_value_of_an_axis_can_be_tabulated(spec, tmp_path, values, column):
+    """Made-up cells: an axis is a column of one kind, which Parquet takes and which keeps its places apart."""
+    first = study.cells(spec)[0]
+    cells = [first._replace(place={"what": value}, config=replace(first.config, seed=i)) for i, value in enumerate(values)]
+    for number, cell in enumerate(cells):
+        record = {"status": "done", "threads": 1, "seconds": 1.0, "training_seconds": 1.0}
+        report = {"observes": "density", "elbo_post_hoc_nats": {"mean": float(number), "standard_error": 0.1}}
+        folder_of(cell, tmp_path).mkdir(parents=True)
+        (folder_of(cell, tmp_path) / "cell.json").write_text(json.dumps(record | {"reports": {"standard": {"test": report}}}))
+    assert collect(cells, tmp_path)["what"].tolist() == results(tmp_path)["what"].tolist() == column
+    assert summary(results(tmp_path), ["what"])["elbo_post_hoc_nats"].tolist() == ["0.0", "1.0"]
 
 
 def test_a_setting_at_its_default_does_not_rename_a_cell(spec):

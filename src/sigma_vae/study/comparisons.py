@@ -11,6 +11,7 @@ from sigma_vae.study.cell import known
 from sigma_vae.study.grid import Cell, StudySpec, cells
 from sigma_vae.study.results import tabulate
 from sigma_vae.study.statistics import Difference, chosen_on_validation, paired_difference
+from sigma_vae.study.words import in_words, told
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,7 +155,7 @@ class Setting:
 
 def _label(cell: Cell, axis: str | None) -> str:
     """The arm of a cell."""
-    return cell.config.model.likelihood if axis is None else str(cell.place[axis])
+    return cell.config.model.likelihood if axis is None else in_words(cell.place[axis])
 
 
 def settings(spec: StudySpec, out: Path) -> list[Setting]:
@@ -186,8 +187,7 @@ def _grouped(todo: Sequence[Cell], ended: Sequence[Done], axis: str | None) -> I
 
 
 def _words(cell: Cell, axis: str | None) -> str:
-    others = {name: value for name, value in cell.place.items() if name not in (axis, "seed")}
-    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in others.items())
+    return told({name: value for name, value in cell.place.items() if name not in (axis, "seed")})
 
 
 def _axis(spec: StudySpec) -> str | None:

@@ -14,6 +14,7 @@ from sigma_vae.study.grid import StudySpec, cells
 from sigma_vae.study.judging import Verdict, signed
 from sigma_vae.study.pieces import PLOTS, Card, Picture, Section, Table, minus
 from sigma_vae.study.statistics import cost, summary
+from sigma_vae.study.words import told
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,13 +67,9 @@ def ended(spec: StudySpec, out: Path, found: Sequence[Setting]) -> Section:
     words = f"{done} of {len(todo)} cells are done, {len(failed)} failed, {len(todo) - done - len(failed)} have not ended."
     tables = [_stability(found), _cost(found)]
     if failed:
-        rows = tuple((_place(cell.place), record["error"], str(record["failures"])) for cell, record in failed)
+        rows = tuple((told(cell.place), record["error"], str(record["failures"])) for cell, record in failed)
         tables.insert(0, Table("Cells that failed", ("cell", "error", "times"), rows))
     return Section("Runs and their cost", (words,), tables=tuple(tables))
-
-
-def _place(place: dict[str, Any]) -> str:
-    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in place.items())
 
 
 def _stability(found: Sequence[Setting]) -> Table:

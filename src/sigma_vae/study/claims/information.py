@@ -54,7 +54,7 @@ def _coverage(setting: Setting) -> Iterator[Verdict]:
             judged = True
             found = bootstrapped([100 * (abs(mine[seed] - 0.9) - abs(other[seed] - 0.9)) for seed in seeds])
             covers = f"optimal covers {100 * mine.mean():.2f} %, {theirs} {100 * other.mean():.2f} %"
-            yield below(found, 0.0, f"{covers}; difference in the errors: {signed(found, 2, ' percentage points')}")
+            yield below(found, 0.0, f"{covers}; difference in the errors: {signed(found, 3, ' percentage points')}")
     if not judged:
         yield lacking(f"calibration of {OPTIMAL}, and of σ = 1 or three fixed σ")
 

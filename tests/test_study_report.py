@@ -491,6 +491,7 @@ def test_missing_arms_show_nothing(tmp_path):
     study.report(tmp_path / "out")
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert len(page.tables["Claims that this study cannot judge"]) == 1 + len(CLAIMS)
+    assert [tag for tag, _ in page.tags].count("details") == 1  # a long table, which is shown when asked for
 
 
 @pytest.mark.parametrize(
@@ -673,12 +674,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 FRAME = "<title>none</title><iframe id=f style='width:{width}px;height:800px;border:0' srcdoc=\"{page}\"></iframe>"
 LOOK = """<script>f.onload = () => {
 const root = f.contentDocument.documentElement;
-document.title = 'wide ' + root.scrollWidth + ' of ' + root.clientWidth;
+const clipped = [...root.querySelectorAll('.scroll')].filter(table => table.scrollWidth > table.clientWidth);
+document.title = 'wide ' + root.scrollWidth + ' of ' + root.clientWidth + ' clipped ' + clipped.length;
 };</script>"""
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="a browser, chromium, is not installed")
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 1200])
 def test_the_page_fits_a_phone(out, tmp_path, width):
     """In a frame: a browser's window is never as narrow as a phone."""
     inner = (out / "report.html").read_text().replace("&", "&amp;").replace('"', "&quot;")
@@ -695,3 +697,4 @@ def test_the_page_fits_a_phone(out, tmp_path, width):
     title = dumped.partition("<title>")[2].partition("</title>")[0].split()
     assert title[0] == "wide"
     assert int(title[1]) <= int(title[3]) <= width
+    assert width < 1200 or title[4:] == ["clipped", "0"]  # tables are wider than a phone, and scroll there

@@ -123,9 +123,9 @@ def _figures(row: Mapping[str, Any], at: int | None) -> tuple[str, str]:
 def _others(spec: StudySpec) -> tuple[Table, ...]:
     """The paper's rows that no row of ours stands beside."""
     ours = {in_words(value) for values in spec.axes.values() for value in values} if STANDARD in spec.priors else set()
-    rows = tuple(
-        (str(name), *_figures(row, None), str(row.get("note", "")))
-        for name, row in spec.published.get("rows", {}).items()
-        if str(name) not in ours
-    )
-    return (Table("Rows of the paper that have none here beside them", ("decoder", *PAPER, "note"), rows),) if rows else ()
+    others = {str(name): row for name, row in spec.published.get("rows", {}).items() if str(name) not in ours}
+    noted = any("note" in row for row in others.values())
+    notes = {name: (str(row.get("note", "")),) if noted else () for name, row in others.items()}
+    rows = tuple((name, *_figures(row, None), *notes[name]) for name, row in others.items())
+    heads = ("decoder", *PAPER, "note") if noted else ("decoder", *PAPER)
+    return (Table("Rows of the paper that have none here beside them", heads, rows),) if rows else ()

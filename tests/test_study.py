@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +19,13 @@ from rich.console import Console
 from sigma_vae import study
 from sigma_vae.cli import main
 from sigma_vae.cli.progress import Live, live_or_lines
-from sigma_vae.study.cell import folder_of, known
+from sigma_vae.study import cell as of_cells
+from sigma_vae.study import elapsed
+from sigma_vae.study.cell import do, folder_of, known
+from sigma_vae.study.checking import check
 from sigma_vae.study.folder import claim
 from sigma_vae.study.grid import SHIPPED
+from sigma_vae.study.results import collect
 from sigma_vae.study.statistics import chosen_on_validation, cost, paired_difference, summary
 
 TIMES = ["training_seconds", "core_seconds"]
@@ -48,6 +53,7 @@ def test_every_shipped_study_can_be_read_in_every_size(name):
     spec = study.read_spec(name)
     for size in (None, *spec.sizes):
         cells = study.cells(study.read_spec(name, size))
+        check(cells)
         assert len({cell.key for cell in cells}) == len(cells) > 0
 
 
@@ -84,6 +90,56 @@ MISTAKES = {
     "empty axis": ({"axes": {"seed": []}}, "the axis seed has no values"),
     "a part of a value": ({"axes": {"seed.x": [1]}, "base": {"data": {"source": "digits"}, "seed": 1}}, "seed has a value"),
     "unknown metric": ({"evaluation": {"metrics": ["beauty"]}}, "beauty"),
+    "prior as an axis": ({"axes": {"model.prior": ["standard", "mixture:3"]}}, "write priors: [standard, mixture:3]"),
+    "prior in the base": (
+        {"base": {"data": {"source": "digits"}, "model": {"prior": "gaussian"}}},
+        "priors: [standard, gaussian]",
+    ),
+    "prior in a label": ({"axes": {"how": {"a": {"model.prior": "flow"}}}}, "priors: [standard, flow]"),
+    "unknown likelihood": ({"axes": {"model.likelihood": ["gaussian/optimol"]}}, "did you mean 'gaussian/optimal'"),
+    "unknown network": ({"axes": {"model.network": ["mlpp"]}}, "there is no network 'mlpp'"),
+    "unknown plan": ({"axes": {"model.network": ["hierarchical:tinny"]}}, "a plan is one of tiny"),
+    "unknown prior": ({"priors": ["standrad"]}, "there is no prior 'standrad'"),
+    "prior without flat latents": (
+        {"axes": {"model.network": ["hierarchical:tiny"]}, "priors": ["standard", "mixture"]},
+        "single layer of flat latents",
+    ),
+    "unknown features": ({"evaluation": {"metrics": ["quality"], "features": ["efficientnett"]}}, "no such file"),
+    "no file of features": ({"evaluation": {"metrics": ["quality"], "features": ["inception:nowhere.pt"]}}, "no such file"),
+    "calibration of an objective": (
+        {"axes": {"model.likelihood": ["gaussian/optimal", "bernoulli"]}, "evaluation": {"metrics": ["calibration"]}},
+        "likelihood bernoulli cannot be done: calibration cannot be measured",
+    ),
+    "oracle without σ": (
+        {"axes": {"model.likelihood": ["categorical"]}, "evaluation": {"metrics": ["oracle"]}},
+        "categorical has no σ",
+    ),
+    "information of video": (
+        {"axes": {"model.network": ["sequence"]}, "evaluation": {"metrics": ["information"]}},
+        "neither flat nor a ladder",
+    ),
+    "predictions of images": ({"axes": {"model.network": ["mlp"]}, "evaluation": {"best_of": 2}}, "best_of is about"),
+    "one run twice": ({"axes": {"seed": [0, 0]}}, "same run twice: seed 0, and seed 0"),
+    "one run by two labels": (
+        {"axes": {"how": {"plain": {}, "weighted": {"training.kl_weight": 1.0}}}},
+        "same run twice: how plain, and how weighted",
+    ),
+    "labels for seeds": ({"axes": {"seed": {"first": {"seed": 0}}}}, "is a list of numbers, got the labels first"),
+    **{
+        f"an axis called {name}": ({"axes": {name: {"a": {}}}}, f"the axis {name} has the name of a column")
+        for name in (
+            "key",
+            "status",
+            "error",
+            "prior",
+            "split",
+            "training_seconds",
+            "core_seconds",
+            "arm",
+            "rate_nats",
+            "levels",
+        )
+    },
 }
 
 
@@ -94,6 +150,13 @@ def test_a_mistake_in_a_spec_gets_a_sentence(mistake, tmp_path, capsys):
     (tmp_path / "spec.yaml").write_text(json.dumps(content))  # JSON is YAML
     assert main(["study", "run", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / "out")]) == 1
     assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["--retries=-1", "--workers=0"])
+def test_counts_that_mean_nothing_are_refused(flag, tmp_path, capsys):
+    assert main(["study", "run", "smallest", "--out", str(tmp_path / "out"), flag]) == 1
+    assert f"{flag[2:].partition('=')[0]} is how" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -196,6 +259,28 @@ def test_a_cell_says_nothing_of_the_machine(finished):
         assert not [place for place in sys.path if len(place) > 1 and place + "/" in text]
 
 
+@pytest.mark.parametrize(
+    ("values", "column"),
+    [
+        ([None, 5], ["null", "5"]),
+        ([{"size": 8}, {"size": 6}], ['{"size": 8}', '{"size": 6}']),
+        ([1.0, 5], [1.0, 5.0]),
+        (["auto", 5], ["auto", "5"]),
+    ],
+)
+def test_any_value_of_an_axis_can_be_tabulated(spec, tmp_path, values, column):
+    """Made-up cells: an axis is a column of one kind, which Parquet takes and which keeps its places apart."""
+    first = study.cells(spec)[0]
+    cells = [first._replace(place={"what": value}, config=replace(first.config, seed=i)) for i, value in enumerate(values)]
+    for number, cell in enumerate(cells):
+        record = {"status": "done", "threads": 1, "seconds": 1.0, "training_seconds": 1.0}
+        report = {"observes": "density", "elbo_post_hoc_nats": {"mean": float(number), "standard_error": 0.1}}
+        folder_of(cell, tmp_path).mkdir(parents=True)
+        (folder_of(cell, tmp_path) / "cell.json").write_text(json.dumps(record | {"reports": {"standard": {"test": report}}}))
+    assert collect(cells, tmp_path)["what"].tolist() == results(tmp_path)["what"].tolist() == column
+    assert summary(results(tmp_path), ["what"])["elbo_post_hoc_nats"].tolist() == ["0.0", "1.0"]
+
+
 def test_a_setting_at_its_default_does_not_rename_a_cell(spec):
     same = replace(spec, base=spec.base | {"training": spec.base["training"] | {"kl_weight": 1.0}})
     assert [cell.key for cell in study.cells(same)] == [cell.key for cell in study.cells(spec)]
@@ -269,11 +354,62 @@ def test_a_cell_that_raises_is_written_down_and_tried_again(spec, tmp_path, caps
     assert (folder_of(good, tmp_path / "out") / "cell.json").stat().st_mtime_ns == done
 
 
+def test_time_is_counted_over_attempts(tmp_path, monkeypatch):
+    path, written = tmp_path / "seconds", []
+    with elapsed.counted(path, before=100.0):
+        time.sleep(0.02)
+    first = elapsed.seconds_in(path)
+    assert 100.02 <= first < 110
+    monkeypatch.setattr(elapsed, "EVERY_SECONDS", 0.01)
+    deadline = time.monotonic() + 60
+    with suppress(KeyError), elapsed.counted(path, before=100.0):
+        while len(set(written)) < 3:  # what a kill would leave grows on the way
+            assert time.monotonic() < deadline
+            written.append(elapsed.seconds_in(path))
+            time.sleep(0.005)
+        raise KeyError
+    assert first <= min(written) < max(written) <= elapsed.seconds_in(path)
+
+
+@pytest.mark.parametrize("known_by", ["record", "file"])
+def test_a_cell_costs_what_all_its_attempts_cost(spec, tmp_path, monkeypatch, known_by):
+    """The record of a version without the file, and the file of an attempt that was killed; then one that fails, and one that does not."""
+    cell, slow = study.cells(spec)[0], 0.05
+    folder_of(cell, tmp_path).mkdir(parents=True)
+    if known_by == "record":
+        old = {"key": cell.key, "status": "failed", "failures": 2, "error": "E", "seconds": 50.0, "threads": 1}
+        (folder_of(cell, tmp_path) / "cell.json").write_text(json.dumps(old))
+    else:
+        (folder_of(cell, tmp_path) / "seconds").write_text("50.0\n")
+
+    def fails(cell, folder):
+        time.sleep(slow)
+        raise OSError("no room")
+
+    monkeypatch.setattr(of_cells, "_measured", fails)
+    failed = do(cell, tmp_path, 1)["seconds"]
+    assert 50 + slow <= failed < 60
+    monkeypatch.setattr(of_cells, "_measured", lambda cell, folder: time.sleep(slow) or {})
+    assert failed + slow <= do(cell, tmp_path, 1)["seconds"] < 60
+    assert sorted(path.name for path in folder_of(cell, tmp_path).iterdir() if path.name != "lock") == ["cell.json"]
+
+
+def test_a_copy_never_replaces_trained_weights(finished, tmp_path, capsys):
+    other = tmp_path / "other"
+    weights = other / "cells" / "some" / "run" / "model" / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    assert main(["study", "keep", str(finished), "--to", str(other)]) == 1
+    assert "holds the weights of 1 runs" in capsys.readouterr().err
+    assert weights.read_bytes() == b"weights"
+    assert not (other / "study.yaml").exists()
+
+
 def test_the_command_prints_the_table(finished, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["study", "table", str(finished)]) == 0
     printed = "".join(capsys.readouterr().out.split())
-    for word in ("gaussian/optimal", "mixture:3", "±"):
+    for word in ("gaussian/optimal", "mixture:3", "±", "4of4cellsaredone,0failed"):
         assert word in printed
     assert main(["study", "list"]) == 0
     assert "smallest" in capsys.readouterr().out
@@ -365,12 +501,23 @@ def test_the_interval_of_a_mean_difference_covers_it():
 
 def test_cost_counts_each_run_once():
     assert cost(made_up()) == {"runs": 9, "core_hours": pytest.approx(4.5)}
+    failed = pd.DataFrame([{"key": "f", "status": "failed", "core_seconds": 3600.0}])
+    assert cost(pd.concat([made_up(), failed])) == {"runs": 10, "core_hours": pytest.approx(5.5)}
 
 
 def test_a_summary_has_spread_over_seeds():
     rows = summary(made_up(), ["name"]).set_index("name")
     assert rows.loc["ours", "elbo_post_hoc_nats"] == "10.0 ± 1.0"
     assert rows.loc["ours", "seeds"] == 3
+    failed = pd.DataFrame([{"key": f"{name}9", "status": "failed", "name": name} for name in ("ours", "β3")])
+    rows = summary(pd.concat([made_up(), failed]), ["name"]).set_index("name")
+    assert rows.loc["ours", ["seeds", "failed", "elbo_post_hoc_nats"]].tolist() == [3, 1, "10.0 ± 1.0"]
+    assert rows.loc["β3", ["prior", "seeds", "failed", "elbo_post_hoc_nats"]].tolist() == ["", 0, 1, ""]
+    levels = made_up().assign(observes=lambda table: np.where(table["name"] == "β1", "level", "density"))
+    rows = summary(levels, ["name"]).set_index("name")
+    assert "elbo_post_hoc_nats" not in rows
+    assert rows.loc["ours", ["elbo_post_hoc_nats.density", "elbo_post_hoc_nats.level"]].tolist() == ["10.0 ± 1.0", ""]
+    assert rows.loc["β1", ["elbo_post_hoc_nats.density", "elbo_post_hoc_nats.level"]].tolist() == ["", "6.5 ± 1.5"]
 
 
 def test_specs_lie_beside_the_code():

@@ -29,10 +29,11 @@ from sigma_vae.likelihoods.unscaled import Discrete, Unscaled
 from sigma_vae.naming import check_prior, positive, unknown
 from sigma_vae.networks import SequenceNetwork, conv, hierarchical, mlp, residual, sequence
 from sigma_vae.networks.default import default_network
+from sigma_vae.networks.hierarchical import check_plan
 from sigma_vae.types import Likelihood, Network, Observes
 from sigma_vae.vae import VAE
 
-__all__ = ["data", "likelihood", "network", "vae"]
+__all__ = ["check_network", "data", "likelihood", "network", "vae"]
 
 FAMILIES: dict[str, Callable[..., LocationScale]] = {
     "gaussian": Gaussian,
@@ -132,10 +133,8 @@ def network(
     >>> network("hierarchical:14,14d14/1,14m1,14", (1, 28, 28), out_channels=1).plan.layers
     3
     """
+    check_network(name)
     kind, colon, plan = name.partition(":")
-    if name not in VIDEO_NETWORKS and kind not in (NETWORKS_WITH_A_PLAN if colon else NETWORKS):
-        plans = [f"{kind}:tiny" for kind in NETWORKS_WITH_A_PLAN]
-        raise ValueError(unknown("network", name, [*NETWORKS, *plans, *VIDEO_NETWORKS]))
     sizes = {"latent_dim": latent_dim, "width": width}
     given = {what: size for what, size in sizes.items() if size is not None}
     for what, size in given.items():
@@ -145,6 +144,22 @@ def network(
         return VIDEO_NETWORKS[name](shape, out_channels, **given, context_frames=context_frames)
     make = NETWORKS_WITH_A_PLAN[kind](plan) if colon else NETWORKS[kind]
     return make(shape, out_channels, **given)
+
+
+def check_network(name: str) -> None:
+    """Refuse what is no network, whatever the data.
+
+    Raises:
+        ValueError: the name does not exist, or its plan cannot be read.
+
+    >>> check_network("hierarchical:tiny")
+    """
+    kind, colon, plan = name.partition(":")
+    if name not in VIDEO_NETWORKS and kind not in (NETWORKS_WITH_A_PLAN if colon else NETWORKS):
+        plans = [f"{kind}:tiny" for kind in NETWORKS_WITH_A_PLAN]
+        raise ValueError(unknown("network", name, [*NETWORKS, *plans, *VIDEO_NETWORKS]))
+    if colon and name not in VIDEO_NETWORKS:
+        check_plan(plan)
 
 
 def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: bool = False) -> VAE:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from sigma_vae.study import StudySpec, cells
 from sigma_vae.study.cell import finished, running_since
+from sigma_vae.study.words import told
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,7 +68,7 @@ class Live:
         counts = f"{self.done} of {len(self.cells)} done, {len(self.failed)} failed, {len(running)} running"
         shown.add_row(ProgressBar(total=len(self.cells), completed=self.done, width=30), f"{counts}; {self._times(left)}")
         for cell, since in running:
-            shown.add_row(f"for {_clock(time.time() - since)}", _words(cell.place))
+            shown.add_row(f"for {_clock(time.time() - since)}", told(cell.place))
         return shown
 
     def _times(self, left: int) -> str:
@@ -79,11 +80,7 @@ class Live:
 def _line(record: dict[str, Any], ended: int, of: int) -> str:
     """Of a cell that has ended."""
     how = "" if record["status"] == "done" else f", failed: {record['error']}"
-    return f"[{ended}/{of}] {_words(record['place'])}: {record['seconds']:.0f} s{how}"
-
-
-def _words(place: dict[str, Any]) -> str:
-    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in place.items())
+    return f"[{ended}/{of}] {told(record['place'])}: {record['seconds']:.0f} s{how}"
 
 
 def _clock(seconds: float) -> str:

@@ -10,8 +10,8 @@ import tyro
 from sigma_vae import study as studies
 from sigma_vae.cli.progress import live_or_lines
 from sigma_vae.study.grid import SHIPPED
+from sigma_vae.study.outcomes import failures, how_far, results
 from sigma_vae.study.runner import Backend
-from sigma_vae.study.statistics import summary
 
 __all__ = ["STUDY", "study"]
 
@@ -45,33 +45,36 @@ def run(
     with nullcontext() if json else live_or_lines(grid, Path(out), Console()) as tell:
         records = studies.run(grid, Path(out), backend=backend, workers=workers, address=address, retries=retries, tell=tell)
     failed = [record for record in records if record["status"] != "done"]
-    some = len(failed) < len(records)
-    if some:
+    if records:
         studies.report(Path(out))
     if json:
         print(json_module.dumps(records, ensure_ascii=False))
-    elif some:
+    elif records:
         _print_summary(Path(out))
-        done = f"{len(records) - len(failed)} of {len(records)} cells done"
-        print(f"{done}; table: {Path(out) / 'results.parquet'}; report: {Path(out) / 'report.html'}")
+        print(f"table: {Path(out) / 'results.parquet'}; report: {Path(out) / 'report.html'}")
     if failed:
         told = "; ".join(dict.fromkeys(record["error"] for record in failed))
         raise ValueError(f"{len(failed)} cells failed and are tried again when the study is run again: {told}")
 
 
 def _print_summary(out: Path) -> None:
-    """Mean ± standard deviation over seeds, of the test split."""
+    """Mean ± standard deviation over seeds, of the test split, with the report's words; which cells failed, and how many are missing."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    spec = studies.spec_of(out)
-    rows = summary(studies.collect(studies.cells(spec), out), [name for name in spec.axes if name != "seed"])
-    table = Table(title=f"{spec.title}: test split, mean ± standard deviation over seeds")
-    for name in rows.columns:
-        table.add_column(str(name).rpartition(".")[2] if "." in str(name) else str(name), overflow="fold")
-    for row in rows.itertuples(index=False):
-        table.add_row(*map(str, row))
-    Console().print(table)
+    spec, tables = studies.spec_of(out), []
+    rows = studies.collect(studies.cells(spec), out)
+    if len(rows):
+        tables = [*results(spec, rows).tables[:1], *failures(spec, out)]
+    for found in tables:
+        printed = Table(title=f"{spec.title}: test split, mean ± standard deviation" if found is tables[0] else found.caption)
+        for name in found.columns:
+            printed.add_column(name, overflow="fold")
+        for row in found.rows:
+            printed.add_row(*map(Text, row))
+        Console().print(printed)
+    print(how_far(spec, out))
 
 
 def table(study: tyro.conf.Positional[str]) -> None:

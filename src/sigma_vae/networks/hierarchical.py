@@ -13,7 +13,7 @@ from sigma_vae.networks.ladder_plan import LadderPlan
 from sigma_vae.networks.temperature import per_layer
 from sigma_vae.types import Inference, Network, Noise, Temperature
 
-__all__ = ["HierarchicalNetwork", "hierarchical"]
+__all__ = ["HierarchicalNetwork", "check_plan", "hierarchical"]
 
 CIFAR10 = "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3/1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21"
 """The published plan."""
@@ -65,8 +65,7 @@ def hierarchical(
             f"the hierarchical network reads images (C, H, W) of at least {SMALLEST}×{SMALLEST}, got an example of shape"
             f" {tuple(shape)}; use the mlp network for tables, series and tiny images"
         )
-    if plan not in PRESETS and "/" not in plan:
-        raise ValueError(f"a plan is one of {', '.join(PRESETS)}, or ENCODER/DECODER as in 14,14d14/1,14m1; got {plan!r}")
+    check_plan(plan)
     preset = PRESETS.get(plan, PRESETS["tiny"])
     return HierarchicalNetwork(
         shape,
@@ -75,6 +74,21 @@ def hierarchical(
         preset.latent_dim if latent_dim is None else latent_dim,
         preset.width if width is None else width,
     )
+
+
+def check_plan(plan: str) -> None:
+    """Refuse what is no size or plan, whatever the image.
+
+    Raises:
+        ValueError: it is neither a name nor can be read.
+
+    >>> check_plan("cifar10")
+    """
+    if plan in PRESETS:
+        return
+    if "/" not in plan:
+        raise ValueError(f"a plan is one of {', '.join(PRESETS)}, or ENCODER/DECODER as in 14,14d14/1,14m1; got {plan!r}")
+    LadderPlan.parse(plan)
 
 
 def _tiny(size: int) -> LadderPlan:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from sigma_vae import runs
 from sigma_vae.configfile import write_whole
 from sigma_vae.evaluation.settings import EvaluationSettings
+from sigma_vae.study.elapsed import counted, seconds_in
 from sigma_vae.study.grid import Cell
 
 __all__ = ["do", "finished", "folder_of", "known", "record_of", "running_since"]
@@ -21,6 +21,8 @@ __all__ = ["do", "finished", "folder_of", "known", "record_of", "running_since"]
 RECORD = "cell.json"
 RUNNING = "running"
 """A file that is there while a process works on the cell."""
+SECONDS, TRAINING_SECONDS = "seconds", "training-seconds"
+"""Files that are there until the cell is finished: what it has taken so far, of all attempts together."""
 OF_SAMPLES = ("iwae", "quality")
 """What is measured again with each further prior; the rest is about codes and decoder."""
 
@@ -62,6 +64,7 @@ def do(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
     """Train and evaluate a cell, unless it is finished; go on with it where a killed study left it.
 
     Two processes never work on one cell: the second waits, and finds it finished. An error is written down and returned, not raised.
+    ``seconds`` and ``training_seconds`` are those of all attempts together, of killed ones too but for their last moments.
     """
     import torch
     from filelock import FileLock
@@ -74,18 +77,22 @@ def do(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
             return before
         torch.set_num_threads(threads)
         (folder / RUNNING).touch()
-        start, failed = time.monotonic(), 0 if before is None else before["failures"]
+        failed, spent = (0, 0.0) if before is None else (before["failures"], before["seconds"])
         record: dict[str, Any] = {"key": cell.key, "place": cell.place, "threads": threads, "failures": failed}
         try:
-            record |= {"status": "done", **_measured(cell, folder)}
+            with counted(folder / SECONDS, spent):
+                record |= {"status": "done", **_measured(cell, folder)}
         except Exception as error:
             told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
             record |= {"status": "failed", "failures": failed + 1, **told}
         finally:
             (folder / RUNNING).unlink(missing_ok=True)
-        record["seconds"] = time.monotonic() - start
+        record["seconds"] = seconds_in(folder / SECONDS)
         written = _without_places(json.dumps(record, indent=1, ensure_ascii=False), out)
         write_whole(record_of(cell, out), written + "\n")
+        if record["status"] == "done":
+            for name in (SECONDS, TRAINING_SECONDS):
+                (folder / name).unlink(missing_ok=True)
         told_again: dict[str, Any] = json.loads(written)
         return told_again
 
@@ -100,13 +107,13 @@ def _without_places(text: str, out: Path) -> str:
 
 def _measured(cell: Cell, folder: Path) -> dict[str, Any]:
     """The reports of each prior on both splits, and how the training went."""
-    run, trained = folder / "run", time.monotonic()
-    if runs.has_checkpoint(run) and not (run / "model" / "model.json").exists():
-        runs.resume(run, progress=False)
-    elif not (run / "evaluation.json").exists():
-        shutil.rmtree(run, ignore_errors=True)
-        runs.train(cell.config, run, progress=False)
-    seconds = time.monotonic() - trained
+    run = folder / "run"
+    with counted(folder / TRAINING_SECONDS):
+        if runs.has_checkpoint(run) and not (run / "model" / "model.json").exists():
+            runs.resume(run, progress=False)
+        elif not (run / "evaluation.json").exists():
+            shutil.rmtree(run, ignore_errors=True)
+            runs.train(cell.config, run, progress=False)
     validation = EvaluationSettings(metrics=(), split="validation", seed=cell.evaluation.seed)
     of_samples = replace(cell.evaluation, metrics=tuple(m for m in cell.evaluation.metrics or () if m in OF_SAMPLES))
     reports: dict[str, Any] = {}
@@ -115,7 +122,7 @@ def _measured(cell: Cell, folder: Path) -> dict[str, Any]:
             runs.fit_prior(run, prior)
         settings = of_samples if reports else cell.evaluation
         reports[prior] = {"test": runs.evaluate_run(run, settings), "validation": runs.evaluate_run(run, validation)}
-    return {"training_seconds": seconds, "reports": reports, "curve": _curve(run / "metrics.csv")}
+    return {"training_seconds": seconds_in(folder / TRAINING_SECONDS), "reports": reports, "curve": _curve(run / "metrics.csv")}
 
 
 def _curve(metrics: Path) -> list[dict[str, float]]:

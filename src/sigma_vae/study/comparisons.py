@@ -1,7 +1,7 @@
 """A study as comparisons: arms, which differ in their likelihood, in settings, which differ in all else but the seed."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,26 +10,49 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 from sigma_vae.study.cell import known
 from sigma_vae.study.grid import Cell, StudySpec, cells
 from sigma_vae.study.results import tabulate
-from sigma_vae.study.statistics import Difference, chosen_on_validation, paired_difference
+from sigma_vae.study.statistics import ELBO, Difference, chosen_on_validation, paired_difference
+from sigma_vae.study.words import in_words, told
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ARM", "BITS", "ELBO", "MARGINAL_KL", "PREDICTIONS", "STANDARD", "Done", "Setting", "frechet_columns", "settings"]
+__all__ = [
+    "ARM",
+    "BITS",
+    "ELBO",
+    "LEARNED",
+    "MARGINAL_KL",
+    "OPTIMAL",
+    "PREDICTIONS",
+    "STANDARD",
+    "Done",
+    "Setting",
+    "frechet_columns",
+    "settings",
+]
 
 ARM = "arm"
 """The column of the arm's label."""
-ELBO = "elbo_post_hoc_nats"
 BITS = "bits_per_dim_post_hoc"
 MARGINAL_KL = "information.marginal_kl_at_least_nats"
 PREDICTIONS = {"PSNR, dB": ("predictions.psnr_db", 2), "SSIM": ("predictions.ssim", 3)}
 """Of the best of several predictions of each clip: columns, and how exactly they are shown."""
-STANDARD = "standard"
+STANDARD, LEARNED = "standard", "learned"
+OPTIMAL = "gaussian/optimal"
 LIKELIHOOD = "model.likelihood"
 LEAST_GRID = 3
 """A grid of fewer fixed σ is no tuning."""
 FIXED = re.compile(r"gaussian/(fixed|beta):(.+)")
 FRECHET = re.compile(r"quality\.(.+)\.(samples\.means|frames|clips)\.frechet")
+
+
+class Choice(NamedTuple):
+    """The best of several arms."""
+
+    arm: str | None
+    """None where there are too few to choose from."""
+    left_out: str
+    """In words, which could not be chosen."""
 
 
 class Done(NamedTuple):
@@ -112,19 +135,40 @@ class Setting:
             return None
         return paired_difference(self.table, metric, {ARM: ours, "prior": prior}, {ARM: theirs, "prior": prior})
 
-    def tuned(self) -> str | None:
-        """The fixed σ of three or more with the highest post-hoc ELBO on validation data: what somebody finds who tunes."""
-        known_ones = [arm for arm in self.fixed if len(self.values(arm, ELBO, self.plain, "validation"))]
-        if len(known_ones) < LEAST_GRID:
-            return None
-        rows = self.table[self.table["prior"] == self.plain]
-        return str(chosen_on_validation(rows, ARM, known_ones, ELBO, highest=True).place[ARM])
+    def complete(self, arms: Iterable[str], metric: str, prior: str, like: str | None, split: str = "test") -> list[str]:
+        """The arms with a number for every seed that another arm has one for: means over other seeds do not compare."""
+        seeds = set(self.values(like, metric, prior, split).index)
+        found = {arm: set(self.values(arm, metric, prior, split).index) for arm in arms}
+        return [arm for arm, has in found.items() if has and has >= seeds]
 
-    def best(self, metric: str, prior: str, *, highest: bool) -> str | None:
+    def tuned(self) -> Choice:
+        """The fixed σ of three or more with the highest post-hoc ELBO on validation data: what somebody finds who tunes."""
+        there = self.complete(self.fixed, ELBO, self.plain, self.first(OPTIMAL), "validation")
+        if len(there) < LEAST_GRID:
+            return Choice(None, "")
+        rows = self.table[self.table["prior"] == self.plain]
+        return self._chosen(str(chosen_on_validation(rows, ARM, there, ELBO, highest=True).place[ARM]), self.fixed, there)
+
+    def best(self, metric: str, prior: str, *, highest: bool) -> Choice:
         """The fixed σ of three or more with the highest, or the least, mean of a metric on the test split itself."""
-        means = {arm: found.mean() for arm in self.fixed if len(found := self.values(arm, metric, prior))}
+        found = self.best_of(self.fixed, self.first(OPTIMAL), metric, prior, highest=highest)
+        return found if len(self.complete(self.fixed, metric, prior, self.first(OPTIMAL))) >= LEAST_GRID else Choice(None, "")
+
+    def best_of(self, arms: Iterable[str], like: str | None, metric: str, prior: str, *, highest: bool) -> Choice:
+        """The arm with the highest, or the least, mean on the test split, of those that have all the seeds of another arm."""
+        arms = list(arms)
+        there = self.complete(arms, metric, prior, like)
         choose = max if highest else min
-        return choose(means, key=lambda arm: means[arm]) if len(means) >= LEAST_GRID else None
+        best = choose(there, key=lambda arm: float(self.values(arm, metric, prior).mean())) if there else None
+        return self._chosen(best, arms, there)
+
+    def _chosen(self, arm: str | None, of: Iterable[str], there: Sequence[str]) -> Choice:
+        lacking = [name for name in of if name not in there]
+        return Choice(arm, f"; left out, as seeds are missing: {', '.join(lacking)}" if lacking else "")
+
+    def called(self, prior: str) -> str:
+        """A prior's name: of a network that learned the one it is trained with, that is no N(0, I)."""
+        return LEARNED if prior == STANDARD and self.learns_prior else prior
 
     def curves(self, arm: str) -> dict[int, list[tuple[int, float]]]:
         """Step and validation ELBO of each seed."""
@@ -151,22 +195,29 @@ class Setting:
         """Its name, of the first run that has ended."""
         return next((done.cell.config.model.network for dones in self.ended.values() for done in dones), "")
 
+    @property
+    def learns_prior(self) -> bool:
+        """Whether the network's own prior is learned with it: a ladder's, and that of video but for sequence:...-fixed."""
+        return self.network.startswith(("hierarchical", "sequence")) and not self.network.endswith("-fixed")
+
 
 def _label(cell: Cell, axis: str | None) -> str:
     """The arm of a cell."""
-    return cell.config.model.likelihood if axis is None else str(cell.place[axis])
+    return cell.config.model.likelihood if axis is None else in_words(cell.place[axis])
 
 
 def settings(spec: StudySpec, out: Path) -> list[Setting]:
     """The study's settings, in the order of the grid; what has not ended is not in them.
 
     Raises:
-        ValueError: no cell is finished.
+        ValueError: no cell has ended.
     """
     todo, axis = cells(spec), _axis(spec)
     ended = [Done(cell, record) for cell in todo if (record := known(cell, out)) is not None]
-    if not any(done.finished for done in ended):
-        raise ValueError(f"{out} has no finished cell of {spec.title!r}, so there is nothing to report; run the study first")
+    if not ended:
+        raise ValueError(
+            f"{out} has no cell of {spec.title!r} that has ended, so there is nothing to report; run the study first"
+        )
     table = tabulate(todo, out)
     by_key = {cell.key: cell for cell in todo}
     table[ARM] = [_label(by_key[key], axis) for key in table["key"]]
@@ -186,8 +237,7 @@ def _grouped(todo: Sequence[Cell], ended: Sequence[Done], axis: str | None) -> I
 
 
 def _words(cell: Cell, axis: str | None) -> str:
-    others = {name: value for name, value in cell.place.items() if name not in (axis, "seed")}
-    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in others.items())
+    return told({name: value for name, value in cell.place.items() if name not in (axis, "seed")})
 
 
 def _axis(spec: StudySpec) -> str | None:

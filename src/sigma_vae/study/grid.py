@@ -4,7 +4,8 @@ import copy
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,11 +14,19 @@ from typing import Any, ClassVar, NamedTuple
 from sigma_vae.config import RunConfig
 from sigma_vae.configfile import parse, read
 from sigma_vae.evaluation.settings import EvaluationSettings
+from sigma_vae.study.words import told
 
 __all__ = ["SHIPPED", "Cell", "StudySpec", "cells", "read_spec"]
 
 SHIPPED = tuple(sorted(path.name.removesuffix(".yaml") for path in resources.files(__package__).joinpath("specs").iterdir()))
 """Names of the specs that come with the library."""
+
+TAKEN = re.compile(
+    "key|status|error|prior|split|observes|training_seconds|core_seconds|arm|seeds"
+    "|examples|dims|levels|noise_seed|latent_dim|active_units|bits_per_dim.*|.*_nats|(sigma|factor)_post_hoc_.*"
+)
+"""Columns of a study's table, which no axis can be called."""
+SEED, STANDARD = "seed", "standard"
 
 Values = list[Any] | dict[str, dict[str, Any]]
 """Of an axis: values of one setting, or settings that go together, by a label."""
@@ -35,7 +44,8 @@ class StudySpec:
     """What all runs have in common: any part of a run's config."""
     axes: dict[str, Values]
     """What is varied. The name of a setting, as ``model.likelihood``, ``training.kl_weight`` or ``seed``, with its values; or a name of
-    your own with, for each label, settings that go together: ``{mlp: {model.network: mlp, model.width: 400}}``."""
+    your own, but of no column of the table, with, for each label, settings that go together: ``{mlp: {model.network: mlp, model.width:
+    400}}``."""
     about: str = ""
     """What it is to show."""
     priors: tuple[str, ...] = ("standard",)
@@ -48,10 +58,17 @@ class StudySpec:
     """The paper's numbers, to stand beside ours."""
 
     def __post_init__(self) -> None:
-        """Refuse a grid without cells."""
+        """Refuse a grid without cells, and axes that would be taken for something else."""
         for name, values in self.axes.items():
             if not values:
                 raise ValueError(f"the axis {name} has no values; give it some, or leave it out")
+            if TAKEN.fullmatch(name):
+                raise ValueError(f"the axis {name} has the name of a column of the study's table; call it something else")
+            if name == SEED and not isinstance(values, list):
+                raise ValueError(
+                    f"the axis seed pairs runs, and is a list of numbers, got the labels {', '.join(values)}; give"
+                    " seed: [0, 1, 2], and call the labels' axis something else"
+                )
         if not self.priors:
             raise ValueError("priors names at least one: standard")
 
@@ -96,23 +113,38 @@ def cells(spec: StudySpec) -> list[Cell]:
     """Every combination of the axes' values, the last axis first.
 
     Raises:
-        ValueError: a setting does not exist, or has no such value.
+        ValueError: a setting does not exist, or has no such value; a run is given a prior, which the study would fit anew; or two places
+            in the grid are the same run.
 
     >>> axes = {"model.likelihood": ["gaussian/optimal", "gaussian/fixed:1.0"], "seed": [0, 1]}
     >>> [cell.place["seed"] for cell in cells(StudySpec("two", {"data": {"source": "digits"}}, axes))]
     [0, 1, 0, 1]
     """
     labelled = [[(name, label, settings) for label, settings in _settings(name, values)] for name, values in spec.axes.items()]
-    found = []
+    found: dict[str, Cell] = {}
     for chosen in itertools.product(*labelled):
-        content = copy.deepcopy(spec.base)
-        for _, _, settings in chosen:
-            for path, value in settings.items():
-                _put(content, path, value)
-        place = {name: label for name, label, _ in chosen}
-        config = parse(content, RunConfig, f"{spec.title}, cell {place}")
-        found.append(Cell(place, config, spec.priors, spec.evaluation))
-    return found
+        cell = _cell(spec, {name: label for name, label, _ in chosen}, [settings for _, _, settings in chosen])
+        if (same := found.setdefault(cell.key, cell)) is not cell:
+            raise ValueError(
+                f"{spec.title} has the same run twice: {told(same.place)}, and {told(cell.place)}; leave one of them out,"
+                " or let them differ in a setting"
+            )
+    return list(found.values())
+
+
+def _cell(spec: StudySpec, place: dict[str, Any], chosen: Sequence[Mapping[str, Any]]) -> Cell:
+    """The settings of a place over those that all have in common."""
+    content = copy.deepcopy(spec.base)
+    for settings in chosen:
+        for path, value in settings.items():
+            _put(content, path, value)
+    config = parse(content, RunConfig, f"{spec.title}, cell {place}")
+    if config.model.prior != STANDARD:
+        raise ValueError(
+            f"{spec.title}, cell {place}, is given the prior {config.model.prior}, and runs of a study are trained with N(0, I) and"
+            f" then given each of the study's priors; leave model.prior out, and write priors: [standard, {config.model.prior}]"
+        )
+    return Cell(place, config, spec.priors, spec.evaluation)
 
 
 def _given(config: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from sigma_vae.config import RunConfig
 from sigma_vae.study.comparisons import ARM, Done, Setting
+from sigma_vae.study.words import told
 
 __all__ = ["BATCH_SIZES", "EVERY", "FLAT", "KL_WEIGHTS", "OTHER_NETWORKS", "Among", "batch_arm", "weight_arm"]
 
@@ -87,9 +88,7 @@ def _words(group: Sequence[Done], groups: Sequence[Sequence[Done]]) -> str:
     """What all of it have in common, and not all of the others."""
     common = {name: value for name, value in group[0].cell.place.items() if all(d.cell.place[name] == value for d in group)}
     everywhere = [name for name, value in common.items() if all(d.cell.place[name] == value for other in groups for d in other)]
-    return ", ".join(
-        f"{name.rpartition('.')[2]} {value}" for name, value in common.items() if name not in (*everywhere, "seed")
-    )
+    return told({name: value for name, value in common.items() if name not in (*everywhere, "seed")})
 
 
 EVERY = Among("finished runs", lambda found: found)

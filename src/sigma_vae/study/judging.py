@@ -28,7 +28,7 @@ def signed(found: Difference, digits: int = 1, unit: str = "") -> str:
     '−1.0 [−2.0, +0.5] nats, 3 seeds'
     """
     ends = "" if found.low is None else f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-    return f"{found.mean:+.{digits}f}{ends}{unit}, {found.pairs} seed{'s' * (found.pairs != 1)}".replace("-", "−")
+    return f"{found.mean:+.{digits}f}{ends}{unit}, {found.seeds}".replace("-", "−")
 
 
 def lacking(what: str) -> Verdict:
@@ -60,9 +60,7 @@ def below(found: Difference, bar: float, finding: str) -> Verdict:
 def within(found: Difference, bar: float, finding: str) -> Verdict:
     """Whether the whole interval is nearer to zero than the bar: holds; or beyond it on one side: does not."""
     verdict = above(found, -bar, finding)
-    if verdict.word == "holds":
-        return below(found, bar, finding)
-    return above(found, bar, finding) if found.low is not None and found.low > bar else verdict
+    return below(found, bar, finding) if verdict.word == "holds" else verdict
 
 
 def both(first: Verdict, second: Verdict) -> Verdict:

@@ -61,7 +61,7 @@ def verdicts(studies: Sequence[Path]) -> str:
         studies: their folders; the page calls them by the folders' names.
 
     Raises:
-        ValueError: none is given, one is no study's folder, or one has no finished cell.
+        ValueError: none is given, one is no study's folder, or of one no cell has ended.
     """
     if not studies:
         raise ValueError("no study is given; name the folders of some: sigma-vae study verdicts docs/studies/*")

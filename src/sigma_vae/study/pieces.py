@@ -23,6 +23,8 @@ class Table(NamedTuple):
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    folded: bool = False
+    """In HTML it is shown when asked for."""
 
 
 class Picture(NamedTuple):

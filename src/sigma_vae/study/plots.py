@@ -18,9 +18,12 @@ WIDTH, HEIGHT = 4.6, 3.3
 """Inches: on a phone text shrinks by a fifth alone."""
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
+LIGHTEST = 0.6
+"""Of the palette: any lighter would not have three times the contrast to white that lines need (WCAG 2.2, 1.4.11)."""
 OWN = ("*", "P", "X", "D", "v", "^", "<", ">")
 """Arms that find their own σ, where others are lines."""
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+WHAT = {"density": "densities", "level": "levels"}
 NOMINAL = (50, 80, 90, 95)
 THUMBNAIL, GREYS, COLOURS = 240, 16, 48
 """Pixels and colours, at most, of the smaller copies."""
@@ -34,9 +37,9 @@ class Plot(NamedTuple):
     alt: str
 
 
-def curves(setting: Setting) -> Plot | None:
+def curves(setting: Setting, observes: str) -> Plot | None:
     """Validation ELBO over steps, a line for each arm: mean and range over seeds, with the σ that the arm has itself."""
-    known = {arm: found for arm in setting.arms if (found := _over_seeds(setting, arm))}
+    known = {arm: found for arm in setting.arms if setting.observes(arm) == observes and (found := _over_seeds(setting, arm))}
     if not known:
         return None
 
@@ -55,7 +58,7 @@ def curves(setting: Setting) -> Plot | None:
         )
 
     ends = (f"{arm} {rows[-1][1]:.1f}" for arm, rows in known.items())
-    return Plot(_svg(draw, len(known)), _alt("Validation ELBO at the last step, nats", ends))
+    return Plot(_svg(draw, len(known)), _alt(f"Validation ELBO of {WHAT[observes]} at the last step, nats", ends))
 
 
 def rate_distortion(setting: Setting, observes: str) -> Plot | None:
@@ -139,14 +142,21 @@ def frechet(setting: Setting, features: str) -> Plot | None:
             known = [(rows.index(arm), found) for (arm, of), found in there.items() if of == prior]
             means, spread = [found.mean() for _, found in known], [_deviation(found) for _, found in known]
             axes.errorbar(
-                means, [y for y, _ in known], xerr=spread, linestyle="none", color=colour, marker=marker, capsize=3, label=prior
+                means,
+                [y for y, _ in known],
+                xerr=spread,
+                linestyle="none",
+                color=colour,
+                marker=marker,
+                capsize=3,
+                label=setting.called(prior),
             )
         axes.set_yticks(range(len(rows)), rows)
         axes.invert_yaxis()
         axes.grid(axis="y", color="0.9")
         axes.set(xscale="log", xlabel=f"Fréchet distance ({features}), less is better")
 
-    words = (f"{arm}, prior {prior}, {found.mean():.2f}" for (arm, prior), found in there.items())
+    words = (f"{arm}, prior {setting.called(prior)}, {found.mean():.2f}" for (arm, prior), found in there.items())
     return Plot(_svg(draw, len(setting.priors), height=1.4 + 0.28 * len(rows)), _alt("Mean Fréchet distance", words))
 
 
@@ -233,7 +243,7 @@ def _style(setting: Setting, arm: str) -> dict[str, Any]:
     look = {"marker": MARKERS[order % len(MARKERS)], "linestyle": DASHES[order % len(DASHES)]}
     if arm in setting.fixed:
         share = list(setting.fixed).index(arm) / max(1, len(setting.fixed) - 1)
-        return look | {"color": colormaps["cividis"](0.9 * share), "linewidth": 1.0}
+        return look | {"color": colormaps["cividis"](LIGHTEST * share), "linewidth": 1.0}
     others = [name for name in setting.arms if name not in setting.fixed]
     return look | {"color": OKABE_ITO[others.index(arm) % len(OKABE_ITO)], "linewidth": 1.8}
 

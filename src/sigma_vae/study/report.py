@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sigma_vae import __version__
-from sigma_vae.study import sections
+from sigma_vae.study import outcomes, sections
 from sigma_vae.study.cell import folder_of, known, record_of
 from sigma_vae.study.comparisons import settings
 from sigma_vae.study.folder import claim, spec_of
@@ -27,14 +27,14 @@ def report(out: Path) -> None:
         out: the study's folder.
 
     Raises:
-        ValueError: it is no study's folder, or no cell is finished.
+        ValueError: it is no study's folder, or no cell has ended.
     """
     spec = spec_of(out)
     found = settings(spec, out)
     parts = [
         sections.judged(found),
         sections.ended(spec, out, found),
-        sections.table(spec, tabulate(cells(spec), out)),
+        outcomes.results(spec, tabulate(cells(spec), out)),
         sections.differences(found),
         sections.figures(found),
         sections.samples(found, out),
@@ -55,10 +55,17 @@ def keep(out: Path, to: Path) -> None:
         to: a new folder, or one of the same study.
 
     Raises:
-        ValueError: ``out`` is no study's folder, no cell is finished, or ``to`` is the same folder or has finished cells of another grid.
+        ValueError: ``out`` is no study's folder, no cell has ended, or ``to`` is the same folder, one with trained runs, which a copy
+            without weights would replace, or has finished cells of another grid.
     """
     if to.resolve() == out.resolve():
         raise ValueError(f"a study is copied to another folder, got {to} twice")
+    trained = [run for run in to.glob("cells/*/run") if (run / "model").exists() or (run / "checkpoints").exists()]
+    if trained:
+        raise ValueError(
+            f"{to} holds the weights of {len(trained)} runs, which a copy without weights would replace; give another --to: a new"
+            " folder, or one that this study was copied to before"
+        )
     spec = spec_of(out)
     pictures = sections.samples(settings(spec, out), out).pictures
     claim(spec, to)

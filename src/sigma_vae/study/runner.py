@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sigma_vae.study.cell import do, finished, known
+from sigma_vae.study.checking import check
 from sigma_vae.study.folder import claim
 from sigma_vae.study.grid import StudySpec, cells
 from sigma_vae.study.results import collect
@@ -47,13 +48,21 @@ def run(
         The records of all cells, in the order of the grid.
 
     Raises:
-        ValueError: a cell's configuration is not possible, the folder has finished cells of another grid, or the backend's package is
+        ValueError: a cell's configuration is not possible (what can be known of that without its data is told before anything is
+            trained), ``retries`` or ``workers`` is too small, the folder has finished cells of another grid, or the backend's package is
             not installed.
         ChildProcessError: a worker was killed; what is finished is kept.
     """
     from joblib import Parallel, cpu_count, delayed, effective_n_jobs
 
+    if retries < 0:
+        raise ValueError(f"retries is how often a failed cell is tried again, at least 0, got {retries}")
+    if workers is not None and workers < 1:
+        raise ValueError(
+            f"workers is how many cells are done at once, at least 1, got {workers}; leave it out for one on each core"
+        )
     todo = cells(spec)
+    check([cell for cell in todo if not finished(cell, out)])
     claim(spec, out)
     ended = 0
     with _on(backend, workers, address):

@@ -9,11 +9,14 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Chosen", "Difference", "bootstrapped", "chosen_on_validation", "cost", "paired_difference", "summary"]
+__all__ = ["ELBO", "Chosen", "Difference", "bootstrapped", "chosen_on_validation", "cost", "paired_difference", "summary"]
 
+ELBO = "elbo_post_hoc_nats"
 DIGITS = {
     "bits_per_dim_post_hoc": 4,
-    "elbo_post_hoc_nats": 1,
+    ELBO: 1,
+    f"{ELBO}.density": 1,
+    f"{ELBO}.level": 1,
     "rate_nats": 2,
     "calibration.density.coverage.90": 3,
     "predictions.psnr_db": 2,
@@ -32,6 +35,15 @@ class Difference(NamedTuple):
     high: float | None
     pairs: int
 
+    @property
+    def seeds(self) -> str:
+        """How many pairs, in words.
+
+        >>> Difference(1.0, None, None, 1).seeds, Difference(1.0, 0.5, 1.5, 2).seeds
+        ('1 seed', '2 seeds')
+        """
+        return f"{self.pairs} seed{'s' * (self.pairs != 1)}"
+
 
 class Chosen(NamedTuple):
     """A place in a grid, by its mean on the validation split, and its numbers on the test split."""
@@ -43,17 +55,37 @@ class Chosen(NamedTuple):
 def summary(table: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
     """Mean ± standard deviation over seeds on the test split, a row for each place of the grid and each prior.
 
+    A place whose cells have all failed has one row, of no prior. Where some bounds are of densities and some of levels, which do not
+    compare, each have a column.
+
     Args:
         table: of :func:`~sigma_vae.study.results.collect`.
         by: the axes that make a place: all but the seed.
+
+    Returns:
+        Columns: the axes, ``prior``, ``seeds`` (how many are finished), ``failed`` (how many are not), and what was measured, in words.
     """
     import pandas as pd
 
-    rows = []
-    for place, group in _test(table).groupby([*by, "prior"], sort=False, dropna=False):
-        row: dict[str, Any] = dict(zip([*by, "prior"], place, strict=True)) | {"seeds": len(group)}
-        rows.append(row | {name: _spread(group[name], digits) for name, digits in _shown(table).items()})
+    rows, shown = [], _shown(table := _observed_apart(table))
+    for place, group in table.groupby(list(by), sort=False, dropna=False) if by else [((), table)]:
+        about: dict[str, Any] = dict(zip(by, place, strict=True))
+        failed = group.loc[group["status"] != "done", "key"].nunique()
+        there = _test(group)
+        for prior, ours in there.groupby("prior", sort=False) if len(there) else [("", there)]:
+            counts = {"prior": prior, "seeds": len(ours), "failed": failed}
+            rows.append(about | counts | {name: _spread(ours[name], digits) for name, digits in shown.items()})
     return pd.DataFrame(rows)
+
+
+def _observed_apart(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The ELBO of densities and of levels in two columns, where there are both."""
+    there = {ELBO, "observes"} <= set(table.columns)
+    kinds: set[str] = set(table.loc[table[ELBO].notna(), "observes"]) if there else set()
+    if len(kinds) < 2:
+        return table
+    apart = {f"{ELBO}.{kind}": table[ELBO].where(table["observes"] == kind) for kind in sorted(kinds)}
+    return table.drop(columns=ELBO).assign(**apart)
 
 
 def paired_difference(
@@ -117,8 +149,8 @@ def chosen_on_validation(table: "pd.DataFrame", axis: str, candidates: Sequence[
 
 
 def cost(table: "pd.DataFrame") -> dict[str, float]:
-    """Runs and core-hours, training and evaluation together."""
-    runs = table[table["status"] == "done"].drop_duplicates("key")
+    """Runs and core-hours, training and evaluation together: of all that ended, those that failed as well."""
+    runs = table.drop_duplicates("key")
     return {"runs": len(runs), "core_hours": float(runs["core_seconds"].sum()) / 3600}
 
 

@@ -36,8 +36,8 @@ def _share(setting: Setting, ours: str | None, metric: str) -> dict[Any, float]:
     """Where ours is between the least and the most of the fixed σ, for each seed that has four of them or more."""
     import pandas as pd
 
-    grid = pd.DataFrame({arm: setting.values(arm, metric, setting.plain) for arm in setting.fixed}).dropna()
-    mine = setting.values(ours, metric, setting.plain)
+    known = {arm: values for arm in setting.fixed if len(values := setting.values(arm, metric, setting.plain))}
+    mine, grid = setting.values(ours, metric, setting.plain), pd.DataFrame(known).dropna()
     if grid.shape[1] < 4:
         return {}
     low, wide = grid.min(axis=1), grid.max(axis=1) - grid.min(axis=1)
@@ -47,14 +47,14 @@ def _share(setting: Setting, ours: str | None, metric: str) -> dict[Any, float]:
 def _coverage(setting: Setting) -> Iterator[Verdict]:
     """Holds if the share of values in optimal's 90 % interval is nearer to 90 % than that of a fixed σ (the best on validation, and 1)."""
     ours, judged = setting.first(OPTIMAL), False
-    for theirs in dict.fromkeys(arm for arm in (setting.tuned(), setting.unit) if arm is not None):
+    for theirs in dict.fromkeys(arm for arm in (setting.tuned().arm, setting.unit) if arm is not None):
         mine, other = (setting.values(arm, COVERAGE, setting.plain) for arm in (ours, theirs))
         seeds = [seed for seed in mine.index if seed in other.index]
         if seeds:
             judged = True
-            found = bootstrapped([abs(mine[seed] - 0.9) - abs(other[seed] - 0.9) for seed in seeds])
-            covers = f"optimal covers {100 * mine.mean():.1f} %, {theirs} {100 * other.mean():.1f} %"
-            yield below(found, 0.0, f"{covers}; difference in the errors: {signed(found, 3)}")
+            found = bootstrapped([100 * (abs(mine[seed] - 0.9) - abs(other[seed] - 0.9)) for seed in seeds])
+            covers = f"optimal covers {100 * mine.mean():.2f} %, {theirs} {100 * other.mean():.2f} %"
+            yield below(found, 0.0, f"{covers}; difference in the errors: {signed(found, 3, ' percentage points')}")
     if not judged:
         yield lacking(f"calibration of {OPTIMAL}, and of σ = 1 or three fixed σ")
 

@@ -15,7 +15,7 @@ CLOSE = {ELBO: 0.05, "frechet": 0.10, "predictions": 0.05}
 
 def _tuned_likelihood(setting: Setting) -> Iterator[Verdict]:
     """Holds if optimal minus the best of 3 or more fixed σ (chosen on validation), in post-hoc ELBO on test, is above −5 % of it."""
-    ours, best = setting.first(OPTIMAL), setting.tuned()
+    ours, (best, left_out) = setting.first(OPTIMAL), setting.tuned()
     found = setting.difference(ELBO, ours, best, setting.plain)
     if found is None or best is None:
         yield lacking(f"{OPTIMAL} and three fixed σ")
@@ -24,7 +24,7 @@ def _tuned_likelihood(setting: Setting) -> Iterator[Verdict]:
     finding = f"optimal − {best}: {signed(found, 1, ' nats')} ({percent(found.mean / size)} of it){_end(setting, best)}"
     if found.low is not None and found.high is not None and found.low <= 0:
         finding += "; it is below the best" if found.high < 0 else "; neither is shown to be above the other"
-    yield above(found, -CLOSE[ELBO] * size, finding)
+    yield above(found, -CLOSE[ELBO] * size, finding + left_out)
 
 
 def _end(setting: Setting, arm: str) -> str:
@@ -47,13 +47,13 @@ def _samples(setting: Setting, priors: list[str], close: float) -> Iterator[Verd
     judged = False
     for features, metric in frechet_columns(setting.table).items():
         for prior in priors:
-            best = setting.best(metric, prior, highest=False)
+            best, left_out = setting.best(metric, prior, highest=False)
             found = setting.difference(metric, setting.first(OPTIMAL), best, prior)
             if found is not None:
                 judged, size = True, float(setting.values(best, metric, prior).mean())
-                how = f"prior {prior}, {features}: optimal − {best}"
+                how = f"prior {setting.called(prior)}, {features}: optimal − {best}"
                 finding = f"{how}: {signed(found, 2)} ({percent(found.mean / size)} of its {size:.2f})"
-                yield below(found, close * size, finding)
+                yield below(found, close * size, finding + left_out)
     if not judged:
         yield lacking(
             f"Fréchet distances of {OPTIMAL} and of three fixed σ, with {'such a prior' if priors else 'another prior'}"
@@ -81,14 +81,14 @@ def _predictions(setting: Setting) -> Iterator[Verdict]:
     """Holds if optimal's PSNR, and SSIM, of the best predictions is above that of the best of 3 or more fixed σ (on test) less 5 %."""
     judged = False
     for name, (metric, digits) in PREDICTIONS.items():
-        best = setting.best(metric, setting.plain, highest=True)
+        best, left_out = setting.best(metric, setting.plain, highest=True)
         found = setting.difference(metric, setting.first(OPTIMAL), best, setting.plain)
         if found is not None:
             judged, size = True, float(setting.values(best, metric, setting.plain).mean())
             finding = (
                 f"{name}: optimal − {best}: {signed(found, digits)} ({percent(found.mean / size)} of its {size:.{digits}f})"
             )
-            yield above(found, -CLOSE["predictions"] * abs(size), finding)
+            yield above(found, -CLOSE["predictions"] * abs(size), finding + left_out)
     if not judged:
         yield lacking(f"predictions of {OPTIMAL} and of three fixed σ")
 

@@ -1,0 +1,131 @@
+"""What each place of a grid reached, beside what the paper has: the table of a report, and of the terminal."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sigma_vae.study.cell import known
+from sigma_vae.study.comparisons import BITS, ELBO, STANDARD, frechet_columns
+from sigma_vae.study.grid import StudySpec, cells
+from sigma_vae.study.pieces import Section, Table, minus
+from sigma_vae.study.statistics import summary
+from sigma_vae.study.words import in_words, told
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["failures", "how_far", "results"]
+
+COLUMNS = {
+    BITS: "bits/dim, refitted σ",
+    ELBO: "ELBO, nats, refitted σ",
+    f"{ELBO}.density": "ELBO of densities, nats, refitted σ",
+    f"{ELBO}.level": "ELBO of levels, nats, refitted σ",
+    "rate_nats": "rate, nats",
+    "calibration.density.coverage.90": "90 % interval covers",
+    "predictions.psnr_db": "PSNR of the best prediction, dB",
+    "predictions.ssim": "SSIM of the best prediction",
+}
+PAPER = ("paper: ELBO, nats (it prints −ELBO)", "paper: FID")
+LONGEST = 300
+"""Characters of an error in a table; all of it is in the cell's ``cell.json``."""
+
+
+def how_far(spec: StudySpec, out: Path) -> str:
+    """How many cells are done, failed, or have not ended.
+
+    >>> how_far(StudySpec("one", {"data": {"source": "digits"}}, {"seed": [0]}), Path("nowhere"))
+    '0 of 1 cells are done, 0 failed, 1 have not ended.'
+    """
+    states = [None if (record := known(cell, out)) is None else record["status"] for cell in cells(spec)]
+    done, failed = states.count("done"), states.count("failed")
+    return f"{done} of {len(states)} cells are done, {failed} failed, {states.count(None)} have not ended."
+
+
+def failures(spec: StudySpec, out: Path) -> tuple[Table, ...]:
+    """The cells that failed, with the error of each; nothing where none did."""
+    records = [(cell, known(cell, out)) for cell in cells(spec)]
+    rows = tuple(
+        (told(cell.place), _short(record["error"]), str(record["failures"]))
+        for cell, record in records
+        if record is not None and record["status"] != "done"
+    )
+    return (Table("Cells that failed", ("cell", "error", "times"), rows),) if rows else ()
+
+
+def _short(error: str) -> str:
+    return error if len(error) <= LONGEST else f"{error[:LONGEST]} …"
+
+
+def results(spec: StudySpec, rows: "pd.DataFrame") -> Section:
+    """Mean ± standard deviation over seeds for each place and prior, the paper's figures beside.
+
+    Args:
+        spec: the grid.
+        rows: of :func:`~sigma_vae.study.results.tabulate`.
+    """
+    by = [name for name in spec.axes if name != "seed"]
+    found = summary(rows, by)
+    metrics = [name for name in found.columns if name not in (*by, "prior", "seeds", "failed")]
+    published = spec.published.get("rows", {})
+    heads = (*(name.rpartition(".")[2] for name in by), "prior", "seeds", *(_head(found, name) for name in metrics))
+    lines = []
+    for line in found.to_dict("records"):
+        failed = f", {line['failed']} failed" if line["failed"] else ""
+        ours = (*(in_words(line[name]) for name in by), line["prior"], f"{line['seeds']}{failed}")
+        lines.append((*ours, *(minus(line[name]) for name in metrics), *(_published(spec, line) if published else ())))
+    words = "Test split, mean ± standard deviation over seeds. Fewer bits, more ELBO and smaller distances are better."
+    if f"{ELBO}.level" in metrics:
+        words += " The ELBO of a density and that of levels are of different things: they do not compare."
+    table = Table("Results", heads + (PAPER if published else ()), tuple(lines))
+    return Section("What each run reached", (words,), tables=(table, *_others(spec)), further=_about_published(spec))
+
+
+def _head(found: "pd.DataFrame", name: str) -> str:
+    features = {column: kind for kind, column in frechet_columns(found).items()}
+    return COLUMNS[name] if name in COLUMNS else f"Fréchet distance ({features[name]})"
+
+
+def _about_published(spec: StudySpec) -> tuple[str, ...]:
+    words = tuple(
+        f"{name.capitalize()}: {str(spec.published[name]).rstrip('.')}."
+        for name in ("source", "note", "claim")
+        if name in spec.published
+    )
+    if "columns" in spec.published:
+        words += (f"Where the paper's figures stand in one row, they are of {' / '.join(spec.published['columns'])}.",)
+    if spec.published.get("rows"):
+        words += ("The paper's figures are of its own data and networks: compare the order of rows, not numbers.",)
+    return words
+
+
+def _published(spec: StudySpec, line: Mapping[Any, Any]) -> tuple[str, str]:
+    """Of the row's likelihood, beside N(0, I) alone, which is the paper's prior."""
+    known_rows = {str(name): row for name, row in spec.published["rows"].items()}
+    row = next((known_rows[str(value)] for value in line.values() if str(value) in known_rows), None)
+    if row is None or line["prior"] != STANDARD:
+        return "", ""
+    columns = spec.published.get("columns", [])
+    return _figures(row, next((columns.index(value) for value in line.values() if value in columns), None))
+
+
+def _figures(row: Mapping[str, Any], at: int | None) -> tuple[str, str]:
+    """ELBO and FID of one of the paper's columns, or of all."""
+
+    def words(value: Any, sign: int) -> str:
+        if isinstance(value, list):
+            return words(value[at], sign) if at is not None else " / ".join(words(each, sign) for each in value)
+        return "–" if value is None else minus(f"{sign * value:g}")
+
+    return words(row.get("negative_elbo_nats"), -1), words(row.get("fid"), 1)
+
+
+def _others(spec: StudySpec) -> tuple[Table, ...]:
+    """The paper's rows that no row of ours stands beside."""
+    ours = {in_words(value) for values in spec.axes.values() for value in values} if STANDARD in spec.priors else set()
+    others = {str(name): row for name, row in spec.published.get("rows", {}).items() if str(name) not in ours}
+    noted = any("note" in row for row in others.values())
+    notes = {name: (str(row.get("note", "")),) if noted else () for name, row in others.items()}
+    rows = tuple((name, *_figures(row, None), *notes[name]) for name, row in others.items())
+    heads = ("decoder", *PAPER, "note") if noted else ("decoder", *PAPER)
+    return (Table("Rows of the paper that have none here beside them", heads, rows),) if rows else ()

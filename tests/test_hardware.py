@@ -11,7 +11,6 @@ from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingCo
 from sigma_vae.data import Scaling, load
 from sigma_vae.data.batches import Batches
 from sigma_vae.data.stores import InMemory
-from sigma_vae.training import choices as rules
 from sigma_vae.training import fit
 from sigma_vae.training.calls import Calls, recount
 from sigma_vae.training.choices import Machine, Work, choose
@@ -25,23 +24,21 @@ CONV, NARROW, TINY = Work(12e9, widest_kernel=6), Work(12e9, widest_kernel=4), W
 
 
 @pytest.mark.parametrize(
-    ("machine", "work", "harmless", "expected"),
+    ("machine", "work", "expected"),
     [
-        (NEW, CONV, True, {"precision": "bfloat16", "memory_format": "channels-last", "steps_per_call": 1}),
-        (NEW, NARROW, True, {"precision": "bfloat16", "memory_format": "contiguous"}),
-        (NEW, TINY, True, {"precision": "float32", "memory_format": "contiguous", "steps_per_call": 16}),
-        (NEW, replace(CONV, measured=False), True, {"precision": "float32"}),
-        (NEW, CONV, False, {"precision": "float32", "memory_format": "contiguous"}),
-        (OLD, CONV, True, {"precision": "float32", "memory_format": "contiguous"}),
-        (NEW, CONV, True, {"allocator": "patient", "fused_optimiser": True, "compile": False}),
-        (replace(NEW, glibc=False), CONV, True, {"allocator": "default"}),
-        (GPU, CONV, True, {"allocator": "default", "precision": "bfloat16", "steps_per_call": 16}),
-        (replace(NEW, processors=1.5), CONV, True, {"threads": 2}),
-        (NEW, CONV, True, {"threads": 8}),
+        (NEW, CONV, {"precision": "bfloat16", "memory_format": "channels-last", "steps_per_call": 1}),
+        (NEW, NARROW, {"precision": "bfloat16", "memory_format": "contiguous"}),
+        (NEW, TINY, {"precision": "float32", "memory_format": "contiguous", "steps_per_call": 16}),
+        (NEW, replace(CONV, measured=False), {"precision": "float32"}),
+        (OLD, CONV, {"precision": "float32", "memory_format": "contiguous"}),
+        (NEW, CONV, {"allocator": "patient", "fused_optimiser": True, "compile": False}),
+        (replace(NEW, glibc=False), CONV, {"allocator": "default"}),
+        (GPU, CONV, {"allocator": "default", "precision": "float32", "steps_per_call": 16}),
+        (replace(NEW, processors=1.5), CONV, {"threads": 2}),
+        (NEW, CONV, {"threads": 8}),
     ],
 )
-def test_what_is_chosen(monkeypatch, machine, work, harmless, expected):
-    monkeypatch.setattr(rules, "BFLOAT16_DOES_NO_HARM", harmless)
+def test_what_is_chosen(machine, work, expected):
     chosen = choose(TrainingConfig(), machine, work)
     assert {name: getattr(chosen, name) for name in expected} == expected
 

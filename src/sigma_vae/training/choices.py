@@ -11,8 +11,6 @@ from sigma_vae.config import TrainingConfig
 
 __all__ = ["Choices", "Machine", "Work", "choose"]
 
-BFLOAT16_DOES_NO_HARM = False
-"""Whether several seeds ended at the same test ELBO with it as without: `python -m benchmarks.speed --part precision`."""
 LEAST_FLOPS_OF_BFLOAT16 = 6e7
 """Of a step's forward pass. Below, casting costs more than is won: an MLP on 28×28 breaks even at a width of 100 (docs/speed.md)."""
 WIDE_KERNEL = 5
@@ -41,7 +39,8 @@ class Machine:
 class Work:
     """What a step is made of: operations of its forward pass (a multiplication and an addition are two), and its widest kernel.
 
-    ``measured`` is whether this kind of network was tried in bfloat16.
+    ``measured`` is whether several seeds of this kind of network, on CPUs, ended at the same test ELBO in bfloat16 as in float32:
+    `python -m benchmarks.speed --part precision`.
     """
 
     flops: float
@@ -91,10 +90,11 @@ def choose(config: TrainingConfig, machine: Machine, work: Work) -> Choices:
     (2, 'float32', 16)
     """
     asked = config.hardware
-    gains = machine.bfloat16 and work.measured and work.flops >= LEAST_FLOPS_OF_BFLOAT16
+    harmless = work.measured and machine.device == "cpu"
+    gains = machine.bfloat16 and work.flops >= LEAST_FLOPS_OF_BFLOAT16
     precision = asked.precision
     if precision == "auto":
-        precision = "bfloat16" if BFLOAT16_DOES_NO_HARM and gains else "float32"
+        precision = "bfloat16" if harmless and gains else "float32"
     memory_format = asked.memory_format
     if memory_format == "auto":
         wide = precision == "bfloat16" and work.widest_kernel >= WIDE_KERNEL

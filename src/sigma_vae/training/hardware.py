@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Splits
-from sigma_vae.networks import FlatNetwork, HierarchicalNetwork
+from sigma_vae.networks import FlatNetwork
 from sigma_vae.passes import in_eval_mode
 from sigma_vae.training.choices import Choices, Machine, Work, choose
 from sigma_vae.vae import VAE, keyed_noise
@@ -80,7 +80,7 @@ def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
     return Work(
         flops=float(counted.total) * batch_size,
         widest_kernel=max(kernels, default=0),
-        measured=isinstance(vae.network, FlatNetwork | HierarchicalNetwork),
+        measured=isinstance(vae.network, FlatNetwork),
     )
 
 

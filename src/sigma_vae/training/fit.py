@@ -133,21 +133,26 @@ def _fit(
             print(choices)
             callbacks.append(Bar(config.epochs, module.total_steps))
         trainer = _trainer(config, folder, where, loggers, callbacks, SealedCheckpoints(resumed))
-        try:
-            with applied(choices, model), global_statistics(model):
-                trainer.fit(module, calls, validation, ckpt_path=resumed, weights_only=True)
-        except Terminated:
-            raise
-        except NonFiniteLossError as error:
-            step = trainer.global_step if module.failed is None else module.failed
-            raise (error if out is None else kept.told(error, step)) from error
-        except SystemExit as stop:  # what the engine makes of a KeyboardInterrupt
-            raise KeyboardInterrupt from stop
+        with _ends_as_ours(module, None if out is None else kept), applied(choices, model), global_statistics(model):
+            trainer.fit(module, calls, validation, ckpt_path=resumed, weights_only=True)
         if on_any(resumable.asked is not None):  # when nothing was left but to come here
             resumable.stop()
         if best.best_model_score is not None or model is not vae:
             _load_weights(vae, last if best.best_model_score is None else best.path)
         vae.to(where).eval().calibrate(shared(data, "train", _passing_batch(data), where))
+
+
+@contextmanager
+def _ends_as_ours(module: TrainingModule, kept: KeepsBrokenStep | None) -> Iterator[None]:
+    """Of a loss that is not finite tell what was kept of it; let a Ctrl-C be one, which the engine makes an exit of."""
+    try:
+        yield
+    except Terminated:
+        raise
+    except NonFiniteLossError as error:
+        raise (error if kept is None else kept.told(error, module.newest_step)) from error
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
 
 
 def _between(model: VAE, config: TrainingConfig, part: Batches) -> list[pl.Callback]:

@@ -231,6 +231,11 @@ class TrainingModule(pl.LightningModule):
         return torch.optim.AdamW(groups, lr=rate, fused=self.choices.fused_optimiser)
 
     @property
+    def newest_step(self) -> int:
+        """The step that was found to have failed, else the one at hand."""
+        return self.global_step if self.failed is None else self.failed
+
+    @property
     def total_steps(self) -> int:
         """Of the whole training, unless it is stopped before."""
         whole = self.config.epochs * len(self.calls.batches)

@@ -74,18 +74,17 @@ class KeepsBrokenStep(pl.Callback):
             return
         assert isinstance(pl_module, TrainingModule)
         try:
-            self._keep(trainer, pl_module, str(exception))
+            self._keep(pl_module, str(exception))
         except Exception as error:  # whatever goes wrong here must not hide what did there
             self.problem = f"{type(error).__name__}: {error}"
 
-    def _keep(self, trainer: pl.Trainer, module: TrainingModule, diagnosis: str) -> None:
+    def _keep(self, module: TrainingModule, diagnosis: str) -> None:
         at_hand = module.at_hand if self.validated is None else (self.validated, torch.zeros(0, dtype=torch.uint8))
         if at_hand is None:
             return
         weights = {name: whole(value).cpu() for name, value in module.vae.state_dict().items()}
         (batch, rng), split = at_hand, "train" if self.validated is None else "validation"
-        number = trainer.global_step if module.failed is None else module.failed
-        about = {"step": number, "split": split, "diagnosis": diagnosis, "choices": asdict(module.choices)}
+        about = {"step": module.newest_step, "split": split, "diagnosis": diagnosis, "choices": asdict(module.choices)}
         self.problem = None
         if processes().rank == first_where(module.fails_here):
             try:

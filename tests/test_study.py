@@ -216,6 +216,7 @@ def lines(path):
 
 def test_what_is_kept_gives_the_same_report_and_is_small(finished, tmp_path, capsys):
     kept = tmp_path / "kept"
+    study.report(finished)
     assert main(["study", "keep", str(finished), "--to", str(kept)]) == 0
     assert capsys.readouterr().out.strip() == str(kept / "report.html")
     for name in ("report.html", "report.md"):

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data import load
-from sigma_vae.data.files.idx import read_images
+from sigma_vae.data.arrays import read_images
 from sigma_vae.evaluation.features import load_extractor
-from sigma_vae.evaluation.frechet import frechet_distance
+from sigma_vae.evaluation.quality import frechet_distance
 
 BATCH, LEARNING_RATE = 64, 2e-3
 LABELS_MAGIC = 0x00000801  # unsigned bytes, one axis

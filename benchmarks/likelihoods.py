@@ -23,7 +23,7 @@ import tyro
 from torch import Tensor
 from torch.nn import functional
 
-from sigma_vae import build
+from sigma_vae import models
 
 GAUSSIANS = ("gaussian/optimal", "gaussian/shared", "gaussian/per-image", "gaussian/per-pixel")
 OTHERS = ("laplace/optimal", "logistic/optimal", "student-t/optimal", "student-t:learned/optimal", "gaussian/running-minimum")
@@ -117,7 +117,7 @@ def resident(kind: str) -> int:
 def ours(name: str) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
     name, _, observes = name.partition("@")
     levels = 2 if name == "bernoulli" else LEVELS
-    likelihood = build.likelihood(name, CHANNELS, levels=levels, mean="identity", observes=observes or "density")
+    likelihood = models.likelihood(name, CHANNELS, levels=levels, mean="identity", observes=observes or "density")
     likelihood.train()
     return lambda h, x: -likelihood(h, x).log_prob(x), likelihood.in_channels
 

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from benchmarks.priors import spread
-from sigma_vae import build, runs
+from sigma_vae import models, runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 
 BATCH_SIZE = 64
@@ -66,7 +66,7 @@ def one(network: str, likelihood: str, minutes: float, data: str, seed: int) -> 
         report = runs.train(config, run, progress=False)
         steps = torch.load(run / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)["global_step"]
         parameters = sum(p.numel() for p in runs.open_model(run).vae.network.parameters())
-    images = images_seen(steps, len(build.data(config.data).train))
+    images = images_seen(steps, len(models.data(config.data).train))
     return {
         "seed": seed,
         "bits_per_dim_post_hoc": report["bits_per_dim_post_hoc"]["mean"],

@@ -14,13 +14,13 @@ import torch
 import tyro
 from torch import nn
 
-from sigma_vae import VAE, build
+from sigma_vae import VAE, models
 from sigma_vae.config import DataConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import Splits
 from sigma_vae.networks import FlatNetwork
 from sigma_vae.networks.mlp import START_LOG_VARIANCE
-from sigma_vae.passes import keyed_noise
 from sigma_vae.training import fit
+from sigma_vae.vae import keyed_noise
 
 LATENTS = 20
 STEPS = {"fashion-mnist": 4688, "mnist-5k": 1875}
@@ -45,7 +45,7 @@ def main(
     """
     rows: list[dict[str, Any]] = []
     for name in data:
-        splits = build.data(DataConfig(name))
+        splits = models.data(DataConfig(name))
         for seed, start, likelihood in product(range(seeds), starts, likelihoods):
             place = {"data": name, "start_log_variance": start, "likelihood": likelihood, "seed": seed}
             found = one(splits, STEPS.get(name, STEPS["mnist-5k"]), start, likelihood, seed)
@@ -59,7 +59,7 @@ def main(
 def one(data: Splits, steps: int, start: float, likelihood: str, seed: int) -> float:
     """Train one model; its mean ELBO on test with σ refitted on the training data, in nats."""
     torch.manual_seed(seed)
-    vae = build.vae(ModelConfig(network="mlp", likelihood=likelihood), data.shape, data.scaling)
+    vae = models.vae(ModelConfig(network="mlp", likelihood=likelihood), data.shape, data.scaling)
     begin(vae, start)
     fit(
         vae,

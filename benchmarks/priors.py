@@ -18,15 +18,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from sigma_vae import build, runs
+from sigma_vae import models, runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import score
 from sigma_vae.evaluation.bounds import oracle
 from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.features import Extractor, load_extractor
-from sigma_vae.evaluation.frechet import frechet_distance
 from sigma_vae.evaluation.information import information
+from sigma_vae.evaluation.quality import frechet_distance
 from sigma_vae.priors import FittedPrior, MixturePrior
 from sigma_vae.vae import VAE, keyed_noise
 
@@ -121,7 +121,7 @@ def samples(vae: VAE, data: Splits, measures: dict[str, Extractor]) -> dict[str,
         )
     fit = float(score(vae, data.batches("test", BATCH)).log_likelihood_post_hoc.mean())  # of the same draws with every prior
     for name in PRIORS:
-        prior = build.prior(name, vae.flat_network.latent_dim)
+        prior = models.prior(name, vae.flat_network.latent_dim)
         if isinstance(prior, FittedPrior):
             vae.fit_prior(data.batches("train", BATCH), prior, data.batches("validation", BATCH))
         else:

@@ -24,11 +24,11 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from sigma_vae import VAE, build
+from sigma_vae import VAE, models
 from sigma_vae.config import ModelConfig, TrainingConfig
 from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
-from sigma_vae.training.accumulation import step_loss
+from sigma_vae.training.objective import step_loss
 from sigma_vae.types import Batch
 
 SIDE, BATCH, LATENTS = 32, 64, 20
@@ -104,7 +104,7 @@ def one(rank: int, count: int, folder: str, case: Case, steps: int) -> None:
         distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     side = case.get("side", SIDE)
     scaling = Scaling(levels=256)
-    vae = build.vae(ModelConfig("conv", latent_dim=case.get("latents", LATENTS)), (1, side, side), scaling)
+    vae = models.vae(ModelConfig("conv", latent_dim=case.get("latents", LATENTS)), (1, side, side), scaling)
     if "examples" in case:
         work = passing(vae, scaling, case["examples"])
         before, steps = memory(), 1  # the data are there

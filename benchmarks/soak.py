@@ -19,9 +19,7 @@ from typing import Annotated
 import tyro
 
 from sigma_vae import runs
-from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from sigma_vae.configfile import write
-from sigma_vae.evaluation.settings import EvaluationSettings
+from sigma_vae.config import DataConfig, EvaluationSettings, ModelConfig, RunConfig, TrainingConfig, write
 from sigma_vae.training.checkpoints import step_of
 
 WARM_UP = 0.1

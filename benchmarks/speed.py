@@ -27,7 +27,7 @@ import tyro
 
 from benchmarks.plain import BATCH, judged_elbo, plain
 from benchmarks.trainers import network_named, ours, train_one
-from sigma_vae import Gaussian, build
+from sigma_vae import Gaussian, models
 from sigma_vae.config import DataConfig, HardwareConfig, TrainingConfig
 from sigma_vae.data import Splits
 
@@ -82,7 +82,7 @@ def main(
         print(json.dumps(measured(part, *case.rsplit("|", 1), data=data)))
     elif part == "plain":
         if not path.exists() or len(json.loads(path.read_text())["rows"]) < epochs:
-            plain(path, build.data(DataConfig(data)), epochs, seed=0)
+            plain(path, models.data(DataConfig(data)), epochs, seed=0)
     else:
         results = each(part, path, rounds, data)
         print("\n".join(table(part, results, out)))
@@ -127,7 +127,7 @@ def in_fresh_process(part: Part, case: str, data: str) -> Measured:
 
 def measured(part: Part, case: str, number: str, data: str) -> Measured:
     """One measurement; its number is its seed."""
-    splits, seed = build.data(DataConfig(data)), int(number)
+    splits, seed = models.data(DataConfig(data)), int(number)
     if part == "images":
         timed = train_one(case, "conv", slice_of(splits, 20 * BATCH), 14, seed)
         return {"images_per_second": 1000 * BATCH / timed.milliseconds(warmup=4)}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.plain import BATCH, LATENTS, RATE, PlainLoop, images_of
-from sigma_vae import VAE, Fixed, Gaussian, build
+from sigma_vae import VAE, Fixed, Gaussian, models
 from sigma_vae.config import HardwareConfig, TrainingConfig
 from sigma_vae.data import Splits
 from sigma_vae.data.stores import Store
@@ -52,7 +52,7 @@ def tiny(data: Splits) -> FlatNetwork:
 def network_named(name: str, data: Splits, seed: int) -> Network:
     """``tiny``, or one of the library's, with one feature channel a data channel."""
     torch.manual_seed(seed)
-    return tiny(data) if name == "tiny" else build.network(name, data.shape, data.shape[0])
+    return tiny(data) if name == "tiny" else models.network(name, data.shape, data.shape[0])
 
 
 def plain_loop(network: FlatNetwork, data: Splits, steps: int) -> Timed:

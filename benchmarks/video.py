@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 
 from benchmarks.priors import spread
-from sigma_vae import build, cli, runs
+from sigma_vae import cli, models, runs
 from sigma_vae.config import ClipConfig, DataConfig, ImageConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.evaluation.video import predictions, psnr, ssim
 
@@ -58,7 +58,7 @@ def main(
 
 def copied(clips: int) -> dict[str, float]:
     """PSNR and SSIM of no prediction at all, on the same clips."""
-    x = next(iter(build.data(DATA).batches("test", clips))).x
+    x = next(iter(models.data(DATA).batches("test", clips))).x
     still = x[:, GIVEN - 1 : GIVEN].expand_as(x[:, GIVEN:])
     return {"psnr_db": float(psnr(still, x[:, GIVEN:]).mean()), "ssim": float(ssim(still, x[:, GIVEN:]).mean())}
 

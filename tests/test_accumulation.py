@@ -8,7 +8,7 @@ from test_processes import SHAPE, Case, last, toy_data, toy_vae
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.training import fit
-from sigma_vae.training.accumulation import step_loss
+from sigma_vae.training.objective import step_loss
 from sigma_vae.types import Batch
 
 EXAMPLES, PARTS = 10, 4

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sigma_vae import build
-from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from sigma_vae.configfile import parse, read, write
+from sigma_vae import models
+from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, parse, read, write
 from sigma_vae.data import Scaling
 from sigma_vae.likelihoods import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT
 from sigma_vae.likelihoods.base import LocationScale
@@ -31,7 +30,7 @@ SCALES = {
 
 @pytest.mark.parametrize(("name", "kind"), SCALES.items())
 def test_a_scale_name_builds_its_scale(name, kind):
-    likelihood = build.likelihood(f"gaussian/{name}", channels=3)
+    likelihood = models.likelihood(f"gaussian/{name}", channels=3)
     assert isinstance(likelihood, LocationScale)
     assert isinstance(likelihood.scale, kind)
     if isinstance(likelihood.scale, Optimal):
@@ -50,7 +49,7 @@ def test_a_scale_name_builds_its_scale(name, kind):
     ],
 )
 def test_a_student_t_name_says_its_degrees_of_freedom(name, df, in_channels):
-    likelihood = build.likelihood(f"{name}/optimal", channels=3)
+    likelihood = models.likelihood(f"{name}/optimal", channels=3)
     assert isinstance(likelihood, StudentT)
     assert likelihood.df == df
     assert likelihood.in_channels == in_channels
@@ -77,34 +76,34 @@ def test_a_student_t_name_says_its_degrees_of_freedom(name, df, in_channels):
 )
 def test_an_impossible_likelihood_is_refused_with_a_remedy(name, says):
     with pytest.raises(ValueError, match=says):
-        build.likelihood(name, channels=1)
+        models.likelihood(name, channels=1)
 
 
 def test_an_unknown_network_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'conv'"):
-        build.network("convv", (1, 28, 28), 1, 20)
+        models.network("convv", (1, 28, 28), 1, 20)
 
 
 @pytest.mark.parametrize("sizes", [{"latent_dim": 0}, {"width": -3}])
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="at least 1"):
-        build.vae(replace(ModelConfig(network="mlp"), **sizes), (1, 8, 8), Scaling(256))
+        models.vae(replace(ModelConfig(network="mlp"), **sizes), (1, 8, 8), Scaling(256))
 
 
 def test_a_map_to_the_mean_is_refused_where_there_is_none():
     with pytest.raises(ValueError, match="takes no mean='identity'; leave it at auto"):
-        build.vae(ModelConfig("mlp", "categorical", mean="identity"), (1, 8, 8), Scaling(4))
+        models.vae(ModelConfig("mlp", "categorical", mean="identity"), (1, 8, 8), Scaling(4))
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("network", ["mlp", "conv", "residual"])
 def test_a_saved_model_is_the_same_model(scale, network, tmp_path):
     config = ModelConfig(network=network, likelihood=f"gaussian/{scale}", latent_dim=3, width=8)
-    vae = build.vae(config, (3, 9, 10), Scaling(256))
+    vae = models.vae(config, (3, 9, 10), Scaling(256))
     x = torch.randint(0, 256, (4, 3, 9, 10)) / 255
     vae.calibrate([x])
-    build.save(tmp_path / "model", vae, config, (3, 9, 10), Scaling(256))
-    saved = build.load(tmp_path / "model")
+    models.save(tmp_path / "model", vae, config, (3, 9, 10), Scaling(256))
+    saved = models.load(tmp_path / "model")
     assert (saved.config, saved.shape, saved.scaling) == (config, (3, 9, 10), Scaling(256))
     ours, theirs = vae.state_dict(), saved.vae.state_dict()
     assert ours.keys() == theirs.keys()
@@ -115,8 +114,8 @@ def test_a_saved_model_is_the_same_model(scale, network, tmp_path):
 
 def saved_model(folder: Path) -> Path:
     config = ModelConfig(network="mlp", latent_dim=2, width=4)
-    vae = build.vae(config, (1, 4, 4), Scaling(256))
-    build.save(folder, vae, config, (1, 4, 4), Scaling(256))
+    vae = models.vae(config, (1, 4, 4), Scaling(256))
+    models.save(folder, vae, config, (1, 4, 4), Scaling(256))
     return folder
 
 
@@ -153,7 +152,7 @@ def test_a_broken_model_is_refused_and_runs_no_code(breakage, tmp_path):
     folder = saved_model(tmp_path / "model")
     breaks(folder)
     with pytest.raises(ValueError, match=says):
-        build.load(folder)
+        models.load(folder)
 
 
 def test_a_config_survives_its_file(tmp_path):

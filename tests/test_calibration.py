@@ -36,9 +36,8 @@ from sigma_vae import (
 from sigma_vae.cli import main
 from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
-from sigma_vae.evaluation.calibration import INTERVALS, PIT_BINS, calibration
-from sigma_vae.evaluation.calibration_page import save_page
-from sigma_vae.evaluation.residuals import LAGS, Correlations, deciles
+from sigma_vae.evaluation.calibration import INTERVALS, LAGS, PIT_BINS, Correlations, calibration, deciles
+from sigma_vae.evaluation.plots import save_page
 from sigma_vae.runs import sigma as stored_sigma
 from sigma_vae.types import Batch, Likelihood
 from sigma_vae.vae import keyed_noise
@@ -648,7 +647,7 @@ def test_an_interrupted_write_leaves_the_old_model(interruption, moment: str, ru
         raise interruption
 
     function = "fsync" if moment == "while it is written" else "replace"
-    monkeypatch.setattr(f"sigma_vae.configfile.os.{function}", never)
+    monkeypatch.setattr(f"sigma_vae.config.os.{function}", never)
     assert main(["calibrate", str(run), "--split", "validation"]) in (1, 130)
     assert contents(run) == before
 

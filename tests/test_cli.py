@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import stats
 
 from sigma_vae.cli import COMMANDS, PROGRAM, main
-from sigma_vae.likelihoods.explain import explain
+from sigma_vae.likelihoods.translate import explain
 
 
 def test_train_does_the_whole_job_and_prints_json(tmp_path, capsys):

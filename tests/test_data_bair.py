@@ -9,8 +9,8 @@ import torch
 
 from sigma_vae.config import ClipConfig, DataConfig, ImageConfig
 from sigma_vae.data import load
-from sigma_vae.data.files.crc32c import crc32c
 from sigma_vae.data.named import bair
+from sigma_vae.data.named.bair import crc32c
 
 COUNTS = {"train": 12, "test": 3}
 SEQUENCES = {

@@ -182,7 +182,7 @@ def test_a_repository_of_plain_files():
 def test_headers_are_read_once(monkeypatch):
     write(thirds(SQUARES))
     first = load(hub(size=6))
-    monkeypatch.setattr("sigma_vae.data.files.pictures.probe", None)
+    monkeypatch.setattr("sigma_vae.data.pictures.probe", None)
     monkeypatch.setattr("sigma_vae.data.hub.probe", None)
     assert load(hub(size=6)).record == first.record
 

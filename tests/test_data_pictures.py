@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sigma_vae.config import ImageConfig
-from sigma_vae.data.files.pictures import plan, probe
+from sigma_vae.data.pictures import plan, probe
 from sigma_vae.data.raw import UnreadableError
 
 STATE = np.random.RandomState(0)

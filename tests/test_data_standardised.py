@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sigma_vae import build, runs
+from sigma_vae import models, runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.data import load, scaling
 from sigma_vae.data.stores import InMemory
@@ -45,7 +45,7 @@ def test_channels_have_mean_0_and_deviation_1_on_training_data(tmp_path):
     raw = np.load(tmp_path / "table.npz")
     np.testing.assert_allclose(data.scaling.undo(data.values("test")), raw["test"], rtol=1e-4)
     assert data.levels is None
-    assert build.vae(ModelConfig("mlp"), data.shape, data.scaling).likelihood.mean == "identity"
+    assert models.vae(ModelConfig("mlp"), data.shape, data.scaling).likelihood.mean == "identity"
 
 
 def test_moments_are_those_of_all_examples_though_few_are_taken_together(monkeypatch):
@@ -93,7 +93,7 @@ def test_a_bound_in_the_datas_own_units_is_that_of_a_gaussian(tmp_path):
     report = runs.train(config, tmp_path / "run", progress=False)
     truth = -sum(0.5 * math.log(2 * math.pi * math.e * s**2) for s in (3.0, 0.5, 20.0))
     assert report["elbo_nats"]["mean"] == pytest.approx(truth, abs=0.15)
-    saved = build.load(str(tmp_path / "run"))
+    saved = models.load(str(tmp_path / "run"))
     np.testing.assert_allclose(saved.scaling.deviation, rows[:3000].std(0), rtol=1e-5)
 
 

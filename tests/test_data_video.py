@@ -10,9 +10,9 @@ from PIL import Image
 
 from sigma_vae.config import ClipConfig, DataConfig, ImageConfig
 from sigma_vae.data import load
-from sigma_vae.data.files import films, windows
-from sigma_vae.data.files.films import Film, Frames
-from sigma_vae.data.files.pictures import plan
+from sigma_vae.data.pictures import plan
+from sigma_vae.data.sources import films, windows
+from sigma_vae.data.videos import Film, Frames
 
 av = pytest.importorskip("av", reason="videos need the package av")
 
@@ -377,7 +377,7 @@ def test_what_is_no_video_is_listed(tmp_path):
 
 
 def test_folders_are_videos_only_where_they_hold_some(tmp_path):
-    from sigma_vae.data.files.videos import holds_videos
+    from sigma_vae.data.videos import holds_videos
 
     asked, not_asked = ClipConfig(frames=4), ClipConfig()
     write_frames(tmp_path / "pictures" / "of a class", pictures(2))

@@ -12,7 +12,7 @@ from scipy import integrate, special, stats
 from torch import Tensor
 
 from sigma_vae import Bernoulli, BitwiseCategorical, Categorical, ContinuousBernoulli, LogisticMixture
-from sigma_vae.likelihoods.unscaled import Unscaled
+from sigma_vae.likelihoods.base import Unscaled
 
 # -- what NumPy and scipy say: log-masses of all levels, (pixels, channels, levels), from features (pixels, in_channels) ----------
 
@@ -250,7 +250,7 @@ def test_two_channels_of_a_mixture_are_given_the_first_though_they_share_but_the
 
 def test_many_rows_give_the_cdfs_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mixture and the categorical work part by part."""
-    monkeypatch.setattr("sigma_vae.likelihoods.chunks.CPU_FEATURES", 64)
+    monkeypatch.setattr("sigma_vae.likelihoods.densities.CPU_FEATURES", 64)
     for likelihood in (LogisticMixture(3, components=2, spatial_dims=1, levels=17), Categorical(2, spatial_dims=1, levels=17)):
         h = features(likelihood, (9,), (5,))
         x = torch.randint(0, 17, (9, likelihood.channels, 5)).double() / 16

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from test_discrete import FAMILIES, Family, colour_masses, each, features, levels_of
 
-from sigma_vae import Bernoulli, BitwiseCategorical, Categorical, ContinuousBernoulli, LogisticMixture, build
+from sigma_vae import Bernoulli, BitwiseCategorical, Categorical, ContinuousBernoulli, LogisticMixture, models
 from sigma_vae.cli import main
-from sigma_vae.likelihoods.chunks import in_chunks
-from sigma_vae.likelihoods.unscaled import Unscaled
+from sigma_vae.likelihoods.base import Unscaled
+from sigma_vae.likelihoods.densities import in_chunks
 
 RGB = Family("logistic-mixture-rgb", lambda *a, **k: LogisticMixture(3, components=3, **k), lambda *a: np.empty(0), channels=3)
 ALL = (*FAMILIES, RGB)
@@ -123,7 +123,7 @@ def test_reparametrised_draws_stay_in_range_at_extremes_and_others_have_none() -
 def test_gradients_in_parts_are_the_numeric_ones(family: Family, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     levels = min(family.levels, 4)
     likelihood = make(family, 1, levels)
-    monkeypatch.setattr("sigma_vae.likelihoods.chunks.CPU_FEATURES", rows * likelihood.in_channels * 2)
+    monkeypatch.setattr("sigma_vae.likelihoods.densities.CPU_FEATURES", rows * likelihood.in_channels * 2)
     h = features(likelihood, (4,), (2,)).requires_grad_()
     x = torch.from_numpy(np.random.default_rng(0).integers(0, levels, (4, family.channels, 2)) / (levels - 1))
     assert torch.autograd.gradcheck(
@@ -205,11 +205,11 @@ def test_nothing_is_stored_and_eval_does_not_look_at_x(family: Family) -> None:
         (lambda: ContinuousBernoulli(1, levels=None).log_mass(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)), "real-valued"),
         (lambda: Bernoulli(1).log_mass(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)), "objective, not a likelihood"),
         (lambda: Bernoulli(1)(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 2)), "was given data of shape"),
-        (lambda: build.likelihood("categorical/optimal", 1), "has no scale"),
-        (lambda: build.likelihood("categorical:3", 1), "only logistic-mixture takes a number"),
-        (lambda: build.likelihood("logistic-mixture:0", 1), "only logistic-mixture takes a number"),
-        (lambda: build.likelihood("continuous-bernoulli", 1, observes="level"), "not on the masses"),
-        (lambda: build.likelihood("logistic-mixtur", 1), "did you mean 'logistic-mixture'"),
+        (lambda: models.likelihood("categorical/optimal", 1), "has no scale"),
+        (lambda: models.likelihood("categorical:3", 1), "only logistic-mixture takes a number"),
+        (lambda: models.likelihood("logistic-mixture:0", 1), "only logistic-mixture takes a number"),
+        (lambda: models.likelihood("continuous-bernoulli", 1, observes="level"), "not on the masses"),
+        (lambda: models.likelihood("logistic-mixtur", 1), "did you mean 'logistic-mixture'"),
     ],
 )
 def test_mistakes_are_named(mistake, message: str) -> None:

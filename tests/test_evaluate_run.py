@@ -13,10 +13,10 @@ from torch import nn
 from sigma_vae import runs
 from sigma_vae.cli import main
 from sigma_vae.cli.tables import print_evaluation
+from sigma_vae.config import EvaluationSettings
 from sigma_vae.evaluation import score
-from sigma_vae.evaluation.settings import EvaluationSettings
-from sigma_vae.runs.measuring import MEASURE
-from sigma_vae.runs.reports import write_json
+from sigma_vae.runs.evaluate import MEASURE
+from sigma_vae.runs.folder import write_json
 
 CHEAP = ("iwae", "oracle", "information", "calibration", "quality")
 

@@ -9,10 +9,10 @@ from PIL import Image
 from scipy import stats
 
 from sigma_vae import VAE, StudentT, mlp, runs
+from sigma_vae.config import EvaluationSettings
 from sigma_vae.evaluation import evaluate, score
-from sigma_vae.evaluation.entropies import entropy_identity
-from sigma_vae.evaluation.pictures import drawable, pairs, save_grid
-from sigma_vae.evaluation.settings import EvaluationSettings
+from sigma_vae.evaluation.plots import drawable, pairs, save_grid
+from sigma_vae.evaluation.suite import entropy_identity
 from sigma_vae.vae import keyed_noise
 
 

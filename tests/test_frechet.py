@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import linalg
 
-from sigma_vae.evaluation.frechet import frechet_distance, kernel_distance, precision_recall, radii
+from sigma_vae.evaluation.quality import frechet_distance, kernel_distance, precision_recall, radii
 
 
 def features(n: int, mean: np.ndarray, covariance: np.ndarray, seed: int) -> torch.Tensor:
@@ -176,7 +176,7 @@ def test_precision_and_recall_are_those_of_brute_force(
     expected = brute_force(real, made, k)
     assert any(0 < share < 1 for share in expected)
     for at_once in (2**24, 100):  # all together, and a few rows at a time
-        monkeypatch.setattr("sigma_vae.evaluation.frechet.AT_ONCE", at_once)
+        monkeypatch.setattr("sigma_vae.evaluation.quality.AT_ONCE", at_once)
         a, b = torch.from_numpy(real), torch.from_numpy(made)
         assert precision_recall(a, b, k) == pytest.approx(expected, rel=1e-12)
         assert precision_recall(a, b, k, radii(a, k)) == precision_recall(a, b, k)

@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sigma_vae import build
+from sigma_vae import models
 from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import Scaling, load
 from sigma_vae.data.batches import Batches
 from sigma_vae.data.stores import InMemory
 from sigma_vae.training import fit
 from sigma_vae.training.calls import Calls, recount
-from sigma_vae.training.choices import Machine, Work, choose
-from sigma_vae.training.hardware import applied, choices_for, machine_of, work_of
+from sigma_vae.training.hardware import Machine, Work, applied, choices_for, choose, machine_of, work_of
 from sigma_vae.training.module import TrainingModule
 
 NEW = Machine("cpu", "a processor", bfloat16=True, glibc=True, threads=8)
@@ -85,7 +84,7 @@ def digits():
 
 def vae_of(digits, network="mlp", width=32):
     torch.manual_seed(0)
-    return build.vae(ModelConfig(network=network, latent_dim=4, width=width), digits.shape, digits.scaling)
+    return models.vae(ModelConfig(network=network, latent_dim=4, width=width), digits.shape, digits.scaling)
 
 
 def test_work_is_counted(digits):

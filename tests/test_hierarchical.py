@@ -11,12 +11,12 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from sigma_vae import VAE, Fixed, Gaussian, HierarchicalNetwork, LadderPlan, LogisticMixture, build, hierarchical, mlp
+from sigma_vae import VAE, Fixed, Gaussian, HierarchicalNetwork, LadderPlan, LogisticMixture, hierarchical, mlp, models
 from sigma_vae.config import ModelConfig, TrainingConfig
 from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import evaluate
-from sigma_vae.networks.ladder import Diagonal, draw
+from sigma_vae.networks.hierarchical import Diagonal, draw
 from sigma_vae.training.objective import losses
 from sigma_vae.types import Batch
 from sigma_vae.vae import keyed_noise
@@ -261,9 +261,9 @@ def test_tiny_takes_images_of_any_size(size):
 @pytest.mark.parametrize("name", ["hierarchical", "hierarchical:tiny", "hierarchical:4,4d2,2/2,4m2"])
 def test_a_network_by_name_survives_its_file(name, tmp_path):
     config = ModelConfig(network=name, likelihood="gaussian/fixed:0.1", width=8)
-    vae = build.vae(config, (1, 8, 8), Scaling(256)).eval()
-    build.save(tmp_path, vae, config, (1, 8, 8), Scaling(256))
-    loaded = build.load(tmp_path).vae
+    vae = models.vae(config, (1, 8, 8), Scaling(256)).eval()
+    models.save(tmp_path, vae, config, (1, 8, 8), Scaling(256))
+    loaded = models.load(tmp_path).vae
     x = torch.rand(2, 1, 8, 8)
     assert torch.equal(loaded.elbo(x, noise=noise_of(2)).total, vae.elbo(x, noise=noise_of(2)).total)
     assert isinstance(loaded.network, HierarchicalNetwork)
@@ -273,7 +273,7 @@ def test_a_network_by_name_survives_its_file(name, tmp_path):
 @pytest.mark.parametrize("name", ["hierarchial", "hierarchical:", "conv:tiny", "hierarchical:tinny"])
 def test_an_unknown_name_is_refused(name):
     with pytest.raises(ValueError, match=r"did you mean 'hierarchical|a plan is one of|did you mean 'conv'"):
-        build.network(name, (1, 8, 8), 1)
+        models.network(name, (1, 8, 8), 1)
 
 
 LIKELIHOODS = [
@@ -287,7 +287,7 @@ LIKELIHOODS = [
 
 @pytest.mark.parametrize(("name", "levels"), LIKELIHOODS, ids=lambda value: str(value))
 def test_every_kind_of_likelihood_works_unchanged(name, levels):
-    vae = build.vae(ModelConfig(network="hierarchical", likelihood=name, width=8), (3, 8, 8), Scaling(levels))
+    vae = models.vae(ModelConfig(network="hierarchical", likelihood=name, width=8), (3, 8, 8), Scaling(levels))
     x = torch.randint(0, levels, (4, 3, 8, 8)) / (levels - 1)
     vae.elbo(x).total.mean().backward()
     vae.calibrate([x])

@@ -17,7 +17,7 @@ from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import evaluate
 from sigma_vae.evaluation import information as module
 from sigma_vae.evaluation.information import information
-from sigma_vae.networks.ladder import Diagonal, draw
+from sigma_vae.networks.hierarchical import Diagonal, draw
 from sigma_vae.priors import GaussianPrior
 from sigma_vae.vae import keyed_noise
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sigma_vae import VAE, Gaussian, Optimal, build, runs
+from sigma_vae import VAE, Gaussian, Optimal, models, runs
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import load
@@ -15,7 +15,7 @@ from sigma_vae.networks import FlatNetwork
 from sigma_vae.training import NonFiniteLossError, fit
 from sigma_vae.training.checkpoints import write_sealed
 from sigma_vae.training.module import TrainingModule
-from sigma_vae.training.non_finite import FILE, KeepsBrokenStep, first_broken, load_broken_step
+from sigma_vae.training.nonfinite import FILE, KeepsBrokenStep, first_broken, load_broken_step
 
 DIMS = 6
 
@@ -36,7 +36,7 @@ def train(vae, data, out, **options):
 def test_an_outlier_is_named(table, tmp_path, monkeypatch):
     monkeypatch.setitem(fit.__globals__, "CALIBRATION_VALUES", 10 * DIMS)  # the refits look at the first ten examples
     table.train.values[50, 1] = 1e30  # its square is more than float32 holds
-    vae = build.vae(ModelConfig("mlp", latent_dim=2, width=8), table.shape, table.scaling)
+    vae = models.vae(ModelConfig("mlp", latent_dim=2, width=8), table.shape, table.scaling)
     out = tmp_path / "run"
     with pytest.raises(NonFiniteLossError) as caught:
         train(vae, table, out)
@@ -47,7 +47,7 @@ def test_an_outlier_is_named(table, tmp_path, monkeypatch):
     assert 50 in step.batch.positions
     assert float(step.batch.x.max()) == pytest.approx(1e30, rel=0.1)
     assert step.about["step"] > 0
-    again = build.vae(ModelConfig("mlp", latent_dim=2, width=8), table.shape, table.scaling)
+    again = models.vae(ModelConfig("mlp", latent_dim=2, width=8), table.shape, table.scaling)
     assert any("log-likelihood of" in place for place in first_broken(again, step))
 
 
@@ -90,7 +90,7 @@ def test_an_exploding_learning_rate_is_told_at_the_command_line(tmp_path, capsys
 
 def test_the_last_good_checkpoint_is_the_one_before_where_the_last_holds_the_failing_weights(tmp_path, monkeypatch):
     data = load(DataConfig("digits"))
-    vae = build.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
+    vae = models.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
     whole = VAE.elbo
 
     def broken(self, x, mask=None, noise=None):
@@ -108,7 +108,7 @@ def test_what_is_kept_is_the_very_step_that_failed(tmp_path, monkeypatch, steps_
     """Also amid a call, and when losses are looked at only when it ends: its batch, its weights, its noise."""
     monkeypatch.setattr(TrainingModule, "_looks_later", lambda *_: later)
     data = load(DataConfig("digits"))
-    vae = build.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
+    vae = models.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
     whole, found = VAE.elbo, []  # the bounds that are computed: one before the first step
 
     def broken(self, x, mask=None, noise=None):
@@ -121,7 +121,7 @@ def test_what_is_kept_is_the_very_step_that_failed(tmp_path, monkeypatch, steps_
     monkeypatch.undo()
     step = load_broken_step(tmp_path / FILE)
     assert step.about["step"] == 5
-    again = build.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
+    again = models.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
     again.load_state_dict(step.weights)
     torch.set_rng_state(step.rng)
     assert torch.equal(again.train().elbo(step.batch.x).total, found[6].total)
@@ -139,7 +139,7 @@ WAYS = {
 def test_a_rerun_does_what_the_step_did(tmp_path, monkeypatch, options):
     """To the last bit: in the same micro-batches, in the same precision."""
     data = load(DataConfig("digits"))
-    vae = build.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
+    vae = models.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
     whole, found, parts = FlatNetwork.infer, [], options.get("accumulate", 1)
 
     def noted(self, *arguments, **words):
@@ -160,7 +160,7 @@ def test_a_rerun_does_what_the_step_did(tmp_path, monkeypatch, options):
     before = found[-parts:]
     found.clear()
     monkeypatch.setattr(FlatNetwork, "infer", noted)
-    again = build.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
+    again = models.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
     assert first_broken(again, load_broken_step(tmp_path / FILE), TrainingConfig(**options)) == []
     for ours, theirs in zip(found, before, strict=True):
         assert torch.equal(ours.kl, theirs.kl)
@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_not_called_good(tmp_path):
 def test_what_cannot_be_kept_does_not_hide_what_failed(tmp_path):
     (tmp_path / FILE).mkdir()
     data = load(DataConfig("digits"))
-    vae = build.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
+    vae = models.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
     with pytest.raises(NonFiniteLossError, match=r"broken term: .* The step could not be kept \(.*directory"):
         train(vae, data, tmp_path, learning_rate=1e30)
 

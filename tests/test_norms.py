@@ -9,8 +9,7 @@ import torch
 from launched import results_of
 from torch import Tensor, nn
 
-from sigma_vae.training.norms import GlobalBatchNorm, global_statistics
-from sigma_vae.training.processes import joined, processes
+from sigma_vae.training.distributed import GlobalBatchNorm, global_statistics, joined, processes
 
 
 class Case(NamedTuple):

@@ -13,13 +13,12 @@ from scipy import integrate, special, stats
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from sigma_vae import VAE, Fixed, FlatNetwork, Gaussian, Optimal, build, hierarchical, mlp
+from sigma_vae import VAE, Fixed, FlatNetwork, Gaussian, Optimal, hierarchical, mlp, models
 from sigma_vae.config import ModelConfig
 from sigma_vae.data import Scaling
-from sigma_vae.passes import APART
 from sigma_vae.priors import FittedPrior, FlowPrior, GaussianPrior, MixturePrior, StandardNormal, flow
 from sigma_vae.types import Batch, Prior
-from sigma_vae.vae import keyed_noise
+from sigma_vae.vae import APART, keyed_noise
 
 WEIGHTS = np.array([0.5, 0.3, 0.2])
 MEANS = np.array([[-1.5, 0.0], [1.0, 1.2], [1.2, -1.0]])
@@ -366,7 +365,7 @@ def test_fitting_the_prior_changes_nothing_else(name: str) -> None:
     vae = image_vae().train()
     vae.network.decoder.eval()  # a part that was frozen
     before, modes = copy.deepcopy(vae.state_dict()), [part.training for part in vae.network.decoder.modules()]
-    vae.fit_prior([images(200)], build.prior(name, 3), [images(60, seed=1)], seed=2)
+    vae.fit_prior([images(200)], models.prior(name, 3), [images(60, seed=1)], seed=2)
     after = vae.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert {key.split(".")[1] for key in after.keys() - before.keys()} == {"prior"}
@@ -417,13 +416,13 @@ def test_what_cannot_be_fitted_leaves_the_prior_that_was() -> None:
 @pytest.mark.parametrize("name", PRIORS)
 def test_a_saved_model_has_its_prior(name: str, tmp_path) -> None:
     config = ModelConfig("mlp", latent_dim=3, width=16, prior=name)
-    vae = build.vae(config, (1, 4, 4), Scaling(256))
+    vae = models.vae(config, (1, 4, 4), Scaling(256))
     assert isinstance(vae.flat_network.prior, StandardNormal)  # what it is trained with
     vae.calibrate([images(30)])
     if name != "standard":
-        vae.fit_prior([images(200)], build.prior(name, 3), [images(60, seed=1)])
-    build.save(tmp_path / "model", vae, config, (1, 4, 4), Scaling(256))
-    saved = build.load(tmp_path / "model")
+        vae.fit_prior([images(200)], models.prior(name, 3), [images(60, seed=1)])
+    models.save(tmp_path / "model", vae, config, (1, 4, 4), Scaling(256))
+    saved = models.load(tmp_path / "model")
     found = vae.flat_network.prior
     assert saved.config.prior == (f"mixture:{found.components}" if isinstance(found, MixturePrior) else name)
     ours, theirs = (v.sample(6, generator=torch.Generator().manual_seed(0)) for v in (vae.eval(), saved.vae))
@@ -437,10 +436,10 @@ def test_a_users_own_prior_has_no_name(tmp_path) -> None:
         pass
 
     config = ModelConfig("mlp", latent_dim=3, width=16)
-    vae = build.vae(config, (1, 4, 4), Scaling(256))
+    vae = models.vae(config, (1, 4, 4), Scaling(256))
     vae.flat_network.prior = Own()  # type: ignore[assignment]
     with pytest.raises(ValueError, match="Own has no name"):
-        build.save(tmp_path / "model", vae, config, (1, 4, 4), Scaling(256))
+        models.save(tmp_path / "model", vae, config, (1, 4, 4), Scaling(256))
 
 
 @pytest.mark.parametrize(
@@ -458,7 +457,7 @@ def test_a_users_own_prior_has_no_name(tmp_path) -> None:
 )
 def test_a_prior_that_cannot_be_is_refused_with_the_model(network: str, name: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        build.vae(ModelConfig(network, prior=name), (1, 4, 4), Scaling(256))
+        models.vae(ModelConfig(network, prior=name), (1, 4, 4), Scaling(256))
 
 
 @pytest.mark.parametrize("seed", [0, 7])

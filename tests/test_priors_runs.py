@@ -10,11 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sigma_vae import build, runs
+from sigma_vae import models, runs
 from sigma_vae.cli import main
-from sigma_vae.config import ModelConfig, RunConfig
-from sigma_vae.configfile import read
-from sigma_vae.evaluation.standard_prior import standard_prior
+from sigma_vae.config import ModelConfig, RunConfig, read
+from sigma_vae.evaluation.suite import standard_prior
 from sigma_vae.priors import MixturePrior, StandardNormal
 from sigma_vae.runs import priors as runs_priors
 
@@ -60,7 +59,7 @@ def test_a_fitted_prior_raises_the_bound_and_leaves_the_rest(digits_run: Path, f
     assert after["bits_per_dim"]["mean"] < before["bits_per_dim"]["mean"]
     assert after["distortion_nats"] == before["distortion_nats"]
     assert after["entropy_identity"] is None
-    ours, theirs = (build.load(folder / "model").vae.state_dict() for folder in (digits_run, fitted_run))
+    ours, theirs = (models.load(folder / "model").vae.state_dict() for folder in (digits_run, fitted_run))
     assert all(torch.equal(theirs[name], value) for name, value in ours.items())
 
 
@@ -85,7 +84,7 @@ def test_fitting_afterwards_is_training_with_the_prior(digits_config: RunConfig,
 
 def test_a_chosen_number_is_saved_and_chosen_again_in_a_replay(fitted_run: Path) -> None:
     chosen = report(fitted_run)["prior"]
-    saved = build.load(fitted_run / "model")
+    saved = models.load(fitted_run / "model")
     prior = saved.vae.flat_network.prior
     assert isinstance(prior, MixturePrior)
     assert saved.config.prior == chosen == f"mixture:{prior.components}"
@@ -140,7 +139,7 @@ def test_samples_of_the_standard_prior_have_a_name_of_their_own(run: Path, capsy
 
 
 def test_the_standard_prior_is_there_only_for_a_while(fitted_run: Path) -> None:
-    vae = build.load(fitted_run / "model").vae
+    vae = models.load(fitted_run / "model").vae
     fitted = vae.flat_network.prior
     with standard_prior(vae):
         assert isinstance(vae.flat_network.prior, StandardNormal)
@@ -155,7 +154,7 @@ def test_a_model_from_before_there_were_priors_still_loads(run: Path) -> None:
     description = json.loads(path.read_text())
     del description["model"]["prior"]
     path.write_text(json.dumps(description))
-    saved = build.load(run / "model")
+    saved = models.load(run / "model")
     assert saved.config.prior == "standard"
     assert isinstance(saved.vae.flat_network.prior, StandardNormal)
 

@@ -16,15 +16,13 @@ import torch
 from launched import on_processes, results_of
 from torch.distributed.device_mesh import init_device_mesh
 
-from sigma_vae import VAE, build
+from sigma_vae import VAE, models
 from sigma_vae.config import ModelConfig, TrainingConfig
 from sigma_vae.data import Scaling, Splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.training import NonFiniteLossError, fit
-from sigma_vae.training.non_finite import FILE, first_broken, load_broken_step
-from sigma_vae.training.processes import ElsewhereError, from_first, joined, processes
-from sigma_vae.training.sharding import shard
-from sigma_vae.training.shares import mean_over_all, on_any, shared
+from sigma_vae.training.distributed import ElsewhereError, from_first, joined, mean_over_all, on_any, processes, shard, shared
+from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step
 from sigma_vae.types import Elbo
 from sigma_vae.vae import keyed_noise
 
@@ -83,7 +81,7 @@ def toy_vae(case: Case) -> VAE:
     """In float64, under noise that belongs to the example: nothing then depends on who draws it."""
     torch.manual_seed(0)
     config = ModelConfig(case.network, case.likelihood, latent_dim=3, width=8, observes=case.observes)
-    vae = build.vae(config, case.shape[-3:], Scaling(LEVELS), clips=len(case.shape) == 4)
+    vae = models.vae(config, case.shape[-3:], Scaling(LEVELS), clips=len(case.shape) == 4)
     if case.own_norm:
         vae.network.decoder.insert(0, torch.nn.BatchNorm1d(3, momentum=None))
     vae.double()
@@ -152,7 +150,7 @@ def test_any_number_of_processes_trains_the_same_model(together, name, alone, re
 
 def plain_vae(network: str = "mlp") -> VAE:
     torch.manual_seed(0)
-    return build.vae(ModelConfig(network, latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
+    return models.vae(ModelConfig(network, latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
 
 
 def plain(out: Path, *, resume: bool = False, network: str = "mlp", **options: Any) -> dict[str, torch.Tensor]:
@@ -332,7 +330,7 @@ def test_a_checkpoint_of_parts_is_whole(then, two_epochs, tmp_path):
     [("mlp", {}, "blocks of a hierarchical network"), (LADDER, {"ema_decay": 0.9}, "do not go together")],
 )
 def test_what_cannot_be_shared_out_is_refused(network, options, says):
-    vae = build.vae(ModelConfig(network, latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
+    vae = models.vae(ModelConfig(network, latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
     with pytest.raises(ValueError, match=says):
         fit(vae, toy_data(), TrainingConfig(shard_weights=True, **options), device="cpu", progress=False)
 
@@ -351,7 +349,7 @@ def refusals(_: Path) -> list[str]:
     with joined(torch.device("cpu")):
         said = []
         for norm in OF_SHARES:
-            vae = build.vae(ModelConfig("mlp", latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
+            vae = models.vae(ModelConfig("mlp", latent_dim=3, width=8), SHAPE, Scaling(LEVELS))
             vae.network.encoder.append(norm)
             with pytest.raises(ValueError, match="statistics of a batch") as error:
                 fit(vae, toy_data(), device="cpu", progress=False)

@@ -9,13 +9,13 @@ import torch
 from scipy import linalg
 from torch import Tensor, nn
 
-from sigma_vae import VAE, FlatNetwork, Gaussian, build
+from sigma_vae import VAE, FlatNetwork, Gaussian, models
 from sigma_vae.config import ModelConfig
 from sigma_vae.data import Scaling, Splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.features import load_extractor
 from sigma_vae.evaluation.quality import quality
-from sigma_vae.evaluation.video_quality import video_quality
+from sigma_vae.evaluation.video import video_quality
 from sigma_vae.likelihoods.scales import Fixed
 from sigma_vae.types import Prior
 from sigma_vae.vae import keyed_noise
@@ -208,7 +208,7 @@ def test_networks_of_many_layers_have_samples_too() -> None:
     data = drawn(source())
     stored = InMemory(torch.nn.functional.pad(data.test.values, (1, 1, 1, 1)))
     data = Splits(data.name, stored, stored, stored, data.scaling, data.record)
-    vae = build.vae(ModelConfig("hierarchical", "gaussian/fixed:0.1", latent_dim=2, width=8), data.shape, data.scaling)
+    vae = models.vae(ModelConfig("hierarchical", "gaussian/fixed:0.1", latent_dim=2, width=8), data.shape, data.scaling)
     network = load_extractor(nn.Sequential(nn.AvgPool2d(4), nn.Flatten()))
     report = quality(vae, data, network, n=120)
     assert report["prior"] is None
@@ -251,7 +251,7 @@ def moving() -> tuple[VAE, Splits]:
     first = torch.randint(0, 256, (CLIPS, 1, 1, 8, 8), dtype=torch.uint8)
     stored = InMemory(torch.cat([first.roll(t, -1) for t in range(LENGTH)], 1))
     data = Splits("moving", stored, stored, stored, Scaling(256), {"preprocessing": "none"}, clips=True)
-    return build.vae(
+    return models.vae(
         ModelConfig("sequence", "gaussian/fixed:0.1", latent_dim=3, width=4, context_frames=PAST), data.shape, data.scaling
     ), data
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sigma_vae import build
+from sigma_vae import models
 from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import load
 from sigma_vae.training import checkpoints, fit
@@ -31,7 +31,7 @@ def few(tmp_path_factory):
 
 def train(few, out: Path, *, resume: bool = False, likelihood: str = "gaussian/optimal", steps_per_call: int = 1, **options):
     torch.manual_seed(0)
-    vae = build.vae(ModelConfig("mlp", likelihood, latent_dim=2, width=8), few.shape, few.scaling)
+    vae = models.vae(ModelConfig("mlp", likelihood, latent_dim=2, width=8), few.shape, few.scaling)
     hardware = HardwareConfig(steps_per_call=steps_per_call)
     config = TrainingConfig(
         **{"epochs": EPOCHS, "batch_size": 8, "log_every": 1, "checkpoint_minutes": 0.0, "hardware": hardware, **options}

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
-from sigma_vae import VAE, Gaussian, Optimal, build, mlp
-from sigma_vae.build.names import VIDEO_NETWORKS
+from sigma_vae import VAE, Gaussian, Optimal, mlp, models
 from sigma_vae.config import ModelConfig, TrainingConfig
 from sigma_vae.data import Scaling
-from sigma_vae.networks.recurrence import State
-from sigma_vae.networks.sequence import SequenceNetwork, sequence
-from sigma_vae.networks.video_backbones import Backbone, dcgan, vgg
+from sigma_vae.models import VIDEO_NETWORKS
+from sigma_vae.networks.sequence import Backbone, SequenceNetwork, State, dcgan, sequence, vgg
 from sigma_vae.training.objective import losses
 from sigma_vae.types import Batch, Noise
 from sigma_vae.vae import Scores, keyed_noise
@@ -70,7 +68,7 @@ def noise_of(n: int, seed: int = 0) -> Noise:
 
 
 def vae_of(network: SequenceNetwork, name: str = "gaussian/optimal", x: Tensor | None = None) -> VAE:
-    vae = VAE(network, build.likelihood(name, 1)).double()
+    vae = VAE(network, models.likelihood(name, 1)).double()
     vae.calibrate([clips(8, seed=9) if x is None else x])
     return vae.eval()
 
@@ -339,7 +337,7 @@ def mask_of(lengths: Tensor = LENGTHS, length: int = LENGTH) -> Tensor:
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["equal", "variable"])
 @pytest.mark.parametrize("name", ["gaussian/optimal", "gaussian/per-image", "logistic-mixture:2"])
 def test_no_number_depends_on_the_batch(name: str, lengths: Tensor | None) -> None:
-    decoder = build.likelihood(name, 1)
+    decoder = models.likelihood(name, 1)
     vae, x = vae_of(network_of(out_channels=decoder.in_channels), name), clips(6)
     mask = None if lengths is None else mask_of(lengths)
     whole = scores_in_batches(vae, x, 6, mask)
@@ -533,7 +531,7 @@ def test_every_likelihood_runs_unchanged(name: str) -> None:
     torch.manual_seed(0)
     config = ModelConfig("sequence", name, latent_dim=LATENT, width=4)
     levels = 4 if name == "categorical" else 2 if name == "bernoulli" else 256
-    vae = build.vae(config, (1, 8, 8), Scaling(levels))
+    vae = models.vae(config, (1, 8, 8), Scaling(levels))
     x = (clips(4, 5) * (levels - 1)).round().float() / (levels - 1)
     elbo = vae.train().elbo(x)
     (-elbo.total.mean()).backward()
@@ -553,11 +551,11 @@ def test_every_likelihood_runs_unchanged(name: str) -> None:
 def test_a_saved_model_says_the_same(name: str, tmp_path) -> None:
     torch.manual_seed(0)
     config = ModelConfig(name, latent_dim=LATENT, width=4, context_frames=3)
-    vae, x = build.vae(config, (1, 8, 8), Scaling(256)), clips().float()
+    vae, x = models.vae(config, (1, 8, 8), Scaling(256)), clips().float()
     vae.elbo(x)
     vae.calibrate([x])
-    build.save(tmp_path, vae, config, (1, 8, 8), Scaling(256))
-    loaded = build.load(tmp_path)
+    models.save(tmp_path, vae, config, (1, 8, 8), Scaling(256))
+    loaded = models.load(tmp_path)
     assert loaded.config == config
     assert loaded.vae.network.context_frames == 3
     assert (loaded.vae.network.recurrence.prior is None) == name.endswith("fixed")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sigma_vae import Fixed, Optimal, PerPixel, StudentT
-from sigma_vae.likelihoods.student_t import (
+from sigma_vae.likelihoods.densities import (
     student_t_entropy,
     student_t_interval_log_prob,
     student_t_log_cdf,

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from sigma_vae import study
-from sigma_vae.study.folder import spec_of
 from sigma_vae.study.grid import cells
+from sigma_vae.study.runner import spec_of
 
 DOCS = Path(__file__).parents[1] / "docs"
 KEPT = sorted(path.parent for path in (DOCS / "studies").glob("*/study.yaml"))

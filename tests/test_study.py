@@ -18,14 +18,13 @@ from rich.console import Console
 
 from sigma_vae import study
 from sigma_vae.cli import main
-from sigma_vae.cli.progress import Live, live_or_lines
+from sigma_vae.cli.study import Live, live_or_lines
 from sigma_vae.study import cell as of_cells
 from sigma_vae.study import elapsed
 from sigma_vae.study.cell import do, folder_of, known
-from sigma_vae.study.checking import check
-from sigma_vae.study.folder import claim
-from sigma_vae.study.grid import SHIPPED
+from sigma_vae.study.grid import SHIPPED, check
 from sigma_vae.study.results import collect
+from sigma_vae.study.runner import claim
 from sigma_vae.study.statistics import chosen_on_validation, cost, paired_difference, summary
 
 TIMES = ["training_seconds", "core_seconds"]

@@ -18,7 +18,7 @@ from sigma_vae.study import report as report_function
 from sigma_vae.study.cell import folder_of
 from sigma_vae.study.claims import CLAIMS
 from sigma_vae.study.comparisons import settings
-from sigma_vae.study.folder import claim
+from sigma_vae.study.runner import claim
 
 OPTIMAL, SHARED, PIXEL = "gaussian/optimal", "gaussian/shared", "gaussian/per-pixel"
 BETAS = ["gaussian/beta:0.002", "gaussian/beta:0.02", "gaussian/beta:0.2", "gaussian/beta:2"]

@@ -24,10 +24,9 @@ from launched import ended, started
 from PIL import Image
 from test_resuming import assert_same, state, train
 
-from sigma_vae import build, runs
+from sigma_vae import models, runs
 from sigma_vae.cli import main
-from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from sigma_vae.configfile import read
+from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, read
 from sigma_vae.data import Splits, load
 from sigma_vae.training import NonFiniteLossError, checkpoints
 from sigma_vae.training.checkpoints import damage, newest, read_sealed, step_of, write_sealed
@@ -203,7 +202,7 @@ def contents(out: Path) -> dict[Path, bytes]:
 
 
 def test_a_folder_that_was_taken_while_the_data_were_read_stays_as_it_is(digits_config, tmp_path, monkeypatch):
-    out, read = tmp_path / "run", build.data
+    out, read = tmp_path / "run", models.data
     short = replace(digits_config, training=replace(digits_config.training, epochs=1))
 
     def slowly(config: DataConfig) -> Splits:
@@ -213,7 +212,7 @@ def test_a_folder_that_was_taken_while_the_data_were_read_stays_as_it_is(digits_
         return read(config)
 
     found: dict[Path, bytes] = {}
-    monkeypatch.setattr(build, "data", slowly)
+    monkeypatch.setattr(models, "data", slowly)
     with pytest.raises(ValueError, match="already exists and is never overwritten"):
         runs.train(replace(short, seed=2), out, progress=False)
     assert found
@@ -227,7 +226,7 @@ def test_a_training_that_broke_off_before_its_folder_was_a_run_begins_anew(digit
     def full(path: Path, config: RunConfig) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("sigma_vae.runs.training.write", full)
+    monkeypatch.setattr("sigma_vae.runs.train.write", full)
     with pytest.raises(OSError, match="make room, then train again"):
         runs.train(short, out, progress=False)
     monkeypatch.undo()

@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sigma_vae import VAE, Gaussian, Shared, build, mlp, runs
-from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from sigma_vae.configfile import read
+from sigma_vae import VAE, Gaussian, Shared, mlp, models, runs
+from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, read
 from sigma_vae.data import load
 from sigma_vae.training import NonFiniteLossError, fit
 
@@ -28,7 +27,7 @@ def digits():
 
 def small_vae(digits, seed=0, likelihood="gaussian/optimal"):
     torch.manual_seed(seed)
-    return build.vae(ModelConfig(network="mlp", likelihood=likelihood, latent_dim=4, width=32), digits.shape, digits.scaling)
+    return models.vae(ModelConfig(network="mlp", likelihood=likelihood, latent_dim=4, width=32), digits.shape, digits.scaling)
 
 
 def train(vae, digits, out=None, seed=0, resume=False, **options):
@@ -255,7 +254,7 @@ import sys, torch
 from pathlib import Path
 from sigma_vae import runs
 from sigma_vae.config import RunConfig
-from sigma_vae.configfile import read
+from sigma_vae.config import read
 torch.set_num_threads(int(sys.argv[3]))
 runs.train(read(Path(sys.argv[1]), RunConfig), Path(sys.argv[2]), progress=False)
 """
@@ -263,7 +262,7 @@ runs.train(read(Path(sys.argv[1]), RunConfig), Path(sys.argv[2]), progress=False
 
 def interrupt_training(config: RunConfig, out: Path) -> None:
     """Train in a process of its own; Ctrl-C when some epochs are over."""
-    from sigma_vae.configfile import write
+    from sigma_vae.config import write
 
     path = out.parent / "to-interrupt.yaml"
     write(path, config)

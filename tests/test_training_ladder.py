@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sigma_vae import VAE, Gaussian, build, hierarchical
+from sigma_vae import VAE, Gaussian, hierarchical, models
 from sigma_vae.config import DataConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import load
 from sigma_vae.training import fit
@@ -24,7 +24,7 @@ def digits():
 
 def small_vae(digits, network="mlp"):
     torch.manual_seed(0)
-    return build.vae(ModelConfig(network=network, latent_dim=2, width=16), digits.shape, digits.scaling)
+    return models.vae(ModelConfig(network=network, latent_dim=2, width=16), digits.shape, digits.scaling)
 
 
 def train(vae, digits, out=None, resume=False, **options):

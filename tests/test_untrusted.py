@@ -20,11 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sigma_vae import build, runs
+from sigma_vae import models, runs
 from sigma_vae.cli import main
-from sigma_vae.config import RunConfig
-from sigma_vae.configfile import read, write
-from sigma_vae.runs.reports import read_json
+from sigma_vae.config import RunConfig, read, write
+from sigma_vae.runs.folder import read_json
 from sigma_vae.training.checkpoints import SEAL_BYTES, write_sealed
 
 SOURCES = sorted((Path(__file__).parent.parent / "src").rglob("*.py"))
@@ -240,7 +239,7 @@ def with_description(digits_run, folder: Path, description) -> Path:
 def test_any_description_of_a_model_is_one_or_refused(data, digits_run, small_memory, tmp_path_factory):
     whole = json.loads((digits_run / "model" / "model.json").read_text())
     folder = tmp_path_factory.mktemp("fuzz") / "model"
-    assert_refused_or(build.Saved, build.load, with_description(digits_run, folder, altered(data.draw, whole)))
+    assert_refused_or(models.Saved, models.load, with_description(digits_run, folder, altered(data.draw, whole)))
 
 
 SIZES = [
@@ -259,7 +258,7 @@ def test_a_model_of_absurd_size_is_refused_without_taking_memory(sizes, shape, d
     if sizes == {"likelihood": "categorical"}:
         whole["scaling"]["levels"] = 10**12
     with pytest.raises(ValueError, match=r"."):
-        build.load(with_description(digits_run, tmp_path / "model", whole))
+        models.load(with_description(digits_run, tmp_path / "model", whole))
 
 
 @FUZZ
@@ -281,10 +280,10 @@ def test_any_bytes_for_weights_are_refused_or_weights(data, digits_run, small_me
         content = struct.pack("<Q", data.draw(st.sampled_from([len(header), 2**40, 2**63]))) + header + bytes(64)
     (folder / "model.safetensors").write_bytes(content)
     if kind == "flip":  # perhaps in a weight, which is as good a number as any
-        assert_refused_or(build.Saved, build.load, folder)
+        assert_refused_or(models.Saved, models.load, folder)
     else:
         with pytest.raises(ValueError, match="does not hold the weights"):
-            build.load(folder)
+            models.load(folder)
 
 
 @FUZZ

@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from sigma_vae import VAE, Gaussian, build, mlp, runs
+from sigma_vae import VAE, Gaussian, mlp, models, runs
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from sigma_vae.configfile import read as read_config
+from sigma_vae.config import read as read_config
 from sigma_vae.data import Batches, Scaling, Splits
 from sigma_vae.data.stores import InMemory
-from sigma_vae.evaluation.pictures import save_clips
+from sigma_vae.evaluation.plots import save_clips
 from sigma_vae.evaluation.video import predictions, psnr, ssim
 from sigma_vae.training import fit
 from sigma_vae.vae import keyed_noise
@@ -46,8 +46,8 @@ def splits(channels: int = 1) -> Splits:
 def moving(tmp_path_factory):
     """A run on clips, trained for a moment; the data that every command reads are these."""
     with pytest.MonkeyPatch.context() as patch:
-        named = build.data
-        patch.setattr(build, "data", lambda config: splits() if config.source == "clips" else named(config))
+        named = models.data
+        patch.setattr(models, "data", lambda config: splits() if config.source == "clips" else named(config))
         config = RunConfig(
             DataConfig("clips"),
             ModelConfig("sequence", latent_dim=3, width=4, context_frames=PAST),
@@ -214,10 +214,10 @@ def test_a_mistake_gets_a_sentence(mistake: str, moving, tmp_path, capsys, monke
 
 def test_the_network_of_choice_for_clips_is_one_that_predicts() -> None:
     data = splits()
-    vae = build.vae(ModelConfig(latent_dim=3, width=4), data.shape, data.scaling, clips=data.clips)
+    vae = models.vae(ModelConfig(latent_dim=3, width=4), data.shape, data.scaling, clips=data.clips)
     assert vae.video_network.context_frames == PAST
     with pytest.raises(ValueError, match="has clips and needs a SequenceNetwork, got FlatNetwork"):
-        fit(build.vae(ModelConfig(width=4), data.shape, data.scaling), data, device="cpu", progress=False)
+        fit(models.vae(ModelConfig(width=4), data.shape, data.scaling), data, device="cpu", progress=False)
 
 
 def test_still_data_predict_nothing(digits_run, tmp_path, capsys) -> None:

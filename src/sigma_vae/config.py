@@ -1,21 +1,31 @@
-"""A run as frozen dataclasses: what the command line builds, what ``config.yaml`` holds, what replays a run.
+"""A run as frozen dataclasses, and their YAML files.
 
-The docstring under each field is its help on the command line.
+The docstring under each field is its help text on the command line.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+import os
+import reprlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
 
 __all__ = [
     "ClipConfig",
     "DataConfig",
+    "EvaluationSettings",
     "HardwareConfig",
     "ImageConfig",
     "Layout",
+    "Metric",
     "ModelConfig",
     "RunConfig",
     "TrainingConfig",
+    "parse",
+    "read",
+    "read_text",
+    "write",
+    "write_whole",
 ]
 
 Layout = Literal["auto", "n-h-w", "n-h-w-c", "n-c-h-w", "n-c-t", "n-t", "n-c", "n-t-c-h-w", "n-t-h-w-c", "n-t-h-w"]
@@ -263,3 +273,139 @@ class RunConfig(_Strict):
         """Refuse a seed that no generator takes."""
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is a number from 0 to 2³² − 1, got {self.seed}")
+
+
+Metric = Literal["iwae", "oracle", "information", "calibration", "quality"]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured, and how."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    metrics: tuple[Metric, ...] | None = None
+    """Beside the single-sample bounds: iwae (the importance-weighted bound), oracle (σ taken from the examples that it scores: no
+    likelihood), information (mutual information, marginal KL, active units), calibration (coverage, PIT, σ against error, with a page of
+    plots), quality (Fréchet and kernel distance, precision and recall of samples). Information and calibration where they apply unless
+    given."""
+    split: Literal["validation", "test"] = "test"
+    """Which examples; the training's own never."""
+    seed: int = 0
+    """Of the noise, which belongs to each example: no number depends on the batch size."""
+    draws: int = 64
+    """Importance samples of iwae."""
+    features: tuple[str, ...] = ("efficientnet",)
+    """Of quality: efficientnet, inception, dinov2, or TorchScript files; each has its own section. Of clips also i3d:FILE."""
+    samples: int = 10_000
+    """Of quality: how many samples are compared with as many examples."""
+    best_of: int | None = None
+    """Of a video, also the PSNR and SSIM of the best of so many predictions of each clip (SVG: 100)."""
+    batch_statistics: bool = False
+    """Make these predictions with the batch's statistics in batch norm, as SVG's own evaluation does."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        for name in ("draws", "samples", "best_of"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is at least 1, got {value}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is a number from 0 to 2³² − 1, got {self.seed}")
+        if not self.features:
+            raise ValueError("features names at least one extractor, got none; efficientnet is one")
+        if self.batch_statistics and self.best_of is None:
+            raise ValueError("batch_statistics is about predictions: say of how many the best is taken (best_of, SVG: 100)")
+
+
+Config = TypeVar("Config")
+
+CONFIG_BYTES = 2**20
+PROBLEMS = 10
+"""That are told of one file."""
+
+
+def read(path: Path, kind: type[Config]) -> Config:
+    """Read a config of this kind from YAML, refusing unknown keys and wrong types.
+
+    Raises:
+        ValueError: the file is missing, no YAML, or holds something else than the config's fields.
+    """
+    import yaml
+
+    try:
+        text = read_text(path, CONFIG_BYTES)
+        _check_plain(text)
+        content = yaml.safe_load(text)
+    except Exception as error:  # on foreign bytes the reader raises nearly anything: YAMLError, KeyError, RecursionError, ...
+        raise ValueError(f"{path} cannot be read as YAML ({type(error).__name__}): {error}") from error
+    return parse(content, kind, str(path))
+
+
+def _check_plain(text: str) -> None:
+    """Refuse what lets a short text stand for a very long one, before anything is built of it."""
+    import yaml
+
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent) or (isinstance(event, yaml.NodeEvent) and event.anchor is not None):
+            raise ValueError("it has an anchor or an alias (&name, *name), which no config needs; write its value out")
+        if isinstance(event, yaml.ScalarEvent) and event.value == "<<" and event.style is None:
+            raise ValueError("it merges mappings (<<), which no config needs; write them out")
+
+
+def read_text(path: Path, limit: int = 2**26) -> str:
+    """The text of a file that is not absurdly large.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no text, or has more bytes than the limit.
+    """
+    with path.open("rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{path} has more than {limit} bytes, which no run writes there")
+    return content.decode("utf-8")
+
+
+def parse(content: Any, kind: type[Config], where: str) -> Config:
+    """Build a config of this kind from plain values.
+
+    Raises:
+        ValueError: a key is unknown or missing, or a value has the wrong type.
+    """
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(content)
+    except pydantic.ValidationError as error:
+        # Short, for what is shown may be a file's own content: nested in itself, say.
+        shown = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']} (got {_shown(e['input'])})" for e in error.errors()]
+        problems = "; ".join(shown[:PROBLEMS])
+        raise ValueError(f"{where} is not a {kind.__name__}: {problems}") from error
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # of a whole number with thousands of digits
+        return f"a long {type(value).__name__}"
+
+
+def write(path: Path, config: Any) -> None:
+    """Write a config as YAML that :func:`read` takes back."""
+    import yaml
+
+    write_whole(path, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file; one that is there stands until the new one is whole and on the disk, whatever happens on the way."""
+    aside = path.with_name(path.name + ".new")
+    try:
+        with aside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

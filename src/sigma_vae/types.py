@@ -1,5 +1,6 @@
-"""What the layers say to each other: tuples of tensors, and the contracts of network, likelihood and prior."""
+"""Shared types and abstract interfaces: batches, ELBO terms, and the contracts of network, likelihood and prior."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-__all__ = ["Batch", "Elbo", "Inference", "Likelihood", "Network", "Noise", "Observes", "Prior", "Temperature"]
+__all__ = ["Batch", "Elbo", "Inference", "Likelihood", "Network", "Noise", "Observes", "Prior", "Temperature", "per_layer"]
 
 Noise = Callable[[torch.Size], Tensor]
 """Draws standard normal numbers of the given shape, whose leading axes are the batch."""
@@ -181,3 +182,21 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Fit the stored scales on pairs (h, x); ``pairs`` is gone through more than once, so no generator."""
+
+
+def per_layer(temperature: Temperature, layers: int) -> list[float]:
+    """One temperature for each layer, from one for all or from as many as there are.
+
+    Raises:
+        ValueError: one is below 0 or not finite, or their number is wrong.
+
+    >>> per_layer(0.5, layers=2), per_layer([1.0, 0.0], layers=2)
+    ([0.5, 0.5], [1.0, 0.0])
+    """
+    values = list(temperature) if isinstance(temperature, Sequence) else [temperature] * layers
+    if len(values) != layers:
+        raise ValueError(f"temperature is one number, or one for each of {layers} layers of latents; got {len(values)} of them")
+    for value in values:
+        if not 0 <= value < math.inf:
+            raise ValueError(f"temperature scales the spread of latents and is at least 0, got {value}")
+    return values

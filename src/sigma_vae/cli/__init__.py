@@ -14,17 +14,12 @@ from typing import Any
 
 import tyro
 
-from sigma_vae.cli.calibrate import calibrate
-from sigma_vae.cli.compare import compare
-from sigma_vae.cli.explain import explain
-from sigma_vae.cli.inspect import inspect
-from sigma_vae.cli.outputs import encode, reconstruct, sample, score
-from sigma_vae.cli.priors import fit_prior
-from sigma_vae.cli.runs import evaluate, replay, rerun, resume, train
+from sigma_vae.cli.inspect import explain, inspect
+from sigma_vae.cli.outputs import encode, predict, reconstruct, sample, score
+from sigma_vae.cli.runs import calibrate, compare, evaluate, fit_prior, replay, rerun, resume, train
 from sigma_vae.cli.study import STUDY, study
-from sigma_vae.cli.video import predict
 from sigma_vae.training import NonFiniteLossError, Terminated
-from sigma_vae.training.processes import ElsewhereError
+from sigma_vae.training.distributed import ElsewhereError
 
 __all__ = ["main"]
 

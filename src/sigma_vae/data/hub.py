@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigma_vae.config import DataConfig
-from sigma_vae.data.files.pictures import PicturePlan, plan, probe
 from sigma_vae.data.levels import Array
+from sigma_vae.data.pictures import PicturePlan, plan, probe
 from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_stamp
 from sigma_vae.data.splits import SPLIT_WORDS, SplitName
 

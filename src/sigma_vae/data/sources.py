@@ -1,6 +1,8 @@
-"""Data sets by name, files by path; what has no splits of its own gets them here."""
+"""Data sets by name and files by path; data without splits of their own are split here."""
 
 import difflib
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,19 +10,58 @@ from typing import Any
 import numpy as np
 
 from sigma_vae.config import DataConfig
+from sigma_vae.data.archives import ARCHIVES
+from sigma_vae.data.arrays import path_of, read_arrays, read_hdf5
 from sigma_vae.data.cache import cached
-from sigma_vae.data.files import ENDINGS, source_of
-from sigma_vae.data.files.arrays import path_of
 from sigma_vae.data.holdout import hold_out
 from sigma_vae.data.hub import HUB_PREFIX, read_hub
 from sigma_vae.data.levels import encode, native_levels, real_values
 from sigma_vae.data.named import NAMED
+from sigma_vae.data.pictures import is_glob, read_pictures
 from sigma_vae.data.raw import Encoded, Part, Raw, Source
 from sigma_vae.data.scaling import Scaling, standardisation
 from sigma_vae.data.splits import SplitName, Splits, fingerprint
 from sigma_vae.data.stores import Generated, InMemory, Mapped, Store
+from sigma_vae.data.tables import TABLES, holds_tables, read_tables
+from sigma_vae.data.videos import ENDINGS as VIDEO_ENDINGS
+from sigma_vae.data.videos import OPTIONS, holds_videos, read_videos
 
-__all__ = ["NAMES", "load"]
+__all__ = ["ENDINGS", "NAMES", "load", "source_of"]
+
+_ARRAYS = Source(read_arrays, {"layout"})
+_HDF5 = Source(read_hdf5, {"layout", "columns", "cache"})
+_TABLES = Source(read_tables, {"layout", "columns"})
+_VIDEOS = Source(read_videos, OPTIONS)
+_PICTURES = Source(read_pictures, {"cache", "crop", "size", "fit", "colour", "unreadable"})
+
+ENDINGS: Mapping[str, Source] = {
+    ".npy": _ARRAYS,
+    ".npz": _ARRAYS,
+    ".h5": _HDF5,
+    ".hdf5": _HDF5,
+    **dict.fromkeys(TABLES, _TABLES),
+    **dict.fromkeys(ARCHIVES, _PICTURES),
+    **dict.fromkeys(VIDEO_ENDINGS, _VIDEOS),
+}
+"""File ending to reader, with the options that it reads."""
+
+
+def source_of(path: Path, config: DataConfig) -> Source | None:
+    """The reader for a path; None where it is of no known kind.
+
+    A folder is for tables where one is called train (train.csv, say), for videos where it holds some, else for pictures.
+
+    Raises:
+        ValueError: the path is a link to nothing.
+    """
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there; mend the link, or give another path")
+    if path.is_dir():
+        return _TABLES if holds_tables(path) else _VIDEOS if holds_videos(path, config.clips) else _PICTURES
+    if is_glob(path):
+        return _PICTURES
+    return next((source for ending, source in ENDINGS.items() if path.name.lower().endswith(ending)), None)
+
 
 NAMES: tuple[str, ...] = tuple(NAMED)
 """The data sets that have a name."""

@@ -1,4 +1,4 @@
-"""Train, validation and test."""
+"""Train, validation and test splits."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,11 +8,26 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
+from sigma_vae.config import ClipConfig
 from sigma_vae.data.batches import Batches
 from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.stores import Store
 
-__all__ = ["SPLIT_WORDS", "SplitName", "Splits", "fingerprint"]
+__all__ = ["SPLIT_WORDS", "SplitName", "Splits", "clip_lengths", "fingerprint"]
+
+
+def clip_lengths(clips: ClipConfig, frames: int, test_frames: int) -> tuple[int, int]:
+    """Frames of a clip in training and in test: what the user says, else what is usual for the data.
+
+    Who gives the one alone has it for both.
+
+    >>> clip_lengths(ClipConfig(), 12, 30), clip_lengths(ClipConfig(frames=16), 12, 30)
+    ((12, 30), (16, 16))
+    """
+    if clips.frames is not None:
+        return clips.frames, clips.test_frames or clips.frames
+    return frames, clips.test_frames or test_frames
+
 
 SplitName = Literal["train", "validation", "test"]
 

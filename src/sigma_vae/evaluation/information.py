@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 
 from sigma_vae.data import Batches
-from sigma_vae.evaluation.gathering import each_example, sum_over_examples
-from sigma_vae.evaluation.summary import mean_and_error
+from sigma_vae.evaluation.base import each_example, mean_and_error, sum_over_examples
 from sigma_vae.networks import FlatNetwork, HierarchicalNetwork
-from sigma_vae.passes import APART
 from sigma_vae.priors import MixturePrior, StandardNormal
 from sigma_vae.types import Batch
-from sigma_vae.vae import VAE, keyed_noise
+from sigma_vae.vae import APART, VAE, keyed_noise
 
 __all__ = ["ACTIVE_KL_NATS", "ACTIVE_VARIANCE", "active_units", "information"]
 

@@ -1,22 +1,77 @@
 """One pass over held-out data: bounds in nats and bits, with their standard errors."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sigma_vae.data import Batches
-from sigma_vae.evaluation.entropies import entropy_identity
-from sigma_vae.evaluation.gathering import each_example
+from sigma_vae.evaluation.base import each_example, mean_and_error
 from sigma_vae.evaluation.information import active_units
-from sigma_vae.evaluation.summary import mean_and_error
 from sigma_vae.likelihoods.base import LocationScale
+from sigma_vae.likelihoods.distributions import Continuous
 from sigma_vae.networks import FlatNetwork
+from sigma_vae.priors import StandardNormal
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE, Scores, keyed_noise
 
-__all__ = ["bounds_of", "evaluate", "score"]
+__all__ = [
+    "bounds_of",
+    "entropy_identity",
+    "evaluate",
+    "has_fitted_prior",
+    "score",
+    "scores_under_standard_prior",
+    "standard_prior",
+]
+
+
+@torch.no_grad()
+def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any] | None:
+    r"""ELBO against the sum of three entropies, on *training* data (Damm et al. 2023, arXiv 2010.14860, theorem 2).
+
+    .. math:: \text{ELBO} = \tfrac1N \sum_n H[q(z|x_n)] - H[p(z)] - \tfrac1N \sum_n H[p(x|z_n)]
+
+    It holds at every stationary point of the objective, without weight decay, on the data that the model was trained on. A gap far
+    from 0 says that training has not converged (or that σ does not fit these data).
+
+    Returns:
+        ``elbo_nats``, ``entropies_nats`` and ``gap_nats_per_dim`` (their difference for each dimension of the data); None where the
+        identity does not speak of the model: no flat latents, a fitted prior, no density, or one (Student's) that is no
+        exponential family.
+    """
+    vae.eval()
+    if not _is_spoken_of(vae, batches):
+        return None
+
+    def rows(batch: Batch) -> Tensor:
+        inference = vae.network.infer(batch.x, noise=keyed_noise(batch.positions, seed))
+        distribution = vae.likelihood.post_hoc(inference.h)
+        elbo = distribution.log_prob(batch.x).cpu().double() - inference.kl.sum(-1).cpu().double()
+        posterior: Tensor = vae.encode(batch.x).entropy().sum(-1)  # type: ignore[no-untyped-call]
+        return torch.stack([elbo, (posterior - distribution.entropy()).cpu().double()], 1)
+
+    elbo, entropies = each_example(vae, batches, rows).mean(0).tolist()
+    elbo -= batches.log_volume_nats
+    prior = 0.5 * vae.flat_network.latent_dim * math.log(2 * math.pi * math.e)
+    entropies -= prior + batches.log_volume_nats
+    return {
+        "elbo_nats": elbo,
+        "entropies_nats": entropies,
+        "gap_nats_per_dim": (elbo - entropies) / math.prod(batches.store.shape),
+    }
+
+
+def _is_spoken_of(vae: VAE, batches: Batches) -> bool:
+    """Flat latents, N(0, I), and a density of an exponential family: what a first batch shows."""
+    if not isinstance(vae.network, FlatNetwork) or not isinstance(vae.network.prior, StandardNormal):
+        return False
+    x = next(iter(batches)).x[:1].to(next(vae.parameters()).device)
+    distribution = vae.likelihood.post_hoc(vae.network.infer(x, noise=torch.zeros).h)
+    return isinstance(distribution, Continuous) and distribution.law.closed_form
 
 
 def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
@@ -122,3 +177,37 @@ def _scales(vae: VAE) -> dict[str, float]:
     stored = {"density": vae.likelihood.scale.density_log_scale, "level": vae.likelihood.scale.level_log_scale}
     kind = "factor" if vae.likelihood.scale.predicted else "sigma"
     return {f"{kind}_post_hoc_{name}": float(value.mean().exp()) for name, value in stored.items() if value.numel()}
+
+
+def has_fitted_prior(vae: VAE) -> bool:
+    """Whether its latents are flat and have another prior than N(0, I)."""
+    return isinstance(vae.network, FlatNetwork) and not isinstance(vae.network.prior, StandardNormal)
+
+
+@contextmanager
+def standard_prior(vae: VAE) -> Iterator[None]:
+    """Give the model N(0, I) for a while; a model that has no other is left as it is."""
+    if not has_fitted_prior(vae):
+        yield
+        return
+    network = vae.flat_network
+    fitted = network.prior
+    network.prior = StandardNormal(network.latent_dim).to(next(vae.parameters()))
+    try:
+        yield
+    finally:
+        network.prior = fitted
+
+
+@torch.no_grad()
+def scores_under_standard_prior(vae: VAE, test: Batches, seed: int = 0) -> dict[str, Any]:
+    """Bounds on held-out data with N(0, I), from the posterior draws that :func:`evaluate` takes with this seed.
+
+    Returns:
+        ``elbo_nats``, ``elbo_post_hoc_nats``, ``rate_nats``, ``bits_per_dim`` and ``bits_per_dim_post_hoc`` as :func:`evaluate` has
+        them, each a mean over examples with its standard error; ``objective_nats`` in place of ``elbo_nats``, and no bits, where the
+        likelihood is none.
+    """
+    vae.eval()
+    with standard_prior(vae):
+        return bounds_of(vae, score(vae, test, seed))

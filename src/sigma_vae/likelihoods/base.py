@@ -1,20 +1,255 @@
-"""The template of all location-scale likelihoods: a residual law, a scale, and the map from features to the mean."""
+"""Base classes of all likelihoods: with a scale (location-scale families), and without one."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, constraints
 
 from sigma_vae.likelihoods.densities import at_least_float32
-from sigma_vae.likelihoods.distributions import Continuous, Discretized, Law, check_levels
+from sigma_vae.likelihoods.distributions import Continuous, Discretized, Law, Shape, check_levels
 from sigma_vae.likelihoods.scales import Optimal, Per, Scale
-from sigma_vae.likelihoods.solve import Observed, best_log_scale
-from sigma_vae.likelihoods.solve_in_graph import best_batch_log_scale
+from sigma_vae.likelihoods.solve import Observed, best_batch_log_scale, best_log_scale
 from sigma_vae.types import Likelihood, Observes
 
-__all__ = ["LocationScale", "MeanMap"]
+__all__ = ["Discrete", "FromFeatures", "LocationScale", "MeanMap", "Unscaled"]
+
+
+class Unscaled(Likelihood):
+    """A likelihood whose features are all that it needs; a family says what they mean, for rows of flattened space.
+
+    ``calibrate`` has nothing to fit, and the post-hoc distribution is the likelihood's own.
+
+    Shapes:
+        h ``(*batch, in_channels, *space)``, x ``(*batch, channels, *space)``. The hooks of a family see h
+        ``(rows, in_channels, n)`` and x ``(rows, channels, n)``, in float32 or float64.
+    """
+
+    has_row_rsample = False
+    """Whether ``row_sample`` has a gradient to the features."""
+
+    @abstractmethod
+    def row_log_prob(self, h: Tensor, x: Tensor) -> Tensor:
+        """Log-probability ``(rows,)`` of the data, in nats."""
+
+    @abstractmethod
+    def row_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
+        """Log-probability ``(rows,)`` of the levels of the data, in nats."""
+
+    @abstractmethod
+    def row_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x−) and F(x) of what ``row_log_prob`` is of, ``(rows, channels, n)`` each."""
+
+    @abstractmethod
+    def row_level_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x−) and F(x) of the levels, ``(rows, channels, n)`` each."""
+
+    @abstractmethod
+    def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance, ``(rows, channels, n)`` each; None where no formula is worth its time."""
+
+    @abstractmethod
+    def row_mean(self, h: Tensor) -> Tensor:
+        """Mean ``(rows, channels, n)``."""
+
+    @abstractmethod
+    def row_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draws ``(rows, channels, n)``."""
+
+    @abstractmethod
+    def check(self, x: Tensor) -> None:
+        """Refuse data that the family cannot have drawn."""
+
+    def forward(self, h: Tensor, x: Tensor | None = None) -> "FromFeatures":
+        """p(x|h).
+
+        Raises:
+            ValueError: h has not ``in_channels`` channels, or x is nothing that the family can draw.
+        """
+        distribution = FromFeatures(self, self._features(h), self.channels)
+        if x is not None:
+            self._check(x, distribution)
+        return distribution
+
+    def log_mass(self, h: Tensor, x: Tensor, *, post_hoc: bool = False) -> Tensor:
+        """Log-probability ``(*batch,)`` of the observed levels, in nats; the same post hoc.
+
+        Raises:
+            ValueError: the data have no levels, x is off them, or the family is no likelihood of these data.
+        """
+        return self._on_levels(h, x).log_mass(x)
+
+    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
+        """F(x−) and F(x) of each value, of the data's shape; the same post hoc.
+
+        Raises:
+            ValueError: x is nothing that the family can draw, a density is asked for that it does not have, or levels that the data
+                do not have.
+        """
+        if observes == "level":
+            return self._on_levels(h, x).element_level_cdf(x)
+        if self.observes == "level":
+            raise ValueError(f'{self} is a distribution over levels and has no density; ask with observes="level"')
+        return self.forward(h, x).element_cdf(x)
+
+    def _on_levels(self, h: Tensor, x: Tensor) -> "FromFeatures":
+        """p(x|h), where x is on the levels that it gives probabilities to."""
+        if self.levels is None:
+            raise ValueError(
+                f"{self} models real-valued data (levels=None), which have no probability of a level;"
+                " report `forward(h).log_prob(x)`, or say how many levels the data have"
+            )
+        distribution = self.forward(h)
+        self._check(x, distribution)
+        if not torch.compiler.is_compiling():  # it reads a value off the device
+            check_levels(x, self.levels)
+        return distribution
+
+    def post_hoc(self, h: Tensor) -> "FromFeatures":
+        """p(x|h): there is no scale to refit."""
+        return self.forward(h)
+
+    def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Do nothing: there is no scale to fit."""
+
+    def _features(self, h: Tensor) -> Tensor:
+        """h, in float32 at least."""
+        axis = -1 - self.spatial_dims
+        if h.dim() <= self.spatial_dims or h.shape[axis] != self.in_channels:
+            got = h.shape[axis] if h.dim() > self.spatial_dims else tuple(h.shape)
+            raise ValueError(
+                f"{self} reads {self.in_channels} decoder channels, got {got}; size the decoder by `likelihood.in_channels`"
+            )
+        return at_least_float32(h)
+
+    def _check(self, x: Tensor, distribution: Distribution) -> None:
+        expected = distribution.batch_shape + distribution.event_shape
+        if x.shape != expected:
+            raise ValueError(f"{self} was given data of shape {tuple(x.shape)} for features of {tuple(expected)}")
+        if not torch.compiler.is_compiling():  # it reads a value off the device
+            self.check(x)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self._arguments())})"
+
+    def _arguments(self) -> list[str]:
+        return [f"channels={self.channels}", *([] if self.levels == 256 else [f"levels={self.levels}"])]
+
+
+class Discrete(Unscaled):
+    """An :class:`Unscaled` likelihood over the levels k/(L − 1): ``log_prob`` is ``log_mass``, samples are levels.
+
+    Raises:
+        ValueError: ``levels`` is None, or x is off the levels.
+    """
+
+    levels: int
+    observes: Observes = "level"
+
+    def __init__(self, channels: int, *, spatial_dims: int = 2, levels: int | None = 256) -> None:
+        if levels is None:
+            raise ValueError(
+                f"{type(self).__name__} is a distribution over levels and needs to know how many the data have, got"
+                " levels=None; pass levels=256 for 8-bit data, or take a continuous family for real-valued data"
+            )
+        super().__init__(channels, spatial_dims, levels)
+
+    def row_log_prob(self, h: Tensor, x: Tensor) -> Tensor:
+        """The mass of the levels."""
+        return self.row_log_mass(h, x)
+
+    def row_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the levels."""
+        return self.row_level_cdf(h, x)
+
+    def check(self, x: Tensor) -> None:
+        """Refuse values between the levels."""
+        check_levels(x, self.levels)
+
+
+@final
+class FromFeatures(Distribution):
+    """What an :class:`Unscaled` likelihood returns: batch ``(*batch,)``, event ``(channels, *space)``."""
+
+    arg_constraints = {}  # noqa: RUF012 (torch's own interface)
+    support = constraints.unit_interval
+
+    def __init__(self, likelihood: Unscaled, h: Tensor, channels: int) -> None:
+        split = h.dim() - likelihood.spatial_dims - 1
+        space = h.shape[split + 1 :]
+        self._likelihood = likelihood
+        self.has_rsample = likelihood.has_row_rsample
+        self._h = h.reshape(*h.shape[: split + 1], math.prod(space))
+        super().__init__(h.shape[:split], torch.Size((channels, *space)), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of the whole event, in nats."""
+        h, x = self._rows(value)
+        return self._likelihood.row_log_prob(h, x).reshape(value.shape[: -len(self.event_shape)])
+
+    def log_mass(self, value: Tensor) -> Tensor:
+        """Log-probability of the whole event's levels, in nats."""
+        h, x = self._rows(value)
+        return self._likelihood.row_log_mass(h, x).reshape(value.shape[: -len(self.event_shape)])
+
+    def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x−) and F(x) of each element: the same for a density; of channels that depend on each other, given those before."""
+        below, upto = self._likelihood.row_cdf(*self._rows(value))
+        return below.reshape(value.shape), upto.reshape(value.shape)
+
+    def element_level_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Masses of the levels below each element's, and of those up to it."""
+        below, upto = self._likelihood.row_level_cdf(*self._rows(value))
+        return below.reshape(value.shape), upto.reshape(value.shape)
+
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and variance of each element, of the shape of the data; None where the family has no formula that is worth its time."""
+        moments = self._likelihood.row_moments(self._expanded(torch.Size()))
+        if moments is None:
+            return None
+        mean, variance = (moment.reshape(self.batch_shape + self.event_shape) for moment in moments)
+        return mean, variance
+
+    @property
+    def mean(self) -> Tensor:
+        """Expectation, of the shape of the data."""
+        mean = self._likelihood.row_mean(self._expanded(torch.Size()))
+        return mean.clamp(0, 1).reshape(self.batch_shape + self.event_shape)  # a sum of masses may be 1 + a rounding error
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
+        """Draws, in [0, 1]."""
+        return self._draw(sample_shape, generator)
+
+    def rsample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
+        """The draws of :meth:`sample`, with a gradient to the features.
+
+        Raises:
+            ValueError: the family's draws have none (``has_rsample`` says so).
+        """
+        if not self.has_rsample:
+            raise ValueError(
+                f"draws of {self._likelihood} are levels and have no gradient; take sample(), or a continuous family"
+            )
+        return self._draw(sample_shape, generator)
+
+    def _draw(self, sample_shape: Shape, generator: torch.Generator | None) -> Tensor:
+        shape = torch.Size(sample_shape)
+        draws = self._likelihood.row_sample(self._expanded(shape), generator)
+        return draws.reshape(shape + self.batch_shape + self.event_shape)
+
+    def _rows(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        extra = value.shape[: value.dim() - len(self.batch_shape) - len(self.event_shape)]
+        x = value.to(self._h.dtype).reshape(-1, self.event_shape[0], self._h.shape[-1])
+        return self._expanded(extra), x
+
+    def _expanded(self, extra: torch.Size) -> Tensor:
+        """Features as rows, repeated for so many more leading axes."""
+        return self._h.expand(extra + self._h.shape).reshape(-1, *self._h.shape[-2:])
+
 
 MeanMap = Literal["identity", "unit"]
 """From features to the mean: themselves, or a sigmoid onto [0, 1]."""

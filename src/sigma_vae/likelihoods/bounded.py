@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sigma_vae.likelihoods.unscaled import Unscaled
+from sigma_vae.likelihoods.base import Unscaled
 
 __all__ = ["Bernoulli", "ContinuousBernoulli"]
 

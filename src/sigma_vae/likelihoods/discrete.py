@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from sigma_vae.likelihoods.chunks import in_chunks
-from sigma_vae.likelihoods.unscaled import Discrete
+from sigma_vae.likelihoods.base import Discrete
+from sigma_vae.likelihoods.densities import in_chunks
 
 __all__ = ["BitwiseCategorical", "Categorical"]
 

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from sigma_vae.likelihoods.densities import log1mexp, log_ndtr, normal_interval_log_prob, normal_log_prob
-from sigma_vae.likelihoods.distributions import Law
-from sigma_vae.likelihoods.student_t import (
+from sigma_vae.likelihoods.densities import (
+    log1mexp,
+    log_ndtr,
+    normal_interval_log_prob,
+    normal_log_prob,
     student_t_entropy,
     student_t_interval_log_prob,
     student_t_log_cdf,
     student_t_log_prob,
 )
+from sigma_vae.likelihoods.distributions import Law
 
 __all__ = ["LAPLACE", "LAWS", "LOGISTIC", "NORMAL", "student_t"]
 

@@ -5,8 +5,8 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from sigma_vae.likelihoods.chunks import in_chunks
-from sigma_vae.likelihoods.unscaled import Discrete
+from sigma_vae.likelihoods.base import Discrete
+from sigma_vae.likelihoods.densities import in_chunks
 
 __all__ = ["LogisticMixture"]
 

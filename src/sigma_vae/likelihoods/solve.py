@@ -1,16 +1,18 @@
-"""The best log-scale for given data: of the density in closed form where there is one, else by Newton's method."""
+"""Solve for the best log-scale: in closed form where there is one, else by Newton's method."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, distributed
 
 from sigma_vae.likelihoods.distributions import Law
+from sigma_vae.likelihoods.laws import LAWS
 from sigma_vae.likelihoods.scales import Per
 
-__all__ = ["Observed", "best_log_scale", "shared_shape"]
+__all__ = ["Observed", "best_batch_log_scale", "best_log_scale", "shared_shape"]
 
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-6
@@ -216,3 +218,61 @@ def _slope_and_curvature(observed: Observed, log_scale: Tensor, levels: int) -> 
     )
     slope = below - above
     return torch.stack([slope, above * (1 - at_upper) - below * (1 - at_lower) - slope.square()])
+
+
+def best_batch_log_scale(observed: Observed, per: Per, event_dims: int, log_floor: float, levels: int | None) -> Tensor:
+    """As :func:`best_log_scale`, of one batch; compiled without a graph break.
+
+    Raises:
+        ValueError: under ``torch.compile``, the law has to be solved by iteration and is none of :data:`LAWS`.
+    """
+    law, loc, _, x = observed
+    iterates = levels is not None or not law.closed_form
+    if not (iterates and torch.compiler.is_compiling()):
+        return best_log_scale([observed], per, event_dims, log_floor, levels)
+    if law.name not in LAWS:
+        raise ValueError(f"torch.compile solves for the σ of the laws {list(LAWS)}, got {law.name!r}; add it to `laws.LAWS`")
+    numbers = [p for p in law.parameters if not isinstance(p, Tensor)]
+    tensors = [p.detach() for p in law.parameters if isinstance(p, Tensor)]
+    result: Tensor = _solve(law.name, numbers, tensors, loc, x, per, event_dims, log_floor, levels)
+    return result
+
+
+@torch.library.custom_op("sigma_vae::best_log_scale", mutates_args=())
+def _solve(
+    law: str,
+    numbers: list[float],
+    tensors: list[Tensor],
+    loc: Tensor,
+    x: Tensor,
+    per: str,
+    event_dims: int,
+    log_floor: float,
+    levels: int | None,
+) -> Tensor:
+    observed = Observed(LAWS[law](*numbers, *tensors), loc, loc.new_zeros(()), x)
+    stream = torch.accelerator.current_stream(x.device) if x.device.type == "cuda" else None
+
+    def solve() -> Tensor:
+        if stream is not None:
+            torch.accelerator.set_stream(stream)
+        return best_log_scale([observed], cast(Per, per), event_dims, log_floor, levels).contiguous()
+
+    # The solver differentiates, and an operator of a compiled graph runs where autograd is off, for this thread.
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(solve).result()
+
+
+@_solve.register_fake
+def _(
+    law: str,
+    numbers: list[float],
+    tensors: list[Tensor],
+    loc: Tensor,
+    x: Tensor,
+    per: str,
+    event_dims: int,
+    log_floor: float,
+    levels: int | None,
+) -> Tensor:
+    return x.new_empty(shared_shape(x.shape, cast(Per, per), event_dims))

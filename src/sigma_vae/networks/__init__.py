@@ -2,8 +2,7 @@
 
 from sigma_vae.networks.conv import conv
 from sigma_vae.networks.flat import FlatNetwork
-from sigma_vae.networks.hierarchical import HierarchicalNetwork, hierarchical
-from sigma_vae.networks.ladder_plan import LadderPlan
+from sigma_vae.networks.hierarchical import HierarchicalNetwork, LadderPlan, hierarchical
 from sigma_vae.networks.mlp import mlp
 from sigma_vae.networks.residual import residual
 from sigma_vae.networks.sequence import SequenceNetwork, sequence

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from sigma_vae.networks.temperature import per_layer
 from sigma_vae.priors import StandardNormal
-from sigma_vae.types import Inference, Network, Noise, Prior, Temperature
+from sigma_vae.types import Inference, Network, Noise, Prior, Temperature, per_layer
 
 __all__ = ["FlatNetwork"]
 

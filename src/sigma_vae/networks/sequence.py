@@ -1,18 +1,403 @@
 """Clips: SVG, stochastic video generation with a learned or a fixed prior (Denton and Fergus 2018)."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Literal, NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from sigma_vae.networks.recurrence import Recurrence, State
-from sigma_vae.networks.temperature import per_layer
-from sigma_vae.networks.video_backbones import FrameDecoder, FrameEncoder, batch_statistics_of, dcgan, vgg
-from sigma_vae.types import Inference, Network, Noise, Temperature
+from sigma_vae.types import Inference, Network, Noise, Temperature, per_layer
 
-__all__ = ["FRAMES", "Prediction", "SequenceNetwork", "sequence", "starts"]
+__all__ = [
+    "FRAMES",
+    "Backbone",
+    "Encoded",
+    "FrameDecoder",
+    "FrameEncoder",
+    "Moments",
+    "Prediction",
+    "Recurrence",
+    "SequenceNetwork",
+    "Spread",
+    "State",
+    "Steps",
+    "batch_statistics_of",
+    "dcgan",
+    "sequence",
+    "starts",
+    "vgg",
+]
+
+RECURRENT_INITIAL_STD = 0.02
+LOG_2_PI = math.log(2 * math.pi)
+
+LstmState = tuple[Tensor, Tensor]
+
+
+class State(NamedTuple):
+    """Where the LSTMs stand, each ``(hidden, cell)`` of ``(layers, batch, rnn_size)``; None before the first step."""
+
+    posterior: LstmState | None = None
+    prior: LstmState | None = None
+    predictor: LstmState | None = None
+
+
+class Moments(NamedTuple):
+    """A diagonal Gaussian over the latents of each step, ``(batch, steps, latent_dim)``, in float32 at least."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of z, ``(batch, steps)``, in nats."""
+        squares = (z - self.mean).square() * torch.exp(-self.log_variance)
+        return -0.5 * (squares + self.log_variance + LOG_2_PI).sum(-1)
+
+
+class Steps(NamedTuple):
+    """What some steps gave: the predicted codes ``(batch, steps, code_dim)``, the latents, and what these were drawn from."""
+
+    codes: Tensor
+    z: Tensor
+    drawn_from: Moments
+    prior: Moments
+
+    def kl(self) -> Tensor:
+        """KL to the prior in closed form, ``(batch, steps)``, in nats."""
+        q, p = self.drawn_from, self.prior
+        spread = (torch.exp(q.log_variance) + (q.mean - p.mean).square()) * torch.exp(-p.log_variance)
+        return 0.5 * (p.log_variance - q.log_variance + spread - 1).sum(-1)
+
+    def log_ratio(self) -> Tensor:
+        """Log-density of the latents under the prior less that under what they were drawn from, ``(batch, steps)``."""
+        return self.prior.log_prob(self.z) - self.drawn_from.log_prob(self.z)
+
+
+@final
+class Recurrence(nn.Module):
+    """From the codes of frames to latents and the codes of the next frames; its state is passed in and handed back.
+
+    Each of the three starts with a linear layer; posterior and prior have one LSTM, the predictor two.
+
+    Args:
+        code_dim: size of a frame's code.
+        latent_dim: size of each frame's latents.
+        rnn_size: width of the LSTMs.
+        learned_prior: whether the prior sees the frames before; else it is N(0, I).
+
+    >>> recurrence = Recurrence(code_dim=6, latent_dim=2, rnn_size=8)
+    >>> codes = torch.rand(3, 5, 6)
+    >>> steps, state = recurrence.advance(codes[:, :-1], codes[:, 1:], torch.zeros, State())    # four steps of the posterior
+    >>> steps.codes.shape, steps.kl().shape
+    (torch.Size([3, 4, 6]), torch.Size([3, 4]))
+    >>> recurrence.advance(codes[:, -1:], None, torch.zeros, state)[0].codes.shape              # and one of the prior
+    torch.Size([3, 1, 6])
+    """
+
+    def __init__(self, code_dim: int, latent_dim: int, rnn_size: int = 256, *, learned_prior: bool = True) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.posterior = _GaussianLstm(code_dim, rnn_size, latent_dim)
+        self.prior = _GaussianLstm(code_dim, rnn_size, latent_dim) if learned_prior else None
+        self.predictor = _Predictor(code_dim + latent_dim, rnn_size, code_dim)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):  # as published; the LSTMs start as torch's do
+                nn.init.normal_(module.weight, 0.0, RECURRENT_INITIAL_STD)
+                nn.init.zeros_(module.bias)
+
+    def advance(self, before: Tensor, after: Tensor | None, draw: Noise, state: State) -> tuple[Steps, State]:
+        """Steps from frames to the next ones, whose latents come from the posterior where it is said what they hold.
+
+        Args:
+            before: codes ``(batch, steps, code_dim)`` of the frames to step from.
+            after: codes of the frames that follow each; None: latents come from the prior.
+            draw: gives what stands for standard normal numbers; asked for ``(batch, latent_dim)`` once a step.
+            state: where to go on from.
+        """
+        batch, length = before.shape[:2]
+        if self.prior is not None:
+            prior, prior_state = self.prior(before, state.prior)
+        else:
+            zero = _full(before.new_zeros(batch, length, self.latent_dim))
+            prior, prior_state = Moments(zero, zero), None
+        chosen, posterior_state = (prior, state.posterior) if after is None else self.posterior(after, state.posterior)
+        unit = torch.stack([draw(torch.Size([batch, self.latent_dim])).to(chosen.mean) for _ in range(length)], 1)
+        z = chosen.mean + torch.exp(0.5 * chosen.log_variance) * unit
+        codes, predictor_state = self.predictor(torch.cat([before, z.to(before.dtype)], -1), state.predictor)
+        return Steps(codes, z, chosen, prior), State(posterior_state, prior_state, predictor_state)
+
+
+@final
+class _GaussianLstm(nn.Module):
+    """Codes ``(batch, steps, code_dim)`` to moments of the latents."""
+
+    def __init__(self, code_dim: int, rnn_size: int, latent_dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(code_dim, rnn_size)
+        self.lstm = nn.LSTM(rnn_size, rnn_size, batch_first=True)
+        self.mean = nn.Linear(rnn_size, latent_dim)
+        self.log_variance = nn.Linear(rnn_size, latent_dim)
+
+    def forward(self, codes: Tensor, state: LstmState | None) -> tuple[Moments, LstmState]:
+        hidden, state = self.lstm(self.embed(codes), state)
+        return Moments(_full(self.mean(hidden)), _full(self.log_variance(hidden))), state
+
+
+@final
+class _Predictor(nn.Module):
+    """Codes and latents ``(batch, steps, code_dim + latent_dim)`` to the codes of the next frames, within (−1, 1)."""
+
+    def __init__(self, inputs: int, rnn_size: int, code_dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(inputs, rnn_size)
+        self.lstm = nn.LSTM(rnn_size, rnn_size, num_layers=2, batch_first=True)
+        self.output = nn.Linear(rnn_size, code_dim)
+
+    def forward(self, inputs: Tensor, state: LstmState | None) -> tuple[Tensor, LstmState]:
+        hidden, state = self.lstm(self.embed(inputs), state)
+        return torch.tanh(self.output(hidden)), state
+
+
+def _full(x: Tensor) -> Tensor:
+    """In float32 at least: densities in half precision mean nothing."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+Spread = Callable[[Tensor], Tensor]
+"""From one row a clip to one row a frame."""
+
+SMALLEST = 8
+SLOPE = 0.2
+INITIAL_STD = 0.02
+
+
+class Encoded(NamedTuple):
+    """What an encoder makes of frames: codes ``(frames, code_dim)``, and the activations of its stages, finest first."""
+
+    code: Tensor
+    skips: tuple[Tensor, ...]
+
+
+class Backbone(NamedTuple):
+    """An encoder of frames and the decoder that belongs to it."""
+
+    encoder: "FrameEncoder"
+    decoder: "FrameDecoder"
+
+
+@final
+class FrameEncoder(nn.Module):
+    """Frames ``(frames, C, H, W)`` to :class:`Encoded`, in stages that halve the size each.
+
+    Args:
+        stages: what gives the skip connections, one after the other.
+        between: what follows each of them: pooling, or nothing where a stage itself halves the size.
+        head: from the last stage to ``(frames, code_dim, 1, 1)``.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], between: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.between = between
+        self.head = head
+
+    def forward(self, x: Tensor) -> Encoded:
+        """Codes and skip connections."""
+        skips: list[Tensor] = []
+        for stage in self.stages:
+            x = stage(x)
+            skips.append(x)
+            x = self.between(x)
+        return Encoded(self.head(x).flatten(1), tuple(skips))
+
+
+@final
+class FrameDecoder(nn.Module):
+    """Codes ``(frames, code_dim)``, and the skip connections of their clips, to features ``(frames, out_channels, H, W)``.
+
+    Args:
+        stem: from a code ``(frames, code_dim, 1, 1)`` to the smallest map.
+        between: what precedes each stage: upsampling, or nothing where a stage itself doubles the size.
+        stages: coarsest first; each joins a skip connection.
+    """
+
+    def __init__(self, stem: nn.Module, between: nn.Module, stages: "Sequence[_Join]") -> None:
+        super().__init__()
+        self.stem = stem
+        self.between = between
+        self.stages = nn.ModuleList(stages)
+
+    def shares(self, skips: Sequence[Tensor]) -> list[Tensor]:
+        """What skip connections ``(clips, ...)``, finest first, add in each stage: the same in all frames of a clip."""
+        stages = [stage for stage in self.stages if isinstance(stage, _Join)]
+        return [stage.share(skip) for stage, skip in zip(stages, reversed(skips), strict=True)]
+
+    def forward(self, code: Tensor, shares: Sequence[Tensor], spread: Spread) -> Tensor:
+        """Features of the frames."""
+        x: Tensor = self.stem(code[:, :, None, None])
+        for stage, share in zip(self.stages, shares, strict=True):
+            x = stage(self.between(x), spread(share))
+        return x
+
+
+def dcgan(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: int = 128) -> Backbone:
+    """The DCGAN of SVG: 4×4 convolutions of stride 2, their width doubled each time up to eightfold, and the mirror image of it.
+
+    Frames of 64×64 pass four such stages (64, 128, 256, 512 channels), of 32×32 three, of 128×128 five; a 4×4 convolution then gives the
+    code, through batch norm and tanh. The decoder's last layer gives features: the likelihood owns what the original's sigmoid does.
+
+    Args:
+        shape: of a frame, ``(C, H, W)``.
+        out_channels: what the likelihood reads.
+        width: channels of the first stage.
+        code_dim: size of a code.
+
+    Raises:
+        ValueError: the frames are not square with a side of 8, 16, 32, 64, ...
+
+    >>> encoder, decoder = dcgan((1, 64, 64), out_channels=1)
+    >>> code, skips = encoder(torch.zeros(6, 1, 64, 64))
+    >>> code.shape, [tuple(skip.shape[1:]) for skip in skips]
+    (torch.Size([6, 128]), [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)])
+    >>> decoder(code, decoder.shares(skips), lambda share: share).shape
+    torch.Size([6, 1, 64, 64])
+    """
+    widths = _widths(shape, width)
+    inputs = [shape[0], *widths[:-1]]
+    stages = [_block(nn.Conv2d(i, o, 4, 2, 1)) for i, o in zip(inputs, widths, strict=True)]
+    joins = [
+        _Join(nn.ConvTranspose2d(2 * widths[i], widths[i - 1], 4, 2, 1), [_normed(widths[i - 1])])
+        for i in range(len(widths) - 1, 0, -1)
+    ]
+    joins.append(_Join(nn.ConvTranspose2d(2 * widths[0], out_channels, 4, 2, 1), []))
+    encoder = FrameEncoder(stages, nn.Identity(), _head(widths[-1], code_dim))
+    return _initialised(Backbone(encoder, FrameDecoder(_stem(code_dim, widths[-1]), nn.Identity(), joins)))
+
+
+def vgg(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: int = 128) -> Backbone:
+    """The VGG of SVG: two or three 3×3 convolutions a stage, pooled and upsampled between.
+
+    Frames of 64×64 pass stages of 2, 2, 3 and 3 convolutions (64, 128, 256, 512 channels), of 32×32 the first three. Arguments, errors
+    and ends are those of :func:`dcgan`.
+
+    Raises:
+        ValueError: the frames are not square with a side of 8, 16, 32, 64, ...
+
+    >>> encoder, decoder = vgg((3, 32, 32), out_channels=6, width=8)
+    >>> [tuple(skip.shape[1:]) for skip in encoder(torch.zeros(2, 3, 32, 32)).skips]
+    [(8, 32, 32), (16, 16, 16), (32, 8, 8)]
+    """
+    widths = _widths(shape, width)
+    depths = [2 if i < 2 else 3 for i in range(len(widths))]
+    stages = []
+    for inputs, outputs, depth in zip([shape[0], *widths[:-1]], widths, depths, strict=True):
+        stages.append(nn.Sequential(_layer(inputs, outputs), *(_layer(outputs, outputs) for _ in range(depth - 1))))
+    joins = []
+    for i in range(len(widths) - 1, 0, -1):
+        rest = [_layer(widths[i], widths[i]) for _ in range(depths[i] - 2)]
+        rest.append(_layer(widths[i], widths[i - 1]))
+        joins.append(_Join(nn.Conv2d(2 * widths[i], widths[i], 3, 1, 1), [_normed(widths[i]), *rest]))
+    last = [_normed(width), nn.ConvTranspose2d(width, out_channels, 3, 1, 1)]
+    joins.append(_Join(nn.Conv2d(2 * width, width, 3, 1, 1), last))
+    encoder = FrameEncoder(stages, nn.MaxPool2d(2), _head(widths[-1], code_dim))
+    upsample = nn.Upsample(scale_factor=2, mode="nearest")
+    return _initialised(Backbone(encoder, FrameDecoder(_stem(code_dim, widths[-1]), upsample, joins)))
+
+
+@contextmanager
+def batch_statistics_of(network: nn.Module) -> Iterator[None]:
+    """Within it, batch norm uses the statistics of what it is given, and leaves the running ones as they are.
+
+    >>> norm = nn.BatchNorm2d(1).eval()
+    >>> with batch_statistics_of(norm):
+    ...     norm(torch.tensor([[[[1.0]]], [[[3.0]]]])).flatten()
+    tensor([-1.0000,  1.0000], grad_fn=<ViewBackward0>)
+    >>> norm.running_mean, norm.training
+    (tensor([0.]), False)
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    modes = [norm.training for norm in norms]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm, mode in zip(norms, modes, strict=True):
+            norm.training, norm.track_running_stats = mode, True
+
+
+@final
+class _Join(nn.Module):
+    """A convolution of features joined with a skip connection, and what follows it.
+
+    A convolution is linear: the skip connection's share of it is computed once for all frames of a clip.
+    """
+
+    def __init__(self, convolution: nn.Conv2d | nn.ConvTranspose2d, rest: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.convolution = convolution
+        self.rest = nn.Sequential(*rest)
+
+    def share(self, skip: Tensor) -> Tensor:
+        return self._convolve(skip, slice(-skip.shape[1], None), None)
+
+    def forward(self, x: Tensor, share: Tensor) -> Tensor:
+        result: Tensor = self.rest(self._convolve(x, slice(x.shape[1]), self.convolution.bias) + share)
+        return result
+
+    def _convolve(self, x: Tensor, inputs: slice, bias: Tensor | None) -> Tensor:
+        stride, padding = self.convolution.stride[0], int(self.convolution.padding[0])
+        if isinstance(self.convolution, nn.ConvTranspose2d):
+            return functional.conv_transpose2d(x, self.convolution.weight[inputs], bias, stride, padding)
+        return functional.conv2d(x, self.convolution.weight[:, inputs], bias, stride, padding)
+
+
+def _widths(shape: Sequence[int], width: int) -> list[int]:
+    """Channels of each stage; the last one leaves a map of 4×4."""
+    side = shape[-1]
+    if len(shape) != 3 or shape[1] != side or side < SMALLEST or side & (side - 1):
+        raise ValueError(
+            f"video networks read square frames (C, H, W) with a side of 8, 16, 32, 64 or 128, got frames of shape {tuple(shape)};"
+            " crop, pad or resize them"
+        )
+    return [width * min(2**i, 8) for i in range(side.bit_length() - 3)]
+
+
+def _normed(channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU(SLOPE))
+
+
+def _block(convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
+    return nn.Sequential(convolution, _normed(convolution.out_channels))
+
+
+def _layer(inputs: int, outputs: int) -> nn.Sequential:
+    return _block(nn.Conv2d(inputs, outputs, 3, 1, 1))
+
+
+def _head(inputs: int, code_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, code_dim, 4), nn.BatchNorm2d(code_dim), nn.Tanh())
+
+
+def _stem(code_dim: int, outputs: int) -> nn.Sequential:
+    return _block(nn.ConvTranspose2d(code_dim, outputs, 4))
+
+
+def _initialised(backbone: Backbone) -> Backbone:
+    """Weights N(0, 0.02²), gains N(1, 0.02²), no biases, as published."""
+    with torch.no_grad():
+        for part in backbone:
+            for module in part.modules():
+                if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
+                    assert module.bias is not None
+                    mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
+                    module.weight.normal_(mean, INITIAL_STD)
+                    module.bias.zero_()
+    return backbone
+
 
 FRAMES = 10
 """How many frames are predicted unless asked for more or fewer, as in the published configurations."""

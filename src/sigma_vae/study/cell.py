@@ -6,17 +6,56 @@ import os
 import shutil
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread
+from time import monotonic
 from typing import Any
 
 from sigma_vae import runs
-from sigma_vae.configfile import write_whole
-from sigma_vae.evaluation.settings import EvaluationSettings
-from sigma_vae.study.elapsed import counted, seconds_in
+from sigma_vae.config import EvaluationSettings, write_whole
 from sigma_vae.study.grid import Cell
 
-__all__ = ["do", "finished", "folder_of", "known", "record_of", "running_since"]
+__all__ = ["counted", "do", "finished", "folder_of", "known", "record_of", "running_since", "seconds_in"]
+
+EVERY_SECONDS = 10.0
+"""What a killed attempt loses at most."""
+
+
+def seconds_in(path: Path) -> float:
+    """What the file says that was taken so far; 0 where there is none."""
+    return float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+
+
+@contextmanager
+def counted(path: Path, before: float = 0.0) -> Iterator[None]:
+    """Add the time that this takes to the seconds in a file: when it ends, however it does, and on the way.
+
+    Args:
+        path: of the file.
+        before: seconds to begin with where there is no file yet.
+    """
+    spent, start, ended = seconds_in(path) or before, monotonic(), Event()
+
+    def write() -> None:
+        write_whole(path, f"{spent + monotonic() - start}\n")
+
+    def write_meanwhile() -> None:
+        while not ended.wait(EVERY_SECONDS):
+            with suppress(OSError):  # the next, or the last, says what is wrong
+                write()
+
+    thread = Thread(target=write_meanwhile, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        write()
+
 
 RECORD = "cell.json"
 RUNNING = "running"

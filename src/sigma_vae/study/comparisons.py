@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from sigma_vae.study.cell import known
-from sigma_vae.study.grid import Cell, StudySpec, cells
+from sigma_vae.study.grid import Cell, StudySpec, cells, in_words, told
 from sigma_vae.study.results import tabulate
 from sigma_vae.study.statistics import ELBO, Difference, chosen_on_validation, paired_difference
-from sigma_vae.study.words import in_words, told
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,4 +1,4 @@
-"""A grid of runs as data: what is the same in all of them, and what is varied."""
+"""A grid of runs as data: what all of them share, and what varies."""
 
 import copy
 import hashlib
@@ -11,12 +11,44 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from sigma_vae.config import RunConfig
-from sigma_vae.configfile import parse, read
-from sigma_vae.evaluation.settings import EvaluationSettings
-from sigma_vae.study.words import told
+from sigma_vae import models
+from sigma_vae.config import EvaluationSettings, ModelConfig, RunConfig, parse, read
+from sigma_vae.data import NAMES
+from sigma_vae.evaluation import features
+from sigma_vae.likelihoods.base import LocationScale
+from sigma_vae.priors import FittedPrior
+from sigma_vae.types import Likelihood
 
-__all__ = ["SHIPPED", "Cell", "StudySpec", "cells", "read_spec"]
+__all__ = ["SHIPPED", "Cell", "StudySpec", "as_column", "cells", "check", "in_words", "read_spec", "told"]
+
+
+def in_words(value: Any) -> str:
+    """A value of an axis, as a spec writes it.
+
+    >>> in_words(None), in_words({"size": 8}), in_words(0.5), in_words("gaussian/optimal")
+    ('null', '{"size": 8}', '0.5', 'gaussian/optimal')
+    """
+    return json.dumps(value, ensure_ascii=False) if value is None or isinstance(value, dict | list) else str(value)
+
+
+def told(place: Mapping[str, Any]) -> str:
+    """A place in a grid.
+
+    >>> told({"model.likelihood": "gaussian/optimal", "training.max_steps": None, "seed": 0})
+    'likelihood gaussian/optimal, max_steps null, seed 0'
+    """
+    return ", ".join(f"{name.rpartition('.')[2]} {in_words(value)}" for name, value in place.items())
+
+
+def as_column(values: Sequence[Any]) -> dict[str, Any]:
+    """Of each value, by its words, what stands for it in a table's column, where all are numbers, or all are words.
+
+    >>> as_column([16, 32]), as_column([None, 5]), as_column([{"size": 8}])
+    ({'16': 16, '32': 32}, {'null': 'null', '5': '5'}, {'{"size": 8}': '{"size": 8}'})
+    """
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return {in_words(value): value if numbers else in_words(value) for value in values}
+
 
 SHIPPED = tuple(sorted(path.name.removesuffix(".yaml") for path in resources.files(__package__).joinpath("specs").iterdir()))
 """Names of the specs that come with the library."""
@@ -184,3 +216,65 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         whole = key == "axes" or not (isinstance(value, dict) and isinstance(ours.get(key), dict))
         merged[key] = value if whole else _merged(ours[key], value)
     return merged
+
+
+LEVELS = 256
+"""Of pictures, where a data set that has a name is not given another number; two levels would make an objective a likelihood."""
+
+
+def check(cells: Sequence[Cell]) -> None:
+    """Refuse cells that would fail after minutes or hours.
+
+    Raises:
+        ValueError: there is no such likelihood, network, prior or file of features, the prior is not for the network, or a metric does
+            not apply to the likelihood or the network; it says of which cell.
+    """
+    for cell in cells:
+        try:
+            _check(cell)
+        except ValueError as error:
+            raise ValueError(f"the cell {told(cell.place)} cannot be done: {error}" if cell.place else str(error)) from error
+
+
+def _check(cell: Cell) -> None:
+    model, data = cell.config.model, cell.config.data
+    made = models.likelihood(model.likelihood, channels=3, levels=data.levels or LEVELS, observes=model.observes)
+    if model.network != "auto":
+        models.check_network(model.network)
+    for name in cell.priors:
+        if isinstance(models.prior(name, latent_dim=2), FittedPrior) and model.network.startswith(("hierarchical", "sequence")):
+            raise ValueError(
+                f"the prior {name} is fitted to a single layer of flat latents, which {model.network} does not have; take"
+                " priors: [standard]"
+            )
+    asked = cell.evaluation.metrics or ()
+    for metric in asked:
+        if obstacle := _obstacle(metric, model, made, known=data.levels is not None or data.source in NAMES):
+            raise ValueError(f"{metric} cannot be measured of it: {obstacle}; leave it out of the metrics")
+    if "quality" in asked:
+        _check_features(cell.evaluation)
+    if cell.evaluation.best_of is not None and not model.network.startswith(("sequence", "auto")):
+        raise ValueError(f"best_of is about predictions of video, which {model.network} does not make; leave it out")
+
+
+def _obstacle(metric: str, model: ModelConfig, likelihood: Likelihood, *, known: bool) -> str | None:
+    """Why a metric does not apply; ``known`` says whether the number of levels is."""
+    match metric:
+        case "iwae" | "calibration" if known and not likelihood.normalised:
+            return f"{model.likelihood} is an objective of such data, and gives no probabilities"
+        case "oracle" if not isinstance(likelihood, LocationScale):
+            return f"{model.likelihood} has no σ"
+        case "information" if model.network.startswith("sequence"):
+            return f"the latents of {model.network} are neither flat nor a ladder"
+    return None
+
+
+def _check_features(settings: EvaluationSettings) -> None:
+    for source in settings.features:
+        name, _, place = source.partition(":")
+        file = place if name in (*features.NAMES, "i3d") else source
+        if (file or name == "i3d") and not Path(file).expanduser().exists():
+            raise ValueError(
+                f"features come from {', '.join(features.NAMES)}, i3d:FILE or a TorchScript file; got {source!r}, and there is no"
+                " such file"
+            )

@@ -1,20 +1,224 @@
-"""A study's report: verdicts, tables, plots and samples on one page, as HTML that needs nothing else, and as Markdown."""
+"""A study's report as one HTML page and as Markdown: verdicts, tables, plots and samples."""
 
+import base64
+import math
 import shutil
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
+from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from sigma_vae import __version__
-from sigma_vae.study import outcomes, sections
+from sigma_vae.study import outcomes, plots
 from sigma_vae.study.cell import folder_of, known, record_of
-from sigma_vae.study.comparisons import settings
-from sigma_vae.study.folder import claim, spec_of
-from sigma_vae.study.grid import cells
-from sigma_vae.study.pieces import PLOTS, Picture
+from sigma_vae.study.claims import CLAIMS, Verdict, Word, diverges, signed
+from sigma_vae.study.comparisons import ARM, BITS, ELBO, LEARNED, OPTIMAL, STANDARD, Done, Setting, frechet_columns, settings
+from sigma_vae.study.grid import StudySpec, cells
+from sigma_vae.study.outcomes import PLOTS, Card, Picture, Section, Table, failures, how_far
 from sigma_vae.study.results import collect, tabulate
-from sigma_vae.study.templates import SIGNS, template
+from sigma_vae.study.runner import claim, spec_of
+from sigma_vae.study.statistics import cost
 
-__all__ = ["keep", "report"]
+__all__ = ["HOW", "SIGNS", "differences", "ended", "figures", "judged", "keep", "report", "samples", "template", "verdicts"]
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+
+SIGNS = {"holds": "✓", "does not": "✗", "not shown": "?"}
+"""Words and signs, not colours alone."""
+
+
+def template(name: str, *, escape: bool) -> "Template":
+    """A template of this package; ``escape`` is for HTML."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"base64": lambda content: base64.b64encode(content).decode(), "line": _line}
+    return environment.from_string(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
+
+
+def _line(words: str) -> str:
+    """For Markdown: one line, in which nothing is a sign."""
+    for sign in ("\\", "`", "*", "|", "[", "_", "~"):
+        words = words.replace(sign, "\\" + sign)
+    return " ".join(words.replace("&", "&amp;").replace("<", "&lt;").split())
+
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+Draw = Callable[[Setting], plots.Plot | None]
+HOW = (
+    "An interval in brackets is the 95 % bootstrap interval of a mean of differences, which are paired by seed. A rule that compares holds"
+    " where the whole interval does as the rule says, does not where none of it does, and else is not shown, as with fewer than three"
+    " seeds. Of three seeds such an interval is the range of the three differences, and has the mean of normal ones in it in three cases"
+    " of four: a verdict on three seeds is an indication."
+)
+"""Said above verdicts."""
+
+
+def judged(found: Sequence[Setting]) -> Section:
+    """A card for claim that the study's data speak of; the others in one table."""
+    cards, lacking = [], []
+    for each in CLAIMS:
+        verdicts = each.verdicts(found)
+        there = tuple((verdict.word, _finding(words, verdict)) for words, verdict in verdicts if not verdict.lacks)
+        if there:
+            cards.append(Card(each.name, each.sentence, there, each.rule))
+        else:
+            lacking.append((each.name, each.sentence, f"{verdicts[0][1].word}: {verdicts[0][1].finding}", each.rule))
+    caption = "Claims that this study cannot judge"
+    heads = ("claim", "what is claimed", "verdict", "rule")
+    other = (Table(caption, heads, tuple(lacking), folded=True),) if lacking else ()
+    return Section("Verdicts", (HOW,), tuple(cards), other)
+
+
+def _finding(words: str, verdict: Verdict) -> str:
+    return f"{words}: {verdict.finding}" if words else verdict.finding
+
+
+def ended(spec: StudySpec, out: Path, found: Sequence[Setting]) -> Section:
+    """How many cells are done, which failed with what error, and what it cost."""
+    tables = (*failures(spec, out), _stability(found), _cost(found))
+    return Section("Runs and their cost", (how_far(spec, out),), tables=tables)
+
+
+def _stability(found: Sequence[Setting]) -> Table:
+    rows = []
+    for setting in found:
+        for arm in setting.arms:
+            errors = [done.record["error"] for done in setting.of(arm) if not done.finished]
+            diverged = sum(map(diverges, errors))
+            counts = len(setting.of(arm)), diverged, len(errors) - diverged
+            rows.append((_named(setting, arm), *map(str, counts)))
+    return Table("Runs that ended", ("arm", "ended", "became non-finite", "failed otherwise"), tuple(rows))
+
+
+def _named(setting: Setting, arm: str) -> str:
+    return f"{setting.words}, {arm}" if setting.words else arm
+
+
+def _cost(found: Sequence[Setting]) -> Table:
+    """Of the study; and per seed of the grid of fixed σ against the one calibrated run, where a setting has both."""
+    import pandas as pd
+
+    whole = pd.concat([setting.table for setting in found])
+    failed = ", failed runs included" if (whole["status"] != "done").any() else ""
+    rows = [(f"the whole study{failed}", *_runs_and_hours(whole), "")]
+    for setting in found:
+        done = setting.table[setting.table["status"] == "done"]
+        by_arm = {arm: cost(rows) for arm, rows in done.groupby(ARM, sort=False)}
+        each = {str(arm): ended["core_hours"] / ended["runs"] for arm, ended in by_arm.items()}
+        grid, one = [arm for arm in setting.fixed if arm in each], setting.first(OPTIMAL)
+        if len(grid) > 1 and one in each:
+            times = sum(each[arm] for arm in grid) / each[one] if each[one] else math.nan
+            words = _named(setting, f"grid of {len(grid)} fixed σ")
+            rows.append((words, *_runs_and_hours(done[done[ARM].isin(grid)]), f"{times:.1f}"))
+            rows.append((_named(setting, OPTIMAL), *_runs_and_hours(done[done[ARM] == one]), "1"))
+    caption = "Cost, training and evaluation together, of all attempts"
+    return Table(caption, ("what", "runs", "core-hours", "per seed, times optimal"), tuple(rows))
+
+
+def _runs_and_hours(table: "pd.DataFrame") -> tuple[str, str]:
+    found = cost(table)
+    return f"{found['runs']:.0f}", f"{found['core_hours']:.3f}"
+
+
+def differences(found: Sequence[Setting]) -> Section:
+    """Optimal minus every other arm, paired by seed; last the fixed σ that validation data choose."""
+    tables = []
+    for setting in found:
+        ours, rows = setting.first(OPTIMAL), []
+        best, left_out = setting.tuned()
+        others = [(arm, arm) for arm in setting.arms if arm != ours]
+        others += [(f"best fixed σ on validation: {best}{left_out}", best)] if best is not None else []
+        for words, arm in others:
+            for prior in setting.priors:
+                bits, nats = (setting.difference(metric, ours, arm, prior) for metric in (BITS, ELBO))
+                same = ours is not None and setting.observes(ours) == setting.observes(arm)
+                shown = ("" if bits is None else signed(bits, 4), signed(nats, 1) if same and nats is not None else "")
+                if any(shown):
+                    rows.append((words, prior, *shown))
+        if rows:
+            caption = f"{setting.words}: {ours} minus" if setting.words else f"{ours} minus"
+            tables.append(Table(caption, ("the other", "prior", "bits/dim, refitted σ", "ELBO, nats, refitted σ"), tuple(rows)))
+    words = "Paired by seed, test split, with 95 % bootstrap intervals. Bits below zero and nats above zero speak for optimal."
+    return Section("Differences", (words,), tables=tuple(tables))
+
+
+def figures(found: Sequence[Setting]) -> Section:
+    """Plots of what was measured, of each kind one for each setting."""
+    names = dict.fromkeys(name for setting in found for name in frechet_columns(setting.table))
+    drawn: list[tuple[str, Draw, str]] = [
+        ("curves-density", lambda setting: plots.curves(setting, "density"), f"{CURVES} Likelihoods of densities."),
+        ("curves-level", lambda setting: plots.curves(setting, "level"), f"{CURVES} Likelihoods of levels."),
+        ("plane-density", lambda setting: plots.rate_distortion(setting, "density"), f"{PLANE} Likelihoods of densities."),
+        ("plane-level", lambda setting: plots.rate_distortion(setting, "level"), f"{PLANE} Likelihoods of levels."),
+        ("information", plots.information, INFORMATION),
+        *((f"frechet-{i}", partial(plots.frechet, features=name), FRECHET) for i, name in enumerate(names)),
+        ("coverage", plots.coverage, COVERS),
+    ]
+    pictures = []
+    for name, draw, caption in drawn:
+        for number, setting in enumerate(found):
+            plot = draw(setting)
+            if plot is not None:
+                words = f"{setting.words}: {caption}" if setting.words else caption
+                pictures.append(Picture(f"{PLOTS}/{name}-{number}.svg", plot.content, plot.alt, words))
+    return Section("Plots", pictures=tuple(pictures))
+
+
+CURVES = (
+    "Learning curves. Validation ELBO over steps, with each arm's own σ: mean and range over seeds. Lines far below the others are"
+    " cut off."
+)
+PLANE = (
+    "Rate and distortion on the test split, the latter with the refitted σ: a point for each seed, fixed σ joined. Lower and left is"
+    " better."
+)
+INFORMATION = (
+    "Information in the latents. Upper bound on the mutual information and lower bound on the marginal KL along the decoder's σ, mean"
+    " ± deviation over seeds; arms that find their own σ where they have it."
+)
+FRECHET = "Sample quality. Fréchet distance of samples, decoder means, by prior: mean ± deviation over seeds."
+COVERS = (
+    "Coverage. Share of test values inside central intervals against their nominal share, with each arm's own σ. On the diagonal:"
+    " calibrated."
+)
+
+
+def samples(found: Sequence[Setting], out: Path) -> Section:
+    """Pictures of the first finished run of each arm, small, those of one kind side by side."""
+    pictures: list[Picture] = []
+    for setting in found:
+        runs = [(arm, done) for arm in setting.arms for done in _first(setting, arm)]
+        for name, words in _kinds(setting).items():
+            for arm, done in runs:
+                path = folder_of(done.cell, out) / "run" / name
+                if path.is_file():
+                    place, caption = path.relative_to(out).as_posix(), f"{_named(setting, arm)}: {words}"
+                    pictures.append(Picture(place, plots.small(path), f"Grid of {words}, {arm}", caption))
+    return Section("Samples and reconstructions", ("Of the first finished run of each.",), pictures=tuple(pictures))
+
+
+def _kinds(setting: Setting) -> dict[str, str]:
+    """What a run draws; the prior of its samples is the one that was fitted last."""
+    last = "N(0, I)" if setting.priors[-1] == STANDARD else setting.priors[-1]
+    return {
+        "samples-standard-prior.png": "samples, prior N(0, I)",
+        "samples.png": f"samples, {LEARNED} prior" if setting.learns_prior else f"samples, prior {last}",
+        "reconstructions.png": "test images above their reconstructions",
+    }
+
+
+def _first(setting: Setting, arm: str) -> list[Done]:
+    return [done for done in setting.of(arm) if done.finished][:1]
 
 
 def report(out: Path) -> None:
@@ -32,12 +236,12 @@ def report(out: Path) -> None:
     spec = spec_of(out)
     found = settings(spec, out)
     parts = [
-        sections.judged(found),
-        sections.ended(spec, out, found),
+        judged(found),
+        ended(spec, out, found),
         outcomes.results(spec, tabulate(cells(spec), out)),
-        sections.differences(found),
-        sections.figures(found),
-        sections.samples(found, out),
+        differences(found),
+        figures(found),
+        samples(found, out),
     ]
     there = [part for part in parts if not part.empty]
     made = f"Made on {datetime.now(UTC):%Y-%m-%d} by sigma-vae {__version__}."
@@ -67,7 +271,7 @@ def keep(out: Path, to: Path) -> None:
             " folder, or one that this study was copied to before"
         )
     spec = spec_of(out)
-    pictures = sections.samples(settings(spec, out), out).pictures
+    pictures = samples(settings(spec, out), out).pictures
     claim(spec, to)
     shutil.rmtree(to / "cells", ignore_errors=True)
     for cell in cells(spec):
@@ -87,3 +291,79 @@ def _write_plots(out: Path, pictures: list[Picture]) -> None:
         (out / PLOTS).mkdir()
     for picture in pictures:
         (out / picture.place).write_bytes(picture.content)
+
+
+class Found(NamedTuple):
+    """One verdict: the study, and what in it."""
+
+    study: str
+    setting: str
+    word: Word
+    finding: str
+
+    @property
+    def where(self) -> str:
+        """The study, and its setting where it has several."""
+        return f"{self.study} ({self.setting})" if self.setting else self.study
+
+
+class Judged(NamedTuple):
+    """A claim with all that was found."""
+
+    name: str
+    sentence: str
+    rule: str
+    found: tuple[Found, ...]
+
+    def among(self, word: str) -> list[str]:
+        """The studies with this verdict, and in brackets their settings where they have several.
+
+        >>> found = (Found("a", "batch 16", "holds", ""), Found("a", "batch 64", "holds", ""), Found("b", "", "does not", ""))
+        >>> Judged("1", "", "", found).among("holds"), Judged("1", "", "", found).among("does not")
+        (['a (batch 16, batch 64)'], ['b'])
+        """
+        settings: dict[str, list[str]] = {}
+        for found in self.found:
+            if found.word == word:
+                settings.setdefault(found.study, []).append(found.setting)
+        inside = {study: ", ".join(dict.fromkeys(filter(None, names))) for study, names in settings.items()}
+        return [f"{study} ({names})" if names else study for study, names in inside.items()]
+
+
+def verdicts(studies: Sequence[Path]) -> str:
+    """A page in Markdown: each claim with the studies in which it holds, does not, or is not shown, the numbers, and the rule.
+
+    It is made from the same files as :func:`~sigma_vae.study.report`, and says nothing that their reports do not. Claims that no study has
+    measured are named at the end.
+
+    Args:
+        studies: their folders; the page calls them by the folders' names.
+
+    Raises:
+        ValueError: none is given, one is no study's folder, or of one no cell has ended.
+    """
+    if not studies:
+        raise ValueError("no study is given; name the folders of some: sigma-vae study verdicts docs/studies/*")
+    specs = {study: spec_of(study) for study in studies}
+    measured = {study: settings(spec, study) for study, spec in specs.items()}
+    judged = [
+        Judged(
+            claim.name,
+            claim.sentence,
+            claim.rule,
+            tuple(
+                Found(study.name, setting, verdict.word, verdict.finding)
+                for study, found in measured.items()
+                for setting, verdict in claim.verdicts(found)
+                if not verdict.lacks
+            ),
+        )
+        for claim in CLAIMS
+    ]
+    return template("verdicts.md.j2", escape=False).render(
+        studies={study.name: spec.title for study, spec in specs.items()},
+        claims=[claim for claim in judged if claim.found],
+        missing=[claim for claim in judged if not claim.found],
+        signs=SIGNS,
+        how=HOW,
+    )

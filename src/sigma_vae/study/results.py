@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigma_vae.study.cell import known
-from sigma_vae.study.grid import Cell
-from sigma_vae.study.words import as_column, in_words
+from sigma_vae.study.grid import Cell, as_column, in_words
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ import torch
 from lightning_fabric.plugins.io import CheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from sigma_vae.training.processes import processes
+from sigma_vae.training.distributed import processes
 
 __all__ = ["BestCheckpoint", "SealedCheckpoints", "damage", "newest", "read_sealed", "step_of", "write_sealed"]
 

@@ -24,17 +24,23 @@ from sigma_vae.training.bar import Bar
 from sigma_vae.training.callbacks import AveragedWeights, CalibrateBeforeValidation, ValidationRow
 from sigma_vae.training.calls import Calls
 from sigma_vae.training.checkpoints import BestCheckpoint, SealedCheckpoints, newest, read_sealed, step_of
+from sigma_vae.training.distributed import (
+    from_first,
+    global_statistics,
+    joined,
+    on_any,
+    own_device,
+    processes,
+    shared,
+    to_be_trained,
+)
 from sigma_vae.training.folder import check_name, exclusive
 from sigma_vae.training.hardware import applied, choices_for
 from sigma_vae.training.metrics import Events, MetricsTable, rows_before
 from sigma_vae.training.module import NonFiniteLossError, TrainingModule
-from sigma_vae.training.non_finite import KeepsBrokenStep
-from sigma_vae.training.norms import global_statistics
-from sigma_vae.training.processes import from_first, joined, own_device, processes
-from sigma_vae.training.quantities import validated_total
+from sigma_vae.training.nonfinite import KeepsBrokenStep
+from sigma_vae.training.objective import validated_total
 from sigma_vae.training.resuming import Patience, Resumable, Terminated, ValidateAtEnd
-from sigma_vae.training.sharding import to_be_trained
-from sigma_vae.training.shares import on_any, shared
 from sigma_vae.training.together import OwnNoise, check_processes, environment, strategy
 from sigma_vae.vae import VAE, keyed_noise
 

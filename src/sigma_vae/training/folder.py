@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sigma_vae.training.processes import from_first
+from sigma_vae.training.distributed import from_first
 
 __all__ = ["LOCK", "check_name", "exclusive", "explained"]
 

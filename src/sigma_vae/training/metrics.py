@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
-from sigma_vae.configfile import write_whole
+from sigma_vae.config import write_whole
 
 __all__ = ["Events", "MetricsTable", "rows_before"]
 

@@ -12,14 +12,19 @@ from torch.distributed.tensor import DTensor
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.networks import FlatNetwork
-from sigma_vae.training.accumulation import step_loss
 from sigma_vae.training.calls import Calls, recount
-from sigma_vae.training.choices import Choices
-from sigma_vae.training.objective import check_weights, is_weighted
-from sigma_vae.training.processes import processes
-from sigma_vae.training.quantities import current_sigma, validated_total
-from sigma_vae.training.sharding import average_gradients, clip, gradient_norm, is_sharded, shard
-from sigma_vae.training.shares import mean_over_all, sum_over_all
+from sigma_vae.training.distributed import (
+    average_gradients,
+    clip,
+    gradient_norm,
+    is_sharded,
+    mean_over_all,
+    processes,
+    shard,
+    sum_over_all,
+)
+from sigma_vae.training.hardware import Choices
+from sigma_vae.training.objective import check_weights, current_sigma, is_weighted, step_loss, validated_total
 from sigma_vae.types import Batch, Elbo, Noise
 from sigma_vae.vae import VAE, keyed_noise
 

@@ -1,21 +1,49 @@
-"""What is minimised: the negative ELBO, or a weighted objective, which is never called one."""
+"""The training loss: the negative ELBO, or a weighted objective, which is never called one."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sigma_vae.config import TrainingConfig
+from sigma_vae.likelihoods import Shared
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import HierarchicalNetwork
-from sigma_vae.passes import in_full_precision
-from sigma_vae.training.shares import mean_over_all
+from sigma_vae.training.distributed import mean_over_all, processes, sum_over_all
 from sigma_vae.types import Batch, Elbo, Inference
-from sigma_vae.vae import VAE
+from sigma_vae.vae import VAE, in_full_precision
 
-__all__ = ["Losses", "balance", "check_weights", "is_weighted", "losses"]
+__all__ = [
+    "Losses",
+    "StepLoss",
+    "balance",
+    "check_weights",
+    "current_sigma",
+    "is_weighted",
+    "losses",
+    "step_loss",
+    "validated_total",
+]
+
+
+def validated_total(vae: VAE) -> str:
+    """The name under which a validation logs what is maximised: a bound, or where there is no likelihood (grey Bernoulli) an objective."""
+    return "validation/elbo_nats" if vae.likelihood.normalised else "validation/objective_nats"
+
+
+def current_sigma(vae: VAE) -> Tensor | None:
+    """The σ that training uses (the geometric mean of several; the running one of an optimal scale), where there is one."""
+    likelihood = vae.likelihood
+    if not isinstance(likelihood, LocationScale) or likelihood.scale.predicted:
+        return None
+    if isinstance(likelihood.scale, Shared):
+        return likelihood.scale.log_scale.detach().exp()
+    own = likelihood.scale(torch.zeros((), device=likelihood.scale.density_log_scale.device), likelihood.observes, None)
+    sigma: Tensor = own.mean().exp()
+    return sigma
+
 
 NO_KL = 1e-9
 """Nats a latent that count as none."""
@@ -112,3 +140,68 @@ def _hierarchical_network(vae: VAE) -> HierarchicalNetwork:
     """The network that ``check_weights`` found to be hierarchical."""
     assert isinstance(vae.network, HierarchicalNetwork)
     return vae.network
+
+
+class StepLoss(NamedTuple):
+    """The bound of each of this process's examples, and the mean over all processes' examples of what is minimised, in nats."""
+
+    elbo: Elbo
+    loss: Tensor
+
+
+def step_loss(
+    vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0, elbo_of: Callable[..., Elbo] | None = None
+) -> StepLoss:
+    r"""What one step minimises: of the global batch, of which this process has its share, in ``config.accumulate`` micro-batches.
+
+    With :math:`n_i` of all n examples in micro-batch i,
+
+    .. math:: \text{loss} = \sum_i \frac{n_i}{n}\, L_i(\sigma_i), \qquad L_i = \text{mean over the micro-batch's examples}
+
+    A σ that is solved is that of its micro-batch (over all processes), and so are the batch means of free bits and of KL balancing. Where σ
+    is no statistic of the batch (fixed, learned, predicted) the gradient is that of the whole batch. Where it is one, the loss lies below
+    the whole batch's, as the mean of :math:`\log \sigma_i` lies below the logarithm of the root mean square, and the gradient is
+    that of this mean.
+
+    All micro-batches but the last are differentiated here, and add to the gradients that are there; the loss returned has the gradient of
+    the last one. Gradients are scaled by the number of processes, as data parallelism takes their mean over processes.
+
+    Args:
+        vae: the model, in training mode.
+        batch: this process's share, at least one example.
+        config: its weights of the objective, and how many micro-batches; never more than each process has examples.
+        step: how many steps were taken.
+        elbo_of: ``vae.elbo``, perhaps compiled.
+
+    >>> from sigma_vae import Fixed, Gaussian, mlp
+    >>> vae = VAE(mlp((1, 4, 4), 1, latent_dim=2, width=8), Gaussian(1, Fixed(0.5)))
+    >>> batch = Batch(torch.rand(6, 1, 4, 4), torch.arange(6))
+    >>> elbo, loss = step_loss(vae, batch, TrainingConfig(accumulate=3))
+    >>> bool(torch.isclose(loss, -elbo.total.mean()))
+    True
+    """
+    us = processes()
+    if us.world_size == 1 and config.accumulate == 1:
+        elbo, minimised = losses(vae, batch, config, step, elbo_of)
+        return StepLoss(elbo, minimised.mean())
+    examples = int(sum_over_all(torch.tensor(len(batch.x))))
+    parts = max(1, min(config.accumulate, examples // us.world_size))
+    found: list[Elbo] = []
+    total = torch.zeros((), dtype=torch.float64, device=batch.x.device)
+    for number, part in enumerate(_split(batch, parts), start=1):
+        elbo, minimised = losses(vae, part, config, step, elbo_of)
+        found.append(elbo)
+        total += minimised.detach().sum()
+        mine = minimised.sum() * (us.world_size / examples)
+        if number < parts:
+            with torch.autocast(mine.device.type, enabled=False):
+                mine.backward()  # type: ignore[no-untyped-call]
+    mean = (sum_over_all(total) / examples).to(mine.dtype)
+    whole = Elbo(*(torch.cat([terms.detach() for terms in column]) for column in zip(*found, strict=True)))
+    return StepLoss(whole, mine + (mean - mine.detach()))
+
+
+def _split(batch: Batch, parts: int) -> Iterator[Batch]:
+    masks = [None] * parts if batch.mask is None else batch.mask.tensor_split(parts)
+    for x, positions, mask in zip(batch.x.tensor_split(parts), batch.positions.tensor_split(parts), masks, strict=True):
+        yield Batch(x, positions, mask)

@@ -12,8 +12,8 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
 from sigma_vae.data import Batches
+from sigma_vae.training.distributed import on_any
 from sigma_vae.training.module import REMEDY, NonFiniteLossError, TrainingModule
-from sigma_vae.training.shares import on_any
 
 __all__ = ["Patience", "Resumable", "Terminated", "ValidateAtEnd"]
 

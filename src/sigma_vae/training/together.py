@@ -13,9 +13,7 @@ from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import Tensor, distributed
 
 from sigma_vae.config import TrainingConfig
-from sigma_vae.training.norms import of_shares_alone
-from sigma_vae.training.processes import processes
-from sigma_vae.training.sharding import is_sharded
+from sigma_vae.training.distributed import is_sharded, of_shares_alone, processes
 from sigma_vae.vae import VAE
 
 __all__ = ["OwnNoise", "check_processes", "environment", "strategy"]

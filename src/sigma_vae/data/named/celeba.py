@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sigma_vae.config import DataConfig
-from sigma_vae.data.files.pictures import PicturePlan
 from sigma_vae.data.hub import HubPlace
 from sigma_vae.data.levels import Array
-from sigma_vae.data.named.places import Official, check_counts, find, read_official
+from sigma_vae.data.named.files import Official, check_counts, find, read_official
+from sigma_vae.data.pictures import PicturePlan
 from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_record, file_stamp
 from sigma_vae.data.splits import SplitName
 

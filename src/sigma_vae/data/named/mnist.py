@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sigma_vae.config import DataConfig
-from sigma_vae.data.files.idx import read_images
+from sigma_vae.data.arrays import read_images
 from sigma_vae.data.hub import HubPlace
-from sigma_vae.data.named.places import Official, find, read_official
+from sigma_vae.data.named.files import Official, find, read_official
 from sigma_vae.data.raw import Raw, file_record
 from sigma_vae.data.splits import SplitName
 

@@ -14,14 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sigma_vae.config import DataConfig
-from sigma_vae.data.clips import clip_lengths
-from sigma_vae.data.files.idx import read_images
+from sigma_vae.data.arrays import read_images
 from sigma_vae.data.holdout import ORDER, count_of, shuffled
 from sigma_vae.data.named.bundled import mnist_5k
-from sigma_vae.data.named.folders import folders
+from sigma_vae.data.named.files import folders
 from sigma_vae.data.named.mnist import whose
 from sigma_vae.data.raw import Raw, file_record
-from sigma_vae.data.splits import SplitName
+from sigma_vae.data.splits import SplitName, clip_lengths
 from sigma_vae.data.stores import Generated
 
 __all__ = ["BouncingDigits", "read_moving_mnist"]

@@ -1,0 +1,347 @@
+"""Array files: .npy, .npz, HDF5 and IDX."""
+
+import gzip
+import hashlib
+import struct
+import threading
+import weakref
+import zipfile
+import zlib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from sigma_vae.config import DataConfig, Layout
+from sigma_vae.data.cache import digest_of, piece_of
+from sigma_vae.data.levels import Array
+from sigma_vae.data.raw import Encoded, Part, Raw, UnreadableError, file_record, file_stamp
+from sigma_vae.data.splits import SPLIT_WORDS, SplitName
+from sigma_vae.data.stores import Mapped
+
+__all__ = [
+    "CLIPS",
+    "LARGE",
+    "channels_first",
+    "layout_of",
+    "parts_by_key",
+    "path_of",
+    "read_arrays",
+    "read_hdf5",
+    "read_images",
+]
+
+_AXES = {
+    "n-h-w": 3,
+    "n-h-w-c": 4,
+    "n-c-h-w": 4,
+    "n-c-t": 3,
+    "n-t": 2,
+    "n-c": 2,
+    "n-t-h-w": 4,
+    "n-t-h-w-c": 5,
+    "n-t-c-h-w": 5,
+}
+_ONE_CHANNEL = {"n-h-w": 1, "n-t": 1, "n-t-h-w": 2}
+CLIPS = frozenset(("n-t-h-w", "n-t-h-w-c", "n-t-c-h-w"))
+"""Layouts of clips: their examples are ``(T, C, H, W)``."""
+_CHANNEL_COUNTS = (1, 3, 4)
+_Content = TypeVar("_Content", bound=Any)
+
+
+def channels_first(array: Array, layout: Layout, name: str) -> Array:
+    """Bring an array into the order ``(N, C, *space)``, or ``(N, T, C, H, W)`` of clips; a view.
+
+    >>> channels_first(np.zeros((5, 8, 8, 3)), "n-h-w-c", "rgb").shape
+    (5, 3, 8, 8)
+    >>> channels_first(np.zeros((5, 9)), "n-t", "series").shape
+    (5, 1, 9)
+    >>> channels_first(np.zeros((5, 9, 8, 8)), "n-t-h-w", "clips").shape
+    (5, 9, 1, 8, 8)
+
+    Raises:
+        ValueError: the array has another number of axes, or nothing in it.
+    """
+    if array.ndim != _AXES[layout]:
+        raise ValueError(
+            f"{name} needs {_AXES[layout]} axes for layout {layout}, got shape {array.shape}; give the right --layout"
+        )
+    if array.size == 0:
+        raise ValueError(f"{name} needs at least one example with at least one value, got shape {array.shape}")
+    if layout in _ONE_CHANNEL:
+        return np.expand_dims(array, _ONE_CHANNEL[layout])
+    if layout.endswith("-c") and layout != "n-c":
+        return np.moveaxis(array, -1, 2 if layout in CLIPS else 1)
+    return array
+
+
+def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:
+    """The layout that is asked for; where that is auto, the one that the shape tells.
+
+    >>> layout_of((100, 3, 32, 32), "auto", "images")
+    'n-c-h-w'
+
+    Raises:
+        ValueError: the shape tells none, or two.
+    """
+    if layout != "auto":
+        return layout
+    if len(shape) in (2, 3):
+        return "n-c" if len(shape) == 2 else "n-h-w"
+    if len(shape) not in (4, 5):
+        raise ValueError(
+            f"{name} needs 2 to 5 axes, examples first, got shape {shape}; reshape it to one of {', '.join(_AXES)}"
+        )
+    before: Layout = "n-c-h-w" if len(shape) == 4 else "n-t-c-h-w"
+    after: Layout = "n-h-w-c" if len(shape) == 4 else "n-t-h-w-c"
+    first, last = shape[-3] in _CHANNEL_COUNTS, shape[-1] in _CHANNEL_COUNTS
+    if first == last:
+        raise ValueError(
+            f"{name} needs either its third axis from the end or its last one to have 1, 3 or 4 channels to tell the order of the"
+            f" axes, got shape {shape}; give --layout {before} or --layout {after}"
+        )
+    return before if first else after
+
+
+def parts_by_key(content: Mapping[str, _Content], path: Path) -> tuple[dict[SplitName, _Content], list[str]]:
+    """The split that each array is for, by its key; and the keys of those that are for none.
+
+    >>> parts_by_key({"train": 1, "val": 2, "labels": 3}, Path("a.npz"))
+    ({'train': 1, 'validation': 2}, ['labels'])
+
+    Raises:
+        ValueError: no array is the training split, or two are one split.
+    """
+    found = [(SPLIT_WORDS[key], array) for key, array in content.items() if key in SPLIT_WORDS]
+    parts = dict(found)
+    if len(parts) < len(found):
+        raise ValueError(
+            f"{path} needs one array for each split, got the keys {', '.join(content)}; drop all but one name of each"
+        )
+    if not found and len(content) == 1:
+        return {"train": next(iter(content.values()))}, []
+    if "train" not in parts:
+        raise ValueError(
+            f"{path} needs the key train (with validation and test, or split at random), or one array alone, got the keys "
+            f"{', '.join(content) or 'of an empty archive'}; rename them"
+        )
+    return {name: parts[name] for name in dict.fromkeys(SPLIT_WORDS.values()) if name in parts}, [
+        key for key in content if key not in SPLIT_WORDS
+    ]
+
+
+LARGE = 2**28
+"""Bytes from which on an array is left in its file, if its numbers can be used as they lie there."""
+
+
+def path_of(config: DataConfig) -> Path:
+    """The file or folder that a config names, inside its root where it has one.
+
+    Raises:
+        ValueError: it has a root that says nothing.
+    """
+    source = Path(config.source).expanduser()
+    if config.root and source.is_absolute():
+        raise ValueError(f"root says nothing about the absolute path {source}, got {config.root!r}; leave it out")
+    return Path(config.root or ".").expanduser() / source
+
+
+def read_arrays(config: DataConfig) -> Raw:
+    """The arrays of a .npy or .npz file, channels first.
+
+    A .npy file of 256 MiB and more of uint8 or uint16 is mapped into memory, not read.
+
+    Raises:
+        ValueError: the file is missing or unreadable, holds pickled objects, or its arrays do not fit together.
+    """
+    path = path_of(config)
+    if not path.is_file():
+        raise ValueError(f"expected a .npy or .npz file at {path}, got no such file; check the path")
+    arrays, ignored = parts_by_key(_read(path, mapped=config.standardise != "yes"), path)
+    dtypes = {name: str(array.dtype) for name, array in arrays.items()}
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"{path} needs one dtype for all splits, got {dtypes}; save them alike")
+    used = layout_of(arrays["train"].shape, config.layout, str(path))
+    ordered = {name: channels_first(array, used, f"{path} ({name})") for name, array in arrays.items()}
+    words = [f"axes read as {used}", *([f"ignored the arrays {', '.join(ignored)}"] if ignored else [])]
+    parts: dict[SplitName, Part] = {name: _part(array, path, used) for name, array in ordered.items()}
+    return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
+
+
+def _read(path: Path, mapped: bool) -> dict[str, Array]:
+    try:
+        if mapped and path.suffix.lower() == ".npy" and path.stat().st_size >= LARGE:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return {"train": array if _is_usable(array) else np.array(array)}
+        content = np.load(path, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            return {"train": content}
+        with content:
+            return {key: content[key] for key in content.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} cannot be read as .npy or .npz of plain numbers: {error}; save it anew with numpy.save or "
+            "numpy.savez (pickled objects are refused, as loading them runs code)"
+        ) from error
+
+
+def _is_usable(array: Array) -> bool:
+    """Whether a batch can be cut out of the file as it is."""
+    return array.dtype.name in ("uint8", "uint16") and array.dtype.isnative and array.flags.c_contiguous
+
+
+def _part(array: Array, path: Path, layout: str) -> Part:
+    if not _is_mapped(array):
+        return array
+    return Mapped(array, hashlib.sha256(f"{digest_of(path)} {layout}".encode()).hexdigest())
+
+
+def _is_mapped(array: Array) -> bool:
+    return isinstance(array, np.memmap)
+
+
+_CHUNKS = 2**28
+"""Bytes of decompressed chunks that HDF5 keeps: neighbouring blocks often lie in one."""
+
+
+def read_hdf5(config: DataConfig) -> Raw:
+    """Data sets of an HDF5 file, channels first.
+
+    Without ``columns``, the keys train, validation (valid, val) and test are the splits, or the one data set that there is. With a
+    key in ``columns`` (``group/name`` where it is nested), that data set, or those of this name in the groups train, validation and
+    test. Data sets of 256 MiB and more of uint8 or uint16 are copied, a slice at a time, into the cache; others are read whole.
+
+    Raises:
+        ValueError: the file is missing, damaged or no HDF5; there is no such key; or the data sets do not fit together.
+    """
+    import h5py
+
+    path = path_of(config)
+    if not path.is_file():
+        raise ValueError(f"expected an HDF5 file at {path}, got no such file; check the path")
+    try:
+        with h5py.File(path) as file:
+            datasets = _datasets(file)
+            chosen = _chosen(datasets, config.columns, path)
+            found, _ = parts_by_key(chosen, path)
+            ignored = sorted({*datasets} - {dataset.name.strip("/") for dataset in found.values()})
+            _check_dtypes(found, path)
+            used = layout_of(found["train"].shape, config.layout, str(path))
+            parts = {split: _hdf5_part(dataset, path, used, config) for split, dataset in found.items()}
+    except (OSError, EOFError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read as HDF5: {error}; it may be cut short or of another kind") from error
+    words = [f"axes read as {used}", *([f"ignored the data sets {', '.join(ignored)}"] if ignored else [])]
+    return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
+
+
+def _datasets(file: Any) -> dict[str, Any]:
+    import h5py
+
+    found: dict[str, Any] = {}
+
+    def note(name: str, thing: Any) -> None:
+        if isinstance(thing, h5py.Dataset) and thing.shape is not None:
+            found[name] = thing
+
+    file.visititems(note)
+    return found
+
+
+def _chosen(datasets: Mapping[str, Any], columns: tuple[str, ...], path: Path) -> dict[str, Any]:
+    if not columns:
+        return dict(datasets)
+    if len(columns) > 1:
+        raise ValueError(f"{path}: columns gives one key of an HDF5 file, got {', '.join(columns)}; give one")
+    key = columns[0].strip("/")
+    if key in datasets:
+        return {"train": datasets[key]}
+    if nested := {word: datasets[f"{word}/{key}"] for word in SPLIT_WORDS if f"{word}/{key}" in datasets}:
+        return nested
+    raise ValueError(f"{path} has no data set {key}, only {', '.join(datasets) or 'none at all'}; give one of its keys")
+
+
+def _check_dtypes(found: Mapping[SplitName, Any], path: Path) -> None:
+    dtypes = {name: str(dataset.dtype) for name, dataset in found.items()}
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"{path} needs one dtype for all splits, got {dtypes}; save them alike")
+
+
+def _hdf5_part(dataset: Any, path: Path, layout: Layout, config: DataConfig) -> Part:
+    name = f"{path} ({dataset.name.strip('/')})"
+    whole = np.broadcast_to(np.zeros((), np.uint8), dataset.shape or ())  # for the shape alone: nothing is read
+    shape = channels_first(whole, layout, name).shape
+    if dataset.nbytes < LARGE or dataset.dtype.name not in ("uint8", "uint16") or config.standardise == "yes":
+        return channels_first(np.asarray(dataset[()]), layout, name)
+    rows = _Rows(path, dataset.name, layout, piece_of(dataset.nbytes // shape[0]))
+    identity = {"file": file_stamp(path), "key": dataset.name, "layout": layout}
+    names = [f"{dataset.name.strip('/')}[{i}]" for i in range(shape[0])]
+    return Encoded(names, shape[1:], dataset.dtype.name, rows.decode, identity, path.resolve().parent)
+
+
+class _Rows:
+    """Examples of a data set, read a block at a time; each thread keeps the block that it is in."""
+
+    def __init__(self, path: Path, key: str, layout: Layout, block: int) -> None:
+        self._path, self._key, self._layout, self._block = path, key, layout, block
+        self._lock = threading.Lock()
+        self._kept = threading.local()
+
+    def decode(self, i: int) -> Array:
+        number, row = divmod(i, self._block)
+        if self._kept.__dict__.get("number") != number:
+            self._kept.block, self._kept.number = self._read(number), number
+        example: Array = self._kept.block[row]
+        return example
+
+    def _read(self, number: int) -> Array:
+        try:
+            with self._lock:
+                block = self._dataset[number * self._block : (number + 1) * self._block]
+        except (OSError, RuntimeError) as error:
+            raise UnreadableError(f"{type(error).__name__}: {error}") from error
+        return channels_first(block, self._layout, str(self._path))
+
+    @cached_property
+    def _dataset(self) -> Any:
+        import h5py
+
+        file = h5py.File(self._path, rdcc_nbytes=_CHUNKS)
+        weakref.finalize(self, file.close)
+        return file[self._key]
+
+
+_MAGIC = 0x00000803  # unsigned bytes, three axes
+_GZIP = b"\x1f\x8b"
+
+
+def read_images(path: Path) -> npt.NDArray[np.uint8]:
+    """Grey images ``(N, H, W)`` of an IDX file, gzipped or not.
+
+    Raises:
+        ValueError: the file cannot be read, holds something else than images, or has the wrong length.
+    """
+    content = _content(path)
+    if len(content) < 16:
+        raise ValueError(f"{path} needs an IDX header of 16 bytes, got {len(content)} bytes; fetch the file again")
+    magic, *shape = struct.unpack(">IIII", content[:16])
+    if magic != _MAGIC:
+        raise ValueError(
+            f"{path} needs the magic number {_MAGIC:#010x} of images, got {magic:#010x}; this is another kind of file"
+        )
+    expected = shape[0] * shape[1] * shape[2]
+    if len(content) - 16 != expected:
+        raise ValueError(
+            f"{path} needs {expected} bytes for images {tuple(shape)}, got {len(content) - 16}; fetch the file again"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=16).reshape(shape)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if content[:2] == _GZIP else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}; fetch the file again") from error

@@ -1,0 +1,631 @@
+"""Picture files: folders, zip and tar archives, and shards of them."""
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from operator import attrgetter
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, final
+
+import numpy as np
+
+from sigma_vae.config import DataConfig, ImageConfig
+from sigma_vae.data.archives import ARCHIVES, DAMAGED, Container, Folder, container
+from sigma_vae.data.arrays import path_of
+from sigma_vae.data.cache import FOLDER, remembered
+from sigma_vae.data.levels import Array
+from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_record
+from sigma_vae.data.splits import SPLIT_WORDS, SplitName
+
+__all__ = [
+    "PICTURES",
+    "Colour",
+    "Fit",
+    "PicturePlan",
+    "Probe",
+    "channels",
+    "common_size",
+    "is_archive",
+    "is_glob",
+    "plan",
+    "probe",
+    "read_pictures",
+    "remarks",
+    "window",
+]
+
+Probe = tuple[int, int, str]
+"""Width, height and mode of a picture, as it is when it is seen upright."""
+Colour = Literal["grey", "grey+alpha", "rgb", "rgba"]
+Fit = Literal["refuse", "crop", "stretch", "pad"]
+
+_CANONICAL = {"1": "1", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
+_CANONICAL |= {mode: "I;16" for mode in ("I", "I;16", "I;16B", "I;16L", "I;16N")}
+_CANONICAL |= {mode: mode.removesuffix(";16") for mode in ("LA;16", "RGB;16", "RGBA;16")}
+_KINDS: dict[str, tuple[Colour, int]] = {
+    "1": ("grey", 1),
+    "L": ("grey", 8),
+    "I;16": ("grey", 16),
+    "LA": ("grey+alpha", 8),
+    "RGB": ("rgb", 8),
+    "RGBA": ("rgba", 8),
+}
+_Thing = TypeVar("_Thing")
+
+
+def window(width: int, height: int, crop: int | None, fit: str) -> tuple[int, int]:
+    """Width and height of what is taken of a picture, around its centre; more than there is where it is padded.
+
+    >>> window(5, 3, crop=None, fit="pad")
+    (5, 5)
+    """
+    if crop is not None:
+        return crop, crop
+    side = {"crop": min(width, height), "pad": max(width, height)}.get(fit)
+    return (width, height) if side is None else (side, side)
+
+
+def common_size(sizes: Counter[tuple[int, int]], images: ImageConfig, name: str) -> tuple[int, int]:
+    """Width and height that all pictures get, from how many there are of each (width, height).
+
+    >>> common_size(Counter({(5, 3): 2, (3, 3): 1}), ImageConfig(fit="crop"), "some")
+    (3, 3)
+
+    Raises:
+        ValueError: there is none, and the user does not say what is to be done; a crop is larger than a picture; or ``fit`` has
+            nothing to fit.
+    """
+    _check_fit(images, name)
+    if images.crop is not None:
+        _check_crop(sizes, images.crop, name)
+    windows: Counter[tuple[int, int]] = Counter()
+    for size, count in sizes.items():
+        windows[window(*size, images.crop, images.fit)] += count
+    if images.size is not None:
+        oblong = Counter({size: count for size, count in windows.items() if size[0] != size[1]})
+        if oblong and images.fit == "refuse":
+            raise ValueError(
+                f"{name}: size {images.size} needs square pictures, got {_most_common(oblong, _times)} (width×height); cut the central"
+                " square (--fit crop), stretch (--fit stretch) or pad with black (--fit pad)"
+            )
+        return images.size, images.size
+    if len(windows) > 1:
+        least = min(min(size) for size in sizes)
+        fit = "" if images.fit != "refuse" or all(w == h for w, h in windows) else " with --fit crop, stretch or pad"
+        raise ValueError(
+            f"{name}: pictures need one size, got {len(windows)}: {_most_common(windows, _times)} (width×height); resize them"
+            f" (--size {least}, say{fit}), or cut the same square from each (--crop {least})"
+        )
+    return next(iter(windows))
+
+
+def _check_fit(images: ImageConfig, name: str) -> None:
+    if images.fit != "refuse" and images.crop is not None:
+        raise ValueError(f"{name}: fit {images.fit} says nothing about squares of crop {images.crop}; leave out one of them")
+    if images.fit == "stretch" and images.size is None:
+        raise ValueError(f"{name}: fit stretch needs a size to stretch pictures to, got none; give --size, 64 say")
+
+
+def _check_crop(sizes: Counter[tuple[int, int]], crop: int, name: str) -> None:
+    if small := Counter({size: count for size, count in sizes.items() if min(size) < crop}):
+        raise ValueError(
+            f"{name}: crop {crop} needs pictures of at least {crop}×{crop}, got {_most_common(small, _times)} (width×height); crop at most"
+            f" {min(min(size) for size in sizes)}"
+        )
+
+
+def channels(modes: Counter[str], images: ImageConfig, name: str) -> tuple[Colour, int]:
+    """Channels and bits of a value that all pictures get, from how many there are of each mode.
+
+    >>> channels(Counter({"1": 2, "L": 1}), ImageConfig(), "some")
+    ('grey', 8)
+
+    Raises:
+        ValueError: modes differ, and the user does not say what is to be done; or a mode has no levels.
+    """
+    if unknown := Counter({mode: count for mode, count in modes.items() if mode not in _CANONICAL}):
+        raise ValueError(
+            f"{name}: pictures need modes {', '.join(dict.fromkeys(_CANONICAL.values()))} or palettes, got {_most_common(unknown, str)};"
+            " convert them, or save floats as .npy"
+        )
+    kinds = {_CANONICAL[mode] for mode in modes}
+    if kinds == {"1"} and images.size is None and images.colour in ("auto", "grey"):
+        return "grey", 1
+    kinds = {"L" if kind == "1" else kind for kind in kinds}  # black and white are two of the greys
+    if "I;16" in kinds and (len(kinds) > 1 or images.colour not in ("auto", "grey")):
+        raise ValueError(
+            f"{name}: 16-bit grey pictures cannot be mixed with others or get colours, got {_most_common(modes, str)} and colour"
+            f" {images.colour}; convert them to one kind"
+        )
+    if "I;16" in kinds or (images.colour == "auto" and len(kinds) == 1):
+        return _KINDS[kinds.pop()]
+    if images.colour == "auto":
+        raise ValueError(
+            f"{name}: pictures need the same channels, got modes {_most_common(modes, str)}; say which to keep: --colour grey, rgb or rgba"
+        )
+    return images.colour, 8
+
+
+def remarks(modes: Counter[str], colour: Colour) -> tuple[str, ...]:
+    """What is lost of some pictures, in words.
+
+    >>> remarks(Counter({"RGBA": 2, "RGB": 1}), "rgb")
+    ('transparency ignored (2 of 3)',)
+    """
+    deep = sum(count for mode, count in modes.items() if mode in ("LA;16", "RGB;16", "RGBA;16"))
+    alpha = sum(count for mode, count in modes.items() if _CANONICAL[mode] in ("LA", "RGBA"))
+    coloured = sum(count for mode, count in modes.items() if _CANONICAL[mode] in ("RGB", "RGBA"))
+    return tuple(
+        f"{what} ({count} of {modes.total()})"
+        for what, count in (
+            ("the upper 8 of 16 bits of each colour", deep),
+            ("transparency ignored", alpha if colour in ("grey", "rgb") else 0),
+            ("colours to luma (ITU-R 601)", coloured if colour == "grey" else 0),
+        )
+        if count
+    )
+
+
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def _most_common(counts: Counter[_Thing], say: Callable[[_Thing], str]) -> str:
+    most = [f"{say(thing)} ({count})" for thing, count in counts.most_common(5)]
+    return ", ".join(most) + (f" and {len(counts) - 5} more" if len(counts) > 5 else "")
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+_ORIENTATION = 0x0112  # the EXIF tag; values of 5 and more exchange width and height
+_MODES: dict[Colour, str] = {"grey": "L", "grey+alpha": "LA", "rgb": "RGB", "rgba": "RGBA"}
+
+
+@final
+@dataclass(frozen=True)
+class PicturePlan:
+    """How each picture of a set becomes an array ``(C, H, W)`` of one shape: made by :func:`plan`.
+
+    The order is: upright by its EXIF orientation, channels, window (``crop``, or what ``fit`` says), resizing to ``size``.
+
+    Args:
+        crop: side of the central square that is cut out, in pixels.
+        size: side that the window is resized to, in pixels.
+        fit: ``crop`` and ``pad`` make the window square where ``crop`` does not.
+        colour: the channels.
+        bits: of a value: 1, 8 or 16.
+        height: of the result.
+        width: of the result.
+        remarks: what else was done to some pictures, in words.
+
+    >>> from PIL import Image
+    >>> halves = plan([(4, 2, "L")], ImageConfig(fit="crop"), "halves")
+    >>> halves.shape, halves.dtype, halves.levels
+    ((1, 2, 2), 'uint8', 256)
+    >>> halves.decode(Image.fromarray(np.uint8([[1, 2, 3, 4], [5, 6, 7, 8]]))).tolist()
+    [[[2, 3], [6, 7]]]
+    """
+
+    crop: int | None
+    size: int | None
+    fit: Fit
+    colour: Colour
+    bits: int
+    height: int
+    width: int
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a decoded picture: ``(C, H, W)``."""
+        return (1 if self.colour == "grey" else len(_MODES[self.colour]), self.height, self.width)
+
+    @property
+    def dtype(self) -> Literal["uint8", "uint16"]:
+        """Of a decoded picture."""
+        return "uint16" if self.bits == 16 else "uint8"
+
+    @property
+    def levels(self) -> int:
+        """How many values a datum can take: 2, 256 or 65536."""
+        return 1 << self.bits
+
+    @property
+    def words(self) -> list[str]:
+        """What is done, for the record of a run."""
+        kept = f"pictures as {self.colour}, {self.bits} bit{'s' * (self.bits > 1)}, upright by their EXIF orientation"
+        window = self._window_words()
+        resized = f"resized to {self.size}×{self.size} (Pillow, bilinear with antialiasing)" if self.size else ""
+        return [word for word in (kept, *self.remarks, window, resized) if word]
+
+    def _window_words(self) -> str:
+        if self.crop:
+            return f"cut to the central {self.crop}×{self.crop}"
+        words = {"crop": "cut to the largest central square", "pad": "padded with black to squares", "stretch": "stretched"}
+        return words.get(self.fit, "")
+
+    def read(self, file: Path | bytes | IO[bytes]) -> Array:
+        """Decode a file.
+
+        Raises:
+            UnreadableError: it is broken, or not what it was when the plan was made.
+        """
+        from PIL import Image
+
+        try:
+            image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+        except Exception as error:
+            raise _unreadable(error) from error
+        with image:
+            return self.decode(image)
+
+    def decode(self, image: "Image") -> Array:
+        """Decode a picture that Pillow has opened; safe in several threads, each with an image of its own.
+
+        Returns:
+            Levels ``(C, H, W)``, uint8 or uint16.
+
+        Raises:
+            UnreadableError: it is broken, or not of the size that the plan was made for.
+        """
+        try:
+            shaped = self._resized(self._windowed(self._converted(_upright(image))))
+            array = self._array(np.asarray(shaped))
+        except Exception as error:  # Pillow's decoders raise many unrelated kinds; all of them mean: broken
+            raise _unreadable(error) from error
+        if array.shape != self.shape:
+            raise UnreadableError(f"it needs shape {self.shape}, as its file said before, got {array.shape}")
+        return array
+
+    def _converted(self, image: "Image") -> "Image":
+        if self.bits == 16:
+            return _as_float(image)
+        if self.bits == 1:
+            return image if image.mode == "1" else image.convert("1")
+        if image.mode in ("P", "PA") and _has_alpha(image):
+            image = image.convert("RGBA")  # straight to RGB, Pillow warns of the transparency that is lost
+        elif image.mode in ("CMYK", "YCbCr"):
+            image = image.convert("RGB")
+        mode = _MODES[self.colour]
+        return image if image.mode == mode else image.convert(mode)
+
+    def _windowed(self, image: "Image") -> "Image":
+        width, height = window(image.width, image.height, self.crop, self.fit)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))  # black where the window goes beyond the picture
+
+    def _resized(self, image: "Image") -> "Image":
+        from PIL import Image
+
+        target = (self.width, self.height)
+        return image if self.size is None or image.size == target else image.resize(target, Image.Resampling.BILINEAR)
+
+    def _array(self, pixels: Array) -> Array:
+        if self.bits == 16:
+            pixels = np.rint(pixels.astype(np.float64)).astype(np.uint16)
+        pixels = pixels.astype(self.dtype)
+        return pixels[np.newaxis] if pixels.ndim == 2 else np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+
+
+def probe(file: Path | bytes | IO[bytes]) -> Probe:
+    """Width, height and mode of a picture, from its header (palettes: from the whole).
+
+    The mode is Pillow's, but for palettes, of which it is what they hold: ``L``, ``RGB`` or ``RGBA``; and ``RGB;16`` and the
+    like for 16-bit colours, of which Pillow reads the upper 8 bits.
+
+    Raises:
+        UnreadableError: it is no picture, or broken.
+
+    >>> from PIL import Image
+    >>> buffer = io.BytesIO()
+    >>> Image.new("RGB", (4, 2)).save(buffer, format="PNG")
+    >>> probe(buffer.getvalue())
+    (4, 2, 'RGB')
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (height, width, _mode(image)) if turned else (width, height, _mode(image))
+    except Exception as error:  # as in decode
+        raise _unreadable(error) from error
+
+
+def plan(sizes_and_modes: Iterable[Probe], images: ImageConfig, name: str) -> PicturePlan:
+    """The one shape that all pictures get.
+
+    Args:
+        sizes_and_modes: what :func:`probe` says of each.
+        images: what the user wants.
+        name: of the set, for messages.
+
+    Raises:
+        ValueError: there are none; they differ in size or channels, and the user does not say what is to be done; or they are of a
+            kind that has no levels.
+
+    >>> plan([(3, 3, "L"), (4, 4, "L")], ImageConfig(), "squares")
+    Traceback (most recent call last):
+    ...
+    ValueError: squares: pictures need one size, got 2: 3×3 (1), 4×4 (1) (width×height); resize them (--size 3, say), or cut the same
+    square from each (--crop 3)
+    """
+    probed = list(sizes_and_modes)
+    if not probed:
+        raise ValueError(f"{name}: expected pictures, got none that can be read; check the path")
+    sizes = Counter((width, height) for width, height, _ in probed)
+    modes = Counter(mode for *_, mode in probed)
+    colour, bits = channels(modes, images, name)
+    width, height = common_size(sizes, images, name)
+    return PicturePlan(images.crop, images.size, images.fit, colour, bits, height, width, remarks(modes, colour))
+
+
+def _mode(image: "Image") -> str:
+    from PIL.ImageFile import ImageFile
+
+    if image.mode in ("P", "PA"):
+        return "RGBA" if _has_alpha(image) else "L" if _is_grey(image) else "RGB"
+    raw = str(image.tile[0][3]) if isinstance(image, ImageFile) and image.tile else ""
+    return f"{image.mode};16" if image.mode in ("LA", "RGB", "RGBA") and ";16" in raw else image.mode
+
+
+def _has_alpha(image: "Image") -> bool:
+    return image.mode == "PA" or "transparency" in image.info
+
+
+def _is_grey(image: "Image") -> bool:
+    palette = np.reshape(image.getpalette("RGB") or [], (-1, 3))
+    return bool((palette == palette[:, :1]).all())
+
+
+def _upright(image: "Image") -> "Image":
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(image)
+
+
+def _as_float(image: "Image") -> "Image":
+    """16 bits are exact in float32; Pillow's own 16-bit modes are resized and converted through 8."""
+    from PIL import Image
+
+    pixels = np.asarray(image)
+    if pixels.ndim != 2 or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"it needs grey levels 0..65535, its values go from {pixels.min()} to {pixels.max()}")
+    return Image.fromarray(pixels.astype(np.float32))
+
+
+def _unreadable(error: Exception) -> UnreadableError:
+    return UnreadableError(f"{type(error).__name__}: {error}")
+
+
+PICTURES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".gif"))
+"""Endings of the files that are read as pictures."""
+_ANIMATED = (".gif", ".webp", ".tif", ".tiff")
+_HEADER = 2**16  # bytes: nearly every picture says its size and mode in them
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A file, and the folders that it lies in, from which its split is told."""
+
+    holder: Container
+    name: str
+    folders: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return self.name if isinstance(self.holder, Folder) else f"{self.holder.path.name}/{self.name}"
+
+    def probe(self) -> list[Any] | str:
+        """Width, height and mode; or what is wrong."""
+        for most in (_HEADER, -1):
+            try:
+                return [*probe(self.holder.read(self.name, most))]
+            except (UnreadableError, *DAMAGED) as error:
+                wrong = str(error)
+        return wrong
+
+    def decode(self, how: PicturePlan) -> Array:
+        try:
+            content = self.holder.read(self.name)
+        except DAMAGED as error:
+            raise UnreadableError(f"{type(error).__name__}: {error}") from error
+        return how.read(content)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a name is that of an archive.
+
+    >>> is_archive(Path("shard-000.tar")), is_archive(Path("shard-000.tar.gz")), is_archive(Path("rows.csv.gz"))
+    (True, True, False)
+    """
+    return path.name.lower().endswith(ARCHIVES)
+
+
+def is_glob(path: Path) -> bool:
+    """Whether a path is a pattern for several files.
+
+    >>> is_glob(Path("shards/train-*.tar"))
+    True
+    """
+    return any(sign in path.name for sign in "*?[") and not path.exists()
+
+
+def read_pictures(config: DataConfig) -> Raw:
+    """The pictures of a folder or archive with all folders in it, or of several archives (shards): levels ``(N, C, H, W)``.
+
+    Folders train, validation (valid, val) and test within it are its splits; shards may also begin with these words. Pictures are
+    sorted by their path. They are decoded once, into a cache.
+
+    Raises:
+        ValueError: there is nothing, or no picture; some cannot be read, and are not to be skipped; they do not fit together; or
+            some lie outside of the splits' folders.
+    """
+    path = path_of(config)
+    room = Path(config.cache).expanduser() if config.cache else path.resolve().parent / FOLDER
+    holders = _holders(path, room)
+    found, others = _pictures(holders)
+    if not found:
+        raise ValueError(
+            f"{path} needs pictures ({', '.join(sorted(PICTURES))}) or archives of them ({', '.join(ARCHIVES)}), got"
+            f" {_listed(others) or 'nothing'}; check the path"
+        )
+    stamps = _digest(
+        # The name of the folder too: what is decoded of several folders that lie side by side is kept in one place.
+        [
+            [holder.path.resolve().name, holder.stamp([picture.name for picture in group])]
+            for holder, group in groupby(found, attrgetter("holder"))
+        ]
+    )
+    readable, unreadable = _readable(found, stamps, path, config)
+    how = plan([(width, height, mode) for _, (width, height, mode) in readable], config.images, str(path))
+    splits = _splits([picture for picture, _ in readable], str(path))
+    parts = {
+        split: _encoded(pictures, how, {"files": stamps, "split": split}, path, config) for split, pictures in splits.items()
+    }
+    words = [*how.words, *unreadable, *_words(found, others)]
+    return Raw(str(path), parts, [_record(holder, found) for holder in holders], words, levels=2 if how.levels == 2 else None)
+
+
+def _holders(path: Path, room: Path) -> list[Container]:
+    if is_glob(path):
+        files = sorted(path.parent.glob(path.name))
+        if not files or not all(map(is_archive, files)):
+            raise ValueError(
+                f"{path} needs to match archives ({', '.join(ARCHIVES)}), got {', '.join(map(str, files[:5])) or 'nothing'};"
+                " check the pattern, or give a folder"
+            )
+        return [container(file, room) for file in files]
+    if not path.exists():
+        raise ValueError(f"expected an archive of pictures at {path}, got no such file; check the path")
+    whole = container(path, room)
+    shards = [path / name for name in whole.names if is_archive(Path(name))] if isinstance(whole, Folder) else []
+    if not shards or any(map(_is_picture, whole.names)):
+        return [whole]
+    return [container(shard, room) for shard in shards]
+
+
+def _pictures(holders: list[Container]) -> tuple[list[_Picture], Counter[str]]:
+    """All pictures, and how many files of which ending are none."""
+    found, others = [], Counter[str]()
+    for holder in holders:
+        names = [name for name in holder.names if _is_picture(name)]
+        others.update(PurePosixPath(name).suffix or name for name in holder.names if not _is_picture(name))
+        folders = [PurePosixPath(name).parts[:-1] for name in names]
+        shard = () if isinstance(holder, Folder) else _of_shard(holder.path)
+        folders = [shard or parts for parts in _below_common(folders)]
+        found += [_Picture(holder, name, parts) for name, parts in zip(names, folders, strict=True)]
+    return found, others
+
+
+def _below_common(folders: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """There is often one folder that holds everything: splits lie below it."""
+    while folders and all(parts and parts[0] == folders[0][0] and parts[0].lower() not in SPLIT_WORDS for parts in folders):
+        folders = [parts[1:] for parts in folders]
+    return folders
+
+
+def _of_shard(path: Path) -> tuple[str, ...]:
+    for word in (re.split(r"[-_.\d]", path.name)[0], path.parent.name):
+        if word.lower() in SPLIT_WORDS:
+            return (word,)
+    return ()
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in PICTURES
+
+
+def _readable(
+    found: list[_Picture], stamps: str, path: Path, config: DataConfig
+) -> tuple[list[tuple[_Picture, list[Any]]], list[str]]:
+    """The pictures whose header can be read, with what it says; and in words which were left out."""
+
+    def look() -> list[list[Any] | str]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(_Picture.probe, found))
+
+    probed = remembered(path.resolve().parent, config.cache, {"sizes and modes of": stamps}, look)
+    # What failed is tried again: it may have been the disk, not the file.
+    pairs = [(picture, picture.probe() if isinstance(seen, str) else seen) for picture, seen in zip(found, probed, strict=True)]
+    readable = [(picture, seen) for picture, seen in pairs if not isinstance(seen, str)]
+    broken = [(picture.label, wrong) for picture, wrong in pairs if isinstance(wrong, str)]
+    if not broken:
+        return readable, []
+    labels = ", ".join(label for label, _ in broken[:5]) + (", ..." if len(broken) > 5 else "")
+    if config.images.unreadable == "refuse" or len(broken) == len(found):
+        raise ValueError(
+            f"{path}: {len(broken)} of {len(found)} pictures cannot be read ({labels}; the first: {broken[0][1]}); repair or remove"
+            " them, or leave them out: --unreadable skip"
+        )
+    left_out = f"left out {len(broken)} of {len(found)} as unreadable ({labels})"
+    return readable, [left_out]
+
+
+def _splits(pictures: list[_Picture], name: str) -> dict[SplitName, list[_Picture]]:
+    """True splits where there are folders of that name, otherwise all to train."""
+    told = [
+        picture.folders[0] if picture.folders and picture.folders[0].lower() in SPLIT_WORDS else None for picture in pictures
+    ]
+    words = Counter(word for word in told if word)
+    if not words:
+        return {"train": pictures}
+    outside = [picture.label for picture, word in zip(pictures, told, strict=True) if word is None]
+    splits = [SPLIT_WORDS[word.lower()] for word in words]
+    if outside or "train" not in splits or len(set(splits)) < len(splits):
+        raise ValueError(
+            f"{name} needs its pictures in train, and in validation and test or those split at random, or none in any of them; got"
+            f" {_listed(words)}{f' and {len(outside)} elsewhere ({outside[0]}, say)' if outside else ''}; move or rename them"
+        )
+    return {
+        split: [picture for picture, word in zip(pictures, told, strict=True) if word and SPLIT_WORDS[word.lower()] == split]
+        for split in dict.fromkeys(SPLIT_WORDS.values())
+        if split in splits
+    }
+
+
+def _encoded(pictures: list[_Picture], how: PicturePlan, identity: dict[str, Any], path: Path, config: DataConfig) -> Encoded:
+    def decode(i: int) -> Array:
+        return pictures[i].decode(how)
+
+    names = [picture.label for picture in pictures]
+    identity |= {"plan": asdict(how), "names": _digest(names)}
+    skip = config.images.unreadable == "skip"
+    return Encoded(names, how.shape, how.dtype, decode, identity, path.resolve().parent, skip)
+
+
+def _words(found: list[_Picture], others: Counter[str]) -> list[str]:
+    animated = any(picture.name.lower().endswith(_ANIMATED) for picture in found)
+    return [
+        *(["of several pictures in one file the first"] if animated else []),
+        *([f"files that are no pictures ignored: {_listed(others)}"] if others else []),
+    ]
+
+
+def _record(holder: Container, found: list[_Picture]) -> dict[str, Any]:
+    if not isinstance(holder, Folder):
+        return file_record(holder.path)
+    names = [picture.name for picture in found]
+    return {
+        "path": str(holder.path.resolve()),
+        "count": len(names),
+        "bytes": sum(stamp[1] or 0 for stamp in holder.stamp(names)),
+    }
+
+
+def _digest(stamps: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{thing} ({count})" for thing, count in counts.most_common(5)) + (", ..." if len(counts) > 5 else "")

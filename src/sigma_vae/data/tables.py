@@ -1,0 +1,189 @@
+"""Table files: CSV, TSV and Parquet."""
+
+import csv
+import difflib
+import gzip
+import warnings
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sigma_vae.config import DataConfig
+from sigma_vae.data.arrays import path_of
+from sigma_vae.data.levels import Array
+from sigma_vae.data.raw import Raw, file_record
+from sigma_vae.data.splits import SPLIT_WORDS, SplitName
+
+__all__ = ["TABLES", "holds_tables", "read_tables"]
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+"""Endings of the files that are read as tables."""
+_STEP = 0.01  # of the deviation: what rounding to float32 may cost
+_NAMELESS = "Unnamed: "  # what pandas calls a column without a name: row numbers, as a rule
+
+
+def holds_tables(folder: Path) -> bool:
+    """Whether a folder has a table that is its training split."""
+    return "train" in _tables(folder)
+
+
+def read_tables(config: DataConfig) -> Raw:
+    """Rows of numbers ``(N, C)``; with layout ``n-t``, series ``(N, 1, T)`` whose times are the columns.
+
+    Of a folder, train.csv, and test.csv and validation.csv where they are there (or .tsv, .parquet, .csv.gz). All numeric columns (and
+    true/false ones, as 1 and 0) are read, or those that ``columns`` names. They are real values, standardised unless the user says
+    otherwise; with ``levels``, integers 0..levels−1.
+
+    Raises:
+        ValueError: a file is missing or damaged; a column is missing or not numeric; values are missing; or no column is left.
+    """
+    path = path_of(config)
+    if config.layout not in ("auto", "n-c", "n-t"):
+        raise ValueError(f"{path}: a table has layout n-c or n-t, got {config.layout}; give one of these, or none")
+    files = _tables(path) if path.is_dir() else _one(path)
+    frames = {split: _read(file) for split, file in files.items()}
+    columns, left_out = _columns(frames["train"], config.columns, files["train"])
+    parts = {split: _numbers(frame, columns, config, files[split]) for split, frame in frames.items()}
+    if len({part.dtype for part in parts.values()}) > 1:
+        kinds = ", ".join(
+            f"{'integers' if part.dtype.kind == 'i' else 'fractions'} in {files[split].name}" for split, part in parts.items()
+        )
+        raise ValueError(f"{path} needs integers in all tables or in none, got {kinds}; save them alike")
+    words = [f"columns {', '.join(columns)}", *([f"columns left out: {', '.join(left_out)}"] if left_out else [])]
+    records = [file_record(file) for file in files.values()]
+    return Raw(str(path), parts, records, words, standardise=True, columns=tuple(columns))
+
+
+def _one(path: Path) -> dict[SplitName, Path]:
+    if not path.is_file():
+        raise ValueError(f"expected a table at {path}, got no such file; check the path")
+    return {"train": path}
+
+
+def _tables(folder: Path) -> dict[SplitName, Path]:
+    """The file of each split."""
+    found: dict[SplitName, Path] = {}
+    for word, split in SPLIT_WORDS.items():
+        for path in (folder / f"{word}{ending}" for ending in TABLES):
+            if path.is_file() and split in found:
+                raise ValueError(f"{folder} needs one table for each split, got {found[split].name} and {path.name}; drop one")
+            if path.is_file():
+                found[split] = path
+    return found
+
+
+def _read(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pd.read_parquet(path)
+        sign = "\t" if ".tsv" in path.name.lower() else ","
+        _check_header(_header(path, sign), path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header, which it would cut
+            return pd.read_csv(path, sep=sign, index_col=False, low_memory=False)
+    except (OSError, EOFError, ValueError, ImportError, pd.errors.ParserWarning) as error:
+        raise ValueError(
+            f"{path} cannot be read as a table ({type(error).__name__}: {error}); repair or save it anew"
+        ) from error
+
+
+def _header(path: Path, sign: str) -> list[str]:
+    opened = (
+        gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig", newline="")
+    )
+    with opened as file:
+        return next(csv.reader(file, delimiter=sign), [])
+
+
+def _check_header(names: Sequence[str], path: Path) -> None:
+    """Columns may be called by rising numbers, such as times; other numbers are values."""
+    try:
+        numbers = [float(name) for name in names]
+    except ValueError:
+        return
+    if numbers and any(b <= a for a, b in pairwise(numbers)):
+        raise ValueError(
+            f"its first row needs the names of the columns, got the numbers {', '.join(names[:5])}, ...; add names"
+        )
+
+
+def _columns(frame: "pd.DataFrame", asked: Sequence[str], path: Path) -> tuple[list[str], list[str]]:
+    """The columns that are read, and those that are not."""
+    names = [str(name) for name in frame.columns]
+    frame.columns = names
+    if asked:
+        _check_columns(frame, asked, path)
+        return list(asked), [name for name in names if name not in asked]
+    numeric = [name for name in names if _is_numeric(frame, name) and not name.startswith(_NAMELESS)]
+    if not numeric:
+        raise ValueError(
+            f"{path} needs numeric columns, got none among {_few(names) or 'no columns'}; name them or make them numbers"
+        )
+    return numeric, [name for name in names if name not in numeric]
+
+
+def _check_columns(frame: "pd.DataFrame", asked: Iterable[str], path: Path) -> None:
+    for name in asked:
+        if name not in frame.columns:
+            near = difflib.get_close_matches(name, frame.columns, n=1)
+            guess = f"did you mean {near[0]}?" if near else "choose others with --columns"
+            raise ValueError(f"{path} needs the column {name}, got {_few(list(frame.columns))}; {guess}")
+        if not _is_numeric(frame, name):
+            raise ValueError(
+                f"{path}: column {name} needs numbers, got {frame[name].dtype}; leave it out, or make them numbers"
+            )
+
+
+def _is_numeric(frame: "pd.DataFrame", name: str) -> bool:
+    from pandas.api.types import is_bool_dtype, is_complex_dtype, is_numeric_dtype
+
+    dtype = frame[name].dtype
+    return bool(is_bool_dtype(dtype) or (is_numeric_dtype(dtype) and not is_complex_dtype(dtype)))
+
+
+def _numbers(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path: Path) -> Array:
+    frame.columns = [str(name) for name in frame.columns]
+    _check_columns(frame, columns, path)
+    chosen = frame[columns]
+    if not len(chosen):
+        raise ValueError(f"{path} needs at least one row, got none; check the file")
+    missing = {str(name): int(count) for name, count in chosen.isna().sum().items() if count}
+    if missing:
+        counts = _few([f"{name} ({count})" for name, count in missing.items()])
+        raise ValueError(
+            f"{path} needs a value in every one of {len(chosen)} rows, got missing ones in {counts}; fill them in, drop these rows, or"
+            " leave the columns out: --columns with the others"
+        )
+    values = chosen.to_numpy(np.float64)
+    if config.levels is None:
+        _check_steps(values, columns, path)
+    if config.levels is not None and all(chosen[name].dtype.kind in "biu" for name in columns):
+        values = values.astype(np.int64)
+    return values[:, np.newaxis] if config.layout == "n-t" else values
+
+
+def _check_steps(values: Array, columns: list[str], path: Path) -> None:
+    """A column far from 0, such as times since 1970, can lose its differences to float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        step = np.spacing(np.abs(values).max(0).astype(np.float32))
+        deviation = values.std(0)
+        lost = ~(step <= _STEP * deviation) & (deviation > 0) & np.isfinite(values).all(0)
+    if lost.any():
+        names = _few([name for name, bad in zip(columns, lost, strict=True) if bad])
+        raise ValueError(
+            f"{path}: {names}: values are too far from 0 for their spread, float32 would round it away; subtract a constant, rescale,"
+            " or leave the columns out"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

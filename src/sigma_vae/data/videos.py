@@ -1,0 +1,514 @@
+"""Video files, and folders with a picture for each frame; cut into clips of one length."""
+
+import hashlib
+import math
+import os
+import re
+import threading
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, TypeVar, final
+
+import numpy as np
+
+from sigma_vae.config import ClipConfig, DataConfig
+from sigma_vae.data.archives import Folder
+from sigma_vae.data.arrays import path_of
+from sigma_vae.data.cache import remembered
+from sigma_vae.data.levels import Array
+from sigma_vae.data.pictures import PicturePlan, Probe, plan, probe
+from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_stamp
+from sigma_vae.data.splits import SPLIT_WORDS, SplitName, clip_lengths
+
+__all__ = [
+    "ENDINGS",
+    "OPTIONS",
+    "Film",
+    "Frame",
+    "Frames",
+    "Survey",
+    "Video",
+    "Window",
+    "Windows",
+    "holds_videos",
+    "read_videos",
+    "starts",
+]
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+
+
+Frame = Callable[[PicturePlan], Array]
+"""One frame, which becomes an array only if it is asked for by a plan."""
+
+_Result = TypeVar("_Result")
+
+MARKS_APART = 256
+"""Frames between two places where decoding can begin: at most so many, and those to the next key frame, are decoded in vain."""
+_MISSING = 0.1
+"""Share of the duration after which nothing may follow before a file counts as cut off."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What going through a whole video says of it."""
+
+    frames: int
+    probes: list[Probe]
+    """Width, height and mode of its frames, each once."""
+    marks: list[tuple[int, int]]
+    """Frames where decoding can begin: their number and their time stamp."""
+
+
+class Video(ABC):
+    """Frames in order."""
+
+    @property
+    @abstractmethod
+    def files(self) -> Sequence[Path]:
+        """What it is read from."""
+
+    @abstractmethod
+    def survey(self) -> Survey:
+        """Go through all frames.
+
+        Raises:
+            UnreadableError: it is broken, or cut off.
+        """
+
+    @abstractmethod
+    def frames(self, start: int, survey: Survey) -> Iterator[Frame]:
+        """The frames from this one on.
+
+        Raises:
+            UnreadableError: one is broken.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class Frames(Video):
+    """A folder with a picture for each frame."""
+
+    pictures: tuple[Path, ...]
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The pictures."""
+        return self.pictures
+
+    def survey(self) -> Survey:
+        """Read the headers of all pictures."""
+        return Survey(len(self.pictures), list(dict.fromkeys(_told(path, probe) for path in self.pictures)), [])
+
+    def frames(self, start: int, survey: Survey) -> Iterator[Frame]:
+        """The pictures from this one on."""
+        for path in self.pictures[start:]:
+            yield partial(_read, path)
+
+
+@final
+@dataclass(frozen=True)
+class Film(Video):
+    """A file with a video stream, of which the first is taken."""
+
+    path: Path
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The one file."""
+        return (self.path,)
+
+    def survey(self) -> Survey:
+        """Decode all frames: what a header says of their number is often wrong."""
+        count, latest, probes, marks = 0, -math.inf, dict[Probe, None](), list[tuple[int, int]]()
+        for frame in self._decoded(check=True):
+            if frame.pts is not None and frame.pts > latest:  # a mark is found again by its time stamp: none came earlier
+                latest = frame.pts
+                if frame.key_frame and count - (marks[-1][0] if marks else -MARKS_APART) >= MARKS_APART:
+                    marks.append((count, frame.pts))
+            width, height = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+            probes[width, height, "L" if _is_grey(frame) else "RGB"] = None
+            count += 1
+        if not count:
+            raise UnreadableError(f"{self.path} has no frames")
+        return Survey(count, list(probes), marks)
+
+    def frames(self, start: int, survey: Survey) -> Iterator[Frame]:
+        """Frames from this one on, decoded from the last mark before it."""
+        before = bisect_right([number for number, _ in survey.marks], start)
+        first, stamp = survey.marks[before - 1] if before else (0, None)
+        decoded = self._decoded(stamp if first else None)
+        if (head := next(decoded, None)) is None:  # some files cannot be entered in the middle
+            first, decoded = 0, self._decoded()
+        for number, frame in enumerate(chain([head] if head else [], decoded), first):
+            if number >= start:
+                yield partial(_converted, frame)
+
+    def _decoded(self, stamp: int | None = None, check: bool = False) -> Iterator["VideoFrame"]:
+        """All frames, or those from the key frame with that time stamp on."""
+        import av
+
+        try:
+            with av.open(self.path) as container:
+                if not container.streams.video:
+                    raise UnreadableError(f"{self.path} has no video stream")
+                stream = container.streams.video[0]
+                stream.codec_context.thread_count = 1  # as many files or parts are decoded at once as there are cores
+                if stamp is not None:
+                    with suppress(av.FFmpegError):  # then it is looked for from the beginning
+                        container.seek(stamp, stream=stream)
+                yield from self._from_stamp(_intact(container, stream, self.path) if check else container.decode(stream), stamp)
+        except (av.FFmpegError, OSError) as error:
+            raise UnreadableError(f"{self.path} cannot be decoded: {error}") from error
+
+    def _from_stamp(self, decoded: Iterator["VideoFrame"], stamp: int | None) -> Iterator["VideoFrame"]:
+        """Pass over what a seek gives before the frame that is looked for; nothing where that does not come."""
+        found = stamp is None
+        for frame in decoded:
+            found = found or frame.pts == stamp
+            if not found and stamp is not None and frame.pts is not None and frame.pts > stamp:
+                return
+            if found and frame.is_corrupt:
+                raise UnreadableError(f"{self.path} has damaged frames, the first at {frame.time} s")
+            if found:
+                yield frame
+
+
+def _intact(container: Any, stream: Any, path: Path) -> Iterator["VideoFrame"]:
+    """All frames of a stream, if the file goes on as long as it says; players show what there is of others."""
+    import av
+
+    if path.suffix.lower() == ".gif" and b";" not in path.read_bytes()[-4:]:  # some writers add a few bytes
+        raise UnreadableError(f"{path} is cut off: it has no trailer")
+    last = 0.0
+    for packet in container.demux():
+        if packet.pts is not None:
+            last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if packet.stream.index == stream.index:
+            yield from packet.decode()
+    promised = (container.duration or 0) / av.time_base
+    if last - (container.start_time or 0) / av.time_base < (1 - _MISSING) * promised:
+        raise UnreadableError(f"{path} is cut off: it ends after {last:.2f} s of {promised:.2f} s")
+
+
+def _is_grey(frame: "VideoFrame") -> bool:
+    return frame.format.name.startswith("gray")
+
+
+def _told(path: Path, read: Callable[[Path], _Result]) -> _Result:
+    """What a reader of pictures says, with the name of the file in its errors."""
+    try:
+        return read(path)
+    except UnreadableError as error:
+        raise UnreadableError(f"{path} cannot be decoded: {error}") from error
+
+
+def _read(path: Path, plan: PicturePlan) -> Array:
+    return _told(path, plan.read)
+
+
+def _converted(frame: "VideoFrame", plan: PicturePlan) -> Array:
+    from PIL import Image
+
+    pixels = frame.to_ndarray(format="gray" if _is_grey(frame) else "rgb24")
+    return plan.decode(Image.fromarray(np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))))
+
+
+def starts(video_frames: int, clip_frames: int, step: int) -> list[int]:
+    """First frames of the windows that fit side by side into a video; a window takes every so manieth frame.
+
+    >>> starts(video_frames=10, clip_frames=2, step=2)
+    [0, 4]
+    """
+    taken = -(-video_frames // step)
+    return [number * clip_frames * step for number in range(taken // clip_frames)]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a clip begins."""
+
+    video: int
+    start: int
+
+
+class _Reel(threading.local):
+    """What a thread has open: the next clip often goes on where the last one stopped."""
+
+    video: int | None = None
+    position: int = 0
+    frames: Iterator[Frame] = iter(())
+
+
+@final
+class Windows:
+    """Decodes windows.
+
+    Args:
+        videos: with what was found out of each.
+        windows: first frames.
+        frames: of a clip.
+        step: every so manieth frame is taken.
+        plan: from a frame to an array ``(C, H, W)``.
+
+    Shapes:
+        a clip ``(frames, C, H, W)``.
+    """
+
+    def __init__(
+        self, videos: Sequence[tuple[Video, Survey]], windows: Sequence[Window], frames: int, step: int, plan: PicturePlan
+    ) -> None:
+        self.videos = videos
+        self.windows = windows
+        self.frames = frames
+        self.step = step
+        self.plan = plan
+        self._reel = _Reel()
+
+    def __call__(self, number: int) -> Array:
+        """One clip.
+
+        Raises:
+            UnreadableError: a frame is broken, or missing.
+        """
+        window = self.windows[number]
+        clip = np.empty((self.frames, *self.plan.shape), self.plan.dtype)
+        try:
+            for i in range(self.frames):
+                clip[i] = self._frame(window.video, window.start + i * self.step)(self.plan)
+        except UnreadableError:
+            self._reel.video = None
+            raise
+        return clip
+
+    def _frame(self, video: int, number: int) -> Frame:
+        """That frame, by going on from the last one where that is shorter than to begin at a mark."""
+        reel = self._reel
+        if reel.video != video or not 0 <= number - reel.position <= MARKS_APART:
+            source, survey = self.videos[video]
+            reel.video, reel.position, reel.frames = video, number, source.frames(number, survey)
+        for frame in reel.frames:
+            reel.position += 1
+            if reel.position > number:
+                return frame
+        raise UnreadableError(f"{self.videos[video][0].files[0]} ends before frame {number}, which it had")
+
+
+ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
+OPTIONS = frozenset({"cache", "crop", "size", "fit", "colour", "unreadable", "frames", "test_frames", "frame_step"})
+"""What :func:`read_videos` reads of the config."""
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_FRAMES = 16
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A video, by its name within the folder, and what was found out of it."""
+
+    name: str
+    video: Video
+    survey: Survey
+
+
+def holds_videos(path: Path, clips: ClipConfig) -> bool:
+    """Whether a folder is one of videos: it has a video file; or clips are asked for, and it has a GIF or pictures, taken as frames."""
+    return next(_videos(path, clips), None) is not None
+
+
+def read_videos(config: DataConfig) -> Raw:
+    """Clips of 16 frames (or as the config says) that lie side by side in each video; what is left at its end is left out.
+
+    Folders train, validation (valid, val) and test are splits; else whole videos are held out. Frames in a folder of pictures are in
+    the order of the numbers in their names.
+
+    Raises:
+        ValueError: there are no videos; one is broken or too short; or their sizes differ, and the config does not say what to do.
+    """
+    path, step = path_of(config), config.clips.frame_step
+    if not path.exists():
+        raise ValueError(f"expected a video, or a folder of videos, at {path}, got no such file; check the path")
+    lengths = _lengths(path, config)
+    found, broken = _surveyed(path, config)
+    listed = list(chain.from_iterable(found.values()))
+    shared = plan([each for item in listed for each in item.survey.probes], config.images, str(path))
+    parts = {split: _encoded(items, lengths[split], shared, path, config) for split, items in found.items()}
+    files = [{"path": str(path.resolve()), "videos": len(listed), "bytes": _size(listed)}]
+    every = f", every {step}. frame" if step > 1 else ""
+    test = f" (test: {lengths['test']})" if lengths["test"] != lengths["train"] else ""
+    left = sum(item.survey.frames - _used(item, lengths[split], step) for split, items in found.items() for item in items)
+    words = [f"clips of {lengths['train']} frames{test}{every}, side by side; {left} frames at ends of videos left out"]
+    words += [f"left out {len(broken)} unreadable videos ({', '.join(broken[:5])})"] if broken else []
+    words += _ignored(path, config.clips)
+    return Raw(str(path), parts, files, [*words, *shared.words], levels=shared.levels, clips=True)
+
+
+def _lengths(path: Path, config: DataConfig) -> dict[SplitName, int]:
+    frames, test_frames = clip_lengths(config.clips, _FRAMES, _FRAMES)
+    if frames != test_frames and "test" not in dict(_splits(path)):
+        raise ValueError(
+            f"{path} needs a folder test for clips of another length than in training, got frames {frames} and test_frames"
+            f" {test_frames}; put test videos there, or leave test_frames out"
+        )
+    return {"train": frames, "validation": frames, "test": test_frames}
+
+
+def _check_inside(path: Path, folders: list[Path], clips: ClipConfig) -> None:
+    """Where there are folders of splits, a video elsewhere is in none."""
+    outside = (place for place, _ in _videos(path, clips) if not any(place.is_relative_to(folder) for folder in folders))
+    if (stray := next(outside, None)) is not None:
+        raise ValueError(
+            f"{path} needs its videos in {', '.join(folder.name for folder in folders)}, got {stray.relative_to(path)}; move it, or"
+            " rename these folders"
+        )
+
+
+def _surveyed(path: Path, config: DataConfig) -> tuple[dict[SplitName, list[_Found]], list[str]]:
+    """The videos of each split, and the names of those that are broken."""
+    splits = _splits(path)
+    _check_inside(path, [folder for _, folder in splits], config.clips)
+    videos = [(split, str(name), video) for split, folder in splits for name, video in _named(folder, path, config.clips)]
+    stamps = {name: _stamp(video) for _, name, video in videos}
+    identity = {"videos": stamps, "reader": "videos-1", "of": "surveys"}
+    told = remembered(_home(path), config.cache, identity, lambda: _survey([video for *_, video in videos]))
+    broken = {name: error for (_, name, _), (_, error) in zip(videos, told, strict=True) if error}
+    if broken and config.images.unreadable == "refuse":
+        raise ValueError(
+            f"{len(broken)} of {len(videos)} videos cannot be read: {'; '.join(list(broken.values())[:5])};"
+            " repair or remove them, or leave them out: --unreadable skip"
+        )
+    found: dict[SplitName, list[_Found]] = {}
+    for (split, name, video), (survey, error) in zip(videos, told, strict=True):
+        if not error:
+            found.setdefault(split, []).append(_Found(name, video, _parsed(survey)))
+    if "train" not in found:
+        raise ValueError(
+            f"{path} needs videos to train on ({', '.join(ENDINGS)}, or folders of pictures), got none that can be read"
+        )
+    return found, list(broken)
+
+
+def _survey(videos: Sequence[Video]) -> list[tuple[dict[str, Any], str]]:
+    """What each video is like, or why it is unreadable."""
+    from rich.console import Console
+    from rich.progress import track
+
+    def one(video: Video) -> tuple[dict[str, Any], str]:
+        try:
+            return asdict(video.survey()), ""
+        except UnreadableError as error:
+            return {}, str(error)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        console = Console(stderr=True)
+        return list(track(pool.map(one, videos), "counting frames, once", len(videos), console=console, transient=True))
+
+
+def _parsed(survey: Mapping[str, Any]) -> Survey:
+    probes = [(int(width), int(height), str(mode)) for width, height, mode in survey["probes"]]
+    return Survey(int(survey["frames"]), probes, [(int(number), int(stamp)) for number, stamp in survey["marks"]])
+
+
+def _encoded(found: list[_Found], frames: int, shared: PicturePlan, path: Path, config: DataConfig) -> Encoded:
+    step = config.clips.frame_step
+    if short := [f"{item.name} ({item.survey.frames})" for item in found if not starts(item.survey.frames, frames, step)]:
+        least = min(-(-item.survey.frames // step) for item in found)
+        raise ValueError(
+            f"{path}: clips of {frames} frames, every {step}., need videos of {(frames - 1) * step + 1} frames, got "
+            f"{', '.join(short[:5])}; ask for shorter clips (--frames {least}), or remove short videos"
+        )
+    windows = [Window(number, start) for number, item in enumerate(found) for start in starts(item.survey.frames, frames, step)]
+    videos = {item.name: _stamp(item.video) for item in found}
+    return Encoded(
+        names=[f"{found[window.video].name} from frame {window.start}" for window in windows],
+        shape=(frames, *shared.shape),
+        dtype=shared.dtype,
+        decode=Windows([(item.video, item.survey) for item in found], windows, frames, step, shared),
+        identity={"videos": videos, "reader": "videos-1", "plan": asdict(shared), "frames": frames, "step": step},
+        home=_home(path),
+        skip_unreadable=config.images.unreadable == "skip",
+        videos=[window.video for window in windows],
+    )
+
+
+def _used(item: _Found, frames: int, step: int) -> int:
+    """Frames that windows span, those between two that are taken included."""
+    return min(len(starts(item.survey.frames, frames, step)) * frames * step, item.survey.frames)
+
+
+def _home(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def _ignored(path: Path, clips: ClipConfig) -> list[str]:
+    """In words what else lies in a folder: its pictures, where clips are not asked for."""
+    read = {*ENDINGS, *_PICTURES} if clips.frames is not None else {*ENDINGS} - {".gif"}
+    names = Folder(path).names if path.is_dir() else []
+    others = Counter(suffix for name in names if (suffix := PurePath(name).suffix.lower()) not in read)
+    listed = ", ".join(f"{suffix or 'without ending'} ({count})" for suffix, count in others.most_common(5))
+    return [f"files that are no videos ignored: {listed}"] if others else []
+
+
+def _size(found: Sequence[_Found]) -> int:
+    return sum(file.stat().st_size for item in found for file in item.video.files)
+
+
+def _stamp(video: Video) -> str:
+    try:
+        return hashlib.sha256(repr([file_stamp(file) for file in video.files]).encode()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be read ({error.strerror}); mend or remove this file or link") from error
+
+
+def _splits(path: Path) -> list[tuple[SplitName, Path]]:
+    """The folders of the splits; all is for training where there are none."""
+    inner = sorted(path.iterdir()) if path.is_dir() else []
+    folders = [
+        (split, each) for word, split in SPLIT_WORDS.items() for each in inner if each.name.lower() == word and each.is_dir()
+    ]
+    present = [split for split, _ in folders]
+    if not present:
+        return [("train", path)]
+    if "train" not in present or len(set(present)) < len(present):
+        raise ValueError(
+            f"{path} needs a folder train, and at most one each for validation and test, got"
+            f" {', '.join(folder.name for _, folder in folders)}; rename them"
+        )
+    return folders
+
+
+def _named(folder: Path, path: Path, clips: ClipConfig) -> Iterator[tuple[Path, Video]]:
+    if folder.is_file():
+        return iter([(Path(folder.name), Film(folder))])
+    return ((place.relative_to(path), video) for place, video in _videos(folder, clips))
+
+
+def _videos(folder: Path, clips: ClipConfig) -> Iterator[tuple[Path, Video]]:
+    """Video files in a folder and below, in order; where clips are asked for, GIFs and folders of pictures as well."""
+    asked, seen = clips.frames is not None, set[str]()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        new = (name for name in folders if not name.startswith(".") and os.path.realpath(Path(place, name)) not in seen)
+        folders[:] = sorted(new, key=_by_numbers)
+        visible = [Path(place, name) for name in sorted(files, key=_by_numbers) if not name.startswith(".")]
+        for file in visible:
+            if file.suffix.lower() in ENDINGS and (asked or file.suffix.lower() != ".gif"):
+                yield file, Film(file)
+        pictures = tuple(file for file in visible if file.suffix.lower() in _PICTURES)
+        if asked and pictures:
+            yield Path(place), Frames(pictures)
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """For sorting: frame 10 comes after frame 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]

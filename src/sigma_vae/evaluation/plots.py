@@ -1,0 +1,291 @@
+"""Pictures: grids of images as PNG, clips as PNG or GIF, and the page of calibration plots."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sigma_vae.data import Splits
+from sigma_vae.networks import SequenceNetwork
+from sigma_vae.types import Batch, Temperature, per_layer
+from sigma_vae.vae import VAE, Show, keyed_noise
+
+__all__ = ["drawable", "in_unit_range", "pairs", "reconstructed", "sampled", "save_clips", "save_grid", "save_page"]
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+WIDTH = 500
+MILLISECONDS = 250
+"""For which a GIF shows each frame."""
+ROUNDING = 1e-6
+
+
+def drawable(shape: tuple[int, ...]) -> bool:
+    """Whether examples ``(C, H, W)`` can be shown: grey or red, green and blue."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
+def in_unit_range(x: Tensor) -> Tensor:
+    """The same values, seen to be in [0, 1] but for rounding.
+
+    Raises:
+        ValueError: they are not.
+
+    >>> in_unit_range(torch.tensor([0.0, 255.0]))
+    Traceback (most recent call last):
+    ...
+    ValueError: images are looked at with values in [0, 1], got values from 0 to 255; rescale the data
+    """
+    low, high = float(x.min()), float(x.max())
+    if not (-ROUNDING <= low and high <= 1 + ROUNDING):
+        raise ValueError(
+            f"images are looked at with values in [0, 1], got values from {low:.3g} to {high:.3g}; rescale the data"
+        )
+    return x
+
+
+def pairs(originals: Tensor, reconstructions: Tensor, columns: int) -> Tensor:
+    """Rows of originals, each with the row of its reconstructions below: for :func:`save_grid` with as many columns."""
+    rows = zip(torch.split(originals, columns), torch.split(reconstructions, columns), strict=True)
+    return torch.cat([image for row in rows for image in row])
+
+
+def save_grid(path: Path, images: Tensor, columns: int | None = None, zoom: int | None = None) -> None:
+    """Write images ``(n, C, H, W)`` with values in [0, 1] as one picture, read by rows; values outside are clipped.
+
+    Each pixel becomes zoom × zoom; so many that the picture is about 500 wide, unless given.
+
+    Raises:
+        ValueError: the channels are neither 1 nor 3.
+    """
+    _grid(images, columns, zoom).save(path)
+
+
+def save_clips(path: Path, clips: Tensor, columns: int | None = None) -> None:
+    """Write clips ``(n, T, C, H, W)``: as a .png with a clip a row, or as a .gif, a grid of so many columns that moves.
+
+    Raises:
+        ValueError: the channels are neither 1 nor 3.
+    """
+    if path.suffix != ".gif":
+        save_grid(path, clips.flatten(0, 1), columns=clips.shape[1])
+        return
+    first, *rest = [_grid(frame, columns, None) for frame in clips.unbind(1)]
+    first.save(path, save_all=True, append_images=rest, duration=MILLISECONDS, loop=0)
+
+
+def _grid(images: Tensor, columns: int | None, zoom: int | None) -> "Image":
+    from PIL import Image
+
+    if images.dim() != 4 or not drawable(tuple(images.shape[1:])):
+        raise ValueError(
+            f"a picture shows images (n, C, H, W) with 1 or 3 channels, got {tuple(images.shape)}; write .npz instead"
+        )
+    n, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    gap = 1
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
+    values = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    for i, image in enumerate(values):
+        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    picture = Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+    zoom = zoom or max(1, round(WIDTH / picture.width))
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+ENDINGS = (".png", ".pdf", ".svg")
+
+# Okabe and Ito's palette; markers and dashes say the same where there is no colour.
+STYLES: dict[str, dict[str, Any]] = {
+    "density": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "density_post_hoc": {"color": "#56B4E9", "marker": "s", "linestyle": "--"},
+    "level": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
+    "level_post_hoc": {"color": "#E69F00", "marker": "v", "linestyle": "--"},
+}
+WORDS = {
+    "density": "density",
+    "density_post_hoc": "density, σ refitted",
+    "level": "levels",
+    "level_post_hoc": "levels, σ refitted",
+}
+AXIS_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    {"color": "#D55E00", "marker": "^", "linestyle": "--"},
+    {"color": "#009E73", "marker": "s", "linestyle": ":"},
+)
+BAND: dict[str, Any] = {"color": "0.75", "alpha": 0.6, "linewidth": 0}
+TICKS = ((1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0,))
+"""Of each decade, on axes of one, two or more of them."""
+DEVIATIONS = 2.58
+"""Half the width of bands: 99 % of what a calibrated model with independent values would show."""
+
+
+def save_page(path: Path, report: dict[str, Any], title: str = "") -> None:
+    """Write coverage, PIT histogram, σ against error and residual correlation as one page.
+
+    Grey bands hold 99 % of what a calibrated model with independent values would show; error bars are two standard errors over
+    examples, whose values depend on each other.
+
+    Args:
+        path: a .png, .pdf or .svg file.
+        report: of :func:`sigma_vae.evaluation.calibration.calibration`, or what JSON keeps of it.
+        title: above the plots.
+
+    Raises:
+        ValueError: the file's ending is none of these.
+    """
+    if path.suffix not in ENDINGS:
+        raise ValueError(f"{path} should end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which says how the page is written")
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(10, 8.5), layout="constrained"
+    )  # no pyplot: nothing of the caller's figures or back end is touched
+    ((coverage, pit), (error, residuals)) = figure.subplots(2, 2)
+    _coverage(coverage, report)
+    _pit(pit, report)
+    _error(error, report["sigma"])
+    _residuals(residuals, report["residuals"])
+    figure.suptitle(title or f"{report['values']} values of {report['examples']} examples")
+    figure.savefig(
+        path, dpi=150, metadata={} if path.suffix == ".png" else {"CreationDate" if path.suffix == ".pdf" else "Date": None}
+    )
+
+
+def _kinds(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: report[name] for name in STYLES if report[name] is not None}
+
+
+def _coverage(axes: "Axes", report: dict[str, Any]) -> None:
+    grid = [i / 200 for i in range(80, 201)]
+    width = [DEVIATIONS * math.sqrt(p * (1 - p) / report["values"]) for p in grid]
+    axes.fill_between(
+        grid, [p - w for p, w in zip(grid, width, strict=True)], [p + w for p, w in zip(grid, width, strict=True)], **BAND
+    )
+    axes.plot(grid, grid, color="0.4", linewidth=0.8)
+    for name, kind in _kinds(report).items():
+        nominal = [float(percent) / 100 for percent in kind["coverage"]]
+        found = list(kind["coverage"].values())
+        errors = [2 * (one["standard_error"] or 0.0) for one in found]
+        axes.errorbar(nominal, [one["mean"] for one in found], errors, capsize=3, label=WORDS[name], **STYLES[name])
+    axes.set(title="Coverage of central intervals", xlabel="nominal, %", ylabel="share of values inside", xlim=(0.4, 1))
+    axes.set_xticks([0.5, 0.8, 0.9, 0.95], ["50", "80", "90", "95"])
+    axes.legend(loc="lower right", title="diagonal: calibrated", frameon=False)
+
+
+def _pit(axes: "Axes", report: dict[str, Any]) -> None:
+    bins = len(next(iter(_kinds(report).values()))["pit"])
+    half = DEVIATIONS * math.sqrt((bins - 1) / report["values"])
+    axes.fill_between([0, 1], 1 - half, 1 + half, **BAND)
+    axes.axhline(1, color="0.4", linewidth=0.8)
+    edges = [i / bins for i in range(bins + 1)]
+    for name, kind in _kinds(report).items():
+        style = {key: value for key, value in STYLES[name].items() if key != "marker"}
+        axes.stairs([bins * share for share in kind["pit"]], edges, label=WORDS[name], linewidth=1.5, baseline=None, **style)
+    axes.set(title="PIT histogram", xlabel="u = F(x)", ylabel="density (1: calibrated)", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+
+
+def _error(axes: "Axes", sigma: dict[str, Any] | None) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set(title="Predicted σ against error", xlabel="predicted standard deviation", ylabel="root mean squared error")
+    if sigma is None:
+        _say(axes, "this likelihood has no variance to compare")
+        return
+    every: list[float] = []
+    for name, words, style in (("per_value", "values", AXIS_STYLES[0]), ("per_example", "examples", AXIS_STYLES[1])):
+        pairs = zip(sigma[name]["predicted_variance"], sigma[name]["mean_squared_error"], strict=True)
+        points = [(math.sqrt(v), math.sqrt(e)) for v, e in pairs if v > 0 and e > 0]
+        axes.plot([x for x, _ in points], [y for _, y in points], label=f"{words}, binned by σ", **style)
+        every += [value for point in points for value in point]
+    if every:
+        low, high = min(every) / 1.3, max(every) * 1.3
+        axes.plot([low, high], [low, high], color="0.4", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+        ticks = TICKS[min(int(math.log10(high / low)), 2)]
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=ticks))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_locator(NullLocator())
+    correlation = sigma["correlation_of_logs"]
+    words = "σ does not vary" if correlation is None else f"over examples, log σ and log error\ncorrelate by {correlation:.2f}"
+    axes.legend(frameon=False, title=words, loc="upper left")
+
+
+def _residuals(axes: "Axes", residuals: dict[str, Any]) -> None:
+    along, channels = residuals["axes"], residuals["channels"]
+    if along is None and channels is None:
+        axes.set(title="Correlation of residuals")
+        _say(axes, "no neighbours, one channel")
+        return
+    if along is None:
+        axes.set(title="Correlation of residuals between columns")
+        shown = axes.imshow(channels, cmap="PuOr", vmin=-1, vmax=1)
+        axes.figure.colorbar(shown, ax=axes)
+        return
+    longest = max(along.values(), key=lambda axis: len(axis["pairs"]))["pairs"]
+    half = [DEVIATIONS / math.sqrt(pairs) for pairs in longest[1:]]
+    axes.fill_between(range(1, len(longest)), [-value for value in half], half, **BAND)
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    for (name, axis), style in zip(along.items(), AXIS_STYLES, strict=False):
+        axes.plot(range(len(axis["autocorrelation"])), axis["autocorrelation"], label=f"along {name}", **style)
+    lowest = min(min(axis["autocorrelation"]) for axis in along.values())
+    axes.set(title="Autocorrelation of residuals (0: independent)", xlabel="lag", ylim=(min(-0.25, lowest - 0.05), 1.05))
+    words = None
+    if channels is not None:
+        between = [channels[i][j] for i in range(len(channels)) for j in range(i)]
+        words = f"between channels {min(between):.2f} to {max(between):.2f}"
+    axes.legend(frameon=False, title=words)
+
+
+def _say(axes: "Axes", words: str) -> None:
+    axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes, color="0.4")
+
+
+@torch.no_grad()
+def sampled(
+    vae: VAE, data: Splits | None, n: int, generator: torch.Generator, show: Show = "mean", temperature: Temperature = 1.0
+) -> Tensor:
+    """N samples; of a video the first frames of its test clips, and what is predicted to follow, to the length of these clips.
+
+    Args:
+        vae: the model, in eval mode.
+        data: only needed by a video's model; if it has fewer than n test clips, they come again.
+        n: how many.
+        generator: of the latents.
+        show: the mean of p(x|z), or a draw from it.
+        temperature: scales the spread of the latents: one number, or one for each layer.
+
+    Raises:
+        ValueError: the test clips are no longer than the frames that are given, or the temperature has too many numbers.
+    """
+    if not isinstance(vae.network, SequenceNetwork):
+        return vae.sample(n, show, generator=generator, temperature=temperature)
+    assert data is not None
+    past, (single,) = vae.network.context_frames, per_layer(temperature, 1)
+    clips = next(iter(data.batches("test", min(n, len(data.test)), device=generator.device))).x
+    given = clips[torch.arange(n) % len(clips), :past]
+    predicted = vae.predict(given, clips.shape[1] - past, 1, show, generator=generator, temperature=single)[0]
+    return torch.cat([given, predicted], 1)
+
+
+@torch.no_grad()
+def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0) -> Tensor:
+    """Reconstructions of the shape of the batch; the first frames of clips, which are given, as they are."""
+    again = vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed))
+    if not isinstance(vae.network, SequenceNetwork):
+        return again
+    return torch.cat([batch.x[:, : vae.network.context_frames], again], 1)

@@ -1,0 +1,192 @@
+"""Train into a new run folder, or resume one."""
+
+import platform
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sigma_vae import __version__, models
+from sigma_vae.config import DataConfig, RunConfig, parse, write
+from sigma_vae.data import NAMES, Scaling, Splits
+from sigma_vae.evaluation.plots import drawable
+from sigma_vae.models import default_network
+from sigma_vae.networks import SequenceNetwork
+from sigma_vae.runs.evaluate import draw, evaluation, kept, store
+from sigma_vae.runs.folder import Run, config_of, same_data, write_json
+from sigma_vae.runs.refit import check_codes, take_prior
+from sigma_vae.training import fit, resolve_device
+from sigma_vae.training.distributed import first_of_node_first, from_first, joined, processes
+from sigma_vae.training.folder import LOCK, check_name, exclusive, explained
+from sigma_vae.training.hardware import Choices, choices_for
+from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step
+from sigma_vae.vae import VAE
+
+__all__ = ["has_checkpoint", "rerun", "resume", "train"]
+
+NOT_YET_A_RUN = {LOCK, "environment.json", "environment.json.new", "config.yaml.new"}
+"""What a training leaves that broke off before its folder was a run."""
+
+
+def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any]:
+    """Train into a new folder, calibrate, fit the prior where one is asked for, evaluate on the test split, and draw pictures.
+
+    Started by ``torchrun``, the processes share the work; the folder is one that all of them see.
+
+    Returns:
+        The evaluation, as ``evaluation.json`` holds it.
+
+    Raises:
+        ValueError: the folder already holds something, another process is at work in it, or the config is not possible.
+        OSError: the folder cannot be written; what was written before is whole.
+    """
+    with joined(resolve_device(config.device)):
+        return _train(config, out, progress=progress)
+
+
+def _check_new(out: Path) -> None:
+    check_name(out)
+    if out.exists() and (not out.is_dir() or any(path.name not in NOT_YET_A_RUN for path in out.iterdir())):
+        raise ValueError(
+            f"{out} already exists and is never overwritten; give another --out, or go on with it: sigma-vae resume {out}"
+        )
+
+
+def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
+    from_first(lambda: _check_new(out))
+    config = replace(config, data=_from_anywhere(config.data))
+    with first_of_node_first():
+        data = models.data(config.data)
+    if progress and processes().first:
+        print(f"{data.name}: {data.record['counts']}; {data.record['preprocessing']}")
+    if config.model.network == "auto":
+        config = replace(config, model=replace(config.model, network=default_network(data.shape, clips=data.clips)))
+    vae = _new_vae(config, data)
+    choices = choices_for(vae, data, config.training, resolve_device(config.device))
+    environment = _environment(config, data, choices)
+    with explained(out, "train again"), exclusive(out):
+        from_first(lambda: _begin(config, out, environment))
+        with explained(out, f"go on: sigma-vae resume {out}"):
+            return _finish(config, out, vae, data, resumed=False, progress=progress)
+
+
+def _from_anywhere(data: DataConfig) -> DataConfig:
+    """The same data, found from any folder; a source is looked for in its root, where it has one."""
+    inside = data.root is not None or data.source in NAMES or not Path(data.source).exists()
+    source = data.source if inside else str(Path(data.source).resolve())
+    return replace(data, source=source, root=_absolute(data.root), cache=_absolute(data.cache))
+
+
+def _absolute(folder: str | None) -> str | None:
+    return None if folder is None else str(Path(folder).expanduser().resolve())
+
+
+def _begin(config: RunConfig, out: Path, environment: dict[str, Any]) -> None:
+    _check_new(out)  # again: while the data were read, another process may have trained into it
+    write_json(out / "environment.json", environment)
+    write(out / "config.yaml", config)  # from here on it is a run, which can be resumed
+
+
+def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> dict[str, Any]:
+    """Go on exactly where a run stopped, perhaps for more epochs than it was given; from the beginning, if it had no checkpoint yet.
+
+    Raises:
+        ValueError: the folder holds no run, its data have changed, it has more epochs behind it than asked for, all its checkpoints are
+            damaged, or another process is at work in it.
+        OSError: the folder cannot be written.
+    """
+    config = given = config_of(out)
+    if epochs is not None:
+        config = replace(config, training=replace(config.training, epochs=epochs))
+    with joined(resolve_device(config.device)):
+        data = same_data(out, config)
+        vae = _new_vae(config, data)
+        with explained(out, f"go on: sigma-vae resume {out}"), exclusive(out):
+            # At once: where this is interrupted, the next resumption has the same end.
+            from_first(lambda: write(out / "config.yaml", config))
+            try:
+                return _finish(config, out, vae, data, resumed=has_checkpoint(out), progress=progress)
+            except ValueError:
+                if processes().first:
+                    write(out / "config.yaml", given)
+                raise
+
+
+def rerun(out: Path) -> dict[str, Any]:
+    """Do the step again whose loss was not finite, from ``non-finite.safetensors`` in the run folder; the data are not needed.
+
+    Returns:
+        ``step``, ``split``, ``diagnosis`` as it was given when the run stopped, and ``begins_in``: the modules whose output is not finite
+        where their input was, in their order, and the terms and examples (their positions in the split) that it reaches.
+
+    Raises:
+        ValueError: the folder holds no run, or no such step.
+    """
+    step = load_broken_step(out / FILE)
+    shape = step.about.get("shape")
+    if not isinstance(shape, list) or not shape or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{out / FILE} does not say the shape of an example, got {shape!r}")
+    config = config_of(out)
+    scaling = parse(step.about.get("scaling"), Scaling, str(out / FILE))
+    sizes = {name: value.shape for name, value in step.weights.items()}
+    try:
+        vae = models.sized(replace(config.model, prior="standard"), tuple(shape), scaling, sizes)
+        begins = first_broken(vae, step, config.training)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:  # tensors of any kind and size
+        raise ValueError(f"{out / FILE} does not fit the model of {out}: {error}") from error
+    return {name: step.about.get(name) for name in ("step", "split", "diagnosis")} | {"begins_in": begins}
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether a training has come so far that it has something to go on from."""
+    return any((out / "checkpoints" / name).exists() for name in ("last.ckpt", "previous.ckpt"))
+
+
+def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> dict[str, Any]:
+    fit(vae, data, config.training, out=out, seed=config.seed, device=config.device, resume=resumed, progress=progress)
+    vae.to(resolve_device(config.device))
+    if config.model.prior != "standard":
+        take_prior(config.model.prior, vae, data, config.seed)
+    from_first(lambda: models.save(out / "model", vae, config.model, data.shape, data.scaling))
+    report = evaluation(out, Run(config, vae, data))
+    return from_first(lambda: _write_report(out, report, vae, data))
+
+
+def _write_report(out: Path, report: dict[str, Any], vae: VAE, data: Splits) -> dict[str, Any]:
+    report |= kept(out, report)  # where nothing was left to train
+    store(out, report)
+    if drawable(data.shape):
+        draw(out, vae, data)
+    return report
+
+
+def _new_vae(config: RunConfig, data: Splits) -> VAE:
+    torch.manual_seed(config.seed)
+    vae = models.vae(config.model, data.shape, data.scaling)
+    if isinstance(vae.network, SequenceNetwork) != (data.frames is not None):
+        have, remedy = (
+            ("no clips", "take residual, conv, hierarchical or mlp") if data.frames is None else ("clips", "take sequence")
+        )
+        raise ValueError(f"{config.data.source} has {have}, and the network {config.model.network} is not for that; {remedy}")
+    if data.frames is not None and data.frames <= config.model.context_frames:
+        raise ValueError(
+            f"context_frames={config.model.context_frames} leaves nothing to predict of clips of {data.frames} frames; give fewer"
+        )
+    check_codes(config.model.prior, vae, data)
+    return vae
+
+
+def _environment(config: RunConfig, data: Splits, choices: Choices) -> dict[str, Any]:
+    return {
+        "sigma_vae": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "seed": config.seed,
+        "threads": choices.threads,
+        "choices": asdict(choices),
+        "processes": processes().world_size,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "data": data.record,
+    }

@@ -1,0 +1,514 @@
+"""Several processes: their number, collectives, shared passes, sharded weights, batch statistics."""
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from itertools import chain
+from typing import Any, NamedTuple, TypeVar, final
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sigma_vae.config import TrainingConfig
+from sigma_vae.data import Batches, Splits
+from sigma_vae.data.splits import SplitName
+from sigma_vae.networks import HierarchicalNetwork
+from sigma_vae.vae import VAE
+
+__all__ = [
+    "ElsewhereError",
+    "GlobalBatchNorm",
+    "Processes",
+    "average_gradients",
+    "clip",
+    "first_of_node_first",
+    "first_where",
+    "from_first",
+    "global_statistics",
+    "gradient_norm",
+    "is_sharded",
+    "joined",
+    "mean_over_all",
+    "of_shares_alone",
+    "on_any",
+    "own_device",
+    "processes",
+    "rows_of_all",
+    "shard",
+    "shared",
+    "sum_over_all",
+    "to_be_trained",
+    "whole",
+]
+
+Made = TypeVar("Made")
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for others, one of which may be measuring what only one can measure. Where one has died, none waits."""
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+
+
+class ElsewhereError(RuntimeError):
+    """The first process failed at what all of them need; it says why."""
+
+
+class Processes(NamedTuple):
+    """This process among those that work together; alone where nothing else is known."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Among those of this machine."""
+    per_node: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files and prints."""
+        return self.rank == 0
+
+
+def processes() -> Processes:
+    """Who works together now: the members of torch's default group, or this process alone.
+
+    >>> processes()
+    Processes(rank=0, world_size=1, local_rank=0, per_node=1)
+    """
+    if _alone.get() or not (distributed.is_available() and distributed.is_initialized()):
+        return Processes()
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    environment = os.environ
+    return Processes(rank, count, int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", count)))
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """Form a group with the processes that ``torchrun`` has started, and leave it at the end.
+
+    Where there are no others, or a group is there already, nothing is formed and nothing is left.
+
+    Args:
+        device: what this process computes on: on GPUs they talk by NCCL, else by gloo.
+
+    >>> with joined(torch.device("cpu")) as us:
+    ...     us.world_size
+    1
+    """
+    if not _launched() or distributed.is_initialized():
+        yield processes()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=device)
+    else:
+        distributed.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield processes()
+    finally:
+        distributed.destroy_process_group()
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Which of a machine's GPUs is this process's, where ``torchrun`` has started several.
+
+    Raises:
+        ValueError: one GPU is asked for by all of them, or there are fewer GPUs than processes.
+    """
+    if device.type != "cuda" or not _launched():
+        return device
+    mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device.index is not None:
+        raise ValueError(f"each process takes a GPU of its own, got device {str(device)!r} for all of them; ask for cuda")
+    if mine >= there:
+        raise ValueError(f"each process takes a GPU of its own, and this machine has {there}; start as many processes")
+    return torch.device("cuda", mine)
+
+
+def from_first(make: Callable[[], Made]) -> Made:
+    """What the first process makes, on every process; meanwhile it is alone, and the others wait.
+
+    For what is not shared out: files, and metrics of one process.
+
+    Raises:
+        ElsewhereError: on the others, where it fails.
+
+    >>> from_first(lambda: 1 + 1)
+    2
+    """
+    us = processes()
+    if us.world_size == 1:
+        return make()
+    message: list[Any] = [None, None]
+    failure: BaseException | None = None
+    if us.first:
+        token = _alone.set(True)
+        try:
+            message[0] = make()
+        except BaseException as error:
+            failure, message[1] = error, f"{type(error).__name__}: {error}"
+        finally:
+            _alone.reset(token)
+    distributed.broadcast_object_list(message)
+    if failure is not None:
+        raise failure
+    if message[1] is not None:
+        raise ElsewhereError(f"the first process stopped: {message[1]}")
+    made: Made = message[0]
+    return made
+
+
+@contextmanager
+def first_of_node_first() -> Iterator[None]:
+    """Let one process of each machine do it before the others: it fills the caches on disk that they read."""
+    us = processes()
+    if us.local_rank:
+        distributed.barrier()
+    try:
+        yield
+    finally:
+        if us.world_size > 1 and not us.local_rank:
+            distributed.barrier()
+
+
+def _launched() -> bool:
+    needed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return needed <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def shared(data: Splits, split: SplitName, size: int, device: torch.device | str = "cpu", limit: int | None = None) -> Batches:
+    """This process's share of a split, in its order, for a pass on which no number depends on the size of batches.
+
+    Args:
+        data: its splits.
+        split: which of them.
+        size: examples in a batch of all processes together; more where the last batch would leave a process without any.
+        device: where the batches are.
+        limit: the first so many examples alone.
+
+    Raises:
+        ValueError: there are fewer examples than processes.
+    """
+    us = processes()
+    examples = min(len(data.store(split)), limit or len(data.store(split)))
+    sizes = range(max(size, us.world_size), max(size, us.world_size, examples) + 1)
+    fitting = next((n for n in sizes if (examples % n or n) >= us.world_size), size)
+    return data.batches(split, fitting, device=device, rank=us.rank, world_size=us.world_size, limit=limit)
+
+
+@torch.no_grad()
+def sum_over_all(values: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in float64, detached; the same on each of them.
+
+    >>> sum_over_all(torch.ones(2))
+    tensor([1., 1.], dtype=torch.float64)
+    """
+    total = values.detach().double()
+    if processes().world_size > 1:
+        total = total.clone()
+        distributed.all_reduce(total)
+    return total
+
+
+def rows_of_all(values: Tensor) -> Tensor:
+    """What each process has, ``(processes, ...)``, in float64, detached; the same on each of them.
+
+    >>> rows_of_all(torch.ones(2))
+    tensor([[1., 1.]], dtype=torch.float64)
+    """
+    us = processes()
+    rows = values.new_zeros((us.world_size, *values.shape), dtype=torch.float64)
+    rows[us.rank] = values.detach()
+    return sum_over_all(rows)
+
+
+def mean_over_all(values: Tensor) -> Tensor:
+    """The mean over the examples of all processes, detached: over the first axis, ``(examples, ...)`` to ``(...)``.
+
+    >>> mean_over_all(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([2., 3.])
+    """
+    if processes().world_size == 1:
+        return values.detach().mean(0)
+    total = sum_over_all(torch.cat([values.double().sum(0).flatten(), values.new_tensor([len(values)]).double()]))
+    return (total[:-1] / total[-1]).reshape(values.shape[1:]).to(values.dtype)
+
+
+def on_any(flag: bool) -> bool:
+    """Whether it is so on any process; the same answer on all.
+
+    >>> on_any(False)
+    False
+    """
+    return flag if processes().world_size == 1 else bool(sum_over_all(torch.tensor(float(flag))))
+
+
+def first_where(here: bool) -> int:
+    """The lowest rank where it is so, 0 where it is so nowhere; the same answer on all processes.
+
+    >>> first_where(True)
+    0
+    """
+    return int(rows_of_all(torch.tensor(float(here))).argmax())
+
+
+def is_sharded(config: TrainingConfig) -> bool:
+    """Whether weights are shared out: on one process there is nobody to share with."""
+    return config.shard_weights and processes().world_size > 1
+
+
+def to_be_trained(vae: VAE, config: TrainingConfig) -> VAE:
+    """The model itself, or where its weights are to be shared out, a copy: the model stays whole, and takes the best weights at the end.
+
+    Raises:
+        ValueError: the network has no blocks to share out, or weights are to be averaged as well.
+    """
+    if config.shard_weights and not isinstance(vae.network, HierarchicalNetwork):
+        raise ValueError(
+            f"shard_weights shares out the blocks of a hierarchical network, got {type(vae.network).__name__}; leave it off: the"
+            " gradients of several processes are shared anyway"
+        )
+    if config.shard_weights and config.ema_decay is not None:
+        raise ValueError("shard_weights and ema_decay do not go together, as averaging copies whole networks; leave one off")
+    return copy.deepcopy(vae) if is_sharded(config) else vae
+
+
+def shard(vae: VAE, mesh: DeviceMesh) -> None:
+    """Give each process a part of every block; a block is whole only while it computes.
+
+    What the likelihood learns (a shared σ, a ν) stays on every process.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for block in [module for module in vae.network.modules() if isinstance(module, nn.Sequential)]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(vae.network, mesh=mesh)
+    register_fsdp_forward_method(vae.network, "infer")
+
+
+def whole(value: Tensor) -> Tensor:
+    """The tensor itself, or where it is shared out, put together: each process must call this."""
+    if not isinstance(value, DTensor):
+        return value
+    together: Tensor = value.full_tensor()
+    return together
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """The mean over processes, of parameters that are not shared out."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= processes().world_size
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Of all gradients together, of which some may be shared out.
+
+    >>> weight = nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([3.0, 4.0])
+    >>> gradient_norm([weight])
+    tensor(5.)
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    if len(whole) == len(gradients):
+        return torch.nn.utils.get_total_norm(whole)
+    parts = torch.nn.utils.get_total_norm([gradient for gradient in gradients if isinstance(gradient, DTensor)])
+    assert isinstance(parts, DTensor)
+    norms = [parts.full_tensor(), *(gradient.norm() for gradient in whole)]
+    total: Tensor = torch.stack(norms).norm()
+    return total
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> None:
+    """Shorten a gradient of this norm to the largest allowed, as torch does; torch itself stumbles over what is partly shared out."""
+    parameters = [p for p in parameters if p.grad is not None]
+    if not any(isinstance(p.grad, DTensor) for p in parameters):
+        torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+        return
+    factor = float((largest / (norm + 1e-6)).clamp(max=1))
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.mul_(factor)
+
+
+KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@final
+class GlobalBatchNorm(nn.Module):
+    r"""Takes the place of ``nn.BatchNorm1d``, ``2d`` or ``3d`` where several processes train, each with its share of the batch.
+
+    Process p has :math:`n_p` values of a channel, their mean :math:`m_p` and their squares' sum :math:`s_p` about it. In training
+
+    .. math::
+        n = \sum_p n_p, \quad m = \sum_p \frac{n_p}{n} m_p, \quad v = \frac1n \sum_p \left( s_p + n_p (m_p - m)^2 \right), \quad
+        \hat x = \frac{x - m}{\sqrt{v + \epsilon}}, \quad y = \gamma \hat x + \beta
+
+    (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance": nothing large cancels). With g what all processes
+    minimise together, differentiated in y, the gradient in x is
+
+    .. math::
+        \frac{\gamma}{\sqrt{v + \epsilon}} \left( g - \frac1n \sum g - \frac{\hat x}n \sum g \hat x \right),
+
+    sums being over the values of all processes (Ioffe and Szegedy 2015, arXiv 1502.03167, section 3). The gradients of γ and β are
+    those of the share: data parallelism adds them up. Running statistics follow m and v n / (n − 1), alike on all processes. In eval
+    mode they are what is normalised by, and nothing is said between processes.
+
+    Every process must call it as often as the others, forward and backward; a share may be empty.
+
+    Args:
+        norm: whose parameters and running statistics are taken, the tensors themselves; it has running statistics.
+
+    Shapes:
+        x and result ``(n, C, *space)``, n of this process.
+
+    >>> norm, x = nn.BatchNorm2d(3), torch.rand(4, 3, 2, 2)
+    >>> torch.allclose(GlobalBatchNorm(norm)(x), norm(x), atol=1e-5)
+    True
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__()
+        self.eps = norm.eps
+        self.momentum = norm.momentum
+        self.register_parameter("weight", norm.weight)  # in torch's order, which is that of a saved state
+        self.register_parameter("bias", norm.bias)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(norm, name))
+        self.train(norm.training)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled graph ends where processes talk
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise by the statistics of all processes in training, by the running ones else."""
+        if not self.training:
+            return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        moments = _moments_of_all(x)
+        self._track(moments)
+        result: Tensor = _Normalised.apply(x, self.weight, self.bias, self.eps, *moments)  # type: ignore[no-untyped-call]
+        return result
+
+    @torch.no_grad()
+    def _track(self, moments: "_Moments") -> None:
+        self.num_batches_tracked.add_(1)
+        # Without a momentum, torch's running statistics are the mean over all batches.
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        unbiased = moments.variance * (moments.number / (moments.number - 1))
+        for running, new in ((self.running_mean, moments.mean), (self.running_var, unbiased)):
+            running.lerp_(new.to(running.dtype), momentum)
+
+
+@contextmanager
+def global_statistics(model: nn.Module) -> Iterator[None]:
+    """Where there are several processes, let batch normalisation take its statistics over all of them for as long as this lasts.
+
+    Names and shapes of the model's state are those that it has without.
+
+    >>> network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    >>> with global_statistics(network):
+    ...     type(network[1]).__name__  # of one process
+    'BatchNorm1d'
+    """
+    if processes().world_size == 1:
+        yield
+        return
+    found = ((path, module) for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, _BatchNorm))
+    norms = {path: norm for path, norm in found if _replaceable(norm)}
+    instead = {norm: GlobalBatchNorm(norm) for norm in norms.values()}  # one that is used in two places stays one
+    for path, norm in norms.items():
+        model.set_submodule(path, instead[norm])
+    try:
+        yield
+    finally:
+        for norm, new in instead.items():
+            for name, tensor in chain(new.named_parameters(), new.named_buffers()):  # perhaps on another device by now
+                setattr(norm, name, tensor)
+            norm.train(new.training)
+        for path, norm in norms.items():
+            model.set_submodule(path, norm)
+
+
+def of_shares_alone(model: nn.Module) -> list[nn.Module]:
+    """Batch normalisation that :func:`global_statistics` does not make that of all processes.
+
+    It is of another kind than ``nn.BatchNorm1d``, ``2d`` or ``3d``, or has no running statistics: validation, too, then takes the batch's.
+
+    >>> [type(norm).__name__ for norm in of_shares_alone(nn.Sequential(nn.BatchNorm1d(2), nn.SyncBatchNorm(2)))]
+    ['SyncBatchNorm']
+    """
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return [norm for norm in norms if not _replaceable(norm)]
+
+
+def _replaceable(norm: _BatchNorm) -> bool:
+    return type(norm) in KINDS and norm.track_running_stats
+
+
+class _Moments(NamedTuple):
+    """Of the values of all processes: how many a channel has ``()``, their mean and variance ``(C,)``; in float32 at least."""
+
+    number: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+@torch.no_grad()
+def _moments_of_all(x: Tensor) -> _Moments:
+    exact, channels = torch.promote_types(x.dtype, torch.float32), x.shape[1]
+    count = x.numel() // channels
+    mean = x.sum(_shared(x), dtype=exact) / max(count, 1)
+    squares = (x - _beside(x, mean)).square().sum(_shared(x))
+    rows = rows_of_all(torch.cat([mean.new_full((1,), count), mean, squares]))
+    counts, means, squares = torch.split(rows, [1, channels, channels], 1)
+    number = counts.sum()
+    mean = (counts * means).sum(0) / number
+    variance = (squares + counts * (means - mean).square()).sum(0) / number
+    return _Moments(*(part.to(exact) for part in (number, mean, variance)))
+
+
+class _Normalised(torch.autograd.Function):
+    """By moments that are statistics of x, which its gradient knows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *moments: Tensor) -> Tensor:
+        number, mean, variance = moments
+        ctx.save_for_backward(x, weight, number, mean, torch.rsqrt(variance + eps))
+        return functional.batch_norm(x, mean, variance, weight, bias, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, number, mean, inverse = ctx.saved_tensors
+        upstream = upstream.to(mean.dtype)
+        normal = (x - _beside(x, mean)) * _beside(x, inverse)
+        sums = torch.stack([upstream.sum(_shared(x)), (upstream * normal).sum(_shared(x))])
+        means = (sum_over_all(sums) / number).to(sums.dtype)  # asked of all, whatever needs a gradient here
+        factor = inverse if weight is None else inverse * weight
+        of_x = _beside(x, factor) * (upstream - _beside(x, means[0]) - normal * _beside(x, means[1]))
+        of_bias, of_weight = (part if needed else None for part, needed in zip(sums, ctx.needs_input_grad[2:0:-1], strict=True))
+        return of_x.to(x.dtype), of_weight, of_bias, None, None, None, None
+
+
+def _shared(x: Tensor) -> list[int]:
+    """All axes but the channels'."""
+    return [0, *range(2, x.dim())]
+
+
+def _beside(x: Tensor, values: Tensor) -> Tensor:
+    """Values ``(C,)`` of channels, in a shape that goes with x."""
+    return values.reshape(-1, *[1] * (x.dim() - 2))

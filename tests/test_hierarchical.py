@@ -100,7 +100,7 @@ def test_the_analytic_kl_is_the_mean_of_the_log_ratio(case):
 @over_cases
 def test_decoding_the_posteriors_draw_gives_what_inference_gave(case):
     network, x = case.trained(), case.images(3)
-    latents = network.latents(x, noise_of(3))
+    latents = network.draw_latents(x, noise_of(3))
     assert [tuple(z.shape[1:]) for z in latents] == network.layer_shapes
     torch.testing.assert_close(network.decode(latents), network.infer(x, noise=noise_of(3)).h, rtol=0, atol=0)
 
@@ -155,10 +155,10 @@ def test_the_layers_that_are_not_given_are_drawn_from_their_priors():
     case = CASES[0]
     network = case.trained()
     with torch.no_grad():
-        latents = network.latents(case.images(2))
+        latents = network.draw_latents(case.images(2))
         coldly = partial(network.decode, latents[:2], temperature=0.0)
-        given = network.decode(latents[:2], torch.Generator().manual_seed(0))
-        assert not torch.equal(given, network.decode(latents[:2], torch.Generator().manual_seed(1)))
+        given = network.decode(latents[:2], generator=torch.Generator().manual_seed(0))
+        assert not torch.equal(given, network.decode(latents[:2], generator=torch.Generator().manual_seed(1)))
         assert torch.equal(coldly(), coldly())
         assert not torch.equal(coldly(), network.decode([latents[0] + 1, latents[1]], temperature=0.0))
 
@@ -175,8 +175,8 @@ def test_the_layers_that_are_not_given_are_drawn_from_their_priors():
         (lambda network, x: network.generate(2, temperature=math.nan), "temperature scales the spread"),
         (lambda network, x: network.generate(2, temperature=[1.0, 1.0]), "one for each of 8 layers of latents; got 2"),
         (lambda network, x: network.decode([]), "latents of the top layer or more"),
-        (lambda network, x: network.decode(network.latents(x)[1:]), "latents of the top layer or more"),
-        (lambda network, x: network.decode([*network.latents(x), x]), "latents of the top layer or more"),
+        (lambda network, x: network.decode(network.draw_latents(x)[1:]), "latents of the top layer or more"),
+        (lambda network, x: network.decode([*network.draw_latents(x), x]), "latents of the top layer or more"),
         (lambda network, x: VAE(network, Gaussian(1)).encode(x), "has no single layer of flat latents"),
         (lambda network, x: mlp((1, 8, 8), 1).generate(2, temperature=[1.0, 1.0]), "one for each of 1 layers"),
     ],
@@ -395,7 +395,7 @@ def test_each_layer_carries_the_information_of_its_factor(ladder):
 def test_the_top_latents_decide_the_global_factor_and_no_detail(ladder):
     x, shared = known_images(500, seed=20_000)
     network = ladder.network
-    top, local = network.latents(x)
+    top, local = network.draw_latents(x)
     moved = torch.roll(torch.arange(500), 1)
     means = network.decode([top[moved]]).mean((1, 2, 3))
     assert np.corrcoef(means, shared[moved])[0, 1] > 0.85

@@ -3,13 +3,31 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal
 
-__all__ = ["Batch", "Elbo", "Inference", "Likelihood", "Network", "Noise", "Observes", "Prior", "Temperature", "per_layer"]
+__all__ = [
+    "Batch",
+    "Elbo",
+    "Flat",
+    "Frames",
+    "Hierarchy",
+    "Inference",
+    "Latents",
+    "Likelihood",
+    "Maps",
+    "Network",
+    "Noise",
+    "Observes",
+    "Prediction",
+    "Prior",
+    "Temperature",
+    "per_layer",
+]
 
 Noise = Callable[[torch.Size], Tensor]
 """Draws standard normal numbers of the given shape, whose leading axes are the batch."""
@@ -111,12 +129,102 @@ class Prior(nn.Module, ABC):
         """N draws ``(n, latent_dim)``; the temperature scales their spread."""
 
 
+class Prediction(NamedTuple):
+    """Predicted frames: features ``(n, frames, in_channels, H, W)``, and what was shown of them ``(n, frames, C, H, W)``."""
+
+    h: Tensor
+    frames: Tensor
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What z is made of.
+
+    Args:
+        shapes: of one example's latents, layer by layer, from the top down.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def layers(self) -> int:
+        """Number of stochastic layers."""
+        return len(self.shapes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many latents each layer has."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+
+@final
+class Flat(Latents):
+    """One vector an example: z ``(*batch, dim)``.
+
+    >>> Flat(20).sizes
+    (20,)
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(((dim,),))
+
+    @property
+    def dim(self) -> int:
+        """Size of z."""
+        return self.shapes[0][0]
+
+
+@final
+class Maps(Latents):
+    """One map an example: z ``(*batch, channels, *space)``; the space is that of the training data."""
+
+    def __init__(self, channels: int, *space: int) -> None:
+        super().__init__(((channels, *space),))
+
+
+@final
+class Hierarchy(Latents):
+    """Several layers, each conditioned on those above it."""
+
+
+@final
+class Frames(Latents):
+    """One vector a frame of a clip: z ``(*batch, frames, dim)``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(((dim,),))
+
+
 class Network(nn.Module, ABC):
-    """Encoder, latents and decoder; knows nothing of likelihoods."""
+    """Encoder, latents and decoder; knows nothing of likelihoods.
+
+    A subclass has to say what its :attr:`latents` are and how to :meth:`infer` and :meth:`generate`. Whatever else it can do it shows by
+    overriding the method; the base refuses with the reason, and the rest of the package asks :attr:`has_posterior`,
+    :attr:`has_prior`, :attr:`reads_clips` before it calls. Nothing ever asks for a class.
+
+    To let the prior be fitted after training, keep a :class:`Prior` as ``self.prior`` and use it in ``infer`` and ``generate``.
+    """
+
+    reads_clips: bool = False
+    """Whether examples are clips ``(batch, frames, C, H, W)``; if so, :meth:`predict` continues them."""
+    reads_condition: bool = False
+    """Whether ``condition`` is read: labels or covariates, ``(batch, ...)``."""
+    trains_in_bfloat16: bool = False
+    """Whether training in bfloat16 was measured to end alike, so that ``precision="auto"`` may choose it."""
+
+    @property
+    @abstractmethod
+    def latents(self) -> Latents:
+        """What z is made of."""
 
     @abstractmethod
     def infer(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Noise | None = None,
+        condition: Tensor | None = None,
     ) -> Inference:
         """Features, target and KL of a batch, with one posterior draw."""
 
@@ -127,8 +235,77 @@ class Network(nn.Module, ABC):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         temperature: Temperature = 1.0,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Features ``(n, in_channels, *space)`` of n draws from the prior."""
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether there is one layer of latents, with :meth:`posterior` and :meth:`decode`."""
+        own = type(self)
+        return own.posterior is not Network.posterior and own.decode is not Network.decode
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether ``self.prior`` can be replaced by one that is fitted to the latents."""
+        return isinstance(getattr(self, "prior", None), Prior)
+
+    def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
+        """q(z|x) of networks with one layer of latents, parameters of z's shape.
+
+        Raises:
+            ValueError: the network has no such posterior.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no posterior of a single layer of latents: it does not define posterior(x)"
+        )
+
+    def decode(self, z: Tensor | Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
+        """Features of latents.
+
+        Raises:
+            ValueError: the network cannot decode given latents.
+        """
+        raise ValueError(f"{type(self).__name__} cannot decode given latents: it does not define decode(z)")
+
+    def replace_prior(self, prior: Prior) -> None:
+        """Sample from this prior, and measure the KL to it, from now on.
+
+        Raises:
+            ValueError: the network's prior is a part of it.
+        """
+        if not self.has_prior:
+            raise ValueError(f"{type(self).__name__} has no replaceable prior: it keeps no Prior as self.prior")
+        self.prior = prior
+
+    def latent_kl(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
+        """KL(q‖p) of each latent, ``(batch, *shape)`` for each layer, in nats.
+
+        Raises:
+            ValueError: the network does not say.
+        """
+        raise ValueError(f"{type(self).__name__} does not report the KL of single latents: it does not define latent_kl(x)")
+
+    def predict(
+        self,
+        context: Tensor,
+        frames: int,
+        show: Callable[[Tensor], Tensor],
+        noise: Noise | None = None,
+        temperature: float = 1.0,
+        *,
+        batch_statistics: bool = False,
+    ) -> Prediction:
+        """Continue clips frame by frame, each predicted from what ``show`` makes of the last one's features.
+
+        Raises:
+            ValueError: the network reads no clips.
+        """
+        raise ValueError(f"{type(self).__name__} predicts no frames: it reads single examples, not clips")
+
+    def shards(self) -> Iterable[nn.Module]:
+        """Parts whose weights may be shared out over processes one by one (FSDP); none unless the network names some."""
+        return ()
 
 
 class Likelihood(nn.Module, ABC):
@@ -159,6 +336,33 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def in_channels(self) -> int:
         """Feature channels that the decoder must give."""
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether the likelihood has a σ."""
+        return False
+
+    def sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
+        """The σ that evaluation uses, broadcastable to the data's event; None where there is none, or the decoder predicts it.
+
+        Args:
+            observes: of the density or of the bin probabilities; what the likelihood is trained on unless given.
+            refitted: the σ that ``calibrate`` solved, whatever the scale.
+        """
+        return None
+
+    def distribution(
+        self, h: Tensor, x: Tensor | None = None, *, observes: Observes | None = None, refitted: bool = False
+    ) -> Distribution:
+        """The distribution p(x|h): batch ``(*batch,)``, event ``(C, *space)``.
+
+        Args:
+            h: decoder features ``(*batch, in_channels, *space)``.
+            x: data; an optimal σ is solved for them in training, and levels are checked. Evaluation never takes σ from them.
+            observes: a density, or the probabilities of the levels' bins; what the likelihood is trained on unless given.
+            refitted: with the σ that ``calibrate`` solved, whatever the scale.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def forward(self, h: Tensor, x: Tensor | None = None) -> Distribution:

@@ -74,6 +74,12 @@ class Unscaled(Likelihood):
             self._check(x, distribution)
         return distribution
 
+    def distribution(
+        self, h: Tensor, x: Tensor | None = None, *, observes: Observes | None = None, refitted: bool = False
+    ) -> "FromFeatures":
+        """p(x|h): see :meth:`Likelihood.distribution`."""
+        return self.forward(h, x)
+
     def log_mass(self, h: Tensor, x: Tensor, *, post_hoc: bool = False) -> Tensor:
         """Log-probability ``(*batch,)`` of the observed levels, in nats; the same post hoc.
 
@@ -319,6 +325,34 @@ class LocationScale(Likelihood):
     @property
     def _event_dims(self) -> int:
         return 1 + self.spatial_dims
+
+    @property
+    def has_scale(self) -> bool:
+        """True: σ is what these likelihoods are about."""
+        return True
+
+    def sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
+        """σ in evaluation; None where the decoder predicts it.
+
+        Raises:
+            ValueError: no σ is known yet.
+        """
+        if self.scale.predicted:
+            return None
+        observes, raw = observes or self.observes, self.scale.density_log_scale.new_zeros(())
+        log_scale = self.scale.refitted(raw, observes) if refitted else self.scale(raw, observes, None)
+        return log_scale.exp()
+
+    def distribution(
+        self, h: Tensor, x: Tensor | None = None, *, observes: Observes | None = None, refitted: bool = False
+    ) -> Continuous | Discretized:
+        """p(x|h): see :meth:`Likelihood.distribution`."""
+        if x is not None and not refitted and observes in (None, self.observes):
+            return self.forward(h, x)
+        law, loc, raw = self._split(h)
+        wanted = observes or self.observes
+        log_scale = self.scale.refitted(raw, wanted) if refitted else self.scale(raw, wanted, None)
+        return self._distribution(law, loc, log_scale, wanted)
 
     def forward(self, h: Tensor, x: Tensor | None = None) -> Continuous | Discretized:
         """p(x|h); in training an :class:`Optimal` scale is solved for this x."""

@@ -1,6 +1,7 @@
 """A network with one layer of flat latents: any encoder and any decoder."""
 
 import math
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sigma_vae.priors import StandardNormal
-from sigma_vae.types import Inference, Network, Noise, Prior, Temperature, per_layer
+from sigma_vae.types import Flat, Inference, Network, Noise, Prior, Temperature, per_layer
 
 __all__ = ["FlatNetwork"]
 
@@ -33,6 +34,8 @@ class FlatNetwork(Network):
     torch.Size([5, 1, 4, 4])
     """
 
+    trains_in_bfloat16 = True
+
     def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, prior: Prior | None = None) -> None:
         super().__init__()
         self.encoder = encoder
@@ -40,7 +43,12 @@ class FlatNetwork(Network):
         self.latent_dim = latent_dim
         self.prior: Prior = StandardNormal(latent_dim) if prior is None else prior
 
-    def encode(self, x: Tensor) -> Normal:
+    @property
+    def latents(self) -> Flat:
+        """One vector an example."""
+        return Flat(self.latent_dim)
+
+    def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
         """q(z|x), parameters ``(batch, latent_dim)``, in float32 at least."""
         raw = self.encoder(x)
         if raw.dim() != 2 or raw.shape[-1] != 2 * self.latent_dim:
@@ -52,17 +60,26 @@ class FlatNetwork(Network):
         mean, log_variance = raw.chunk(2, dim=-1)
         return Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Normal:
+        """The same as :meth:`posterior`."""
+        return self.posterior(x)
+
+    def decode(self, z: Tensor | Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
         """Features of z."""
         features: Tensor = self.decoder(z)
         return features
 
     def infer(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Noise | None = None,
+        condition: Tensor | None = None,
     ) -> Inference:
         """One posterior draw, decoded; KL in one layer, ``(batch, 1)``."""
-        _refuse(context=context, mask=mask)
-        posterior = self.encode(x)
+        _refuse(context=context, mask=mask, condition=condition)
+        posterior = self.posterior(x)
         shape = posterior.loc.shape
         return self.draw(x, posterior, torch.randn_like(posterior.loc) if noise is None else noise(shape).to(posterior.loc))
 
@@ -71,7 +88,7 @@ class FlatNetwork(Network):
 
         Args:
             x: data ``(batch, C, *space)``.
-            posterior: q(z|x), from :meth:`encode`.
+            posterior: q(z|x), from :meth:`posterior`.
             unit: ``(*draws, batch, latent_dim)``.
 
         Shapes:
@@ -93,9 +110,10 @@ class FlatNetwork(Network):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         temperature: Temperature = 1.0,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Features of n draws from the prior."""
-        _refuse(context=context)
+        _refuse(context=context, condition=condition)
         return self.decode(self.prior.sample(n, generator, per_layer(temperature, 1)[0]))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sigma_vae.types import Inference, Network, Noise, Temperature, per_layer
+from sigma_vae.types import Hierarchy, Inference, Network, Noise, Temperature, per_layer
 
 __all__ = [
     "DecoderBlock",
@@ -421,7 +421,7 @@ class HierarchicalNetwork(Network):
     >>> network = HierarchicalNetwork((1, 8, 8), 1, LadderPlan.parse("8,8d8/1,8m1"), latent_dim=2, width=8)
     >>> network.infer(torch.zeros(5, 1, 8, 8)).kl.shape
     torch.Size([5, 2])
-    >>> latents = network.latents(torch.zeros(5, 1, 8, 8))
+    >>> latents = network.draw_latents(torch.zeros(5, 1, 8, 8))
     >>> [tuple(z.shape) for z in latents], network.decode(latents).shape
     ([(5, 2, 1, 1), (5, 2, 8, 8)], torch.Size([5, 1, 8, 8]))
     """
@@ -451,10 +451,15 @@ class HierarchicalNetwork(Network):
         return [(self.latent_dim, block.resolution, block.resolution) for block in self.plan.decoder]
 
     def infer(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Noise | None = None,
+        condition: Tensor | None = None,
     ) -> Inference:
         """One posterior draw of every layer, from the top down; KL in closed form, summed over each layer's map."""
-        _refuse(context=context, mask=mask)
+        _refuse(context=context, mask=mask, condition=condition)
         h, draws = self._infer(x, noise)
         return Inference(
             h=h,
@@ -469,12 +474,18 @@ class HierarchicalNetwork(Network):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         temperature: Temperature = 1.0,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """Features of n draws from the prior; a temperature of 0 takes each layer's mean."""
-        _refuse(context=context)
+        _refuse(context=context, condition=condition)
         return self._descend(n, self._prior_draws([], generator, temperature))
 
-    def latents(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
+    @property
+    def latents(self) -> Hierarchy:
+        """A map of latents for each layer, from the top down."""
+        return Hierarchy(tuple(self.layer_shapes))
+
+    def draw_latents(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
         """One posterior draw of every layer, ``(batch, latent_dim, rows, columns)`` each, from the top down."""
         return [draw.z for draw in self._infer(x, noise)[1]]
 
@@ -483,18 +494,25 @@ class HierarchicalNetwork(Network):
         return [draw.latent_kl for draw in self._infer(x, noise)[1]]
 
     def decode(
-        self, latents: Sequence[Tensor], generator: torch.Generator | None = None, temperature: Temperature = 1.0
+        self,
+        z: Tensor | Sequence[Tensor],
+        condition: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        temperature: Temperature = 1.0,
     ) -> Tensor:
         """Features of latents; the layers below the last one given are drawn from their priors.
 
         Args:
-            latents: of the top layer, or more, ``(batch, latent_dim, rows, columns)`` each.
+            z: latents of the top layer, or more, ``(batch, latent_dim, rows, columns)`` each.
+            condition: not read.
             generator: of the layers that are drawn.
             temperature: of the layers that are drawn.
 
         Raises:
             ValueError: none or too many are given, or one has another shape than its layer.
         """
+        latents = list(z)
         shapes = [(len(latents[0]) if len(latents) else 0, *shape) for shape in self.layer_shapes]
         given = [tuple(z.shape) for z in latents]
         if not given or given != shapes[: len(given)]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sigma_vae.types import Inference, Network, Noise, Temperature, per_layer
+from sigma_vae.types import Frames, Inference, Network, Noise, Prediction, Temperature, per_layer
 
 __all__ = [
     "FRAMES",
@@ -404,13 +404,6 @@ FRAMES = 10
 BACKBONES = {"dcgan": dcgan, "vgg": vgg}
 
 
-class Prediction(NamedTuple):
-    """Features ``(n, frames, in_channels, H, W)``, and the frames ``(n, frames, C, H, W)`` made of them."""
-
-    h: Tensor
-    frames: Tensor
-
-
 @final
 class SequenceNetwork(Network):
     r"""SVG: each frame has latents of its own, drawn given the frames before (arXiv 1802.07687).
@@ -454,6 +447,8 @@ class SequenceNetwork(Network):
     (torch.Size([3, 5, 2, 32, 32]), torch.Size([3, 5, 1, 32, 32]), torch.Size([3, 1]))
     """
 
+    reads_clips = True
+
     def __init__(self, encoder: FrameEncoder, decoder: FrameDecoder, recurrence: Recurrence, context_frames: int = 2) -> None:
         super().__init__()
         if context_frames < 1:
@@ -465,8 +460,18 @@ class SequenceNetwork(Network):
         self.recurrence = recurrence
         self.context_frames = context_frames
 
+    @property
+    def latents(self) -> Frames:
+        """One vector a frame."""
+        return Frames(self.recurrence.latent_dim)
+
     def infer(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Noise | None = None,
+        condition: Tensor | None = None,
     ) -> Inference:
         """Features of the predicted frames, each given the true frames before it, and one posterior draw.
 
@@ -476,6 +481,7 @@ class SequenceNetwork(Network):
             mask: ``(batch, T)``, True for the frames of x that are valid: all of them, up to some frame, of each clip. What the others
                 hold changes no number.
             noise: where standard normal numbers come from; asked for ``(batch, latent_dim)`` once a frame from the second on.
+            condition: not read.
 
         Raises:
             ValueError: shapes do not fit, no frame is left to predict, or the mask has gaps or leaves out conditioning frames.
@@ -495,6 +501,7 @@ class SequenceNetwork(Network):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         temperature: Temperature = 1.0,
+        condition: Tensor | None = None,
         *,
         frames: int = FRAMES,
         show: Callable[[Tensor], Tensor] | None = None,
@@ -506,6 +513,7 @@ class SequenceNetwork(Network):
             context: conditioning frames, of one clip for all or of n clips, ``(1 or n, frames, C, H, W)``.
             generator: of the latents.
             temperature: scales their spread.
+            condition: not read.
             frames: how many frames to predict.
             show: from features to the frame that the next is predicted from: ``lambda h: likelihood(h).mean``.
 

@@ -1,0 +1,258 @@
+"""Names and what they stand for: likelihoods, scales, networks, priors, data sources, metrics, feature extractors.
+
+Add a name in code by a decorator::
+
+    from sigma_vae.registry import register
+
+    @register.network("mine", latents="flat")
+    def mine(shape, out_channels, latent_dim=20): ...
+
+or, from an installed package, by an entry point in the group of its kind, which is found without any import of ours::
+
+    [project.entry-points."sigma_vae.networks"]
+    mine = "my_package.networks:mine"
+
+Nothing here imports a module that a file names: what a saved model names has to be registered, by this package or by an installed one.
+"""
+
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points, packages_distributions
+from typing import Any, TypeVar
+
+__all__ = ["Argument", "Entry", "Registry", "number_above_zero", "register"]
+
+OWN_PACKAGE = "sigma-vae"
+
+Registered = TypeVar("Registered")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What may follow a name after a colon, as in ``fixed:0.1``.
+
+    Args:
+        hint: how help texts write it: ``"σ"``.
+        parse: from the text to keyword arguments of what is registered; raises ValueError where the text means nothing.
+        example: a text that works: ``"0.1"``.
+        required: whether the name alone means nothing.
+    """
+
+    hint: str
+    parse: Callable[[str], dict[str, Any]]
+    example: str
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered name.
+
+    Args:
+        name: without its argument.
+        object: what was registered: a class, a function, or an instance.
+        package: the distribution that it comes from.
+        argument: what may follow the name after a colon.
+        facts: what can be known of it before it is made: ``{"latents": "flat"}`` of a network.
+    """
+
+    name: str
+    object: Any
+    package: str
+    argument: Argument | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of its docstring, for help texts and tables."""
+        first = (inspect.getdoc(self.object) or "").partition("\n\n")[0].replace("\n", " ")
+        return first.partition(". ")[0].removesuffix(".")
+
+    @property
+    def pattern(self) -> str:
+        """The name as help texts write it: ``fixed:σ``, ``student-t[:ν]``.
+
+        >>> Entry("fixed", None, "sigma-vae", Argument("σ", dict, "0.1", required=True)).pattern
+        'fixed:σ'
+        """
+        if self.argument is None:
+            return self.name
+        return f"{self.name}:{self.argument.hint}" if self.argument.required else f"{self.name}[:{self.argument.hint}]"
+
+    @property
+    def example(self) -> str:
+        """A whole name that works."""
+        return f"{self.name}:{self.argument.example}" if self.argument is not None and self.argument.required else self.name
+
+
+class Registry:
+    """The names of one kind.
+
+    Args:
+        kind: what error messages call it: ``"network"``.
+        plural: the end of its entry-point group, ``sigma_vae.networks``.
+        home: the package whose modules register our own, imported when a name is first looked up.
+    """
+
+    def __init__(self, kind: str, plural: str, home: str) -> None:
+        self.kind = kind
+        self.group = f"sigma_vae.{plural}"
+        self.home = home
+        self._entries: dict[str, Entry] = {}
+        self._loaded = False
+
+    def __call__(self, name: str, *, argument: Argument | None = None, **facts: Any) -> Callable[[Registered], Registered]:
+        """Decorate a class or a function: register it under this name.
+
+        Raises:
+            ValueError: the name is taken by something else, or has a character that names cannot have.
+        """
+
+        def add(registered: Registered) -> Registered:
+            self._add(Entry(name, registered, _package_of(registered), argument, facts))
+            return registered
+
+        return add
+
+    def add(self, name: str, registered: Any, *, argument: Argument | None = None, **facts: Any) -> None:
+        """Register an object that no decorator can stand over."""
+        self(name, argument=argument, **facts)(registered)
+
+    def names(self) -> list[str]:
+        """All names, without arguments: ours first, in alphabetical order."""
+        return [entry.name for entry in self]
+
+    def __iter__(self) -> Iterator[Entry]:
+        self._load()
+        return iter(sorted(self._entries.values(), key=lambda entry: (entry.package != OWN_PACKAGE, entry.name)))
+
+    def __contains__(self, name: str) -> bool:
+        self._load()
+        return name.partition(":")[0] in self._entries
+
+    def entry(self, name: str, package: str | None = None) -> Entry:
+        """What a name stands for, whatever follows its colon.
+
+        Args:
+            name: ``"student-t:3"`` finds ``student-t``.
+            package: the distribution that it should come from, where a saved file says so: it is named in the error.
+
+        Raises:
+            ValueError: nobody registered it.
+        """
+        self._load()
+        head = name.partition(":")[0]
+        if head not in self._entries:
+            raise ValueError(self._unknown(name, package))
+        return self._entries[head]
+
+    def make(self, name: str, package: str | None = None) -> Callable[..., Any]:
+        """What a name stands for, with the argument after its colon bound to it.
+
+        Raises:
+            ValueError: nobody registered it, or the argument is missing, not taken, or means nothing.
+        """
+        entry = self.entry(name, package)
+        _, colon, text = name.partition(":")
+        if not colon and (entry.argument is None or not entry.argument.required):
+            made: Callable[..., Any] = entry.object
+            return made
+        if entry.argument is None:
+            raise ValueError(f"{name}: {entry.name} takes nothing after a colon; write {entry.name!r}")
+        try:
+            return partial(entry.object, **entry.argument.parse(text))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}, as in {entry.name}:{entry.argument.example}") from error
+
+    def _unknown(self, name: str, package: str | None) -> str:
+        if package is not None and package != OWN_PACKAGE:
+            return (
+                f"the {self.kind} {name!r} comes from the package {package}, which is not installed here or no longer has it;"
+                f" install {package} and try again"
+            )
+        examples = [entry.example for entry in self]
+        near = get_close_matches(name, examples, n=1, cutoff=0.0)
+        guess = f"; did you mean {near[0]!r}?" if near else ";"
+        return f"there is no {self.kind} {name!r}{guess} Known: {', '.join(entry.pattern for entry in self)}"
+
+    def _add(self, entry: Entry) -> None:
+        if not entry.name or any(sign in entry.name for sign in ":/, "):
+            raise ValueError(f"a {self.kind}'s name has no colon, slash, comma or blank; got {entry.name!r}")
+        taken = self._entries.get(entry.name)
+        if taken is not None and not _is_same(taken.object, entry.object):
+            raise ValueError(f"the {self.kind} {entry.name!r} is registered already, by {taken.package}; choose another name")
+        self._entries[entry.name] = entry
+
+    def _load(self) -> None:
+        """Import the modules that register our own names, then what installed packages offer."""
+        if self._loaded:
+            return
+        self._loaded = True  # first: what is imported now may look names up
+        home = importlib.import_module(self.home)
+        for module in pkgutil.iter_modules(getattr(home, "__path__", [])):
+            importlib.import_module(f"{self.home}.{module.name}")
+        for point in entry_points(group=self.group):
+            self._load_point(point)
+
+    def _load_point(self, point: EntryPoint) -> None:
+        package = point.dist.name if point.dist is not None else point.module.partition(".")[0]
+        try:
+            registered = point.load()
+        except Exception as error:  # whatever a foreign module raises when it is imported
+            raise ValueError(
+                f"the {self.kind} {point.name!r} of the installed package {package} cannot be loaded: {error}; mend or uninstall it"
+            ) from error
+        if not any(_is_same(entry.object, registered) for entry in self._entries.values()):
+            self._add(Entry(point.name, registered, package))
+
+
+def number_above_zero(keyword: str, what: str) -> Callable[[str], dict[str, Any]]:
+    """A parser of one number above 0, passed on under this keyword.
+
+    >>> number_above_zero("sigma", "σ")("0.1")
+    {'sigma': 0.1}
+    """
+
+    def parse(text: str) -> dict[str, Any]:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise ValueError(f"it takes a number above 0 ({what}), got {text!r}")
+        return {keyword: value}
+
+    return parse
+
+
+class register:
+    """The registries, one for each kind of thing that has a name."""
+
+    likelihood = Registry("likelihood", "likelihoods", "sigma_vae.likelihoods")
+    scale = Registry("scale", "scales", "sigma_vae.likelihoods")
+    network = Registry("network", "networks", "sigma_vae.networks")
+    prior = Registry("prior", "priors", "sigma_vae.priors")
+    source = Registry("data source", "sources", "sigma_vae.data")
+    metric = Registry("metric", "metrics", "sigma_vae.evaluation")
+    features = Registry("feature extractor", "features", "sigma_vae.evaluation")
+
+
+def _package_of(registered: Any) -> str:
+    """The distribution whose module defines it; the module's own name where it belongs to none (a script, a notebook)."""
+    top = getattr(registered, "__module__", type(registered).__module__).partition(".")[0]
+    if top == "sigma_vae":
+        return OWN_PACKAGE
+    found = packages_distributions().get(top)
+    return found[0] if found else top
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether both are one object, or the same definition run twice (a reloaded module, a notebook's cell)."""
+    places = [(getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)) for thing in (one, other)]
+    return one is other or (places[0] == places[1] and places[0][1] is not None)

@@ -21,8 +21,8 @@ test-oldest:  ## all tests on Python 3.11 with the oldest dependencies that pypr
 	$(OLDEST)/bin/python -m pytest -W default --numprocesses auto --dist loadfile --ignore tests/test_studies_kept.py
 
 constraints-oldest.txt: pyproject.toml  ## the lowest version of each direct dependency
-	uv pip compile --resolution lowest-direct --python-version 3.11 --extra test --no-annotate --no-header \
-		--no-emit-package sigma-vae --output-file $@ $<
+	uv pip compile --quiet --resolution lowest-direct --python-version 3.11 --extra test --no-annotate \
+		--no-emit-package sigma-vae --custom-compile-command 'make $@' --output-file $@ $<
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

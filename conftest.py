@@ -14,6 +14,7 @@ from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 from sigma_vae.cli import main
+from sigma_vae.registry import Registry, register
 
 # The tests' models are tiny: more threads only wait for each other. Processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -37,6 +38,16 @@ def in_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     os.chdir(before)
 
 
+@pytest.fixture(scope="module")
+def names_of_the_page() -> Iterator[None]:
+    """Names that a page registers are gone after it."""
+    registries = [registry for registry in vars(register).values() if isinstance(registry, Registry)]
+    before = [list(registry) for registry in registries]  # looked up once, so that our own are there
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry._entries = {entry.name: entry for entry in entries}
+
+
 def seed(namespace: dict[str, object]) -> None:
     """Doctests see torch's names without importing them, and the same random numbers each time."""
     torch.manual_seed(0)
@@ -46,7 +57,7 @@ def seed(namespace: dict[str, object]) -> None:
 pages = Sybil(
     parsers=[PythonCodeBlockParser(), CodeBlockParser("console", run_commands)],
     patterns=["README.md", "CONTRIBUTING.md", "docs/*.md"],
-    fixtures=["in_temporary_folder"],
+    fixtures=["in_temporary_folder", "names_of_the_page"],
     setup=seed,
 )
 docstrings = Sybil(

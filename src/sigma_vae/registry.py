@@ -245,7 +245,7 @@ class register:
 
 def _package_of(registered: Any) -> str:
     """The distribution whose module defines it; the module's own name where it belongs to none (a script, a notebook)."""
-    top = getattr(registered, "__module__", type(registered).__module__).partition(".")[0]
+    top = (getattr(registered, "__module__", None) or type(registered).__module__).partition(".")[0]
     if top == "sigma_vae":
         return OWN_PACKAGE
     found = packages_distributions().get(top)

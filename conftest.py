@@ -1,5 +1,6 @@
 """Docstrings of the package, and the code and commands of README and docs, are tests."""
 
+import builtins
 import os
 import shlex
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ torch.set_num_threads(1)
 
 def run_commands(example: Example) -> None:
     """Run the `sigma-vae` commands of a console block; other commands install things and are not for a test."""
+    example.namespace["__builtins__"] = builtins  # Sybil removes it, but commands may call functions that a page defines
     for line in example.parsed.splitlines():
         words = shlex.split(line.removeprefix("$ "), comments=True)
         if words[:1] == ["sigma-vae"]:

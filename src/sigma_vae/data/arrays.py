@@ -49,13 +49,13 @@ _AXES: dict[Layout, int] = {
 }
 _ONE_CHANNEL = {"n-h-w": 1, "n-t": 1, "n-t-h-w": 2}
 CLIPS = frozenset(("n-t-h-w", "n-t-h-w-c", "n-t-c-h-w"))
-"""Layouts of clips: their examples are ``(T, C, H, W)``."""
+"""Layouts of clips, whose examples are ``(T, C, H, W)``."""
 _CHANNEL_COUNTS = (1, 3, 4)
 _Content = TypeVar("_Content", bound=Any)
 
 
 def channels_first(array: Array, layout: Layout, name: str) -> Array:
-    """Bring an array into the order ``(N, C, *space)``, or ``(N, T, C, H, W)`` of clips; a view.
+    """View an array in the order ``(N, C, *space)``, or ``(N, T, C, H, W)`` for clips.
 
     >>> channels_first(np.zeros((5, 8, 8, 3)), "n-h-w-c", "rgb").shape
     (5, 3, 8, 8)
@@ -65,7 +65,7 @@ def channels_first(array: Array, layout: Layout, name: str) -> Array:
     (5, 9, 1, 8, 8)
 
     Raises:
-        ValueError: the array has another number of axes, or nothing in it.
+        ValueError: the array has another number of axes, or is empty.
     """
     if array.ndim != _AXES[layout]:
         raise ValueError(
@@ -81,13 +81,13 @@ def channels_first(array: Array, layout: Layout, name: str) -> Array:
 
 
 def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:
-    """The layout that is asked for; where that is auto, the one that the shape tells.
+    """Return the given layout; for auto, derive it from the shape.
 
     >>> layout_of((100, 3, 32, 32), "auto", "images")
     'n-c-h-w'
 
     Raises:
-        ValueError: the shape tells none, or two.
+        ValueError: the shape allows no layout, or several.
     """
     if layout != "auto":
         return layout
@@ -123,13 +123,13 @@ def layout_like(shape: tuple[int, ...], example: tuple[int, ...], clips: bool) -
 
 
 def parts_by_key(content: Mapping[str, _Content], name: str) -> tuple[dict[SplitName, _Content], list[str]]:
-    """The split that each array is for, by its key; and the keys of those that are for none.
+    """Assign arrays to splits by their keys; also return the keys that belong to no split.
 
     >>> parts_by_key({"train": 1, "val": 2, "labels": 3}, "a.npz")
     ({'train': 1, 'validation': 2}, ['labels'])
 
     Raises:
-        ValueError: no array is the training split, or two are one split.
+        ValueError: there is no training split, or a split has two arrays.
     """
     found = [(SPLIT_WORDS[key], array) for key, array in content.items() if key in SPLIT_WORDS]
     parts = dict(found)
@@ -150,17 +150,17 @@ def parts_by_key(content: Mapping[str, _Content], name: str) -> tuple[dict[Split
 
 
 LARGE = 2**28
-"""Bytes from which on an array is left in its file, if its numbers can be used as they lie there."""
+"""Bytes from which an array stays in its file, if its numbers can be used as they are."""
 
 
 @register.source("arrays", options={"layout"}, endings=(".npy", ".npz"))
 def read_arrays(config: DataConfig) -> Raw:
-    """The arrays of a .npy or .npz file, channels first.
+    """Read the arrays of a .npy or .npz file, channels first.
 
-    A .npy file of 256 MiB and more of uint8 or uint16 is mapped into memory, not read.
+    A .npy file of uint8 or uint16 from 256 MiB on is mapped into memory instead.
 
     Raises:
-        ValueError: the file is missing or unreadable, holds pickled objects, or its arrays do not fit together.
+        ValueError: the file is missing or unreadable, has pickled objects, or its arrays do not match.
     """
     path = config.path
     if not path.is_file():
@@ -210,7 +210,7 @@ def _read(path: Path, mapped: bool) -> dict[str, Array]:
 
 
 def _is_usable(array: Array) -> bool:
-    """Whether a batch can be cut out of the file as it is."""
+    """Whether batches can be cut out of the file directly."""
     return array.dtype.name in ("uint8", "uint16") and array.dtype.isnative and array.flags.c_contiguous
 
 
@@ -225,19 +225,19 @@ def _is_mapped(array: Array) -> bool:
 
 
 _CHUNKS = 2**28
-"""Bytes of decompressed chunks that HDF5 keeps: neighbouring blocks often lie in one."""
+"""Bytes of decompressed chunks that HDF5 caches: neighbouring blocks often share one."""
 
 
 @register.source("hdf5", options={"layout", "columns", "cache"}, endings=(".h5", ".hdf5"))
 def read_hdf5(config: DataConfig) -> Raw:
-    """Data sets of an HDF5 file, channels first.
+    """Read data sets of an HDF5 file, channels first.
 
-    Without ``columns``, the keys train, validation (valid, val) and test are the splits, or the one data set that there is. With a
-    key in ``columns`` (``group/name`` where it is nested), that data set, or those of this name in the groups train, validation and
-    test. Data sets of 256 MiB and more of uint8 or uint16 are copied, a slice at a time, into the cache; others are read whole.
+    Without ``columns``, the keys train, validation (valid, val) and test are the splits; a single data set is used whatever its key.
+    ``columns`` can give a key (``group/name`` if it is nested): of one data set, or of one in each of the groups train, validation and
+    test. Data sets of uint8 or uint16 from 256 MiB on are copied into the cache, a slice at a time; others are read whole.
 
     Raises:
-        ValueError: the file is missing, damaged or no HDF5; there is no such key; or the data sets do not fit together.
+        ValueError: the file is missing, damaged or not HDF5; there is no such key; or the data sets do not match.
     """
     import h5py
 
@@ -287,7 +287,7 @@ def _chosen(datasets: Mapping[str, Any], columns: tuple[str, ...], path: Path) -
 
 def _hdf5_part(dataset: Any, path: Path, layout: Layout, config: DataConfig) -> Part:
     name = f"{path} ({dataset.name.strip('/')})"
-    whole = np.broadcast_to(np.zeros((), np.uint8), dataset.shape or ())  # for the shape alone: nothing is read
+    whole = np.broadcast_to(np.zeros((), np.uint8), dataset.shape or ())  # has the shape; nothing is read
     shape = channels_first(whole, layout, name).shape
     if dataset.nbytes < LARGE or dataset.dtype.name not in ("uint8", "uint16") or config.standardise == "yes":
         return channels_first(np.asarray(dataset[()]), layout, name)
@@ -298,7 +298,7 @@ def _hdf5_part(dataset: Any, path: Path, layout: Layout, config: DataConfig) -> 
 
 
 class _Rows:
-    """Examples of a data set, read a block at a time; each thread keeps the block that it is in."""
+    """Reads a data set block by block; each thread keeps its current block."""
 
     def __init__(self, path: Path, key: str, layout: Layout, block: int) -> None:
         self._path, self._key, self._layout, self._block = path, key, layout, block
@@ -334,10 +334,10 @@ _GZIP = b"\x1f\x8b"
 
 
 def read_images(path: Path) -> npt.NDArray[np.uint8]:
-    """Grey images ``(N, H, W)`` of an IDX file, gzipped or not.
+    """Read grey images ``(N, H, W)`` from an IDX file, gzipped or not.
 
     Raises:
-        ValueError: the file cannot be read, holds something else than images, or has the wrong length.
+        ValueError: the file cannot be read, has no images, or has the wrong length.
     """
     content = _content(path)
     if len(content) < 16:

@@ -248,6 +248,11 @@ REFUSED = {
     ),
     "options of splits": (lambda: as_splits(load(DataConfig("digits")), levels=3), "options say nothing about Splits"),
     "options of a config": (lambda: as_splits(DataConfig("digits"), seed=3), "options say nothing about DataConfig"),
+    "name of a name": (lambda: as_splits("digits", name="mine"), "name is for objects without one, got name='mine'"),
+    "options of splits in batches": (
+        lambda: as_batches(load(DataConfig("digits")), load(DataConfig("digits")), layout="n-c"),
+        "options say nothing about Splits",
+    ),
     "columns of an array": (lambda: as_splits(GREY, columns=["a"]), "columns says nothing about ndarray"),
     "layout of a frame": (lambda: as_splits(TABLE, layout="n-h-w"), "a table has layout n-c or n-t, got n-h-w"),
     "frames and arrays": (lambda: as_splits((TABLE, FLOATS)), "data frames in all splits or in none"),

@@ -26,10 +26,7 @@ __all__ = [
     "CLIPS",
     "LARGE",
     "arranged",
-    "channels_first",
-    "check_dtypes",
     "layout_like",
-    "layout_of",
     "parts_by_key",
     "read_arrays",
     "read_hdf5",
@@ -181,12 +178,12 @@ def arranged(arrays: Mapping[SplitName, Array], layout: Layout, name: str) -> tu
     Raises:
         ValueError: their dtypes or numbers of axes differ, or the order of the axes is not plain.
     """
-    check_dtypes({split: str(array.dtype) for split, array in arrays.items()}, name)
+    _check_dtypes({split: str(array.dtype) for split, array in arrays.items()}, name)
     used = layout_of(arrays["train"].shape, layout, name)
     return {split: channels_first(array, used, f"{name} ({split})") for split, array in arrays.items()}, used
 
 
-def check_dtypes(dtypes: Mapping[SplitName, str], name: str) -> None:
+def _check_dtypes(dtypes: Mapping[SplitName, str], name: str) -> None:
     """Refuse splits of several dtypes."""
     if len(set(dtypes.values())) > 1:
         raise ValueError(f"{name} needs one dtype for all splits, got {dict(dtypes)}; save them alike")
@@ -250,7 +247,7 @@ def read_hdf5(config: DataConfig) -> Raw:
             chosen = _chosen(datasets, config.columns, path)
             found, _ = parts_by_key(chosen, str(path))
             ignored = sorted({*datasets} - {dataset.name.strip("/") for dataset in found.values()})
-            check_dtypes({split: str(dataset.dtype) for split, dataset in found.items()}, str(path))
+            _check_dtypes({split: str(dataset.dtype) for split, dataset in found.items()}, str(path))
             used = layout_of(found["train"].shape, config.layout, str(path))
             parts = {split: _hdf5_part(dataset, path, used, config) for split, dataset in found.items()}
     except (OSError, EOFError, RuntimeError, KeyError) as error:

@@ -99,9 +99,10 @@ def as_splits(
     >>> splits.record["preprocessing"].split("; ")[:3]
     ['axes read as n-h-w-c', 'kept as levels 0..255', 'test: 2 of 20 examples at random (seed 0)']
     """
-    by_source = isinstance(data, str | Path)
+    if name is not None and isinstance(data, str | Path | DataConfig | Splits):
+        raise ValueError(f"name is for objects without one, got name={name!r} for {type(data).__name__}; leave it out")
     config = DataConfig(
-        source=str(data) if by_source else name or type(data).__name__,
+        source=str(data) if isinstance(data, str | Path) else name or type(data).__name__,
         cache=None if cache is None else str(cache),
         layout=layout,
         levels=levels,
@@ -112,13 +113,8 @@ def as_splits(
         test_fraction=test_fraction,
         split_seed=seed,
     )
-    if by_source:
-        return load(config)
-    if isinstance(data, Splits | DataConfig):
-        if config != DataConfig(type(data).__name__):
-            raise ValueError(f"options say nothing about {type(data).__name__}, which have their own; leave them out")
-        return load(data) if isinstance(data, DataConfig) else data
-    return splits_from(_raw(data, config), config)
+    found = _with_splits(data, config)
+    return splits_from(_raw(data, config), config) if found is None else found
 
 
 def as_batches(
@@ -160,8 +156,7 @@ def as_batches(
         columns=tuple(columns),
         images=images or ImageConfig(),
     )
-    if isinstance(data, Splits | DataConfig | str | Path):
-        splits = data if isinstance(data, Splits) else load(data if isinstance(data, DataConfig) else config)
+    if (splits := _with_splits(data, config)) is not None:
         _check_scaling(splits, scaling)
         store, clips = splits.store(split), splits.clips
     else:
@@ -172,6 +167,17 @@ def as_batches(
     if isinstance(like, Splits):
         _check_shape(store, clips, like, config.source)
     return Batches(store, scaling, batch_size)
+
+
+def _with_splits(data: object, config: DataConfig) -> Splits | None:
+    """Return the splits of data that know them: a name or path, a config, or splits; None for other objects."""
+    if isinstance(data, str | Path):
+        return load(config)
+    if not isinstance(data, Splits | DataConfig):
+        return None
+    if config != DataConfig(config.source):
+        raise ValueError(f"options say nothing about {type(data).__name__}, which have their own; leave them out")
+    return load(data) if isinstance(data, DataConfig) else data
 
 
 def _check_scaling(splits: Splits, scaling: Scaling) -> None:
@@ -406,7 +412,7 @@ def _collected(examples: Iterable[object], config: DataConfig, name: str) -> _Fo
     if _is_picture(first):
         pictures = _Pictures(config.images, name)
         array, where = _written(map(pictures, whole), room, name)
-        return _Found(array, PICTURE_OPTIONS, "n-c-h-w", *pictures.outcome(where))
+        return _Found(array, PICTURE_OPTIONS - {"unreadable"}, "n-c-h-w", *pictures.outcome(where))
     array, where = _written((_example(one, name) for one in whole), room, name)
     return _Found(array, frozenset({"layout", "cache"}), words=(where,))
 

@@ -31,16 +31,10 @@ __all__ = [
     "Fit",
     "PicturePlan",
     "Probe",
-    "channels",
-    "common_size",
-    "is_archive",
-    "is_glob",
     "plan",
     "probe",
     "probe_image",
     "read_pictures",
-    "remarks",
-    "window",
 ]
 
 if TYPE_CHECKING:
@@ -176,7 +170,7 @@ class PicturePlan:
         return image if image.mode == mode else image.convert(mode)
 
     def _windowed(self, image: "Image") -> "Image":
-        width, height = window(image.width, image.height, self.crop, self.fit)
+        width, height = _window(image.width, image.height, self.crop, self.fit)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))  # black where the window goes beyond the picture
 
@@ -246,9 +240,9 @@ def plan(sizes_and_modes: Iterable[Probe], images: ImageConfig, name: str) -> Pi
         raise ValueError(f"{name}: expected pictures, got none that can be read; check the path")
     sizes = Counter((width, height) for width, height, _ in probed)
     modes = Counter(mode for *_, mode in probed)
-    colour, bits = channels(modes, images, name)
-    width, height = common_size(sizes, images, name)
-    return PicturePlan(images.crop, images.size, images.fit, colour, bits, height, width, remarks(modes, colour))
+    colour, bits = _channels(modes, images, name)
+    width, height = _common_size(sizes, images, name)
+    return PicturePlan(images.crop, images.size, images.fit, colour, bits, height, width, _remarks(modes, colour))
 
 
 def _mode(image: "Image") -> str:
@@ -289,10 +283,10 @@ def _unreadable(error: Exception) -> UnreadableError:
     return UnreadableError(f"{type(error).__name__}: {error}")
 
 
-def window(width: int, height: int, crop: int | None, fit: str) -> tuple[int, int]:
+def _window(width: int, height: int, crop: int | None, fit: str) -> tuple[int, int]:
     """Return width and height of the part to take around the centre; larger than the picture if it is padded.
 
-    >>> window(5, 3, crop=None, fit="pad")
+    >>> _window(5, 3, crop=None, fit="pad")
     (5, 5)
     """
     if crop is not None:
@@ -301,10 +295,10 @@ def window(width: int, height: int, crop: int | None, fit: str) -> tuple[int, in
     return (width, height) if side is None else (side, side)
 
 
-def common_size(sizes: Counter[tuple[int, int]], images: ImageConfig, name: str) -> tuple[int, int]:
+def _common_size(sizes: Counter[tuple[int, int]], images: ImageConfig, name: str) -> tuple[int, int]:
     """Return width and height that all pictures get, given the count of each (width, height).
 
-    >>> common_size(Counter({(5, 3): 2, (3, 3): 1}), ImageConfig(fit="crop"), "some")
+    >>> _common_size(Counter({(5, 3): 2, (3, 3): 1}), ImageConfig(fit="crop"), "some")
     (3, 3)
 
     Raises:
@@ -315,7 +309,7 @@ def common_size(sizes: Counter[tuple[int, int]], images: ImageConfig, name: str)
         _check_crop(sizes, images.crop, name)
     windows: Counter[tuple[int, int]] = Counter()
     for size, count in sizes.items():
-        windows[window(*size, images.crop, images.fit)] += count
+        windows[_window(*size, images.crop, images.fit)] += count
     if images.size is not None:
         oblong = Counter({size: count for size, count in windows.items() if size[0] != size[1]})
         if oblong and images.fit == "refuse":
@@ -349,10 +343,10 @@ def _check_crop(sizes: Counter[tuple[int, int]], crop: int, name: str) -> None:
         )
 
 
-def channels(modes: Counter[str], images: ImageConfig, name: str) -> tuple[Colour, int]:
+def _channels(modes: Counter[str], images: ImageConfig, name: str) -> tuple[Colour, int]:
     """Return channels and bits per value that all pictures get, given the count of each mode.
 
-    >>> channels(Counter({"1": 2, "L": 1}), ImageConfig(), "some")
+    >>> _channels(Counter({"1": 2, "L": 1}), ImageConfig(), "some")
     ('grey', 8)
 
     Raises:
@@ -381,10 +375,10 @@ def channels(modes: Counter[str], images: ImageConfig, name: str) -> tuple[Colou
     return images.colour, 8
 
 
-def remarks(modes: Counter[str], colour: Colour) -> tuple[str, ...]:
+def _remarks(modes: Counter[str], colour: Colour) -> tuple[str, ...]:
     """Describe what some pictures lose, in words.
 
-    >>> remarks(Counter({"RGBA": 2, "RGB": 1}), "rgb")
+    >>> _remarks(Counter({"RGBA": 2, "RGB": 1}), "rgb")
     ('transparency ignored (2 of 3)',)
     """
     deep = sum(count for mode, count in modes.items() if mode in ("LA;16", "RGB;16", "RGBA;16"))
@@ -447,19 +441,19 @@ class _Picture:
         return how.read(content)
 
 
-def is_archive(path: Path) -> bool:
+def _is_archive(path: Path) -> bool:
     """Whether a file name is that of an archive.
 
-    >>> is_archive(Path("shard-000.tar")), is_archive(Path("shard-000.tar.gz")), is_archive(Path("rows.csv.gz"))
+    >>> _is_archive(Path("shard-000.tar")), _is_archive(Path("shard-000.tar.gz")), _is_archive(Path("rows.csv.gz"))
     (True, True, False)
     """
     return path.name.lower().endswith(ARCHIVES)
 
 
-def is_glob(path: Path) -> bool:
+def _is_glob(path: Path) -> bool:
     """Whether a path is a pattern for several files.
 
-    >>> is_glob(Path("shards/train-*.tar"))
+    >>> _is_glob(Path("shards/train-*.tar"))
     True
     """
     return any(sign in path.name for sign in "*?[") and not path.exists()
@@ -467,7 +461,7 @@ def is_glob(path: Path) -> bool:
 
 def _may_hold_pictures(path: Path, config: DataConfig) -> bool:
     """Whether a path is a pattern for archives, or a folder: those that no other kind reads are taken for pictures."""
-    return path.is_dir() or is_glob(path)
+    return path.is_dir() or _is_glob(path)
 
 
 @register.source("pictures", options=PICTURE_OPTIONS, endings=ARCHIVES, reads=_may_hold_pictures, rank=3)
@@ -508,9 +502,9 @@ def read_pictures(config: DataConfig) -> Raw:
 
 
 def _holders(path: Path, room: Path) -> list[Container]:
-    if is_glob(path):
+    if _is_glob(path):
         files = sorted(path.parent.glob(path.name))
-        if not files or not all(map(is_archive, files)):
+        if not files or not all(map(_is_archive, files)):
             raise ValueError(
                 f"{path} needs to match archives ({', '.join(ARCHIVES)}), got {', '.join(map(str, files[:5])) or 'nothing'};"
                 " check the pattern, or give a folder"
@@ -519,7 +513,7 @@ def _holders(path: Path, room: Path) -> list[Container]:
     if not path.exists():
         raise ValueError(f"expected an archive of pictures at {path}, got no such file; check the path")
     whole = container(path, room)
-    shards = [path / name for name in whole.names if is_archive(Path(name))] if isinstance(whole, Folder) else []
+    shards = [path / name for name in whole.names if _is_archive(Path(name))] if isinstance(whole, Folder) else []
     if not shards or any(map(_is_picture, whole.names)):
         return [whole]
     return [container(shard, room) for shard in shards]

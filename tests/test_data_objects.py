@@ -313,6 +313,15 @@ def test_batches_of_names_and_splits_are_of_one_split():
     assert len(as_batches(torch.zeros(4, 1, 6, 5), digits.scaling).store) == 4
 
 
+def test_a_file_is_read_like_the_models_data(tmp_path):
+    like = as_splits(FLOATS * 9, standardise="yes")
+    batches = as_batches(saved(tmp_path, FLOATS * 9), like, 50)
+    assert torch.equal(torch.cat([batch.x for batch in batches]), like.values("test"))
+    like = as_splits(GREY // 16, levels=16)
+    batches = as_batches(tmp_path / saved(tmp_path, (GREY // 16).astype(np.int64)), like, 50)
+    assert torch.equal(torch.cat([batch.x for batch in batches]), like.values("test"))
+
+
 UNFIT = {
     "shape": (GREY[:, :4], lambda: as_splits(GREY), r"images or rows of shape \(1, 6, 5\), .* got .* \(1, 4, 5\)"),
     "clips": (CLIPS, lambda: as_splits(RGB), r"images or rows of shape \(3, 6, 5\), .* got clips of frames"),

@@ -29,7 +29,7 @@ from sigma_vae.config import DataConfig, ImageConfig, Layout
 from sigma_vae.data.arrays import CLIPS, LARGE, arranged, layout_like, parts_by_key
 from sigma_vae.data.batches import Batches
 from sigma_vae.data.levels import Array
-from sigma_vae.data.load import load, refuse_unread, splits_from, store_of
+from sigma_vae.data.load import load, names, refuse_unread, splits_from, store_of
 from sigma_vae.data.pictures import PICTURE_OPTIONS, PicturePlan, Probe, plan, probe_image
 from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.splits import Raw, SplitName, Splits
@@ -149,6 +149,7 @@ def as_batches(
     [3, 2]
     """
     scaling = like.scaling if isinstance(like, Splits) else like
+    known = like if isinstance(like, Splits) else None
     config = DataConfig(
         source=str(data) if isinstance(data, str | Path) else type(data).__name__,
         cache=None if cache is None else str(cache),
@@ -156,16 +157,17 @@ def as_batches(
         columns=tuple(columns),
         images=images or ImageConfig(),
     )
+    if not isinstance(data, Splits | DataConfig) and config.source not in names():  # those know their own levels
+        config = replace(config, levels=scaling.levels, standardise="yes" if scaling.standardised else "no")
     if (splits := _with_splits(data, config)) is not None:
         _check_scaling(splits, scaling)
         store, clips = splits.store(split), splits.clips
     else:
-        config = replace(config, levels=scaling.levels, standardise="yes" if scaling.standardised else "no")
-        raw = _raw(data, config, like if isinstance(like, Splits) else None)
+        raw = _raw(data, config, known)
         chosen: SplitName = split if split in raw.parts else "train"
         store, clips = store_of(raw.parts[chosen], raw, chosen, config, []), raw.clips
-    if isinstance(like, Splits):
-        _check_shape(store, clips, like, config.source)
+    if known is not None:
+        _check_shape(store, clips, known, config.source)
     return Batches(store, scaling, batch_size)
 
 
@@ -220,8 +222,8 @@ class _Found:
 def _raw(data: object, config: DataConfig, like: Splits | None = None) -> Raw:
     """Read an object whole; where the config leaves it open, columns and layout are those of the model's data."""
     parts, ignored = _by_split(data, config.source)
-    names = {split: f"{config.source} ({split})" for split in parts}
-    found = {split: _found(part, config, names[split]) for split, part in parts.items()}
+    labels = {split: f"{config.source} ({split})" for split in parts}
+    found = {split: _found(part, config, labels[split]) for split, part in parts.items()}
     for one in found.values():
         refuse_unread(config, one.options)
     frames = [_is_a(one.values, "pandas", "DataFrame") for one in found.values()]
@@ -231,7 +233,7 @@ def _raw(data: object, config: DataConfig, like: Splits | None = None) -> Raw:
     words += [f"ignored the keys {', '.join(ignored)}"] if ignored else []
     if all(frames):
         chosen = replace(config, columns=config.columns or (tuple(like.record.get("columns", ())) if like else ()))
-        raw = from_frames({split: one.values for split, one in found.items()}, chosen, names)
+        raw = from_frames({split: one.values for split, one in found.items()}, chosen, labels)
     else:
         raw = _from_arrays(found, config, like)
     files = [{"object": f"{type(part).__module__}.{type(part).__qualname__}", "split": split} for split, part in parts.items()]

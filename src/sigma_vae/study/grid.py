@@ -19,7 +19,7 @@ from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.priors import FittedPrior
 from sigma_vae.types import Likelihood
 
-__all__ = ["SHIPPED", "Cell", "StudySpec", "as_column", "cells", "check", "in_words", "read_spec", "told"]
+__all__ = ["SHIPPED", "Cell", "StudySpec", "as_column", "cells", "check", "format_place", "in_words", "read_spec"]
 
 
 def in_words(value: Any) -> str:
@@ -31,10 +31,10 @@ def in_words(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if value is None or isinstance(value, dict | list) else str(value)
 
 
-def told(place: Mapping[str, Any]) -> str:
+def format_place(place: Mapping[str, Any]) -> str:
     """A place in a grid.
 
-    >>> told({"model.likelihood": "gaussian/optimal", "training.max_steps": None, "seed": 0})
+    >>> format_place({"model.likelihood": "gaussian/optimal", "training.max_steps": None, "seed": 0})
     'likelihood gaussian/optimal, max_steps null, seed 0'
     """
     return ", ".join(f"{name.rpartition('.')[2]} {in_words(value)}" for name, value in place.items())
@@ -158,7 +158,7 @@ def cells(spec: StudySpec) -> list[Cell]:
         cell = _cell(spec, {name: label for name, label, _ in chosen}, [settings for _, _, settings in chosen])
         if (same := found.setdefault(cell.key, cell)) is not cell:
             raise ValueError(
-                f"{spec.title} has the same run twice: {told(same.place)}, and {told(cell.place)}; leave one of them out,"
+                f"{spec.title} has the same run twice: {format_place(same.place)}, and {format_place(cell.place)}; leave one of them out,"
                 " or let them differ in a setting"
             )
     return list(found.values())
@@ -233,7 +233,9 @@ def check(cells: Sequence[Cell]) -> None:
         try:
             _check(cell)
         except ValueError as error:
-            raise ValueError(f"the cell {told(cell.place)} cannot be done: {error}" if cell.place else str(error)) from error
+            raise ValueError(
+                f"the cell {format_place(cell.place)} cannot be done: {error}" if cell.place else str(error)
+            ) from error
 
 
 def _check(cell: Cell) -> None:

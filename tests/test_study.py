@@ -364,7 +364,7 @@ def test_time_is_counted_over_attempts(tmp_path, monkeypatch):
         time.sleep(0.02)
     first = of_cells.seconds_in(path)
     assert 100.02 <= first < 110
-    monkeypatch.setattr(elapsed, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(of_cells, "EVERY_SECONDS", 0.01)
     deadline = time.monotonic() + 60
     with suppress(KeyError), of_cells.counted(path, before=100.0):
         while len(set(written)) < 3:  # what a kill would leave grows on the way

@@ -12,6 +12,7 @@ from torch.distributions import Distribution, Normal
 
 __all__ = [
     "Batch",
+    "DataDistribution",
     "Elbo",
     "Flat",
     "Frames",
@@ -308,6 +309,37 @@ class Network(nn.Module, ABC):
         return ()
 
 
+class DataDistribution(Distribution, ABC):
+    """p(x|z): the distribution of one example's values, batch ``(*batch,)``, event ``(C, *space)``.
+
+    A subclass defines ``log_prob``, ``mean`` and ``sample`` as every torch distribution does, and :meth:`element_cdf`. Evaluation asks
+    the rest, which the base answers with "none".
+    """
+
+    exponential_family: bool = False
+    """Whether it is a density of an exponential family with an ``entropy()``, as the sum of three entropies needs (Damm et al. 2023)."""
+
+    @abstractmethod
+    def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """F(x−) and F(x) of each value, of the data's shape: the probability of less than x, and of x or less.
+
+        For a density both are the same. Where values depend on each other, F is that of each given those before it.
+        """
+
+    def standardised(self, value: Tensor) -> Tensor | None:
+        """Residuals in units of σ, of the data's shape; None where the distribution is no density with a location and a scale."""
+        return None
+
+    def squared_errors(self, value: Tensor, scores: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Predicted variance of each value, and a square that has this mean where the prediction is right; None where costly.
+
+        Args:
+            value: data ``(*batch, C, *space)``.
+            scores: their normal scores, Φ⁻¹ of a randomised F.
+        """
+        return None
+
+
 class Likelihood(nn.Module, ABC):
     """p(x|z): from decoder features to a distribution over data.
 
@@ -342,14 +374,46 @@ class Likelihood(nn.Module, ABC):
         """Whether the likelihood has a σ."""
         return False
 
-    def sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
-        """The σ that evaluation uses, broadcastable to the data's event; None where there is none, or the decoder predicts it.
+    @property
+    def predicts_scale(self) -> bool:
+        """Whether the decoder predicts σ for each example or value; a refit is then one factor on all predictions."""
+        return False
+
+    @property
+    def has_post_hoc(self) -> bool:
+        """Whether ``calibrate`` solves a σ apart from the likelihood's own, so that values with ``refitted=True`` differ."""
+        return False
+
+    @property
+    def sigma_is_rmse(self) -> bool:
+        """Whether σ is one number, at its best the root mean squared error: a Gaussian's density with one σ."""
+        return False
+
+    @property
+    def log_floor(self) -> float:
+        """The least log σ that ``calibrate`` solves; -inf where there is no scale."""
+        return -math.inf
+
+    def log_sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
+        """Log σ in evaluation, broadcastable to the data's event; None where there is no σ, or the decoder predicts it.
 
         Args:
-            observes: of the density or of the bin probabilities; what the likelihood is trained on unless given.
+            observes: best for the density or for the bin probabilities; what the likelihood is trained on unless given.
             refitted: the σ that ``calibrate`` solved, whatever the scale.
         """
         return None
+
+    def sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
+        """The exponential of :meth:`log_sigma`."""
+        log_sigma = self.log_sigma(observes, refitted=refitted)
+        return None if log_sigma is None else log_sigma.exp()
+
+    def refitted_log_scales(self) -> dict[Observes, Tensor]:
+        """Log σ that ``calibrate`` solved, by what it is best for; a log factor where the decoder predicts σ. Empty before."""
+        return {}
+
+    def start(self, std: float) -> None:
+        """Start a learned σ from the std of the data, unless it was given or learned before; nothing else has a start."""
 
     def distribution(
         self, h: Tensor, x: Tensor | None = None, *, observes: Observes | None = None, refitted: bool = False
@@ -369,11 +433,11 @@ class Likelihood(nn.Module, ABC):
         """The distribution p(x|h): batch ``(*batch,)``, event ``(C, *space)``; x is looked at in training alone."""
 
     @abstractmethod
-    def log_mass(self, h: Tensor, x: Tensor, *, post_hoc: bool = False) -> Tensor:
+    def log_mass(self, h: Tensor, x: Tensor, *, refitted: bool = False, post_hoc: bool = False) -> Tensor:
         """Log-probability ``(*batch,)``, in nats, of the observed levels: the mass of the bins around x."""
 
     @abstractmethod
-    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
+    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each value, of the data's shape: the probability of less than x, and of x or less.
 
         Of a density both are the same. Where values are not independent given h, F is that of each given those before it.

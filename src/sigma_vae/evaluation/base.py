@@ -262,7 +262,8 @@ class Metric(ABC):
             For each run the numbers to compare, by name: those of the metric's columns unless a metric defines others.
         """
         places = [column.path.removeprefix(f"{self.name}.") for column in self.columns if "*" not in column.path]
-        return [{f"{self.name} {place}": _at(result, place) for place in places} for result in results]
+        known = [place for place in places if any(_at(result, place) is not None for result in results)]
+        return [{f"{self.name} {place}": _at(result, place) for place in known} for result in results]
 
     def draw_page(self, result: Any, path: Path, title: str) -> None:
         """Write a picture of the result."""

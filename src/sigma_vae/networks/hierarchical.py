@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sigma_vae.registry import Argument, register
 from sigma_vae.types import Hierarchy, Inference, Network, Noise, Temperature, per_layer
 
 __all__ = [
@@ -331,6 +332,14 @@ class _Preset(NamedTuple):
     latent_dim: int
 
 
+def _plan(text: str) -> dict[str, str]:
+    check_plan(text)
+    return {"plan": text}
+
+
+@register.network(
+    "hierarchical", argument=Argument("plan", _plan, "tiny"), latents="hierarchical", reads_clips=False, has_prior=False
+)
 def hierarchical(
     shape: Sequence[int],
     out_channels: int,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from sigma_vae import models
 from sigma_vae.config import RunConfig, read, read_text, write_whole
 from sigma_vae.data import Splits
+from sigma_vae.evaluation.base import evaluation_batch
 from sigma_vae.training import resolve_device
 from sigma_vae.training.distributed import first_of_node_first
 from sigma_vae.training.folder import exclusive, explained
@@ -51,9 +52,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-EVALUATION_BATCH = 256
-
-
 class Run(NamedTuple):
     """A finished run: its configuration, its model and its data."""
 
@@ -88,11 +86,6 @@ def open_model(out: Path, device: str = "auto") -> models.Saved:
 def model_digest(out: Path) -> str:
     """SHA-256 of the run's weights and scales: what an evaluation is of."""
     return hashlib.sha256((out / "model" / "model.safetensors").read_bytes()).hexdigest()
-
-
-def evaluation_batch(data: Splits) -> int:
-    """How many examples a batch has where nothing is trained: of clips so many fewer as they have frames."""
-    return max(1, EVALUATION_BATCH // (data.frames or 1))
 
 
 def config_of(out: Path) -> RunConfig:

@@ -9,11 +9,12 @@ from sigma_vae import models
 from sigma_vae.config import DataConfig, EvaluationSettings, RunConfig, read, write
 from sigma_vae.data import Splits, names
 from sigma_vae.data.splits import SplitName
+from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.plots import drawable
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.models import check_prior
 from sigma_vae.priors import FittedPrior
-from sigma_vae.runs.evaluate import draw, evaluate_anew, evaluation, kept, remove_page_of_others
+from sigma_vae.runs.evaluate import draw, evaluate_anew, evaluation, remove_stale_pages, with_kept
 from sigma_vae.runs.folder import KEY, Run, evaluation_batch, fitted_on, held, keep, open_model, open_run, write_json
 from sigma_vae.training import resolve_device
 from sigma_vae.training.distributed import first_of_node_first, from_first, joined, shared
@@ -80,7 +81,7 @@ def _calibrate(out: Path, data: str | None, split: SplitName, device: str, seed:
             name: {"before": before[name], "after": after[name]} for name in after
         },
         KEY: record,
-        "evaluation": report,
+        "evaluation": report.to_json(),
     }
 
 
@@ -142,7 +143,7 @@ def _sigma(vae: VAE) -> dict[str, float | None]:
 STANDARD_PICTURE = "samples-standard-prior.png"
 
 
-def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> dict[str, Any]:
+def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> Evaluation:
     """Give a finished run another prior, fitted to the codes of its training split; all else of the model stays as it is.
 
     The model, ``config.yaml``, the evaluation and the pictures are made beside the old ones, which they replace when all are there: where
@@ -165,7 +166,7 @@ def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> dic
         return from_first(lambda: _fit_prior(out, prior, device))
 
 
-def _fit_prior(out: Path, prior: str, device: str) -> dict[str, Any]:
+def _fit_prior(out: Path, prior: str, device: str) -> Evaluation:
     aside, before = out / "prior.new", out / "model.before"
     if before.exists() and not (out / "model").exists():  # killed between two renames
         before.rename(out / "model")
@@ -178,9 +179,8 @@ def _fit_prior(out: Path, prior: str, device: str) -> dict[str, Any]:
         shutil.rmtree(left_over, ignore_errors=True)
     config = replace(run.config, model=replace(run.config.model, prior=prior))
     try:
-        report = _write(aside, config, run.vae, run.data, fitted_on(out))
-        report |= kept(out, report)
-        write_json(aside / "evaluation.json", report)
+        report = with_kept(out, _write(aside, config, run.vae, run.data, fitted_on(out)))
+        write_json(aside / "evaluation.json", report.to_json())
         _exchange(out / "model", aside / "model", before)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -190,7 +190,7 @@ def _fit_prior(out: Path, prior: str, device: str) -> dict[str, Any]:
     aside.rmdir()
     if not isinstance(run.vae.flat_network.prior, FittedPrior):
         (out / STANDARD_PICTURE).unlink(missing_ok=True)
-    remove_page_of_others(out, report)
+    remove_stale_pages(out, report)
     return report
 
 
@@ -203,9 +203,9 @@ def check_codes(prior: str, vae: VAE, data: Splits) -> None:
     if prior == "standard":
         return
     made = models.prior(prior, vae.flat_network.latent_dim)
-    if isinstance(made, FittedPrior) and len(data.train) < made.least_codes:
+    if isinstance(made, FittedPrior) and len(data.train) < made.least_latents:
         raise ValueError(
-            f"the prior {prior} over {made.latent_dim} latents needs at least {made.least_codes} training examples,"
+            f"the prior {prior} over {made.latent_dim} latents needs at least {made.least_latents} training examples,"
             f" {data.name} has {len(data.train)}; take prior=standard, or fewer latents"
         )
 
@@ -231,7 +231,7 @@ def take_prior(prior: str, vae: VAE, data: Splits, seed: int) -> None:
     network.prior = from_first(fitted).to(device)
 
 
-def _write(folder: Path, config: RunConfig, vae: VAE, data: Splits, sigma: dict[str, Any] | None) -> dict[str, Any]:
+def _write(folder: Path, config: RunConfig, vae: VAE, data: Splits, sigma: dict[str, Any] | None) -> Evaluation:
     models.save(folder / "model", vae, config.model, data.shape, data.scaling)
     if sigma is not None:
         keep(folder, vae, sigma)

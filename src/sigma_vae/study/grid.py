@@ -14,12 +14,12 @@ from typing import Any, ClassVar, NamedTuple
 from sigma_vae import models
 from sigma_vae.config import EvaluationSettings, ModelConfig, RunConfig, parse, read
 from sigma_vae.data import names
-from sigma_vae.evaluation import features
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.priors import FittedPrior
+from sigma_vae.registry import register
 from sigma_vae.types import Likelihood
 
-__all__ = ["SHIPPED", "Cell", "StudySpec", "as_column", "cells", "check", "in_words", "read_spec", "told"]
+__all__ = ["SHIPPED", "Cell", "StudySpec", "as_column", "cells", "check", "format_place", "in_words", "read_spec"]
 
 
 def in_words(value: Any) -> str:
@@ -31,10 +31,10 @@ def in_words(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if value is None or isinstance(value, dict | list) else str(value)
 
 
-def told(place: Mapping[str, Any]) -> str:
+def format_place(place: Mapping[str, Any]) -> str:
     """A place in a grid.
 
-    >>> told({"model.likelihood": "gaussian/optimal", "training.max_steps": None, "seed": 0})
+    >>> format_place({"model.likelihood": "gaussian/optimal", "training.max_steps": None, "seed": 0})
     'likelihood gaussian/optimal, max_steps null, seed 0'
     """
     return ", ".join(f"{name.rpartition('.')[2]} {in_words(value)}" for name, value in place.items())
@@ -158,7 +158,7 @@ def cells(spec: StudySpec) -> list[Cell]:
         cell = _cell(spec, {name: label for name, label, _ in chosen}, [settings for _, _, settings in chosen])
         if (same := found.setdefault(cell.key, cell)) is not cell:
             raise ValueError(
-                f"{spec.title} has the same run twice: {told(same.place)}, and {told(cell.place)}; leave one of them out,"
+                f"{spec.title} has the same run twice: {format_place(same.place)}, and {format_place(cell.place)}; leave one of them out,"
                 " or let them differ in a setting"
             )
     return list(found.values())
@@ -233,7 +233,9 @@ def check(cells: Sequence[Cell]) -> None:
         try:
             _check(cell)
         except ValueError as error:
-            raise ValueError(f"the cell {told(cell.place)} cannot be done: {error}" if cell.place else str(error)) from error
+            raise ValueError(
+                f"the cell {format_place(cell.place)} cannot be done: {error}" if cell.place else str(error)
+            ) from error
 
 
 def _check(cell: Cell) -> None:
@@ -249,6 +251,7 @@ def _check(cell: Cell) -> None:
             )
     asked = cell.evaluation.metrics or ()
     for metric in asked:
+        register.metric.entry(metric)
         if obstacle := _obstacle(metric, model, made, known=data.levels is not None or data.source in names()):
             raise ValueError(f"{metric} cannot be measured of it: {obstacle}; leave it out of the metrics")
     if "quality" in asked:
@@ -271,10 +274,10 @@ def _obstacle(metric: str, model: ModelConfig, likelihood: Likelihood, *, known:
 
 def _check_features(settings: EvaluationSettings) -> None:
     for source in settings.features:
-        name, _, place = source.partition(":")
-        file = place if name in (*features.NAMES, "i3d") else source
-        if (file or name == "i3d") and not Path(file).expanduser().exists():
-            raise ValueError(
-                f"features come from {', '.join(features.NAMES)}, i3d:FILE or a TorchScript file; got {source!r}, and there is no"
-                " such file"
-            )
+        known = source in register.features
+        file = source.partition(":")[2] if known else source
+        if known:
+            register.features.make(source)  # refuses a missing file name
+        if file and not Path(file).expanduser().exists():
+            names = ", ".join(entry.pattern for entry in register.features)
+            raise ValueError(f"features come from {names} or a TorchScript file; got {source!r}, and there is no such file")

@@ -193,7 +193,7 @@ def test_a_ladder_takes_no_fitted_prior_afterwards(tmp_path, capsys) -> None:
     assert "single layer of flat latents" in capsys.readouterr().err
     assert contents(tmp_path / "run") == before
     assert main(["sample", str(tmp_path / "run"), "--prior", "fitted"]) == 1
-    assert "leave it out" in capsys.readouterr().err
+    assert "leave --prior out" in capsys.readouterr().err
     assert main(["sample", str(tmp_path / "run"), "--prior", "standard", "--n", "2"]) == 0
 
 

@@ -588,7 +588,7 @@ def test_standardised_data_are_read_by_the_runs_own_mean_and_deviation(tmp_path:
     assert result["sigma_post_hoc"]["level"] == {"before": None, "after": None}
     table = (tmp_path / "other.csv").read_text()
     (tmp_path / "swapped.csv").write_text(table.replace("a,b,c", "b,a,c"))
-    with pytest.raises(ValueError, match=r"knows the columns a, b, c, .*swapped.csv has b, a, c"):
+    with pytest.raises(ValueError, match=r"trained on the columns a, b, c, .*swapped.csv has b, a, c"):
         runs.calibrate_run(run, str(tmp_path / "swapped.csv"), device="cpu")
 
 

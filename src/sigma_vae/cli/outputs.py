@@ -62,7 +62,7 @@ def sample(
     check_count(n)
     spread = temperature[0] if len(temperature) == 1 else temperature
     data = runs.open_run(Path(run), device).data if network.reads_clips else None
-    generator = torch.Generator(next(opened.vae.parameters()).device).manual_seed(seed)
+    generator = torch.Generator(opened.vae.device).manual_seed(seed)
     torch.manual_seed(seed)
     with standard_prior(opened.vae) if prior == "standard" else nullcontext():
         images = opened.scaling.undo(sampled(opened.vae, data, n, generator, show, spread))
@@ -99,7 +99,7 @@ def reconstruct(
     path = output(out, Path(run) / f"reconstructions-{split}", opened.data.shape, moving=moving)
     check_count(n)
     torch.manual_seed(seed)
-    batch = next(iter(opened.data.batches(split, n, device=next(opened.vae.parameters()).device)))
+    batch = next(iter(opened.data.batches(split, n, device=opened.vae.device)))
     undo = opened.data.scaling.undo
     originals, again = undo(batch.x), undo(reconstructed(opened.vae, batch, show, seed))
     columns = 1 if moving and path.suffix == ".png" else 8  # a clip fills a row
@@ -145,8 +145,12 @@ def predict(
     default = Path(run) / f"predictions-{split}.png"
     paths = [checked(Path(out), (".png", ".gif", ".npz"))] if out is not None else [default, default.with_suffix(".gif")]
     check_count(n)
-    past = opened.vae.video_network.context_frames if context is None else context
-    where = next(opened.vae.parameters()).device
+    if not opened.vae.network.reads_clips:
+        raise ValueError(
+            f"the network {opened.config.model.network} of {run} reads single examples, not clips, and predicts no frames"
+        )
+    past = opened.vae.network.context_frames if context is None else context
+    where = opened.vae.device
     clips = next(iter(opened.data.batches(split, n, device=where))).x
     if not 1 <= past <= clips.shape[1]:
         raise ValueError(f"--context is from 1 to the {clips.shape[1]} frames of a clip, got {past}")
@@ -185,8 +189,7 @@ def encode(run: tyro.conf.Positional[str], *, split: Split = "test", out: str | 
     """
     opened = runs.open_run(Path(run), device)
     path = checked(Path(out) if out is not None else Path(run) / f"codes-{split}.npz", (".npz",))
-    where = next(opened.vae.parameters()).device
-    batches = opened.data.batches(split, runs.evaluation_batch(opened.data), device=where)
+    batches = opened.data.batches(split, runs.evaluation_batch(opened.data), device=opened.vae.device)
     posteriors = [opened.vae.encode(batch.x) for batch in batches]
     arrays = {"mean": torch.cat([q.loc for q in posteriors]), "std": torch.cat([q.scale for q in posteriors])}
     write(path, arrays["mean"], arrays)
@@ -208,8 +211,7 @@ def score(
 
     opened = runs.open_run(Path(run), device)
     path = checked(Path(out) if out is not None else Path(run) / f"scores-{split}.csv", (".csv", ".parquet"))
-    where = next(opened.vae.parameters()).device
-    batches = opened.data.batches(split, runs.evaluation_batch(opened.data), device=where)
+    batches = opened.data.batches(split, runs.evaluation_batch(opened.data), device=opened.vae.device)
     scores = score_examples(opened.vae, batches, seed)
     fit, bound = ("log_likelihood_nats", "elbo_nats") if opened.vae.likelihood.normalised else ("fit_nats", "objective_nats")
     columns = {fit: scores.log_likelihood, "rate_nats": scores.rate, bound: scores.log_likelihood - scores.rate}

@@ -22,8 +22,17 @@ from sigma_vae.evaluation.suite import has_fitted_prior, scores_under_standard_p
 from sigma_vae.evaluation.video import predictions, video_quality
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.networks import FlatNetwork, HierarchicalNetwork, SequenceNetwork
-from sigma_vae.runs.folder import KEY as SIGMA_FITTED_ON
-from sigma_vae.runs.folder import Run, evaluation_batch, fitted_on, held, model_digest, open_run, read_json, write_json
+from sigma_vae.runs.folder import (
+    SIGMA_FITTED_ON,
+    Run,
+    evaluation_batch,
+    lock_run,
+    model_digest,
+    open_run,
+    read_json,
+    sigma_fitted_on,
+    write_json,
+)
 from sigma_vae.training import resolve_device
 from sigma_vae.training.distributed import from_first, joined, processes, shared
 from sigma_vae.vae import VAE
@@ -189,7 +198,7 @@ def evaluate_run(
         ValueError: there is no such run, a metric does not apply to it, or another process is at work in its folder.
         OSError: the folder cannot be written.
     """
-    with joined(resolve_device(device)), held(out):
+    with joined(resolve_device(device)), lock_run(out):
         return evaluate_anew(out, settings, device)
 
 
@@ -260,7 +269,7 @@ def evaluation(out: Path, run: Run, settings: EvaluationSettings = EvaluationSet
         report["prior"] = models.prior_name(vae.network.prior)
     if has_fitted_prior(vae):
         report["standard_prior"] = scores_under_standard_prior(vae, held_out, settings.seed)
-    fitted = fitted_on(out)
+    fitted = sigma_fitted_on(out)
     if fitted is not None:
         report[SIGMA_FITTED_ON] = fitted
     report["how"] = {

@@ -8,7 +8,9 @@ import os
 import reprlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from sigma_vae.registry import Names, register
 
 __all__ = [
     "ClipConfig",
@@ -109,31 +111,45 @@ class DataConfig(_Strict):
 class ModelConfig(_Strict):
     """Network and likelihood, by name."""
 
-    network: str = "auto"
-    """auto (residual for images and series, mlp for tables, sequence for clips), residual, conv (the paper's, for images), mlp (any
-    shape), hierarchical (images; layers of latents from coarse to fine: hierarchical:tiny, hierarchical:cifar10, or a plan of blocks,
-    hierarchical:ENCODER/DECODER), or sequence (clips, SVG: sequence:dcgan, sequence:vgg, with a learned prior; sequence:dcgan-fixed,
-    sequence:vgg-fixed)."""
-    likelihood: str = "gaussian/optimal"
-    """family/scale, or the family alone where it has no scale. Families: gaussian, laplace, logistic, student-t (or student-t:ν,
-    :learned, :predicted). Scales: optimal, optimal-image, optimal-channel, optimal-pixel, shared, per-image, per-pixel,
-    running-minimum, fixed:σ, beta:β. Without a scale: bernoulli, continuous-bernoulli, categorical, bitwise-categorical,
-    logistic-mixture[:components]."""
+    network: Annotated[
+        str,
+        Names(
+            "Name of the network, or auto: residual for images and series, mlp for tables and small images, sequence for clips.",
+            register.network,
+        ),
+    ] = "auto"
+    """Name of the network."""
+    likelihood: Annotated[
+        str,
+        Names(
+            "Name of the likelihood: family/scale, or the family alone where it has no scale.",
+            register.likelihood,
+            register.scale,
+        ),
+    ] = "gaussian/optimal"
+    """Name of the likelihood."""
     latent_dim: int | None = None
-    """Size of the latent code (20; of clips, of each frame's, 10), or channels of each layer of latents (hierarchical: by its size)."""
+    """Number of latents: 20 unless given (sequence: 10 per frame). Hierarchical networks: channels of each layer of latents, by default
+    those of the network's size."""
     width: int | None = None
-    """Channels of the first layer (residual: 16, conv: 32, sequence: 64) or between blocks (hierarchical: by its size), or units of a
-    hidden layer (mlp: 400)."""
+    """Channels of the first layer (default: residual 16, conv 32, sequence 64), channels between blocks (hierarchical: by its size), or
+    units of a hidden layer (mlp: 400)."""
     context_frames: int = 2
-    """Video networks: how many frames at the start of a clip are given; the likelihood is that of the frames after them."""
+    """Number of given frames at the start of a clip; the likelihood covers the frames after them."""
     observes: Literal["density", "level"] = "density"
-    """Train on the density of the values, or on the probability of their levels."""
+    """Train on the density of the values, or on the bin probabilities of their levels."""
     mean: Literal["auto", "unit", "identity"] = "auto"
-    """From features to the mean: a sigmoid onto [0, 1], or themselves; auto: themselves where the data are standardised."""
-    prior: str = "standard"
-    """Where samples come from: standard (N(0, I), with which every model is trained), or, fitted to the codes after training:
-    mixture (of Gaussians, as many as validation data are worth), mixture:20, gaussian, flow. For networks with one layer of flat
-    latents."""
+    """Map from features to the mean: unit is a sigmoid onto [0, 1], identity leaves them; auto takes identity for standardised data, else
+    unit."""
+    prior: Annotated[
+        str,
+        Names(
+            "Name of the prior that samples are drawn from. Training uses standard; another one is fitted to the latents after training,"
+            " for networks with one layer of flat latents.",
+            register.prior,
+        ),
+    ] = "standard"
+    """Name of the prior."""
 
 
 @dataclass(frozen=True)
@@ -265,9 +281,9 @@ class RunConfig(_Strict):
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     seed: int = 0
-    """Of weights, order of the data and noise."""
+    """Seed of the weights, the order of the data and the noise."""
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda, or one of several: cuda:1."""
+    """auto (a GPU if there is one), cpu, cuda, or one of several GPUs: cuda:1."""
 
     def __post_init__(self) -> None:
         """Refuse a seed that no generator takes."""

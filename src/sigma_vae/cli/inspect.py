@@ -13,7 +13,7 @@ from sigma_vae.likelihoods.translate import Reduction
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sigma_vae.data.inspection import Inspection
+    from sigma_vae.data.inspect import Inspection
 
 __all__ = ["explain", "inspect"]
 
@@ -34,7 +34,7 @@ def inspect(
         json: Print JSON only.
     """
     from sigma_vae import models
-    from sigma_vae.data.inspection import inspect as inspect_data
+    from sigma_vae.data.inspect import inspect as inspect_data
     from sigma_vae.evaluation.plots import drawable, save_grid
 
     splits = models.data(config)

@@ -13,7 +13,7 @@ from sigma_vae.likelihoods.densities import at_least_float32
 from sigma_vae.likelihoods.distributions import Continuous, Discretized, Law, Shape, check_levels
 from sigma_vae.likelihoods.scales import Optimal, Per, Scale
 from sigma_vae.likelihoods.solve import Observed, best_batch_log_scale, best_log_scale
-from sigma_vae.types import Likelihood, Observes
+from sigma_vae.types import DataDistribution, Likelihood, Observes
 
 __all__ = ["Discrete", "FromFeatures", "LocationScale", "MeanMap", "Unscaled"]
 
@@ -80,7 +80,7 @@ class Unscaled(Likelihood):
         """p(x|h): see :meth:`Likelihood.distribution`."""
         return self.forward(h, x)
 
-    def log_mass(self, h: Tensor, x: Tensor, *, post_hoc: bool = False) -> Tensor:
+    def log_mass(self, h: Tensor, x: Tensor, *, refitted: bool = False, post_hoc: bool = False) -> Tensor:
         """Log-probability ``(*batch,)`` of the observed levels, in nats; the same post hoc.
 
         Raises:
@@ -88,7 +88,7 @@ class Unscaled(Likelihood):
         """
         return self._on_levels(h, x).log_mass(x)
 
-    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
+    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each value, of the data's shape; the same post hoc.
 
         Raises:
@@ -177,7 +177,7 @@ class Discrete(Unscaled):
 
 
 @final
-class FromFeatures(Distribution):
+class FromFeatures(DataDistribution):
     """What an :class:`Unscaled` likelihood returns: batch ``(*batch,)``, event ``(channels, *space)``."""
 
     arg_constraints = {}  # noqa: RUF012 (torch's own interface)
@@ -210,6 +210,11 @@ class FromFeatures(Distribution):
         """Masses of the levels below each element's, and of those up to it."""
         below, upto = self._likelihood.row_level_cdf(*self._rows(value))
         return below.reshape(value.shape), upto.reshape(value.shape)
+
+    def squared_errors(self, value: Tensor, scores: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Variance, and the squared distance from the mean; None where the family has no formula that is worth its time."""
+        moments = self.moments()
+        return None if moments is None else (moments[1], (value - moments[0]).square())
 
     def moments(self) -> tuple[Tensor, Tensor] | None:
         """Mean and variance of each element, of the shape of the data; None where the family has no formula that is worth its time."""
@@ -304,6 +309,9 @@ class LocationScale(Likelihood):
         self.mean: MeanMap = mean
         self.observes: Observes = observes
 
+    solves_rmse: bool = False
+    """Whether the best σ of any set of values is the root of their mean squared error."""
+
     @abstractmethod
     def law(self, own: Tensor) -> Law:
         """What the residual looks like at scale 1, given the family's own feature channels (most have none)."""
@@ -331,8 +339,30 @@ class LocationScale(Likelihood):
         """True: σ is what these likelihoods are about."""
         return True
 
-    def sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
-        """σ in evaluation; None where the decoder predicts it.
+    @property
+    def predicts_scale(self) -> bool:
+        """Whether the scale reads decoder features."""
+        return self.scale.predicted
+
+    @property
+    def has_post_hoc(self) -> bool:
+        """True unless the scale itself is solved."""
+        return not self.scale.solved
+
+    @property
+    def sigma_is_rmse(self) -> bool:
+        """Whether this is the density of a Gaussian with one σ."""
+        one = not self.scale.predicted and self.scale.refit_per == "batch"
+        return self.solves_rmse and one and self.observes == "density"
+
+    @property
+    def log_floor(self) -> float:
+        """The scale's floor; for predicted scales, the least log factor."""
+        return LEAST_LOG_FACTOR if self.scale.predicted else self.scale.log_floor
+
+    @torch.no_grad()
+    def log_sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
+        """Log σ in evaluation; None where the decoder predicts it.
 
         Raises:
             ValueError: no σ is known yet.
@@ -340,8 +370,15 @@ class LocationScale(Likelihood):
         if self.scale.predicted:
             return None
         observes, raw = observes or self.observes, self.scale.density_log_scale.new_zeros(())
-        log_scale = self.scale.refitted(raw, observes) if refitted else self.scale(raw, observes, None)
-        return log_scale.exp()
+        return self.scale.refitted(raw, observes) if refitted else self.scale(raw, observes, None)
+
+    def refitted_log_scales(self) -> dict[Observes, Tensor]:
+        """What the scale has stored."""
+        return self.scale.all_stored()
+
+    def start(self, std: float) -> None:
+        """Start a learned scale from the std of the data."""
+        self.scale.start(std)
 
     def distribution(
         self, h: Tensor, x: Tensor | None = None, *, observes: Observes | None = None, refitted: bool = False
@@ -366,22 +403,22 @@ class LocationScale(Likelihood):
 
                 def fit(per: Per) -> Tensor:
                     return best_batch_log_scale(
-                        observed, per, self._event_dims, self._log_floor, self._levels_of(self.observes)
+                        observed, per, self._event_dims, self.log_floor, self._levels_of(self.observes)
                     )
 
         return self._distribution(law, loc, self.scale(raw, self.observes, fit), self.observes)
 
-    def log_mass(self, h: Tensor, x: Tensor, *, post_hoc: bool = False) -> Tensor:
+    def log_mass(self, h: Tensor, x: Tensor, *, refitted: bool = False, post_hoc: bool = False) -> Tensor:
         """Log-probability ``(*batch,)`` of the observed levels, in nats: each family's comparable number.
 
         Raises:
             ValueError: the data have no levels, x is off them, or no σ is known yet.
         """
-        distribution, x = self._given(h, x, "level", post_hoc)
+        distribution, x = self._given(h, x, "level", refitted or post_hoc)
         log_prob: Tensor = distribution.log_prob(x)
         return log_prob
 
-    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
+    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each value, of the data's shape: of the density (both the same), or of the levels' masses.
 
         Raises:
@@ -392,7 +429,7 @@ class LocationScale(Likelihood):
         >>> likelihood.element_cdf(torch.full((1, 1), 0.5), torch.full((1, 1), 0.5), "level")  # Φ(∓½)
         (tensor([[0.3085]]), tensor([[0.6915]]))
         """
-        distribution, x = self._given(h, x, observes, post_hoc)
+        distribution, x = self._given(h, x, observes, refitted or post_hoc)
         return distribution.element_cdf(x)
 
     def _given(self, h: Tensor, x: Tensor, observes: Observes, post_hoc: bool) -> tuple[Continuous | Discretized, Tensor]:
@@ -427,12 +464,12 @@ class LocationScale(Likelihood):
         """
         observed = _Reiterable(self, pairs)
         per = self.scale.refit_per
-        density = best_log_scale(observed, per, self._event_dims, self._log_floor, None)
+        density = best_log_scale(observed, per, self._event_dims, self.log_floor, None)
         if not torch.isfinite(density).all():
             raise ValueError("calibrate found no finite σ: the decoder's features are not finite (have its weights diverged?)")
         level = None
         if self.levels is not None:
-            level = best_log_scale(observed, per, self._event_dims, self._log_floor, self.levels, start=density)
+            level = best_log_scale(observed, per, self._event_dims, self.log_floor, self.levels, start=density)
         self.scale.store("density", density)
         if level is not None:
             self.scale.store("level", level)
@@ -441,10 +478,6 @@ class LocationScale(Likelihood):
         assert self.levels is not None
         if not torch.compiler.is_compiling():  # it reads a value off the device
             check_levels(x, self.levels)
-
-    @property
-    def _log_floor(self) -> float:
-        return LEAST_LOG_FACTOR if self.scale.predicted else self.scale.log_floor
 
     def _levels_of(self, observes: Observes) -> int | None:
         """None where the density is observed."""

@@ -42,6 +42,8 @@ class Gaussian(LocationScale):
     tensor([14.1383, 14.1383])
     """
 
+    solves_rmse = True
+
     def law(self, own: Tensor) -> Law:
         """The standard normal."""
         return NORMAL

@@ -6,7 +6,9 @@ from typing import Protocol, final
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import constraints
+
+from sigma_vae.types import DataDistribution
 
 __all__ = ["Continuous", "Discretized", "Law", "check_levels"]
 
@@ -55,7 +57,7 @@ class Law(Protocol):
         ...
 
 
-class _EventDistribution(Distribution):
+class _EventDistribution(DataDistribution):
     """Batch ``(*batch,)``, event ``(C, *space)``; nothing is validated a second time, the likelihood has done it."""
 
     arg_constraints = {}  # noqa: RUF012 (torch's own interface)
@@ -77,10 +79,6 @@ class _EventDistribution(Distribution):
     @abstractmethod
     def element_log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of each element, of the data's shape."""
-
-    @abstractmethod
-    def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """F(x−) and F(x) of each element: the probability of less than it, and of it or less."""
 
     @property
     def residual_variance(self) -> Tensor:
@@ -119,6 +117,19 @@ class Continuous(_EventDistribution):
 
     support = constraints.real
     has_rsample = True
+
+    @property
+    def exponential_family(self) -> bool:  # type: ignore[override]
+        """Whether the residual is normal or Laplace."""
+        return self.law.closed_form
+
+    def standardised(self, value: Tensor) -> Tensor:
+        """(x − loc)/σ."""
+        return (value - self.loc) / self.scale
+
+    def squared_errors(self, value: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Variance, and the squared residual."""
+        return self.residual_variance, (value - self.loc).square()
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of the whole event, in nats."""
@@ -178,6 +189,10 @@ class Discretized(_EventDistribution):
     def __init__(self, law: Law, loc: Tensor, log_scale: Tensor, event_dims: int, levels: int) -> None:
         super().__init__(law, loc, log_scale, event_dims)
         self.levels = levels
+
+    def squared_errors(self, value: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Variance, and that times the squared score: x − loc is cut at the end levels, and less than σ says."""
+        return self.residual_variance, self.residual_variance * scores.square()
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-mass of the whole event, in nats."""

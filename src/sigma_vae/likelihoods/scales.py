@@ -40,6 +40,8 @@ class Scale(nn.Module, ABC):
     """Feature channels that the decoder gives once."""
     predicted = False
     """Whether the decoder predicts the scale, so that a refit is a factor on it."""
+    solved = False
+    """Whether the stored σ is the scale's own, so that a refit replaces it."""
     refit_per: Per = "batch"
     """How a refitted scale is shared."""
     spatial_dims = 2
@@ -70,6 +72,14 @@ class Scale(nn.Module, ABC):
     def refitted(self, raw: Tensor, observes: Observes) -> Tensor:
         """Log σ as ``calibrate`` solved it."""
         return self.base(raw) + self.stored(observes)
+
+    def start(self, std: float) -> None:
+        """Start a learned σ from the std of the data; nothing else has a start."""
+
+    def all_stored(self) -> dict[Observes, Tensor]:
+        """The stored values that there are."""
+        values: dict[Observes, Tensor] = {"density": self.density_log_scale, "level": self.level_log_scale}
+        return {observes: value for observes, value in values.items() if value.numel()}
 
     def stored(self, observes: Observes) -> Tensor:
         """The stored value; before a calibration, levels are given the density's (a valid scale, though not their best).
@@ -161,15 +171,15 @@ class Shared(Scale):
         self.started = sigma is not None
 
     @torch.no_grad()
-    def start(self, sigma: float) -> None:
+    def start(self, std: float) -> None:
         """Start from this σ, unless one was given or learned before."""
         if not self.started:
-            self.log_scale.fill_(max(math.log(max(sigma, 1e-30)), self.log_floor))
+            self.log_scale.fill_(max(math.log(max(std, 1e-30)), self.log_floor))
         self.started = True
 
     def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
         """The parameter, put back onto the floor when a step went below (a clamp would cut its gradient)."""
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # asking for σ changes nothing
             with torch.no_grad():
                 self.log_scale.clamp_(min=self.log_floor)
         return self.log_scale.to(raw.dtype)
@@ -230,6 +240,8 @@ class Optimal(Scale):
 
     The floor is hard, for degenerate data alone: a soft clip at −6, as in the paper's code, widens σ by 13 % at log σ = −4.
     """
+
+    solved = True
 
     def __init__(self, per: Per = "batch", floor: float = FLOOR) -> None:
         super().__init__(floor)

@@ -519,6 +519,10 @@ class HierarchicalNetwork(Network):
             raise ValueError(f"decode takes latents of the top layer or more, of shapes {shapes}; got {given}")
         return self._descend(len(latents[0]), self._prior_draws(latents, generator, temperature))
 
+    def shards(self) -> list[nn.Module]:
+        """Every residual block: each is whole only while it computes."""
+        return [module for module in self.modules() if isinstance(module, nn.Sequential)]
+
     def _infer(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, list[Draw]]:
         features = self._encode(x)
         draws: list[Draw] = []

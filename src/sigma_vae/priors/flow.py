@@ -47,7 +47,7 @@ class FlowPrior(FittedPrior):
     """
 
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim, least_codes=max(20, 2 * latent_dim))
+        super().__init__(latent_dim, least_latents=max(20, 2 * latent_dim))
         self.moments = GaussianPrior(latent_dim)
         self.transform = _transform(latent_dim, seed=0)
 

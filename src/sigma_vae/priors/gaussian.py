@@ -22,6 +22,8 @@ class StandardNormal(Prior):
     tensor([1.])
     """
 
+    is_standard = True
+
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         self.latent_dim = latent_dim
@@ -70,7 +72,7 @@ class GaussianPrior(FittedPrior):
     scale_tril: Tensor
 
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim, least_codes=latent_dim + 1)
+        super().__init__(latent_dim, least_latents=latent_dim + 1)
         self.register_buffer("mean", torch.full((latent_dim,), math.nan))
         self.register_buffer("scale_tril", torch.full((latent_dim, latent_dim), math.nan))
 

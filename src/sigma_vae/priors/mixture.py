@@ -58,7 +58,7 @@ class MixturePrior(FittedPrior):
     scale_trils: Tensor
 
     def __init__(self, latent_dim: int, components: int | None = None) -> None:
-        super().__init__(latent_dim, least_codes=max(latent_dim + 1, components or 1))
+        super().__init__(latent_dim, least_latents=max(latent_dim + 1, components or 1))
         if components is not None and components < 1:
             raise ValueError(
                 f"components counts the Gaussians and is at least 1 (None: chosen by held-out codes), got {components}"

@@ -512,7 +512,9 @@ class Likelihood(nn.Module, ABC):
         """Log-probability ``(*batch,)``, in nats, of the observed levels: the mass of the bins around x."""
 
     @abstractmethod
-    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
+    def element_cdf(
+        self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each value, of the data's shape: the probability of less than x, and of x or less.
 
         Of a density both are the same. Where values are not independent given h, F is that of each given those before it.

@@ -11,8 +11,8 @@ from sigma_vae import models
 from sigma_vae.config import RunConfig, read, read_text, write_whole
 from sigma_vae.data import Splits
 from sigma_vae.training import resolve_device
+from sigma_vae.training.checkpoints import exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first
-from sigma_vae.training.folder import exclusive, explained
 from sigma_vae.vae import VAE
 
 __all__ = [
@@ -146,7 +146,7 @@ def lock_run(out: Path) -> Iterator[None]:
         OSError: the folder cannot be written.
     """
     config_of(out)  # first: a folder without a run gets no lock file
-    with explained(out, "do it again"), exclusive(out):
+    with with_remedy(out, "do it again"), exclusive(out):
         yield
 
 

@@ -15,8 +15,8 @@ from sigma_vae.runs.evaluate import draw, evaluation, kept, store
 from sigma_vae.runs.folder import Run, config_of, data_of, write_json
 from sigma_vae.runs.refit import check_latents, take_prior
 from sigma_vae.training import fit, resolve_device
+from sigma_vae.training.checkpoints import LOCK, exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first, from_first, joined, processes
-from sigma_vae.training.folder import LOCK, check_name, exclusive, explained
 from sigma_vae.training.hardware import Choices, choices_for
 from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step
 from sigma_vae.vae import VAE
@@ -44,7 +44,6 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, A
 
 
 def _check_new(out: Path) -> None:
-    check_name(out)
     if out.exists() and (not out.is_dir() or any(path.name not in NOT_YET_A_RUN for path in out.iterdir())):
         raise ValueError(
             f"{out} already exists and is never overwritten; give another --out, or continue it: sigma-vae resume {out}"
@@ -63,9 +62,9 @@ def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
     vae = _new_vae(config, data)
     choices = choices_for(vae, data, config.training, resolve_device(config.device))
     environment = _environment(config, data, choices)
-    with explained(out, "train again"), exclusive(out):
+    with with_remedy(out, "train again"), exclusive(out):
         from_first(lambda: _begin(config, out, environment))
-        with explained(out, f"continue: sigma-vae resume {out}"):
+        with with_remedy(out, f"continue: sigma-vae resume {out}"):
             return _finish(config, out, vae, data, resumed=False, progress=progress)
 
 
@@ -105,7 +104,7 @@ def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> di
     with joined(resolve_device(config.device)):
         data = data_of(out, config)
         vae = _new_vae(config, data)
-        with explained(out, f"continue: sigma-vae resume {out}"), exclusive(out):
+        with with_remedy(out, f"continue: sigma-vae resume {out}"), exclusive(out):
             # At once, so that a resumption of an interrupted resumption has the same end.
             from_first(lambda: write(out / "config.yaml", config))
             try:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sigma_vae.evaluation import backbones
+from sigma_vae.evaluation import features as backbones
 from sigma_vae.evaluation.features import load_clip_extractor, load_extractor
 
 GREY, COLOUR = (1, 28, 28), (3, 64, 48)

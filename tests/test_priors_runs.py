@@ -13,7 +13,7 @@ from PIL import Image
 from sigma_vae import models, runs
 from sigma_vae.cli import main
 from sigma_vae.config import ModelConfig, RunConfig, read
-from sigma_vae.evaluation.suite import standard_prior
+from sigma_vae.evaluation.elbo import standard_prior
 from sigma_vae.priors import MixturePrior, StandardNormal
 from sigma_vae.runs import refit
 

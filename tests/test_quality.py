@@ -14,8 +14,7 @@ from sigma_vae.config import ModelConfig
 from sigma_vae.data import Scaling, Splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.features import load_extractor
-from sigma_vae.evaluation.quality import quality
-from sigma_vae.evaluation.video import video_quality
+from sigma_vae.evaluation.quality import quality, video_quality
 from sigma_vae.likelihoods.scales import Fixed
 from sigma_vae.types import Prior
 from sigma_vae.vae import keyed_noise

@@ -21,7 +21,6 @@ __all__ = [
     "ImageConfig",
     "Layout",
     "LoggerName",
-    "Metric",
     "ModelConfig",
     "RunConfig",
     "TrainingConfig",
@@ -308,37 +307,33 @@ class RunConfig(_Strict):
             raise ValueError(f"seed is a number from 0 to 2³² − 1, got {self.seed}")
 
 
-Metric = Literal["iwae", "oracle", "information", "calibration", "quality"]
-
-
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured, and how."""
+    """Metrics of an evaluation, and how to measure them."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    metrics: tuple[Metric, ...] | None = None
-    """Beside the single-sample bounds: iwae (the importance-weighted bound), oracle (σ taken from the examples that it scores: no
-    likelihood), information (mutual information, marginal KL, active units), calibration (coverage, PIT, σ against error, with a page of
-    plots), quality (Fréchet and kernel distance, precision and recall of samples). Information and calibration where they apply unless
-    given."""
+    metrics: tuple[str, ...] | None = None
+    """Metrics to measure beside the single-sample bounds, by name: iwae, oracle, information, calibration, quality, predictions, or one of an
+    installed package. Default: information and calibration, where they apply."""
     split: Literal["validation", "test"] = "test"
-    """Which examples; the training's own never."""
+    """Split to evaluate."""
     seed: int = 0
-    """Of the noise, which belongs to each example: no number depends on the batch size."""
+    """Seed of the noise. The noise is keyed by example, so no number depends on the batch size."""
     draws: int = 64
-    """Importance samples of iwae."""
+    """Number of importance samples per example (iwae)."""
     features: tuple[str, ...] = ("efficientnet",)
-    """Of quality: efficientnet, inception, dinov2, or TorchScript files; each has its own section. Of clips also i3d:FILE."""
+    """Feature extractors that compare images (quality): efficientnet, inception, dinov2, or TorchScript files; for clips also i3d:FILE. Each
+    has a section of its own."""
     samples: int = 10_000
-    """Of quality: how many samples are compared with as many examples."""
+    """Number of samples, compared with as many examples (quality)."""
     best_of: int | None = None
-    """Of a video, also the PSNR and SSIM of the best of so many predictions of each clip (SVG: 100)."""
+    """Number of predictions of each clip; PSNR and SSIM of the best are reported (predictions; SVG: 100)."""
     batch_statistics: bool = False
-    """Make these predictions with the batch's statistics in batch norm, as SVG's own evaluation does."""
+    """Use the batch's statistics in batch norm for these predictions, as SVG's own evaluation does."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Refuse settings that cannot be measured."""
         for name in ("draws", "samples", "best_of"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -348,7 +343,7 @@ class EvaluationSettings:
         if not self.features:
             raise ValueError("features names at least one extractor, got none; efficientnet is one")
         if self.batch_statistics and self.best_of is None:
-            raise ValueError("batch_statistics is about predictions: say of how many the best is taken (best_of, SVG: 100)")
+            raise ValueError("batch_statistics is about predictions; give best_of, the number of predictions to choose from (SVG: 100)")
 
 
 Config = TypeVar("Config")
@@ -414,7 +409,7 @@ def parse(content: Any, kind: type[Config], where: str) -> Config:
         # Short, for what is shown may be a file's own content: nested in itself, say.
         shown = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']} (got {_shown(e['input'])})" for e in error.errors()]
         problems = "; ".join(shown[:PROBLEMS])
-        raise ValueError(f"{where} is not a {kind.__name__}: {problems}") from error
+        raise ValueError(f"{where} is not a {getattr(kind, '__name__', kind)}: {problems}") from error
 
 
 def _shown(value: Any) -> str:

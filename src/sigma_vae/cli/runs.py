@@ -1,6 +1,7 @@
 """Commands that train runs, evaluate, refit and compare them."""
 
 import json as json_module
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from sigma_vae import runs
 from sigma_vae.cli.outputs import Split
 from sigma_vae.cli.tables import print_comparison, print_evaluation
 from sigma_vae.config import EvaluationSettings, RunConfig, read
+from sigma_vae.evaluation import Evaluation
 
 __all__ = ["calibrate", "compare", "evaluate", "fit_prior", "replay", "rerun", "resume", "train"]
 
@@ -87,9 +89,9 @@ def evaluate(run: tyro.conf.Positional[str], settings: EvaluationSettings, *, de
     _print_evaluation(runs.evaluate_run(Path(run), settings, device=device), json)
 
 
-def _print_evaluation(report: dict[str, Any], as_json: bool) -> None:
+def _print_evaluation(report: Evaluation, as_json: bool) -> None:
     if as_json:
-        print(json_module.dumps(report, ensure_ascii=False))
+        print(json_module.dumps(report.to_json(), ensure_ascii=False))
     else:
         print_evaluation(report)
 
@@ -154,12 +156,12 @@ def fit_prior(run: tyro.conf.Positional[str], *, prior: str = "mixture", device:
     """
     report = runs.fit_prior(Path(run), prior, device=device)
     if json:
-        print(json_module.dumps(report, ensure_ascii=False))
+        print(json_module.dumps(report.to_json(), ensure_ascii=False))
     else:
         _print_side_by_side(report)
 
 
-def _print_side_by_side(report: dict[str, Any]) -> None:
+def _print_side_by_side(report: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -174,7 +176,7 @@ def _print_side_by_side(report: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _with_error(value: dict[str, float | None]) -> str:
+def _with_error(value: Mapping[str, Any]) -> str:
     error = value["standard_error"]
     return f"{value['mean']:.4f}" if error is None else f"{value['mean']:.4f} ± {error:.4f}"
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from sigma_vae import models
 from sigma_vae.config import RunConfig, read, read_text, write_whole
 from sigma_vae.data import Splits
+from sigma_vae.evaluation.base import evaluation_batch
 from sigma_vae.training import resolve_device
 from sigma_vae.training.checkpoints import exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first
@@ -30,8 +31,6 @@ __all__ = [
     "sigma_fitted_on",
     "write_json",
 ]
-
-EVALUATION_BATCH = 256
 
 SIGMA_FITTED_ON = "sigma_fitted_on"
 """Key of the record, in reports and in the file of the weights."""
@@ -94,11 +93,6 @@ def data_of(out: Path, config: RunConfig) -> Splits:
             f"the data of {out} have changed since it was trained; restore them, or train again into another folder"
         )
     return data
-
-
-def evaluation_batch(data: Splits) -> int:
-    """Batch size where nothing is trained: a clip counts as many times as it has frames."""
-    return max(1, EVALUATION_BATCH // (data.frames or 1))
 
 
 def model_digest(out: Path) -> str:

@@ -9,9 +9,10 @@ from sigma_vae import models
 from sigma_vae.config import DataConfig, EvaluationSettings, RunConfig, read, write
 from sigma_vae.data import Splits, names
 from sigma_vae.data.splits import SplitName
+from sigma_vae.evaluation import Evaluation
+from sigma_vae.evaluation.elbo import has_fitted_prior
 from sigma_vae.evaluation.plots import drawable
-from sigma_vae.evaluation.suite import has_fitted_prior
-from sigma_vae.runs.evaluate import draw, evaluate_anew, evaluation, kept, remove_page_of_others
+from sigma_vae.runs.evaluate import draw, evaluate_anew, evaluation, remove_stale_pages, with_kept
 from sigma_vae.runs.folder import (
     SIGMA_FITTED_ON,
     Run,
@@ -89,7 +90,7 @@ def _calibrate(out: Path, data: str | None, split: SplitName, device: str, seed:
             name: {"before": before[name], "after": after[name]} for name in after
         },
         SIGMA_FITTED_ON: record,
-        "evaluation": report,
+        "evaluation": report.to_json(),
     }
 
 
@@ -142,7 +143,7 @@ def _sigma(likelihood: Likelihood) -> dict[str, float | None]:
     return {name: float(log_scales[name].mean().exp()) if name in log_scales else None for name in ("density", "level")}
 
 
-def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> dict[str, Any]:
+def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> Evaluation:
     """Fit another prior to the latents of a finished run's training split; the rest of the model does not change.
 
     The model, ``config.yaml``, the evaluation and the pictures are first made beside the old ones, and replace them together: after a
@@ -166,7 +167,7 @@ def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> dic
         return from_first(lambda: _fit_prior(out, prior, device))
 
 
-def _fit_prior(out: Path, prior: str, device: str) -> dict[str, Any]:
+def _fit_prior(out: Path, prior: str, device: str) -> Evaluation:
     aside, before = out / "prior.new", out / "model.before"
     if before.exists() and not (out / "model").exists():  # killed between the two renames
         before.rename(out / "model")
@@ -179,9 +180,8 @@ def _fit_prior(out: Path, prior: str, device: str) -> dict[str, Any]:
         shutil.rmtree(left_over, ignore_errors=True)
     config = replace(run.config, model=replace(run.config.model, prior=prior))
     try:
-        report = _write(aside, config, run.vae, run.data, sigma_fitted_on(out))
-        report |= kept(out, report)
-        write_json(aside / "evaluation.json", report)
+        report = with_kept(out, _write(aside, config, run.vae, run.data, sigma_fitted_on(out)))
+        write_json(aside / "evaluation.json", report.to_json())
         _exchange(out / "model", aside / "model", before)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -191,7 +191,7 @@ def _fit_prior(out: Path, prior: str, device: str) -> dict[str, Any]:
     aside.rmdir()
     if not has_fitted_prior(run.vae):
         (out / STANDARD_PICTURE).unlink(missing_ok=True)
-    remove_page_of_others(out, report)
+    remove_stale_pages(out, report)
     return report
 
 
@@ -232,7 +232,7 @@ def take_prior(prior: str, vae: VAE, data: Splits, seed: int) -> None:
     vae.network.replace_prior(from_first(fitted).to(vae.device))
 
 
-def _write(folder: Path, config: RunConfig, vae: VAE, data: Splits, sigma: dict[str, Any] | None) -> dict[str, Any]:
+def _write(folder: Path, config: RunConfig, vae: VAE, data: Splits, sigma: dict[str, Any] | None) -> Evaluation:
     models.save(folder / "model", vae, config.model, data.shape, data.scaling)
     if sigma is not None:
         save_refitted(folder, vae, sigma)

@@ -10,8 +10,9 @@ import torch
 from sigma_vae import __version__, models
 from sigma_vae.config import DataConfig, RunConfig, parse, write
 from sigma_vae.data import Scaling, Splits, names
+from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.plots import drawable
-from sigma_vae.runs.evaluate import draw, evaluation, kept, store
+from sigma_vae.runs.evaluate import draw, evaluation, store
 from sigma_vae.runs.folder import Run, config_of, data_of, write_json
 from sigma_vae.runs.refit import check_latents, take_prior
 from sigma_vae.training import fit, resolve_device
@@ -27,7 +28,7 @@ NOT_YET_A_RUN = {LOCK, "environment.json", "environment.json.new", "config.yaml.
 """Files left by a training that stopped before its folder was a run."""
 
 
-def train(config: RunConfig, out: Path, *, progress: bool = True) -> dict[str, Any]:
+def train(config: RunConfig, out: Path, *, progress: bool = True) -> Evaluation:
     """Train into a new folder, calibrate, fit the prior if the config names one, evaluate on the test split, and draw pictures.
 
     Processes started by ``torchrun`` share the work; all of them have to see the folder.
@@ -50,7 +51,7 @@ def _check_new(out: Path) -> None:
         )
 
 
-def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
+def _train(config: RunConfig, out: Path, *, progress: bool) -> Evaluation:
     from_first(lambda: _check_new(out))
     config = replace(config, data=_from_anywhere(config.data))
     with first_of_node_first():
@@ -85,7 +86,7 @@ def _begin(config: RunConfig, out: Path, environment: dict[str, Any]) -> None:
     write(out / "config.yaml", config)  # from here on the folder is a run, which can be resumed
 
 
-def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> dict[str, Any]:
+def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> Evaluation:
     """Continue a run exactly where it stopped; from the beginning, if it has no checkpoint yet.
 
     Args:
@@ -151,7 +152,7 @@ def has_checkpoint(out: Path) -> bool:
     return any((out / "checkpoints" / name).exists() for name in ("last.ckpt", "previous.ckpt"))
 
 
-def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> dict[str, Any]:
+def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> Evaluation:
     fit(vae, data, config.training, out=out, seed=config.seed, device=config.device, resume=resumed, progress=progress)
     vae.to(resolve_device(config.device))
     if config.model.prior != "standard":
@@ -161,9 +162,8 @@ def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bo
     return from_first(lambda: _write_report(out, report, vae, data))
 
 
-def _write_report(out: Path, report: dict[str, Any], vae: VAE, data: Splits) -> dict[str, Any]:
-    report |= kept(out, report)  # sections of the same weights, where nothing was left to train
-    store(out, report)
+def _write_report(out: Path, report: Evaluation, vae: VAE, data: Splits) -> Evaluation:
+    report = store(out, report)  # sections are kept where nothing was left to train
     if drawable(data.shape):
         draw(out, vae, data)
     return report

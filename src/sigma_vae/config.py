@@ -75,9 +75,8 @@ class ClipConfig(_Strict):
 class DataConfig(_Strict):
     """The data set and its splits."""
 
-    source: str
-    """Name of a data set, path of a file or folder, or hub:OWNER/NAME (hub:OWNER/NAME:CONFIG) for any image data set on the
-    Hugging Face hub."""
+    source: Annotated[str, Names("Name of a data set, or path of a file or folder.", register.source)]
+    """Name of a data set, or path of a file or folder."""
     root: str | None = None
     """Folder with the data set's original files."""
     cache: str | None = None
@@ -313,18 +312,28 @@ class EvaluationSettings:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    metrics: tuple[str, ...] | None = None
-    """Metrics to measure beside the single-sample bounds, by name: iwae, oracle, information, calibration, quality, predictions, or one of an
-    installed package. Default: information and calibration, where they apply."""
+    metrics: Annotated[
+        tuple[str, ...] | None,
+        Names(
+            "Metrics to measure beside the single-sample bounds; default: information and calibration, where they apply.",
+            register.metric,
+        ),
+    ] = None
+    """Names of the metrics."""
     split: Literal["validation", "test"] = "test"
     """Split to evaluate."""
     seed: int = 0
     """Seed of the noise. The noise is keyed by example, so no number depends on the batch size."""
     draws: int = 64
     """Number of importance samples per example (iwae)."""
-    features: tuple[str, ...] = ("efficientnet",)
-    """Feature extractors that compare images (quality): efficientnet, inception, dinov2, or TorchScript files; for clips also i3d:FILE. Each
-    has a section of its own."""
+    features: Annotated[
+        tuple[str, ...],
+        Names(
+            "Feature extractors that compare images or clips (quality), or TorchScript files. Each has a section of its own.",
+            register.features,
+        ),
+    ] = ("efficientnet",)
+    """Names of the feature extractors."""
     samples: int = 10_000
     """Number of samples, compared with as many examples (quality)."""
     best_of: int | None = None
@@ -343,7 +352,9 @@ class EvaluationSettings:
         if not self.features:
             raise ValueError("features names at least one extractor, got none; efficientnet is one")
         if self.batch_statistics and self.best_of is None:
-            raise ValueError("batch_statistics is about predictions; give best_of, the number of predictions to choose from (SVG: 100)")
+            raise ValueError(
+                "batch_statistics is about predictions; give best_of, the number of predictions to choose from (SVG: 100)"
+            )
 
 
 Config = TypeVar("Config")

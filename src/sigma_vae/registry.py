@@ -135,8 +135,9 @@ class Registry:
         return [entry.name for entry in self]
 
     def listing(self) -> str:
-        """All names with their summaries, a line each, for help texts."""
-        return "\n".join(f"- {entry.pattern}: {entry.summary}" for entry in self)
+        """All names with their summaries, a line each, for help texts; an entry that reads files is listed by their endings."""
+        heads = (", ".join(entry.facts.get("endings", ())) or entry.pattern for entry in self)
+        return "\n".join(f"- {head}: {entry.summary}" for head, entry in zip(heads, self, strict=True))
 
     def __iter__(self) -> Iterator[Entry]:
         self._load()

@@ -127,13 +127,9 @@ def _run(words: list[str], commands: Mapping[str, Command], program: str, about:
     elif commands[name].commands:
         _run(options, commands[name].commands, f"{program} {name}", f"{commands[name].summary}.")
     else:
-        _call(commands[name].load(), options, f"{program} {name}")
+        from sigma_vae.cli.options import call
 
-
-def _call(function: Callable[..., Any], options: list[str], program: str) -> None:
-    import tyro
-
-    tyro.cli(function, prog=program, args=options, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+        call(commands[name].load(), options, f"{program} {name}")
 
 
 def _listing(commands: Mapping[str, Command], program: str, about: str) -> str:

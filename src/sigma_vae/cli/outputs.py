@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from sigma_vae import runs
+from sigma_vae.cli.options import RunFolder
 from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, save_clips, save_grid
@@ -24,7 +24,7 @@ FRAMES = 10
 
 @torch.no_grad()
 def sample(
-    run: tyro.conf.Positional[str],
+    run: RunFolder,
     *,
     n: int = 64,
     show: Show = "mean",
@@ -71,7 +71,7 @@ def sample(
 
 @torch.no_grad()
 def reconstruct(
-    run: tyro.conf.Positional[str],
+    run: RunFolder,
     *,
     split: Split = "test",
     n: int = 32,
@@ -108,7 +108,7 @@ def reconstruct(
 
 @torch.no_grad()
 def predict(
-    run: tyro.conf.Positional[str],
+    run: RunFolder,
     *,
     split: Split = "test",
     n: int = 4,
@@ -178,7 +178,7 @@ def _beside(clips: Tensor, predicted: Tensor, past: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode(run: tyro.conf.Positional[str], *, split: Split = "test", out: str | None = None, device: str = "auto") -> None:
+def encode(run: RunFolder, *, split: Split = "test", out: str | None = None, device: str = "auto") -> None:
     """Write mean and std of the latents of each example.
 
     Args:
@@ -195,9 +195,7 @@ def encode(run: tyro.conf.Positional[str], *, split: Split = "test", out: str | 
     write(path, arrays["mean"], arrays)
 
 
-def score(
-    run: tyro.conf.Positional[str], *, split: Split = "test", seed: int = 0, out: str | None = None, device: str = "auto"
-) -> None:
+def score(run: RunFolder, *, split: Split = "test", seed: int = 0, out: str | None = None, device: str = "auto") -> None:
     """Write log-likelihood, rate, ELBO and bits per dimension of each example.
 
     Args:

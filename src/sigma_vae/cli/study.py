@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import tyro
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+StudyFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
 Tell = Callable[[dict[str, Any], int, int], None]
 
 
@@ -97,7 +98,7 @@ def _clock(seconds: float) -> str:
 
 
 def run(
-    spec: tyro.conf.Positional[str],
+    spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")],
     *,
     out: str,
     size: str | None = None,
@@ -159,7 +160,7 @@ def _print_summary(out: Path) -> None:
     print(how_far(spec, out))
 
 
-def table(study: tyro.conf.Positional[str]) -> None:
+def table(study: StudyFolder) -> None:
     """Print the results so far: mean ± std over seeds, on the test split.
 
     Args:
@@ -168,7 +169,7 @@ def table(study: tyro.conf.Positional[str]) -> None:
     _print_summary(Path(study))
 
 
-def report(study: tyro.conf.Positional[str]) -> None:
+def report(study: StudyFolder) -> None:
     """Write the results so far as report.html and report.md.
 
     The report has verdicts, tables, plots and samples.
@@ -180,7 +181,7 @@ def report(study: tyro.conf.Positional[str]) -> None:
     print(Path(study) / "report.html")
 
 
-def keep(study: tyro.conf.Positional[str], *, to: str) -> None:
+def keep(study: StudyFolder, *, to: str) -> None:
     """Copy a study without its weights.
 
     The copy has the numbers of all runs, a few small pictures, and the report, which can be made again from them.
@@ -193,7 +194,7 @@ def keep(study: tyro.conf.Positional[str], *, to: str) -> None:
     print(Path(to) / "report.html")
 
 
-def verdicts(folders: tyro.conf.Positional[tuple[str, ...]]) -> None:
+def verdicts(folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STUDY [STUDY ...]")]) -> None:
     """Print what several studies say about each claim, as Markdown.
 
     For each claim: where it holds, where it does not, where the studies do not decide, and the numbers.

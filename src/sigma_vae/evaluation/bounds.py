@@ -56,7 +56,9 @@ class IwaeMetric(Metric):
 
     def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
         """Importance weights need p(x|z)."""
-        return None if vae.likelihood.normalised else f"{vae.likelihood} is an objective of these data, and gives no probabilities"
+        return (
+            None if vae.likelihood.normalised else f"{vae.likelihood} is an objective of these data, and gives no probabilities"
+        )
 
     def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> Iwae:
         """With as many draws as the settings say."""
@@ -132,9 +134,7 @@ def iwae(vae: VAE, batches: Batches, draws: int = 64, seed: int = 0, measures: C
         last[measure] = Estimate.of(bounds[:, -1])
         by_draws[measure] = bounds.mean(0).tolist()
         sizes[measure] = Estimate.of(values[:, -2])
-    return Iwae(
-        examples=len(found), draws=draws, noise_seed=seed, **last, effective_sample_size=sizes, by_draws=by_draws
-    )
+    return Iwae(examples=len(found), draws=draws, noise_seed=seed, **last, effective_sample_size=sizes, by_draws=by_draws)
 
 
 def _terms(likelihood: Likelihood, measures: Collection[Measure] | None) -> dict[Measure, _Term]:

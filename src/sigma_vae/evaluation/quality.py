@@ -383,7 +383,9 @@ def _check(data: Splits, n: int) -> None:
             " for clips, use video_quality"
         )
     if n <= NEIGHBOURS:
-        raise ValueError(f"n counts the images of each kind and is more than {NEIGHBOURS}, the neighbours that are looked at; got {n}")
+        raise ValueError(
+            f"n counts the images of each kind and is more than {NEIGHBOURS}, the neighbours that are looked at; got {n}"
+        )
 
 
 # -- video -----------------------------------------------------------------------------------------------------------------

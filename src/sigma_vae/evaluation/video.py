@@ -85,9 +85,7 @@ class PredictionsMetric(Metric):
     def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> Predictions:
         """On the held-out clips."""
         assert settings.best_of is not None
-        return predictions(
-            vae, data.held_out, settings.best_of, settings.seed, batch_statistics=settings.batch_statistics
-        )
+        return predictions(vae, data.held_out, settings.best_of, settings.seed, batch_statistics=settings.batch_statistics)
 
     def rows(self, result: Predictions) -> Iterator[Row]:
         """The means."""

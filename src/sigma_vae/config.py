@@ -22,6 +22,7 @@ __all__ = [
     "Layout",
     "LoggerName",
     "ModelConfig",
+    "RenamedWarning",
     "RunConfig",
     "TrainingConfig",
     "parse",
@@ -36,6 +37,10 @@ Layout = Literal["auto", "n-h-w", "n-h-w-c", "n-c-h-w", "n-c-t", "n-t", "n-c", "
 
 MOST_MINUTES = 1e9
 """That a training may be given: two thousand years, which clocks can count."""
+
+
+class RenamedWarning(DeprecationWarning):
+    """An option or a key has a new name, or one of its values has; the old one works for one minor version."""
 
 
 class _Strict:
@@ -197,7 +202,7 @@ class HardwareConfig(_Strict):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is at least 1, got {value}")
         if self.allocator == "patient":
-            warnings.warn("allocator='patient' is called 'retain' now; write that", DeprecationWarning, stacklevel=3)
+            warnings.warn("allocator='patient' is called 'retain' now; write that", RenamedWarning, stacklevel=3)
             object.__setattr__(self, "allocator", "retain")
 
 

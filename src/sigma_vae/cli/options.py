@@ -1,12 +1,17 @@
 """Options of a command, made by tyro from a function's signature and docstring."""
 
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import NoneType
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TextIO, get_args
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from sigma_vae.config import RenamedWarning
 
 __all__ = ["RunFolder", "RunFolders", "call"]
 
@@ -18,9 +23,34 @@ RunFolders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(meta
 
 
 def call(function: Callable[..., Any], options: list[str], program: str) -> None:
-    """Call the function with these options."""
+    """Call the function with these options; old names of options are remarked upon."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    tyro.cli(function, prog=program, args=options, config=config, registry=_rules())
+    with _remarks(program):
+        tyro.cli(function, prog=program, args=options, config=config, registry=_rules())
+
+
+@contextmanager
+def _remarks(program: str) -> Iterator[None]:
+    """Print the warnings about renamed options as plain lines; other warnings are shown as before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RenamedWarning)
+        show = warnings.showwarning
+
+        def say(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, RenamedWarning):
+                print(f"{program}: {message}", file=sys.stderr)
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = say
+        yield
 
 
 def _rules() -> ConstructorRegistry:

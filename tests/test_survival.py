@@ -228,7 +228,7 @@ def test_a_training_that_broke_off_before_its_folder_was_a_run_begins_anew(digit
     def full(path: Path, config: RunConfig) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("sigma_vae.runs.train.write", full)
+    monkeypatch.setattr(sys.modules["sigma_vae.runs.train"], "write", full)
     with pytest.raises(OSError, match="make room, then train again"):
         runs.train(short, out, progress=False)
     monkeypatch.undo()

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from test_non_finite import look_later
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sigma_vae import models
 from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig

@@ -294,8 +294,8 @@ class EvaluationSettings:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     metrics: tuple[str, ...] | None = None
-    """Metrics to measure beside the single-sample bounds, by name: iwae, oracle, information, calibration, quality, predictions, or one of an
-    installed package. Default: information and calibration, where they apply."""
+    """Metrics to measure beside the single-sample bounds, by name: iwae, oracle, information, calibration, quality, predictions, or
+    one of an installed package. Default: information and calibration, where they apply."""
     split: Literal["validation", "test"] = "test"
     """Split to evaluate."""
     seed: int = 0
@@ -303,8 +303,8 @@ class EvaluationSettings:
     draws: int = 64
     """Number of importance samples per example (iwae)."""
     features: tuple[str, ...] = ("efficientnet",)
-    """Feature extractors that compare images (quality): efficientnet, inception, dinov2, or TorchScript files; for clips also i3d:FILE. Each
-    has a section of its own."""
+    """Feature extractors that compare images (quality): efficientnet, inception, dinov2, or TorchScript files; for clips also
+    i3d:FILE. Each has a section of its own."""
     samples: int = 10_000
     """Number of samples, compared with as many examples (quality)."""
     best_of: int | None = None
@@ -323,7 +323,9 @@ class EvaluationSettings:
         if not self.features:
             raise ValueError("features names at least one extractor, got none; efficientnet is one")
         if self.batch_statistics and self.best_of is None:
-            raise ValueError("batch_statistics is about predictions; give best_of, the number of predictions to choose from (SVG: 100)")
+            raise ValueError(
+                "batch_statistics is about predictions; give best_of, the number of predictions to choose from (SVG: 100)"
+            )
 
 
 Config = TypeVar("Config")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sigma_vae import runs
 from sigma_vae.evaluation import score as score_examples
-from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, save_clips, save_grid
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
+from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, save_clips, save_grid
 from sigma_vae.networks import FlatNetwork, SequenceNetwork
 from sigma_vae.networks.sequence import FRAMES
 from sigma_vae.vae import Show

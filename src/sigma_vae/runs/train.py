@@ -10,10 +10,10 @@ import torch
 from sigma_vae import __version__, models
 from sigma_vae.config import DataConfig, RunConfig, parse, write
 from sigma_vae.data import Scaling, Splits, names
+from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.plots import drawable
 from sigma_vae.models import default_network
 from sigma_vae.networks import SequenceNetwork
-from sigma_vae.evaluation import Evaluation
 from sigma_vae.runs.evaluate import draw, evaluation, store
 from sigma_vae.runs.folder import Run, config_of, same_data, write_json
 from sigma_vae.runs.refit import check_codes, take_prior

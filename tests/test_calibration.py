@@ -38,7 +38,7 @@ from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.calibration import INTERVALS, LAGS, PIT_BINS, Correlations, calibration, deciles
 from sigma_vae.evaluation.plots import save_page
-from sigma_vae.runs.folder import fitted_on
+from sigma_vae.runs.folder import sigma_fitted_on
 from sigma_vae.types import Batch, Likelihood
 from sigma_vae.vae import keyed_noise
 
@@ -535,12 +535,12 @@ def test_sigma_of_other_data_is_theirs_and_all_else_stays(run: Path, tmp_path: P
     assert after["bits_per_dim_post_hoc"]["mean"] > before["bits_per_dim_post_hoc"]["mean"] + 0.1  # σ is too wide for digits
     record = {"data": str(path), "split": "train", "examples": 162, "noise_seed": 0}
     assert after["sigma_fitted_on"].items() >= record.items()
-    assert fitted_on(run) == after["sigma_fitted_on"]
+    assert sigma_fitted_on(run) == after["sigma_fitted_on"]
 
 
 def test_the_runs_own_training_split_gives_back_what_training_left(run: Path, capsys) -> None:
     before = json.loads((run / "evaluation.json").read_text())
-    assert fitted_on(run) is None
+    assert sigma_fitted_on(run) is None
     assert main(["calibrate", str(run)]) == 0
     said = capsys.readouterr().out
     assert "fitted on 1455 examples of digits (train)" in said
@@ -588,7 +588,7 @@ def test_standardised_data_are_read_by_the_runs_own_mean_and_deviation(tmp_path:
     assert result["sigma_post_hoc"]["level"] == {"before": None, "after": None}
     table = (tmp_path / "other.csv").read_text()
     (tmp_path / "swapped.csv").write_text(table.replace("a,b,c", "b,a,c"))
-    with pytest.raises(ValueError, match=r"knows the columns a, b, c, .*swapped.csv has b, a, c"):
+    with pytest.raises(ValueError, match=r"trained on the columns a, b, c, .*swapped.csv has b, a, c"):
         runs.calibrate_run(run, str(tmp_path / "swapped.csv"), device="cpu")
 
 
@@ -654,7 +654,7 @@ def test_an_interrupted_write_leaves_the_old_model(interruption, moment: str, ru
 
 def test_training_on_forgets_what_sigma_was_fitted_on(run: Path) -> None:
     runs.calibrate_run(run, split="validation", device="cpu")
-    assert fitted_on(run)["split"] == "validation"
+    assert sigma_fitted_on(run)["split"] == "validation"
     report = runs.resume(run, epochs=2, progress=False)
-    assert fitted_on(run) is None
+    assert sigma_fitted_on(run) is None
     assert "sigma_fitted_on" not in report

@@ -19,6 +19,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -26,7 +27,9 @@ from functools import partial
 from importlib.metadata import EntryPoint, entry_points, packages_distributions
 from typing import Any, TypeVar
 
-__all__ = ["Argument", "Entry", "Registry", "number_above_zero", "register"]
+from typing_extensions import Doc
+
+__all__ = ["Argument", "Entry", "Names", "Registry", "number_above_zero", "register"]
 
 OWN_PACKAGE = "sigma-vae"
 
@@ -42,12 +45,14 @@ class Argument:
         parse: from the text to keyword arguments of what is registered; raises ValueError where the text means nothing.
         example: a text that works: ``"0.1"``.
         required: whether the name alone means nothing.
+        of: from an object that was made back to the text after the colon; None where the name alone makes it.
     """
 
     hint: str
     parse: Callable[[str], dict[str, Any]]
     example: str
     required: bool = False
+    of: Callable[[Any], str | None] = lambda made: None
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Entry:
         object: what was registered: a class, a function, or an instance.
         package: the distribution that it comes from.
         argument: what may follow the name after a colon.
-        facts: what can be known of it before it is made: ``{"latents": "flat"}`` of a network.
+        facts: what is known before an object is made, such as ``{"latents": "flat"}`` for a network. A registration may leave facts out.
     """
 
     name: str
@@ -72,7 +77,8 @@ class Entry:
     def summary(self) -> str:
         """The first sentence of its docstring, for help texts and tables."""
         first = (inspect.getdoc(self.object) or "").partition("\n\n")[0].replace("\n", " ")
-        return first.partition(". ")[0].removesuffix(".")
+        plain = re.sub(r"(?::\w+:)?`+([^`]*)`+", r"\1", first)
+        return re.split(r"\.\s+(?=[A-Z])", plain)[0].removesuffix(".")
 
     @property
     def pattern(self) -> str:
@@ -128,6 +134,10 @@ class Registry:
         """All names, without arguments: ours first, in alphabetical order."""
         return [entry.name for entry in self]
 
+    def listing(self) -> str:
+        """All names with their summaries, a line each, for help texts."""
+        return "\n".join(f"- {entry.pattern}: {entry.summary}" for entry in self)
+
     def __iter__(self) -> Iterator[Entry]:
         self._load()
         return iter(sorted(self._entries.values(), key=lambda entry: (entry.package != OWN_PACKAGE, entry.name)))
@@ -170,6 +180,14 @@ class Registry:
         except ValueError as error:
             raise ValueError(f"{name}: {error}, as in {entry.name}:{entry.argument.example}") from error
 
+    def name_of(self, made: Any) -> str | None:
+        """The name that makes an object like this one, where its class is registered."""
+        for entry in self:
+            if entry.object is type(made):
+                text = entry.argument.of(made) if entry.argument is not None else None
+                return entry.name if text is None else f"{entry.name}:{text}"
+        return None
+
     def _unknown(self, name: str, package: str | None) -> str:
         if package is not None and package != OWN_PACKAGE:
             return (
@@ -210,6 +228,29 @@ class Registry:
             ) from error
         if not any(_is_same(entry.object, registered) for entry in self._entries.values()):
             self._add(Entry(point.name, registered, package))
+
+
+class Names(Doc):
+    """Help text of an option that takes a registered name; it ends with the names and their summaries.
+
+    It annotates the option: ``network: Annotated[str, Names("Name of the network.", register.network)]``. The registries are read when the
+    text is, not before.
+
+    Args:
+        text: what the option is.
+        registries: of the names that it takes.
+    """
+
+    def __init__(self, text: str, *registries: Registry) -> None:
+        self.text = text
+        self.registries = registries
+
+    @property
+    def documentation(self) -> str:  # type: ignore[override]
+        """The whole text."""
+        return "\n".join([self.text, *(registry.listing() for registry in self.registries)])
+
+    __hash__ = object.__hash__
 
 
 def number_above_zero(keyword: str, what: str) -> Callable[[str], dict[str, Any]]:

@@ -27,7 +27,9 @@ __all__ = [
     "Prediction",
     "Prior",
     "Temperature",
+    "at_least_float32",
     "per_layer",
+    "standard_normal",
 ]
 
 Noise = Callable[[torch.Size], Tensor]
@@ -377,6 +379,18 @@ class Network(nn.Module, ABC):
         """Blocks whose weights can be sharded across processes one by one (FSDP); empty unless the network names some."""
         return ()
 
+    def refuse_unread(self, context: Tensor | None = None, mask: Tensor | None = None, condition: Tensor | None = None) -> None:
+        """Refuse arguments that this network does not read, by :attr:`reads_clips` and :attr:`reads_condition`.
+
+        Raises:
+            ValueError: one is given.
+        """
+        for name, value in (("context", context), ("mask", mask)):
+            if value is not None and not self.reads_clips:
+                raise ValueError(f"{name} is for video networks; {type(self).__name__} reads single examples and takes none")
+        if condition is not None and not self.reads_condition:
+            raise ValueError(f"{type(self).__name__} reads no condition; leave condition out")
+
     def _defines(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(Network, method)
 
@@ -512,7 +526,9 @@ class Likelihood(nn.Module, ABC):
         """Log-probability ``(*batch,)``, in nats, of the observed levels: the mass of the bins around x."""
 
     @abstractmethod
-    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
+    def element_cdf(
+        self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each value, of the data's shape: the probability of less than x, and of x or less.
 
         Of a density both are the same. Where values are not independent given h, F is that of each given those before it.
@@ -525,6 +541,16 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Fit the stored scales on pairs (h, x); ``pairs`` is gone through more than once, so no generator."""
+
+
+def standard_normal(like: Tensor, noise: Noise | None) -> Tensor:
+    """Standard normal numbers of this tensor's shape, type and device, from ``noise`` or else torch's global generator."""
+    return torch.randn_like(like) if noise is None else noise(like.shape).to(like)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert half precision to float32: KL terms and densities would lose whole nats in it."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def per_layer(temperature: Temperature, layers: int) -> list[float]:

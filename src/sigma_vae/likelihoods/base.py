@@ -88,7 +88,9 @@ class Unscaled(Likelihood):
         """
         return self._on_levels(h, x).log_mass(x)
 
-    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
+    def element_cdf(
+        self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each value, of the data's shape; the same post hoc.
 
         Raises:
@@ -402,9 +404,7 @@ class LocationScale(Likelihood):
             if self.training:
 
                 def fit(per: Per) -> Tensor:
-                    return best_batch_log_scale(
-                        observed, per, self._event_dims, self.log_floor, self._levels_of(self.observes)
-                    )
+                    return best_batch_log_scale(observed, per, self._event_dims, self.log_floor, self._levels_of(self.observes))
 
         return self._distribution(law, loc, self.scale(raw, self.observes, fit), self.observes)
 
@@ -418,7 +418,9 @@ class LocationScale(Likelihood):
         log_prob: Tensor = distribution.log_prob(x)
         return log_prob
 
-    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
+    def element_cdf(
+        self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each value, of the data's shape: of the density (both the same), or of the levels' masses.
 
         Raises:

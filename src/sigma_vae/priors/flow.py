@@ -10,6 +10,7 @@ from torch.distributions import Distribution, Normal
 
 from sigma_vae.priors.base import FittedPrior
 from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
+from sigma_vae.registry import register
 
 __all__ = ["FlowPrior"]
 
@@ -21,6 +22,7 @@ MOST_HELD_OUT = 2000
 HELD_OUT_SHARE = 0.1
 
 
+@register.prior("flow", sketches=False)  # zuko cannot build its layers on the meta device
 @final
 class FlowPrior(FittedPrior):
     r"""A neural spline flow (Durkan et al. 2019, arXiv 1906.04032) over whitened codes.

@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from sigma_vae.priors.base import FittedPrior
+from sigma_vae.registry import register
 from sigma_vae.types import Prior
 
 __all__ = ["GaussianPrior", "StandardNormal", "drawn_kl"]
 
 
+@register.prior("standard")
 @final
 class StandardNormal(Prior):
     """N(0, I) over latents ``(*batch, latent_dim)``.
@@ -46,6 +48,7 @@ class StandardNormal(Prior):
         return temperature * z.normal_(generator=generator)
 
 
+@register.prior("gaussian")
 @final
 class GaussianPrior(FittedPrior):
     r"""N(μ, Σ) with full covariance: the mean and the covariance of the codes, which maximise their density.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
-from sigma_vae.evaluation.base import Estimate, EvaluationData, Metric, Record, Row, each_example, number_rows, omitted
+from sigma_vae.evaluation.base import Estimate, EvaluationData, Metric, Record, Row, each_example, number_rows
 from sigma_vae.registry import register
 from sigma_vae.types import Batch, Inference, Likelihood
 from sigma_vae.vae import VAE, keyed_noise
@@ -39,10 +39,10 @@ class Iwae(Record):
     examples: int
     draws: int
     noise_seed: int
-    iwae_nats: Estimate | None = omitted()
-    iwae_post_hoc_nats: Estimate | None = omitted()
-    iwae_bits_per_dim: Estimate | None = omitted()
-    iwae_bits_per_dim_post_hoc: Estimate | None = omitted()
+    iwae_nats: Estimate | None = None
+    iwae_post_hoc_nats: Estimate | None = None
+    iwae_bits_per_dim: Estimate | None = None
+    iwae_bits_per_dim_post_hoc: Estimate | None = None
     effective_sample_size: dict[str, Estimate]
     by_draws: dict[str, list[int] | list[float]]
 
@@ -125,7 +125,7 @@ def iwae(vae: VAE, batches: Batches, draws: int = 64, seed: int = 0, measures: C
     found = each_example(vae, batches, rows)  # (examples, terms, a column for each of `at`, size and dims)
     last: dict[str, Estimate] = {}
     by_draws: dict[str, list[int] | list[float]] = {"draws": at}
-    sizes = {}
+    sizes: dict[str, Estimate] = {}
     for measure, term in terms.items():
         values = found[:, distinct.index(term)]
         bounds = values[:, :-2] - batches.log_volume_nats

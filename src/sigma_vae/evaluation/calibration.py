@@ -129,7 +129,7 @@ class Calibration(Record):
     """
 
     examples: int
-    values: int
+    values: int  # type: ignore[assignment]  # the name in its JSON; go over its keys by items()
     noise_seed: int
     density: Coverage | None
     density_post_hoc: Coverage | None

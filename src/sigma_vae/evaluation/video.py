@@ -233,7 +233,7 @@ def _windows(x: Tensor) -> Tensor:
     return means.reshape(*x.shape[:-2], *means.shape[-2:])
 
 
-def _both(name: str, values: Tensor) -> dict[str, ClipEstimate]:
+def _both(name: str, values: Tensor) -> dict[str, Any]:
     """Estimates of both, from values ``(2, clips)``."""
     return {f"{kind}{name}": mean_over_clips(value) for kind, value in zip(("psnr_db", "ssim"), values, strict=True)}
 

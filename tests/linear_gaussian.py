@@ -15,7 +15,7 @@ from sigma_vae import VAE, Fixed, FlatNetwork, Gaussian
 from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.likelihoods.scales import Scale
-from sigma_vae.types import Inference, Network, Noise, Prior, Temperature
+from sigma_vae.types import Inference, Latents, Network, Noise, Prior, Temperature
 
 DIM, LATENT, SIGMA = 6, 3, 0.5
 WEIGHT = np.linalg.qr(np.random.default_rng(0).standard_normal((DIM, LATENT)))[0] * [1.5, 1.0, 0.4]
@@ -87,6 +87,10 @@ class InDouble(Network):
     def __init__(self, inner: Network) -> None:
         super().__init__()
         self.inner = inner.double()
+
+    @property
+    def latents(self) -> Latents:
+        return self.inner.latents
 
     def infer(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None

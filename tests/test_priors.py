@@ -18,7 +18,7 @@ from sigma_vae.config import ModelConfig
 from sigma_vae.data import Scaling
 from sigma_vae.priors import FittedPrior, FlowPrior, GaussianPrior, MixturePrior, StandardNormal, flow
 from sigma_vae.types import Batch, Prior
-from sigma_vae.vae import APART, keyed_noise
+from sigma_vae.vae import SEED_OFFSET, keyed_noise
 
 WEIGHTS = np.array([0.5, 0.3, 0.2])
 MEANS = np.array([[-1.5, 0.0], [1.0, 1.2], [1.2, -1.0]])
@@ -373,7 +373,7 @@ def test_fitting_the_prior_changes_nothing_else(name: str) -> None:
     assert vae.network.encoder.training
     assert [part.training for part in vae.network.decoder.modules()] == modes
     x, posterior = images(200), vae.encode(images(200))
-    draws = posterior.loc + posterior.scale * keyed_noise(torch.arange(200), seed=2 + APART)(posterior.loc.shape)
+    draws = posterior.loc + posterior.scale * keyed_noise(torch.arange(200), seed=2 + SEED_OFFSET)(posterior.loc.shape)
     gain = vae.flat_network.prior.log_prob(draws) - StandardNormal(3).log_prob(draws)
     assert gain.mean() > 0
     assert vae.sample(5).shape == (5, 1, 4, 4)

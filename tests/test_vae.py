@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sigma_vae import VAE, Elbo, Fixed, FlatNetwork, Gaussian, Optimal, PerImage, PerPixel, Shared, mlp
 from sigma_vae.likelihoods.scales import Scale
-from sigma_vae.types import Batch, Inference, Network, Noise
+from sigma_vae.types import Batch, Inference, Latents, Network, Noise
 from sigma_vae.vae import keyed_noise
 
 DIM, LATENT, NOISE = 12, 3, 0.5
@@ -169,6 +169,10 @@ class Scaled(Network):
         self.inner = inner
         self.factor = factor
 
+    @property
+    def latents(self) -> Latents:
+        return self.inner.latents
+
     def infer(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None
     ) -> Inference:
@@ -295,6 +299,10 @@ class Frames(Network):
     def __init__(self, frame: FlatNetwork) -> None:
         super().__init__()
         self.frame = frame
+
+    @property
+    def latents(self) -> Latents:
+        return self.frame.latents
 
     def infer(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None

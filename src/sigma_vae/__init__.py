@@ -1,38 +1,43 @@
 """Variational autoencoders with calibrated decoders: no KL weight to tune.
 
-Needs torch and numpy alone; data, training and the command line come with the extra ``full``.
+Needs torch and numpy alone; data, training and the command line come with the extra ``full``. Each name is imported when it is first used.
 """
 
-from sigma_vae.likelihoods import (
-    Bernoulli,
-    BitwiseCategorical,
-    Categorical,
-    ContinuousBernoulli,
-    Fixed,
-    Gaussian,
-    Laplace,
-    Logistic,
-    LogisticMixture,
-    Optimal,
-    PerImage,
-    PerPixel,
-    RunningMinimum,
-    Shared,
-    StudentT,
-)
-from sigma_vae.networks import (
-    FlatNetwork,
-    HierarchicalNetwork,
-    LadderPlan,
-    SequenceNetwork,
-    conv,
-    hierarchical,
-    mlp,
-    residual,
-    sequence,
-)
-from sigma_vae.types import Elbo
-from sigma_vae.vae import VAE
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sigma_vae.likelihoods import (
+        Bernoulli,
+        BitwiseCategorical,
+        Categorical,
+        ContinuousBernoulli,
+        Fixed,
+        Gaussian,
+        Laplace,
+        Logistic,
+        LogisticMixture,
+        Optimal,
+        PerImage,
+        PerPixel,
+        RunningMinimum,
+        Shared,
+        StudentT,
+    )
+    from sigma_vae.networks import (
+        FlatNetwork,
+        HierarchicalNetwork,
+        LadderPlan,
+        SequenceNetwork,
+        conv,
+        hierarchical,
+        mlp,
+        residual,
+        sequence,
+    )
+    from sigma_vae.types import Elbo
+    from sigma_vae.vae import VAE
 
 __version__ = "0.1.0"
 
@@ -64,3 +69,20 @@ __all__ = [
     "residual",
     "sequence",
 ]
+
+_HOMES = ("types", "likelihoods", "networks", "vae")
+"""Modules that define these names, in the order of their layers."""
+
+
+def __getattr__(name: str) -> Any:
+    for home in _HOMES if name in __all__ else ():
+        module = import_module(f"{__name__}.{home}")
+        if name in module.__all__:
+            return globals().setdefault(name, getattr(module, name))
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

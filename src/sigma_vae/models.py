@@ -1,12 +1,11 @@
 """Models by name, and models as files (safetensors and JSON)."""
 
+import inspect
 import json
-import math
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +16,13 @@ from sigma_vae import data as data_sources
 from sigma_vae.config import DataConfig, ModelConfig, parse, read_text, write_whole
 from sigma_vae.data import Scaling, Splits
 from sigma_vae.likelihoods.base import MeanMap
-from sigma_vae.networks import FlatNetwork, SequenceNetwork, conv, hierarchical, mlp, residual, sequence
-from sigma_vae.networks.hierarchical import check_plan
 from sigma_vae.networks.residual import SMALLEST
-from sigma_vae.priors import FittedPrior, FlowPrior, GaussianPrior, MixturePrior, StandardNormal
-from sigma_vae.registry import register
+from sigma_vae.registry import Entry, Registry, register
 from sigma_vae.types import Likelihood, Network, Observes, Prior
 from sigma_vae.vae import VAE
 
 __all__ = [
+    "UNNAMED",
     "Saved",
     "check_network",
     "check_prior",
@@ -34,88 +31,76 @@ __all__ = [
     "likelihood",
     "load",
     "network",
-    "positive",
     "prior",
     "prior_name",
     "save",
     "sized",
-    "unknown",
     "vae",
 ]
 
-PRIORS: dict[str, Callable[[int], Prior]] = {
-    "standard": StandardNormal,
-    "gaussian": GaussianPrior,
-    "mixture": MixturePrior,
-    "flow": FlowPrior,
-}
+UNNAMED = "unnamed"
+"""Stands for a network or likelihood that has no registered name: the model can then be loaded only into given objects."""
 
 
-def prior(name: str, latent_dim: int) -> Prior:
-    """A prior by its name; those that are fitted come unfitted. ``mixture`` takes its number of components after a colon.
+def prior(name: str, latent_dim: int, package: str | None = None) -> Prior:
+    """Make a prior by its name; a prior that is fitted to latents comes unfitted.
+
+    Args:
+        name: such as ``standard``, ``gaussian``, ``flow``, ``mixture`` or ``mixture:20``, with 20 components.
+        latent_dim: size of z.
+        package: where a saved model says that the name comes from.
 
     Raises:
-        ValueError: the name does not exist (the nearest is given), or the number is none.
+        ValueError: the name does not exist (the nearest is suggested), or the text after its colon means nothing.
 
     >>> prior("mixture:20", latent_dim=8).components
     20
     """
-    kind, colon, number = name.partition(":")
-    if not colon and kind in PRIORS:
-        return PRIORS[kind](latent_dim)
-    if kind != "mixture":
-        raise ValueError(unknown("prior", name, [*PRIORS, "mixture:20"]))
-    if not number.isdecimal() or int(number) < 1:
-        raise ValueError(f"{name}: mixture takes a number of components, as in mixture:20; got {number!r}")
-    return MixturePrior(latent_dim, int(number))
+    made: Prior = register.prior.make(name, package)(latent_dim)
+    return made
 
 
 def prior_name(prior: Prior) -> str:
-    """The name that builds such a prior, of a mixture with the number of components that it has.
+    """The name that makes such a prior; a mixture's has its number of components.
 
     Raises:
-        ValueError: it is a user's own.
+        ValueError: its class is not registered.
 
+    >>> from sigma_vae.priors import MixturePrior
     >>> prior_name(MixturePrior(latent_dim=8, components=20))
     'mixture:20'
     """
-    if isinstance(prior, MixturePrior) and prior.components is not None:
-        return f"mixture:{prior.components}"
-    for name, kind in PRIORS.items():
-        if type(prior) is kind:
-            return name
-    raise ValueError(f"{type(prior).__name__} has no name to be saved under; known: {', '.join(PRIORS)}")
+    name = register.prior.name_of(prior)
+    if name is None:
+        raise ValueError(
+            f"{type(prior).__name__} has no name to be saved under; register it with @register.prior(NAME). Known:"
+            f" {', '.join(register.prior.names())}"
+        )
+    return name
 
 
-def check_prior(name: str, network_name: str, network: Network) -> None:
-    """Refuse before training what could not be fitted after it.
+def check_prior(name: str, network_name: str, network: Network | None = None) -> None:
+    """Refuse before training a prior that the network could not take after it.
+
+    Args:
+        name: of the prior.
+        network_name: of the network; its registration says whether it takes a fitted prior, where no network is given.
+        network: asked itself, where given.
 
     Raises:
-        ValueError: there is no such prior, or the network has no flat latents that it could be fitted to.
+        ValueError: there is no such prior, or the network has no flat latents to fit it to.
     """
-    made = prior(name, network.latent_dim if isinstance(network, FlatNetwork) else 1)
-    if isinstance(made, FittedPrior) and not isinstance(network, FlatNetwork):
+    if network is None:
+        known = network_name in register.network
+        takes = not known or register.network.entry(network_name).facts.get("has_prior", True)
+    else:
+        takes = network.has_posterior and network.has_prior
+    made = prior(name, network.latents.sizes[0] if network is not None and takes else 1)
+    if not made.is_standard and not takes:
         raise ValueError(
             f"the prior {name} is fitted to a single layer of flat latents, which {network_name} does not have;"
             " take residual, conv or mlp, or prior=standard"
         )
-
-
-def positive(name: str, kind: str, number: str, what: str, example: str) -> float:
-    """The number after a colon in a name."""
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: {kind} takes a number above 0 ({what}), as in {kind}:{example}; got {number!r}")
-    return value
-
-
-def unknown(kind: str, name: str, names: Sequence[str]) -> str:
-    """The sentence about a name that does not exist."""
-    near = get_close_matches(name, names, n=1, cutoff=0.0)
-    return f"there is no {kind} {name!r}; did you mean {near[0]!r}? Known: {', '.join(names)}"
 
 
 def default_network(shape: Sequence[int], *, clips: bool = False) -> str:
@@ -127,22 +112,6 @@ def default_network(shape: Sequence[int], *, clips: bool = False) -> str:
     if clips:
         return "sequence"
     return "residual" if len(shape) in (2, 3) and min(shape[1:]) >= SMALLEST else "mlp"
-
-
-NETWORKS: dict[str, Callable[..., Network]] = {"residual": residual, "conv": conv, "mlp": mlp, "hierarchical": hierarchical}
-
-NETWORKS_WITH_A_PLAN: dict[str, Callable[[str], Callable[..., Network]]] = {
-    "hierarchical": lambda plan: partial(hierarchical, plan=plan),
-}
-
-VIDEO_NETWORKS: dict[str, Callable[..., SequenceNetwork]] = {
-    "sequence": sequence,
-    "sequence:dcgan": sequence,
-    "sequence:vgg": partial(sequence, backbone="vgg"),
-    "sequence:dcgan-fixed": partial(sequence, learned_prior=False),
-    "sequence:vgg-fixed": partial(sequence, backbone="vgg", learned_prior=False),
-}
-"""Networks for clips, told how many frames are given."""
 
 
 def likelihood(
@@ -169,10 +138,12 @@ def likelihood(
     """
     head, slash, tail = name.partition("/")
     if head not in register.likelihood:
-        raise ValueError(unknown("likelihood", name, _likelihood_names()))
+        raise ValueError(_unknown_likelihood(name))
     if register.likelihood.entry(head).object.takes_scale:
+        if not slash:
+            raise ValueError(f"{name} takes a scale, one of {_patterns(register.scale)}; did you mean '{name}/optimal'?")
         if tail not in register.scale:
-            raise ValueError(unknown("likelihood", name, _likelihood_names()))
+            raise ValueError(_unknown_likelihood(name))
         family, scale = register.likelihood.make(head), register.scale.make(tail)
         scaled: Likelihood = family(channels, scale(), spatial_dims=spatial_dims, levels=levels, mean=mean, observes=observes)
         return scaled
@@ -184,13 +155,23 @@ def likelihood(
     return made
 
 
-def _likelihood_names() -> list[str]:
-    """A working name of every family, with every scale where it takes one."""
+def _unknown_likelihood(name: str) -> str:
+    """The sentence about a name with an unknown family or scale."""
     names: list[str] = []
     for family in register.likelihood:
         scales = [f"/{scale.example}" for scale in register.scale] if family.object.takes_scale else [""]
         names += [family.example + scale for scale in scales]
-    return names
+    (near,) = get_close_matches(name, names, n=1, cutoff=0.0)
+    scaled = _patterns(entry for entry in register.likelihood if entry.object.takes_scale)
+    others = _patterns(entry for entry in register.likelihood if not entry.object.takes_scale)
+    return (
+        f"there is no likelihood {name!r}; did you mean {near!r}? Known: FAMILY/SCALE, where FAMILY is one of {scaled}, and SCALE one of"
+        f" {_patterns(register.scale)}; and without a scale {others}"
+    )
+
+
+def _patterns(entries: Iterable[Entry]) -> str:
+    return ", ".join(entry.pattern for entry in entries)
 
 
 def network(
@@ -199,43 +180,48 @@ def network(
     out_channels: int,
     latent_dim: int | None = None,
     width: int | None = None,
-    context_frames: int = 2,
+    context_frames: int | None = None,
+    package: str | None = None,
 ) -> Network:
-    """A network by its name, sized for examples of this shape (of clips, for their frames); sizes not given are the network's own.
+    """Make a network by its name.
+
+    Args:
+        name: such as ``residual`` or ``hierarchical:tiny``.
+        shape: of one example ``(C, *space)``, or of one frame for networks that read clips.
+        out_channels: the feature channels that the likelihood reads.
+        latent_dim: size of the latents; the network's own default unless given.
+        width: likewise.
+        context_frames: number of given frames at the start of a clip, likewise.
+        package: where a saved model says that the name comes from.
 
     Raises:
-        ValueError: the name does not exist, or the sizes do not fit.
+        ValueError: the name does not exist, the network has no such size, or the sizes do not fit.
 
-    >>> network("hierarchical:14,14d14/1,14m1,14", (1, 28, 28), out_channels=1).plan.layers
+    >>> network("hierarchical:14,14d14/1,14m1,14", (1, 28, 28), out_channels=1).latents.layers
     3
     """
-    check_network(name)
-    kind, colon, plan = name.partition(":")
-    sizes = {"latent_dim": latent_dim, "width": width}
-    given = {what: size for what, size in sizes.items() if size is not None}
-    for what, size in given.items():
-        if size < 1:
-            raise ValueError(f"{what} is at least 1, got {size}")
-    if name in VIDEO_NETWORKS:
-        return VIDEO_NETWORKS[name](shape, out_channels, **given, context_frames=context_frames)
-    make = NETWORKS_WITH_A_PLAN[kind](plan) if colon else NETWORKS[kind]
-    return make(shape, out_channels, **given)
+    make = register.network.make(name, package)
+    sizes = {"latent_dim": latent_dim, "width": width, "context_frames": context_frames}
+    given = {size: value for size, value in sizes.items() if value is not None}
+    accepted = inspect.signature(make).parameters
+    for size, value in given.items():
+        if size not in accepted:
+            raise ValueError(f"the network {name} has no {size}, got {size}={value}; leave it out")
+        if value < 1:
+            raise ValueError(f"{size} is at least 1, got {value}")
+    made: Network = make(shape, out_channels, **given)
+    return made
 
 
 def check_network(name: str) -> None:
-    """Refuse what is no network, whatever the data.
+    """Refuse a name of no network, whatever the data.
 
     Raises:
-        ValueError: the name does not exist, or its plan cannot be read.
+        ValueError: the name does not exist, or its plan or backbone cannot be read.
 
     >>> check_network("hierarchical:tiny")
     """
-    kind, colon, plan = name.partition(":")
-    if name not in VIDEO_NETWORKS and kind not in (NETWORKS_WITH_A_PLAN if colon else NETWORKS):
-        plans = [f"{kind}:tiny" for kind in NETWORKS_WITH_A_PLAN]
-        raise ValueError(unknown("network", name, [*NETWORKS, *plans, *VIDEO_NETWORKS]))
-    if colon and name not in VIDEO_NETWORKS:
-        check_plan(plan)
+    register.network.make(name)
 
 
 def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: bool = False) -> VAE:
@@ -246,6 +232,11 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: b
     Raises:
         ValueError: a name is unknown, or what it names does not fit the data or the other options.
     """
+    decoder = _likelihood_of(config, shape, scaling)
+    return VAE(_network_of(config, shape, decoder.in_channels, clips=clips), decoder)
+
+
+def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> Likelihood:
     mean: MeanMap = config.mean if config.mean != "auto" else "identity" if scaling.standardised else "unit"
     decoder = likelihood(
         config.likelihood, shape[0], spatial_dims=len(shape) - 1, levels=scaling.levels, mean=mean, observes=config.observes
@@ -254,11 +245,21 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: b
         raise ValueError(
             f"{config.likelihood} turns features into more than a mean, and takes no mean={config.mean!r}; leave it at auto"
         )
-    sizes = (config.latent_dim, config.width, config.context_frames)
-    name = config.network if config.network != "auto" else default_network(shape, clips=clips)
-    made = network(name, shape, decoder.in_channels, *sizes)
+    return decoder
+
+
+def network_name(config: ModelConfig, shape: Sequence[int], *, clips: bool = False) -> str:
+    """The network's name, where ``auto`` is replaced by the default for data of this shape."""
+    return config.network if config.network != "auto" else default_network(shape, clips=clips)
+
+
+def _network_of(config: ModelConfig, shape: Sequence[int], out_channels: int, *, clips: bool = False) -> Network:
+    name = network_name(config, shape, clips=clips)
+    takes_frames = "context_frames" in inspect.signature(register.network.make(name)).parameters
+    context_frames = config.context_frames if takes_frames else None
+    made = network(name, shape, out_channels, config.latent_dim, config.width, context_frames)
     check_prior(config.prior, name, made)
-    return VAE(made, decoder)
+    return made
 
 
 def data(config: DataConfig) -> Splits:
@@ -275,7 +276,7 @@ BUFFER_VALUES = 2**24
 
 
 class Saved(NamedTuple):
-    """A model and what it was built from."""
+    """A model, and the names and sizes that it was made from."""
 
     vae: VAE
     config: ModelConfig
@@ -283,31 +284,57 @@ class Saved(NamedTuple):
     scaling: Scaling
 
 
-def save(folder: Path, model: VAE, config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> None:
-    """Write weights and scales (safetensors) and what they belong to (JSON): enough to load without any training code.
+def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[int], scaling: Scaling) -> None:
+    """Write weights and scales (safetensors) and a description (JSON): enough to load the model without training code.
 
-    The prior is named after what the model has: a mixture whose number of components was chosen is saved with that number. A file that
-    is there stands until the new one is whole.
+    The prior is named after the model's own: a mixture whose number of components was chosen is saved with that number. An existing
+    file is kept until the new one is complete.
+
+    Args:
+        folder: made where it does not exist.
+        model: the model.
+        config: names and sizes of its parts; None where network and likelihood are a user's own objects without a name. Either part
+            may also be called ``"unnamed"``. Such a model is loaded with ``load(folder, network=..., likelihood=...)``.
+        shape: of one example, or of one frame.
+        scaling: of the training data.
+
+    Raises:
+        ValueError: a name is not registered.
     """
     from safetensors.torch import save as packed
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model.network, FlatNetwork):
-        config = replace(config, prior=prior_name(model.network.prior))
-    description = {"format": FORMAT, "model": asdict(config), "shape": list(shape), "scaling": asdict(scaling)}
+    config = config or ModelConfig(network=UNNAMED, likelihood=UNNAMED)
+    if model.network.has_prior:
+        own = register.prior.name_of(model.network.prior)
+        named = config.network != UNNAMED or own is not None
+        config = replace(config, prior=prior_name(model.network.prior) if named else UNNAMED)
+    description = {
+        "format": FORMAT,
+        "model": asdict(config),
+        "shape": list(shape),
+        "scaling": asdict(scaling),
+        "packages": _packages(config),
+        **_unnamed(model, config),
+    }
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "model.safetensors", packed(state))
     write_whole(folder / "model.json", json.dumps(description, indent=2) + "\n")
 
 
-def load(folder: str | Path) -> Saved:
-    """Read a model that :func:`save` wrote; nothing is unpickled, no code is run, and no more memory is taken than the files have bytes.
+def load(folder: str | Path, network: Network | None = None, likelihood: Likelihood | None = None) -> Saved:
+    """Read a model that :func:`save` wrote.
+
+    Nothing is unpickled, no module that a file names is imported, and no more memory is taken than the files have bytes.
 
     Args:
         folder: of the model, or of a run that has one.
+        network: a network of your own that takes the weights, in place of the named one.
+        likelihood: likewise.
 
     Raises:
-        ValueError: the folder holds no model, a broken one, or one of a newer format.
+        ValueError: the folder holds no model, a broken one, one of a newer format, one whose parts have no name and are not given, or
+            one made from a package that is not installed, which is named.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -318,9 +345,10 @@ def load(folder: str | Path) -> Saved:
     config = parse(description["model"], ModelConfig, str(path))
     shape = tuple(description["shape"])
     scaling = parse(description["scaling"], Scaling, str(path))
+    _check_named(path, description, config, network, likelihood)
     weights = folder / "model.safetensors"
     try:
-        model = sized(config, shape, scaling, _shapes(weights))
+        model = sized(config, shape, scaling, _shapes(weights), network, likelihood)
         model.load_state_dict(load_file(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights} does not hold the weights of {config}: {error}") from error
@@ -331,23 +359,90 @@ def _of_model(folder: Path) -> Path:
     return folder / MODEL if not (folder / "model.json").exists() and (folder / MODEL).is_dir() else folder
 
 
-def sized(config: ModelConfig, shape: tuple[int, ...], scaling: Scaling, stored: Mapping[str, Sequence[int]]) -> VAE:
+def _registered(config: ModelConfig) -> Iterator[tuple[str, Registry, str]]:
+    """Kind, registry and name of each part that has a name."""
+    family, _, scale = config.likelihood.partition("/")
+    parts = (
+        ("network", register.network, config.network),
+        ("likelihood", register.likelihood, family),
+        ("scale", register.scale, scale),
+        ("prior", register.prior, config.prior),
+    )
+    return ((kind, registry, name) for kind, registry, name in parts if name not in ("", UNNAMED, "auto") and registry.names())
+
+
+def _packages(config: ModelConfig) -> dict[str, str]:
+    """The distribution that each named part comes from."""
+    return {kind: registry.entry(name).package for kind, registry, name in _registered(config)}
+
+
+def _unnamed(model: VAE, config: ModelConfig) -> dict[str, dict[str, str]]:
+    """A description of the parts without a name, for the person who has to give them."""
+    parts = {"network": (config.network, model.network), "likelihood": (config.likelihood, model.likelihood)}
+    found = {kind: type(part).__name__ for kind, (name, part) in parts.items() if name == UNNAMED}
+    return {"unnamed": found} if found else {}
+
+
+def _check_named(
+    path: Path, description: dict[str, Any], config: ModelConfig, network: Network | None, likelihood: Likelihood | None
+) -> None:
+    """Refuse a model with a part that is neither registered nor given."""
+    given = {"network": network is not None, "likelihood": likelihood is not None, "scale": likelihood is not None}
+    for kind, name in (("network", config.network), ("likelihood", config.likelihood)):
+        if name == UNNAMED and not given[kind]:
+            kinds = description.get("unnamed")
+            what = kinds.get(kind) if isinstance(kinds, dict) else None
+            raise ValueError(
+                f"{path} has no name for its {kind}{f' (a {what})' if isinstance(what, str) else ''}, so it is opened with one of yours:"
+                f" sigma_vae.models.load(folder, {kind}=...)"
+            )
+    packages = description.get("packages", {})
+    for kind, registry, name in _registered(config):
+        package = packages.get(kind) if isinstance(packages, dict) else None
+        if not given.get(kind, False):
+            registry.entry(name, package if isinstance(package, str) else None)
+
+
+def sized(
+    config: ModelConfig,
+    shape: tuple[int, ...],
+    scaling: Scaling,
+    stored: Mapping[str, Sequence[int]],
+    network: Network | None = None,
+    likelihood: Likelihood | None = None,
+) -> VAE:
     """A new model, whose sizes are compared with those of stored weights before any memory is taken for it.
+
+    Args:
+        config: names and sizes of its parts.
+        shape: of one example.
+        scaling: of the training data.
+        stored: shape of each stored tensor.
+        network: used in place of the named one.
+        likelihood: likewise.
 
     Raises:
         ValueError: the config names no model.
         RuntimeError: it names one of other sizes.
     """
-    with torch.device("meta"):
-        sketch = _named(lambda: vae(replace(config, prior="standard"), shape, scaling), config)  # priors come after
-    _check_sizes(sketch, stored)
-    model = vae(config, shape, scaling)
-    if isinstance(model.network, FlatNetwork):
-        latent_dim = model.network.latent_dim
-        if config.prior != "flow":  # its layers cannot be sketched, and grow with the latents alone
+
+    def made(config: ModelConfig) -> VAE:
+        decoder = likelihood or _likelihood_of(config, shape, scaling)
+        return VAE(network or _network_of(config, shape, decoder.in_channels), decoder)
+
+    trained = replace(config, prior="standard")  # a fitted prior comes after
+    if network is not None or register.network.entry(network_name(config, shape)).facts.get("sketches", True):
+        with torch.device("meta"):
+            sketch = _named(lambda: made(trained), config)
+        _check_sizes(sketch, stored)
+    model = made(trained)
+    if model.network.has_prior and config.prior not in (UNNAMED, "standard"):
+        check_prior(config.prior, config.network, model.network)
+        (latent_dim,) = model.network.latents.sizes
+        if register.prior.entry(config.prior).facts.get("sketches", True):
             with torch.device("meta"):
                 _check_sizes(_named(lambda: prior(config.prior, latent_dim), config), stored, "network.prior.")
-        model.network.prior = prior(config.prior, latent_dim)
+        model.network.replace_prior(prior(config.prior, latent_dim))
     return model
 
 

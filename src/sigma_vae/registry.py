@@ -42,12 +42,14 @@ class Argument:
         parse: from the text to keyword arguments of what is registered; raises ValueError where the text means nothing.
         example: a text that works: ``"0.1"``.
         required: whether the name alone means nothing.
+        of: from an object that was made back to the text after the colon; None where the name alone makes it.
     """
 
     hint: str
     parse: Callable[[str], dict[str, Any]]
     example: str
     required: bool = False
+    of: Callable[[Any], str | None] = lambda made: None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Entry:
         object: what was registered: a class, a function, or an instance.
         package: the distribution that it comes from.
         argument: what may follow the name after a colon.
-        facts: what can be known of it before it is made: ``{"latents": "flat"}`` of a network.
+        facts: what is known before an object is made, such as ``{"latents": "flat"}`` for a network. A registration may leave facts out.
     """
 
     name: str
@@ -169,6 +171,14 @@ class Registry:
             return partial(entry.object, **entry.argument.parse(text))
         except ValueError as error:
             raise ValueError(f"{name}: {error}, as in {entry.name}:{entry.argument.example}") from error
+
+    def name_of(self, made: Any) -> str | None:
+        """The name that makes an object like this one, where its class is registered."""
+        for entry in self:
+            if entry.object is type(made):
+                text = entry.argument.of(made) if entry.argument is not None else None
+                return entry.name if text is None else f"{entry.name}:{text}"
+        return None
 
     def _unknown(self, name: str, package: str | None) -> str:
         if package is not None and package != OWN_PACKAGE:

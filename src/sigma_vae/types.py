@@ -116,23 +116,46 @@ class Elbo(NamedTuple):
 
 
 class Prior(nn.Module, ABC):
-    """p(z) over flat latents ``(*batch, latent_dim)``."""
+    """p(z) over flat latents ``(*batch, latent_dim)``.
+
+    A prior that is fitted to latents sets :attr:`needs_fit` and :attr:`least_latents`, and defines :meth:`fit`.
+    """
+
+    is_standard: bool = False
+    """Whether it is N(0, I)."""
+    needs_fit: bool = False
+    """Whether :meth:`fit` has to be called before the prior can be used."""
+    least_latents: int = 0
+    """The smallest number of latents that :meth:`fit` accepts."""
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of z, ``(*batch,)``, in nats."""
 
     @abstractmethod
-    def kl(self, posterior: torch.distributions.Normal, z: Tensor) -> Tensor:
-        """KL(q‖p), ``(*batch,)``: analytic where it can be, else from the draw z."""
+    def kl(self, posterior: Normal, z: Tensor) -> Tensor:
+        """KL(q‖p), ``(*batch,)``, in nats: in closed form where there is one, else estimated from the draw z."""
 
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         """N draws ``(n, latent_dim)``; the temperature scales their spread."""
 
+    def fit(self, latents: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
+        """Fit the density to posterior draws ``(n, latent_dim)``.
+
+        Args:
+            latents: posterior draws, :attr:`least_latents` or more.
+            held_out: other draws ``(m, latent_dim)``, for choices such as the number of components.
+            seed: seed of the fit's randomness.
+
+        Raises:
+            ValueError: the prior has nothing to fit, or cannot be fitted to these latents.
+        """
+        raise ValueError(f"{type(self).__name__} has nothing to fit: it does not define fit(latents)")
+
 
 class Prediction(NamedTuple):
-    """Predicted frames: features ``(n, frames, in_channels, H, W)``, and what was shown of them ``(n, frames, C, H, W)``."""
+    """Predicted frames: features ``(n, frames, in_channels, H, W)``, and the frames shown for them ``(n, frames, C, H, W)``."""
 
     h: Tensor
     frames: Tensor
@@ -140,10 +163,10 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Latents:
-    """What z is made of.
+    """Shape of a network's latents.
 
     Args:
-        shapes: of one example's latents, layer by layer, from the top down.
+        shapes: shape of one example's latents in each layer, from the top down.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -155,17 +178,19 @@ class Latents:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """How many latents each layer has."""
+        """Number of latents in each layer."""
         return tuple(math.prod(shape) for shape in self.shapes)
 
 
 @final
 class Flat(Latents):
-    """One vector an example: z ``(*batch, dim)``.
+    """One vector per example: z ``(*batch, dim)``.
 
     >>> Flat(20).sizes
     (20,)
     """
+
+    __match_args__ = ("dim",)
 
     def __init__(self, dim: int) -> None:
         super().__init__(((dim,),))
@@ -178,7 +203,7 @@ class Flat(Latents):
 
 @final
 class Maps(Latents):
-    """One map an example: z ``(*batch, channels, *space)``; the space is that of the training data."""
+    """One feature map per example: z ``(*batch, channels, *space)``, where ``space`` belongs to the training data's size."""
 
     def __init__(self, channels: int, *space: int) -> None:
         super().__init__(((channels, *space),))
@@ -191,33 +216,46 @@ class Hierarchy(Latents):
 
 @final
 class Frames(Latents):
-    """One vector a frame of a clip: z ``(*batch, frames, dim)``."""
+    """One vector per frame of a clip: z ``(*batch, frames, dim)``."""
+
+    __match_args__ = ("dim",)
 
     def __init__(self, dim: int) -> None:
         super().__init__(((dim,),))
 
+    @property
+    def dim(self) -> int:
+        """Size of one frame's z."""
+        return self.shapes[0][0]
+
 
 class Network(nn.Module, ABC):
-    """Encoder, latents and decoder; knows nothing of likelihoods.
+    """Encoder, latents and decoder.
 
-    A subclass has to say what its :attr:`latents` are and how to :meth:`infer` and :meth:`generate`. Whatever else it can do it shows by
-    overriding the method; the base refuses with the reason, and the rest of the package asks :attr:`has_posterior`,
-    :attr:`has_prior`, :attr:`reads_clips` before it calls. Nothing ever asks for a class.
+    A subclass defines :attr:`latents`, :meth:`infer` and :meth:`generate`. That is enough to train, evaluate, sample and save it.
 
-    To let the prior be fitted after training, keep a :class:`Prior` as ``self.prior`` and use it in ``infer`` and ``generate``.
+    Everything else is optional. A subclass that defines one of the other methods has that capability: the rest of the package asks
+    :attr:`has_posterior`, :attr:`has_prior`, :attr:`has_draw`, :attr:`has_latent_kl`, :attr:`reads_clips` or :attr:`reads_condition`
+    before it calls, and never asks for a class. The base class refuses with the reason.
+
+    To allow :meth:`VAE.fit_prior`, keep a :class:`Prior` as ``self.prior`` and use it in ``infer`` and ``generate``.
     """
 
     reads_clips: bool = False
     """Whether examples are clips ``(batch, frames, C, H, W)``; if so, :meth:`predict` continues them."""
+    context_frames: int = 0
+    """Number of given frames at the start of a clip: the likelihood covers the frames after them."""
     reads_condition: bool = False
     """Whether ``condition`` is read: labels or covariates, ``(batch, ...)``."""
     trains_in_bfloat16: bool = False
-    """Whether training in bfloat16 was measured to end alike, so that ``precision="auto"`` may choose it."""
+    """Whether bfloat16 training was measured to give the same results, so that ``precision="auto"`` may choose it."""
+    prior: Prior
+    """p(z), where :attr:`has_prior`."""
 
     @property
     @abstractmethod
     def latents(self) -> Latents:
-        """What z is made of."""
+        """Shape of the latents."""
 
     @abstractmethod
     def infer(
@@ -228,7 +266,15 @@ class Network(nn.Module, ABC):
         noise: Noise | None = None,
         condition: Tensor | None = None,
     ) -> Inference:
-        """Features, target and KL of a batch, with one posterior draw."""
+        """Features, target and KL of a batch, from one posterior draw.
+
+        Args:
+            x: data ``(batch, C, *space)``, or clips ``(batch, frames, C, H, W)``.
+            context: conditioning frames, for networks that read clips.
+            mask: valid frames ``(batch, frames)``, for networks that read clips.
+            noise: source of the posterior's standard normal numbers; torch's global generator unless given.
+            condition: labels or covariates, for networks that read a condition.
+        """
 
     @abstractmethod
     def generate(
@@ -244,49 +290,72 @@ class Network(nn.Module, ABC):
     @property
     def has_posterior(self) -> bool:
         """Whether there is one layer of latents, with :meth:`posterior` and :meth:`decode`."""
-        own = type(self)
-        return own.posterior is not Network.posterior and own.decode is not Network.decode
+        return self._defines("posterior") and self._defines("decode")
 
     @property
     def has_prior(self) -> bool:
-        """Whether ``self.prior`` can be replaced by one that is fitted to the latents."""
+        """Whether ``self.prior`` can be replaced by a prior fitted to the latents."""
         return isinstance(getattr(self, "prior", None), Prior)
 
+    @property
+    def has_draw(self) -> bool:
+        """Whether :meth:`draw` decodes several draws of each example from one posterior."""
+        return self._defines("draw")
+
+    @property
+    def has_latent_kl(self) -> bool:
+        """Whether :meth:`latent_kl` gives the KL of each latent."""
+        return self._defines("latent_kl")
+
     def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
-        """q(z|x) of networks with one layer of latents, parameters of z's shape.
+        """q(z|x) of a network with one layer of latents; its parameters have the shape of z.
 
         Raises:
             ValueError: the network has no such posterior.
         """
-        raise ValueError(
-            f"{type(self).__name__} has no posterior of a single layer of latents: it does not define posterior(x)"
-        )
+        raise self._lacks("no single layer of flat latents", "posterior(x)")
 
     def decode(self, z: Tensor | Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
-        """Features of latents.
+        """Features of given latents.
 
         Raises:
             ValueError: the network cannot decode given latents.
         """
-        raise ValueError(f"{type(self).__name__} cannot decode given latents: it does not define decode(z)")
+        raise self._lacks("no way to decode given latents", "decode(z)")
+
+    def draw(self, x: Tensor, posterior: Normal, unit: Tensor) -> Inference:
+        """Do what :meth:`infer` does, for several draws of each example from a posterior that is already computed.
+
+        Args:
+            x: data ``(batch, C, *space)``.
+            posterior: q(z|x), from :meth:`posterior`.
+            unit: standard normal numbers ``(*draws, batch, *shape of z)``.
+
+        Shapes:
+            h ``(*draws, batch, in_channels, *space)``, kl ``(*draws, batch, layers)`` and so on.
+
+        Raises:
+            ValueError: the network can only :meth:`infer`.
+        """
+        raise self._lacks("no way to decode several draws at once", "draw(x, posterior, unit)")
 
     def replace_prior(self, prior: Prior) -> None:
-        """Sample from this prior, and measure the KL to it, from now on.
+        """Use this prior from now on, for sampling and for the KL.
 
         Raises:
             ValueError: the network's prior is a part of it.
         """
         if not self.has_prior:
-            raise ValueError(f"{type(self).__name__} has no replaceable prior: it keeps no Prior as self.prior")
+            raise self._lacks("no replaceable prior", "a Prior as self.prior")
         self.prior = prior
 
     def latent_kl(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
         """KL(q‖p) of each latent, ``(batch, *shape)`` for each layer, in nats.
 
         Raises:
-            ValueError: the network does not say.
+            ValueError: the network does not report it.
         """
-        raise ValueError(f"{type(self).__name__} does not report the KL of single latents: it does not define latent_kl(x)")
+        raise self._lacks("no report of the KL of single latents", "latent_kl(x)")
 
     def predict(
         self,
@@ -298,16 +367,22 @@ class Network(nn.Module, ABC):
         *,
         batch_statistics: bool = False,
     ) -> Prediction:
-        """Continue clips frame by frame, each predicted from what ``show`` makes of the last one's features.
+        """Continue clips frame by frame; each frame is predicted from the last one's features, turned into a frame by ``show``.
 
         Raises:
             ValueError: the network reads no clips.
         """
         raise ValueError(f"{type(self).__name__} predicts no frames: it reads single examples, not clips")
 
-    def shards(self) -> Iterable[nn.Module]:
-        """Parts whose weights may be shared out over processes one by one (FSDP); none unless the network names some."""
+    def shards(self) -> Sequence[nn.Module]:
+        """Blocks whose weights can be sharded across processes one by one (FSDP); empty unless the network names some."""
         return ()
+
+    def _defines(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(Network, method)
+
+    def _lacks(self, what: str, remedy: str) -> ValueError:
+        return ValueError(f"{type(self).__name__} has {what}: it does not define {remedy}")
 
 
 class DataDistribution(Distribution, ABC):

@@ -8,21 +8,32 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from sigma_vae.networks.flat import FlatNetwork
-from sigma_vae.networks.sequence import FRAMES, SequenceNetwork, starts
-from sigma_vae.priors import FittedPrior
-from sigma_vae.types import Batch, Elbo, Likelihood, Network, Noise, Temperature, per_layer
+from sigma_vae.networks.sequence import FRAMES, starts
+from sigma_vae.types import Batch, Elbo, Likelihood, Network, Noise, Prior, Temperature, per_layer
 
-__all__ = ["APART", "VAE", "Decoded", "Examples", "Scores", "Show", "codes", "in_eval_mode", "in_full_precision", "keyed_noise"]
+__all__ = [
+    "SEED_OFFSET",
+    "VAE",
+    "Examples",
+    "FeaturePairs",
+    "Scores",
+    "Show",
+    "in_eval_mode",
+    "in_full_precision",
+    "keyed_noise",
+    "latents_of",
+]
 
 Examples = Batch | Tensor | Sequence[Tensor]
 """A batch as a loader may give it: x, or (x, ...)."""
 
 CACHE_BYTES = 2**30
 
-APART = 2**20
-"""Added to a seed: noise that draws with the seed do not have. Where latents know little, codes are noise, and if those that a density
-is fitted to had the noise of those that it is judged by, they would be the same codes."""
+SEED_OFFSET = 2**20
+"""Added to a seed, so that a density is fitted to latents with other noise than those that it is evaluated on.
+
+Where posteriors say little, latents are mostly noise: with shared noise, both sets would be nearly the same latents."""
+APART = SEED_OFFSET
 
 
 def keyed_noise(positions: Tensor, seed: int = 0) -> Noise:
@@ -61,7 +72,7 @@ def in_full_precision(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-class Decoded:
+class FeaturePairs:
     """Pairs (h, target) of a loader's data under noise that repeats; kept in memory after the first pass where they are few."""
 
     def __init__(self, network: Network, loader: Iterable[Examples], seed: int, device: torch.device) -> None:
@@ -90,7 +101,7 @@ class Decoded:
             self.cache = cache
 
 
-def codes(network: FlatNetwork, loader: Iterable[Examples], seed: int) -> Tensor:
+def latents_of(network: Network, loader: Iterable[Examples], seed: int) -> Tensor:
     """One posterior draw of each example, ``(n, latent_dim)``, under noise of the example's position and the seed.
 
     Raises:
@@ -99,7 +110,7 @@ def codes(network: FlatNetwork, loader: Iterable[Examples], seed: int) -> Tensor
     device = next(network.parameters()).device
     draws = []
     for x, positions, _ in _examples(loader):
-        posterior = network.encode(x.to(device))
+        posterior = network.posterior(x.to(device))
         mean, std = posterior.loc, posterior.scale
         draws.append(mean + std * keyed_noise(positions, seed)(mean.shape).to(mean))
     if not draws:
@@ -199,11 +210,11 @@ class VAE(nn.Module):
         mass = mass_post_hoc = None
         if self.likelihood.levels is not None and self.likelihood.normalised:
             mass = inference.per_example(self.likelihood.log_mass(h, target))
-            mass_post_hoc = inference.per_example(self.likelihood.log_mass(h, target, post_hoc=True))
+            mass_post_hoc = inference.per_example(self.likelihood.log_mass(h, target, refitted=True))
         return Scores(
             rate=inference.kl.sum(-1),
             log_likelihood=inference.per_example(self.likelihood(h).log_prob(target)),
-            log_likelihood_post_hoc=inference.per_example(self.likelihood.post_hoc(h).log_prob(target)),
+            log_likelihood_post_hoc=inference.per_example(self.likelihood.distribution(h, refitted=True).log_prob(target)),
             log_mass=mass,
             log_mass_post_hoc=mass_post_hoc,
             kl=inference.kl,
@@ -230,7 +241,7 @@ class VAE(nn.Module):
             generator: of the latents; a draw from p(x|z) uses torch's global one.
             temperature: scales the spread of the latents: one number, or one for each layer.
         """
-        if isinstance(self.network, SequenceNetwork):
+        if self.network.reads_clips:
             (single,) = per_layer(temperature, 1)
             return self.predict(starts(n, context), show=show, generator=generator, temperature=single)[0]
         h = self.network.generate(n, context, generator, temperature)
@@ -264,7 +275,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: the network is none for videos, or context and counts do not fit.
         """
-        network = self.video_network
+        network = self.network
         if samples < 1:
             raise ValueError(f"samples counts the predictions of each clip and is at least 1, got {samples}")
         predicted = network.predict(
@@ -287,22 +298,36 @@ class VAE(nn.Module):
         Raises:
             ValueError: the network has no flat latents.
         """
-        return self.flat_network.encode(x)
+        return self.network.posterior(x)
+
+    def decode(self, z: Tensor, show: Show = "mean") -> Tensor:
+        """Data of given latents ``(batch, *shape of z)``: the mean of p(x|z), or a draw from it.
+
+        Raises:
+            ValueError: the network cannot decode given latents.
+        """
+        return _shown(self.likelihood, self.network.decode(z), show)
 
     @property
-    def flat_network(self) -> FlatNetwork:
-        """The network, where it has one layer of flat latents."""
-        if not isinstance(self.network, FlatNetwork):
-            raise ValueError(
-                f"{type(self.network).__name__} has no single layer of flat latents; this works on FlatNetwork alone"
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def flat_network(self) -> Network:
+        """Deprecated: use :attr:`network`, and ask ``network.has_posterior``."""
+        return self._deprecated("flat_network", has=self.network.has_posterior and self.network.has_prior)
+
+    @property
+    def video_network(self) -> Network:
+        """Deprecated: use :attr:`network`, and ask ``network.reads_clips``."""
+        return self._deprecated("video_network", has=self.network.reads_clips)
+
+    def _deprecated(self, name: str, *, has: bool) -> Network:
+        if not has:
+            raise AttributeError(
+                f"{type(self.network).__name__} is no {name.replace('_', ' ')}: VAE.{name} is deprecated, use VAE.network"
             )
-        return self.network
-
-    @property
-    def video_network(self) -> SequenceNetwork:
-        """The network, where it is one for clips."""
-        if not isinstance(self.network, SequenceNetwork):
-            raise ValueError(f"{type(self.network).__name__} predicts no frames; this works on SequenceNetwork alone")
         return self.network
 
     @torch.no_grad()
@@ -318,11 +343,11 @@ class VAE(nn.Module):
             seed: of the posterior's noise.
         """
         with in_eval_mode(self):
-            self.likelihood.calibrate(Decoded(self.network, loader, seed, next(self.parameters()).device))
+            self.likelihood.calibrate(FeaturePairs(self.network, loader, seed, next(self.parameters()).device))
 
     @torch.no_grad()
     def fit_prior(
-        self, loader: "Iterable[Examples]", prior: FittedPrior, validation: "Iterable[Examples] | None" = None, seed: int = 0
+        self, loader: "Iterable[Examples]", prior: Prior, validation: "Iterable[Examples] | None" = None, seed: int = 0
     ) -> None:
         """Fit a prior to one posterior draw of each of the loader's examples, and take it in place of the network's.
 
@@ -345,15 +370,17 @@ class VAE(nn.Module):
         >>> likelihood = Gaussian(channels=1)
         >>> vae = VAE(mlp((1, 8, 8), likelihood.in_channels, latent_dim=3), likelihood)
         >>> vae.fit_prior(torch.rand(4, 16, 1, 8, 8), GaussianPrior(latent_dim=3))
-        >>> vae.flat_network.prior.mean.shape
+        >>> vae.network.prior.mean.shape
         torch.Size([3])
         """
-        network = self.flat_network
+        network = self.network
+        if not (network.has_posterior and network.has_prior):
+            raise ValueError(f"{type(network).__name__} has no single layer of flat latents with a prior that can be replaced")
         with in_eval_mode(self):
-            draws = codes(network, loader, seed + APART)
-            held_out = None if validation is None else codes(network, validation, seed + 2 * APART)
+            draws = latents_of(network, loader, seed + SEED_OFFSET)
+            held_out = None if validation is None else latents_of(network, validation, seed + 2 * SEED_OFFSET)
         prior.to(draws).fit(draws, held_out, seed)
-        network.prior = prior
+        network.replace_prior(prior)
 
 
 def _shown(likelihood: Likelihood, h: Tensor, show: Show) -> Tensor:

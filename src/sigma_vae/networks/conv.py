@@ -6,12 +6,14 @@ from typing import final
 from torch import Tensor, nn
 
 from sigma_vae.networks.flat import FlatNetwork
+from sigma_vae.registry import register
 
 __all__ = ["conv"]
 
 SMALLEST = 4
 
 
+@register.network("conv", latents="flat", reads_clips=False, has_prior=True)
 def conv(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 32) -> FlatNetwork:
     """Three convolutions down to a quarter of the size, three transposed ones back (the paper's released code).
 

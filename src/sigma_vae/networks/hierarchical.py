@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sigma_vae.registry import Argument, register
 from sigma_vae.types import Hierarchy, Inference, Network, Noise, Temperature, per_layer
 
 __all__ = [
@@ -331,6 +332,14 @@ class _Preset(NamedTuple):
     latent_dim: int
 
 
+def _plan(text: str) -> dict[str, str]:
+    check_plan(text)
+    return {"plan": text}
+
+
+@register.network(
+    "hierarchical", argument=Argument("plan", _plan, "tiny"), latents="hierarchical", reads_clips=False, has_prior=False
+)
 def hierarchical(
     shape: Sequence[int],
     out_channels: int,
@@ -518,6 +527,10 @@ class HierarchicalNetwork(Network):
         if not given or given != shapes[: len(given)]:
             raise ValueError(f"decode takes latents of the top layer or more, of shapes {shapes}; got {given}")
         return self._descend(len(latents[0]), self._prior_draws(latents, generator, temperature))
+
+    def shards(self) -> list[nn.Module]:
+        """Every residual block: each is whole only while it computes."""
+        return [module for module in self.modules() if isinstance(module, nn.Sequential)]
 
     def _infer(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, list[Draw]]:
         features = self._encode(x)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sigma_vae.networks.flat import FlatNetwork
+from sigma_vae.registry import register
 
 __all__ = ["mlp"]
 
@@ -14,6 +15,7 @@ START_LOG_VARIANCE = -4.0
 """Of the posterior, before training: from 0, where N(0, 1) noise hides every code, units switch off while σ is still large."""
 
 
+@register.network("mlp", latents="flat", reads_clips=False, has_prior=True)
 def mlp(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 400) -> FlatNetwork:
     """Two hidden layers each way, ReLU between them; the untrained posterior is narrow, with a log-variance around −4.
 

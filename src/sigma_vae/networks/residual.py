@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from sigma_vae.networks.flat import FlatNetwork
+from sigma_vae.registry import register
 
 __all__ = ["residual"]
 
@@ -31,6 +32,7 @@ TRANSPOSED: dict[int, type[nn.ConvTranspose1d | nn.ConvTranspose2d]] = {1: nn.Co
 _Weighted = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.Linear
 
 
+@register.network("residual", latents="flat", reads_clips=False, has_prior=True)
 def residual(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 16) -> FlatNetwork:
     r"""Halve the size until it is at most 8, with residual blocks below the first level; then dense layers; the same back.
 

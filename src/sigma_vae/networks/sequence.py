@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sigma_vae.registry import Argument, register
 from sigma_vae.types import Frames, Inference, Network, Noise, Prediction, Temperature, per_layer
 
 __all__ = [
@@ -615,6 +616,17 @@ class SequenceNetwork(Network):
         return _put(self.decoder(codes[mask], shares, lambda share: share[clips]), mask)
 
 
+def _variant(text: str) -> dict[str, object]:
+    """Keyword arguments for ``dcgan``, ``vgg``, ``dcgan-fixed`` or ``vgg-fixed``."""
+    backbone, fixed, rest = text.partition("-fixed")
+    if backbone not in BACKBONES or rest:
+        raise ValueError(f"the backbone is one of {', '.join(BACKBONES)}, with -fixed for the prior N(0, I); got {text!r}")
+    return {"backbone": backbone, "learned_prior": not fixed}
+
+
+@register.network(
+    "sequence", argument=Argument("backbone", _variant, "dcgan"), latents="frames", reads_clips=True, has_prior=False
+)
 def sequence(
     shape: Sequence[int],
     out_channels: int,

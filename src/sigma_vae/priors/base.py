@@ -23,18 +23,20 @@ class FittedPrior(Prior):
 
     Args:
         latent_dim: size of z.
-        least_codes: how many it needs to be fitted.
+        least_latents: how many it needs to be fitted.
 
     Raises:
         ValueError: latent_dim is below 1.
     """
 
-    def __init__(self, latent_dim: int, least_codes: int) -> None:
+    needs_fit = True
+
+    def __init__(self, latent_dim: int, least_latents: int) -> None:
         super().__init__()
         if latent_dim < 1:
             raise ValueError(f"latent_dim is the size of the codes, at least 1; got {latent_dim}")
         self.latent_dim = latent_dim
-        self.least_codes = least_codes
+        self.least_latents = least_latents
         self.fitted = False
         self.register_load_state_dict_post_hook(_see_whether_fitted)  # type: ignore[no-untyped-call]
 
@@ -43,7 +45,7 @@ class FittedPrior(Prior):
         """Fit the density in float64 on the CPU, and store it in the dtype and on the device that this module has.
 
         Args:
-            codes: posterior draws ``(n, latent_dim)``, ``least_codes`` or more.
+            codes: posterior draws ``(n, latent_dim)``, ``least_latents`` or more.
             held_out: others ``(m, latent_dim)``, by whose density something is chosen; where nothing is, they are not looked at.
             seed: of all that is random in it.
 
@@ -52,8 +54,8 @@ class FittedPrior(Prior):
         """
 
     def checked(self, codes: Tensor, least: int | None = None) -> Tensor:
-        """The codes in float64 on the CPU, after a look at their shape and their number, at least ``least_codes`` unless given."""
-        least = self.least_codes if least is None else least
+        """The codes in float64 on the CPU, after a look at their shape and their number, at least ``least_latents`` unless given."""
+        least = self.least_latents if least is None else least
         if codes.dim() != 2 or codes.shape[1] != self.latent_dim:
             raise ValueError(f"codes are (n, {self.latent_dim}), one row an example; got {tuple(codes.shape)}")
         if len(codes) < least:

@@ -10,6 +10,7 @@ from torch.distributions import Distribution, Normal
 
 from sigma_vae.priors.base import FittedPrior
 from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
+from sigma_vae.registry import register
 
 __all__ = ["FlowPrior"]
 
@@ -21,6 +22,7 @@ MOST_HELD_OUT = 2000
 HELD_OUT_SHARE = 0.1
 
 
+@register.prior("flow", sketches=False)  # zuko cannot build its layers on the meta device
 @final
 class FlowPrior(FittedPrior):
     r"""A neural spline flow (Durkan et al. 2019, arXiv 1906.04032) over whitened codes.
@@ -47,7 +49,7 @@ class FlowPrior(FittedPrior):
     """
 
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim, least_codes=max(20, 2 * latent_dim))
+        super().__init__(latent_dim, least_latents=max(20, 2 * latent_dim))
         self.moments = GaussianPrior(latent_dim)
         self.transform = _transform(latent_dim, seed=0)
 

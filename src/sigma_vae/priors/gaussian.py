@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from sigma_vae.priors.base import FittedPrior
+from sigma_vae.registry import register
 from sigma_vae.types import Prior
 
 __all__ = ["GaussianPrior", "StandardNormal", "drawn_kl"]
 
 
+@register.prior("standard")
 @final
 class StandardNormal(Prior):
     """N(0, I) over latents ``(*batch, latent_dim)``.
@@ -21,6 +23,8 @@ class StandardNormal(Prior):
     >>> prior.kl(Normal(torch.ones(1, 2), torch.ones(1, 2)), torch.zeros(1, 2))
     tensor([1.])
     """
+
+    is_standard = True
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
@@ -44,6 +48,7 @@ class StandardNormal(Prior):
         return temperature * z.normal_(generator=generator)
 
 
+@register.prior("gaussian")
 @final
 class GaussianPrior(FittedPrior):
     r"""N(μ, Σ) with full covariance: the mean and the covariance of the codes, which maximise their density.
@@ -70,7 +75,7 @@ class GaussianPrior(FittedPrior):
     scale_tril: Tensor
 
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim, least_codes=latent_dim + 1)
+        super().__init__(latent_dim, least_latents=latent_dim + 1)
         self.register_buffer("mean", torch.full((latent_dim,), math.nan))
         self.register_buffer("scale_tril", torch.full((latent_dim, latent_dim), math.nan))
 

@@ -10,6 +10,7 @@ from torch.distributions import Normal
 
 from sigma_vae.priors.base import FittedPrior
 from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
+from sigma_vae.registry import Argument, register
 
 __all__ = ["MixturePrior"]
 
@@ -22,6 +23,17 @@ REGULARISATION = 1e-6
 ITERATIONS = 100
 
 
+def _components(text: str) -> dict[str, int]:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"mixture takes a number of components, got {text!r}")
+    return {"components": int(text)}
+
+
+def _components_of(prior: "MixturePrior") -> str | None:
+    return None if prior.components is None else str(prior.components)
+
+
+@register.prior("mixture", argument=Argument("components", _components, "20", of=_components_of))
 @final
 class MixturePrior(FittedPrior):
     r"""A mixture of Gaussians with full covariances.
@@ -58,7 +70,7 @@ class MixturePrior(FittedPrior):
     scale_trils: Tensor
 
     def __init__(self, latent_dim: int, components: int | None = None) -> None:
-        super().__init__(latent_dim, least_codes=max(latent_dim + 1, components or 1))
+        super().__init__(latent_dim, least_latents=max(latent_dim + 1, components or 1))
         if components is not None and components < 1:
             raise ValueError(
                 f"components counts the Gaussians and is at least 1 (None: chosen by held-out codes), got {components}"

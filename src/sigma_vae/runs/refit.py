@@ -203,9 +203,9 @@ def check_codes(prior: str, vae: VAE, data: Splits) -> None:
     if prior == "standard":
         return
     made = models.prior(prior, vae.flat_network.latent_dim)
-    if isinstance(made, FittedPrior) and len(data.train) < made.least_codes:
+    if isinstance(made, FittedPrior) and len(data.train) < made.least_latents:
         raise ValueError(
-            f"the prior {prior} over {made.latent_dim} latents needs at least {made.least_codes} training examples,"
+            f"the prior {prior} over {made.latent_dim} latents needs at least {made.least_latents} training examples,"
             f" {data.name} has {len(data.train)}; take prior=standard, or fewer latents"
         )
 

@@ -19,6 +19,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -74,7 +75,8 @@ class Entry:
     def summary(self) -> str:
         """The first sentence of its docstring, for help texts and tables."""
         first = (inspect.getdoc(self.object) or "").partition("\n\n")[0].replace("\n", " ")
-        return first.partition(". ")[0].removesuffix(".")
+        plain = re.sub(r"(?::\w+:)?`+([^`]*)`+", r"\1", first)
+        return re.split(r"\.\s+(?=[A-Z])", plain)[0].removesuffix(".")
 
     @property
     def pattern(self) -> str:
@@ -179,6 +181,12 @@ class Registry:
                 text = entry.argument.of(made) if entry.argument is not None else None
                 return entry.name if text is None else f"{entry.name}:{text}"
         return None
+
+    def table(self) -> str:
+        """All names with their summaries, as a Markdown table."""
+        patterns = (entry.pattern.replace("|", "\\|") for entry in self)
+        rows = (f"| `{pattern}` | {entry.summary} |" for pattern, entry in zip(patterns, self, strict=True))
+        return "\n".join(("| name | meaning |", "| --- | --- |", *rows))
 
     def _unknown(self, name: str, package: str | None) -> str:
         if package is not None and package != OWN_PACKAGE:

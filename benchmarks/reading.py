@@ -25,7 +25,7 @@ from sigma_vae import VAE, Gaussian, mlp
 from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data import Batches, Scaling, load
 from sigma_vae.data.cache import BLOCK, FOLDER, FORMAT, cached, key_of
-from sigma_vae.data.raw import Encoded
+from sigma_vae.data.stores import Encoded
 
 BATCH, CROP, SIZE, WORKERS = 128, 148, 64, 2
 SHAPE = (3, SIZE, SIZE)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sigma_vae import data
 from sigma_vae.config import ClipConfig, DataConfig
-from sigma_vae.data import NAMES, load
+from sigma_vae.data import load, names
 
 SPLITS = ("train", "validation", "test")
 GREY = np.random.RandomState(0).randint(0, 256, (40, 6, 5)).astype(np.uint8)
@@ -252,7 +253,7 @@ def test_bad_archives_are_refused(tmp_path, kind):
     ("config", "message"),
     [
         (DataConfig("fashon-mnist"), "did you mean fashion-mnist"),
-        (DataConfig("qqq"), r"expected a data set \(digits, "),
+        (DataConfig("qqq"), r"expected a data set \(bair, .*, hub:OWNER/NAME.*, or the path of .*\.npy, "),
         (DataConfig("absent.npy"), "no such file; check the path"),
         (DataConfig("digits", levels=256), "digits has 17 levels, got levels=256"),
         (DataConfig("digits", layout="n-c"), "layout says nothing about digits, got 'n-c'; leave it out"),
@@ -277,15 +278,20 @@ def test_other_files_are_refused(tmp_path, name):
 
 
 def test_names_are_what_load_knows():
-    assert NAMES == (
-        "digits",
-        "mnist-5k",
-        "mnist",
-        "fashion-mnist",
-        "cifar10",
-        "svhn",
-        "celeba",
-        "frey-faces",
-        "moving-mnist",
+    assert names() == (
         "bair",
+        "celeba",
+        "cifar10",
+        "digits",
+        "fashion-mnist",
+        "frey-faces",
+        "mnist",
+        "mnist-5k",
+        "moving-mnist",
+        "svhn",
     )
+
+
+def test_the_old_list_of_names_warns():
+    with pytest.warns(DeprecationWarning, match=r"call sigma_vae\.data\.names\(\)"):
+        assert data.NAMES == names()

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from sigma_vae.data.sources import arrays, hdf5
 
 from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data import cache, load
-from sigma_vae.data.sources import arrays, hdf5
 
 SPLITS = ("train", "validation", "test")
 STATE = np.random.RandomState(0)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sigma_vae.data.sources import films, windows
 
 from sigma_vae.config import ClipConfig, DataConfig, ImageConfig
 from sigma_vae.data import load
 from sigma_vae.data.pictures import plan
-from sigma_vae.data.sources import films, windows
 from sigma_vae.data.videos import Film, Frames
 
 av = pytest.importorskip("av", reason="videos need the package av")

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from sigma_vae import VAE, Fixed, Gaussian, HierarchicalNetwork, LadderPlan, LogisticMixture, hierarchical, mlp, models
+from sigma_vae import VAE, Fixed, Gaussian, HierarchicalNetwork, HierarchyPlan, LogisticMixture, hierarchical, mlp, models
 from sigma_vae.config import ModelConfig, TrainingConfig
 from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
@@ -101,7 +101,7 @@ def test_the_analytic_kl_is_the_mean_of_the_log_ratio(case):
 def test_decoding_the_posteriors_draw_gives_what_inference_gave(case):
     network, x = case.trained(), case.images(3)
     latents = network.draw_latents(x, noise_of(3))
-    assert [tuple(z.shape[1:]) for z in latents] == network.layer_shapes
+    assert [tuple(z.shape[1:]) for z in latents] == list(network.latents.shapes)
     torch.testing.assert_close(network.decode(latents), network.infer(x, noise=noise_of(3)).h, rtol=0, atol=0)
 
 
@@ -201,21 +201,21 @@ def test_the_published_network_has_its_published_size():
 
 @pytest.mark.parametrize("text", ["8,8d8/1,8m1", "6x3,6d2,3x2,3d3,1/1x4,3m1,3,6m3,6x2", "4x2/4x2", "10d2,5x12,5d5/1,5m1,10m5"])
 def test_a_plan_can_be_written_and_read(text):
-    plan = LadderPlan.parse(text)
+    plan = HierarchyPlan.parse(text)
     assert str(plan) == text
-    assert LadderPlan(plan.encoder, plan.decoder) == plan
+    assert HierarchyPlan(plan.encoder, plan.decoder) == plan
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("8,8d8", "which has no slash"),
-        ("8,8d8/", "'' in '' is no block"),
-        ("8,8q8/1", "'8q8' in '8,8q8' is no block"),
-        ("8,8m8/1", "'8m8' in '8,8m8' is no block"),
-        ("8,8d8/1,8d1", "'8d1' in '1,8d1' is no block"),
-        ("8x0/8", "'8x0' in '8x0' is no block"),
-        ("0/0", "'0' in '0' is no block"),
+        ("8,8d8/", "'' in '' is not a block"),
+        ("8,8q8/1", "'8q8' in '8,8q8' is not a block"),
+        ("8,8m8/1", "'8m8' in '8,8m8' is not a block"),
+        ("8,8d8/1,8d1", "'8d1' in '1,8d1' is not a block"),
+        ("8x0/8", "'8x0' in '8x0' is not a block"),
+        ("0/0", "'0' in '0' is not a block"),
         ("8,8d-2/1", "'8d-2' in"),
         ("8,4/4", "block at 4 gets features of resolution 8; pool before it, as in 8d2"),
         ("8d3/1", "8d3 pools 8 by what does not divide it"),
@@ -231,7 +231,7 @@ def test_a_plan_can_be_written_and_read(text):
 )
 def test_an_impossible_plan_is_refused_with_a_remedy(text, says):
     with pytest.raises(ValueError, match=says):
-        LadderPlan.parse(text)
+        HierarchyPlan.parse(text)
 
 
 @pytest.mark.parametrize(

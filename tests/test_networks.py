@@ -66,7 +66,7 @@ def test_features_are_of_the_data_s_size(name: str, shape: tuple[int, ...]) -> N
     assert inference.h.shape == (BATCH, 2, *shape[1:])
     assert inference.target is x
     assert inference.kl.shape == (BATCH, 1)
-    assert network.encode(x).loc.shape == (BATCH, LATENT)
+    assert network.posterior(x).loc.shape == (BATCH, LATENT)
     assert network.generate(5).shape == (5, 2, *shape[1:])
 
 
@@ -92,7 +92,7 @@ def test_every_feature_depends_on_the_latents(name: str, shape: tuple[int, ...])
 def test_the_encoder_sees_every_value(name: str, shape: tuple[int, ...]) -> None:
     network = build(name, shape).double()
     x = examples(shape).double().requires_grad_()
-    network.encode(x).loc.sum().backward()
+    network.posterior(x).loc.sum().backward()
     assert x.grad is not None
     assert x.grad.ne(0).any(0).all()
 

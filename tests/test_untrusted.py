@@ -119,6 +119,7 @@ OWN_MODULES = {
     "registry.py": {"importlib.import_module(self.home)", "importlib.import_module(f'{self.home}.{module.name}')",
                     "importlib.import_module(module.name)"},
     "__init__.py": {"import_module(f'{__name__}.{home}')", "import_module(f'{__name__}.{name}')"},
+    "cli/__init__.py": {"import_module(f'{__name__}.{module}')"},
 }  # fmt: skip
 """Imports of this package's own modules when they are first needed; the names come from its sources."""
 

@@ -277,7 +277,7 @@ def test_the_encoder_gives_means_then_log_variances() -> None:
     raw = vae.network.encoder(x)
     torch.testing.assert_close(vae.encode(x).loc, raw[:, :3])
     torch.testing.assert_close(vae.encode(x).variance, raw[:, 3:].exp())
-    half = FlatNetwork(nn.Sequential(nn.Flatten(), nn.Linear(64, 6)).bfloat16(), nn.Linear(3, 64), 3).encode(x.bfloat16())
+    half = FlatNetwork(nn.Sequential(nn.Flatten(), nn.Linear(64, 6)).bfloat16(), nn.Linear(3, 64), 3).posterior(x.bfloat16())
     assert half.loc.dtype == half.scale.dtype == torch.float32
 
 

@@ -3,6 +3,7 @@
 Needs torch and numpy alone; data, training and the command line come with the extra ``full``. Each name is imported when it is first used.
 """
 
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from sigma_vae.networks import (
         FlatNetwork,
         HierarchicalNetwork,
-        LadderPlan,
+        HierarchyPlan,
         SequenceNetwork,
         conv,
         hierarchical,
@@ -52,7 +53,7 @@ __all__ = [
     "FlatNetwork",
     "Gaussian",
     "HierarchicalNetwork",
-    "LadderPlan",
+    "HierarchyPlan",
     "Laplace",
     "Logistic",
     "LogisticMixture",
@@ -75,6 +76,9 @@ _HOMES = ("types", "likelihoods", "networks", "vae")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "LadderPlan":
+        warnings.warn("sigma_vae.LadderPlan is now sigma_vae.HierarchyPlan", DeprecationWarning, stacklevel=2)
+        name = "HierarchyPlan"
     for home in _HOMES if name in __all__ else ():
         module = import_module(f"{__name__}.{home}")
         if name in module.__all__:

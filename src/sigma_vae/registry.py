@@ -27,7 +27,9 @@ from functools import partial
 from importlib.metadata import EntryPoint, entry_points, packages_distributions
 from typing import Any, TypeVar
 
-__all__ = ["Argument", "Entry", "Registry", "number_above_zero", "register"]
+from typing_extensions import Doc
+
+__all__ = ["Argument", "Entry", "Names", "Registry", "number_above_zero", "register"]
 
 OWN_PACKAGE = "sigma-vae"
 
@@ -132,6 +134,10 @@ class Registry:
         """All names, without arguments: ours first, in alphabetical order."""
         return [entry.name for entry in self]
 
+    def listing(self) -> str:
+        """All names with their summaries, a line each, for help texts."""
+        return "\n".join(f"- {entry.pattern}: {entry.summary}" for entry in self)
+
     def __iter__(self) -> Iterator[Entry]:
         self._load()
         return iter(sorted(self._entries.values(), key=lambda entry: (entry.package != OWN_PACKAGE, entry.name)))
@@ -213,8 +219,8 @@ class Registry:
             return
         self._loaded = True  # first: what is imported now may look names up
         home = importlib.import_module(self.home)
-        for module in pkgutil.iter_modules(getattr(home, "__path__", [])):
-            importlib.import_module(f"{self.home}.{module.name}")
+        for module in pkgutil.walk_packages(getattr(home, "__path__", []), f"{self.home}."):
+            importlib.import_module(module.name)
         for point in entry_points(group=self.group):
             self._load_point(point)
 
@@ -228,6 +234,29 @@ class Registry:
             ) from error
         if not any(_is_same(entry.object, registered) for entry in self._entries.values()):
             self._add(Entry(point.name, registered, package))
+
+
+class Names(Doc):
+    """Help text of an option that takes a registered name; it ends with the names and their summaries.
+
+    It annotates the option: ``network: Annotated[str, Names("Name of the network.", register.network)]``. The registries are read when the
+    text is, not before.
+
+    Args:
+        text: what the option is.
+        registries: of the names that it takes.
+    """
+
+    def __init__(self, text: str, *registries: Registry) -> None:
+        self.text = text
+        self.registries = registries
+
+    @property
+    def documentation(self) -> str:  # type: ignore[override]
+        """The whole text."""
+        return "\n".join([self.text, *(registry.listing() for registry in self.registries)])
+
+    __hash__ = object.__hash__
 
 
 def number_above_zero(keyword: str, what: str) -> Callable[[str], dict[str, Any]]:

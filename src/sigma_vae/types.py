@@ -28,7 +28,9 @@ __all__ = [
     "Prediction",
     "Prior",
     "Temperature",
+    "at_least_float32",
     "per_layer",
+    "standard_normal",
 ]
 
 Noise = Callable[[torch.Size], Tensor]
@@ -378,6 +380,18 @@ class Network(nn.Module, ABC):
         """Blocks whose weights can be sharded across processes one by one (FSDP); empty unless the network names some."""
         return ()
 
+    def refuse_unread(self, context: Tensor | None = None, mask: Tensor | None = None, condition: Tensor | None = None) -> None:
+        """Refuse arguments that this network does not read, by :attr:`reads_clips` and :attr:`reads_condition`.
+
+        Raises:
+            ValueError: one is given.
+        """
+        for name, value in (("context", context), ("mask", mask)):
+            if value is not None and not self.reads_clips:
+                raise ValueError(f"{name} is for video networks; {type(self).__name__} reads single examples and takes none")
+        if condition is not None and not self.reads_condition:
+            raise ValueError(f"{type(self).__name__} reads no condition; leave condition out")
+
     def _defines(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(Network, method)
 
@@ -633,6 +647,16 @@ def _check_levels(x: Tensor, levels: int) -> None:
             f" {float(off):.3g} of a level off; scale {levels}-level data by 1/{top} and do not add noise,"
             " or build the likelihood with the data's own `levels`"
         )
+
+
+def standard_normal(like: Tensor, noise: Noise | None) -> Tensor:
+    """Standard normal numbers of this tensor's shape, type and device, from ``noise`` or else torch's global generator."""
+    return torch.randn_like(like) if noise is None else noise(like.shape).to(like)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert half precision to float32: KL terms and densities would lose whole nats in it."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def per_layer(temperature: Temperature, layers: int) -> list[float]:

@@ -16,8 +16,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, final
 
-from sigma_vae.data.cache import remembered
-from sigma_vae.data.raw import file_stamp
+from sigma_vae.data.cache import file_stamp, remembered
 
 __all__ = ["ARCHIVES", "DAMAGED", "Container", "Folder", "Tar", "Zip", "container"]
 

@@ -16,25 +16,27 @@ import numpy as np
 import numpy.typing as npt
 
 from sigma_vae.config import DataConfig, Layout
-from sigma_vae.data.cache import digest_of, piece_of
+from sigma_vae.data.cache import digest_of, file_record, file_stamp, piece_of
 from sigma_vae.data.levels import Array
-from sigma_vae.data.raw import Encoded, Part, Raw, UnreadableError, file_record, file_stamp
-from sigma_vae.data.splits import SPLIT_WORDS, SplitName
-from sigma_vae.data.stores import Mapped
+from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName
+from sigma_vae.data.stores import Encoded, Mapped, Part, UnreadableError
+from sigma_vae.registry import register
 
 __all__ = [
     "CLIPS",
     "LARGE",
+    "arranged",
     "channels_first",
+    "check_dtypes",
+    "layout_like",
     "layout_of",
     "parts_by_key",
-    "path_of",
     "read_arrays",
     "read_hdf5",
     "read_images",
 ]
 
-_AXES = {
+_AXES: dict[Layout, int] = {
     "n-h-w": 3,
     "n-h-w-c": 4,
     "n-c-h-w": 4,
@@ -106,10 +108,24 @@ def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:
     return before if first else after
 
 
-def parts_by_key(content: Mapping[str, _Content], path: Path) -> tuple[dict[SplitName, _Content], list[str]]:
+def layout_like(shape: tuple[int, ...], example: tuple[int, ...], clips: bool) -> Layout:
+    """Find the layout that gives examples, or frames of clips, of this shape ``(C, *space)``; auto if none does.
+
+    >>> layout_like((100, 32, 32, 3), (3, 32, 32), clips=False), layout_like((100, 6, 5), (6, 5), clips=False)
+    ('n-h-w-c', 'n-c-t')
+    """
+    nothing = np.broadcast_to(np.zeros((), np.uint8), shape)
+    for layout in sorted(_AXES, key=lambda name: "-c-" not in name):  # channels first where both would do
+        if len(shape) == _AXES[layout] and (layout in CLIPS) == clips:
+            if channels_first(nothing, layout, "").shape[2 if clips else 1 :] == example:
+                return layout
+    return "auto"
+
+
+def parts_by_key(content: Mapping[str, _Content], name: str) -> tuple[dict[SplitName, _Content], list[str]]:
     """The split that each array is for, by its key; and the keys of those that are for none.
 
-    >>> parts_by_key({"train": 1, "val": 2, "labels": 3}, Path("a.npz"))
+    >>> parts_by_key({"train": 1, "val": 2, "labels": 3}, "a.npz")
     ({'train': 1, 'validation': 2}, ['labels'])
 
     Raises:
@@ -119,16 +135,16 @@ def parts_by_key(content: Mapping[str, _Content], path: Path) -> tuple[dict[Spli
     parts = dict(found)
     if len(parts) < len(found):
         raise ValueError(
-            f"{path} needs one array for each split, got the keys {', '.join(content)}; drop all but one name of each"
+            f"{name} needs one array for each split, got the keys {', '.join(content)}; drop all but one name of each"
         )
     if not found and len(content) == 1:
         return {"train": next(iter(content.values()))}, []
     if "train" not in parts:
         raise ValueError(
-            f"{path} needs the key train (with validation and test, or split at random), or one array alone, got the keys "
+            f"{name} needs the key train (with validation and test, or split at random), or one array alone, got the keys "
             f"{', '.join(content) or 'of an empty archive'}; rename them"
         )
-    return {name: parts[name] for name in dict.fromkeys(SPLIT_WORDS.values()) if name in parts}, [
+    return {split: parts[split] for split in dict.fromkeys(SPLIT_WORDS.values()) if split in parts}, [
         key for key in content if key not in SPLIT_WORDS
     ]
 
@@ -137,18 +153,7 @@ LARGE = 2**28
 """Bytes from which on an array is left in its file, if its numbers can be used as they lie there."""
 
 
-def path_of(config: DataConfig) -> Path:
-    """The file or folder that a config names, inside its root where it has one.
-
-    Raises:
-        ValueError: it has a root that says nothing.
-    """
-    source = Path(config.source).expanduser()
-    if config.root and source.is_absolute():
-        raise ValueError(f"root says nothing about the absolute path {source}, got {config.root!r}; leave it out")
-    return Path(config.root or ".").expanduser() / source
-
-
+@register.source("arrays", options={"layout"}, endings=(".npy", ".npz"))
 def read_arrays(config: DataConfig) -> Raw:
     """The arrays of a .npy or .npz file, channels first.
 
@@ -157,18 +162,34 @@ def read_arrays(config: DataConfig) -> Raw:
     Raises:
         ValueError: the file is missing or unreadable, holds pickled objects, or its arrays do not fit together.
     """
-    path = path_of(config)
+    path = config.path
     if not path.is_file():
         raise ValueError(f"expected a .npy or .npz file at {path}, got no such file; check the path")
-    arrays, ignored = parts_by_key(_read(path, mapped=config.standardise != "yes"), path)
-    dtypes = {name: str(array.dtype) for name, array in arrays.items()}
-    if len(set(dtypes.values())) > 1:
-        raise ValueError(f"{path} needs one dtype for all splits, got {dtypes}; save them alike")
-    used = layout_of(arrays["train"].shape, config.layout, str(path))
-    ordered = {name: channels_first(array, used, f"{path} ({name})") for name, array in arrays.items()}
+    arrays, ignored = parts_by_key(_read(path, mapped=config.standardise != "yes"), str(path))
+    ordered, used = arranged(arrays, config.layout, str(path))
     words = [f"axes read as {used}", *([f"ignored the arrays {', '.join(ignored)}"] if ignored else [])]
     parts: dict[SplitName, Part] = {name: _part(array, path, used) for name, array in ordered.items()}
     return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
+
+
+def arranged(arrays: Mapping[SplitName, Array], layout: Layout, name: str) -> tuple[dict[SplitName, Array], Layout]:
+    """Bring the arrays of all splits into one order of axes, channels first.
+
+    Returns:
+        Views of the arrays, and the layout that they had.
+
+    Raises:
+        ValueError: their dtypes or numbers of axes differ, or the order of the axes is not plain.
+    """
+    check_dtypes({split: str(array.dtype) for split, array in arrays.items()}, name)
+    used = layout_of(arrays["train"].shape, layout, name)
+    return {split: channels_first(array, used, f"{name} ({split})") for split, array in arrays.items()}, used
+
+
+def check_dtypes(dtypes: Mapping[SplitName, str], name: str) -> None:
+    """Refuse splits of several dtypes."""
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"{name} needs one dtype for all splits, got {dict(dtypes)}; save them alike")
 
 
 def _read(path: Path, mapped: bool) -> dict[str, Array]:
@@ -207,6 +228,7 @@ _CHUNKS = 2**28
 """Bytes of decompressed chunks that HDF5 keeps: neighbouring blocks often lie in one."""
 
 
+@register.source("hdf5", options={"layout", "columns", "cache"}, endings=(".h5", ".hdf5"))
 def read_hdf5(config: DataConfig) -> Raw:
     """Data sets of an HDF5 file, channels first.
 
@@ -219,16 +241,16 @@ def read_hdf5(config: DataConfig) -> Raw:
     """
     import h5py
 
-    path = path_of(config)
+    path = config.path
     if not path.is_file():
         raise ValueError(f"expected an HDF5 file at {path}, got no such file; check the path")
     try:
         with h5py.File(path) as file:
             datasets = _datasets(file)
             chosen = _chosen(datasets, config.columns, path)
-            found, _ = parts_by_key(chosen, path)
+            found, _ = parts_by_key(chosen, str(path))
             ignored = sorted({*datasets} - {dataset.name.strip("/") for dataset in found.values()})
-            _check_dtypes(found, path)
+            check_dtypes({split: str(dataset.dtype) for split, dataset in found.items()}, str(path))
             used = layout_of(found["train"].shape, config.layout, str(path))
             parts = {split: _hdf5_part(dataset, path, used, config) for split, dataset in found.items()}
     except (OSError, EOFError, RuntimeError, KeyError) as error:
@@ -261,12 +283,6 @@ def _chosen(datasets: Mapping[str, Any], columns: tuple[str, ...], path: Path) -
     if nested := {word: datasets[f"{word}/{key}"] for word in SPLIT_WORDS if f"{word}/{key}" in datasets}:
         return nested
     raise ValueError(f"{path} has no data set {key}, only {', '.join(datasets) or 'none at all'}; give one of its keys")
-
-
-def _check_dtypes(found: Mapping[SplitName, Any], path: Path) -> None:
-    dtypes = {name: str(dataset.dtype) for name, dataset in found.items()}
-    if len(set(dtypes.values())) > 1:
-        raise ValueError(f"{path} needs one dtype for all splits, got {dtypes}; save them alike")
 
 
 def _hdf5_part(dataset: Any, path: Path, layout: Layout, config: DataConfig) -> Part:

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from sigma_vae.data.levels import Array
-from sigma_vae.data.raw import Encoded, UnreadableError
-from sigma_vae.data.stores import Mapped
+from sigma_vae.data.stores import Encoded, Mapped, UnreadableError
 
-__all__ = ["cached", "digest_of", "key_of", "piece_of", "remembered"]
+__all__ = ["cached", "digest_of", "file_record", "file_stamp", "key_of", "piece_of", "remembered"]
 
 FORMAT = 1
 FOLDER = ".sigma-vae"
@@ -231,7 +230,7 @@ def remembered(home: Path, cache: str | None, identity: Mapping[str, Any], find:
     Args:
         home: folder of the files.
         cache: where the user wants what is kept; a folder inside ``home`` unless given.
-        identity: everything that decides the answer, as plain values: files with :func:`~sigma_vae.data.raw.file_stamp`.
+        identity: everything that decides the answer, as plain values: files with :func:`~file_stamp`.
         find: goes through the files; gives plain values, for JSON.
 
     >>> import tempfile
@@ -252,3 +251,17 @@ def remembered(home: Path, cache: str | None, identity: Mapping[str, Any], find:
         aside.write_text(json.dumps(found), encoding="utf-8")
         aside.replace(path)
     return found
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Path and size of a file that data were read from."""
+    return {"path": str(path.resolve()), "bytes": path.stat().st_size}
+
+
+def file_stamp(path: Path) -> list[Any]:
+    """Name, size and times of last change of content and of entry: they reveal a changed file without reading it.
+
+    No copying tool can set back the time of the entry's change, so that other content of the same size and date is noticed.
+    """
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

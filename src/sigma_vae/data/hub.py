@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigma_vae.config import DataConfig
+from sigma_vae.data.cache import file_stamp
 from sigma_vae.data.levels import Array
-from sigma_vae.data.pictures import PicturePlan, plan, probe
-from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_stamp
-from sigma_vae.data.splits import SPLIT_WORDS, SplitName
+from sigma_vae.data.pictures import PICTURE_OPTIONS, PicturePlan, plan, probe
+from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName
+from sigma_vae.data.stores import Encoded, UnreadableError
+from sigma_vae.registry import Argument, register
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,6 +21,9 @@ __all__ = ["HUB_PREFIX", "HubError", "HubPlace", "fetch", "pictures_of", "read_h
 
 HUB_PREFIX = "hub:"
 _SOURCE = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>.+))?")
+
+
+_PLACE = Argument("OWNER/NAME[:CONFIG]", lambda text: {}, "ylecun/mnist", required=True)
 
 
 class HubError(ValueError):
@@ -47,6 +52,7 @@ class HubPlace:
         return f"{HUB_PREFIX}{self.repository}" + (f":{self.config}" if self.config else "")
 
 
+@register.source("hub", argument=_PLACE, options=PICTURE_OPTIONS | {"columns"})
 def read_hub(config: DataConfig) -> Raw:
     """The pictures of ``hub:OWNER/NAME`` or ``hub:OWNER/NAME:CONFIG``.
 
@@ -96,7 +102,7 @@ def pictures_of(
         tables: split to table.
         place: where they are from.
         chosen: the shape of the pictures.
-        decode: the bytes of a picture to its array; raises :class:`~sigma_vae.data.raw.UnreadableError`.
+        decode: the bytes of a picture to its array; raises :class:`~sigma_vae.data.stores.UnreadableError`.
         skip_unreadable: leave broken pictures out.
     """
     parts = {

@@ -18,14 +18,15 @@ import numpy as np
 
 from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data.archives import ARCHIVES, DAMAGED, Container, Folder, container
-from sigma_vae.data.arrays import path_of
-from sigma_vae.data.cache import FOLDER, remembered
+from sigma_vae.data.cache import FOLDER, file_record, remembered
 from sigma_vae.data.levels import Array
-from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_record
-from sigma_vae.data.splits import SPLIT_WORDS, SplitName
+from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName
+from sigma_vae.data.stores import Encoded, UnreadableError
+from sigma_vae.registry import register
 
 __all__ = [
     "PICTURES",
+    "PICTURE_OPTIONS",
     "Colour",
     "Fit",
     "PicturePlan",
@@ -36,6 +37,7 @@ __all__ = [
     "is_glob",
     "plan",
     "probe",
+    "probe_image",
     "read_pictures",
     "remarks",
     "window",
@@ -335,11 +337,16 @@ def probe(file: Path | bytes | IO[bytes]) -> Probe:
 
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            return (height, width, _mode(image)) if turned else (width, height, _mode(image))
+            return probe_image(image)
     except Exception as error:  # as in decode
         raise _unreadable(error) from error
+
+
+def probe_image(image: "Image") -> Probe:
+    """Return width, height and mode of a picture that Pillow has opened, as :func:`probe` does for files."""
+    width, height = image.size
+    turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (height, width, _mode(image)) if turned else (width, height, _mode(image))
 
 
 def plan(sizes_and_modes: Iterable[Probe], images: ImageConfig, name: str) -> PicturePlan:
@@ -410,6 +417,8 @@ def _unreadable(error: Exception) -> UnreadableError:
 
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".gif"))
 """Endings of the files that are read as pictures."""
+PICTURE_OPTIONS = frozenset({"cache", "crop", "size", "fit", "colour", "unreadable"})
+"""Options of the config that decide how pictures are read."""
 _ANIMATED = (".gif", ".webp", ".tif", ".tiff")
 _HEADER = 2**16  # bytes: nearly every picture says its size and mode in them
 
@@ -461,6 +470,12 @@ def is_glob(path: Path) -> bool:
     return any(sign in path.name for sign in "*?[") and not path.exists()
 
 
+def _may_hold_pictures(path: Path, config: DataConfig) -> bool:
+    """Whether a path is a pattern for archives, or a folder: those that no other kind reads are taken for pictures."""
+    return path.is_dir() or is_glob(path)
+
+
+@register.source("pictures", options=PICTURE_OPTIONS, endings=ARCHIVES, reads=_may_hold_pictures, rank=3)
 def read_pictures(config: DataConfig) -> Raw:
     """The pictures of a folder or archive with all folders in it, or of several archives (shards): levels ``(N, C, H, W)``.
 
@@ -471,7 +486,7 @@ def read_pictures(config: DataConfig) -> Raw:
         ValueError: there is nothing, or no picture; some cannot be read, and are not to be skipped; they do not fit together; or
             some lie outside of the splits' folders.
     """
-    path = path_of(config)
+    path = config.path
     room = Path(config.cache).expanduser() if config.cache else path.resolve().parent / FOLDER
     holders = _holders(path, room)
     found, others = _pictures(holders)

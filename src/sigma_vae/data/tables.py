@@ -4,7 +4,8 @@ import csv
 import difflib
 import gzip
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sigma_vae.config import DataConfig
-from sigma_vae.data.arrays import path_of
+from sigma_vae.data.cache import file_record
 from sigma_vae.data.levels import Array
-from sigma_vae.data.raw import Raw, file_record
-from sigma_vae.data.splits import SPLIT_WORDS, SplitName
+from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName
+from sigma_vae.registry import register
 
-__all__ = ["TABLES", "holds_tables", "read_tables"]
+__all__ = ["TABLES", "from_frames", "holds_tables", "read_tables"]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,11 +30,12 @@ _STEP = 0.01  # of the deviation: what rounding to float32 may cost
 _NAMELESS = "Unnamed: "  # what pandas calls a column without a name: row numbers, as a rule
 
 
-def holds_tables(folder: Path) -> bool:
-    """Whether a folder has a table that is its training split."""
-    return "train" in _tables(folder)
+def holds_tables(path: Path, config: DataConfig) -> bool:
+    """Whether a path is a folder with a table for its training split: train.csv, say."""
+    return path.is_dir() and "train" in _tables(path)
 
 
+@register.source("tables", options={"layout", "columns"}, endings=TABLES, reads=holds_tables, rank=1)
 def read_tables(config: DataConfig) -> Raw:
     """Rows of numbers ``(N, C)``; with layout ``n-t``, series ``(N, 1, T)`` whose times are the columns.
 
@@ -44,21 +46,33 @@ def read_tables(config: DataConfig) -> Raw:
     Raises:
         ValueError: a file is missing or damaged; a column is missing or not numeric; values are missing; or no column is left.
     """
-    path = path_of(config)
-    if config.layout not in ("auto", "n-c", "n-t"):
-        raise ValueError(f"{path}: a table has layout n-c or n-t, got {config.layout}; give one of these, or none")
+    path = config.path
     files = _tables(path) if path.is_dir() else _one(path)
-    frames = {split: _read(file) for split, file in files.items()}
-    columns, left_out = _columns(frames["train"], config.columns, files["train"])
-    parts = {split: _numbers(frame, columns, config, files[split]) for split, frame in frames.items()}
-    if len({part.dtype for part in parts.values()}) > 1:
-        kinds = ", ".join(
-            f"{'integers' if part.dtype.kind == 'i' else 'fractions'} in {files[split].name}" for split, part in parts.items()
-        )
-        raise ValueError(f"{path} needs integers in all tables or in none, got {kinds}; save them alike")
+    raw = from_frames({split: _read(file) for split, file in files.items()}, config, {s: str(f) for s, f in files.items()})
+    return replace(raw, name=str(path), files=[file_record(file) for file in files.values()])
+
+
+def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, names: Mapping[SplitName, str]) -> Raw:
+    """Rows of data frames as real values, or as levels where the config says how many; as in :func:`read_tables`.
+
+    Args:
+        frames: one for each split, at least for train.
+        config: with ``columns``, ``levels`` and ``layout``.
+        names: of the frames, for messages.
+
+    Raises:
+        ValueError: a column is missing or not numeric; values are missing; or no column is left.
+    """
+    if config.layout not in ("auto", "n-c", "n-t"):
+        raise ValueError(f"{config.source}: a table has layout n-c or n-t, got {config.layout}; give one of these, or none")
+    columns, left_out = _columns(frames["train"], config.columns, names["train"])
+    parts = {split: _numbers(frame, columns, config, names[split]) for split, frame in frames.items()}
+    kinds = {split: "integers" if part.dtype.kind == "i" else "fractions" for split, part in parts.items()}
+    if len(set(kinds.values())) > 1:
+        got = ", ".join(f"{kind} in {Path(names[split]).name}" for split, kind in kinds.items())
+        raise ValueError(f"{config.source} needs integers in all tables or in none, got {got}; save them alike")
     words = [f"columns {', '.join(columns)}", *([f"columns left out: {', '.join(left_out)}"] if left_out else [])]
-    records = [file_record(file) for file in files.values()]
-    return Raw(str(path), parts, records, words, standardise=True, columns=tuple(columns))
+    return Raw(config.source, parts, preprocessing=words, standardise=True, columns=tuple(columns))
 
 
 def _one(path: Path) -> dict[SplitName, Path]:
@@ -116,10 +130,10 @@ def _check_header(names: Sequence[str], path: Path) -> None:
         )
 
 
-def _columns(frame: "pd.DataFrame", asked: Sequence[str], path: Path) -> tuple[list[str], list[str]]:
+def _columns(frame: "pd.DataFrame", asked: Sequence[str], path: str) -> tuple[list[str], list[str]]:
     """The columns that are read, and those that are not."""
     names = [str(name) for name in frame.columns]
-    frame.columns = names
+    frame = frame.set_axis(names, axis=1)
     if asked:
         _check_columns(frame, asked, path)
         return list(asked), [name for name in names if name not in asked]
@@ -131,7 +145,7 @@ def _columns(frame: "pd.DataFrame", asked: Sequence[str], path: Path) -> tuple[l
     return numeric, [name for name in names if name not in numeric]
 
 
-def _check_columns(frame: "pd.DataFrame", asked: Iterable[str], path: Path) -> None:
+def _check_columns(frame: "pd.DataFrame", asked: Iterable[str], path: str) -> None:
     for name in asked:
         if name not in frame.columns:
             near = difflib.get_close_matches(name, frame.columns, n=1)
@@ -150,8 +164,8 @@ def _is_numeric(frame: "pd.DataFrame", name: str) -> bool:
     return bool(is_bool_dtype(dtype) or (is_numeric_dtype(dtype) and not is_complex_dtype(dtype)))
 
 
-def _numbers(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path: Path) -> Array:
-    frame.columns = [str(name) for name in frame.columns]
+def _numbers(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path: str) -> Array:
+    frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
     _check_columns(frame, columns, path)
     chosen = frame[columns]
     if not len(chosen):
@@ -171,7 +185,7 @@ def _numbers(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path
     return values[:, np.newaxis] if config.layout == "n-t" else values
 
 
-def _check_steps(values: Array, columns: list[str], path: Path) -> None:
+def _check_steps(values: Array, columns: list[str], path: str) -> None:
     """A column far from 0, such as times since 1970, can lose its differences to float32."""
     with np.errstate(over="ignore", invalid="ignore"):
         step = np.spacing(np.abs(values).max(0).astype(np.float32))

@@ -21,12 +21,12 @@ import numpy as np
 
 from sigma_vae.config import ClipConfig, DataConfig
 from sigma_vae.data.archives import Folder
-from sigma_vae.data.arrays import path_of
-from sigma_vae.data.cache import remembered
+from sigma_vae.data.cache import file_stamp, remembered
 from sigma_vae.data.levels import Array
 from sigma_vae.data.pictures import PicturePlan, Probe, plan, probe
-from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_stamp
-from sigma_vae.data.splits import SPLIT_WORDS, SplitName, clip_lengths
+from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName, clip_lengths
+from sigma_vae.data.stores import Encoded, UnreadableError
+from sigma_vae.registry import register
 
 __all__ = [
     "ENDINGS",
@@ -321,11 +321,12 @@ class _Found:
     survey: Survey
 
 
-def holds_videos(path: Path, clips: ClipConfig) -> bool:
-    """Whether a folder is one of videos: it has a video file; or clips are asked for, and it has a GIF or pictures, taken as frames."""
-    return next(_videos(path, clips), None) is not None
+def holds_videos(path: Path, config: DataConfig) -> bool:
+    """Whether a path is a folder of videos: it has a video file, or clips are asked for and it has a GIF or pictures (frames)."""
+    return path.is_dir() and next(_videos(path, config.clips), None) is not None
 
 
+@register.source("videos", options=OPTIONS, endings=ENDINGS, reads=holds_videos, rank=2)
 def read_videos(config: DataConfig) -> Raw:
     """Clips of 16 frames (or as the config says) that lie side by side in each video; what is left at its end is left out.
 
@@ -335,7 +336,7 @@ def read_videos(config: DataConfig) -> Raw:
     Raises:
         ValueError: there are no videos; one is broken or too short; or their sizes differ, and the config does not say what to do.
     """
-    path, step = path_of(config), config.clips.frame_step
+    path, step = config.path, config.clips.frame_step
     if not path.exists():
         raise ValueError(f"expected a video, or a folder of videos, at {path}, got no such file; check the path")
     lengths = _lengths(path, config)

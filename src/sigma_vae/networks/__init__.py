@@ -1,8 +1,10 @@
 """Networks: encoder, latents and decoder."""
 
+import warnings
+
 from sigma_vae.networks.conv import conv
 from sigma_vae.networks.flat import FlatNetwork
-from sigma_vae.networks.hierarchical import HierarchicalNetwork, LadderPlan, hierarchical
+from sigma_vae.networks.hierarchical import HierarchicalNetwork, HierarchyPlan, hierarchical
 from sigma_vae.networks.mlp import mlp
 from sigma_vae.networks.residual import residual
 from sigma_vae.networks.sequence import SequenceNetwork, sequence
@@ -10,7 +12,7 @@ from sigma_vae.networks.sequence import SequenceNetwork, sequence
 __all__ = [
     "FlatNetwork",
     "HierarchicalNetwork",
-    "LadderPlan",
+    "HierarchyPlan",
     "SequenceNetwork",
     "conv",
     "hierarchical",
@@ -18,3 +20,10 @@ __all__ = [
     "residual",
     "sequence",
 ]
+
+
+def __getattr__(name: str) -> type[HierarchyPlan]:
+    if name == "LadderPlan":
+        warnings.warn("LadderPlan is now HierarchyPlan", DeprecationWarning, stacklevel=2)
+        return HierarchyPlan
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The convolutional network that the paper released for SVHN, for images of any size."""
+"""The paper's released convolutional network for SVHN, for images of any size."""
 
 from collections.abc import Sequence
 from typing import final
@@ -15,19 +15,19 @@ SMALLEST = 4
 
 @register.network("conv", latents="flat", reads_clips=False, has_prior=True)
 def conv(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 32) -> FlatNetwork:
-    """Three convolutions down to a quarter of the size, three transposed ones back (the paper's released code).
+    """The paper's released network for SVHN: three convolutions down to a quarter of the size, three transposed ones back.
 
-    With 28×28×1 data, 20 latents and width 32 it has the reference's 990 249 parameters. Sizes that 4 does not divide are decoded
-    to the next multiple, and cropped.
+    With 28×28×1 data, 20 latents and width 32 it has the reference's 990 249 parameters. Where 4 does not divide a size, the decoder's
+    output is cropped from the next multiple.
 
     Args:
         shape: of one example, ``(C, H, W)``.
-        out_channels: what the likelihood reads, ``likelihood.in_channels``.
+        out_channels: ``likelihood.in_channels``.
         latent_dim: size of z.
         width: channels of the first layer.
 
     Raises:
-        ValueError: the data are no images, or smaller than 4×4.
+        ValueError: the data are not images, or smaller than 4×4.
 
     >>> sum(p.numel() for p in conv((1, 28, 28), out_channels=1).parameters())
     990249

@@ -1,6 +1,7 @@
-"""A network with one layer of flat latents: any encoder and any decoder."""
+"""A network with one layer of flat latents, made from any encoder and any decoder."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import final
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sigma_vae.priors import StandardNormal
-from sigma_vae.types import Flat, Inference, Network, Noise, Prior, Temperature, per_layer
+from sigma_vae.types import Flat, Inference, Network, Noise, Prior, Temperature, at_least_float32, per_layer, standard_normal
 
 __all__ = ["FlatNetwork"]
 
@@ -25,7 +26,7 @@ class FlatNetwork(Network):
         prior: p(z); N(0, I) unless given.
 
     Raises:
-        ValueError: the encoder's output does not have ``2·latent_dim`` numbers an example.
+        ValueError: the encoder's output does not have ``2·latent_dim`` numbers per example.
 
     >>> encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 2 * 3))
     >>> decoder = nn.Sequential(nn.Linear(3, 16), nn.Unflatten(1, (1, 4, 4)))
@@ -41,33 +42,12 @@ class FlatNetwork(Network):
         self.encoder = encoder
         self.decoder = decoder
         self.latent_dim = latent_dim
-        self.prior: Prior = StandardNormal(latent_dim) if prior is None else prior
+        self.prior = StandardNormal(latent_dim) if prior is None else prior
 
     @property
     def latents(self) -> Flat:
-        """One vector an example."""
+        """One vector per example."""
         return Flat(self.latent_dim)
-
-    def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
-        """q(z|x), parameters ``(batch, latent_dim)``, in float32 at least."""
-        raw = self.encoder(x)
-        if raw.dim() != 2 or raw.shape[-1] != 2 * self.latent_dim:
-            raise ValueError(
-                f"the encoder gives mean and log-variance of {self.latent_dim} latents, {2 * self.latent_dim} numbers an example;"
-                f" got {tuple(raw.shape)}"
-            )
-        raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
-        mean, log_variance = raw.chunk(2, dim=-1)
-        return Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
-
-    def encode(self, x: Tensor) -> Normal:
-        """The same as :meth:`posterior`."""
-        return self.posterior(x)
-
-    def decode(self, z: Tensor | Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
-        """Features of z."""
-        features: Tensor = self.decoder(z)
-        return features
 
     def infer(
         self,
@@ -77,32 +57,10 @@ class FlatNetwork(Network):
         noise: Noise | None = None,
         condition: Tensor | None = None,
     ) -> Inference:
-        """One posterior draw, decoded; KL in one layer, ``(batch, 1)``."""
-        _refuse(context=context, mask=mask, condition=condition)
+        """Decode one posterior draw; the KL is that of one layer, ``(batch, 1)``."""
+        self.refuse_unread(context, mask, condition)
         posterior = self.posterior(x)
-        shape = posterior.loc.shape
-        return self.draw(x, posterior, torch.randn_like(posterior.loc) if noise is None else noise(shape).to(posterior.loc))
-
-    def draw(self, x: Tensor, posterior: Normal, unit: Tensor) -> Inference:
-        """What :meth:`infer` says of x under given standard normal numbers; with more axes in front, of as many draws of each example.
-
-        Args:
-            x: data ``(batch, C, *space)``.
-            posterior: q(z|x), from :meth:`posterior`.
-            unit: ``(*draws, batch, latent_dim)``.
-
-        Shapes:
-            h ``(*draws, batch, in_channels, *space)``, kl ``(*draws, batch, 1)`` and so on.
-        """
-        z = posterior.loc + posterior.scale * unit
-        log_posterior = (-0.5 * unit.square() - posterior.scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
-        h = self.decode(z.reshape(-1, self.latent_dim).to(x.dtype))
-        return Inference(
-            h=h.reshape(*unit.shape[:-1], *h.shape[1:]),
-            target=x if unit.dim() == 2 else x.expand(*unit.shape[:-2], *x.shape),
-            kl=self.prior.kl(posterior, z).expand(unit.shape[:-1]).unsqueeze(-1),
-            log_ratio=self.prior.log_prob(z) - log_posterior,
-        )
+        return self.draw(x, posterior, standard_normal(posterior.loc, noise))
 
     def generate(
         self,
@@ -113,11 +71,40 @@ class FlatNetwork(Network):
         condition: Tensor | None = None,
     ) -> Tensor:
         """Features of n draws from the prior."""
-        _refuse(context=context, condition=condition)
+        self.refuse_unread(context, condition=condition)
         return self.decode(self.prior.sample(n, generator, per_layer(temperature, 1)[0]))
 
+    def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
+        """q(z|x), parameters ``(batch, latent_dim)``, in float32 at least."""
+        self.refuse_unread(condition=condition)
+        raw = self.encoder(x)
+        if raw.dim() != 2 or raw.shape[-1] != 2 * self.latent_dim:
+            raise ValueError(
+                f"the encoder gives mean and log-variance of {self.latent_dim} latents, {2 * self.latent_dim} numbers per example;"
+                f" got {tuple(raw.shape)}"
+            )
+        mean, log_variance = at_least_float32(raw).chunk(2, dim=-1)
+        return Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
 
-def _refuse(**given: Tensor | None) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name} is for video networks; this one has a single layer of latents and takes none")
+    def encode(self, x: Tensor) -> Normal:
+        """Deprecated name of :meth:`posterior`."""
+        warnings.warn("FlatNetwork.encode(x) is now posterior(x)", DeprecationWarning, stacklevel=2)
+        return self.posterior(x)
+
+    def decode(self, z: Tensor | Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
+        """Features of z."""
+        self.refuse_unread(condition=condition)
+        features: Tensor = self.decoder(z)
+        return features
+
+    def draw(self, x: Tensor, posterior: Normal, unit: Tensor) -> Inference:
+        """Do what :meth:`infer` does, for given standard normal numbers ``(*draws, batch, latent_dim)``."""
+        z = posterior.loc + posterior.scale * unit
+        log_posterior = (-0.5 * unit.square() - posterior.scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+        h = self.decode(z.reshape(-1, self.latent_dim).to(x.dtype))
+        return Inference(
+            h=h.reshape(*unit.shape[:-1], *h.shape[1:]),
+            target=x if unit.dim() == 2 else x.expand(*unit.shape[:-2], *x.shape),
+            kl=self.prior.kl(posterior, z).expand(unit.shape[:-1]).unsqueeze(-1),
+            log_ratio=self.prior.log_prob(z) - log_posterior,
+        )

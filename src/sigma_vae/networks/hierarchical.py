@@ -1,4 +1,4 @@
-"""A ladder of latents from coarse to fine, for images: Very Deep VAEs (Child 2021, arXiv 2011.10650), of any size and depth."""
+"""Hierarchical latents for images, from coarse to fine: Very Deep VAEs (Child 2021, arXiv 2011.10650), of any size and depth."""
 
 import math
 import re
@@ -11,27 +11,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sigma_vae.registry import Argument, register
-from sigma_vae.types import Hierarchy, Inference, Network, Noise, Temperature, per_layer
+from sigma_vae.types import Hierarchy, Inference, Network, Noise, Temperature, at_least_float32, per_layer, standard_normal
 
-__all__ = [
-    "DecoderBlock",
-    "Diagonal",
-    "Draw",
-    "EncoderBlock",
-    "HierarchicalNetwork",
-    "LadderLayer",
-    "LadderPlan",
-    "bottleneck",
-    "check_plan",
-    "conv_same",
-    "draw",
-    "hierarchical",
-]
+__all__ = ["DecoderBlock", "Diagonal", "Draw", "EncoderBlock", "HierarchicalNetwork", "HierarchyPlan", "draw", "hierarchical"]
 
+CIFAR10 = "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3/1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21"
+"""The published plan."""
+INPUT_GAIN = 4.0
+"""The network reads (x − ½) times this: about unit variance for natural images."""
+SMALLEST = 4
+BOTTLENECK = 0.25
+"""Channels within a block, as a share of those between blocks (the published value)."""
+LARGEST_BIAS_MAP = 64
+"""Layers at higher resolutions have no bias map, as published."""
 LARGEST_PLAN = 1000
-"""Blocks; the largest published have some 70."""
+"""Most blocks on each side; the largest published plans have about 70."""
 LARGEST_PADDING = 0.25
-"""Of the image's longer side: more of the network's work than this is not spent on padding."""
+"""Most padding, as a share of the image's longer side."""
 
 
 class EncoderBlock(NamedTuple):
@@ -42,7 +38,7 @@ class EncoderBlock(NamedTuple):
 
 
 class DecoderBlock(NamedTuple):
-    """A layer of latents at this resolution; the first one of a resolution mixes in what the lower one ended with."""
+    """A layer of latents at this resolution; the first layer of a resolution mixes in the features of the lower one."""
 
     resolution: int
     mix_in: int | None = None
@@ -50,21 +46,21 @@ class DecoderBlock(NamedTuple):
 
 @final
 @dataclass(frozen=True)
-class LadderPlan:
-    """The blocks of a ladder network, in the order in which data pass them.
+class HierarchyPlan:
+    """The blocks of a hierarchical network, in the order in which data pass through them.
 
-    The notation is that of Very Deep VAEs (Child 2021, arXiv 2011.10650). The encoder's tokens are ``32x11`` (eleven blocks at 32×32),
-    ``32d2`` (one block there, then average pooling by 2) and ``32`` (one block); the decoder's are ``8x5`` (five layers
-    of latents at 8×8), ``8m4`` (one such layer, the first at 8×8, which takes up the 4×4 features) and ``8``.
+    The notation is that of Very Deep VAEs (Child 2021, arXiv 2011.10650). Encoder tokens are ``32x11`` (eleven blocks at 32×32),
+    ``32d2`` (one block there, then average pooling by 2) and ``32`` (one block). Decoder tokens are ``8x5`` (five layers of latents at
+    8×8), ``8m4`` (one layer, the first at 8×8, which mixes in the 4×4 features) and ``8`` (one layer).
 
     Args:
         encoder: blocks from the image down.
         decoder: layers from the lowest resolution up to the encoder's highest.
 
     Raises:
-        ValueError: the blocks do not follow each other, or the two halves do not meet.
+        ValueError: the blocks do not fit each other, or the two halves do not meet.
 
-    >>> plan = LadderPlan.parse("8x2,8d2,4,4d4/1x2,4m1,8m4,8x2")
+    >>> plan = HierarchyPlan.parse("8x2,8d2,4,4d4/1x2,4m1,8m4,8x2")
     >>> plan.resolution, plan.layers
     (8, 6)
     >>> plan.encoder[2:4], plan.decoder[2]
@@ -77,16 +73,16 @@ class LadderPlan:
     decoder: tuple[DecoderBlock, ...]
 
     def __post_init__(self) -> None:
-        """Refuse blocks that do not follow each other."""
+        """Refuse blocks that do not fit each other."""
         _check_encoder(self.encoder)
         _check_decoder(self.decoder, self.encoder)
 
     @classmethod
-    def parse(cls, text: str) -> "LadderPlan":
+    def parse(cls, text: str) -> "HierarchyPlan":
         """Read ``encoder/decoder``.
 
         Raises:
-            ValueError: a token is none of the notation's, or the blocks do not follow each other.
+            ValueError: a token cannot be read, or the blocks do not fit each other.
         """
         encoder, slash, decoder = text.partition("/")
         if not slash:
@@ -102,42 +98,42 @@ class LadderPlan:
 
     @property
     def resolution(self) -> int:
-        """The highest."""
+        """The highest resolution."""
         return self.encoder[0].resolution
 
     @property
     def layers(self) -> int:
-        """How many layers of latents."""
+        """Number of layers of latents."""
         return len(self.decoder)
 
     def patch(self, rows: int, columns: int) -> int:
-        """Side of the squares of pixels that are one place of the highest resolution.
+        """Side of the square of pixels that becomes one position at the highest resolution.
 
-        The image is padded to a square of ``resolution · patch`` pixels a side.
+        The image is padded to a square of side ``resolution · patch``.
 
         Raises:
             ValueError: more than a quarter of the longer side would be padding.
 
-        >>> LadderPlan.parse("14,14d14/1,14m1").patch(28, 28)
+        >>> HierarchyPlan.parse("14,14d14/1,14m1").patch(28, 28)
         2
         """
         longer = max(rows, columns)
         patch = -(-longer // self.resolution)
         if patch * self.resolution > (1 + LARGEST_PADDING) * longer:
             raise ValueError(
-                f"the plan's highest resolution {self.resolution}, or a multiple of it, is to be the image's longer side (up to a"
-                f" quarter more is padded), but the image has {rows}×{columns} pixels; begin the plan with {longer} or a half of it"
+                f"the plan's highest resolution {self.resolution}, or a multiple of it, has to be the image's longer side or at most a"
+                f" quarter more, but the image has {rows}×{columns} pixels; begin the plan with {longer} or half of it"
             )
         return patch
 
 
 def _tokens(text: str, letter: str, examples: str) -> Iterator[tuple[int, int | None]]:
-    """Resolution and number after the letter of each block; tokens with an x stand for several."""
+    """Yield the resolution of each block, and the number after its letter; tokens with an x stand for several blocks."""
     left = LARGEST_PLAN
     for token in text.split(","):
         match = re.fullmatch(rf"([1-9]\d*)(?:([x{letter}])([1-9]\d*))?", token.strip(), re.ASCII)
         if match is None:
-            raise ValueError(f"{token!r} in {text!r} is no block of a plan; a block is written {examples}")
+            raise ValueError(f"{token!r} in {text!r} is not a block; write a block as {examples}")
         resolution, kind, number = int(match[1]), match[2], int(match[3] or 1)
         left -= 1 if kind == letter else number
         if left < 0:
@@ -149,7 +145,7 @@ def _tokens(text: str, letter: str, examples: str) -> Iterator[tuple[int, int | 
 
 
 def _written(blocks: list[tuple[int, str | None]]) -> str:
-    """The shortest tokens of blocks, each with what follows its resolution."""
+    """Write blocks, given as resolution and suffix, as the shortest tokens."""
     tokens: list[str] = []
     while blocks:
         resolution, rest = blocks[0]
@@ -170,7 +166,9 @@ def _check_encoder(blocks: tuple[EncoderBlock, ...]) -> None:
                 f" {resolution}d2"
             )
         if resolution % block.pool:
-            raise ValueError(f"{resolution}d{block.pool} pools {resolution} by what does not divide it; give a divisor")
+            raise ValueError(
+                f"{resolution}d{block.pool} pools {resolution} by a number that does not divide it; give a divisor"
+            )
         resolution //= block.pool
 
 
@@ -205,14 +203,8 @@ def _checked_step(below: int, resolution: int, has: set[int]) -> int:
     return resolution
 
 
-BOTTLENECK = 0.25
-"""Channels within a block, as a share of those between blocks (the published value)."""
-LARGEST_BIAS_MAP = 64
-"""Resolutions above it have no bias of their own at each place, as published."""
-
-
 class Diagonal(NamedTuple):
-    """A Gaussian over a map ``(batch, latent_dim, rows, columns)``, independent from value to value."""
+    """A diagonal Gaussian over a map ``(batch, latent_dim, rows, columns)``."""
 
     mean: Tensor
     log_std: Tensor
@@ -232,8 +224,8 @@ class Draw(NamedTuple):
 
 
 @final
-class LadderLayer(nn.Module):
-    """One layer of latents: its prior, its posterior, and what its draw does to the features."""
+class HierarchyLayer(nn.Module):
+    """One layer of latents: its prior, its posterior, and the effect of a draw on the features."""
 
     def __init__(self, block: DecoderBlock, width: int, latent_dim: int, layers: int, *, lowest: bool) -> None:
         super().__init__()
@@ -258,7 +250,7 @@ class LadderLayer(nn.Module):
         return self.bias_map.expand(n, -1, -1, -1) if state is None else state + self.bias_map
 
     def prior_of(self, state: Tensor) -> tuple[Diagonal, Tensor]:
-        """p(z_l | z_<l), and what the layer adds to the features whatever is drawn."""
+        """p(z_l | z_<l), and the features that the layer adds independently of the draw."""
         raw, residual = self.prior(state).split([2 * self.latent_dim, state.shape[1]], 1)
         return _diagonal(raw), residual
 
@@ -267,20 +259,19 @@ class LadderLayer(nn.Module):
         return _diagonal(self.posterior(torch.cat([state, features], 1)))
 
     def leave(self, state: Tensor, z: Tensor) -> Tensor:
-        """Features that know the draw."""
+        """Add the draw to the features."""
         state = state + self.project(z.to(state.dtype))
         mixed: Tensor = state + self.residual(state)
         return mixed
 
 
 def _diagonal(raw: Tensor) -> Diagonal:
-    """Mean and log standard deviation, in float32 at least."""
-    raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
-    return Diagonal(*raw.chunk(2, 1))
+    """Mean and log-std, in float32 at least."""
+    return Diagonal(*at_least_float32(raw).chunk(2, 1))
 
 
 def draw(posterior: Diagonal, prior: Diagonal, unit: Tensor) -> Draw:
-    """One draw; the KL is analytic, the log-ratio is of this draw."""
+    """Draw latents; the KL is in closed form, the log-ratio is that of this draw."""
     z = posterior.mean + posterior.log_std.exp() * unit
     precision = (-2 * prior.log_std).exp()
     log_ratio_of_stds = posterior.log_std - prior.log_std
@@ -290,7 +281,7 @@ def draw(posterior: Diagonal, prior: Diagonal, unit: Tensor) -> Draw:
 
 
 def bottleneck(in_channels: int, out_channels: int, resolution: int, width: int, last_scale: float = 1.0) -> nn.Sequential:
-    """Four convolutions, each after a GELU, through fewer channels; up to 2×2 places there is nothing for a 3×3 kernel to see."""
+    """Four convolutions, each after a GELU, through fewer channels; at resolutions 1 and 2 the kernels are 1×1."""
     within = max(int(width * BOTTLENECK), 1)
     kernel = 3 if resolution > 2 else 1
     return nn.Sequential(
@@ -306,7 +297,7 @@ def bottleneck(in_channels: int, out_channels: int, resolution: int, width: int,
 
 
 def conv_same(in_channels: int, out_channels: int, kernel: int = 1, scale: float = 1.0) -> nn.Conv2d:
-    """A convolution that keeps the size, with torch's weights times the scale, and no bias at first."""
+    """A convolution that keeps the size; its initial weights are torch's times the scale, its bias starts at 0."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
     with torch.no_grad():
         conv.weight.mul_(scale)
@@ -314,97 +305,8 @@ def conv_same(in_channels: int, out_channels: int, kernel: int = 1, scale: float
     return conv
 
 
-CIFAR10 = "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3/1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21"
-"""The published plan."""
-INPUT_GAIN = 4.0
-"""The input is (x − ½) times this: about unit variance for natural images."""
-SMALLEST = 4
-
-
-Choose = Callable[[LadderLayer, Tensor, Diagonal], Tensor]
+Choose = Callable[[HierarchyLayer, Tensor, Diagonal], Tensor]
 """Chooses a layer's latents, given the features above them and their prior."""
-
-
-class _Preset(NamedTuple):
-    plan: Callable[[int], LadderPlan]
-    """From the image's longer side."""
-    width: int
-    latent_dim: int
-
-
-def _plan(text: str) -> dict[str, str]:
-    check_plan(text)
-    return {"plan": text}
-
-
-@register.network(
-    "hierarchical", argument=Argument("plan", _plan, "tiny"), latents="hierarchical", reads_clips=False, has_prior=False
-)
-def hierarchical(
-    shape: Sequence[int],
-    out_channels: int,
-    latent_dim: int | None = None,
-    width: int | None = None,
-    plan: str = "tiny",
-) -> "HierarchicalNetwork":
-    """A ladder network by the name of its size, or by its plan.
-
-    ``tiny`` is for a CPU and images of any size: layers of latents for the image and for at most 8×8 places in it (each a square of
-    pixels). ``cifar10`` has the published sizes: 43 layers of latents, 39 million parameters. A plan of your own, such as
-    ``28x2,28d4,7,7d7/1,7m1,7,28m7,28``, is read by :meth:`LadderPlan.parse`.
-
-    Args:
-        shape: of one example, ``(C, H, W)``.
-        out_channels: what the likelihood reads, ``likelihood.in_channels``.
-        latent_dim: channels of each layer of latents; the preset's unless given (a plan of your own: that of tiny).
-        width: channels between blocks, likewise.
-        plan: tiny, cifar10, or ``ENCODER/DECODER``.
-
-    Raises:
-        ValueError: the data are no images or too small, the plan cannot be read, or does not fit the image.
-
-    >>> network = hierarchical((1, 28, 28), out_channels=1)
-    >>> network.plan.resolution, network.infer(torch.zeros(2, 1, 28, 28)).h.shape
-    (7, torch.Size([2, 1, 28, 28]))
-    """
-    if len(shape) != 3 or min(shape[1:]) < SMALLEST:
-        raise ValueError(
-            f"the hierarchical network reads images (C, H, W) of at least {SMALLEST}×{SMALLEST}, got an example of shape"
-            f" {tuple(shape)}; use the mlp network for tables, series and tiny images"
-        )
-    check_plan(plan)
-    preset = PRESETS.get(plan, PRESETS["tiny"])
-    return HierarchicalNetwork(
-        shape,
-        out_channels,
-        preset.plan(max(shape[1:])) if plan in PRESETS else LadderPlan.parse(plan),
-        preset.latent_dim if latent_dim is None else latent_dim,
-        preset.width if width is None else width,
-    )
-
-
-def check_plan(plan: str) -> None:
-    """Refuse what is no size or plan, whatever the image.
-
-    Raises:
-        ValueError: it is neither a name nor can be read.
-
-    >>> check_plan("cifar10")
-    """
-    if plan in PRESETS:
-        return
-    if "/" not in plan:
-        raise ValueError(f"a plan is one of {', '.join(PRESETS)}, or ENCODER/DECODER as in 14,14d14/1,14m1; got {plan!r}")
-    LadderPlan.parse(plan)
-
-
-def _tiny(size: int) -> LadderPlan:
-    """Two resolutions: at most 8, where convolutions cost little, and 1."""
-    top = -(-size // -(-size // 8))
-    return LadderPlan.parse(f"{top}x2,{top}d{top},1/1,{top}m1,{top}x2")
-
-
-PRESETS = {"tiny": _Preset(_tiny, 128, 8), "cifar10": _Preset(lambda size: LadderPlan.parse(CIFAR10), 384, 16)}
 
 
 @final
@@ -413,13 +315,13 @@ class HierarchicalNetwork(Network):
 
     .. math:: p(z) = \prod_l p(z_l | z_{<l}), \qquad q(z|x) = \prod_l q(z_l | z_{<l}, x)
 
-    Both are diagonal Gaussians over a map ``(latent_dim, resolution, resolution)``. At initialisation every prior is N(0, 1), and what a
-    block adds is scaled by 1/√blocks, so that depth does not matter (Child 2021, section 3). Blocks are pre-activation bottlenecks
-    with GELU and no batch statistics; where the highest resolution is a fraction of the image's, squares of pixels become channels.
+    Both are diagonal Gaussians over a map ``(latent_dim, resolution, resolution)``. At initialisation every prior is N(0, 1), and the
+    output of a block is scaled by 1/√blocks, so that depth does not matter (Child 2021, section 3). Blocks are pre-activation bottlenecks
+    with GELU and no batch statistics. Where the highest resolution is a fraction of the image's, squares of pixels become channels.
 
     Args:
         shape: of one example, ``(C, H, W)``.
-        out_channels: what the likelihood reads, ``likelihood.in_channels``.
+        out_channels: ``likelihood.in_channels``.
         plan: the blocks.
         latent_dim: channels of each layer of latents.
         width: channels between blocks.
@@ -427,7 +329,7 @@ class HierarchicalNetwork(Network):
     Raises:
         ValueError: the plan does not fit the image.
 
-    >>> network = HierarchicalNetwork((1, 8, 8), 1, LadderPlan.parse("8,8d8/1,8m1"), latent_dim=2, width=8)
+    >>> network = HierarchicalNetwork((1, 8, 8), 1, HierarchyPlan.parse("8,8d8/1,8m1"), latent_dim=2, width=8)
     >>> network.infer(torch.zeros(5, 1, 8, 8)).kl.shape
     torch.Size([5, 2])
     >>> latents = network.draw_latents(torch.zeros(5, 1, 8, 8))
@@ -435,7 +337,7 @@ class HierarchicalNetwork(Network):
     ([(5, 2, 1, 1), (5, 2, 8, 8)], torch.Size([5, 1, 8, 8]))
     """
 
-    def __init__(self, shape: Sequence[int], out_channels: int, plan: LadderPlan, latent_dim: int, width: int) -> None:
+    def __init__(self, shape: Sequence[int], out_channels: int, plan: HierarchyPlan, latent_dim: int, width: int) -> None:
         super().__init__()
         channels, self.rows, self.columns = shape
         self.channels = channels
@@ -448,16 +350,17 @@ class HierarchicalNetwork(Network):
             for block in plan.encoder
         )
         self.decoder = nn.ModuleList(
-            LadderLayer(block, width, latent_dim, plan.layers, lowest=number == 0) for number, block in enumerate(plan.decoder)
+            HierarchyLayer(block, width, latent_dim, plan.layers, lowest=number == 0)
+            for number, block in enumerate(plan.decoder)
         )
         self.gain = nn.Parameter(torch.ones(1, width, 1, 1))
         self.offset = nn.Parameter(torch.zeros(1, width, 1, 1))
         self.head = conv_same(width, out_channels * self.patch**2)
 
     @property
-    def layer_shapes(self) -> list[tuple[int, int, int]]:
-        """``(latent_dim, rows, columns)`` of each layer of latents."""
-        return [(self.latent_dim, block.resolution, block.resolution) for block in self.plan.decoder]
+    def latents(self) -> Hierarchy:
+        """A map of latents for each layer, from the top down."""
+        return Hierarchy(tuple((self.latent_dim, block.resolution, block.resolution) for block in self.plan.decoder))
 
     def infer(
         self,
@@ -467,8 +370,8 @@ class HierarchicalNetwork(Network):
         noise: Noise | None = None,
         condition: Tensor | None = None,
     ) -> Inference:
-        """One posterior draw of every layer, from the top down; KL in closed form, summed over each layer's map."""
-        _refuse(context=context, mask=mask, condition=condition)
+        """Decode one posterior draw of every layer, from the top down; the KL is in closed form, summed over each layer's map."""
+        self.refuse_unread(context, mask, condition)
         h, draws = self._infer(x, noise)
         return Inference(
             h=h,
@@ -485,14 +388,9 @@ class HierarchicalNetwork(Network):
         temperature: Temperature = 1.0,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Features of n draws from the prior; a temperature of 0 takes each layer's mean."""
-        _refuse(context=context, condition=condition)
+        """Features of n draws from the prior; temperature 0 gives each layer's mean."""
+        self.refuse_unread(context, condition=condition)
         return self._descend(n, self._prior_draws([], generator, temperature))
-
-    @property
-    def latents(self) -> Hierarchy:
-        """A map of latents for each layer, from the top down."""
-        return Hierarchy(tuple(self.layer_shapes))
 
     def draw_latents(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
         """One posterior draw of every layer, ``(batch, latent_dim, rows, columns)`` each, from the top down."""
@@ -514,15 +412,16 @@ class HierarchicalNetwork(Network):
 
         Args:
             z: latents of the top layer, or more, ``(batch, latent_dim, rows, columns)`` each.
-            condition: not read.
-            generator: of the layers that are drawn.
-            temperature: of the layers that are drawn.
+            condition: refused.
+            generator: for the layers that are drawn.
+            temperature: for the layers that are drawn.
 
         Raises:
-            ValueError: none or too many are given, or one has another shape than its layer.
+            ValueError: none or too many are given, or one does not have its layer's shape.
         """
+        self.refuse_unread(condition=condition)
         latents = list(z)
-        shapes = [(len(latents[0]) if len(latents) else 0, *shape) for shape in self.layer_shapes]
+        shapes = [(len(latents[0]) if latents else 0, *shape) for shape in self.latents.shapes]
         given = [tuple(z.shape) for z in latents]
         if not given or given != shapes[: len(given)]:
             raise ValueError(f"decode takes latents of the top layer or more, of shapes {shapes}; got {given}")
@@ -536,11 +435,9 @@ class HierarchicalNetwork(Network):
         features = self._encode(x)
         draws: list[Draw] = []
 
-        def choose(layer: LadderLayer, state: Tensor, prior: Diagonal) -> Tensor:
+        def choose(layer: HierarchyLayer, state: Tensor, prior: Diagonal) -> Tensor:
             posterior = layer.posterior_of(state, features[layer.resolution])
-            shape = posterior.mean.shape
-            unit = torch.randn_like(posterior.mean) if noise is None else noise(shape).to(posterior.mean)
-            draws.append(draw(posterior, prior, unit))
+            draws.append(draw(posterior, prior, standard_normal(posterior.mean, noise)))
             return draws[-1].z
 
         return self._descend(len(x), choose), draws
@@ -549,7 +446,7 @@ class HierarchicalNetwork(Network):
         known = iter(given)
         temperatures = iter(per_layer(temperature, self.plan.layers))
 
-        def choose(layer: LadderLayer, state: Tensor, prior: Diagonal) -> Tensor:
+        def choose(layer: HierarchyLayer, state: Tensor, prior: Diagonal) -> Tensor:
             spread = next(temperatures)
             z = next(known, None)
             if z is not None:
@@ -560,7 +457,7 @@ class HierarchicalNetwork(Network):
         return choose
 
     def _encode(self, x: Tensor) -> dict[int, Tensor]:
-        """The last features of each resolution."""
+        """The last features at each resolution."""
         expected = (self.channels, self.rows, self.columns)
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(f"this network was built for examples of shape {expected}, got a batch of shape {tuple(x.shape)}")
@@ -575,10 +472,10 @@ class HierarchicalNetwork(Network):
         return features
 
     def _descend(self, n: int, choose: Choose) -> Tensor:
-        """The way down the ladder, which inference and generation share: they differ in how a layer's latents are chosen."""
+        """Go through the layers from the top down; inference and generation differ in how a layer's latents are chosen."""
         state: Tensor | None = None
         for layer in self.decoder:
-            assert isinstance(layer, LadderLayer)
+            assert isinstance(layer, HierarchyLayer)
             state = layer.enter(state, n)
             prior, residual = layer.prior_of(state)
             z = choose(layer, state, prior)
@@ -588,7 +485,71 @@ class HierarchicalNetwork(Network):
         return functional.pixel_shuffle(features, self.patch)[..., : self.rows, : self.columns]
 
 
-def _refuse(**given: Tensor | None) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name} is for video networks; this one is for images and takes none")
+class _Preset(NamedTuple):
+    plan: Callable[[int], HierarchyPlan]
+    """Makes the plan from the image's longer side."""
+    width: int
+    latent_dim: int
+
+
+def _plan(text: str) -> dict[str, str]:
+    """Keyword arguments for the text after the colon."""
+    if text not in PRESETS and "/" not in text:
+        raise ValueError(f"a plan is one of {', '.join(PRESETS)}, or ENCODER/DECODER as in 14,14d14/1,14m1; got {text!r}")
+    if text not in PRESETS:
+        HierarchyPlan.parse(text)
+    return {"plan": text}
+
+
+@register.network(
+    "hierarchical", argument=Argument("plan", _plan, "tiny"), latents="hierarchical", reads_clips=False, has_prior=False
+)
+def hierarchical(
+    shape: Sequence[int],
+    out_channels: int,
+    latent_dim: int | None = None,
+    width: int | None = None,
+    plan: str = "tiny",
+) -> HierarchicalNetwork:
+    """Layers of latents from coarse to fine (VDVAE): by a preset (tiny, cifar10), or by a plan.
+
+    ``tiny`` runs on a CPU, for images of any size: it has layers of latents at 1×1 and at most 8×8. ``cifar10`` has the published
+    sizes: 43 layers of latents, 39 million parameters. A plan of your own, such as ``28x2,28d4,7,7d7/1,7m1,7,28m7,28``, is read by
+    :meth:`HierarchyPlan.parse`.
+
+    Args:
+        shape: of one example, ``(C, H, W)``.
+        out_channels: ``likelihood.in_channels``.
+        latent_dim: channels of each layer of latents; the preset's unless given (for a plan of your own, tiny's).
+        width: channels between blocks; likewise.
+        plan: tiny, cifar10, or ``ENCODER/DECODER``.
+
+    Raises:
+        ValueError: the data are not images or too small, or the plan cannot be read or does not fit the image.
+
+    >>> network = hierarchical((1, 28, 28), out_channels=1)
+    >>> network.latents.shapes[-1], network.infer(torch.zeros(2, 1, 28, 28)).h.shape
+    ((8, 7, 7), torch.Size([2, 1, 28, 28]))
+    """
+    if len(shape) != 3 or min(shape[1:]) < SMALLEST:
+        raise ValueError(
+            f"the hierarchical network reads images (C, H, W) of at least {SMALLEST}×{SMALLEST}, got an example of shape"
+            f" {tuple(shape)}; use the mlp network for tables, series and tiny images"
+        )
+    preset = PRESETS.get(plan, PRESETS["tiny"])
+    return HierarchicalNetwork(
+        shape,
+        out_channels,
+        preset.plan(max(shape[1:])) if plan in PRESETS else HierarchyPlan.parse(plan),
+        preset.latent_dim if latent_dim is None else latent_dim,
+        preset.width if width is None else width,
+    )
+
+
+def _tiny(size: int) -> HierarchyPlan:
+    """Two resolutions: 1, and at most 8, where convolutions cost little."""
+    top = -(-size // -(-size // 8))
+    return HierarchyPlan.parse(f"{top}x2,{top}d{top},1/1,{top}m1,{top}x2")
+
+
+PRESETS = {"tiny": _Preset(_tiny, 128, 8), "cifar10": _Preset(lambda size: HierarchyPlan.parse(CIFAR10), 384, 16)}

@@ -12,19 +12,19 @@ from sigma_vae.registry import register
 __all__ = ["mlp"]
 
 START_LOG_VARIANCE = -4.0
-"""Of the posterior, before training: from 0, where N(0, 1) noise hides every code, units switch off while σ is still large."""
+"""The untrained posterior's log-variance. At 0 its N(0, 1) noise hides every latent, and latents are lost while σ is still large."""
 
 
 @register.network("mlp", latents="flat", reads_clips=False, has_prior=True)
 def mlp(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 400) -> FlatNetwork:
-    """Two hidden layers each way, ReLU between them; the untrained posterior is narrow, with a log-variance around −4.
+    """A multilayer perceptron for data of any shape: two hidden layers each way, with ReLU.
 
-    A decoder first hears what codes say, and then what they cost: with a σ that is solved or learned, and so large at first, latents
-    that start as wide as the prior are given up, and seldom taken up again (``benchmarks/posterior_start.py``).
+    The untrained posterior is narrow, with a log-variance around −4. A solved or learned σ is large at first; latents that start as wide
+    as the prior then go unused, and are seldom used again (``benchmarks/posterior_start.py``).
 
     Args:
         shape: of one example, ``(C, *space)``: a table's row, a series, an image.
-        out_channels: what the likelihood reads, ``likelihood.in_channels``.
+        out_channels: ``likelihood.in_channels``.
         latent_dim: size of z.
         width: units of each hidden layer.
 

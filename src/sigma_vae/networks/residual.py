@@ -1,4 +1,4 @@
-"""A residual convolutional network for images and series, with little work at full resolution."""
+"""A residual convolutional network for images and series, with most of its work at low resolution."""
 
 import math
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ __all__ = ["residual"]
 
 SMALLEST = 4
 COARSEST = 8
-"""Sizes are halved until none is larger; dense layers see the whole from there."""
+"""Sizes are halved until none is larger; dense layers follow."""
 WIDEST = 8
-"""Channels double from level to level, up to so many times ``width``."""
+"""Channels double from level to level, up to this multiple of ``width``."""
 HIDDEN = 32
-"""Units of the dense layers around the latents, for each of ``width``."""
+"""Units of the dense layers around the latents, as a multiple of ``width``."""
 GAIN = 1.68
-"""1 / √E[SiLU(u)²] for a standard normal u: what an activation takes from the mean square, the next layer's weights give back."""
+"""1 / √E[SiLU(u)²] for a standard normal u: makes up for the mean square that an activation loses."""
 LAST_GAIN = 0.05
-"""Of what gives features or posteriors, against the layers before: both start near 0."""
+"""Gain of the last layer of encoder and decoder, so that posteriors and features start near 0."""
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 TRANSPOSED: dict[int, type[nn.ConvTranspose1d | nn.ConvTranspose2d]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
@@ -34,30 +34,32 @@ _Weighted = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn
 
 @register.network("residual", latents="flat", reads_clips=False, has_prior=True)
 def residual(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 16) -> FlatNetwork:
-    r"""Halve the size until it is at most 8, with residual blocks below the first level; then dense layers; the same back.
+    r"""Pre-activation residual blocks, most of them at low resolution, for images and series.
 
-    A block adds to its input what two convolutions make of it, with activations before them (He et al. 2016, arXiv 1603.05027,
-    figure 1b; a is SiLU):
+    The size is halved until it is at most 8, with residual blocks below the first level. Dense layers follow. The decoder mirrors it.
+
+    A block adds two convolutions of its input to it, with activations a = SiLU before them (He et al. 2016, arXiv 1603.05027,
+    figure 1b):
 
     .. math:: x + W_2\, a(W_1\, a(x))
 
-    There are no batch statistics. Instead the initial weights keep the mean square from layer to layer (He et al. 2015, arXiv 1502.01852,
-    with the gain of SiLU), those of :math:`W_2` are smaller by the root of the number of blocks, so that it does not grow with them (in
-    the manner of Zhang et al. 2019, arXiv 1901.09321), and the last layers' by twenty: an untrained decoder gives nearly the same features,
-    near 0, for every z, however large the data.
+    There are no batch statistics. Instead, initial weights keep the mean square from layer to layer (He et al. 2015, arXiv 1502.01852,
+    with the gain of SiLU). Those of :math:`W_2` are divided by the root of the number of blocks, so that activations do not grow with
+    depth (in the manner of Zhang et al. 2019, arXiv 1901.09321). Those of the last layers are divided by twenty, so that an untrained
+    decoder gives features near 0 for every z.
 
-    With 28×28×1 data a pass costs a tenth of the multiply-adds of :func:`conv`, and there are more weights, most of them in the dense
+    With 28×28×1 data a pass costs a tenth of the multiply-adds of :func:`conv`. There are more weights, most of them in the dense
     layers.
 
     Args:
         shape: of one example: an image ``(C, H, W)`` or a series ``(C, T)``.
-        out_channels: what the likelihood reads, ``likelihood.in_channels``.
+        out_channels: ``likelihood.in_channels``.
         latent_dim: size of z.
-        width: channels of the first level, at half the data's size. They double from level to level, up to eightfold; the dense layers
+        width: channels of the first level, at half the data's size. They double from level to level, up to eightfold. The dense layers
             have 32 times as many units.
 
     Raises:
-        ValueError: the data are neither images nor series, or shorter than 4 along an axis.
+        ValueError: the data are neither images nor series, or an axis is shorter than 4.
 
     >>> sum(p.numel() for p in residual((1, 28, 28), out_channels=1).parameters())
     1689241
@@ -109,7 +111,7 @@ def _halvings(size: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def _down(dims: int, channels: list[int]) -> list[nn.Module]:
-    """From the data's level to the coarsest; stride 2 rounds odd sizes up."""
+    """Layers from the data's level to the coarsest; stride 2 rounds odd sizes up."""
     layers: list[nn.Module] = []
     for level, (above, here) in enumerate(pairwise(channels)):
         halve = CONVOLUTIONS[dims](above, here, 3, stride=2, padding=1)
@@ -118,7 +120,7 @@ def _down(dims: int, channels: list[int]) -> list[nn.Module]:
 
 
 def _up(dims: int, channels: list[int], sizes: list[tuple[int, ...]]) -> list[nn.Module]:
-    """From the coarsest level back to the data's."""
+    """Layers from the coarsest level back to the data's."""
     layers: list[nn.Module] = []
     for level, (above, here) in enumerate(pairwise(channels)):
         layers = [*_blocks(dims, channels, level), nn.SiLU(), _Double(dims, here, above, sizes[level]), *layers]
@@ -126,17 +128,17 @@ def _up(dims: int, channels: list[int], sizes: list[tuple[int, ...]]) -> list[nn
 
 
 def _blocks(dims: int, channels: list[int], level: int) -> list[nn.Module]:
-    """None at the first of several levels: with the most pixels it would cost the most."""
+    """The level's block; none at the first of several levels, where it would cost most."""
     first_of_several = level == 0 and len(channels) > 2
     return [] if first_of_several else [_Block(dims, channels[level + 1])]
 
 
 @torch.no_grad()
 def _initialise(half: nn.Sequential, blocks: int) -> None:
-    """Of the encoder or the decoder, which has so many blocks."""
+    """Draw the initial weights of the encoder or decoder, which has this number of blocks."""
     layers = [module for module in half.modules() if isinstance(module, _Weighted)]
     for number, layer in enumerate(layers):
-        gain = GAIN if number else 1.0  # data and latents have gone through no activation
+        gain = GAIN if number else 1.0  # data and latents come without an activation
         nn.init.normal_(layer.weight, std=gain / math.sqrt(_fan_in(layer)))
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
@@ -146,7 +148,7 @@ def _initialise(half: nn.Sequential, blocks: int) -> None:
 
 
 def _fan_in(layer: _Weighted) -> int:
-    """How many products a value of the output sums."""
+    """Number of products that each output value sums."""
     if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
         return layer.in_channels * math.prod(layer.kernel_size) // math.prod(layer.stride)
     return layer.weight[0].numel()
@@ -154,7 +156,7 @@ def _fan_in(layer: _Weighted) -> int:
 
 @final
 class _Block(nn.Module):
-    """What two convolutions make of x, added to x."""
+    """Add two convolutions of x to x."""
 
     def __init__(self, dims: int, channels: int) -> None:
         super().__init__()
@@ -168,7 +170,7 @@ class _Block(nn.Module):
 
 @final
 class _Double(nn.Module):
-    """Twice the size, cropped to that of the level above, which may be odd."""
+    """Double the size, and crop to that of the level above, which may be odd."""
 
     def __init__(self, dims: int, channels: int, out_channels: int, size: tuple[int, ...]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Clips: SVG, stochastic video generation with a learned or a fixed prior (Denton and Fergus 2018)."""
+"""Stochastic video generation (SVG) for clips, with a learned or a fixed prior (Denton and Fergus 2018)."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,36 +10,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sigma_vae.registry import Argument, register
-from sigma_vae.types import Frames, Inference, Network, Noise, Prediction, Temperature, per_layer
+from sigma_vae.types import Frames, Inference, Network, Noise, Prediction, Temperature, at_least_float32, per_layer
 
 __all__ = [
     "FRAMES",
     "Backbone",
-    "Encoded",
     "FrameDecoder",
     "FrameEncoder",
-    "Moments",
-    "Prediction",
     "Recurrence",
     "SequenceNetwork",
-    "Spread",
     "State",
-    "Steps",
-    "batch_statistics_of",
     "dcgan",
     "sequence",
     "starts",
     "vgg",
 ]
 
-RECURRENT_INITIAL_STD = 0.02
+INITIAL_STD = 0.02
+"""Std of the initial weights, as published."""
+SMALLEST = 8
+SLOPE = 0.2
 LOG_2_PI = math.log(2 * math.pi)
+FRAMES = 10
+"""Number of predicted frames unless asked otherwise, as in the published configurations."""
 
 LstmState = tuple[Tensor, Tensor]
+Spread = Callable[[Tensor], Tensor]
+"""Repeats the rows of clips, one row per frame."""
 
 
 class State(NamedTuple):
-    """Where the LSTMs stand, each ``(hidden, cell)`` of ``(layers, batch, rnn_size)``; None before the first step."""
+    """State of the three recurrences, each ``(hidden, cell)`` of ``(layers, batch, rnn_size)``; None before the first step."""
 
     posterior: LstmState | None = None
     prior: LstmState | None = None
@@ -59,7 +60,7 @@ class Moments(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What some steps gave: the predicted codes ``(batch, steps, code_dim)``, the latents, and what these were drawn from."""
+    """Result of several steps: predicted codes ``(batch, steps, code_dim)``, latents, and the Gaussians behind the latents."""
 
     codes: Tensor
     z: Tensor
@@ -67,27 +68,27 @@ class Steps(NamedTuple):
     prior: Moments
 
     def kl(self) -> Tensor:
-        """KL to the prior in closed form, ``(batch, steps)``, in nats."""
+        """KL of the drawn-from Gaussian to the prior in closed form, ``(batch, steps)``, in nats."""
         q, p = self.drawn_from, self.prior
         spread = (torch.exp(q.log_variance) + (q.mean - p.mean).square()) * torch.exp(-p.log_variance)
         return 0.5 * (p.log_variance - q.log_variance + spread - 1).sum(-1)
 
     def log_ratio(self) -> Tensor:
-        """Log-density of the latents under the prior less that under what they were drawn from, ``(batch, steps)``."""
+        """Log-density of the latents under the prior, minus that under the Gaussian they were drawn from, ``(batch, steps)``."""
         return self.prior.log_prob(self.z) - self.drawn_from.log_prob(self.z)
 
 
 @final
 class Recurrence(nn.Module):
-    """From the codes of frames to latents and the codes of the next frames; its state is passed in and handed back.
+    """Three recurrences: posterior and prior give a frame's latents, the predictor gives the next frame's code.
 
-    Each of the three starts with a linear layer; posterior and prior have one LSTM, the predictor two.
+    Each begins with a linear layer; posterior and prior have one LSTM layer, the predictor has two. The state is passed in and returned.
 
     Args:
-        code_dim: size of a frame's code.
+        code_dim: size of a frame's code, the encoder's vector for it.
         latent_dim: size of each frame's latents.
         rnn_size: width of the LSTMs.
-        learned_prior: whether the prior sees the frames before; else it is N(0, I).
+        learned_prior: whether the prior depends on the frames before; otherwise it is N(0, I).
 
     >>> recurrence = Recurrence(code_dim=6, latent_dim=2, rnn_size=8)
     >>> codes = torch.rand(3, 5, 6)
@@ -106,23 +107,23 @@ class Recurrence(nn.Module):
         self.predictor = _Predictor(code_dim + latent_dim, rnn_size, code_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):  # as published; the LSTMs start as torch's do
-                nn.init.normal_(module.weight, 0.0, RECURRENT_INITIAL_STD)
+                nn.init.normal_(module.weight, 0.0, INITIAL_STD)
                 nn.init.zeros_(module.bias)
 
     def advance(self, before: Tensor, after: Tensor | None, draw: Noise, state: State) -> tuple[Steps, State]:
-        """Steps from frames to the next ones, whose latents come from the posterior where it is said what they hold.
+        """Step from each frame to the next one.
 
         Args:
             before: codes ``(batch, steps, code_dim)`` of the frames to step from.
-            after: codes of the frames that follow each; None: latents come from the prior.
-            draw: gives what stands for standard normal numbers; asked for ``(batch, latent_dim)`` once a step.
-            state: where to go on from.
+            after: codes of the frames that follow, from which the posterior draws the latents; None: the prior draws them.
+            draw: source of standard normal numbers, asked for ``(batch, latent_dim)`` once per step.
+            state: state to continue from.
         """
         batch, length = before.shape[:2]
         if self.prior is not None:
             prior, prior_state = self.prior(before, state.prior)
         else:
-            zero = _full(before.new_zeros(batch, length, self.latent_dim))
+            zero = at_least_float32(before.new_zeros(batch, length, self.latent_dim))
             prior, prior_state = Moments(zero, zero), None
         chosen, posterior_state = (prior, state.posterior) if after is None else self.posterior(after, state.posterior)
         unit = torch.stack([draw(torch.Size([batch, self.latent_dim])).to(chosen.mean) for _ in range(length)], 1)
@@ -144,7 +145,7 @@ class _GaussianLstm(nn.Module):
 
     def forward(self, codes: Tensor, state: LstmState | None) -> tuple[Moments, LstmState]:
         hidden, state = self.lstm(self.embed(codes), state)
-        return Moments(_full(self.mean(hidden)), _full(self.log_variance(hidden))), state
+        return Moments(at_least_float32(self.mean(hidden)), at_least_float32(self.log_variance(hidden))), state
 
 
 @final
@@ -162,28 +163,15 @@ class _Predictor(nn.Module):
         return torch.tanh(self.output(hidden)), state
 
 
-def _full(x: Tensor) -> Tensor:
-    """In float32 at least: densities in half precision mean nothing."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-Spread = Callable[[Tensor], Tensor]
-"""From one row a clip to one row a frame."""
-
-SMALLEST = 8
-SLOPE = 0.2
-INITIAL_STD = 0.02
-
-
 class Encoded(NamedTuple):
-    """What an encoder makes of frames: codes ``(frames, code_dim)``, and the activations of its stages, finest first."""
+    """Encoded frames: codes ``(frames, code_dim)``, and the activations of the encoder's stages, finest first."""
 
     code: Tensor
     skips: tuple[Tensor, ...]
 
 
 class Backbone(NamedTuple):
-    """An encoder of frames and the decoder that belongs to it."""
+    """An encoder of frames and its decoder."""
 
     encoder: "FrameEncoder"
     decoder: "FrameDecoder"
@@ -191,11 +179,11 @@ class Backbone(NamedTuple):
 
 @final
 class FrameEncoder(nn.Module):
-    """Frames ``(frames, C, H, W)`` to :class:`Encoded`, in stages that halve the size each.
+    """Encode frames ``(frames, C, H, W)``, in stages that each halve the size.
 
     Args:
-        stages: what gives the skip connections, one after the other.
-        between: what follows each of them: pooling, or nothing where a stage itself halves the size.
+        stages: modules whose outputs are the skip connections, one after the other.
+        between: module after each stage: pooling, or the identity where a stage itself halves the size.
         head: from the last stage to ``(frames, code_dim, 1, 1)``.
     """
 
@@ -217,11 +205,11 @@ class FrameEncoder(nn.Module):
 
 @final
 class FrameDecoder(nn.Module):
-    """Codes ``(frames, code_dim)``, and the skip connections of their clips, to features ``(frames, out_channels, H, W)``.
+    """Decode codes ``(frames, code_dim)``, with the skip connections of their clips, to features ``(frames, out_channels, H, W)``.
 
     Args:
         stem: from a code ``(frames, code_dim, 1, 1)`` to the smallest map.
-        between: what precedes each stage: upsampling, or nothing where a stage itself doubles the size.
+        between: module before each stage: upsampling, or the identity where a stage itself doubles the size.
         stages: coarsest first; each joins a skip connection.
     """
 
@@ -232,7 +220,7 @@ class FrameDecoder(nn.Module):
         self.stages = nn.ModuleList(stages)
 
     def shares(self, skips: Sequence[Tensor]) -> list[Tensor]:
-        """What skip connections ``(clips, ...)``, finest first, add in each stage: the same in all frames of a clip."""
+        """Contribution of skip connections ``(clips, ...)``, finest first, to each stage: the same in all frames of a clip."""
         stages = [stage for stage in self.stages if isinstance(stage, _Join)]
         return [stage.share(skip) for stage, skip in zip(stages, reversed(skips), strict=True)]
 
@@ -245,14 +233,14 @@ class FrameDecoder(nn.Module):
 
 
 def dcgan(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: int = 128) -> Backbone:
-    """The DCGAN of SVG: 4×4 convolutions of stride 2, their width doubled each time up to eightfold, and the mirror image of it.
+    """SVG's DCGAN: 4×4 convolutions of stride 2 that double the width each time, up to eightfold, and their mirror image.
 
     Frames of 64×64 pass four such stages (64, 128, 256, 512 channels), of 32×32 three, of 128×128 five; a 4×4 convolution then gives the
-    code, through batch norm and tanh. The decoder's last layer gives features: the likelihood owns what the original's sigmoid does.
+    code, through batch norm and tanh. The decoder's last layer gives features; the original's sigmoid belongs to the likelihood.
 
     Args:
         shape: of a frame, ``(C, H, W)``.
-        out_channels: what the likelihood reads.
+        out_channels: ``likelihood.in_channels``.
         width: channels of the first stage.
         code_dim: size of a code.
 
@@ -279,10 +267,10 @@ def dcgan(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: in
 
 
 def vgg(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: int = 128) -> Backbone:
-    """The VGG of SVG: two or three 3×3 convolutions a stage, pooled and upsampled between.
+    """SVG's VGG: two or three 3×3 convolutions per stage, with pooling and upsampling between stages.
 
-    Frames of 64×64 pass stages of 2, 2, 3 and 3 convolutions (64, 128, 256, 512 channels), of 32×32 the first three. Arguments, errors
-    and ends are those of :func:`dcgan`.
+    Frames of 64×64 pass stages of 2, 2, 3 and 3 convolutions (64, 128, 256, 512 channels), of 32×32 the first three. Arguments, errors,
+    first and last layers are those of :func:`dcgan`.
 
     Raises:
         ValueError: the frames are not square with a side of 8, 16, 32, 64, ...
@@ -310,7 +298,7 @@ def vgg(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: int 
 
 @contextmanager
 def batch_statistics_of(network: nn.Module) -> Iterator[None]:
-    """Within it, batch norm uses the statistics of what it is given, and leaves the running ones as they are.
+    """Within this context, batch norm uses the statistics of its input, and its running statistics do not change.
 
     >>> norm = nn.BatchNorm2d(1).eval()
     >>> with batch_statistics_of(norm):
@@ -332,9 +320,9 @@ def batch_statistics_of(network: nn.Module) -> Iterator[None]:
 
 @final
 class _Join(nn.Module):
-    """A convolution of features joined with a skip connection, and what follows it.
+    """A convolution of features concatenated with a skip connection, and the modules after it.
 
-    A convolution is linear: the skip connection's share of it is computed once for all frames of a clip.
+    A convolution is linear, so the skip connection's share of it is computed once for all frames of a clip.
     """
 
     def __init__(self, convolution: nn.Conv2d | nn.ConvTranspose2d, rest: Sequence[nn.Module]) -> None:
@@ -388,7 +376,7 @@ def _stem(code_dim: int, outputs: int) -> nn.Sequential:
 
 
 def _initialised(backbone: Backbone) -> Backbone:
-    """Weights N(0, 0.02²), gains N(1, 0.02²), no biases, as published."""
+    """Draw weights from N(0, 0.02²) and gains from N(1, 0.02²), and set biases to 0, as published."""
     with torch.no_grad():
         for part in backbone:
             for module in part.modules():
@@ -400,8 +388,6 @@ def _initialised(backbone: Backbone) -> Backbone:
     return backbone
 
 
-FRAMES = 10
-"""How many frames are predicted unless asked for more or fewer, as in the published configurations."""
 BACKBONES = {"dcgan": dcgan, "vgg": vgg}
 
 
@@ -415,25 +401,26 @@ class SequenceNetwork(Network):
         q(z_t|x_{\le t}) = N(\mu_\phi(c_{1:t}), \sigma^2_\phi(c_{1:t})), \quad p(z_t|x_{<t}) = N(\mu_\psi(c_{1:t-1}),
         \sigma^2_\psi(c_{1:t-1})), \quad h_t = \text{decoder}(g(c_{t-1}, z_t, \dots), \text{skips})
 
-    (the fixed prior is N(0, I)). The skip connections are the last conditioning frame's (in the published code, of the one before).
+    (the fixed prior is N(0, I)). The skip connections are those of the last conditioning frame (in the published code, of the one before).
 
-    The first frames of a clip are given, not modelled: the bound is
+    The first frames of a clip are given and not modelled: the bound is
 
     .. math::
         \log p(x_{c+1:T}|x_{1:c}) \ge E_q \sum_{t>c} \left[ \log p(x_t|x_{<t}, z_{\le t}) - KL(q(z_t|x_{\le t}) \| p(z_t|x_{<t})) \right],
 
-    a sum over *predicted* frames; SVG's loss counts the conditioning frames too, from the second on, and weights the KL. Latents of the
-    conditioning frames are drawn from their posterior, which sees these frames alone; prediction draws them in the same way, so they
-    are part of the conditional model and cost nothing.
+    a sum over *predicted* frames; SVG's loss also counts the conditioning frames, from the second on, and weights the KL. Latents of the
+    conditioning frames are drawn from their posterior, which sees only these frames. Prediction draws them in the same way, so they are
+    part of the conditional model and cost nothing.
 
-    Frames are encoded all at once. In training batch norm takes its statistics over all valid frames of the batch (the published code:
-    over one time step); in eval mode the running ones are used, so that no number depends on the batch. No state is kept between calls.
+    Frames are encoded all at once. In training, batch norm takes its statistics over all valid frames of the batch (the published code:
+    over one time step). In eval mode it uses the running statistics, so that no number depends on the batch. No state is kept between
+    calls.
 
     Args:
         encoder: of frames, to codes and skip connections.
         decoder: its counterpart.
         recurrence: the LSTMs between them.
-        context_frames: how many frames at the start of a clip are given, where they do not come separately.
+        context_frames: number of given frames at the start of a clip, where they do not come separately.
 
     Shapes:
         x ``(batch, T, C, H, W)`` with values in [0, 1]; h ``(batch, T − context, in_channels, H, W)``; kl ``(batch, 1)``, log_ratio
@@ -463,7 +450,7 @@ class SequenceNetwork(Network):
 
     @property
     def latents(self) -> Frames:
-        """One vector a frame."""
+        """One vector per frame."""
         return Frames(self.recurrence.latent_dim)
 
     def infer(
@@ -479,14 +466,14 @@ class SequenceNetwork(Network):
         Args:
             x: whole clips; or, with ``context``, the frames that follow it.
             context: the conditioning frames ``(batch, frames, C, H, W)``.
-            mask: ``(batch, T)``, True for the frames of x that are valid: all of them, up to some frame, of each clip. What the others
-                hold changes no number.
-            noise: where standard normal numbers come from; asked for ``(batch, latent_dim)`` once a frame from the second on.
-            condition: not read.
+            mask: ``(batch, T)``, True for the valid frames of x, which come first in each clip. The other frames change no number.
+            noise: source of standard normal numbers, asked for ``(batch, latent_dim)`` once per frame from the second on.
+            condition: refused.
 
         Raises:
             ValueError: shapes do not fit, no frame is left to predict, or the mask has gaps or leaves out conditioning frames.
         """
+        self.refuse_unread(condition=condition)
         clip, mask, past = self._clip(x, context, mask)
         codes, skips = self._encode(clip, mask, past)
         steps, _ = self.recurrence.advance(codes[:, :-1], codes[:, 1:], noise or _torch_noise(clip), State())
@@ -510,17 +497,18 @@ class SequenceNetwork(Network):
         """Features ``(n, frames, in_channels, H, W)`` of predictions; see :meth:`predict`.
 
         Args:
-            n: how many predictions.
+            n: number of predictions.
             context: conditioning frames, of one clip for all or of n clips, ``(1 or n, frames, C, H, W)``.
-            generator: of the latents.
-            temperature: scales their spread.
-            condition: not read.
-            frames: how many frames to predict.
-            show: from features to the frame that the next is predicted from: ``lambda h: likelihood(h).mean``.
+            generator: source of the latents' randomness.
+            temperature: scales the latents' spread.
+            condition: refused.
+            frames: number of frames to predict.
+            show: turns features into the frame from which the next one is predicted: ``lambda h: likelihood(h).mean``.
 
         Raises:
             ValueError: context or show is missing, or does not fit.
         """
+        self.refuse_unread(condition=condition)
         start = starts(n, context)
         if show is None:
             raise ValueError("a video network predicts from frames and needs show, from features to frames; see VAE.predict")
@@ -537,24 +525,25 @@ class SequenceNetwork(Network):
         *,
         batch_statistics: bool = False,
     ) -> Prediction:
-        """Frame after frame, each predicted from what was made of the last.
+        """Predict frame after frame, each from the last frame shown.
 
         Args:
-            context: conditioning frames ``(n, past, C, H, W)``, of any number from 1 on.
-            frames: how many to predict; a longer prediction begins as a shorter one does.
-            show: from features ``(n, in_channels, H, W)`` to frames ``(n, C, H, W)``. With the likelihood's mean it predicts as SVG does;
-                with its draws these are draws from the model that the ELBO bounds.
-            noise: where standard normal numbers come from; asked for ``(n, latent_dim)`` once a frame from the second on.
-            temperature: scales the spread of all latents; at 0 a prediction is deterministic but for ``show``.
-            batch_statistics: whatever the mode, let batch norm use the statistics of the frames at hand, as the published evaluation
-                does: predictions then depend on each other. Running statistics stay as they are.
+            context: conditioning frames ``(n, past, C, H, W)``, at least one.
+            frames: number of frames to predict; a longer prediction begins as a shorter one does.
+            show: turns features ``(n, in_channels, H, W)`` into frames ``(n, C, H, W)``. With the likelihood's mean, it predicts as SVG
+                does; with draws, the predictions are draws from the model that the ELBO bounds.
+            noise: source of standard normal numbers, asked for ``(n, latent_dim)`` once per frame from the second on.
+            temperature: scales the spread of all latents; at 0 a prediction is deterministic unless ``show`` draws.
+            batch_statistics: let batch norm use the statistics of the frames at hand in any mode, as the published evaluation does.
+                Predictions then depend on each other. Running statistics do not change.
 
         Raises:
-            ValueError: context is no batch of clips or has no frame, ``frames`` is below 1, or the temperature is negative or not finite.
+            ValueError: context is not a batch of clips or has no frame, ``frames`` is below 1, or the temperature is negative or not
+                finite.
         """
         _check_clip("context", context)
         if frames < 1:
-            raise ValueError(f"frames counts what is to be predicted and is at least 1, got {frames}")
+            raise ValueError(f"frames is the number of frames to predict and at least 1, got {frames}")
         unit, (spread,) = noise or _torch_noise(context), per_layer(temperature, 1)
 
         def draw(shape: torch.Size) -> Tensor:
@@ -574,7 +563,7 @@ class SequenceNetwork(Network):
         return Prediction(torch.cat(features, 1), torch.stack(shown, 1))
 
     def _clip(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
-        """Whole clips, the mask of all their frames, and how many of these are given."""
+        """Whole clips, the mask of all their frames, and the number of given frames."""
         _check_clip("x", x)
         if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
             raise ValueError(
@@ -597,7 +586,7 @@ class SequenceNetwork(Network):
         return x, mask, past
 
     def _encode(self, clip: Tensor, mask: Tensor | None, past: int) -> tuple[Tensor, list[Tensor]]:
-        """Codes ``(batch, T, code_dim)``, 0 where a frame is not valid, and the last conditioning frame's skip connections."""
+        """Codes ``(batch, T, code_dim)``, 0 for invalid frames, and the last conditioning frame's skip connections."""
         if mask is None:
             code, skips = self.encoder(clip.flatten(0, 1))
             each = clip.shape[:2]
@@ -614,6 +603,46 @@ class SequenceNetwork(Network):
             return features.reshape(batch, length, *features.shape[1:])
         clips = mask.nonzero()[:, 0]
         return _put(self.decoder(codes[mask], shares, lambda share: share[clips]), mask)
+
+
+def starts(n: int, context: Tensor | None) -> Tensor:
+    """Conditioning frames of n predictions ``(n, frames, C, H, W)``, from one clip or n.
+
+    Raises:
+        ValueError: there are none, or the number of clips is wrong.
+    """
+    if context is None:
+        raise ValueError(
+            "a video network predicts from frames and needs context, the frames to start from: (clips, frames, C, H, W)"
+        )
+    _check_clip("context", context)
+    if len(context) not in (1, n):
+        raise ValueError(f"context holds frames of 1 or {n} clips, (clips, frames, C, H, W), got {tuple(context.shape)}")
+    return context.expand(n, -1, -1, -1, -1)
+
+
+def _torch_noise(like: Tensor, generator: torch.Generator | None = None) -> Noise:
+    def noise(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, device=like.device, generator=generator)
+
+    return noise
+
+
+def _check_clip(name: str, clip: Tensor) -> None:
+    if clip.dim() != 5:
+        raise ValueError(f"{name} holds clips, (batch, frames, C, H, W), got {tuple(clip.shape)}; unsqueeze what is missing")
+    if clip.shape[1] < 1:
+        raise ValueError(f"{name} holds clips of at least one frame, (batch, frames, C, H, W), got {tuple(clip.shape)}")
+
+
+def _put(values: Tensor, mask: Tensor) -> Tensor:
+    """Scatter values ``(valid frames, ...)`` into zeros ``(batch, T, ...)``."""
+    return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)
+
+
+def _sum_over(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum ``(batch,)`` over the valid frames."""
+    return values.sum(1) if mask is None else values.masked_fill(~mask, 0).sum(1)
 
 
 def _variant(text: str) -> dict[str, object]:
@@ -637,17 +666,18 @@ def sequence(
     context_frames: int = 2,
     learned_prior: bool = True,
 ) -> SequenceNetwork:
-    """SVG in its published proportions: at width 64, codes of 128 and LSTMs of 256 numbers; both scale with the width.
+    """Stochastic video generation (SVG): one vector of latents per frame, with a learned prior.
 
-    Published: Stochastic Moving MNIST with ``dcgan``, 10 latents and 5 conditioning frames; BAIR with ``vgg``, 64 latents and 2.
+    At width 64 codes have 128 numbers and LSTMs 256, as published; both scale with the width. Published are Stochastic Moving MNIST with
+    ``dcgan``, 10 latents and 5 conditioning frames, and BAIR with ``vgg``, 64 latents and 2.
 
     Args:
         shape: of a frame, ``(C, H, W)``: square, with a side of 8, 16, 32, 64 or 128.
-        out_channels: what the likelihood reads, ``likelihood.in_channels``.
+        out_channels: ``likelihood.in_channels``.
         latent_dim: size of each frame's latents.
         width: channels of the first stage; 16 makes a model for a CPU.
         backbone: ``"dcgan"`` or ``"vgg"``.
-        context_frames: how many frames at the start of a clip are given.
+        context_frames: number of given frames at the start of a clip.
         learned_prior: SVG-LP; False for SVG-FP, whose prior is N(0, I).
 
     Raises:
@@ -663,43 +693,3 @@ def sequence(
     encoder, decoder = BACKBONES[backbone](shape, out_channels, width, code_dim)
     recurrence = Recurrence(code_dim, latent_dim, rnn_size=4 * width, learned_prior=learned_prior)
     return SequenceNetwork(encoder, decoder, recurrence, context_frames)
-
-
-def starts(n: int, context: Tensor | None) -> Tensor:
-    """Conditioning frames of n predictions ``(n, frames, C, H, W)``, from those of one clip or of n.
-
-    Raises:
-        ValueError: there are none, or of another number of clips.
-    """
-    if context is None:
-        raise ValueError(
-            "a video network predicts from frames and needs context, those to start from: (clips, frames, C, H, W)"
-        )
-    _check_clip("context", context)
-    if len(context) not in (1, n):
-        raise ValueError(f"context holds frames of 1 or {n} clips, (clips, frames, C, H, W), got {tuple(context.shape)}")
-    return context.expand(n, -1, -1, -1, -1)
-
-
-def _torch_noise(like: Tensor, generator: torch.Generator | None = None) -> Noise:
-    def noise(shape: torch.Size) -> Tensor:
-        return torch.randn(shape, device=like.device, generator=generator)
-
-    return noise
-
-
-def _check_clip(name: str, clip: Tensor) -> None:
-    if clip.dim() != 5:
-        raise ValueError(f"{name} holds clips, (batch, frames, C, H, W), got {tuple(clip.shape)}; unsqueeze what is missing")
-    if clip.shape[1] < 1:
-        raise ValueError(f"{name} holds clips of at least one frame, (batch, frames, C, H, W), got {tuple(clip.shape)}")
-
-
-def _put(values: Tensor, mask: Tensor) -> Tensor:
-    """Values ``(valid frames, ...)`` where they belong in ``(batch, T, ...)``, among zeros."""
-    return values.new_zeros(*mask.shape, *values.shape[1:]).index_put((mask,), values)
-
-
-def _sum_over(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum ``(batch,)`` over the valid frames."""
-    return values.sum(1) if mask is None else values.masked_fill(~mask, 0).sum(1)

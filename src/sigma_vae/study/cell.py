@@ -160,7 +160,10 @@ def _measured(cell: Cell, folder: Path) -> dict[str, Any]:
         if runs.open_model(run, "cpu").config.prior != prior:
             runs.fit_prior(run, prior)
         settings = of_samples if reports else cell.evaluation
-        reports[prior] = {"test": runs.evaluate_run(run, settings), "validation": runs.evaluate_run(run, validation)}
+        reports[prior] = {
+            "test": runs.evaluate_run(run, settings).to_json(),
+            "validation": runs.evaluate_run(run, validation).to_json(),
+        }
     return {"training_seconds": seconds_in(folder / TRAINING_SECONDS), "reports": reports, "curve": _curve(run / "metrics.csv")}
 
 

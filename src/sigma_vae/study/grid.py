@@ -13,10 +13,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from sigma_vae import models
 from sigma_vae.config import EvaluationSettings, ModelConfig, RunConfig, parse, read
-from sigma_vae.data import NAMES
-from sigma_vae.evaluation import features
+from sigma_vae.data import names
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.priors import FittedPrior
+from sigma_vae.registry import register
 from sigma_vae.types import Likelihood
 
 __all__ = ["SHIPPED", "Cell", "StudySpec", "as_column", "cells", "check", "in_words", "read_spec", "told"]
@@ -249,7 +249,8 @@ def _check(cell: Cell) -> None:
             )
     asked = cell.evaluation.metrics or ()
     for metric in asked:
-        if obstacle := _obstacle(metric, model, made, known=data.levels is not None or data.source in NAMES):
+        register.metric.entry(metric)
+        if obstacle := _obstacle(metric, model, made, known=data.levels is not None or data.source in names()):
             raise ValueError(f"{metric} cannot be measured of it: {obstacle}; leave it out of the metrics")
     if "quality" in asked:
         _check_features(cell.evaluation)
@@ -271,10 +272,10 @@ def _obstacle(metric: str, model: ModelConfig, likelihood: Likelihood, *, known:
 
 def _check_features(settings: EvaluationSettings) -> None:
     for source in settings.features:
-        name, _, place = source.partition(":")
-        file = place if name in (*features.NAMES, "i3d") else source
-        if (file or name == "i3d") and not Path(file).expanduser().exists():
-            raise ValueError(
-                f"features come from {', '.join(features.NAMES)}, i3d:FILE or a TorchScript file; got {source!r}, and there is no"
-                " such file"
-            )
+        known = source in register.features
+        file = source.partition(":")[2] if known else source
+        if known:
+            register.features.make(source)  # refuses a missing file name
+        if file and not Path(file).expanduser().exists():
+            names = ", ".join(entry.pattern for entry in register.features)
+            raise ValueError(f"features come from {names} or a TorchScript file; got {source!r}, and there is no such file")

@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sigma_vae.config import DataConfig
-from sigma_vae.data.cache import remembered
+from sigma_vae.data.cache import file_stamp, remembered
 from sigma_vae.data.levels import Array
-from sigma_vae.data.named.files import folders
-from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_stamp
-from sigma_vae.data.splits import SplitName, clip_lengths
+from sigma_vae.data.named.official import folders
+from sigma_vae.data.splits import Raw, SplitName, clip_lengths
+from sigma_vae.data.stores import Encoded, UnreadableError
+from sigma_vae.registry import register
 
 __all__ = ["Record", "bytes_features", "crc32c", "find_records", "read_bair", "read_record"]
 
@@ -240,6 +241,7 @@ class _Piece:
 _Pieces = dict[SplitName, list[_Piece]]
 
 
+@register.source("bair", options={"root", "cache", "frames", "test_frames", "unreadable"})
 def read_bair(config: DataConfig) -> Raw:
     """The 43 264 train and 256 test sequences of 30 frames, as the camera ``image_aux1`` sees them.
 

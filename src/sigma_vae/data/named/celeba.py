@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sigma_vae.config import DataConfig
+from sigma_vae.data.cache import file_record, file_stamp
 from sigma_vae.data.hub import HubPlace
 from sigma_vae.data.levels import Array
-from sigma_vae.data.named.files import Official, check_counts, find, read_official
+from sigma_vae.data.named.official import Official, check_counts, find, read_official
 from sigma_vae.data.pictures import PicturePlan
-from sigma_vae.data.raw import Encoded, Raw, UnreadableError, file_record, file_stamp
-from sigma_vae.data.splits import SplitName
+from sigma_vae.data.splits import Raw, SplitName
+from sigma_vae.data.stores import Encoded, UnreadableError
+from sigma_vae.registry import register
 
 __all__ = ["read_celeba"]
 
@@ -38,6 +40,7 @@ class _Files(NamedTuple):
     """What tells that any of them has changed."""
 
 
+@register.source("celeba", options={"root", "cache", "crop", "size"})
 def read_celeba(config: DataConfig) -> Raw:
     """The official 162 770 train, 19 867 validation and 19 962 test pictures.
 

@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sigma_vae.config import DataConfig
+from sigma_vae.data.cache import file_record
 from sigma_vae.data.hub import HubPlace
-from sigma_vae.data.named.files import Official, find, read_official
-from sigma_vae.data.raw import Raw, file_record
-from sigma_vae.data.splits import SplitName
+from sigma_vae.data.named.official import Official, find, read_official
+from sigma_vae.data.splits import Raw, SplitName
+from sigma_vae.registry import register
 
 __all__ = ["read_cifar10", "read_plain_pickle"]
 
@@ -111,6 +112,7 @@ _FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin", ".")
 _ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 
 
+@register.source("cifar10", options={"root", "cache"})
 def read_cifar10(config: DataConfig) -> Raw:
     """The official 50 000 train and 10 000 test images ``(3, 32, 32)``.
 

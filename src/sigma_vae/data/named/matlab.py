@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sigma_vae.config import DataConfig
+from sigma_vae.data.cache import file_record
 from sigma_vae.data.hub import HubPlace
-from sigma_vae.data.named.files import Official, find, read_official
+from sigma_vae.data.named.official import Official, find, read_official
 from sigma_vae.data.pictures import PicturePlan
-from sigma_vae.data.raw import Raw, file_record
-from sigma_vae.data.splits import SplitName
+from sigma_vae.data.splits import Raw, SplitName
+from sigma_vae.registry import register
 
 __all__ = ["read_frey_faces", "read_svhn"]
 
@@ -30,6 +31,7 @@ _FREY_FILE = "frey_rawface.mat"
 _FREY_COUNTS: dict[SplitName, int] = {"train": 1965}
 
 
+@register.source("svhn", options={"root", "cache", "size"})
 def read_svhn(config: DataConfig) -> Raw:
     """The official 73 257 train and 26 032 test images of SVHN's cropped digits.
 
@@ -46,6 +48,7 @@ def read_svhn(config: DataConfig) -> Raw:
     return read_official(official, config, lambda folder: _svhn_in(folder, official.plan(config.images)))
 
 
+@register.source("frey-faces", options={"root"})
 def read_frey_faces(config: DataConfig) -> Raw:
     """1 965 frames ``(1, 28, 20)`` of one face, from a video.
 

@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data.arrays import read_images
+from sigma_vae.data.cache import file_record
 from sigma_vae.data.hub import HubPlace
-from sigma_vae.data.named.files import Official, find, read_official
-from sigma_vae.data.raw import Raw, file_record
-from sigma_vae.data.splits import SplitName
+from sigma_vae.data.named.official import Official, find, read_official
+from sigma_vae.data.splits import Raw, SplitName
+from sigma_vae.registry import register
 
 __all__ = ["read_fashion_mnist", "read_mnist", "whose"]
 
@@ -28,6 +29,7 @@ _MEANS = {"mnist": 33.318, "fashion-mnist": 72.940}
 _MEAN_TOLERANCE = 0.01
 
 
+@register.source("mnist", options={"root", "cache"})
 def read_mnist(config: DataConfig) -> Raw:
     """The official 60 000 train and 10 000 test images of MNIST.
 
@@ -37,6 +39,7 @@ def read_mnist(config: DataConfig) -> Raw:
     return _read(Official("mnist", _FILES, _COUNTS, _PICTURE, HubPlace("ylecun/mnist", column="image")), config)
 
 
+@register.source("fashion-mnist", options={"root", "cache"})
 def read_fashion_mnist(config: DataConfig) -> Raw:
     """The official 60 000 train and 10 000 test images of Fashion-MNIST, also from the Debian package dataset-fashion-mnist.
 

@@ -15,13 +15,14 @@ import numpy.typing as npt
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data.arrays import read_images
+from sigma_vae.data.cache import file_record
 from sigma_vae.data.holdout import ORDER, count_of, shuffled
 from sigma_vae.data.named.bundled import mnist_5k
-from sigma_vae.data.named.files import folders
 from sigma_vae.data.named.mnist import whose
-from sigma_vae.data.raw import Raw, file_record
-from sigma_vae.data.splits import SplitName, clip_lengths
+from sigma_vae.data.named.official import folders
+from sigma_vae.data.splits import Raw, SplitName, clip_lengths
 from sigma_vae.data.stores import Generated
+from sigma_vae.registry import register
 
 __all__ = ["BouncingDigits", "read_moving_mnist"]
 
@@ -97,6 +98,7 @@ def _bounce(position: int, limit: int, fastest: int, generator: np.random.Genera
     return (0, inward, along) if position < 0 else (limit, -inward, along)
 
 
+@register.source("moving-mnist", options={"root", "size", "frames", "test_frames"})
 def read_moving_mnist(config: DataConfig) -> Raw:
     """10 000 clips of 15 frames an epoch, other ones in each, and 1 000 each for validation (15 frames) and test (30), always the same.
 

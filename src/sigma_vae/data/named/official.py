@@ -10,8 +10,8 @@ from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data.hub import HubError, HubPlace, fetch, pictures_of
 from sigma_vae.data.levels import Array
 from sigma_vae.data.pictures import PicturePlan, plan, probe
-from sigma_vae.data.raw import Encoded, Part, Raw, UnreadableError
-from sigma_vae.data.splits import SplitName
+from sigma_vae.data.splits import Raw, SplitName
+from sigma_vae.data.stores import Encoded, Part, UnreadableError
 
 __all__ = ["VARIABLE", "Official", "check_counts", "find", "folders", "read_official"]
 

@@ -189,6 +189,12 @@ class Registry:
                 return entry.name if text is None else f"{entry.name}:{text}"
         return None
 
+    def table(self) -> str:
+        """All names with their summaries, as a Markdown table."""
+        patterns = (entry.pattern.replace("|", "\\|") for entry in self)
+        rows = (f"| `{pattern}` | {entry.summary} |" for pattern, entry in zip(patterns, self, strict=True))
+        return "\n".join(("| name | meaning |", "| --- | --- |", *rows))
+
     def _unknown(self, name: str, package: str | None) -> str:
         if package is not None and package != OWN_PACKAGE:
             return (

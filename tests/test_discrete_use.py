@@ -182,7 +182,7 @@ def test_nothing_is_stored_and_eval_does_not_look_at_x(family: Family) -> None:
     likelihood.calibrate([(h, x)])
     value = likelihood(h).log_prob(x)
     torch.testing.assert_close(likelihood.train()(h, 1 - x).log_prob(x), value, rtol=0, atol=0)
-    torch.testing.assert_close(likelihood.post_hoc(h).log_prob(x), value, rtol=0, atol=0)
+    torch.testing.assert_close(likelihood.distribution(h, refitted=True).log_prob(x), value, rtol=0, atol=0)
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------------------------

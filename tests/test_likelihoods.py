@@ -80,7 +80,7 @@ def test_log_mass_is_scipys_with_the_scale_of_levels(case: Case, post_hoc: bool,
 
     likelihood = case.settled(EVENT, levels=levels, mean="unit")
 
-    close(likelihood.log_mass(h, x, post_hoc=post_hoc), truth.sum((1, 2, 3)))
+    close(likelihood.log_mass(h, x, refitted=post_hoc), truth.sum((1, 2, 3)))
 
 
 @pytest.mark.parametrize("case", CASES, **NAMES)
@@ -92,7 +92,7 @@ def test_post_hoc_uses_the_refitted_scale(case: Case) -> None:
         truth = log_density(case.family.law, x.numpy(), loc, log_scale)
     else:
         truth = log_mass(case.family.law, x.numpy(), loc, log_scale, 256)
-    close(case.settled(EVENT).post_hoc(h).log_prob(x), truth.sum((1, 2, 3)))
+    close(case.settled(EVENT).distribution(h, refitted=True).log_prob(x), truth.sum((1, 2, 3)))
 
 
 @pytest.mark.parametrize("family", FAMILIES, **NAMES)
@@ -150,7 +150,7 @@ def test_element_cdf_is_scipys(case: Case, kind: str, post_hoc: bool, observes: 
     stored = case.stored(event)[observes]
     log_scale = case.base(raw, dims) + stored if post_hoc else case.log_scale(raw, dims, stored)
     truth = cdfs(case.family.law, x.numpy(), loc, log_scale, 256 if observes == "level" else None)
-    below, upto = case.settled(event).element_cdf(h, x, observes, post_hoc=post_hoc)
+    below, upto = case.settled(event).element_cdf(h, x, observes, refitted=post_hoc)
     assert below.shape == upto.shape == x.shape
     close(below, truth[0])
     close(upto, truth[1])
@@ -476,7 +476,7 @@ def test_shapes_in_training(case: Case, kind: str) -> None:
     assert distribution.scale.broadcast_to(x.shape).shape == x.shape
     likelihood.calibrate([(h, x)])
     likelihood.eval()
-    assert likelihood.log_mass(h, x).shape == likelihood.log_mass(h, x, post_hoc=True).shape == batch
+    assert likelihood.log_mass(h, x).shape == likelihood.log_mass(h, x, refitted=True).shape == batch
 
 
 @pytest.mark.parametrize("case", CASES, **NAMES)
@@ -505,12 +505,12 @@ def test_state_dict_round_trip(case: Case, calibrated: bool) -> None:
     assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in saved.state_dict().items())
     if calibrated:
         assert torch.equal(saved.eval()(h).log_prob(x), fresh.eval()(h).log_prob(x))
-        assert torch.equal(saved.log_mass(h, x, post_hoc=True), fresh.log_mass(h, x, post_hoc=True))
+        assert torch.equal(saved.log_mass(h, x, refitted=True), fresh.log_mass(h, x, refitted=True))
         refit = case.make(channels=2)  # a stored σ gives way to what is loaded, also back to "none yet"
         refit.calibrate([(h, x)])
         refit.load_state_dict(case.make(channels=2).state_dict(), strict=True)
         with pytest.raises(ValueError, match="no stored σ yet"):
-            refit.eval().post_hoc(h)
+            refit.eval().distribution(h, refitted=True)
 
 
 # -- misuse ----------------------------------------------------------------------------------------------------------------
@@ -543,7 +543,7 @@ MISUSE = {
     "nothing stored": (lambda: Gaussian(1).eval()(LEVELS), "no stored σ yet"),
     "nothing stored for levels": (lambda: Gaussian(1).eval().log_mass(LEVELS, LEVELS), "no stored σ yet"),
     "no x in training": (lambda: Gaussian(1)(LEVELS), "no stored σ yet"),
-    "never calibrated": (lambda: Gaussian(1, Shared()).post_hoc(LEVELS), "no stored σ yet"),
+    "never calibrated": (lambda: Gaussian(1, Shared()).distribution(LEVELS, refitted=True), "no stored σ yet"),
     "nothing to calibrate on": (lambda: Gaussian(1).calibrate([]), "no data to fit a scale on"),
     "df below 1": (lambda: StudentT(1, df=0.5), "df is a number from 1"),
     "df NaN": (lambda: StudentT(1, df=float("nan")), "df is a number from 1"),

@@ -199,7 +199,7 @@ def test_calibrate_solves_density_and_levels_over_uneven_batches(case: Case) -> 
     assert abs(density - level).max() > 1e-3  # two different optima, so that a mix-up is seen
     truth = log_density(case.family.law, residual, 0.0, broadcast(density, case)) - base
     if case.observes == "density":
-        np.testing.assert_allclose(likelihood.post_hoc(h).log_prob(x).numpy(), truth.sum((1, 2, 3)), rtol=1e-9)
+        np.testing.assert_allclose(likelihood.distribution(h, refitted=True).log_prob(x).numpy(), truth.sum((1, 2, 3)), rtol=1e-9)
 
 
 def broadcast(flat: np.ndarray, case: Case) -> np.ndarray:
@@ -214,8 +214,8 @@ def test_calibrate_leaves_a_scale_of_its_own_alone(case: Case) -> None:
     likelihood.calibrate(uneven(h, x))
     assert torch.equal(likelihood(h).log_prob(x), own)
     assert torch.equal(likelihood.log_mass(h, x), mass)
-    assert likelihood.post_hoc(h).log_prob(x).sum() > own.sum()
-    assert likelihood.log_mass(h, x, post_hoc=True).sum() > mass.sum()
+    assert likelihood.distribution(h, refitted=True).log_prob(x).sum() > own.sum()
+    assert likelihood.log_mass(h, x, refitted=True).sum() > mass.sum()
 
 
 def test_a_predicted_scale_is_refitted_by_one_factor() -> None:
@@ -223,7 +223,7 @@ def test_a_predicted_scale_is_refitted_by_one_factor() -> None:
     raw = torch.from_numpy(np.random.default_rng(0).uniform(-3, 0, h.shape))
     likelihood = Gaussian(2, PerPixel()).double()
     likelihood.calibrate([(torch.cat([h, raw], 1), x.mul(255).round() / 255)])
-    ratio = likelihood.post_hoc(torch.cat([h, raw], 1)).scale / likelihood(torch.cat([h, raw], 1)).scale
+    ratio = likelihood.distribution(torch.cat([h, raw], 1), refitted=True).scale / likelihood(torch.cat([h, raw], 1)).scale
     torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-12, atol=0)
 
 
@@ -297,11 +297,11 @@ def test_a_calibration_stores_post_hoc_values_beside_the_running_minimum() -> No
         for each in (likelihood, optimal.eval()):
             each.calibrate(uneven(h, x))
         assert torch.equal(likelihood(h).log_prob(x), own)
-        torch.testing.assert_close(likelihood.post_hoc(h).log_prob(x), optimal(h).log_prob(x))
+        torch.testing.assert_close(likelihood.distribution(h, refitted=True).log_prob(x), optimal(h).log_prob(x))
         fresh = family(2, RunningMinimum()).double()
         fresh.load_state_dict(likelihood.state_dict(), strict=True)
         assert torch.equal(fresh.eval()(h).log_prob(x), own)
-        assert torch.equal(fresh.log_mass(h, x, post_hoc=True), likelihood.log_mass(h, x, post_hoc=True))
+        assert torch.equal(fresh.log_mass(h, x, refitted=True), likelihood.log_mass(h, x, refitted=True))
 
 
 # -- formulas --------------------------------------------------------------------------------------------------------------
@@ -483,8 +483,8 @@ def test_a_perfect_prediction_has_a_finite_refit(scale):
     x = torch.randint(0, 256, (8, 1, 4, 4)) / 255
     h = torch.cat([x, torch.zeros_like(x)], dim=1)
     likelihood.calibrate([(h, x)])
-    assert torch.isfinite(likelihood.post_hoc(h).log_prob(x)).all()
-    assert torch.isfinite(likelihood.log_mass(h, x, post_hoc=True)).all()
+    assert torch.isfinite(likelihood.distribution(h, refitted=True).log_prob(x)).all()
+    assert torch.isfinite(likelihood.log_mass(h, x, refitted=True)).all()
 
 
 def test_a_broken_batch_does_not_stay_in_the_stored_scale():

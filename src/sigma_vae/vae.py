@@ -119,11 +119,11 @@ class VAE(nn.Module):
         mass = mass_post_hoc = None
         if self.likelihood.levels is not None and self.likelihood.normalised:
             mass = inference.per_example(self.likelihood.log_mass(h, target))
-            mass_post_hoc = inference.per_example(self.likelihood.log_mass(h, target, post_hoc=True))
+            mass_post_hoc = inference.per_example(self.likelihood.log_mass(h, target, refitted=True))
         return Scores(
             rate=inference.kl.sum(-1),
             log_likelihood=inference.per_example(self.likelihood(h).log_prob(target)),
-            log_likelihood_post_hoc=inference.per_example(self.likelihood.post_hoc(h).log_prob(target)),
+            log_likelihood_post_hoc=inference.per_example(self.likelihood.distribution(h, refitted=True).log_prob(target)),
             log_mass=mass,
             log_mass_post_hoc=mass_post_hoc,
             kl=inference.kl,

@@ -37,8 +37,8 @@ class _Term(NamedTuple):
 
     def __call__(self, likelihood: Likelihood, h: Tensor, target: Tensor) -> Tensor:
         if self.level:
-            return likelihood.log_mass(h, target, post_hoc=self.post_hoc)
-        return (likelihood.post_hoc(h) if self.post_hoc else likelihood(h)).log_prob(target)
+            return likelihood.log_mass(h, target, refitted=self.post_hoc)
+        return (likelihood.distribution(h, refitted=True) if self.post_hoc else likelihood(h)).log_prob(target)
 
 
 @torch.no_grad()

@@ -285,7 +285,7 @@ def _pits(likelihood: Likelihood, inference: Inference, uniform: Tensor) -> dict
     found = {}
     for name in _asked(likelihood):
         observes, post_hoc = KINDS[name]
-        below, upto = likelihood.element_cdf(h, target, observes, post_hoc=post_hoc)
+        below, upto = likelihood.element_cdf(h, target, observes, refitted=post_hoc)
         found[name] = upto if observes == "density" else below + uniform * (upto - below)
         if not found[name].isfinite().all():
             raise ValueError(

@@ -49,7 +49,7 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any
 
     def rows(batch: Batch) -> Tensor:
         inference = vae.network.infer(batch.x, noise=keyed_noise(batch.positions, seed))
-        distribution = vae.likelihood.post_hoc(inference.h)
+        distribution = vae.likelihood.distribution(inference.h, refitted=True)
         elbo = distribution.log_prob(batch.x).cpu().double() - inference.kl.sum(-1).cpu().double()
         posterior: Tensor = vae.encode(batch.x).entropy().sum(-1)  # type: ignore[no-untyped-call]
         return torch.stack([elbo, (posterior - distribution.entropy()).cpu().double()], 1)
@@ -70,7 +70,7 @@ def _is_spoken_of(vae: VAE, batches: Batches) -> bool:
     if not isinstance(vae.network, FlatNetwork) or not isinstance(vae.network.prior, StandardNormal):
         return False
     x = next(iter(batches)).x[:1].to(next(vae.parameters()).device)
-    distribution = vae.likelihood.post_hoc(vae.network.infer(x, noise=torch.zeros).h)
+    distribution = vae.likelihood.distribution(vae.network.infer(x, noise=torch.zeros).h, refitted=True)
     return isinstance(distribution, Continuous) and distribution.law.closed_form
 
 

@@ -432,12 +432,12 @@ def test_a_saved_model_has_its_prior(name: str, tmp_path) -> None:
 
 
 def test_a_users_own_prior_has_no_name(tmp_path) -> None:
-    class Own(nn.Module):
-        pass
+    class Own(Prior):
+        log_prob = kl = sample = None  # type: ignore[assignment]
 
     config = ModelConfig("mlp", latent_dim=3, width=16)
     vae = models.vae(config, (1, 4, 4), Scaling(256))
-    vae.network.prior = Own()  # type: ignore[assignment]
+    vae.network.replace_prior(Own())
     with pytest.raises(ValueError, match="Own has no name"):
         models.save(tmp_path / "model", vae, config, (1, 4, 4), Scaling(256))
 

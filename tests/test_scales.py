@@ -11,12 +11,12 @@ import torch
 from cases import CASES, FAMILIES, FLOOR, NAMES, Case, Family, features_and_data, log_density, log_mass, minimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sigma_vae.likelihoods.laws import LAPLACE, LOGISTIC, NORMAL, student_t
 from torch import Tensor, distributed, multiprocessing
 
 from sigma_vae import Fixed, Gaussian, Laplace, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.likelihoods.distributions import Discretized, Law
-from sigma_vae.likelihoods.laws import LAPLACE, LOGISTIC, NORMAL, student_t
 from sigma_vae.likelihoods.solve import Observed, _slope_and_curvature
 
 EVENT = (2, 2, 3)
@@ -199,7 +199,9 @@ def test_calibrate_solves_density_and_levels_over_uneven_batches(case: Case) -> 
     assert abs(density - level).max() > 1e-3  # two different optima, so that a mix-up is seen
     truth = log_density(case.family.law, residual, 0.0, broadcast(density, case)) - base
     if case.observes == "density":
-        np.testing.assert_allclose(likelihood.distribution(h, refitted=True).log_prob(x).numpy(), truth.sum((1, 2, 3)), rtol=1e-9)
+        np.testing.assert_allclose(
+            likelihood.distribution(h, refitted=True).log_prob(x).numpy(), truth.sum((1, 2, 3)), rtol=1e-9
+        )
 
 
 def broadcast(flat: np.ndarray, case: Case) -> np.ndarray:

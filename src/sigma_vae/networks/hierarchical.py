@@ -502,7 +502,12 @@ def _plan(text: str) -> dict[str, str]:
 
 
 @register.network(
-    "hierarchical", argument=Argument("plan", _plan, "tiny"), latents="hierarchical", reads_clips=False, has_prior=False
+    "hierarchical",
+    argument=Argument("plan", _plan, "tiny"),
+    latents="hierarchical",
+    reads_clips=False,
+    has_prior=False,
+    learns_prior=True,
 )
 def hierarchical(
     shape: Sequence[int],

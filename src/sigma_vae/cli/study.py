@@ -12,7 +12,7 @@ import tyro
 from sigma_vae import study as studies
 from sigma_vae.study import StudySpec, cells
 from sigma_vae.study.cell import finished, running_since
-from sigma_vae.study.grid import SHIPPED, told
+from sigma_vae.study.grid import SHIPPED, format_place
 from sigma_vae.study.outcomes import failures, how_far, results
 from sigma_vae.study.runner import Backend
 
@@ -76,7 +76,7 @@ class Live:
         counts = f"{self.done} of {len(self.cells)} done, {len(self.failed)} failed, {len(running)} running"
         shown.add_row(ProgressBar(total=len(self.cells), completed=self.done, width=30), f"{counts}; {self._times(left)}")
         for cell, since in running:
-            shown.add_row(f"for {_clock(time.time() - since)}", told(cell.place))
+            shown.add_row(f"for {_clock(time.time() - since)}", format_place(cell.place))
         return shown
 
     def _times(self, left: int) -> str:
@@ -88,7 +88,7 @@ class Live:
 def _line(record: dict[str, Any], ended: int, of: int) -> str:
     """One line about a cell that has ended."""
     how = "" if record["status"] == "done" else f", failed: {record['error']}"
-    return f"[{ended}/{of}] {told(record['place'])}: {record['seconds']:.0f} s{how}"
+    return f"[{ended}/{of}] {format_place(record['place'])}: {record['seconds']:.0f} s{how}"
 
 
 def _clock(seconds: float) -> str:
@@ -149,7 +149,7 @@ def _print_summary(out: Path) -> None:
     spec, tables = studies.spec_of(out), []
     rows = studies.collect(studies.cells(spec), out)
     if len(rows):
-        tables = [*results(spec, rows).tables[:1], *failures(spec, out)]
+        tables = [*results(spec, rows).tables[:1], *failures(spec, rows)]
     for found in tables:
         printed = Table(title=f"{spec.title}: test split, mean ± std over seeds" if found is tables[0] else found.caption)
         for name in found.columns:
@@ -157,7 +157,7 @@ def _print_summary(out: Path) -> None:
         for row in found.rows:
             printed.add_row(*map(Text, row))
         Console().print(printed)
-    print(how_far(spec, out))
+    print(how_far(spec, rows))
 
 
 def table(study: StudyFolder) -> None:

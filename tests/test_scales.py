@@ -11,7 +11,6 @@ import torch
 from cases import CASES, FAMILIES, FLOOR, NAMES, Case, Family, features_and_data, log_density, log_mass, minimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sigma_vae.likelihoods.laws import LAPLACE, LOGISTIC, NORMAL, student_t
 from torch import Tensor, distributed, multiprocessing
 
 from sigma_vae import Fixed, Gaussian, Laplace, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT

@@ -16,6 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 from sigma_vae import models
 from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data import as_batches, as_splits, load, objects
+from sigma_vae.data.load import Source
 
 STATE = np.random.RandomState(0)
 GREY = STATE.randint(0, 256, (30, 6, 5)).astype(np.uint8)
@@ -378,6 +379,11 @@ for source, options, message in (("nones", {}, "did you mean ones?"), ("ones", {
     else:
         raise AssertionError(source)
 """
+
+
+def test_options_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="'mine' reads options of DataConfig, got colour_space, sizes"):
+        Source("mine", "mine", lambda config: None, options={"size", "sizes", "colour_space"})
 
 
 def test_an_installed_package_adds_data_formats(tmp_path):

@@ -243,7 +243,7 @@ def test_the_kl_of_a_latent_is_that_of_its_gaussians() -> None:
 def test_other_latents_and_a_single_code_are_refused() -> None:
     clips = torch.zeros(2, 4, 1, 8, 8)
     video: Any = VAE(sequence((1, 8, 8), 1, latent_dim=2, width=2), Gaussian(1, Fixed(0.3)))
-    with pytest.raises(ValueError, match="the latents of SequenceNetwork have neither form"):
+    with pytest.raises(ValueError, match=r"SequenceNetwork defines neither posterior\(x\)"):
         information(video, batches_of(clips), batches_of(clips))
     vae, x = encoder_vae(GAINS["few nats"], DEVIATION), gaussian_data(50)
     with pytest.raises(ValueError, match="at least two test examples"):

@@ -1,4 +1,4 @@
-"""Array files: .npy, .npz, HDF5 and IDX."""
+"""Arrays: .npy, .npz, HDF5 and IDX files, and the order of the axes of any array."""
 
 import gzip
 import hashlib
@@ -49,105 +49,12 @@ CLIPS = frozenset(("n-t-h-w", "n-t-h-w-c", "n-t-c-h-w"))
 """Layouts of clips, whose examples are ``(T, C, H, W)``."""
 _CHANNEL_COUNTS = (1, 3, 4)
 _Content = TypeVar("_Content", bound=Any)
-
-
-def channels_first(array: Array, layout: Layout, name: str) -> Array:
-    """View an array in the order ``(N, C, *space)``, or ``(N, T, C, H, W)`` for clips.
-
-    >>> channels_first(np.zeros((5, 8, 8, 3)), "n-h-w-c", "rgb").shape
-    (5, 3, 8, 8)
-    >>> channels_first(np.zeros((5, 9)), "n-t", "series").shape
-    (5, 1, 9)
-    >>> channels_first(np.zeros((5, 9, 8, 8)), "n-t-h-w", "clips").shape
-    (5, 9, 1, 8, 8)
-
-    Raises:
-        ValueError: the array has another number of axes, or is empty.
-    """
-    if array.ndim != _AXES[layout]:
-        raise ValueError(
-            f"{name} needs {_AXES[layout]} axes for layout {layout}, got shape {array.shape}; give the right --layout"
-        )
-    if array.size == 0:
-        raise ValueError(f"{name} needs at least one example with at least one value, got shape {array.shape}")
-    if layout in _ONE_CHANNEL:
-        return np.expand_dims(array, _ONE_CHANNEL[layout])
-    if layout.endswith("-c") and layout != "n-c":
-        return np.moveaxis(array, -1, 2 if layout in CLIPS else 1)
-    return array
-
-
-def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:
-    """Return the given layout; for auto, derive it from the shape.
-
-    >>> layout_of((100, 3, 32, 32), "auto", "images")
-    'n-c-h-w'
-
-    Raises:
-        ValueError: the shape allows no layout, or several.
-    """
-    if layout != "auto":
-        return layout
-    if len(shape) in (2, 3):
-        return "n-c" if len(shape) == 2 else "n-h-w"
-    if len(shape) not in (4, 5):
-        raise ValueError(
-            f"{name} needs 2 to 5 axes, examples first, got shape {shape}; reshape it to one of {', '.join(_AXES)}"
-        )
-    before: Layout = "n-c-h-w" if len(shape) == 4 else "n-t-c-h-w"
-    after: Layout = "n-h-w-c" if len(shape) == 4 else "n-t-h-w-c"
-    first, last = shape[-3] in _CHANNEL_COUNTS, shape[-1] in _CHANNEL_COUNTS
-    if first == last:
-        raise ValueError(
-            f"{name} needs either its third axis from the end or its last one to have 1, 3 or 4 channels to tell the order of the"
-            f" axes, got shape {shape}; give --layout {before} or --layout {after}"
-        )
-    return before if first else after
-
-
-def layout_like(shape: tuple[int, ...], example: tuple[int, ...], clips: bool) -> Layout:
-    """Find the layout that gives examples, or frames of clips, of this shape ``(C, *space)``; auto if none does.
-
-    >>> layout_like((100, 32, 32, 3), (3, 32, 32), clips=False), layout_like((100, 6, 5), (6, 5), clips=False)
-    ('n-h-w-c', 'n-c-t')
-    """
-    nothing = np.broadcast_to(np.zeros((), np.uint8), shape)
-    for layout in sorted(_AXES, key=lambda name: "-c-" not in name):  # channels first where both would do
-        if len(shape) == _AXES[layout] and (layout in CLIPS) == clips:
-            if channels_first(nothing, layout, "").shape[2 if clips else 1 :] == example:
-                return layout
-    return "auto"
-
-
-def parts_by_key(content: Mapping[str, _Content], name: str) -> tuple[dict[SplitName, _Content], list[str]]:
-    """Assign arrays to splits by their keys; also return the keys that belong to no split.
-
-    >>> parts_by_key({"train": 1, "val": 2, "labels": 3}, "a.npz")
-    ({'train': 1, 'validation': 2}, ['labels'])
-
-    Raises:
-        ValueError: there is no training split, or a split has two arrays.
-    """
-    found = [(SPLIT_WORDS[key], array) for key, array in content.items() if key in SPLIT_WORDS]
-    parts = dict(found)
-    if len(parts) < len(found):
-        raise ValueError(
-            f"{name} needs one array for each split, got the keys {', '.join(content)}; drop all but one name of each"
-        )
-    if not found and len(content) == 1:
-        return {"train": next(iter(content.values()))}, []
-    if "train" not in parts:
-        raise ValueError(
-            f"{name} needs the key train (with validation and test, or split at random), or one array alone, got the keys "
-            f"{', '.join(content) or 'of an empty archive'}; rename them"
-        )
-    return {split: parts[split] for split in dict.fromkeys(SPLIT_WORDS.values()) if split in parts}, [
-        key for key in content if key not in SPLIT_WORDS
-    ]
-
-
 LARGE = 2**28
 """Bytes from which an array stays in its file, if its numbers can be used as they are."""
+_CHUNKS = 2**28
+"""Bytes of decompressed chunks that HDF5 caches: neighbouring blocks often share one."""
+_MAGIC = 0x00000803  # unsigned bytes, three axes
+_GZIP = b"\x1f\x8b"
 
 
 @register.source("arrays", options={"layout"}, endings=(".npy", ".npz"))
@@ -167,26 +74,6 @@ def read_arrays(config: DataConfig) -> Raw:
     words = [f"axes read as {used}", *([f"ignored the arrays {', '.join(ignored)}"] if ignored else [])]
     parts: dict[SplitName, Part] = {name: _part(array, path, used) for name, array in ordered.items()}
     return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
-
-
-def arranged(arrays: Mapping[SplitName, Array], layout: Layout, name: str) -> tuple[dict[SplitName, Array], Layout]:
-    """Bring the arrays of all splits into one order of axes, channels first.
-
-    Returns:
-        Views of the arrays, and the layout that they had.
-
-    Raises:
-        ValueError: their dtypes or numbers of axes differ, or the order of the axes is not plain.
-    """
-    _check_dtypes({split: str(array.dtype) for split, array in arrays.items()}, name)
-    used = layout_of(arrays["train"].shape, layout, name)
-    return {split: channels_first(array, used, f"{name} ({split})") for split, array in arrays.items()}, used
-
-
-def _check_dtypes(dtypes: Mapping[SplitName, str], name: str) -> None:
-    """Refuse splits of several dtypes."""
-    if len(set(dtypes.values())) > 1:
-        raise ValueError(f"{name} needs one dtype for all splits, got {dict(dtypes)}; save them alike")
 
 
 def _read(path: Path, mapped: bool) -> dict[str, Array]:
@@ -212,17 +99,9 @@ def _is_usable(array: Array) -> bool:
 
 
 def _part(array: Array, path: Path, layout: str) -> Part:
-    if not _is_mapped(array):
+    if not isinstance(array, np.memmap):
         return array
     return Mapped(array, hashlib.sha256(f"{digest_of(path)} {layout}".encode()).hexdigest())
-
-
-def _is_mapped(array: Array) -> bool:
-    return isinstance(array, np.memmap)
-
-
-_CHUNKS = 2**28
-"""Bytes of decompressed chunks that HDF5 caches: neighbouring blocks often share one."""
 
 
 @register.source("hdf5", options={"layout", "columns", "cache"}, endings=(".h5", ".hdf5"))
@@ -326,10 +205,6 @@ class _Rows:
         return file[self._key]
 
 
-_MAGIC = 0x00000803  # unsigned bytes, three axes
-_GZIP = b"\x1f\x8b"
-
-
 def read_images(path: Path) -> npt.NDArray[np.uint8]:
     """Read grey images ``(N, H, W)`` from an IDX file, gzipped or not.
 
@@ -358,3 +233,118 @@ def _content(path: Path) -> bytes:
         return gzip.decompress(content) if content[:2] == _GZIP else content
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}; fetch the file again") from error
+
+
+def arranged(arrays: Mapping[SplitName, Array], layout: Layout, name: str) -> tuple[dict[SplitName, Array], Layout]:
+    """Bring the arrays of all splits into one order of axes, channels first.
+
+    Returns:
+        Views of the arrays, and the layout that they had.
+
+    Raises:
+        ValueError: their dtypes or numbers of axes differ, or the order of the axes is ambiguous.
+    """
+    _check_dtypes({split: str(array.dtype) for split, array in arrays.items()}, name)
+    used = layout_of(arrays["train"].shape, layout, name)
+    return {split: channels_first(array, used, f"{name} ({split})") for split, array in arrays.items()}, used
+
+
+def _check_dtypes(dtypes: Mapping[SplitName, str], name: str) -> None:
+    """Refuse splits of several dtypes."""
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"{name} needs one dtype for all splits, got {dict(dtypes)}; save them alike")
+
+
+def parts_by_key(content: Mapping[str, _Content], name: str) -> tuple[dict[SplitName, _Content], list[str]]:
+    """Assign arrays to splits by their keys; also return the keys that belong to no split.
+
+    >>> parts_by_key({"train": 1, "val": 2, "labels": 3}, "a.npz")
+    ({'train': 1, 'validation': 2}, ['labels'])
+
+    Raises:
+        ValueError: there is no training split, or a split has two arrays.
+    """
+    found = [(SPLIT_WORDS[key], array) for key, array in content.items() if key in SPLIT_WORDS]
+    parts = dict(found)
+    if len(parts) < len(found):
+        raise ValueError(
+            f"{name} needs one array for each split, got the keys {', '.join(content)}; drop all but one name of each"
+        )
+    if not found and len(content) == 1:
+        return {"train": next(iter(content.values()))}, []
+    if "train" not in parts:
+        raise ValueError(
+            f"{name} needs the key train (with validation and test, or split at random), or one array alone, got the keys "
+            f"{', '.join(content) or 'of an empty archive'}; rename them"
+        )
+    return {split: parts[split] for split in dict.fromkeys(SPLIT_WORDS.values()) if split in parts}, [
+        key for key in content if key not in SPLIT_WORDS
+    ]
+
+
+def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:
+    """Return the given layout; for auto, derive it from the shape.
+
+    >>> layout_of((100, 3, 32, 32), "auto", "images")
+    'n-c-h-w'
+
+    Raises:
+        ValueError: the shape allows no layout, or several.
+    """
+    if layout != "auto":
+        return layout
+    if len(shape) in (2, 3):
+        return "n-c" if len(shape) == 2 else "n-h-w"
+    if len(shape) not in (4, 5):
+        raise ValueError(
+            f"{name} needs 2 to 5 axes, examples first, got shape {shape}; reshape it to one of {', '.join(_AXES)}"
+        )
+    before: Layout = "n-c-h-w" if len(shape) == 4 else "n-t-c-h-w"
+    after: Layout = "n-h-w-c" if len(shape) == 4 else "n-t-h-w-c"
+    first, last = shape[-3] in _CHANNEL_COUNTS, shape[-1] in _CHANNEL_COUNTS
+    if first == last:
+        raise ValueError(
+            f"{name} needs either its third axis from the end or its last one to have 1, 3 or 4 channels to tell the order of the"
+            f" axes, got shape {shape}; give --layout {before} or --layout {after}"
+        )
+    return before if first else after
+
+
+def layout_like(shape: tuple[int, ...], example: tuple[int, ...], clips: bool) -> Layout:
+    """Find the layout that gives examples, or frames of clips, of this shape ``(C, *space)``; auto if none does.
+
+    >>> layout_like((100, 32, 32, 3), (3, 32, 32), clips=False), layout_like((100, 6, 5), (6, 5), clips=False)
+    ('n-h-w-c', 'n-c-t')
+    """
+    nothing = np.broadcast_to(np.zeros((), np.uint8), shape)
+    for layout in sorted(_AXES, key=lambda name: "-c-" not in name):  # channels first where both would do
+        if len(shape) == _AXES[layout] and (layout in CLIPS) == clips:
+            if channels_first(nothing, layout, "").shape[2 if clips else 1 :] == example:
+                return layout
+    return "auto"
+
+
+def channels_first(array: Array, layout: Layout, name: str) -> Array:
+    """View an array in the order ``(N, C, *space)``, or ``(N, T, C, H, W)`` for clips.
+
+    >>> channels_first(np.zeros((5, 8, 8, 3)), "n-h-w-c", "rgb").shape
+    (5, 3, 8, 8)
+    >>> channels_first(np.zeros((5, 9)), "n-t", "series").shape
+    (5, 1, 9)
+    >>> channels_first(np.zeros((5, 9, 8, 8)), "n-t-h-w", "clips").shape
+    (5, 9, 1, 8, 8)
+
+    Raises:
+        ValueError: the array has another number of axes, or is empty.
+    """
+    if array.ndim != _AXES[layout]:
+        raise ValueError(
+            f"{name} needs {_AXES[layout]} axes for layout {layout}, got shape {array.shape}; give the right --layout"
+        )
+    if array.size == 0:
+        raise ValueError(f"{name} needs at least one example with at least one value, got shape {array.shape}")
+    if layout in _ONE_CHANNEL:
+        return np.expand_dims(array, _ONE_CHANNEL[layout])
+    if layout.endswith("-c") and layout != "n-c":
+        return np.moveaxis(array, -1, 2 if layout in CLIPS else 1)
+    return array

@@ -17,12 +17,9 @@ from sigma_vae.registry import Argument, register
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["HUB_PREFIX", "HubError", "HubPlace", "fetch", "pictures_of", "read_hub"]
+__all__ = ["HubError", "HubPlace", "fetch", "pictures_of", "read_hub"]
 
-HUB_PREFIX = "hub:"
 _SOURCE = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>.+))?")
-
-
 _PLACE = Argument("OWNER/NAME[:CONFIG]", lambda text: {}, "ylecun/mnist", required=True)
 
 
@@ -49,7 +46,7 @@ class HubPlace:
 
     def __str__(self) -> str:
         """The place as users write it."""
-        return f"{HUB_PREFIX}{self.repository}" + (f":{self.config}" if self.config else "")
+        return f"hub:{self.repository}" + (f":{self.config}" if self.config else "")
 
 
 @register.source("hub", argument=_PLACE, options=PICTURE_OPTIONS | {"columns"})

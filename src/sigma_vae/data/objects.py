@@ -73,7 +73,8 @@ def as_splits(
             * a NumPy array, or a tensor on any device, with the examples along the first axis;
             * a pandas DataFrame, whose numeric columns are taken;
             * a map-style torch ``Dataset``, or a list: of each item, the item itself, or the first of a tuple: a tensor, an array or a
-              PIL image. All are read once, into memory, or into a temporary file if they are more than 1 GiB;
+              PIL image. All are read once, into memory, or into a temporary file if they are more than 1 GiB; random transforms are
+              frozen by that;
             * a finite torch ``DataLoader``: its data set if it goes over all of it with the default collation, else its batches;
             * a Hugging Face ``Dataset`` or ``DatasetDict``: its column of images or arrays, or its numeric columns as a table;
             * a tuple (train, validation) or (train, validation, test), or a dict with these keys, of any of the above;

@@ -578,13 +578,13 @@ def _readable(
 
 def _splits(pictures: list[_Picture], name: str) -> dict[SplitName, list[_Picture]]:
     """Split pictures by their folders; all are for training if no folder names a split."""
-    told = [
+    split_words = [
         picture.folders[0] if picture.folders and picture.folders[0].lower() in SPLIT_WORDS else None for picture in pictures
     ]
-    words = Counter(word for word in told if word)
+    words = Counter(word for word in split_words if word)
     if not words:
         return {"train": pictures}
-    outside = [picture.label for picture, word in zip(pictures, told, strict=True) if word is None]
+    outside = [picture.label for picture, word in zip(pictures, split_words, strict=True) if word is None]
     splits = [SPLIT_WORDS[word.lower()] for word in words]
     if outside or "train" not in splits or len(set(splits)) < len(splits):
         raise ValueError(
@@ -592,7 +592,9 @@ def _splits(pictures: list[_Picture], name: str) -> dict[SplitName, list[_Pictur
             f" {_listed(words)}{f' and {len(outside)} elsewhere ({outside[0]}, say)' if outside else ''}; move or rename them"
         )
     return {
-        split: [picture for picture, word in zip(pictures, told, strict=True) if word and SPLIT_WORDS[word.lower()] == split]
+        split: [
+            picture for picture, word in zip(pictures, split_words, strict=True) if word and SPLIT_WORDS[word.lower()] == split
+        ]
         for split in dict.fromkeys(SPLIT_WORDS.values())
         if split in splits
     }

@@ -5,7 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self, final
 
@@ -29,14 +29,13 @@ __all__ = [
     "Record",
     "Result",
     "Row",
-    "add_up",
     "about",
+    "add_up",
     "each_example",
     "estimate_rows",
     "evaluation_batch",
     "metrics",
     "number_rows",
-    "omitted",
     "part",
     "plain",
     "seeded",
@@ -52,7 +51,8 @@ EVALUATION_BATCH = 256
 class Record(Mapping[str, Any]):
     """A result with fields: read them by attribute (``bounds.rate_nats.mean``) or by key (``bounds["rate_nats"]["mean"]``).
 
-    A subclass is a dataclass; its fields are numbers, words, lists, dictionaries and other records. Their names are the keys of its JSON.
+    A subclass is a dataclass; its fields are numbers, words, lists, dictionaries and other records. Their names are the keys of its JSON;
+    a field with the default None is left out while it is None.
     """
 
     def __getitem__(self, key: str) -> Any:
@@ -67,7 +67,7 @@ class Record(Mapping[str, Any]):
         return len(self._names())
 
     def _names(self) -> list[str]:
-        return [each.name for each in fields(self) if not (each.metadata.get("omitted") and getattr(self, each.name) is None)]
+        return [each.name for each in fields(self) if each.default is not None or getattr(self, each.name) is not None]
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, words, lists and dictionaries."""
@@ -81,11 +81,6 @@ class Record(Mapping[str, Any]):
             ValueError: a key is missing or has a value of another type.
         """
         return parse(content, cls, "this result")
-
-
-def omitted() -> Any:
-    """Declare a field of a :class:`Record` that is left out of its keys and its JSON while it is None."""
-    return field(default=None, metadata={"omitted": True})
 
 
 def plain(value: Any) -> Any:

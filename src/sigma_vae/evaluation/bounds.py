@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
-from sigma_vae.evaluation.base import Estimate, EvaluationData, Metric, Record, Row, each_example, number_rows, omitted
+from sigma_vae.evaluation.base import Estimate, EvaluationData, Metric, Record, Row, each_example, number_rows
 from sigma_vae.registry import register
 from sigma_vae.types import Batch, Inference, Likelihood
 from sigma_vae.vae import VAE, keyed_noise
@@ -39,10 +39,10 @@ class Iwae(Record):
     examples: int
     draws: int
     noise_seed: int
-    iwae_nats: Estimate | None = omitted()
-    iwae_post_hoc_nats: Estimate | None = omitted()
-    iwae_bits_per_dim: Estimate | None = omitted()
-    iwae_bits_per_dim_post_hoc: Estimate | None = omitted()
+    iwae_nats: Estimate | None = None
+    iwae_post_hoc_nats: Estimate | None = None
+    iwae_bits_per_dim: Estimate | None = None
+    iwae_bits_per_dim_post_hoc: Estimate | None = None
     effective_sample_size: dict[str, Estimate]
     by_draws: dict[str, list[int] | list[float]]
 
@@ -56,7 +56,9 @@ class IwaeMetric(Metric):
 
     def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
         """Importance weights need p(x|z)."""
-        return None if vae.likelihood.normalised else f"{vae.likelihood} is an objective of these data, and gives no probabilities"
+        return (
+            None if vae.likelihood.normalised else f"{vae.likelihood} is an objective of these data, and gives no probabilities"
+        )
 
     def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> Iwae:
         """With as many draws as the settings say."""
@@ -123,7 +125,7 @@ def iwae(vae: VAE, batches: Batches, draws: int = 64, seed: int = 0, measures: C
     found = each_example(vae, batches, rows)  # (examples, terms, a column for each of `at`, size and dims)
     last: dict[str, Estimate] = {}
     by_draws: dict[str, list[int] | list[float]] = {"draws": at}
-    sizes = {}
+    sizes: dict[str, Estimate] = {}
     for measure, term in terms.items():
         values = found[:, distinct.index(term)]
         bounds = values[:, :-2] - batches.log_volume_nats
@@ -132,9 +134,7 @@ def iwae(vae: VAE, batches: Batches, draws: int = 64, seed: int = 0, measures: C
         last[measure] = Estimate.of(bounds[:, -1])
         by_draws[measure] = bounds.mean(0).tolist()
         sizes[measure] = Estimate.of(values[:, -2])
-    return Iwae(
-        examples=len(found), draws=draws, noise_seed=seed, **last, effective_sample_size=sizes, by_draws=by_draws
-    )
+    return Iwae(examples=len(found), draws=draws, noise_seed=seed, **last, effective_sample_size=sizes, by_draws=by_draws)
 
 
 def _terms(likelihood: Likelihood, measures: Collection[Measure] | None) -> dict[Measure, _Term]:

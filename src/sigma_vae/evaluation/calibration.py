@@ -129,7 +129,7 @@ class Calibration(Record):
     """
 
     examples: int
-    values: int
+    values: int  # type: ignore[assignment]  # the name in its JSON; go over its keys by items()
     noise_seed: int
     density: Coverage | None
     density_post_hoc: Coverage | None
@@ -151,7 +151,9 @@ class CalibrationMetric(Metric):
 
     def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
         """It compares with predicted probabilities."""
-        return None if vae.likelihood.normalised else f"{vae.likelihood} is an objective of these data, and gives no probabilities"
+        return (
+            None if vae.likelihood.normalised else f"{vae.likelihood} is an objective of these data, and gives no probabilities"
+        )
 
     def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> Calibration:
         """On the held-out examples."""
@@ -258,7 +260,9 @@ def _pits(likelihood: Likelihood, inference: Inference, uniform: Tensor) -> dict
         below, upto = likelihood.element_cdf(h, target, observes, refitted=refitted)
         found[name] = upto if observes == "density" else below + uniform * (upto - below)
         if not found[name].isfinite().all():
-            raise ValueError("the decoder's features are not finite, so there is nothing to calibrate; have its weights diverged?")
+            raise ValueError(
+                "the decoder's features are not finite, so there is nothing to calibrate; have its weights diverged?"
+            )
     return found
 
 
@@ -353,7 +357,7 @@ class AgainstError:
 
     >>> values = AgainstError()
     >>> values.add(torch.tensor([1.0, 4.0, 4.0]), torch.tensor([2.0, 3.0, 5.0]))
-    
+
     """
 
     def __init__(self) -> None:

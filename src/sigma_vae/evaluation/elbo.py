@@ -20,7 +20,6 @@ from sigma_vae.evaluation.base import (
     Row,
     each_example,
     estimate_rows,
-    omitted,
 )
 from sigma_vae.evaluation.information import active_units
 from sigma_vae.priors import StandardNormal
@@ -50,13 +49,13 @@ class Bounds(Record):
     likelihood (Bernoulli on grey data) bounds nothing: it has ``objective_nats`` in place of ``elbo_nats``, and no bits.
     """
 
-    elbo_nats: Estimate | None = omitted()
-    elbo_post_hoc_nats: Estimate | None = omitted()
-    objective_nats: Estimate | None = omitted()
-    objective_post_hoc_nats: Estimate | None = omitted()
+    elbo_nats: Estimate | None = None
+    elbo_post_hoc_nats: Estimate | None = None
+    objective_nats: Estimate | None = None
+    objective_post_hoc_nats: Estimate | None = None
     rate_nats: Estimate
-    bits_per_dim: Estimate | None = omitted()
-    bits_per_dim_post_hoc: Estimate | None = omitted()
+    bits_per_dim: Estimate | None = None
+    bits_per_dim_post_hoc: Estimate | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,14 +74,14 @@ class ElboResult(Bounds):
     observes: str
     noise_seed: int
     distortion_nats: Estimate
-    kl_per_layer_nats: list[float] | None = omitted()
-    sigma_post_hoc_density: float | None = omitted()
-    sigma_post_hoc_level: float | None = omitted()
-    factor_post_hoc_density: float | None = omitted()
-    factor_post_hoc_level: float | None = omitted()
-    latent_dim: int | None = omitted()
-    active_units: int | None = omitted()
-    standard_prior: Bounds | None = omitted()
+    kl_per_layer_nats: list[float] | None = None
+    sigma_post_hoc_density: float | None = None
+    sigma_post_hoc_level: float | None = None
+    factor_post_hoc_density: float | None = None
+    factor_post_hoc_level: float | None = None
+    latent_dim: int | None = None
+    active_units: int | None = None
+    standard_prior: Bounds | None = None
 
 
 @register.metric("elbo")
@@ -214,7 +213,7 @@ def _number(counts: Tensor) -> float:
     return int(mean) if mean.is_integer() else mean
 
 
-def _refitted_scales(vae: VAE) -> dict[str, float]:
+def _refitted_scales(vae: VAE) -> dict[str, Any]:
     """The refitted σ for density and levels, as a geometric mean where there are many."""
     kind = "factor" if vae.likelihood.predicts_scale else "sigma"
     scales = vae.likelihood.refitted_log_scales()

@@ -74,7 +74,7 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> EntropyIdenti
         inference = vae.network.infer(batch.x, noise=keyed_noise(batch.positions, seed))
         distribution = vae.likelihood.distribution(inference.h, refitted=True)
         elbo = distribution.log_prob(batch.x).cpu().double() - inference.kl.sum(-1).cpu().double()
-        posterior: Tensor = vae.encode(batch.x).entropy().flatten(1).sum(-1)
+        posterior: Tensor = vae.encode(batch.x).entropy().flatten(1).sum(-1)  # type: ignore[no-untyped-call]
         return torch.stack([elbo, (posterior - distribution.entropy()).cpu().double()], 1)
 
     elbo, entropies = each_example(vae, batches, rows).mean(0).tolist()

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""SHA-256 of the published weights, ``weights-inception-2015-12-05-6726825d.pth`` and ``pt_inception-2015-12-05-6726825d.pth``: one content."""
+"""SHA-256 of the published weights, which are in circulation as ``weights-inception-...`` and ``pt_inception-2015-12-05-6726825d.pth``."""
 DINOV2 = "facebookresearch/dinov2"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -225,7 +225,12 @@ def _kl_and_log_prior(vae: VAE, batch: Batch, posterior: Normal, unit: Tensor, z
     if vae.network.has_prior:
         return vae.network.prior.kl(posterior, z), vae.network.prior.log_prob(z)
     inference = vae.network.infer(batch.x, noise=lambda shape: unit.reshape(shape))
-    return inference.kl.sum(-1), inference.log_ratio + posterior.log_prob(z).flatten(1).sum(-1)
+    return inference.kl.sum(-1), inference.log_ratio + _log_prob(posterior, z)
+
+
+def _log_prob(posterior: Normal, z: Tensor) -> Tensor:
+    each: Tensor = posterior.log_prob(z)  # type: ignore[no-untyped-call]
+    return each.flatten(1).sum(-1)
 
 
 def _few(training: Batches) -> Batches:

@@ -10,7 +10,7 @@ import torch
 
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
-from sigma_vae.evaluation.base import Estimate, EvaluationData, Metric, Record, Row, number_rows, omitted
+from sigma_vae.evaluation.base import Estimate, EvaluationData, Metric, Record, Row, number_rows
 from sigma_vae.evaluation.elbo import score
 from sigma_vae.registry import register
 from sigma_vae.types import Likelihood
@@ -32,8 +32,8 @@ class Oracle(Record):
     noise_seed: int
     oracle_nats: Estimate
     leak_nats: Estimate
-    oracle_level_nats: Estimate | None = omitted()
-    leak_level_nats: Estimate | None = omitted()
+    oracle_level_nats: Estimate | None = None
+    leak_level_nats: Estimate | None = None
     leak_formula_nats: float | None
     mse_over_variance: float | None
 

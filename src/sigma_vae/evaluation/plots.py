@@ -146,9 +146,7 @@ def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:
         raise ValueError(f"{path} should end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which sets the format of the page")
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(10, 8.5), layout="constrained"
-    )  # no pyplot: the caller's figures and back end stay as they are
+    figure = Figure(figsize=(10, 8.5), layout="constrained")  # no pyplot: the caller's figures and back end stay as they are
     ((coverage, pit), (error, residuals)) = figure.subplots(2, 2)
     _coverage(coverage, report)
     _pit(pit, report)

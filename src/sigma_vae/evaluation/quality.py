@@ -10,7 +10,7 @@ from torch import Tensor
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches, Splits
 from sigma_vae.data.splits import SplitName
-from sigma_vae.evaluation.base import Column, EvaluationData, Metric, Record, Row, about, omitted, seeded, subset
+from sigma_vae.evaluation.base import Column, EvaluationData, Metric, Record, Row, about, seeded, subset
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.features import Extractor, load_clip_extractor, load_extractor, reads_clips
 from sigma_vae.evaluation.plots import drawable, in_unit_range
@@ -131,7 +131,7 @@ class ImageQuality(Record):
     rank_deficient: bool
     floor: Floor
     samples: Samples
-    samples_standard_prior: Samples | None = omitted()
+    samples_standard_prior: Samples | None = None
     reconstructions: Reconstructions
 
 
@@ -155,8 +155,8 @@ class VideoQuality(Record):
     context_frames: int
     predicted_frames: int
     data: dict[str, Any]
-    clips: Features | None = omitted()
-    frames: Features | None = omitted()
+    clips: Features | None = None
+    frames: Features | None = None
 
 
 # -- the metric ------------------------------------------------------------------------------------------------------------
@@ -383,7 +383,9 @@ def _check(data: Splits, n: int) -> None:
             " for clips, use video_quality"
         )
     if n <= NEIGHBOURS:
-        raise ValueError(f"n counts the images of each kind and is more than {NEIGHBOURS}, the neighbours that are looked at; got {n}")
+        raise ValueError(
+            f"n counts the images of each kind and is more than {NEIGHBOURS}, the neighbours that are looked at; got {n}"
+        )
 
 
 # -- video -----------------------------------------------------------------------------------------------------------------

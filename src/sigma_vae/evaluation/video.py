@@ -85,9 +85,7 @@ class PredictionsMetric(Metric):
     def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> Predictions:
         """On the held-out clips."""
         assert settings.best_of is not None
-        return predictions(
-            vae, data.held_out, settings.best_of, settings.seed, batch_statistics=settings.batch_statistics
-        )
+        return predictions(vae, data.held_out, settings.best_of, settings.seed, batch_statistics=settings.batch_statistics)
 
     def rows(self, result: Predictions) -> Iterator[Row]:
         """The means."""
@@ -235,7 +233,7 @@ def _windows(x: Tensor) -> Tensor:
     return means.reshape(*x.shape[:-2], *means.shape[-2:])
 
 
-def _both(name: str, values: Tensor) -> dict[str, ClipEstimate]:
+def _both(name: str, values: Tensor) -> dict[str, Any]:
     """Estimates of both, from values ``(2, clips)``."""
     return {f"{kind}{name}": mean_over_clips(value) for kind, value in zip(("psnr_db", "ssim"), values, strict=True)}
 

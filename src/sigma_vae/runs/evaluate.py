@@ -15,8 +15,17 @@ from sigma_vae.evaluation.base import metrics
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.plots import pairs, reconstructed, sampled, save_clips, save_grid
 from sigma_vae.evaluation.suite import chosen, measure
-from sigma_vae.runs.folder import KEY as SIGMA_FITTED_ON
-from sigma_vae.runs.folder import Run, evaluation_batch, fitted_on, held, model_digest, open_run, read_json, write_json
+from sigma_vae.runs.folder import (
+    SIGMA_FITTED_ON,
+    Run,
+    evaluation_batch,
+    lock_run,
+    model_digest,
+    open_run,
+    read_json,
+    sigma_fitted_on,
+    write_json,
+)
 from sigma_vae.training import resolve_device
 from sigma_vae.training.distributed import from_first, joined, shared
 from sigma_vae.vae import VAE
@@ -50,7 +59,7 @@ def evaluate_run(
         ValueError: there is no such run, a metric does not apply to it, or another process is working in its folder.
         OSError: the folder cannot be written.
     """
-    with joined(resolve_device(device)), held(out):
+    with joined(resolve_device(device)), lock_run(out):
         return evaluate_anew(out, settings, device)
 
 
@@ -86,7 +95,7 @@ def evaluation(out: Path, run: Run, settings: EvaluationSettings = BOUNDS_ALONE)
         about["context_frames"] = vae.network.context_frames
     if vae.network.has_prior:
         about["prior"] = models.prior_name(vae.network.prior)
-    fitted = fitted_on(out)
+    fitted = sigma_fitted_on(out)
     if fitted is not None:
         about[SIGMA_FITTED_ON] = fitted
     about["how"] = {

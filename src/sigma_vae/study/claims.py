@@ -122,7 +122,6 @@ def both(first: Verdict, second: Verdict) -> Verdict:
 
 
 CALIBRATED = ("gaussian/optimal", "gaussian/shared")
-OTHERS = ("hierarchical", "sequence")
 
 
 class Among(NamedTuple):
@@ -142,13 +141,8 @@ def batch_arm(likelihood: str, batch_size: int) -> str:
     return f"{likelihood}, {batch_size}"
 
 
-def _is_other(setting: Setting) -> bool:
-    """A ladder of latents, or a model of video."""
-    return setting.network.startswith(OTHERS)
-
-
 def _other_networks(found: Sequence[Setting]) -> Sequence[Setting]:
-    return [replace(s, words=", ".join(filter(None, (s.words, s.network)))) for s in found if _is_other(s)]
+    return [replace(s, words=", ".join(filter(None, (s.words, s.network)))) for s in found if not s.is_flat]
 
 
 def _by_weight(found: Sequence[Setting]) -> Sequence[Setting]:
@@ -203,7 +197,7 @@ def _words(group: Sequence[Ended], groups: Sequence[Sequence[Ended]]) -> str:
 
 
 EVERY = Among("finished runs", lambda found: found)
-FLAT = Among("a network with one layer of latents", lambda found: [setting for setting in found if not _is_other(setting)])
+FLAT = Among("a network with one layer of latents", lambda found: [setting for setting in found if setting.is_flat])
 OTHER_NETWORKS = Among("a ladder of latents, or a model of video", _other_networks)
 KL_WEIGHTS = Among("runs with a calibrated σ that differ in their KL weight", _by_weight)
 BATCH_SIZES = Among("runs with a calibrated σ and as many images that differ in their batch size", _by_batch_size)

@@ -1,5 +1,6 @@
 """A study as comparisons: arms, which differ in their likelihood, in settings, which differ in all else but the seed."""
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
-from sigma_vae.study.grid import Cell, StudySpec, cells, format_place, in_words
+from sigma_vae.registry import register
+from sigma_vae.study.grid import Cell, StudySpec, cells, format_place, in_words, network_facts
 from sigma_vae.study.results import tabulate
 from sigma_vae.study.statistics import ELBO, Difference, chosen_on_validation, paired_difference
 
@@ -190,9 +192,17 @@ class Setting:
         return next((done.cell.config.model.network for dones in self.ended.values() for done in dones), "")
 
     @property
+    def is_flat(self) -> bool:
+        """Whether the network has one layer of flat latents, as far as the registry knows."""
+        return bool(network_facts(self.network).get("latents", "flat") == "flat")
+
+    @property
     def learns_prior(self) -> bool:
-        """Whether the network's own prior is learned with it: a ladder's, and that of video but for sequence:...-fixed."""
-        return self.network.startswith(("hierarchical", "sequence")) and not self.network.endswith("-fixed")
+        """Whether the network learns its prior in training; an argument such as ``-fixed`` in its name has the last word."""
+        if self.network not in register.network:
+            return False
+        chosen = inspect.signature(register.network.make(self.network)).parameters.get("learned_prior")
+        return bool(network_facts(self.network).get("learns_prior", False) if chosen is None else chosen.default)
 
 
 def _label(cell: Cell, axis: str | None) -> str:

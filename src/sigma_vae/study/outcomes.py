@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sigma_vae.study.comparisons import BITS, ELBO, STANDARD, frechet_columns
+from sigma_vae.study.comparisons import ELBO, STANDARD
 from sigma_vae.study.grid import StudySpec, cells, format_place, in_words
-from sigma_vae.study.statistics import summary
+from sigma_vae.study.statistics import shown, summary
 
 __all__ = ["PLOTS", "Card", "Picture", "Section", "Table", "failures", "how_far", "minus", "results"]
 
@@ -82,16 +82,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-COLUMNS = {
-    BITS: "bits/dim, refitted σ",
-    ELBO: "ELBO, nats, refitted σ",
-    f"{ELBO}.density": "ELBO of densities, nats, refitted σ",
-    f"{ELBO}.level": "ELBO of levels, nats, refitted σ",
-    "rate_nats": "rate, nats",
-    "calibration.density.coverage.90": "90 % interval covers",
-    "predictions.psnr_db": "PSNR of the best prediction, dB",
-    "predictions.ssim": "SSIM of the best prediction",
-}
 PAPER = ("paper: ELBO, nats (it prints −ELBO)", "paper: FID")
 LONGEST = 300
 """Characters of an error in a table; all of it is in the cell's ``cell.json``."""
@@ -130,9 +120,10 @@ def results(spec: StudySpec, rows: "pd.DataFrame") -> Section:
     """
     by = [name for name in spec.axes if name != "seed"]
     found = summary(rows, by)
-    metrics = [name for name in found.columns if name not in (*by, "prior", "seeds", "failed")]
+    titles = shown(found.columns)
+    metrics = list(titles)
     published = spec.published.get("rows", {})
-    heads = (*(name.rpartition(".")[2] for name in by), "prior", "seeds", *(_head(found, name) for name in metrics))
+    heads = (*(name.rpartition(".")[2] for name in by), "prior", "seeds", *(titles[name].title for name in metrics))
     lines = []
     for line in found.to_dict("records"):
         failed = f", {line['failed']} failed" if line["failed"] else ""
@@ -143,11 +134,6 @@ def results(spec: StudySpec, rows: "pd.DataFrame") -> Section:
         words += " The ELBO of a density and that of levels are of different things: they do not compare."
     table = Table("Results", heads + (PAPER if published else ()), tuple(lines))
     return Section("What each run reached", (words,), tables=(table, *_others(spec)), further=_about_published(spec))
-
-
-def _head(found: "pd.DataFrame", name: str) -> str:
-    features = {column: kind for kind, column in frechet_columns(found).items()}
-    return COLUMNS[name] if name in COLUMNS else f"Fréchet distance ({features[name]})"
 
 
 def _about_published(spec: StudySpec) -> tuple[str, ...]:

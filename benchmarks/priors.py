@@ -121,11 +121,11 @@ def samples(vae: VAE, data: Splits, measures: dict[str, Extractor]) -> dict[str,
         )
     fit = float(score(vae, data.batches("test", BATCH)).log_likelihood_post_hoc.mean())  # of the same draws with every prior
     for name in PRIORS:
-        prior = models.prior(name, vae.flat_network.latent_dim)
+        prior = models.prior(name, vae.network.latent_dim)
         if isinstance(prior, FittedPrior):
             vae.fit_prior(data.batches("train", BATCH), prior, data.batches("validation", BATCH))
         else:
-            vae.flat_network.prior = prior
+            vae.network.prior = prior
         if isinstance(prior, MixturePrior):
             result["components"] = prior.components
         result[f"elbo_post_hoc_nats_{name}"] = fit - rate(vae, data)

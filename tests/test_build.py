@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from sigma_vae import models
+import sigma_vae
+from sigma_vae import VAE, FlatNetwork, Gaussian, HierarchyPlan, mlp, models, networks
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, parse, read, write
 from sigma_vae.data import Scaling
 from sigma_vae.likelihoods import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Scale, Shared, StudentT
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.likelihoods.residuals import student_t
+from sigma_vae.priors import MixturePrior
 from sigma_vae.registry import register
-from sigma_vae.types import DataDistribution, Likelihood
+from sigma_vae.types import DataDistribution, Flat, Frames, Hierarchy, Likelihood
 
 SCALES = {
     "optimal": Optimal,
@@ -252,6 +254,105 @@ def test_a_broken_model_is_refused_and_runs_no_code(breakage, tmp_path):
     breaks(folder)
     with pytest.raises(ValueError, match=says):
         models.load(folder)
+
+
+@pytest.mark.parametrize("name", ["vae", "load", "save", "likelihood", "network", "data", "prior", "Saved", "sized"])
+def test_the_old_module_works_with_a_warning(name):
+    from sigma_vae import build
+
+    with pytest.warns(DeprecationWarning, match=f"sigma_vae.build.{name} is now sigma_vae.models.{name}"):
+        assert getattr(build, name) is getattr(models, name)
+    assert not hasattr(build, "nothing")
+
+
+@pytest.mark.parametrize("package", [sigma_vae, networks])
+def test_the_old_name_of_a_plan_warns(package):
+    with pytest.warns(DeprecationWarning, match="HierarchyPlan"):
+        assert package.LadderPlan is HierarchyPlan
+
+
+@pytest.mark.parametrize(("name", "size"), [("mlp", "context_frames"), ("residual", "context_frames")])
+def test_a_size_that_a_network_does_not_have_is_refused(name, size):
+    with pytest.raises(ValueError, match=f"the network {name} has no {size}, got {size}=3; leave it out"):
+        models.network(name, (1, 8, 8), 1, **{size: 3})
+
+
+def test_a_network_of_ones_own_is_made_by_its_name():
+    @register.network("mine-of-the-test", latents="flat", reads_clips=False, has_prior=True)
+    def mine(shape, out_channels, latent_dim=2):
+        """A network of one's own."""
+        return mlp(shape, out_channels, latent_dim, width=4)
+
+    vae = models.vae(ModelConfig("mine-of-the-test", latent_dim=5), (1, 4, 4), Scaling(256))
+    assert vae.network.latents.sizes == (5,)
+    with pytest.raises(ValueError, match="has no width, got width=3"):
+        models.vae(ModelConfig("mine-of-the-test", width=3), (1, 4, 4), Scaling(256))
+
+
+FACTS = {name: models.network(name, (1, 8, 8), 1) for name in ("residual", "conv", "mlp", "hierarchical", "sequence")}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_registration_says_what_its_network_does(name):
+    made, facts = FACTS[name], register.network.entry(name).facts
+    assert facts["reads_clips"] == made.reads_clips
+    assert facts["has_prior"] == (made.has_posterior and made.has_prior)
+    assert facts["latents"] == {Flat: "flat", Hierarchy: "hierarchical", Frames: "frames"}[type(made.latents)]
+
+
+@pytest.mark.parametrize("network", ["hierarchical:tiny", "sequence", "sequence:vgg-fixed"])
+def test_a_prior_is_refused_by_names_alone(network):
+    models.check_prior("standard", network)
+    models.check_prior("mixture", "mlp")
+    with pytest.raises(ValueError, match="single layer of flat latents"):
+        models.check_prior("mixture", network)
+
+
+# -- parts without a name --------------------------------------------------------------------------------------------------
+
+
+def own_network(width=4):
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, width), torch.nn.Linear(width, 6))
+    return FlatNetwork(encoder, torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Unflatten(1, (1, 4, 4))), 3)
+
+
+def test_a_model_of_ones_own_parts_comes_back_into_them(tmp_path):
+    vae = VAE(own_network(), Gaussian(1, Optimal()))
+    x = torch.rand(50, 1, 4, 4)
+    vae.calibrate([x])
+    vae.fit_prior([x], MixturePrior(3, 2))
+    models.save(tmp_path, vae, None, (1, 4, 4), Scaling(256))
+    assert json.loads((tmp_path / "model.json").read_text())["unnamed"] == {"network": "FlatNetwork", "likelihood": "Gaussian"}
+    loaded = models.load(tmp_path, network=own_network(), likelihood=Gaussian(1, Optimal())).vae
+    assert torch.equal(loaded.network.prior.means, vae.network.prior.means)
+    noise = lambda shape: torch.zeros(shape)  # noqa: E731
+    assert torch.equal(loaded.elbo(x, noise=noise).total, vae.eval().elbo(x, noise=noise).total)
+
+
+def test_only_the_part_without_a_name_has_to_be_given(tmp_path):
+    config = ModelConfig(models.UNNAMED, "gaussian/optimal")
+    vae = VAE(own_network(), models.likelihood("gaussian/optimal", 1))
+    models.save(tmp_path, vae, config, (1, 4, 4), Scaling(256))
+    assert models.load(tmp_path, network=own_network()).config == config
+    with pytest.raises(ValueError, match=r"no name for its network \(a FlatNetwork\), .*load\(folder, network=\.\.\.\)"):
+        models.load(tmp_path)
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        models.load(tmp_path, network=own_network(width=5))
+
+
+def test_a_name_that_is_not_registered_is_refused_when_saving(tmp_path):
+    vae = VAE(own_network(), models.likelihood("gaussian/optimal", 1))
+    with pytest.raises(ValueError, match="there is no network 'my-own'"):
+        models.save(tmp_path / "model", vae, ModelConfig("my-own"), (1, 4, 4), Scaling(256))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_of_an_earlier_version_opens(tmp_path):
+    folder = saved_model(tmp_path)
+    description = json.loads((folder / "model.json").read_text())
+    assert description.pop("packages")["network"] == "sigma-vae"
+    (folder / "model.json").write_text(json.dumps(description))
+    assert models.load(folder).config.network == "mlp"
 
 
 def test_a_config_survives_its_file(tmp_path):

@@ -1,6 +1,7 @@
 """Laws of whole models: probabilistic PCA as the oracle, invariances, entropies, and what VAE promises its callers."""
 
 import copy
+import inspect
 import itertools
 import math
 import subprocess
@@ -14,8 +15,22 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from sigma_vae import VAE, Elbo, Fixed, FlatNetwork, Gaussian, Optimal, PerImage, PerPixel, Shared, mlp
+from sigma_vae import (
+    VAE,
+    Elbo,
+    Fixed,
+    FlatNetwork,
+    Gaussian,
+    Optimal,
+    PerImage,
+    PerPixel,
+    Shared,
+    hierarchical,
+    mlp,
+    sequence,
+)
 from sigma_vae.likelihoods.scales import Scale
+from sigma_vae.priors import StandardNormal
 from sigma_vae.types import Batch, Inference, Latents, Network, Noise
 from sigma_vae.vae import keyed_noise
 
@@ -450,7 +465,7 @@ def test_users_modules_of_the_wrong_size_are_refused() -> None:
     x = torch.zeros(5, 1, 4, 4)
     for outputs in (3, 5, 7):
         network = FlatNetwork(nn.Sequential(nn.Flatten(), nn.Linear(16, outputs)), decoder, latent_dim=3)
-        with pytest.raises(ValueError, match=rf"6 numbers an example; got \(5, {outputs}\)"):
+        with pytest.raises(ValueError, match=rf"6 numbers per example; got \(5, {outputs}\)"):
             network.infer(x)
     network = FlatNetwork(nn.Sequential(nn.Flatten(), nn.Linear(16, 6)), decoder, latent_dim=3)
     with pytest.raises(ValueError, match="reads 2 decoder channels, got 1"):
@@ -479,7 +494,8 @@ HEAVY = (
 
 def test_import_needs_torch_and_numpy_alone() -> None:
     code = (
-        f"import sys, torch\nbefore = set(sys.modules)\nimport sigma_vae\nnew = set(sys.modules) - before\n"
+        f"import sys, torch\nbefore = set(sys.modules)\nimport sigma_vae\n"
+        f"[getattr(sigma_vae, name) for name in sigma_vae.__all__]\nnew = set(sys.modules) - before\n"
         f"print([name for name in {HEAVY} if name in new])\nprint('sigma_vae.vae' in new)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -503,3 +519,88 @@ def test_a_vae_in_eval_mode_can_be_exported() -> None:
     with torch.no_grad():
         program = torch.export.export(Reconstruct(vae), (x,))
         torch.testing.assert_close(program.module()(x), vae.reconstruct(x, noise=torch.zeros))
+
+
+# -- what a model can do ---------------------------------------------------------------------------------------------------
+
+
+def test_decoding_the_posteriors_mean_gives_the_mean_of_p() -> None:
+    vae, x = image_vae(Fixed(0.3)).eval(), images(4)
+    z = vae.encode(x).loc
+    torch.testing.assert_close(vae.decode(z), vae.likelihood(vae.network.decode(z)).mean)
+    torch.manual_seed(0)
+    drawn = vae.decode(z.expand(4, -1), "draw")
+    assert drawn.shape == x.shape
+    assert float((drawn - vae.decode(z)).detach().std()) == pytest.approx(0.3, rel=0.2)
+    assert vae.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("name", "network"), [("flat_network", mlp), ("video_network", sequence)])
+def test_old_names_of_the_network_work_with_a_warning(name: str, network: Callable[..., Network]) -> None:
+    vae = VAE(network((1, 8, 8), 1, 3, 4), Gaussian(1))
+    with pytest.warns(DeprecationWarning, match=f"VAE.{name} is now VAE.network"):
+        assert getattr(vae, name) is vae.network
+    other = VAE(hierarchical((1, 8, 8), 1), Gaussian(1))
+    assert not hasattr(other, name)
+
+
+@pytest.mark.parametrize("network", [mlp, sequence, hierarchical])
+def test_a_model_can_be_inspected(network: Callable[..., Network]) -> None:
+    members = dict(inspect.getmembers(VAE(network((1, 8, 8), 1, 3, 4), Gaussian(1))))
+    assert {"encode", "decode", "sample", "device"} <= members.keys()
+
+
+@final
+class Bound(nn.Module):
+    """A model as part of another."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        return self.vae.elbo(x, noise=lambda shape: unit).total, self.vae.decode(unit)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # checks of shapes are not recorded
+def test_a_model_can_be_traced() -> None:
+    bound = Bound(image_vae(Fixed(0.3)).eval())
+    given = images(4), torch.randn(4, 3)
+    traced = torch.jit.trace(bound, given)
+    torch.testing.assert_close(traced(*given), bound(*given))
+
+
+NETWORKS = {"mlp": mlp, "hierarchical": hierarchical, "sequence": sequence}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_refuses_the_arguments_that_it_does_not_read(name: str) -> None:
+    network = NETWORKS[name]((1, 8, 8), 1, 3, 4)
+    x = torch.rand(2, 4, 1, 8, 8) if network.reads_clips else torch.rand(2, 1, 8, 8)
+    given = {"condition": torch.zeros(2, 1)} | ({} if network.reads_clips else {"context": x, "mask": torch.ones(2, 4) > 0})
+    for argument, value in given.items():
+        with pytest.raises(ValueError, match="reads no condition" if argument == "condition" else f"{argument} is for video"):
+            network.infer(x, **{argument: value})
+    with pytest.raises(ValueError, match="reads no condition"):
+        network.generate(2, condition=given["condition"])
+
+
+def test_the_base_refuses_what_a_network_does_not_define() -> None:
+    bare, x = Frames(image_vae(Fixed(0.3)).network), images(2)
+    assert not any([bare.has_posterior, bare.has_prior, bare.has_draw, bare.has_latent_kl, bare.reads_clips, *bare.shards()])
+    for ask in (
+        lambda: bare.posterior(x),
+        lambda: bare.decode(x),
+        lambda: bare.draw(x, bare.frame.posterior(x), torch.zeros(2, 3)),
+        lambda: bare.latent_kl(x),
+        lambda: bare.replace_prior(StandardNormal(3)),
+        lambda: bare.predict(x, 3, lambda h: h),
+    ):
+        with pytest.raises(ValueError, match=r"Frames (has no|predicts no)"):
+            ask()
+
+
+def test_the_old_name_of_posterior_warns() -> None:
+    network, x = image_vae(Fixed(0.3)).network, images(2)
+    with pytest.warns(DeprecationWarning, match="now posterior"):
+        assert torch.equal(network.encode(x).loc, network.posterior(x).loc)

@@ -104,7 +104,7 @@ def check_prior(name: str, network_name: str, network: Network | None = None) ->
 
 
 def default_network(shape: Sequence[int], *, clips: bool = False) -> str:
-    """The name of the network that ``auto`` means for examples, or frames of clips, of this shape.
+    """The network that ``auto`` stands for, by the shape of examples or of clips' frames.
 
     >>> default_network((3, 32, 32)), default_network((12,)), default_network((1, 64, 64), clips=True)
     ('residual', 'mlp', 'sequence')
@@ -214,7 +214,7 @@ def network(
 
 
 def check_network(name: str) -> None:
-    """Refuse a name of no network, whatever the data.
+    """Refuse a name that no network has, for any data.
 
     Raises:
         ValueError: the name does not exist, or its plan or backbone cannot be read.
@@ -225,12 +225,18 @@ def check_network(name: str) -> None:
 
 
 def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: bool = False) -> VAE:
-    """The model that a config names, for data of this shape ``(C, *space)``, scaled like this; for clips, with the shape of a frame.
+    """Make the model that a config names.
 
-    Its prior is the one that it is trained with, N(0, I) where the latents are flat: :meth:`VAE.fit_prior` comes after training.
+    Its prior is the one for training, N(0, I) where latents are flat: :meth:`VAE.fit_prior` comes after training.
+
+    Args:
+        config: names and sizes.
+        shape: of one example ``(C, *space)``, or of one frame of a clip.
+        scaling: of the data.
+        clips: whether examples are clips, for ``network="auto"``.
 
     Raises:
-        ValueError: a name is unknown, or what it names does not fit the data or the other options.
+        ValueError: a name is unknown, or a part does not fit the data or the other options.
     """
     decoder = _likelihood_of(config, shape, scaling)
     return VAE(_network_of(config, shape, decoder.in_channels, clips=clips), decoder)
@@ -273,10 +279,10 @@ def data(source: object) -> Splits:
 
 FORMAT = 2
 MODEL = "model"
-"""A run's folder of its model."""
+"""Name of the model's folder in a run."""
 DESCRIPTION_BYTES = 2**20
 BUFFER_VALUES = 2**24
-"""That a model may have beside those in its file: tables of its likelihood, say."""
+"""Most values that a model may have beside those in its file, such as a likelihood's tables."""
 
 
 class Saved(NamedTuple):
@@ -309,9 +315,9 @@ def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[i
 
     config = config or ModelConfig(network=UNNAMED, likelihood=UNNAMED)
     if model.network.has_prior:
-        own = register.prior.name_of(model.network.prior)
-        named = config.network != UNNAMED or own is not None
-        config = replace(config, prior=prior_name(model.network.prior) if named else UNNAMED)
+        known = register.prior.name_of(model.network.prior) is not None
+        given_with_network = config.network == UNNAMED and not known
+        config = replace(config, prior=UNNAMED if given_with_network else prior_name(model.network.prior))
     description = {
         "format": FORMAT,
         "model": asdict(config),
@@ -372,7 +378,7 @@ def _registered(config: ModelConfig) -> Iterator[tuple[str, Registry, str]]:
         ("scale", register.scale, scale),
         ("prior", register.prior, config.prior),
     )
-    return ((kind, registry, name) for kind, registry, name in parts if name not in ("", UNNAMED, "auto") and registry.names())
+    return ((kind, registry, name) for kind, registry, name in parts if name not in ("", UNNAMED, "auto"))
 
 
 def _packages(config: ModelConfig) -> dict[str, str]:
@@ -415,7 +421,7 @@ def sized(
     network: Network | None = None,
     likelihood: Likelihood | None = None,
 ) -> VAE:
-    """A new model, whose sizes are compared with those of stored weights before any memory is taken for it.
+    """Make a new model, after comparing its sizes with those of stored weights: before that, no memory is taken.
 
     Args:
         config: names and sizes of its parts.
@@ -426,8 +432,8 @@ def sized(
         likelihood: likewise.
 
     Raises:
-        ValueError: the config names no model.
-        RuntimeError: it names one of other sizes.
+        ValueError: the config describes no model.
+        RuntimeError: it describes a model of other sizes.
     """
 
     def made(config: ModelConfig) -> VAE:
@@ -455,8 +461,8 @@ def _named(make: Any, config: ModelConfig) -> Any:
         return make()
     except ValueError:
         raise
-    except Exception as error:  # of sizes that nothing has, each network and torch itself complain in their own way
-        raise ValueError(f"{config} is no model: {error}") from error
+    except Exception as error:  # networks and torch report impossible sizes in many ways
+        raise ValueError(f"{config} describes no model: {error}") from error
 
 
 def _check_sizes(model: nn.Module, stored: Mapping[str, Sequence[int]], prefix: str = "") -> None:
@@ -469,7 +475,7 @@ def _check_sizes(model: nn.Module, stored: Mapping[str, Sequence[int]], prefix: 
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
-    """Sizes of the stored tensors, which the reader has found to lie within the file."""
+    """Shapes of the stored tensors; the reader checks that they lie within the file."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:

@@ -1,6 +1,7 @@
 """Names into objects and back, saved models, configurations."""
 
 import json
+import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import sigma_vae
 from sigma_vae import VAE, FlatNetwork, Gaussian, HierarchyPlan, mlp, models, networks
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, parse, read, write
 from sigma_vae.data import Scaling
-from sigma_vae.likelihoods import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT
+from sigma_vae.likelihoods import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Scale, Shared, StudentT
 from sigma_vae.likelihoods.base import LocationScale
+from sigma_vae.likelihoods.residuals import student_t
 from sigma_vae.priors import MixturePrior
 from sigma_vae.registry import register
-from sigma_vae.types import Flat, Frames, Hierarchy
+from sigma_vae.types import DataDistribution, Flat, Frames, Hierarchy, Likelihood
 
 SCALES = {
     "optimal": Optimal,
@@ -64,7 +66,7 @@ def test_a_student_t_name_says_its_degrees_of_freedom(name, df, in_channels):
     [
         ("gausian/optimal", "did you mean 'gaussian/optimal'"),
         ("gaussian/optimall", "did you mean 'gaussian/optimal'"),
-        ("gaussian", "did you mean"),
+        ("gaussian", "did you mean 'gaussian/optimal'"),
         ("gaussian/fixed", "takes a number above 0"),
         ("gaussian/fixed:", "takes a number above 0"),
         ("gaussian/fixed:-1", "takes a number above 0"),
@@ -81,6 +83,101 @@ def test_a_student_t_name_says_its_degrees_of_freedom(name, df, in_channels):
 def test_an_impossible_likelihood_is_refused_with_a_remedy(name, says):
     with pytest.raises(ValueError, match=says):
         models.likelihood(name, channels=1)
+
+
+def test_the_tables_of_the_docs_are_the_registrys():
+    text = (Path(__file__).parents[1] / "docs" / "decoders.md").read_text(encoding="utf-8")
+    for registry in (register.likelihood, register.scale):
+        ours = [
+            row for row, entry in zip(registry.table().splitlines()[2:], registry, strict=True) if entry.package == "sigma-vae"
+        ]
+        assert "\n".join(ours) in text
+
+
+@pytest.fixture
+def own_names():
+    """Names that a test registers are gone after it."""
+    kept = [(registry, dict(registry._entries)) for registry in (register.likelihood, register.scale) if registry.names()]
+    yield
+    for registry, entries in kept:
+        registry._entries = entries
+
+
+@pytest.mark.usefixtures("own_names")
+def test_a_family_of_ones_own_is_one_class_and_its_name(tmp_path):
+    @register.likelihood("poisson-counts")
+    class PoissonCounts(Likelihood):
+        """Counts k as values k/(levels − 1), with a predicted rate."""
+
+        in_channels = property(lambda self: self.channels)
+
+        def distribution(self, h, x=None, *, observes=None, refitted=False):
+            self.check_observes(observes)
+            return Counts(h.exp(), self.spatial_dims + 1, self.levels)
+
+    class Counts(DataDistribution):
+        arg_constraints = {}  # noqa: RUF012
+
+        def __init__(self, rate, event_dims, levels):
+            self.counts, self.top, self.axes = torch.distributions.Poisson(rate), levels - 1, tuple(range(-event_dims, 0))
+            split = rate.dim() - event_dims
+            super().__init__(rate.shape[:split], rate.shape[split:], validate_args=False)
+
+        def log_prob(self, value):
+            return self.counts.log_prob((value * self.top).round()).sum(self.axes)
+
+        def element_cdf(self, value):
+            k = (value * self.top).round()
+            below, upto = (torch.special.gammaincc((k + step).clamp_min(1e-9), self.counts.rate) for step in (0, 1))
+            return below * (k > 0), upto
+
+        @property
+        def mean(self):
+            return self.counts.mean / self.top
+
+        def sample(self, sample_shape=torch.Size(), generator=None):  # noqa: B008
+            return self.counts.sample(sample_shape) / self.top
+
+    config = ModelConfig("mlp", "poisson-counts", width=8)
+    vae = models.vae(config, (1, 4, 4), Scaling(64))
+    x = torch.randint(0, 64, (20, 1, 4, 4)) / 63
+    (-vae.elbo(x).total.mean()).backward()
+    h = torch.full((20, 1, 4, 4), 3.0)
+    assert torch.equal(vae.likelihood.log_mass(h, x), vae.likelihood(h).log_prob(x))
+    assert (vae.likelihood.element_cdf(h, x, "level")[1] <= 1).all()
+    with pytest.raises(ValueError, match="levels k/63"):
+        vae.likelihood.log_mass(h, x + 0.3 / 63)
+    vae.calibrate([x])
+    models.save(tmp_path, vae, config, (1, 4, 4), Scaling(64))
+    assert type(models.load(tmp_path).vae.likelihood) is PoissonCounts
+    with pytest.raises(ValueError, match="takes no scale"):
+        models.likelihood("poisson-counts/optimal", 1)
+
+
+@pytest.mark.usefixtures("own_names")
+def test_a_residual_and_a_scale_of_ones_own_meet_all_others():
+    @register.likelihood("cauchy")
+    class Cauchy(LocationScale):
+        """Residuals without a mean."""
+
+        def residual(self, own):
+            return student_t(1.0)
+
+    @register.scale("twice")
+    class Twice(Scale):
+        """Twice the best σ."""
+
+        solved = True
+
+        def forward(self, raw, observes, fit):
+            return self.stored(observes) if fit is None else fit("batch") + math.log(2)
+
+    h, x = torch.zeros(4, 1, 3, 3), torch.rand(4, 1, 3, 3)
+    best = models.likelihood("student-t:1/optimal", 1, mean="identity")(h, x).scale
+    torch.testing.assert_close(models.likelihood("cauchy/twice", 1, mean="identity")(h, x).scale, 2 * best)
+    torch.testing.assert_close(models.likelihood("cauchy/optimal", 1, mean="identity")(h, x).scale, best)
+    with pytest.raises(ValueError, match="did you mean 'cauchy/twice'"):
+        models.likelihood("cauchi/twice", 1)
 
 
 def test_an_unknown_network_is_refused_with_the_nearest():

@@ -11,8 +11,8 @@ from scipy import stats
 from sigma_vae import VAE, StudentT, mlp, runs
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.evaluation import evaluate, score
+from sigma_vae.evaluation.entropy import entropy_identity
 from sigma_vae.evaluation.plots import drawable, pairs, save_grid
-from sigma_vae.evaluation.suite import entropy_identity
 from sigma_vae.vae import keyed_noise
 
 

@@ -165,7 +165,7 @@ def test_of_many_examples_evenly_spaced_ones_are_taken(monkeypatch: pytest.Monke
     x = gaussian_data(250)
     vae = encoder_vae(GAINS["few nats"], DEVIATION)
     whole = information(vae, batches_of(x), batches_of(x))
-    monkeypatch.setattr(module, "MOST_CODES", 100)
+    monkeypatch.setattr(module, "MOST_LATENTS", 100)
     report = information(vae, batches_of(x), batches_of(x))
     chosen = x[torch.arange(100) * 5 // 2]
     truth = kl_divergence(vae.encode(chosen), Normal(0.0, 1.0)).sum(1).mean()
@@ -178,7 +178,7 @@ def test_of_many_training_examples_a_part_is_encoded(monkeypatch: pytest.MonkeyP
     """Evenly spaced: of sorted data some of all sorts."""
     vae, x = encoder_vae(GAINS["few nats"], DEVIATION), gaussian_data(250)
     part = information(vae, batches_of(x), batches_of(x[torch.arange(100) * 5 // 2]))
-    monkeypatch.setattr(module, "MOST_TRAINING_CODES", 100)
+    monkeypatch.setattr(module, "MOST_TRAINING_LATENTS", 100)
     for share in ({}, {"size": 7}, {"size": 99}):
         report = information(vae, batches_of(x), batches_of(x, **share))
         assert report["marginal_kl_held_out_nats"] == pytest.approx(part["marginal_kl_held_out_nats"], rel=1e-9)
@@ -243,7 +243,7 @@ def test_the_kl_of_a_latent_is_that_of_its_gaussians() -> None:
 def test_other_latents_and_a_single_code_are_refused() -> None:
     clips = torch.zeros(2, 4, 1, 8, 8)
     video: Any = VAE(sequence((1, 8, 8), 1, latent_dim=2, width=2), Gaussian(1, Fixed(0.3)))
-    with pytest.raises(ValueError, match="the latents of SequenceNetwork have neither form"):
+    with pytest.raises(ValueError, match=r"SequenceNetwork defines neither posterior\(x\)"):
         information(video, batches_of(clips), batches_of(clips))
     vae, x = encoder_vae(GAINS["few nats"], DEVIATION), gaussian_data(50)
     with pytest.raises(ValueError, match="at least two test examples"):

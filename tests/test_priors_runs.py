@@ -13,9 +13,9 @@ from PIL import Image
 from sigma_vae import models, runs
 from sigma_vae.cli import main
 from sigma_vae.config import ModelConfig, RunConfig, read
-from sigma_vae.evaluation.suite import standard_prior
+from sigma_vae.evaluation.elbo import standard_prior
 from sigma_vae.priors import MixturePrior, StandardNormal
-from sigma_vae.runs import priors as runs_priors
+from sigma_vae.runs import refit
 
 RESULTS = (
     "config.yaml",
@@ -108,7 +108,7 @@ def test_a_failure_on_the_way_leaves_the_run_as_it_was(digits_run: Path, run: Pa
 
     for name in ("draw", "write_json", "write", "_exchange"):
         with monkeypatch.context() as patch:
-            patch.setattr(runs_priors, name, fails)
+            patch.setattr(refit, name, fails)
             with pytest.raises(OSError, match="no space left"):
                 runs.fit_prior(run, "gaussian", device="cpu")
         assert contents(run) == contents(digits_run), name
@@ -193,7 +193,7 @@ def test_a_ladder_takes_no_fitted_prior_afterwards(tmp_path, capsys) -> None:
     assert "single layer of flat latents" in capsys.readouterr().err
     assert contents(tmp_path / "run") == before
     assert main(["sample", str(tmp_path / "run"), "--prior", "fitted"]) == 1
-    assert "leave it out" in capsys.readouterr().err
+    assert "leave --prior out" in capsys.readouterr().err
     assert main(["sample", str(tmp_path / "run"), "--prior", "standard", "--n", "2"]) == 0
 
 

@@ -11,12 +11,12 @@ import torch
 from cases import CASES, FAMILIES, FLOOR, NAMES, Case, Family, features_and_data, log_density, log_mass, minimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sigma_vae.likelihoods.laws import LAPLACE, LOGISTIC, NORMAL, student_t
 from torch import Tensor, distributed, multiprocessing
 
 from sigma_vae import Fixed, Gaussian, Laplace, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT
 from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.likelihoods.distributions import Discretized, Law
+from sigma_vae.likelihoods.distributions import Discretized
+from sigma_vae.likelihoods.residuals import LAPLACE, LOGISTIC, NORMAL, ResidualDistribution, student_t
 from sigma_vae.likelihoods.solve import Observed, _slope_and_curvature
 
 EVENT = (2, 2, 3)
@@ -111,22 +111,22 @@ def test_one_outlier_does_not_spoil_the_scale_of_levels() -> None:
 
 
 @pytest.mark.parametrize("levels", [2, 3, 256])
-@pytest.mark.parametrize("law", [NORMAL, LAPLACE, LOGISTIC, student_t(3.0)], ids=lambda law: law.name)
-def test_slope_and_curvature_of_levels_are_autograds(law: Law, levels: int) -> None:
+@pytest.mark.parametrize("residual", [NORMAL, LAPLACE, LOGISTIC, student_t(3.0)], ids=lambda residual: residual.name)
+def test_slope_and_curvature_of_levels_are_autograds(residual: ResidualDistribution, levels: int) -> None:
     """In end bins and others, with means on levels, on edges of bins and outside; far out in float32 they are finite."""
     top = levels - 1
     x = torch.tensor([0, 0, 0, top, top, top // 2, top // 2, 1, 1]).double() / top
     loc = torch.tensor([-0.2, 0, 0.7, 1.3, 0.2, 0.5, 0.1, 1 / top, 1.5 / top], dtype=torch.float64)
     for log_scale in (-3.0, -1.0, 0.5, 3.0):
         variable = torch.full_like(x, log_scale, requires_grad=True)
-        masses = Discretized(law, loc[None], variable[None], 1, levels).element_log_prob(x[None])
+        masses = Discretized(residual, loc[None], variable[None], 1, levels).element_log_prob(x[None])
         (slope,) = torch.autograd.grad(masses.sum(), variable, create_graph=True)
         (curvature,) = torch.autograd.grad(slope.sum(), variable)
-        found = _slope_and_curvature(Observed(law, loc, loc.new_zeros(()), x), torch.tensor(log_scale).double(), levels)
+        found = _slope_and_curvature(Observed(residual, loc, loc.new_zeros(()), x), torch.tensor(log_scale).double(), levels)
         np.testing.assert_allclose(found[0].numpy(), slope.detach().numpy(), rtol=1e-7, atol=1e-9)
         np.testing.assert_allclose(found[1].numpy(), curvature.numpy(), rtol=1e-5, atol=1e-7)
     for log_scale in (-18.0, FLOOR, 12.0):
-        single = Observed(law, loc.float(), torch.zeros(()), x.float())
+        single = Observed(residual, loc.float(), torch.zeros(()), x.float())
         assert _slope_and_curvature(single, torch.tensor(log_scale), levels).isfinite().all()
 
 

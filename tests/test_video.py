@@ -307,7 +307,7 @@ def test_one_clip_has_no_interval(moving) -> None:
     report = predictions(run.vae, run.data.batches("test", 4, limit=1), 2)
     assert report["psnr_db"]["interval_95"] == [None, None]
     assert report["ssim_per_frame_interval_95"] == [[None, None]] * (TEST_LENGTH - PAST)
-    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False)) == report
 
 
 def test_evaluate_reports_the_best_of_many(moving, capsys) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sigma_vae import data as data_sources
-from sigma_vae.config import DataConfig, ModelConfig, parse, read_text, write_whole
+from sigma_vae.config import ModelConfig, parse, read_text, write_whole
 from sigma_vae.data import Scaling, Splits
 from sigma_vae.likelihoods.base import MeanMap
 from sigma_vae.networks.residual import SMALLEST
@@ -268,9 +268,13 @@ def _network_of(config: ModelConfig, shape: Sequence[int], out_channels: int, *,
     return made
 
 
-def data(config: DataConfig) -> Splits:
-    """The data that a config names."""
-    return data_sources.load(config)
+def data(source: object) -> Splits:
+    """Read data: a name or path, a config, or an object from Python; see :func:`sigma_vae.data.as_splits`.
+
+    >>> data("digits").shape
+    (1, 8, 8)
+    """
+    return data_sources.as_splits(source)
 
 
 FORMAT = 2

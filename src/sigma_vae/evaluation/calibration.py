@@ -1,33 +1,354 @@
 """Whether a model's uncertainty is right: coverage, PIT, σ against error, and what is left in the residuals."""
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
-from sigma_vae.evaluation.base import add_up, each_example, mean_and_error
-from sigma_vae.likelihoods import Optimal
-from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.likelihoods.distributions import Continuous, Discretized
-from sigma_vae.types import Batch, Inference, Likelihood, Observes
+from sigma_vae.evaluation.base import (
+    Column,
+    Estimate,
+    EvaluationData,
+    Metric,
+    Record,
+    Row,
+    add_up,
+    each_example,
+    estimate_rows,
+)
+from sigma_vae.evaluation.plots import save_page
+from sigma_vae.registry import register
+from sigma_vae.types import Batch, DataDistribution, Inference, Likelihood, Observes
 from sigma_vae.vae import VAE, keyed_noise
 
-__all__ = ["INTERVALS", "PIT_BINS", "AgainstError", "Correlations", "calibration", "deciles"]
+__all__ = [
+    "INTERVALS",
+    "PIT_BINS",
+    "AgainstError",
+    "Autocorrelation",
+    "Bins",
+    "Calibration",
+    "CalibrationMetric",
+    "Correlations",
+    "Coverage",
+    "Residuals",
+    "SigmaErrors",
+    "calibration",
+    "deciles",
+]
 
+INTERVALS = (0.5, 0.8, 0.9, 0.95)
+"""Nominal probability of the central intervals."""
+PIT_BINS = 20
+LEAST_TAIL = 1e-7
+"""Beyond it a normal score (5.2) is rounding, or infinite."""
 BINS = 10
 LAGS = 8
 LARGEST_MATRIX = 16
-"""Channels (columns) up to which their correlations are told one by one."""
-
+"""Number of channels (columns) up to which all their correlations are reported."""
 ROUNDING = 1e-12
-"""A variance that is no larger a part of the mean square is what rounding leaves of a constant's."""
-
+"""A variance that is no larger a part of the mean square is the rounding error of a constant."""
 FINE_BINS, WIDEST = 2**14, 20.0
-"""Of log σ: so many between −20 and 20, which are joined to ten of about equal counts in the end."""
+"""Bins of log σ between −20 and 20, which are joined to ten of about equal counts in the end."""
 
 AXES = {0: (), 1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+
+KINDS: dict[str, tuple[Observes, bool]] = {
+    "density": ("density", False),
+    "density_post_hoc": ("density", True),
+    "level": ("level", False),
+    "level_post_hoc": ("level", True),
+}
+"""The quantity that coverage is about, and whether with the refitted σ."""
+
+
+@dataclass(frozen=True, eq=False)
+class Coverage(Record):
+    """Coverage of the central intervals, by their nominal percentage, and PIT histogram.
+
+    ``coverage`` is a mean over values, with its standard error over examples; ``coverage_above_zero`` is about the values that are not
+    the least level. ``pit`` has the shares of 20 bins.
+    """
+
+    coverage: dict[str, Estimate]
+    coverage_above_zero: dict[str, float] | None
+    pit: list[float]
+
+
+@dataclass(frozen=True, eq=False)
+class Bins(Record):
+    """Means in bins of about equal counts, by growing prediction."""
+
+    predicted_variance: list[float]
+    mean_squared_error: list[float]
+    count: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class SigmaErrors(Record):
+    """Predicted variances against squared errors, in units of the data that the model reads.
+
+    ``correlation_of_logs`` is taken over examples; None where σ does not vary.
+    """
+
+    per_value: Bins
+    per_example: Bins
+    correlation_of_logs: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Autocorrelation(Record):
+    """Correlations at lags 0, 1, ..., at most 8, and the number of pairs that each comes from."""
+
+    autocorrelation: list[float]
+    pairs: list[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Residuals(Record):
+    """Correlations of residuals: along each axis, and between channels; None where there are none."""
+
+    axes: dict[str, Autocorrelation] | None
+    channels: list[list[float]] | None
+    count: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Calibration(Record):
+    """How often held-out values lie where the model says.
+
+    ``density`` (of a model that observes it; not randomised) and ``level`` (of data with levels) use the model's own σ;
+    ``density_post_hoc`` and ``level_post_hoc`` the σ that ``calibrate`` solved, where it is another one. ``sigma`` is None for a likelihood
+    with an infinite variance, or without a formula for it (the logistic mixture).
+    """
+
+    examples: int
+    values: int  # type: ignore[assignment]  # the name in its JSON; go over its keys by items()
+    noise_seed: int
+    density: Coverage | None
+    density_post_hoc: Coverage | None
+    level: Coverage | None
+    level_post_hoc: Coverage | None
+    sigma: SigmaErrors | None
+    residuals: Residuals
+
+
+@register.metric("calibration")
+@final
+class CalibrationMetric(Metric):
+    """Coverage of intervals, PIT histogram, σ against error and correlation of residuals, with a page of plots."""
+
+    result = Calibration
+    measured = "by default"
+    draws_page = True
+    columns = (Column("calibration.density.coverage.90", "90 % interval covers", 3),)
+
+    def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
+        """It compares with predicted probabilities."""
+        return (
+            None if vae.likelihood.normalised else f"{vae.likelihood} is an objective of these data, and gives no probabilities"
+        )
+
+    def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> Calibration:
+        """On the held-out examples."""
+        return calibration(vae, data.held_out, settings.seed)
+
+    def rows(self, result: Calibration) -> Iterator[Row]:
+        """Coverage of each interval."""
+        for name in KINDS:
+            found = result[name]
+            for percent, share in {} if found is None else found.coverage.items():
+                yield from (row._replace(name=f"{percent} % interval covers, {name}") for row in estimate_rows({"": share}))
+
+    def compared(self, results: Sequence[Calibration | None]) -> list[dict[str, Any]]:
+        """Coverage of the 90 % interval."""
+        known = [None if result is None or result.density is None else result.density for result in results]
+        return [{"coverage_90": None if density is None else density.coverage.get("90")} for density in known]
+
+    def draw_page(self, result: Calibration, path: Path, title: str) -> None:
+        """Coverage, PIT, σ against error, residuals."""
+        save_page(path, result, title)
+
+
+@torch.no_grad()
+def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
+    r"""Measure how often held-out values lie where the model says, over posterior draws, in one pass.
+
+    If x has the distribution function F that the model predicts for it, its probability integral transform u = F(x) is uniform
+    (Dawid 1984; Gneiting, Balabdaoui & Raftery 2007). Levels have jumps in F: there u is drawn uniformly from
+    :math:`[F(x^-), F(x)]` (the randomised PIT; Czado, Gneiting & Held 2009). The central interval of probability p holds x
+    where :math:`|u - \tfrac12| \le \tfrac p2`. All draws belong to the example: no number depends on the batch size.
+
+    Predicted variances are set against squared errors in up to ten bins of equal counts. A model that observes levels has errors
+    σΦ⁻¹(u), as those of x end where the levels end. Residuals are (x − mean)/σ for a density, and the normal scores Φ⁻¹(u) for levels (Dunn
+    & Smyth 1996).
+
+    Args:
+        vae: calibrated on training data; put into eval mode.
+        batches: held-out examples, each counted once; of several processes, each gives its share.
+        seed: seed of the posterior's noise, and of the randomised PIT.
+
+    Raises:
+        ValueError: the likelihood is an objective (Bernoulli on grey data), no σ is known yet, features are not finite, or the
+            batches are a share, and there is no group of as many processes.
+
+    >>> from sigma_vae import Fixed, Gaussian, mlp
+    >>> from sigma_vae.data import Scaling
+    >>> from sigma_vae.data.stores import InMemory
+    >>> vae = VAE(mlp((4,), out_channels=4, latent_dim=2), Gaussian(4, Fixed(50.0), spatial_dims=0, levels=None))
+    >>> found = calibration(vae, Batches(InMemory(torch.randn(100, 4)), Scaling(), batch_size=32))
+    >>> found.density.coverage["50"].mean  # σ is far too wide
+    1.0
+    """
+    if not vae.likelihood.normalised:
+        raise ValueError(
+            f"{vae.likelihood} is an objective, not a likelihood, of data with {vae.likelihood.levels} levels: it predicts no"
+            " probabilities that could be right or wrong; take ContinuousBernoulli, or a family with a scale"
+        )
+    vae.eval()
+    tallies = {name: _Pit() for name in _asked(vae.likelihood)}
+    errors, correlations = _Errors(), Correlations(vae.likelihood.spatial_dims)
+
+    def rows(batch: Batch) -> Tensor:
+        noise = keyed_noise(batch.positions, seed)
+        inference = vae.network.infer(batch.x, mask=batch.mask, noise=noise)
+        uniform = torch.special.ndtr(noise(inference.target.shape).to(inference.target.device))  # the same generators go on
+        u = _pits(vae.likelihood, inference, uniform if inference.mask is None else uniform[inference.mask])
+        h, target = inference.scored()
+        distribution, scores = vae.likelihood.distribution(h), _normal_scores(u)
+        assert isinstance(distribution, DataDistribution)
+        residuals = distribution.standardised(target)
+        correlations.add(scores if residuals is None else residuals)
+        of_errors = errors.add(inference, distribution.squared_errors(target, scores), vae.likelihood)
+        inside = [tallies[name].add(inference, values, vae.likelihood) for name, values in u.items()]
+        return torch.cat([inference.dims().cpu().double()[:, None], of_errors, *inside], 1)
+
+    found = each_example(vae, batches, rows)  # (examples, values of each, two columns of errors, for each kind one an interval)
+    sums = [errors.values.totals, *correlations.sums, *(total for tally in tallies.values() for total in tally.sums)]
+    add_up(vae, batches, sums)
+    dims, inside = found[:, 0], dict(zip(tallies, torch.split(found[:, 3:], len(INTERVALS), 1), strict=True))
+    coverage = {name: tallies[name].report(inside[name], dims) if name in tallies else None for name in KINDS}
+    return Calibration(
+        examples=len(found),
+        values=int(dims.sum()),
+        noise_seed=seed,
+        **coverage,
+        sigma=errors.report(found[:, 1:3]),
+        residuals=correlations.report(),
+    )
+
+
+def _asked(likelihood: Likelihood) -> list[str]:
+    """The kinds that this likelihood has."""
+    refitted = likelihood.has_post_hoc and bool(likelihood.refitted_log_scales())
+    there = {"density": likelihood.observes == "density", "level": likelihood.levels is not None}
+    return [name for name, (observes, post_hoc) in KINDS.items() if there[observes] and (refitted or not post_hoc)]
+
+
+def _pits(likelihood: Likelihood, inference: Inference, uniform: Tensor) -> dict[str, Tensor]:
+    """U of every value that is scored, for each kind."""
+    h, target = inference.scored()
+    found = {}
+    for name in _asked(likelihood):
+        observes, refitted = KINDS[name]
+        below, upto = likelihood.element_cdf(h, target, observes, refitted=refitted)
+        found[name] = upto if observes == "density" else below + uniform * (upto - below)
+        if not found[name].isfinite().all():
+            raise ValueError(
+                "the decoder's features are not finite, so there is nothing to calibrate; have its weights diverged?"
+            )
+    return found
+
+
+def _normal_scores(u: dict[str, Tensor]) -> Tensor:
+    """Φ⁻¹(u) with the model's own σ: standard normal where the model is right, whatever its family (Dunn & Smyth 1996)."""
+    own = u["level"] if "level" in u else u["density"]
+    scores: Tensor = torch.special.ndtri(own.double().clamp(LEAST_TAIL, 1 - LEAST_TAIL))
+    return scores
+
+
+def _sums(inference: Inference, values: Tensor, likelihood: Likelihood) -> Tensor:
+    """Sum values over each example, ``(batch,)`` in float64 on the CPU."""
+    return inference.per_example(values.double().flatten(-1 - likelihood.spatial_dims).sum(-1)).cpu()
+
+
+@final
+class _Pit:
+    """Coverage and PIT histogram of one kind."""
+
+    def __init__(self) -> None:
+        self.histogram = torch.zeros(PIT_BINS, dtype=torch.int64)
+        self.above_zero = torch.zeros(1 + len(INTERVALS), dtype=torch.int64)
+        """How many values are not the least level; of these, how many lie in each interval."""
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """What is added up over examples."""
+        return [self.histogram, self.above_zero]
+
+    def add(self, inference: Inference, u: Tensor, likelihood: Likelihood) -> Tensor:
+        """How many values of each example lie in each interval, ``(batch, intervals)``."""
+        self.histogram += torch.bincount((u * PIT_BINS).long().clamp(0, PIT_BINS - 1).flatten(), minlength=PIT_BINS).cpu()
+        probability = 2 * (u - 0.5).abs()  # of the smallest central interval that holds the value
+        inside = [probability <= nominal for nominal in INTERVALS]
+        if likelihood.levels is not None:
+            above = inference.scored()[1] > 0.5 / (likelihood.levels - 1)
+            self.above_zero += torch.stack([above.sum(), *((above & one).sum() for one in inside)]).cpu()
+        return torch.stack([_sums(inference, one, likelihood) for one in inside], 1)
+
+    def report(self, inside: Tensor, dims: Tensor) -> Coverage:
+        """Summarise the counts of all examples ``(examples, intervals)``, given how many values each has."""
+        mean = inside.sum(0) / dims.sum()
+        around = (inside - mean * dims[:, None]) / dims.mean()  # of a ratio, where clips differ in length
+        above, *held = self.above_zero.tolist()
+        names = [f"{100 * nominal:g}" for nominal in INTERVALS]
+        return Coverage(
+            coverage={
+                name: Estimate(m, Estimate.of(of_examples).standard_error)
+                for name, m, of_examples in zip(names, mean.tolist(), around.unbind(1), strict=True)
+            },
+            coverage_above_zero={name: n / above for name, n in zip(names, held, strict=True)} if above else None,
+            pit=(self.histogram.double() / self.histogram.sum()).tolist(),
+        )
+
+
+@final
+class _Errors:
+    """Predicted variance against squared error, of values and of examples."""
+
+    def __init__(self) -> None:
+        self.values = AgainstError()
+
+    def add(self, inference: Inference, pair: tuple[Tensor, Tensor] | None, likelihood: Likelihood) -> Tensor:
+        """Mean predicted variance and mean squared error of each example, ``(batch, 2)``; NaN where there is no variance."""
+        if pair is None or not pair[0].isfinite().all():
+            return torch.full((len(inference.kl), 2), math.nan, dtype=torch.float64)
+        variance, square = pair[0].expand(pair[1].shape), pair[1]
+        self.values.add(variance, square)
+        sums = torch.stack([_sums(inference, one, likelihood) for one in (variance, square)], 1)
+        return sums / inference.dims().cpu()[:, None]
+
+    def report(self, of_examples: Tensor) -> SigmaErrors | None:
+        """Summarise the errors of all examples ``(examples, 2)``."""
+        if not of_examples.isfinite().all():
+            return None
+        variance, square = of_examples.unbind(1)
+        return SigmaErrors(self.values.bins(), deciles(variance, square), _correlation(variance.log(), square.log()))
+
+
+def _correlation(x: Tensor, y: Tensor) -> float | None:
+    """None where one of them hardly varies, or is not finite (the logarithm of an error of 0)."""
+    x, y = x - x.mean(), y - y.mean()
+    spread = float(x.square().mean().sqrt()), float(y.square().mean().sqrt())
+    if not min(spread) > 1e-6 or not math.isfinite(sum(spread)):
+        return None
+    return float((x * y).mean()) / (spread[0] * spread[1])
 
 
 @final
@@ -36,8 +357,7 @@ class AgainstError:
 
     >>> values = AgainstError()
     >>> values.add(torch.tensor([1.0, 4.0, 4.0]), torch.tensor([2.0, 3.0, 5.0]))
-    >>> values.bins()
-    {'predicted_variance': [1.0, 4.0], 'mean_squared_error': [2.0, 4.0], 'count': [1, 2]}
+
     """
 
     def __init__(self) -> None:
@@ -52,7 +372,7 @@ class AgainstError:
         for row, weights in zip(self.totals, (None, variance, square), strict=True):
             row += torch.bincount(fine, weights, FINE_BINS).cpu()
 
-    def bins(self) -> dict[str, list[float]]:
+    def bins(self) -> Bins:
         """Means in bins of about equal counts, by growing prediction; fewer than ten where many predictions are the same."""
         counts = self.totals[0]
         middle = counts.cumsum(0) - 0.5 * counts
@@ -61,25 +381,21 @@ class AgainstError:
         return _means(*joined[:, joined[0] > 0])
 
 
-def deciles(variance: Tensor, square: Tensor) -> dict[str, list[float]]:
-    """The same bins of values ``(n,)`` that are all at hand.
+def deciles(variance: Tensor, square: Tensor) -> Bins:
+    """Compute the same bins for values ``(n,)`` that are all in memory.
 
     >>> deciles(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 3.0, 0.0]))
-    {'predicted_variance': [1.0], 'mean_squared_error': [1.0], 'count': [3]}
+    Bins(predicted_variance=[1.0], mean_squared_error=[1.0], count=[3])
     """
-    if float(variance.max() - variance.min()) <= 1e-6 * float(variance.max()):  # all the same, but for rounding
+    if float(variance.max() - variance.min()) <= 1e-6 * float(variance.max()):  # all equal, but for rounding
         return _means(torch.tensor([len(variance)]), variance.sum().reshape(1), square.sum().reshape(1))
     parts = [part for part in torch.tensor_split(variance.argsort(), BINS) if len(part)]
     sums = [torch.stack([values[part].sum() for part in parts]) for values in (variance, square)]
     return _means(torch.tensor([len(part) for part in parts]), *sums)
 
 
-def _means(counts: Tensor, variance: Tensor, square: Tensor) -> dict[str, list[float]]:
-    return {
-        "predicted_variance": (variance / counts).tolist(),
-        "mean_squared_error": (square / counts).tolist(),
-        "count": counts.long().tolist(),
-    }
+def _means(counts: Tensor, variance: Tensor, square: Tensor) -> Bins:
+    return Bins((variance / counts).tolist(), (square / counts).tolist(), counts.long().tolist())
 
 
 @final
@@ -94,7 +410,7 @@ class Correlations:
     >>> correlations = Correlations(spatial_dims=1)
     >>> correlations.add(torch.tensor([[[1.0, -1.0, 1.0, -1.0]]]))
     >>> correlations.along_axes()
-    {'length': {'autocorrelation': [1.0, -1.0, 1.0, -1.0], 'pairs': [4, 3, 2, 1]}}
+    {'length': Autocorrelation(autocorrelation=[1.0, -1.0, 1.0, -1.0], pairs=[4, 3, 2, 1])}
     """
 
     def __init__(self, spatial_dims: int) -> None:
@@ -126,7 +442,7 @@ class Correlations:
         """What is added up over examples."""
         return [self.one, *self.pairs.values(), *self.channels]
 
-    def along_axes(self) -> dict[str, dict[str, list[float]]] | None:
+    def along_axes(self) -> dict[str, Autocorrelation] | None:
         """For each axis the correlations at lags 0, 1, ..., at most 8, and how many pairs each comes from.
 
         None where residuals do not vary, or have no axis.
@@ -139,8 +455,7 @@ class Correlations:
         found = {}
         for name, (n, first, second, products) in self.pairs.items():
             covariance = (products - mean * (first + second)) / n + mean**2
-            pairs = [int(count), *n.long().tolist()]
-            found[name] = {"autocorrelation": [1.0, *(covariance / variance).tolist()], "pairs": pairs}
+            found[name] = Autocorrelation([1.0, *(covariance / variance).tolist()], [int(count), *n.long().tolist()])
         return found
 
     def between_channels(self) -> list[list[float]] | None:
@@ -152,13 +467,13 @@ class Correlations:
         variance = covariance.diagonal()
         if not (variance > ROUNDING * products.diagonal() / count).all():
             return None
-        deviation = variance.sqrt()
-        matrix: list[list[float]] = (covariance / torch.outer(deviation, deviation)).tolist()
+        std = variance.sqrt()
+        matrix: list[list[float]] = (covariance / torch.outer(std, std)).tolist()
         return matrix
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Residuals:
         """Both, with the number of residuals that they come from."""
-        return {"axes": self.along_axes(), "channels": self.between_channels(), "count": int(self.one[0])}
+        return Residuals(self.along_axes(), self.between_channels(), int(self.one[0]))
 
 
 def _count(values: Tensor) -> Tensor:
@@ -174,221 +489,3 @@ def _pairs(r: Tensor, axis: int) -> Tensor:
         sums = [first.sum(), second.sum(), (first * second).sum()]
         columns.append(torch.stack([_count(first), *(total.cpu() for total in sums)]))
     return torch.stack(columns, 1) if columns else torch.zeros(4, 0, dtype=torch.float64)
-
-
-INTERVALS = (0.5, 0.8, 0.9, 0.95)
-"""Nominal probability of the central intervals."""
-PIT_BINS = 20
-LEAST_TAIL = 1e-7
-"""Beyond it a normal score (5.2) is rounding, or infinite."""
-
-
-@torch.no_grad()
-def calibration(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any]:
-    r"""How often held-out values lie where the model says, over posterior draws, in one pass.
-
-    If x has the distribution function F that the model predicts for it, its probability integral transform u = F(x) is uniform
-    (Dawid 1984; Gneiting, Balabdaoui & Raftery 2007). Levels have jumps in F: there u is drawn uniformly from
-    :math:`[F(x^-), F(x)]` (the randomised PIT; Czado, Gneiting & Held 2009). The central interval of probability p holds x
-    where :math:`|u - \tfrac12| \le \tfrac p2`. All draws belong to the example: no number depends on the batch size.
-
-    Args:
-        vae: calibrated on training data; put into eval mode.
-        batches: held-out data; every example is counted once; on several processes, each gives its share.
-        seed: of the posterior's noise, and of the randomised PIT.
-
-    Returns:
-        Plain numbers. ``density`` (of a model that observes it, not randomised) and ``level`` (of data with levels) hold the
-        ``coverage`` of the intervals (mean over values, with its standard error over examples), ``coverage_above_zero`` (of the
-        values that are not the least level) and the ``pit``, shares of 20 bins; ``density_post_hoc`` and ``level_post_hoc`` the same
-        with the σ that ``calibrate`` solved, where it is another one. What there is none of is None.
-
-        ``sigma`` sets predicted variances against squared errors, in units of what the model reads, in up to ten bins of equal
-        counts: ``per_value``, and ``per_example`` (means over each), with the correlation of their logarithms over examples (None
-        where σ does not vary). A model that observes levels has errors σΦ⁻¹(u): those of x end where the levels end. None for a
-        likelihood without a variance (an infinite one), or without a formula for it (the logistic mixture).
-
-        ``residuals`` are (x − mean)/σ of a density, and of levels the normal scores Φ⁻¹(u) (Dunn & Smyth 1996). ``axes`` holds their
-        ``autocorrelation`` at lags 0 to 8 along each axis with the number of ``pairs``, ``channels`` their correlation matrix.
-
-    Raises:
-        ValueError: the likelihood is an objective (Bernoulli on grey data), no σ is known yet, features are not finite, or the
-            batches are a share, and no group of as many processes is there.
-
-    >>> from sigma_vae import Fixed, Gaussian, mlp
-    >>> from sigma_vae.data import Scaling
-    >>> from sigma_vae.data.stores import InMemory
-    >>> vae = VAE(mlp((4,), out_channels=4, latent_dim=2), Gaussian(4, Fixed(50.0), spatial_dims=0, levels=None))
-    >>> found = calibration(vae, Batches(InMemory(torch.randn(100, 4)), Scaling(), batch_size=32))
-    >>> found["density"]["coverage"]["50"]["mean"]  # σ is far too wide
-    1.0
-    """
-    if not vae.likelihood.normalised:
-        raise ValueError(
-            f"{vae.likelihood} is an objective, not a likelihood, of data with {vae.likelihood.levels} levels: it predicts no"
-            " probabilities that could be right or wrong; take ContinuousBernoulli, or a family with a scale"
-        )
-    vae.eval()
-    tallies = {name: _Pit() for name in _asked(vae.likelihood)}
-    errors, correlations = _Errors(), Correlations(vae.likelihood.spatial_dims)
-
-    def rows(batch: Batch) -> Tensor:
-        noise = keyed_noise(batch.positions, seed)
-        inference = vae.network.infer(batch.x, mask=batch.mask, noise=noise)
-        uniform = torch.special.ndtr(noise(inference.target.shape).to(inference.target.device))  # the same generators go on
-        u = _pits(vae.likelihood, inference, uniform if inference.mask is None else uniform[inference.mask])
-        h, target = inference.scored()
-        distribution, scores = vae.likelihood(h), _normal_scores(u)
-        continuous = isinstance(distribution, Continuous)
-        correlations.add((target - distribution.loc) / distribution.scale if continuous else scores)
-        of_errors = errors.add(inference, distribution, target, scores, vae.likelihood)
-        inside = [tallies[name].add(inference, values, vae.likelihood) for name, values in u.items()]
-        return torch.cat([inference.dims().cpu().double()[:, None], of_errors, *inside], 1)
-
-    found = each_example(vae, batches, rows)  # (examples, values of each, two columns of errors, for each kind one an interval)
-    sums = [errors.values.totals, *correlations.sums, *(total for tally in tallies.values() for total in tally.sums)]
-    add_up(vae, batches, sums)
-    dims, inside = found[:, 0], dict(zip(tallies, torch.split(found[:, 3:], len(INTERVALS), 1), strict=True))
-    return {
-        "examples": len(found),
-        "values": int(dims.sum()),
-        "noise_seed": seed,
-        **{name: tallies[name].report(inside[name], dims) if name in tallies else None for name in KINDS},
-        "sigma": errors.report(found[:, 1:3]),
-        "residuals": correlations.report(),
-    }
-
-
-KINDS: dict[str, tuple[Observes, bool]] = {
-    "density": ("density", False),
-    "density_post_hoc": ("density", True),
-    "level": ("level", False),
-    "level_post_hoc": ("level", True),
-}
-"""Of what the coverage is, and whether with the refitted σ."""
-
-
-def _asked(likelihood: Likelihood) -> list[str]:
-    """The kinds that this likelihood has."""
-    refitted = (
-        isinstance(likelihood, LocationScale)
-        and not isinstance(likelihood.scale, Optimal)
-        and likelihood.scale.density_log_scale.numel() > 0
-    )
-    there = {"density": likelihood.observes == "density", "level": likelihood.levels is not None}
-    return [name for name, (observes, post_hoc) in KINDS.items() if there[observes] and (refitted or not post_hoc)]
-
-
-def _pits(likelihood: Likelihood, inference: Inference, uniform: Tensor) -> dict[str, Tensor]:
-    """U of every value that is scored, for each kind."""
-    h, target = inference.scored()
-    found = {}
-    for name in _asked(likelihood):
-        observes, post_hoc = KINDS[name]
-        below, upto = likelihood.element_cdf(h, target, observes, refitted=post_hoc)
-        found[name] = upto if observes == "density" else below + uniform * (upto - below)
-        if not found[name].isfinite().all():
-            raise ValueError(
-                "the decoder's features are not finite, so there is nothing to calibrate: have its weights diverged?"
-            )
-    return found
-
-
-def _normal_scores(u: dict[str, Tensor]) -> Tensor:
-    """Φ⁻¹(u) with the model's own σ: standard normal where the model is right, whatever its family (Dunn & Smyth 1996)."""
-    own = u["level"] if "level" in u else u["density"]
-    scores: Tensor = torch.special.ndtri(own.double().clamp(LEAST_TAIL, 1 - LEAST_TAIL))
-    return scores
-
-
-def _sums(inference: Inference, values: Tensor, likelihood: Likelihood) -> Tensor:
-    """Over each example, ``(batch,)`` in float64 on the CPU."""
-    return inference.per_example(values.double().flatten(-1 - likelihood.spatial_dims).sum(-1)).cpu()
-
-
-@final
-class _Pit:
-    """Coverage and PIT histogram of one kind."""
-
-    def __init__(self) -> None:
-        self.histogram = torch.zeros(PIT_BINS, dtype=torch.int64)
-        self.above_zero = torch.zeros(1 + len(INTERVALS), dtype=torch.int64)
-        """How many values are not the least level; of these, how many lie in each interval."""
-
-    @property
-    def sums(self) -> list[Tensor]:
-        """What is added up over examples."""
-        return [self.histogram, self.above_zero]
-
-    def add(self, inference: Inference, u: Tensor, likelihood: Likelihood) -> Tensor:
-        """How many values of each example lie in each interval, ``(batch, intervals)``."""
-        self.histogram += torch.bincount((u * PIT_BINS).long().clamp(0, PIT_BINS - 1).flatten(), minlength=PIT_BINS).cpu()
-        probability = 2 * (u - 0.5).abs()  # of the smallest central interval that holds the value
-        inside = [probability <= nominal for nominal in INTERVALS]
-        if likelihood.levels is not None:
-            above = inference.scored()[1] > 0.5 / (likelihood.levels - 1)
-            self.above_zero += torch.stack([above.sum(), *((above & one).sum() for one in inside)]).cpu()
-        return torch.stack([_sums(inference, one, likelihood) for one in inside], 1)
-
-    def report(self, inside: Tensor, dims: Tensor) -> dict[str, Any]:
-        """Of what ``add`` said of all examples ``(examples, intervals)``, and how many values each has."""
-        mean = inside.sum(0) / dims.sum()
-        around = (inside - mean * dims[:, None]) / dims.mean()  # of a ratio, where clips differ in length
-        above, *held = self.above_zero.tolist()
-        names = [f"{100 * nominal:g}" for nominal in INTERVALS]
-        return {
-            "coverage": {
-                name: {"mean": m, "standard_error": mean_and_error(of_examples)["standard_error"]}
-                for name, m, of_examples in zip(names, mean.tolist(), around.unbind(1), strict=True)
-            },
-            "coverage_above_zero": {name: n / above for name, n in zip(names, held, strict=True)} if above else None,
-            "pit": (self.histogram.double() / self.histogram.sum()).tolist(),
-        }
-
-
-@final
-class _Errors:
-    """Predicted variance against squared error, of values and of examples."""
-
-    def __init__(self) -> None:
-        self.values = AgainstError()
-
-    def add(self, inference: Inference, distribution: Any, x: Tensor, scores: Tensor, likelihood: Likelihood) -> Tensor:
-        """Mean predicted variance and mean squared error of each example, ``(batch, 2)``; NaN where there is no variance."""
-        pair = _variance_and_square(distribution, x, scores)
-        if pair is None or not pair[0].isfinite().all():
-            return torch.full((len(inference.kl), 2), math.nan, dtype=torch.float64)
-        variance, square = pair[0].expand(x.shape), pair[1]
-        self.values.add(variance, square)
-        sums = torch.stack([_sums(inference, one, likelihood) for one in (variance, square)], 1)
-        return sums / inference.dims().cpu()[:, None]
-
-    def report(self, of_examples: Tensor) -> dict[str, Any] | None:
-        """Of what ``add`` said of all examples."""
-        if not of_examples.isfinite().all():
-            return None
-        variance, square = of_examples.unbind(1)
-        return {
-            "per_value": self.values.bins(),
-            "per_example": deciles(variance, square),
-            "correlation_of_logs": _correlation(variance.log(), square.log()),
-        }
-
-
-def _variance_and_square(distribution: Any, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor] | None:
-    """What is predicted, and what has the same mean where the prediction is right."""
-    if isinstance(distribution, Continuous):
-        return distribution.residual_variance, (x - distribution.loc).square()
-    if isinstance(distribution, Discretized):  # x − loc is cut at the end levels, and less than σ says
-        return distribution.residual_variance, distribution.residual_variance * scores.square()
-    moments: tuple[Tensor, Tensor] | None = distribution.moments()
-    return None if moments is None else (moments[1], (x - moments[0]).square())
-
-
-def _correlation(x: Tensor, y: Tensor) -> float | None:
-    """None where one of them hardly varies, or is not finite (the logarithm of an error of 0)."""
-    x, y = x - x.mean(), y - y.mean()
-    spread = float(x.square().mean().sqrt()), float(y.square().mean().sqrt())
-    if not min(spread) > 1e-6 or not math.isfinite(sum(spread)):
-        return None
-    return float((x * y).mean()) / (spread[0] * spread[1])

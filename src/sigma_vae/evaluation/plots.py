@@ -1,6 +1,7 @@
 """Pictures: grids of images as PNG, clips as PNG or GIF, and the page of calibration plots."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,19 +10,19 @@ import torch
 from torch import Tensor
 
 from sigma_vae.data import Splits
-from sigma_vae.networks import SequenceNetwork
 from sigma_vae.types import Batch, Temperature, per_layer
 from sigma_vae.vae import VAE, Show, keyed_noise
 
-__all__ = ["drawable", "in_unit_range", "pairs", "reconstructed", "sampled", "save_clips", "save_grid", "save_page"]
-
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from PIL.Image import Image
 
+__all__ = ["drawable", "in_unit_range", "pairs", "reconstructed", "sampled", "save_clips", "save_grid", "save_page"]
 
 WIDTH = 500
+"""Approximate width of a grid of images, in pixels."""
 MILLISECONDS = 250
-"""For which a GIF shows each frame."""
+"""Time that a GIF shows each frame."""
 ROUNDING = 1e-6
 
 
@@ -31,7 +32,7 @@ def drawable(shape: tuple[int, ...]) -> bool:
 
 
 def in_unit_range(x: Tensor) -> Tensor:
-    """The same values, seen to be in [0, 1] but for rounding.
+    """Check that values are in [0, 1] but for rounding, and return them.
 
     Raises:
         ValueError: they are not.
@@ -39,26 +40,26 @@ def in_unit_range(x: Tensor) -> Tensor:
     >>> in_unit_range(torch.tensor([0.0, 255.0]))
     Traceback (most recent call last):
     ...
-    ValueError: images are looked at with values in [0, 1], got values from 0 to 255; rescale the data
+    ValueError: images are expected with values in [0, 1], got values from 0 to 255; rescale the data
     """
     low, high = float(x.min()), float(x.max())
     if not (-ROUNDING <= low and high <= 1 + ROUNDING):
         raise ValueError(
-            f"images are looked at with values in [0, 1], got values from {low:.3g} to {high:.3g}; rescale the data"
+            f"images are expected with values in [0, 1], got values from {low:.3g} to {high:.3g}; rescale the data"
         )
     return x
 
 
 def pairs(originals: Tensor, reconstructions: Tensor, columns: int) -> Tensor:
-    """Rows of originals, each with the row of its reconstructions below: for :func:`save_grid` with as many columns."""
+    """Arrange rows of originals, each above the row of its reconstructions, for :func:`save_grid` with as many columns."""
     rows = zip(torch.split(originals, columns), torch.split(reconstructions, columns), strict=True)
     return torch.cat([image for row in rows for image in row])
 
 
 def save_grid(path: Path, images: Tensor, columns: int | None = None, zoom: int | None = None) -> None:
-    """Write images ``(n, C, H, W)`` with values in [0, 1] as one picture, read by rows; values outside are clipped.
+    """Write images ``(n, C, H, W)`` with values in [0, 1] as one picture, row by row; values outside are clipped.
 
-    Each pixel becomes zoom × zoom; so many that the picture is about 500 wide, unless given.
+    Each pixel becomes zoom × zoom pixels; by default as many as make the picture about 500 wide.
 
     Raises:
         ValueError: the channels are neither 1 nor 3.
@@ -67,7 +68,7 @@ def save_grid(path: Path, images: Tensor, columns: int | None = None, zoom: int 
 
 
 def save_clips(path: Path, clips: Tensor, columns: int | None = None) -> None:
-    """Write clips ``(n, T, C, H, W)``: as a .png with a clip a row, or as a .gif, a grid of so many columns that moves.
+    """Write clips ``(n, T, C, H, W)``: as a .png with one clip per row, or as a .gif, a moving grid with this number of columns.
 
     Raises:
         ValueError: the channels are neither 1 nor 3.
@@ -100,13 +101,9 @@ def _grid(images: Tensor, columns: int | None, zoom: int | None) -> "Image":
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
 ENDINGS = (".png", ".pdf", ".svg")
 
-# Okabe and Ito's palette; markers and dashes say the same where there is no colour.
+# Okabe and Ito's palette; markers and dashes tell the lines apart where there is no colour.
 STYLES: dict[str, dict[str, Any]] = {
     "density": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "density_post_hoc": {"color": "#56B4E9", "marker": "s", "linestyle": "--"},
@@ -126,32 +123,30 @@ AXIS_STYLES: tuple[dict[str, Any], ...] = (
 )
 BAND: dict[str, Any] = {"color": "0.75", "alpha": 0.6, "linewidth": 0}
 TICKS = ((1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0,))
-"""Of each decade, on axes of one, two or more of them."""
-DEVIATIONS = 2.58
-"""Half the width of bands: 99 % of what a calibrated model with independent values would show."""
+"""Ticks of each decade, on axes with one, two or more decades."""
+STDS = 2.58
+"""Half the width of bands, in stds: they hold 99 % of what a calibrated model with independent values would show."""
 
 
-def save_page(path: Path, report: dict[str, Any], title: str = "") -> None:
-    """Write coverage, PIT histogram, σ against error and residual correlation as one page.
+def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:
+    """Draw coverage, PIT histogram, σ against error and residual correlation on one page.
 
     Grey bands hold 99 % of what a calibrated model with independent values would show; error bars are two standard errors over
     examples, whose values depend on each other.
 
     Args:
         path: a .png, .pdf or .svg file.
-        report: of :func:`sigma_vae.evaluation.calibration.calibration`, or what JSON keeps of it.
-        title: above the plots.
+        report: result of :func:`sigma_vae.evaluation.calibration.calibration`, or its JSON.
+        title: title above the plots.
 
     Raises:
         ValueError: the file's ending is none of these.
     """
     if path.suffix not in ENDINGS:
-        raise ValueError(f"{path} should end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which says how the page is written")
+        raise ValueError(f"{path} should end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which sets the format of the page")
     from matplotlib.figure import Figure
 
-    figure = Figure(
-        figsize=(10, 8.5), layout="constrained"
-    )  # no pyplot: nothing of the caller's figures or back end is touched
+    figure = Figure(figsize=(10, 8.5), layout="constrained")  # no pyplot: the caller's figures and back end stay as they are
     ((coverage, pit), (error, residuals)) = figure.subplots(2, 2)
     _coverage(coverage, report)
     _pit(pit, report)
@@ -163,13 +158,13 @@ def save_page(path: Path, report: dict[str, Any], title: str = "") -> None:
     )
 
 
-def _kinds(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _kinds(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {name: report[name] for name in STYLES if report[name] is not None}
 
 
-def _coverage(axes: "Axes", report: dict[str, Any]) -> None:
+def _coverage(axes: "Axes", report: Mapping[str, Any]) -> None:
     grid = [i / 200 for i in range(80, 201)]
-    width = [DEVIATIONS * math.sqrt(p * (1 - p) / report["values"]) for p in grid]
+    width = [STDS * math.sqrt(p * (1 - p) / report["values"]) for p in grid]
     axes.fill_between(
         grid, [p - w for p, w in zip(grid, width, strict=True)], [p + w for p, w in zip(grid, width, strict=True)], **BAND
     )
@@ -184,9 +179,9 @@ def _coverage(axes: "Axes", report: dict[str, Any]) -> None:
     axes.legend(loc="lower right", title="diagonal: calibrated", frameon=False)
 
 
-def _pit(axes: "Axes", report: dict[str, Any]) -> None:
+def _pit(axes: "Axes", report: Mapping[str, Any]) -> None:
     bins = len(next(iter(_kinds(report).values()))["pit"])
-    half = DEVIATIONS * math.sqrt((bins - 1) / report["values"])
+    half = STDS * math.sqrt((bins - 1) / report["values"])
     axes.fill_between([0, 1], 1 - half, 1 + half, **BAND)
     axes.axhline(1, color="0.4", linewidth=0.8)
     edges = [i / bins for i in range(bins + 1)]
@@ -198,7 +193,7 @@ def _pit(axes: "Axes", report: dict[str, Any]) -> None:
     axes.legend(frameon=False)
 
 
-def _error(axes: "Axes", sigma: dict[str, Any] | None) -> None:
+def _error(axes: "Axes", sigma: Mapping[str, Any] | None) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set(title="Predicted σ against error", xlabel="predicted standard deviation", ylabel="root mean squared error")
@@ -225,7 +220,7 @@ def _error(axes: "Axes", sigma: dict[str, Any] | None) -> None:
     axes.legend(frameon=False, title=words, loc="upper left")
 
 
-def _residuals(axes: "Axes", residuals: dict[str, Any]) -> None:
+def _residuals(axes: "Axes", residuals: Mapping[str, Any]) -> None:
     along, channels = residuals["axes"], residuals["channels"]
     if along is None and channels is None:
         axes.set(title="Correlation of residuals")
@@ -237,7 +232,7 @@ def _residuals(axes: "Axes", residuals: dict[str, Any]) -> None:
         axes.figure.colorbar(shown, ax=axes)
         return
     longest = max(along.values(), key=lambda axis: len(axis["pairs"]))["pairs"]
-    half = [DEVIATIONS / math.sqrt(pairs) for pairs in longest[1:]]
+    half = [STDS / math.sqrt(pairs) for pairs in longest[1:]]
     axes.fill_between(range(1, len(longest)), [-value for value in half], half, **BAND)
     axes.axhline(0, color="0.4", linewidth=0.8)
     for (name, axis), style in zip(along.items(), AXIS_STYLES, strict=False):
@@ -259,20 +254,20 @@ def _say(axes: "Axes", words: str) -> None:
 def sampled(
     vae: VAE, data: Splits | None, n: int, generator: torch.Generator, show: Show = "mean", temperature: Temperature = 1.0
 ) -> Tensor:
-    """N samples; of a video the first frames of its test clips, and what is predicted to follow, to the length of these clips.
+    """Draw n samples; a video model continues the first frames of its test clips, to the length of these clips.
 
     Args:
         vae: the model, in eval mode.
-        data: only needed by a video's model; if it has fewer than n test clips, they come again.
-        n: how many.
-        generator: of the latents.
+        data: needed by a video model only; if it has fewer than n test clips, they are repeated.
+        n: number of samples.
+        generator: generator of the latents.
         show: the mean of p(x|z), or a draw from it.
-        temperature: scales the spread of the latents: one number, or one for each layer.
+        temperature: scale of the latents' spread: one number, or one for each layer.
 
     Raises:
         ValueError: the test clips are no longer than the frames that are given, or the temperature has too many numbers.
     """
-    if not isinstance(vae.network, SequenceNetwork):
+    if not vae.network.reads_clips:
         return vae.sample(n, show, generator=generator, temperature=temperature)
     assert data is not None
     past, (single,) = vae.network.context_frames, per_layer(temperature, 1)
@@ -284,8 +279,6 @@ def sampled(
 
 @torch.no_grad()
 def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0) -> Tensor:
-    """Reconstructions of the shape of the batch; the first frames of clips, which are given, as they are."""
+    """Reconstruct a batch, in its own shape; the given first frames of clips stay as they are."""
     again = vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed))
-    if not isinstance(vae.network, SequenceNetwork):
-        return again
-    return torch.cat([batch.x[:, : vae.network.context_frames], again], 1)
+    return torch.cat([batch.x[:, : vae.network.context_frames], again], 1) if vae.network.reads_clips else again

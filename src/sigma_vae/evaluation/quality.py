@@ -1,40 +1,59 @@
-"""Sample quality: Fréchet and kernel distances, precision and recall, between features of samples and of real images."""
+"""Sample quality: Fréchet and kernel distances, precision and recall, between features of samples and of real images or clips."""
 
-import warnings
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches, Splits
 from sigma_vae.data.splits import SplitName
-from sigma_vae.evaluation.base import about, seeded, subset
-from sigma_vae.evaluation.features import Extractor
+from sigma_vae.evaluation.base import Column, EvaluationData, Metric, Record, Row, about, seeded, subset
+from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
+from sigma_vae.evaluation.features import Extractor, load_clip_extractor, load_extractor, reads_clips
 from sigma_vae.evaluation.plots import drawable, in_unit_range
-from sigma_vae.evaluation.suite import has_fitted_prior, standard_prior
-from sigma_vae.networks import FlatNetwork
-from sigma_vae.vae import VAE, keyed_noise
+from sigma_vae.registry import register
+from sigma_vae.types import Noise
+from sigma_vae.vae import VAE, Show, keyed_noise
 
 __all__ = [
     "NEIGHBOURS",
+    "Comparison",
+    "Features",
+    "Floor",
+    "ImageQuality",
     "KernelDistance",
     "PrecisionRecall",
+    "QualityMetric",
+    "Reconstructions",
+    "Samples",
+    "VideoQuality",
     "frechet_distance",
     "kernel_distance",
     "precision_recall",
     "quality",
     "radii",
+    "video_quality",
 ]
 
 NEIGHBOURS = 5
 """The k of precision, recall, density and coverage, as Naeem et al. (2020) set it."""
 AT_ONCE = 2**22
-"""Distances held together."""
+"""Distances kept together."""
+SAMPLES_AT_ONCE = 100
+"""Number of samples whose random numbers are drawn together: fixed, so that no sample depends on how many are asked for."""
+CLIPS_AT_ONCE = 16
+"""The same for clips."""
 
 
-class KernelDistance(NamedTuple):
-    """The mean over subsets, how these differ, and how many of what size there were."""
+# -- results ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class KernelDistance(Record):
+    """The mean over subsets, their std, their number and their size."""
 
     mean: float
     standard_deviation: float
@@ -43,7 +62,7 @@ class KernelDistance(NamedTuple):
 
 
 class PrecisionRecall(NamedTuple):
-    """What share of samples lies among the data, and of data among the samples."""
+    """The shares of samples among the data, and of data among the samples."""
 
     precision: float
     recall: float
@@ -51,8 +70,430 @@ class PrecisionRecall(NamedTuple):
     coverage: float
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Comparison(Record):
+    """Distances of images from the real ones."""
+
+    frechet: float
+    kernel: KernelDistance
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Floor(Comparison):
+    """Distances of other real images from the real ones."""
+
+    split: str
+    examples: int
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Record):
+    """Distances of samples, shown as decoder means and as draws from p(x|z)."""
+
+    means: Comparison
+    draws: Comparison
+
+
+@dataclass(frozen=True, eq=False)
+class Frechet(Record):
+    """A Fréchet distance alone."""
+
+    frechet: float
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstructions(Record):
+    """Distance of reconstructions, shown as decoder means."""
+
+    means: Frechet
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageQuality(Record):
+    """Sample quality of images.
+
+    ``samples`` come from the prior, ``samples_standard_prior`` from N(0, I), where the prior is a fitted one. ``floor`` compares other real
+    images, of the training split. ``rank_deficient`` says that there are no more images than features, where Fréchet distances are
+    strongly biased upwards.
+    """
+
+    examples: int
+    split: str
+    seed: int
+    data: dict[str, Any]
+    extractor: dict[str, Any]
+    prior: str | None
+    neighbours: int
+    rank_deficient: bool
+    floor: Floor
+    samples: Samples
+    samples_standard_prior: Samples | None = None
+    reconstructions: Reconstructions
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Features(Record):
+    """Fréchet distance of predictions, and what it was measured with."""
+
+    frechet: float
+    examples: int
+    rank_deficient: bool
+    extractor: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class VideoQuality(Record):
+    """Quality of predicted frames: of whole clips, of single frames, or both."""
+
+    split: str
+    seed: int
+    show: str
+    context_frames: int
+    predicted_frames: int
+    data: dict[str, Any]
+    clips: Features | None = None
+    frames: Features | None = None
+
+
+# -- the metric ------------------------------------------------------------------------------------------------------------
+
+
+@register.metric("quality")
+@final
+class QualityMetric(Metric):
+    """Fréchet and kernel distance, precision and recall of samples; for video, Fréchet distance of predictions."""
+
+    result = dict[str, ImageQuality | VideoQuality]
+    on_one_process = True
+    columns = (
+        Column("quality.*.samples.means.frechet", "Fréchet distance ({})", 2),
+        Column("quality.*.frames.frechet", "Fréchet distance ({})", 2),
+        Column("quality.*.clips.frechet", "Fréchet distance ({})", 2),
+    )
+
+    def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
+        """It compares pictures, and loads the networks that look at them before any long work."""
+        if data.splits is None:
+            return "it compares with training images, so it needs Splits or the name of a data set"
+        shape, examples = data.splits.shape, len(data.held_out.store)
+        if not drawable(shape):
+            return f"{data.splits.name} has examples of shape {shape}, and images have 1 or 3 channels"
+        if not data.splits.clips and min(settings.samples, examples) <= NEIGHBOURS:
+            return f"it needs more than {NEIGHBOURS} samples and as many examples, got {settings.samples} and {examples}"
+        try:
+            _extractors(vae, settings)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> dict[str, ImageQuality | VideoQuality]:
+        """With each feature extractor of the settings."""
+        assert data.splits is not None
+        found: dict[str, ImageQuality | VideoQuality] = {}
+        n, seed, split = settings.samples, settings.seed, settings.split
+        for extractor in _extractors(vae, settings):
+            if vae.network.reads_clips:
+                clips, frames = (extractor, None) if extractor.of_clips else (None, extractor)
+                found[extractor.name] = video_quality(vae, data.splits, clips=clips, frames=frames, n=n, seed=seed, split=split)
+            else:
+                found[extractor.name] = quality(vae, data.splits, extractor, n, seed, split)
+        return found
+
+    def rows(self, result: Mapping[str, ImageQuality | VideoQuality]) -> Iterator[Row]:
+        """Distances, each with the images that it is about."""
+        for features, part in result.items():
+            yield from _image_rows(features, part) if isinstance(part, ImageQuality) else _video_rows(features, part)
+
+    def notes(self, result: Mapping[str, ImageQuality | VideoQuality]) -> Iterator[str]:
+        """How images were cut and resized before they were compared, which is a part of what a distance means."""
+        for features, part in result.items():
+            sections = (part,) if isinstance(part, ImageQuality) else (part.clips, part.frames)
+            for how in (section.extractor for section in sections if section is not None):
+                size = "×".join(map(str, how["input"]))
+                yield f"{features}: data {part.data['preprocessing']}; features of {size}, preprocessing {how['preprocessing']}"
+
+    def compared(self, results: Sequence[Mapping[str, ImageQuality | VideoQuality] | None]) -> list[dict[str, Any]]:
+        """Fréchet distances, each under a name that says what has to be the same for it to compare."""
+        known = [result or {} for result in results]
+        return [dict(_compared(result, known)) for result in known]
+
+
+def _extractors(vae: VAE, settings: EvaluationSettings) -> list[Extractor]:
+    """Load the feature extractors; those of whole clips are for networks that read clips."""
+    made = [
+        (load_clip_extractor if vae.network.reads_clips and reads_clips(source) else load_extractor)(source, vae.device)
+        for source in settings.features
+    ]
+    names = [each.name for each in made]
+    if len(set(names)) < len(names):
+        raise ValueError(f"each of the features has a section of its name, got {', '.join(names)}; rename a file")
+    return made
+
+
+def _image_rows(features: str, part: ImageQuality) -> Iterator[Row]:
+    how = f"{features}, {part.examples} of {part.split}"
+    for name in ("samples", "samples_standard_prior"):
+        for shown, numbers in part.get(name, {}).items():
+            what = f"{name.replace('_', ' ')}, {shown} ({how})"
+            yield Row(f"Fréchet distance, {what}", f"{numbers.frechet:.3f}")
+            yield Row(f"kernel distance, {what}", f"{numbers.kernel.mean:.5f}")
+            for pair in (("precision", "recall"), ("density", "coverage")):
+                yield Row(f"{' / '.join(pair)}, {what}", " / ".join(f"{numbers[one]:.3f}" for one in pair))
+    yield Row(f"Fréchet distance, reconstructions ({how})", f"{part.reconstructions.means.frechet:.3f}")
+    floor = part.floor
+    yield Row(f"Fréchet distance, floor ({features}, {floor.examples} of {floor.split})", f"{floor.frechet:.3f}")
+
+
+def _video_rows(features: str, part: VideoQuality) -> Iterator[Row]:
+    for name, section in (("clips", part.clips), ("frames", part.frames)):
+        if section is not None:
+            yield Row(f"Fréchet distance, {name} ({features}, {section.examples} of {part.split})", f"{section.frechet:.3f}")
+
+
+def _compared(
+    result: Mapping[str, ImageQuality | VideoQuality], every: Sequence[Mapping[str, ImageQuality | VideoQuality]]
+) -> Iterator[tuple[str, float]]:
+    """Labels and distances of one run among several."""
+    for name, part in result.items():
+        others = [each[name] for each in every if name in each]
+        digest = "" if len({_digest(other) for other in others}) == 1 else f" {_digest(part)[:8]}"
+        if isinstance(part, VideoQuality):
+            for kind, section in (("clips", part.clips), ("frames", part.frames)):
+                if section is not None:
+                    yield f"frechet {name}{digest}, {section.examples} {kind}", section.frechet
+            continue
+        label = f"frechet {name}{digest}, {part.examples} images"
+        yield label, part.samples.means.frechet
+        if part.prior is not None and any("samples_standard_prior" in other for other in others):
+            yield f"{label}, N(0, I)", (part.samples_standard_prior or part.samples).means.frechet
+
+
+def _digest(part: ImageQuality | VideoQuality) -> str:
+    """SHA-256 of the extractor's weights."""
+    section = part if isinstance(part, ImageQuality) else part.clips or part.frames
+    return "" if section is None else str(section.extractor["sha256"])
+
+
+# -- images ----------------------------------------------------------------------------------------------------------------
+
+
+class _Reference(NamedTuple):
+    """Features of real images, and what of them every comparison needs."""
+
+    features: Tensor
+    radii: Tensor
+    seed: int
+
+    def against(self, features: Tensor) -> dict[str, Any]:
+        """Fields of a :class:`Comparison`."""
+        return {
+            "frechet": frechet_distance(self.features, features),
+            "kernel": kernel_distance(self.features, features, seed=self.seed),
+            **precision_recall(self.features, features, NEIGHBOURS, self.radii)._asdict(),
+        }
+
+
+@torch.no_grad()
+def quality(
+    vae: VAE, data: Splits, extractor: Extractor, n: int = 10_000, seed: int = 0, split: SplitName = "test", batch: int = 256
+) -> ImageQuality:
+    """Measure Fréchet and kernel distance, precision and recall of samples, and the Fréchet distance of reconstructions.
+
+    All sets have n images and are compared with n images of a split; where the split has fewer, that many. Distances with another n,
+    split, extractor or size of images do not compare: these are part of the result.
+
+    Args:
+        vae: the model; put into eval mode.
+        data: images of one or three channels with values in [0, 1].
+        extractor: feature extractor, from :func:`~sigma_vae.evaluation.features.load_extractor`.
+        n: number of images of each kind.
+        seed: seed of the choice of images, of latents and of draws.
+        split: the split to compare samples with.
+        batch: images encoded together; no number depends on it.
+
+    Raises:
+        ValueError: the data are no images, or not in [0, 1], there are too few of them, or the extractor does not fit them.
+    """
+    _check(data, n)
+    vae.eval()
+    images = subset(data, split, n, batch, seed, vae.device)
+    count = len(images.store)
+    reference = extractor.of(_pictures(images))
+    compare = _Reference(reference, radii(reference), seed)
+    other: SplitName = "test" if split == "train" else "train"
+    floor = subset(data, other, count, batch, seed, vae.device)
+    compared_floor = compare.against(extractor.of(_pictures(floor)))
+    samples, standard = _samples(vae, data, extractor, compare), None
+    if has_fitted_prior(vae):
+        with standard_prior(vae):
+            standard = _samples(vae, data, extractor, compare)
+    again = extractor.of(_reconstructions(vae, data, images, seed))
+    return ImageQuality(
+        examples=count,
+        split=split,
+        seed=seed,
+        data=about(data),
+        extractor=extractor.record(data.shape, reference.shape[1]),
+        prior=type(vae.network.prior).__name__ if vae.network.has_prior else None,
+        neighbours=NEIGHBOURS,
+        rank_deficient=count <= reference.shape[1],
+        floor=Floor(split=other, examples=len(floor.store), **compared_floor),
+        samples=samples,
+        samples_standard_prior=standard,
+        reconstructions=Reconstructions(Frechet(frechet_distance(reference, again))),
+    )
+
+
+def _samples(vae: VAE, data: Splits, extractor: Extractor, compare: _Reference) -> Samples:
+    """Compare decoder means, and draws."""
+    count = len(compare.features)
+    pairs = [[extractor(data.scaling.undo(x)) for x in shown] for shown in _shown(vae, count, compare.seed)]
+    means, draws = (torch.cat(features)[:count] for features in zip(*pairs, strict=True))
+    return Samples(Comparison(**compare.against(means)), Comparison(**compare.against(draws)))
+
+
+def _shown(vae: VAE, n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mean and draw of p(x|z) for at least n latents, in chunks of one size with random numbers of their own."""
+    for start in range(0, n, SAMPLES_AT_ONCE):
+        with seeded(seed, start, vae.device):
+            distribution = vae.likelihood.distribution(vae.network.generate(SAMPLES_AT_ONCE))
+            shown = distribution.mean, distribution.sample()
+        yield shown
+
+
+def _reconstructions(vae: VAE, data: Splits, images: Batches, seed: int) -> Iterator[Tensor]:
+    for batch in images:
+        yield data.scaling.undo(vae.reconstruct(batch.x, noise=keyed_noise(batch.positions, seed)))
+
+
+def _pictures(images: Batches) -> Iterator[Tensor]:
+    for batch in images:
+        yield in_unit_range(images.scaling.undo(batch.x))
+
+
+def _check(data: Splits, n: int) -> None:
+    if data.clips or not drawable(data.shape):
+        kind = "clips" if data.clips else "examples"
+        raise ValueError(
+            f"sample quality is about images with 1 or 3 channels, got {kind} of {data.name} with shape {data.shape};"
+            " for clips, use video_quality"
+        )
+    if n <= NEIGHBOURS:
+        raise ValueError(
+            f"n counts the images of each kind and is more than {NEIGHBOURS}, the neighbours that are looked at; got {n}"
+        )
+
+
+# -- video -----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def video_quality(
+    vae: VAE,
+    data: Splits,
+    *,
+    clips: Extractor | None = None,
+    frames: Extractor | None = None,
+    n: int = 256,
+    seed: int = 0,
+    split: SplitName = "test",
+    show: Show = "mean",
+    context_frames: int | None = None,
+) -> VideoQuality:
+    """Measure the Fréchet distance between predictions and what happened: of whole clips, and of single frames.
+
+    Each clip is predicted once. ``clips`` sees whole clips, predicted and true, each with the frames that are given; ``frames`` sees
+    every predicted frame, against the true frames of the same times: the FID of the paper's table for BAIR.
+
+    Args:
+        vae: the model; put into eval mode.
+        data: clips of frames with one or three channels and values in [0, 1].
+        clips: extractor for clips, from :func:`~sigma_vae.evaluation.features.load_clip_extractor`.
+        frames: extractor for images, from :func:`~sigma_vae.evaluation.features.load_extractor`.
+        n: number of clips; where the split has fewer, that many.
+        seed: seed of the choice of clips, of latents and of draws.
+        split: the split whose clips are continued.
+        show: the mean of p(x|z), which is fed back as SVG does, or draws from it.
+        context_frames: number of given frames; the network's own number by default.
+
+    Raises:
+        ValueError: there is no extractor, the data are no clips of images, or too short, or the network predicts no frames.
+    """
+    past = vae.network.context_frames if context_frames is None else context_frames
+    if show not in ("mean", "draw"):
+        raise ValueError(f'show is "mean" or "draw", got {show!r}')
+    _check_video(data, split, past, clips, frames)
+    vae.eval()
+    chosen = subset(data, split, n, CLIPS_AT_ONCE, seed, vae.device)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {"clips": [], "frames": []}
+    for number, batch in enumerate(chosen):
+        with seeded(seed, number, vae.device):
+            made = _predicted(vae, batch.x, past, show, keyed_noise(batch.positions, seed))
+        true, made = (data.scaling.undo(x.flatten(0, 1)).reshape(x.shape) for x in (batch.x, made))
+        in_unit_range(true)
+        if clips is not None:
+            found["clips"].append((clips(true), clips(torch.cat([true[:, :past], made], 1))))
+        if frames is not None:
+            found["frames"].append((frames(true[:, past:].flatten(0, 1)), frames(made.flatten(0, 1))))
+    made_of = {
+        name: _features(found[name], extractor, shape)
+        for name, extractor, shape in (("clips", clips, chosen.store.shape), ("frames", frames, data.shape))
+        if extractor is not None
+    }
+    return VideoQuality(
+        split=split,
+        seed=seed,
+        show=show,
+        context_frames=past,
+        predicted_frames=chosen.store.shape[0] - past,
+        data=about(data),
+        **made_of,
+    )
+
+
+def _predicted(vae: VAE, x: Tensor, past: int, show: Show, noise: Noise) -> Tensor:
+    def shown(h: Tensor) -> Tensor:
+        distribution = vae.likelihood.distribution(h)
+        values: Tensor = distribution.mean if show == "mean" else distribution.sample()
+        return values
+
+    return vae.network.predict(x[:, :past], x.shape[1] - past, shown, noise).frames
+
+
+def _features(pairs: list[tuple[Tensor, Tensor]], extractor: Extractor, shape: tuple[int, ...]) -> Features:
+    true, made = (torch.cat(features) for features in zip(*pairs, strict=True))
+    examples, dim = true.shape
+    return Features(
+        frechet=frechet_distance(true, made),
+        examples=examples,
+        rank_deficient=examples <= dim,
+        extractor=extractor.record(shape, dim),
+    )
+
+
+def _check_video(data: Splits, split: SplitName, past: int, clips: Extractor | None, frames: Extractor | None) -> None:
+    if clips is None and frames is None:
+        raise ValueError(
+            "video quality needs an extractor, for clips or for frames, such as load_extractor('efficientnet') for frames"
+        )
+    if not data.clips or not drawable(data.shape):
+        raise ValueError(
+            f"video quality is about clips of images with 1 or 3 channels, got examples of {data.name} with shape {data.shape}"
+        )
+    length = data.store(split).shape[0]
+    if not 0 < past < length:
+        raise ValueError(f"at least one frame is given and one predicted; got {past} given of {length} frames")
+
+
+# -- distances between sets of features ------------------------------------------------------------------------------------
+
+
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    r"""Fréchet distance (squared Wasserstein-2) of the Gaussians with the moments of two sets of features.
+    r"""Compute the Fréchet distance (squared Wasserstein-2) of the Gaussians with the moments of two sets of features.
 
     .. math:: \|\mu_x - \mu_y\|^2 + \text{tr}(\Sigma_x + \Sigma_y - 2 (\Sigma_x \Sigma_y)^{1/2})
 
@@ -68,7 +509,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
         ValueError: the sets have features of other sizes, or fewer than two examples.
 
     >>> x = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
-    >>> frechet_distance(x, 2 * x + 1)     # means 1 apart in two directions; deviations √2 and 2√2 in one
+    >>> frechet_distance(x, 2 * x + 1)     # means 1 apart in two directions; stds √2 and 2√2 in one
     4.0
     """
     x, y = _checked(x, y, at_least=2)
@@ -79,17 +520,17 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> KernelDistance:
-    r"""Kernel distance (KID): squared maximum mean discrepancy with the kernel :math:`(x \cdot y / d + 1)^3`, averaged over subsets.
+    r"""Compute the kernel distance (KID): squared maximum mean discrepancy with the kernel :math:`(x \cdot y / d + 1)^3`, over subsets.
 
-    Binkowski et al. 2018, https://arxiv.org/abs/1801.01401, section 4, as torchmetrics computes it. The estimate is unbiased, so it may be
-    below 0, and does not depend on the number of examples but for its spread.
+    Binkowski et al. 2018, https://arxiv.org/abs/1801.01401, section 4. The estimate is unbiased, so it may be below 0, and only its spread
+    depends on the number of examples.
 
     Args:
         x: features ``(n, d)``.
         y: features ``(m, d)``.
-        subsets: how many pairs of subsets are drawn; one, where that is all there is of both.
-        subset_size: examples of each; of smaller sets, as many as both have.
-        seed: of the choice of subsets.
+        subsets: number of pairs of subsets; one, where a subset is all of both sets.
+        subset_size: examples of each subset; for smaller sets, as many as both have.
+        seed: seed of the choice of subsets.
 
     Raises:
         ValueError: the sets have features of other sizes, or fewer than two examples.
@@ -97,25 +538,34 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int =
     >>> kernel_distance(torch.randn(50, 3), torch.randn(50, 3) + 4).mean > 10
     True
     """
-    from torchmetrics.image.kid import KernelInceptionDistance
-
     x, y = _checked(x, y, at_least=2)
     size = min(subset_size, len(x), len(y))
     count = 1 if size == len(x) == len(y) else subsets
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.filterwarnings("ignore", message=".*save all extracted features in buffer")
-        metric = KernelInceptionDistance(nn.Identity(), subsets=count, subset_size=size)
-        metric.update(x, real=True)
-        metric.update(y, real=False)
-        torch.manual_seed(seed)
-        mean, deviation = metric.compute()
-    return KernelDistance(float(mean), float(deviation), count, size)
+    generator = torch.Generator().manual_seed(seed)
+    values = [_discrepancy(*(_chosen(features, size, generator) for features in (x, y))) for _ in range(count)]
+    scores = torch.stack(values)
+    return KernelDistance(float(scores.mean()), float(scores.std(correction=0)), count, size)
+
+
+def _chosen(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    return features[torch.randperm(len(features), generator=generator)[:size]]
+
+
+def _discrepancy(x: Tensor, y: Tensor) -> Tensor:
+    """Unbiased squared maximum mean discrepancy of two sets of one size (Gretton et al. 2012, equation 4)."""
+    own_x, own_y, between = _kernel(x, x), _kernel(y, y), _kernel(x, y)
+    own = (own_x.sum(1) - own_x.diagonal()).sum() + (own_y.sum(1) - own_y.diagonal()).sum()  # without pairs of one and the same
+    return own / (len(x) * (len(x) - 1)) - 2 * between.sum(0).sum() / len(x) ** 2
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T * (1.0 / x.shape[1]) + 1) ** 3
 
 
 def precision_recall(
     real: Tensor, made: Tensor, neighbours: int = NEIGHBOURS, real_radii: Tensor | None = None
 ) -> PrecisionRecall:
-    r"""Whether samples lie among the data, and data among the samples, told by balls to the k-th nearest neighbour.
+    r"""Compute which shares of samples lie among the data, and of data among the samples, by balls to the k-th nearest neighbour.
 
     With :math:`B(x)` the ball around x that reaches its k-th nearest neighbour in its own set:
 
@@ -128,7 +578,7 @@ def precision_recall(
         real: features of data ``(n, d)``.
         made: features of samples ``(m, d)``.
         neighbours: k.
-        real_radii: :func:`radii` of the data, where they are known already.
+        real_radii: :func:`radii` of the data, if they are already known.
 
     Raises:
         ValueError: the sets have features of other sizes, or no more than k examples.
@@ -158,7 +608,7 @@ def precision_recall(
 
 
 def radii(features: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
-    """Distance of each example to its k-th nearest neighbour in the set, ``(n,)`` in float64.
+    """Compute the distance of each example to its k-th nearest neighbour in the set, ``(n,)`` in float64.
 
     >>> radii(torch.tensor([[0.0], [1.0], [3.0]]), neighbours=1)
     tensor([1., 1., 2.], dtype=torch.float64)
@@ -184,118 +634,3 @@ def _checked(x: Tensor, y: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
     if min(len(x), len(y)) < at_least:
         raise ValueError(f"each set needs at least {at_least} examples, got {len(x)} and {len(y)}")
     return x.detach().cpu().double(), y.detach().cpu().double()
-
-
-SAMPLES_AT_ONCE = 100
-"""Whose random numbers are drawn together: fixed, so that no sample depends on how many are asked for."""
-
-
-class _Reference(NamedTuple):
-    """Features of real images, and what of them every comparison needs."""
-
-    features: Tensor
-    radii: Tensor
-    seed: int
-
-    def against(self, features: Tensor) -> dict[str, Any]:
-        return {
-            "frechet": frechet_distance(self.features, features),
-            "kernel": kernel_distance(self.features, features, seed=self.seed)._asdict(),
-            **precision_recall(self.features, features, NEIGHBOURS, self.radii)._asdict(),
-        }
-
-
-@torch.no_grad()
-def quality(
-    vae: VAE, data: Splits, extractor: Extractor, n: int = 10_000, seed: int = 0, split: SplitName = "test", batch: int = 256
-) -> dict[str, Any]:
-    """Fréchet and kernel distance, precision and recall of samples; Fréchet distance of reconstructions.
-
-    All are against n images of a split, and all sets are of this size; where the split has fewer, that many. Distances of another n,
-    split, extractor or size of images do not compare: these are part of the result.
-
-    Args:
-        vae: the model; put into eval mode.
-        data: images of one or three channels with values in [0, 1].
-        extractor: of features, as :func:`~sigma_vae.evaluation.features.load_extractor` gives it.
-        n: how many images of each kind.
-        seed: of the choice of images, of latents and of draws.
-        split: what samples are compared with.
-        batch: how many images are encoded together; no number depends on it.
-
-    Returns:
-        ``samples`` from the prior, shown as decoder ``means`` and as ``draws`` from p(x|z), each with ``frechet``, ``kernel`` (KID, with
-        its deviation over subsets, their number and size), ``precision``, ``recall``, ``density`` and ``coverage``;
-        ``samples_standard_prior``, the same with N(0, I), where the prior is a fitted one; the ``frechet`` distance of
-        ``reconstructions``, means as well; the ``floor``: other real images, of the training split, in the place of samples; and how
-        all this was made.
-        ``rank_deficient`` says that there are no more images than features, where Fréchet distances are strongly biased upwards.
-
-    Raises:
-        ValueError: the data are no images, or not in [0, 1], there are too few of them, or the extractor does not fit them.
-    """
-    _check(data, n)
-    vae.eval()
-    device = next(vae.parameters()).device
-    images = subset(data, split, n, batch, seed, device)
-    count = len(images.store)
-    reference = extractor.of(_pictures(images))
-    compare = _Reference(reference, radii(reference), seed)
-    other: SplitName = "test" if split == "train" else "train"
-    floor = subset(data, other, count, batch, seed, device)
-    report: dict[str, Any] = {
-        "examples": count,
-        "split": split,
-        "seed": seed,
-        "data": about(data),
-        "extractor": extractor.record(data.shape, reference.shape[1]),
-        "prior": type(vae.network.prior).__name__ if isinstance(vae.network, FlatNetwork) else None,
-        "neighbours": NEIGHBOURS,
-        "rank_deficient": count <= reference.shape[1],
-        "floor": {"split": other, "examples": len(floor.store), **compare.against(extractor.of(_pictures(floor)))},
-        "samples": _samples(vae, data, extractor, compare),
-    }
-    if has_fitted_prior(vae):
-        with standard_prior(vae):
-            report["samples_standard_prior"] = _samples(vae, data, extractor, compare)
-    again = extractor.of(_reconstructions(vae, data, images, seed))
-    return report | {"reconstructions": {"means": {"frechet": frechet_distance(reference, again)}}}
-
-
-def _samples(vae: VAE, data: Splits, extractor: Extractor, compare: _Reference) -> dict[str, Any]:
-    """Comparisons of decoder means, and of draws."""
-    count = len(compare.features)
-    pairs = [[extractor(data.scaling.undo(x)) for x in shown] for shown in _shown(vae, count, compare.seed)]
-    means, draws = (torch.cat(features)[:count] for features in zip(*pairs, strict=True))
-    return {"means": compare.against(means), "draws": compare.against(draws)}
-
-
-def _shown(vae: VAE, n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Mean and draw of p(x|z) for at least n latents, in chunks of one size with random numbers of their own."""
-    device = next(vae.parameters()).device
-    for start in range(0, n, SAMPLES_AT_ONCE):
-        with seeded(seed, start, device):
-            distribution = vae.likelihood(vae.network.generate(SAMPLES_AT_ONCE))
-            shown = distribution.mean, distribution.sample()
-        yield shown
-
-
-def _reconstructions(vae: VAE, data: Splits, images: Batches, seed: int) -> Iterator[Tensor]:
-    for batch in images:
-        yield data.scaling.undo(vae.reconstruct(batch.x, noise=keyed_noise(batch.positions, seed)))
-
-
-def _pictures(images: Batches) -> Iterator[Tensor]:
-    for batch in images:
-        yield in_unit_range(images.scaling.undo(batch.x))
-
-
-def _check(data: Splits, n: int) -> None:
-    if data.clips or not drawable(data.shape):
-        kind = "clips" if data.clips else "examples"
-        raise ValueError(
-            f"sample quality looks at images with 1 or 3 channels, got {kind} of {data.name} with shape {data.shape};"
-            " of clips, see video quality"
-        )
-    if n <= NEIGHBOURS:
-        raise ValueError(f"n counts the images of each kind and is more than {NEIGHBOURS}, the neighbours looked at; got {n}")

@@ -1,213 +1,276 @@
-"""One pass over held-out data: bounds in nats and bits, with their standard errors."""
+"""Evaluate a model by every metric that applies, as one typed result."""
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, final
 
-import torch
-from torch import Tensor
+from sigma_vae.config import DataConfig, EvaluationSettings, parse
+from sigma_vae.data import Batches, Scaling, Splits, as_batches, as_splits
+from sigma_vae.data.splits import SplitName
+from sigma_vae.evaluation import elbo as _elbo
+from sigma_vae.evaluation import entropy as _entropy
+from sigma_vae.evaluation.base import EVALUATION_BATCH, Column, EvaluationData, Metric, Result, evaluation_batch, metrics, plain
+from sigma_vae.evaluation.elbo import Bounds, ElboResult
+from sigma_vae.registry import register
+from sigma_vae.vae import VAE, Scores
 
-from sigma_vae.data import Batches
-from sigma_vae.evaluation.base import each_example, mean_and_error
-from sigma_vae.evaluation.information import active_units
-from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.likelihoods.distributions import Continuous
-from sigma_vae.networks import FlatNetwork
-from sigma_vae.priors import StandardNormal
-from sigma_vae.types import Batch
-from sigma_vae.vae import VAE, Scores, keyed_noise
+__all__ = ["ABOUT", "Evaluation", "calibrate", "chosen", "columns", "evaluate", "evaluation_data", "measure", "score"]
 
-__all__ = [
-    "bounds_of",
-    "entropy_identity",
-    "evaluate",
-    "has_fitted_prior",
-    "score",
-    "scores_under_standard_prior",
-    "standard_prior",
-]
+ABOUT = ("data", "split", "network", "likelihood", "context_frames", "prior", "sigma_fitted_on", "how")
+"""Keys of ``evaluation.json`` that say which run, data and versions it is about."""
 
 
-@torch.no_grad()
-def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> dict[str, Any] | None:
-    r"""ELBO against the sum of three entropies, on *training* data (Damm et al. 2023, arXiv 2010.14860, theorem 2).
+@final
+class Evaluation(Mapping[str, Any]):
+    """The results of an evaluation: bounds, and a section for each further metric.
 
-    .. math:: \text{ELBO} = \tfrac1N \sum_n H[q(z|x_n)] - H[p(z)] - \tfrac1N \sum_n H[p(x|z_n)]
+    Read it by attribute (``report.elbo_nats.mean``, ``report.iwae.iwae_nats.mean``) or by key (``report["elbo_nats"]["mean"]``). Its keys
+    are those of ``evaluation.json``: the bounds at the top, each other result under the name of its metric.
 
-    It holds at every stationary point of the objective, without weight decay, on the data that the model was trained on. A gap far
-    from 0 says that training has not converged (or that σ does not fit these data).
-
-    Returns:
-        ``elbo_nats``, ``entropies_nats`` and ``gap_nats_per_dim`` (their difference for each dimension of the data); None where the
-        identity does not speak of the model: no flat latents, a fitted prior, no density, or one (Student's) that is no
-        exponential family.
-    """
-    vae.eval()
-    if not _is_spoken_of(vae, batches):
-        return None
-
-    def rows(batch: Batch) -> Tensor:
-        inference = vae.network.infer(batch.x, noise=keyed_noise(batch.positions, seed))
-        distribution = vae.likelihood.distribution(inference.h, refitted=True)
-        elbo = distribution.log_prob(batch.x).cpu().double() - inference.kl.sum(-1).cpu().double()
-        posterior: Tensor = vae.encode(batch.x).entropy().sum(-1)  # type: ignore[no-untyped-call]
-        return torch.stack([elbo, (posterior - distribution.entropy()).cpu().double()], 1)
-
-    elbo, entropies = each_example(vae, batches, rows).mean(0).tolist()
-    elbo -= batches.log_volume_nats
-    prior = 0.5 * vae.flat_network.latent_dim * math.log(2 * math.pi * math.e)
-    entropies -= prior + batches.log_volume_nats
-    return {
-        "elbo_nats": elbo,
-        "entropies_nats": entropies,
-        "gap_nats_per_dim": (elbo - entropies) / math.prod(batches.store.shape),
-    }
-
-
-def _is_spoken_of(vae: VAE, batches: Batches) -> bool:
-    """Flat latents, N(0, I), and a density of an exponential family: what a first batch shows."""
-    if not isinstance(vae.network, FlatNetwork) or not isinstance(vae.network.prior, StandardNormal):
-        return False
-    x = next(iter(batches)).x[:1].to(next(vae.parameters()).device)
-    distribution = vae.likelihood.distribution(vae.network.infer(x, noise=torch.zeros).h, refitted=True)
-    return isinstance(distribution, Continuous) and distribution.law.closed_form
-
-
-def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
-    """Scores of every example, in the split's order and independent of the batch size, on the CPU in float64.
-
-    Densities are those of the data in their own units: of standardised data, smaller than the model's by the Jacobian.
-
-    On several processes each calls this with its share of the split (``Batches(rank, world_size)``), and each gets the scores of all.
-
-    Raises:
-        ValueError: the batches are a share, and no group of as many processes is there.
+    Args:
+        results: results by the names of metrics; ``elbo`` is always there.
+        about: the run, data and versions, by the keys of :data:`ABOUT`.
     """
 
-    def rows(batch: Batch) -> Tensor:
-        return _columns(vae.score(batch.x, keyed_noise(batch.positions, seed), batch.mask))
+    def __init__(self, results: Mapping[str, Result], about: Mapping[str, Any] | None = None) -> None:
+        self.results = dict(results)
+        self.about = dict(about or {})
 
-    columns = each_example(vae, batches, rows)
-    rate, log_likelihood, post_hoc, dims, log_ratio = columns[:, :5].unbind(1)
-    masses = vae.likelihood.levels is not None and vae.likelihood.normalised
-    return Scores(
-        rate=rate,
-        log_likelihood=log_likelihood - batches.log_volume_nats,
-        log_likelihood_post_hoc=post_hoc - batches.log_volume_nats,
-        log_mass=columns[:, 5] if masses else None,
-        log_mass_post_hoc=columns[:, 6] if masses else None,
-        kl=columns[:, 7 if masses else 5 :],
-        dims=dims,
-        log_ratio=log_ratio,
-    )
+    @property
+    def bounds(self) -> ElboResult:
+        """Result of the metric ``elbo``."""
+        found = self.results["elbo"]
+        assert isinstance(found, ElboResult)
+        return found
+
+    @property
+    def sections(self) -> dict[str, Result]:
+        """Results of all other metrics, by name."""
+        return {name: result for name, result in self.results.items() if name != "elbo"}
+
+    def updated(self, results: Mapping[str, Result]) -> "Evaluation":
+        """Add results; a result with several names (``quality``) keeps those that it had under other names."""
+        merged = dict(self.results)
+        for name, result in results.items():
+            before = merged.get(name)
+            parts = type(before) is type(result) is dict
+            merged[name] = {**before, **result} if parts and before is not None and result is not None else result
+        return Evaluation(merged, self.about)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, words, lists and dictionaries, as ``evaluation.json`` has them."""
+        return {name: plain(value) for name, value in self.items()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Evaluation":
+        """Read what :meth:`to_json` gave; the sections of metrics that are not registered here stay dictionaries.
+
+        Raises:
+            ValueError: a result lacks a number, or has another type.
+        """
+        known = metrics()
+        top = {*ABOUT, *Bounds.__dataclass_fields__, *ElboResult.__dataclass_fields__}
+        results: dict[str, Any] = {"elbo": parse(dict(content), ElboResult, "the bounds")}
+        for name, section in content.items():
+            if name not in top:
+                read = section is not None and name in known
+                results[name] = parse(section, known[name].result, f"the section {name}") if read else section
+        return cls(results, {name: content[name] for name in ABOUT if name in content})
+
+    def _values(self) -> dict[str, Any]:
+        return {**self.about, **self.bounds, **self.sections}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values())
+
+    def __len__(self) -> int:
+        return len(self._values())
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and name not in ("results", "about"):  # these are missing only while it is unpickled
+            values = self._values()
+            if name in values:
+                return values[name]
+            raise AttributeError(f"this evaluation has no {name!r}; it has {', '.join(values)}")
+        raise AttributeError(name)
+
+    def __repr__(self) -> str:
+        return f"Evaluation({self.to_json()})"
 
 
-def _columns(scores: Scores) -> Tensor:
-    """All that is scored ``(batch, columns)`` in float64: five columns, the masses where there are any, the layers' KL."""
-    known = [mass for mass in (scores.log_mass, scores.log_mass_post_hoc) if mass is not None]
-    single = (scores.rate, scores.log_likelihood, scores.log_likelihood_post_hoc, scores.dims, scores.log_ratio, *known)
-    return torch.cat([torch.stack([column.cpu().double() for column in single], 1), scores.kl.cpu().double()], 1)
-
-
-def evaluate(vae: VAE, test: Batches, training: Batches | None = None, seed: int = 0) -> dict[str, Any]:
-    """Single-sample bounds on held-out data, and what explains them.
+def evaluate(
+    vae: VAE,
+    data: object,
+    training: object = None,
+    seed: int = 0,
+    *,
+    settings: EvaluationSettings | None = None,
+    like: Splits | Scaling | None = None,
+) -> Evaluation:
+    """Evaluate a model on held-out data: the single-sample bounds, and the metrics that the settings name.
 
     Args:
         vae: calibrated on training data; put into eval mode.
-        test: every example is counted once.
-        training: where given, the entropy identity is checked on it.
-        seed: of the posterior's noise, which is keyed by example.
+        data: :class:`~sigma_vae.data.Splits`, or a data set's name or path: its test split (or the split of the settings). Or held-out
+            examples alone, all of which are used: an array, a tensor, a data frame, a torch or Hugging Face data set, a loader, or
+            :class:`~sigma_vae.data.Batches`.
+        training: training examples, in any of these forms, for metrics that need them; the training split of ``Splits`` by default.
+        seed: seed of the posterior's noise, which is keyed by example.
+        settings: further metrics, and how to measure them; their own ``seed`` is used.
+        like: the model's data, or their scaling, by which examples are scaled; by default, values are taken as they are, or as levels where
+            the likelihood has levels.
+
+    Raises:
+        ValueError: the data do not fit the model, or a metric is named that does not apply.
+    """
+    settings = settings or EvaluationSettings(metrics=(), seed=seed)
+    vae.eval()
+    material = evaluation_data(vae, data, training, settings, like)
+    return Evaluation(measure(vae, material, settings, chosen(vae, material, settings)))
+
+
+def score(vae: VAE, data: object, seed: int = 0, *, like: Splits | Scaling | None = None) -> Scores:
+    """Score every example, in the split's order and independent of the batch size, on the CPU in float64.
+
+    Densities are those of the data in their own units: for standardised data, the model's plus the Jacobian's term.
+
+    Of several processes, each calls this with its share of the split (``Batches(rank, world_size)``), and each gets all scores.
+
+    Args:
+        vae: calibrated on training data, in eval mode.
+        data: as for :func:`evaluate`.
+        seed: seed of the posterior's noise, which is keyed by example.
+        like: as for :func:`evaluate`.
+
+    Raises:
+        ValueError: the data do not fit the model, or the batches are a share, and there is no group of as many processes.
+    """
+    return _elbo.score(vae, _batches(vae, data, "test", like), seed)
+
+
+def calibrate(vae: VAE, data: object, seed: int = 0, *, like: Splits | Scaling | None = None) -> None:
+    """Solve the likelihood's scales exactly on training data, with the weights as they are: see :meth:`VAE.calibrate`.
+
+    Args:
+        vae: the model.
+        data: as for :func:`evaluate`; of ``Splits`` and names, the training split.
+        seed: seed of the posterior's noise, which is keyed by example.
+        like: as for :func:`evaluate`.
+    """
+    vae.calibrate(_batches(vae, data, "train", like), seed)
+
+
+def evaluation_data(
+    vae: VAE, data: object, training: object, settings: EvaluationSettings, like: Splits | Scaling | None = None
+) -> EvaluationData:
+    """The examples to measure on, on the model's device; see :func:`evaluate`."""
+    if isinstance(data, str | Path | DataConfig):
+        data = as_splits(data)
+    if not isinstance(data, Splits):
+        given = None if training is None else _batches(vae, training, "train", like)
+        return EvaluationData(_batches(vae, data, settings.split, like), given)
+    return EvaluationData(
+        _batches(vae, data, settings.split, like), _batches(vae, data if training is None else training, "train", like), data
+    )
+
+
+def _batches(vae: VAE, data: object, split: SplitName, like: Splits | Scaling | None) -> Batches:
+    """Data of any kind in batches, on the model's device."""
+    if isinstance(data, Batches):
+        return data
+    if isinstance(data, str | Path | DataConfig):
+        data = as_splits(data)
+    if isinstance(data, Splits):
+        return data.batches(split, evaluation_batch(data), device=vae.device)
+    made = as_batches(data, like or Scaling(vae.likelihood.levels), EVALUATION_BATCH, split=split)
+    frames = made.store.shape[0] if vae.network.reads_clips else 1
+    return Batches(made.store.to(vae.device), made.scaling, max(1, EVALUATION_BATCH // frames))
+
+
+def chosen(vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> list[Metric]:
+    """The metrics that the settings ask for, or by default those that cost little more than the bounds.
+
+    Raises:
+        ValueError: a metric is asked for that does not exist, or that cannot be measured of the model or on the data.
+    """
+    for name in settings.metrics or ():
+        register.metric.entry(name)
+    found = []
+    for metric in metrics().values():
+        asked = metric.is_asked_for(settings)
+        if asked or metric.measured == "always" or (metric.measured == "by default" and settings.metrics is None):
+            obstacle = metric.obstacle(vae, data, settings)
+            if obstacle is not None and asked:
+                raise ValueError(f"{metric.name} cannot be measured: {obstacle}; leave it out of the metrics")
+            if obstacle is None:
+                found.append(metric)
+    return found
+
+
+def measure(
+    vae: VAE,
+    data: EvaluationData,
+    settings: EvaluationSettings,
+    wanted: Iterable[Metric],
+    from_first: Callable[[Callable[[], Result]], Result] = lambda make: make(),
+) -> dict[str, Result]:
+    """Measure metrics one after the other.
+
+    Args:
+        vae: the model, in eval mode.
+        data: the examples; of several processes, each has its share.
+        settings: how to measure.
+        wanted: the metrics.
+        from_first: of several processes, lets the first one measure and hands its result to all.
+    """
+    return {metric.name: _measured(metric, vae, data, settings, from_first) for metric in wanted}
+
+
+def _measured(
+    metric: Metric,
+    vae: VAE,
+    data: EvaluationData,
+    settings: EvaluationSettings,
+    from_first: Callable[[Callable[[], Result]], Result],
+) -> Result:
+    if metric.on_one_process:
+        return from_first(lambda: metric.measure(vae, data.on_one_process(), settings))
+    return metric.measure(vae, data, settings)
+
+
+def columns(paths: Iterable[str]) -> dict[str, Column]:
+    """The columns of a study's table among the numbers of evaluations, in the order of the metrics.
+
+    Args:
+        paths: dotted places of numbers in ``evaluation.json``.
 
     Returns:
-        Plain numbers. ``elbo_nats`` is the bound on what the likelihood ``observes`` (the log-density of the values, or the log-mass of
-        their levels: never compare the two) with the model's own σ, ``elbo_post_hoc_nats`` with the σ refitted
-        on training data (the same for optimal scales), ``bits_per_dim`` and ``bits_per_dim_post_hoc`` the bound on the log-mass of the
-        levels; each a mean over examples with its standard error. ``dims`` counts the values that are scored: of clips, those of the
-        predicted frames. An objective that is no likelihood (Bernoulli on grey data) bounds nothing: it has ``objective_nats`` in place
-        of ``elbo_nats``, and no bits. Networks with several layers of latents have ``kl_per_layer_nats``, means from the top layer down,
-        whose sum is the rate.
+        For each place that is a column of a metric, the column with its own path and title.
+
+    >>> [column.title for column in columns(["examples", "rate_nats", "quality.mine.pt.clips.frechet"]).values()]
+    ['rate, nats', 'Fréchet distance (mine.pt)']
     """
-    vae.eval()
-    scores = score(vae, test, seed)
-    report: dict[str, Any] = {
-        "examples": len(scores.rate),
-        "dims": _number(scores.dims),
-        "levels": vae.likelihood.levels,
-        "observes": vae.likelihood.observes,
-        "noise_seed": seed,
-        **bounds_of(vae, scores),
-        "distortion_nats": mean_and_error(-scores.log_likelihood),
+    known, paths = [column for metric in metrics().values() for column in metric.columns], list(paths)
+    return {
+        path: Column(path, title, column.digits)
+        for column in known
+        for path in paths
+        if (title := column.title_of(path)) is not None
     }
-    if scores.kl.shape[-1] > 1:
-        report["kl_per_layer_nats"] = scores.kl.mean(0).tolist()
-    report |= _scales(vae)
-    if isinstance(vae.network, FlatNetwork):
-        report["latent_dim"] = vae.network.latent_dim
-        report["active_units"] = active_units(vae, test)
-    if training is not None:
-        report["entropy_identity"] = entropy_identity(vae, training, seed)
-    return report
 
 
-def bounds_of(vae: VAE, scores: Scores) -> dict[str, Any]:
-    """What :func:`evaluate` reports of the scores: the bounds in nats and bits, and the rate."""
-    name = "elbo" if vae.likelihood.normalised else "objective"
-    report = {
-        f"{name}_nats": mean_and_error(scores.log_likelihood - scores.rate),
-        f"{name}_post_hoc_nats": mean_and_error(scores.log_likelihood_post_hoc - scores.rate),
-        "rate_nats": mean_and_error(scores.rate),
+def __getattr__(name: str) -> Any:
+    moved = {
+        "entropy_identity": _entropy,
+        "scores_under_standard_prior": _elbo,
+        "has_fitted_prior": _elbo,
+        "standard_prior": _elbo,
     }
-    for name, mass in (("bits_per_dim", scores.log_mass), ("bits_per_dim_post_hoc", scores.log_mass_post_hoc)):
-        if mass is not None:
-            report[name] = mean_and_error((scores.rate - mass) / (scores.dims * math.log(2)))
-    return report
-
-
-def _number(counts: Tensor) -> float:
-    """The count of every example, or of clips of unequal lengths their mean."""
-    mean = float(counts.mean())
-    return int(mean) if mean.is_integer() else mean
-
-
-def _scales(vae: VAE) -> dict[str, float]:
-    """The refitted σ of each measure, as their geometric mean where there are many."""
-    if not isinstance(vae.likelihood, LocationScale):
-        return {}
-    stored = {"density": vae.likelihood.scale.density_log_scale, "level": vae.likelihood.scale.level_log_scale}
-    kind = "factor" if vae.likelihood.scale.predicted else "sigma"
-    return {f"{kind}_post_hoc_{name}": float(value.mean().exp()) for name, value in stored.items() if value.numel()}
-
-
-def has_fitted_prior(vae: VAE) -> bool:
-    """Whether its latents are flat and have another prior than N(0, I)."""
-    return isinstance(vae.network, FlatNetwork) and not isinstance(vae.network.prior, StandardNormal)
-
-
-@contextmanager
-def standard_prior(vae: VAE) -> Iterator[None]:
-    """Give the model N(0, I) for a while; a model that has no other is left as it is."""
-    if not has_fitted_prior(vae):
-        yield
-        return
-    network = vae.flat_network
-    fitted = network.prior
-    network.prior = StandardNormal(network.latent_dim).to(next(vae.parameters()))
-    try:
-        yield
-    finally:
-        network.prior = fitted
-
-
-@torch.no_grad()
-def scores_under_standard_prior(vae: VAE, test: Batches, seed: int = 0) -> dict[str, Any]:
-    """Bounds on held-out data with N(0, I), from the posterior draws that :func:`evaluate` takes with this seed.
-
-    Returns:
-        ``elbo_nats``, ``elbo_post_hoc_nats``, ``rate_nats``, ``bits_per_dim`` and ``bits_per_dim_post_hoc`` as :func:`evaluate` has
-        them, each a mean over examples with its standard error; ``objective_nats`` in place of ``elbo_nats``, and no bits, where the
-        likelihood is none.
-    """
-    vae.eval()
-    with standard_prior(vae):
-        return bounds_of(vae, score(vae, test, seed))
+    if name not in moved:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is now {moved[name].__name__}.{name}", DeprecationWarning, stacklevel=2)
+    return getattr(moved[name], name)

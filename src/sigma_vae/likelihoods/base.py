@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from sigma_vae.likelihoods.densities import at_least_float32
 from sigma_vae.likelihoods.distributions import Continuous, Discretized, Shape
 from sigma_vae.likelihoods.residuals import ResidualDistribution
 from sigma_vae.likelihoods.scales import Fit, Optimal, Per, Scale
 from sigma_vae.likelihoods.solve import Observed, best_batch_log_scale, best_log_scale
-from sigma_vae.types import DataDistribution, Likelihood, Observes
+from sigma_vae.types import DataDistribution, Likelihood, Observes, at_least_float32
 
 __all__ = ["Discrete", "FromFeatures", "LocationScale", "MeanMap", "Unscaled"]
 

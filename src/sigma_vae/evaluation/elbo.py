@@ -1,0 +1,247 @@
+"""The single-sample bound (ELBO) in nats and in bits, and the numbers that explain it."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from sigma_vae.config import EvaluationSettings
+from sigma_vae.data import Batches
+from sigma_vae.evaluation.base import (
+    Column,
+    Estimate,
+    EvaluationData,
+    Metric,
+    Record,
+    Row,
+    each_example,
+    estimate_rows,
+)
+from sigma_vae.evaluation.information import active_units
+from sigma_vae.priors import StandardNormal
+from sigma_vae.registry import register
+from sigma_vae.types import Batch
+from sigma_vae.vae import VAE, Scores, keyed_noise
+
+__all__ = [
+    "Bounds",
+    "ElboMetric",
+    "ElboResult",
+    "elbo",
+    "has_fitted_prior",
+    "score",
+    "scores_under_standard_prior",
+    "standard_prior",
+]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Bounds(Record):
+    """Bounds on held-out data.
+
+    ``elbo_nats`` bounds the quantity that the likelihood ``observes`` (the log-density of the values, or the log-probability of their
+    levels' bins: never compare the two) with the model's own σ. ``elbo_post_hoc_nats`` uses the σ refitted on training data (the same
+    for optimal scales). ``bits_per_dim`` and ``bits_per_dim_post_hoc`` bound the log-probability of the bins. An objective that is no
+    likelihood (Bernoulli on grey data) bounds nothing: it has ``objective_nats`` in place of ``elbo_nats``, and no bits.
+    """
+
+    elbo_nats: Estimate | None = None
+    elbo_post_hoc_nats: Estimate | None = None
+    objective_nats: Estimate | None = None
+    objective_post_hoc_nats: Estimate | None = None
+    rate_nats: Estimate
+    bits_per_dim: Estimate | None = None
+    bits_per_dim_post_hoc: Estimate | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ElboResult(Bounds):
+    """Bounds on held-out data, and the numbers that explain them.
+
+    ``dims`` counts the values that are scored: for clips, those of the predicted frames, averaged over clips of unequal lengths.
+    ``kl_per_layer_nats`` has the mean KL of each layer, from the top down; its sum is the rate. ``sigma_post_hoc_...`` is the refitted
+    σ, as a geometric mean where there are many; ``factor_post_hoc_...`` the factor on predicted σ. ``standard_prior`` has the bounds with
+    N(0, I), from the same posterior draws, where the prior is a fitted one.
+    """
+
+    examples: int
+    dims: int | float
+    levels: int | None
+    observes: str
+    noise_seed: int
+    distortion_nats: Estimate
+    kl_per_layer_nats: list[float] | None = None
+    sigma_post_hoc_density: float | None = None
+    sigma_post_hoc_level: float | None = None
+    factor_post_hoc_density: float | None = None
+    factor_post_hoc_level: float | None = None
+    latent_dim: int | None = None
+    active_units: int | None = None
+    standard_prior: Bounds | None = None
+
+
+@register.metric("elbo")
+@final
+class ElboMetric(Metric):
+    """The single-sample bound (ELBO) in nats and in bits per dimension, with its rate and distortion."""
+
+    result = ElboResult
+    measured = "always"
+    columns = (
+        Column("bits_per_dim_post_hoc", "bits/dim, refitted σ", 4),
+        Column("elbo_post_hoc_nats", "ELBO, nats, refitted σ", 1),
+        Column("rate_nats", "rate, nats", 2),
+    )
+
+    def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> ElboResult:
+        """One pass over the held-out examples; another one with N(0, I), where the prior is a fitted one."""
+        return elbo(vae, data.held_out, settings.seed)
+
+    def rows(self, result: ElboResult) -> Iterator[Row]:
+        """The bounds, the refitted σ, the latents."""
+        yield from estimate_rows(result)
+        if result.standard_prior is not None:
+            yield from estimate_rows(result.standard_prior, " with N(0, I)")
+        for name, value in result.items():
+            if name.startswith(("sigma_post_hoc", "factor_post_hoc")):
+                yield Row(name, f"{value:.5f}")
+        if result.kl_per_layer_nats is not None:
+            yield Row("kl_per_layer_nats", " ".join(f"{nats:.2f}" for nats in result.kl_per_layer_nats))
+        if result.active_units is not None:
+            yield Row("active_units", f"{result.active_units} of {result.latent_dim}")
+
+    def compared(self, results: Sequence[ElboResult]) -> list[dict[str, Any]]:
+        """Bits compare between all decoders; nats only where all runs observe the same quantity."""
+        same_quantity = len({result.observes for result in results}) == 1
+        return [
+            {
+                "bits_per_dim_post_hoc": result.bits_per_dim_post_hoc,
+                "elbo_post_hoc_nats": result.elbo_post_hoc_nats if same_quantity else None,
+                "rate_nats": result.rate_nats,
+            }
+            for result in results
+        ]
+
+
+@torch.no_grad()
+def elbo(vae: VAE, batches: Batches, seed: int = 0) -> ElboResult:
+    """Compute single-sample bounds on held-out data, and the numbers that explain them.
+
+    Args:
+        vae: calibrated on training data; put into eval mode.
+        batches: held-out examples, each counted once; of several processes, each gives its share.
+        seed: seed of the posterior's noise, which is keyed by example.
+    """
+    vae.eval()
+    scores, latents = score(vae, batches, seed), vae.network.latents
+    about_latents: dict[str, Any] = {}
+    if scores.kl.shape[-1] > 1:
+        about_latents["kl_per_layer_nats"] = scores.kl.mean(0).tolist()
+    if vae.network.has_posterior:
+        about_latents |= {"latent_dim": sum(latents.sizes), "active_units": active_units(vae, batches)}
+    return ElboResult(
+        **_bounds(vae, scores),
+        examples=len(scores.rate),
+        dims=_number(scores.dims),
+        levels=vae.likelihood.levels,
+        observes=vae.likelihood.observes,
+        noise_seed=seed,
+        distortion_nats=Estimate.of(-scores.log_likelihood),
+        **about_latents,
+        **_refitted_scales(vae),
+        standard_prior=scores_under_standard_prior(vae, batches, seed) if has_fitted_prior(vae) else None,
+    )
+
+
+def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
+    """Score every example, in the split's order and independent of the batch size, on the CPU in float64.
+
+    Densities are those of the data in their own units: for standardised data, the model's plus the Jacobian's term.
+
+    Of several processes, each calls this with its share of the split (``Batches(rank, world_size)``), and each gets all scores.
+
+    Raises:
+        ValueError: the batches are a share, and there is no group of as many processes.
+    """
+
+    def rows(batch: Batch) -> Tensor:
+        return _columns(vae.score(batch.x, keyed_noise(batch.positions, seed), batch.mask))
+
+    columns = each_example(vae, batches, rows)
+    rate, log_likelihood, post_hoc, dims, log_ratio = columns[:, :5].unbind(1)
+    masses = vae.likelihood.levels is not None and vae.likelihood.normalised
+    return Scores(
+        rate=rate,
+        log_likelihood=log_likelihood - batches.log_volume_nats,
+        log_likelihood_post_hoc=post_hoc - batches.log_volume_nats,
+        log_mass=columns[:, 5] if masses else None,
+        log_mass_post_hoc=columns[:, 6] if masses else None,
+        kl=columns[:, 7 if masses else 5 :],
+        dims=dims,
+        log_ratio=log_ratio,
+    )
+
+
+def _columns(scores: Scores) -> Tensor:
+    """All scores ``(batch, columns)`` in float64: five columns, the log-masses where there are any, the KL of each layer."""
+    known = [mass for mass in (scores.log_mass, scores.log_mass_post_hoc) if mass is not None]
+    single = (scores.rate, scores.log_likelihood, scores.log_likelihood_post_hoc, scores.dims, scores.log_ratio, *known)
+    return torch.cat([torch.stack([column.cpu().double() for column in single], 1), scores.kl.cpu().double()], 1)
+
+
+def _bounds(vae: VAE, scores: Scores) -> dict[str, Any]:
+    """Fields of :class:`Bounds`."""
+    name = "elbo" if vae.likelihood.normalised else "objective"
+    found = {
+        f"{name}_nats": Estimate.of(scores.log_likelihood - scores.rate),
+        f"{name}_post_hoc_nats": Estimate.of(scores.log_likelihood_post_hoc - scores.rate),
+        "rate_nats": Estimate.of(scores.rate),
+    }
+    for name, mass in (("bits_per_dim", scores.log_mass), ("bits_per_dim_post_hoc", scores.log_mass_post_hoc)):
+        if mass is not None:
+            found[name] = Estimate.of((scores.rate - mass) / (scores.dims * math.log(2)))
+    return found
+
+
+def _number(counts: Tensor) -> float:
+    """The count that all examples share, as a whole number; for clips of unequal lengths, the mean."""
+    mean = float(counts.mean())
+    return int(mean) if mean.is_integer() else mean
+
+
+def _refitted_scales(vae: VAE) -> dict[str, Any]:
+    """The refitted σ for density and levels, as a geometric mean where there are many."""
+    kind = "factor" if vae.likelihood.predicts_scale else "sigma"
+    scales = vae.likelihood.refitted_log_scales()
+    return {f"{kind}_post_hoc_{name}": float(value.mean().exp()) for name, value in scales.items()}
+
+
+def has_fitted_prior(vae: VAE) -> bool:
+    """Whether the network has a replaceable prior other than N(0, I)."""
+    return vae.network.has_prior and not vae.network.prior.is_standard
+
+
+@contextmanager
+def standard_prior(vae: VAE) -> Iterator[None]:
+    """Give the model N(0, I) for a block; a model without a fitted prior is left as it is."""
+    if not has_fitted_prior(vae):
+        yield
+        return
+    fitted = vae.network.prior
+    vae.network.replace_prior(StandardNormal(sum(vae.network.latents.sizes)).to(next(vae.parameters())))
+    try:
+        yield
+    finally:
+        vae.network.replace_prior(fitted)
+
+
+@torch.no_grad()
+def scores_under_standard_prior(vae: VAE, batches: Batches, seed: int = 0) -> Bounds:
+    """Compute bounds on held-out data with N(0, I), from the posterior draws that :func:`elbo` takes with this seed."""
+    vae.eval()
+    with standard_prior(vae):
+        return Bounds(**_bounds(vae, score(vae, batches, seed)))

@@ -27,7 +27,8 @@ def train(
 
     Args:
         config: The run.
-        out: Folder of the run, never overwritten; runs/DATA-NETWORK-LIKELIHOOD-SEED unless given (without NETWORK where it is auto).
+        out: Folder of the run, never overwritten; runs/DATA-NETWORK-LIKELIHOOD-SEED unless given (without NETWORK where
+            it is auto).
         json: Print the evaluation as JSON only.
     """
     network = "" if config.model.network == "auto" else f"-{config.model.network}"
@@ -116,16 +117,16 @@ def calibrate(
 ) -> None:
     """Refit σ of a finished run, and evaluate it again.
 
-    With refitted ("post-hoc") σ, runs of different scales compare, β-VAEs included. Only an optimal scale takes the refitted σ as its own;
-    fixed, shared, running and predicted scales keep theirs, and the numbers reported with it. The weights do not change. A refit on the
-    run's own training split gives the σ that training ended with.
+    With refitted ("post-hoc") σ, runs of different scales compare, β-VAEs included. Only an optimal scale takes the
+    refitted σ as its own; fixed, shared, running and predicted scales keep theirs, and the numbers reported with it.
+    The weights do not change. A refit on the run's own training split gives the σ that training ended with.
 
     Args:
         run: Folder of the run.
-        data: Data to fit σ on, by name or path, in place of the run's own. They are read with the run's options (from a .yaml file: with
-            the options in its data section) and scaled like the run's data.
-        split: Split to fit σ on: train, or validation where the training set is small. A σ fitted on test has seen the examples that it
-            is evaluated on.
+        data: Data to fit σ on, by name or path, in place of the run's own. They are read with the run's options (from a
+            .yaml file: with the options in its data section) and scaled like the run's data.
+        split: Split to fit σ on: train, or validation where the training set is small. A σ fitted on test has seen the
+            examples that it is evaluated on.
         seed: Seed of the posterior's noise.
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
@@ -155,8 +156,8 @@ def fit_prior(
 ) -> None:
     """Fit a prior to the latents of a finished run, and evaluate it again.
 
-    The prior is fitted on the training split. The rest of the model does not change. The run's config.yaml then names the new prior, so
-    that a replay gives the same run.
+    The prior is fitted on the training split. The rest of the model does not change. The run's config.yaml then names
+    the new prior, so that a replay gives the same run.
 
     Args:
         run: Folder of the run.
@@ -200,12 +201,13 @@ def compare(
 ) -> None:
     """Compare finished runs on the same examples.
 
-    The numbers come from the runs' evaluations. Bits per dimension compare between all decoders; nats are left out where some runs observe
-    levels and others a density.
+    The numbers come from the runs' evaluations. Bits per dimension compare between all decoders; nats are left out
+    where some runs observe levels and others a density.
 
     Args:
         folders: Folders of the runs; the first is the reference.
-        paired: Score every test example of each run again, and print mean differences from the first run with their standard errors.
+        paired: Score every test example of each run again, and print mean differences from the first run with their
+            standard errors.
         device: Device for the scoring: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """

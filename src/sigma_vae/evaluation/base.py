@@ -256,9 +256,9 @@ class Metric(ABC):
         Returns:
             For each run the numbers to compare, by name: those of the metric's columns unless a metric defines others.
         """
-        places = [column.path.removeprefix(f"{self.name}.") for column in self.columns if "*" not in column.path]
+        places = [column.path.removeprefix(self.name).removeprefix(".") for column in self.columns if "*" not in column.path]
         known = [place for place in places if any(_at(result, place) is not None for result in results)]
-        return [{f"{self.name} {place}": _at(result, place) for place in known} for result in results]
+        return [{f"{self.name} {place}".rstrip(): _at(result, place) for place in known} for result in results]
 
     def draw_page(self, result: Any, path: Path, title: str) -> None:
         """Write a picture of the result."""
@@ -266,8 +266,8 @@ class Metric(ABC):
 
 
 def _at(result: Any, place: str) -> Any:
-    """The value at a dotted place; None where there is none."""
-    for name in place.split("."):
+    """The value at a dotted place, the whole result at none; None where there is no value."""
+    for name in filter(None, place.split(".")):
         result = result.get(name) if isinstance(result, Mapping) else None
     return result
 

@@ -186,9 +186,15 @@ def _batches(vae: VAE, data: object, split: SplitName, like: Splits | Scaling | 
         data = as_splits(data)
     if isinstance(data, Splits):
         return data.batches(split, evaluation_batch(data), device=vae.device)
-    made = as_batches(data, like or Scaling(vae.likelihood.levels), EVALUATION_BATCH, split=split)
+    made = as_batches(data, like or _as_they_are(vae), EVALUATION_BATCH, split=split)
     frames = made.store.shape[0] if vae.network.reads_clips else 1
     return Batches(made.store.to(vae.device), made.scaling, max(1, EVALUATION_BATCH // frames))
+
+
+def _as_they_are(vae: VAE) -> Scaling:
+    """Levels where the likelihood has them; else real values of any range, as they are."""
+    channels, levels = vae.likelihood.channels, vae.likelihood.levels
+    return Scaling(levels) if levels is not None else Scaling(mean=(0.0,) * channels, deviation=(1.0,) * channels)
 
 
 def chosen(vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> list[Metric]:

@@ -20,10 +20,11 @@ PICTURE = "picture."
 def collect(cells: Sequence[Cell], out: Path) -> "pd.DataFrame":
     """Gather what the cells have written in ``results.parquet``, and return it as a table.
 
-    Columns: ``key``, ``status``, ``error``, ``failures``, one for each axis, ``prior``, ``split``, ``observes`` (whether the bounds are
-    of a ``"density"`` or of a ``"level"``), ``training_seconds``, ``core_seconds``, ``curve`` (steps and validation ELBO), then each
-    value of the evaluation under its dotted name. A mean has its own name, and its error is at ``....standard_error``. An axis whose
-    values are not all numbers has them as words (null: ``"null"``). A cell that failed has one row; one that has not ended has none.
+    Columns: ``key``, ``status``, ``error``, ``failures``, one for each axis, ``prior``, ``split``, ``observes``
+    (whether the bounds are of a ``"density"`` or of a ``"level"``), ``training_seconds``, ``core_seconds``, ``curve``
+    (steps and validation ELBO), then each value of the evaluation under its dotted name. A mean has its own name, and
+    its error is at ``....standard_error``. An axis whose values are not all numbers has them as words (null:
+    ``"null"``). A cell that failed has one row; one that has not ended has none.
 
     The table of a kept study is read, not written.
     """

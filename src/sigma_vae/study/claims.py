@@ -1,4 +1,4 @@
-"""Claims and the rules that judge them. Each rule was written before the numbers were known, and is printed beside them."""
+"""Claims and the rules that judge them. Each rule was written before the numbers were known."""
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -235,7 +235,7 @@ def compared(setting: Setting, metric: str, ours: str | None, theirs: str | None
 
 
 def worse_samples(setting: Setting, worse: str | None, better: str | None, needs: str) -> Iterator[Verdict]:
-    """Judge, for each set of features, whether samples of the first from the training prior are farther from the data."""
+    """Judge whether the first has worse samples from the training prior, for each set of features."""
     columns = frechet_columns(setting.table) if STANDARD in setting.priors else {}
     differences = {features: setting.difference(metric, worse, better, STANDARD) for features, metric in columns.items()}
     found = {features: difference for features, difference in differences.items() if difference is not None}

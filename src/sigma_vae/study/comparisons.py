@@ -84,7 +84,7 @@ def given_sigma(likelihood: str) -> float | None:
 
 
 def frechet_columns(table: "pd.DataFrame") -> dict[str, str]:
-    """Find the column of the Fréchet distance for each set of features: of samples (decoder means), or of predicted video."""
+    """Find the column of the Fréchet distance of samples or predictions, for each set of features."""
     return {found[1]: found[0] for name in table.columns if (found := FRECHET.fullmatch(name))}
 
 
@@ -153,12 +153,12 @@ class Setting:
         return self._chosen(str(chosen_on_validation(rows, ARM, there, ELBO, highest=True).place[ARM]), self.fixed, there)
 
     def best(self, metric: str, prior: str, *, highest: bool) -> Choice:
-        """Choose the fixed σ, of three or more, with the highest or lowest mean of a metric on the test split itself."""
+        """Choose the fixed σ, of three or more, with the best mean of a metric on the test split itself."""
         found = self.best_of(self.fixed, self.first(OPTIMAL), metric, prior, highest=highest)
         return found if len(self.complete(self.fixed, metric, prior, self.first(OPTIMAL))) >= LEAST_GRID else Choice(None, "")
 
     def best_of(self, arms: Iterable[str], like: str | None, metric: str, prior: str, *, highest: bool) -> Choice:
-        """Choose the arm with the highest or lowest mean on the test split, among those with all seeds of another arm."""
+        """Choose the arm with the best mean on the test split, among those with all seeds of another arm."""
         arms = list(arms)
         there = self.complete(arms, metric, prior, like)
         choose = max if highest else min
@@ -170,7 +170,7 @@ class Setting:
         return Choice(arm, f"; left out, as seeds are missing: {', '.join(lacking)}" if lacking else "")
 
     def called(self, prior: str) -> str:
-        """A prior's name; the standard prior of a network that learns its prior is called learned, as it is no N(0, I)."""
+        """Name a prior; "standard" is called learned where the network learns its prior."""
         return LEARNED if prior == STANDARD and self.learns_prior else prior
 
     def curves(self, arm: str) -> dict[int, list[tuple[int, float]]]:
@@ -198,7 +198,7 @@ class Setting:
 
     @property
     def learns_prior(self) -> bool:
-        """Whether the network learns its prior in training; an argument such as ``-fixed`` in its name has the last word."""
+        """Whether the network learns its prior in training; an argument in its name may decide that."""
         if self.network not in register.network:
             return False
         chosen = inspect.signature(register.network.make(self.network)).parameters.get("learned_prior")

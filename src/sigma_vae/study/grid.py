@@ -126,7 +126,7 @@ class Cell(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Digest of the cell's settings: equal in every study with this cell, also when a later version adds settings."""
+        """Digest of the cell's settings: equal in every study with this cell, and in later versions."""
         made_of = {"config": _given(self.config), "priors": self.priors, "evaluation": _given(self.evaluation)}
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -229,7 +229,7 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def network_facts(network: str) -> Mapping[str, Any]:
-    """Facts from the registry about a network; none for ``auto``, or where a package that registers it is not installed."""
+    """Look up facts about a network; none for ``auto``, or where its package is not installed."""
     return register.network.entry(network).facts if network in register.network else {}
 
 

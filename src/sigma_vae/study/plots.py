@@ -238,7 +238,7 @@ def _svg(draw: Draw, entries: int, height: float = HEIGHT) -> bytes:
 
 
 def _with_plain_names(svg: bytes) -> bytes:
-    """Number the clip paths: matplotlib names them by digests of coordinates, whose last bits differ between processors."""
+    """Number the clip paths: matplotlib's names depend on the last bits of coordinates."""
     names = dict.fromkeys(CLIP_PATH.findall(svg))
     for number, name in enumerate(names):
         svg = svg.replace(name, b"clip-%d" % number)
@@ -246,7 +246,7 @@ def _with_plain_names(svg: bytes) -> bytes:
 
 
 def _style(setting: Setting, arm: str) -> dict[str, Any]:
-    """Style of an arm: fixed σ from dark to light in cividis, others in Okabe and Ito's colours, all with markers and dashes."""
+    """Style of an arm: fixed σ from dark to light in cividis, others in Okabe and Ito's colours."""
     from matplotlib import colormaps
 
     order = list(setting.arms).index(arm)
@@ -269,7 +269,7 @@ def _over_seeds(setting: Setting, arm: str) -> list[tuple[int, float, float, flo
 
 
 def _shown(rows: list[tuple[int, float, float, float]]) -> tuple[float, float]:
-    """Limits of the ELBO axis: from the best down to three times the distance of the median, so that lines stay apart."""
+    """Limits of the ELBO axis: from the best down to three times the distance of the median."""
     means = sorted(row[1] for row in rows)
     best, median = means[-1], means[len(means) // 2]
     low = max(min(row[2] for row in rows), best - 3 * (best - median))

@@ -229,7 +229,7 @@ def _first(setting: Setting, arm: str) -> list[Ended]:
 
 
 def report(out: Path) -> None:
-    """Write ``report.html``, one page that needs no network and no other file, and ``report.md`` with its plots under ``report-files``.
+    """Write ``report.html``, a page in one file, and ``report.md`` with its plots under ``report-files``.
 
     They are made from ``study.yaml`` and the cells, or of a kept study from ``results.parquet``. The same data give the
     same bytes, except for the line with the date. Sections without data are left out. A kept study has no files of
@@ -263,7 +263,7 @@ def report(out: Path) -> None:
 
 
 def keep(out: Path, to: Path) -> None:
-    """Copy a study without its weights, as four files: ``study.yaml``, ``results.parquet`` and the report, in HTML and Markdown.
+    """Copy a study without its weights: ``study.yaml``, ``results.parquet`` and the report.
 
     The table has, beside all numbers, small pictures of each arm's first finished run, so that the report can be made
     from it again. Other files in the folder stay.
@@ -339,9 +339,9 @@ class Judged(NamedTuple):
     def among(self, word: str) -> list[str]:
         """Name the studies with this verdict, with their settings in brackets where they have several.
 
-        >>> found = (Found("a", "batch 16", "holds", ""), Found("a", "batch 64", "holds", ""), Found("b", "", "does not", ""))
+        >>> found = (Found("a", "small", "holds", ""), Found("a", "large", "holds", ""), Found("b", "", "does not", ""))
         >>> Judged("1", "", "", found).among("holds"), Judged("1", "", "", found).among("does not")
-        (['a (batch 16, batch 64)'], ['b'])
+        (['a (small, large)'], ['b'])
         """
         settings: dict[str, list[str]] = {}
         for found in self.found:

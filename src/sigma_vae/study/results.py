@@ -63,8 +63,8 @@ def leaves(report: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]
 
     Words at the top repeat the cell's configuration and are left out.
 
-    >>> dict(leaves({"elbo_nats": {"mean": 1.0, "standard_error": 0.5}, "how": {"n": 2, "name": "x"}, "data": "digits"}))
-    {'elbo_nats': 1.0, 'elbo_nats.standard_error': 0.5, 'how.n': 2, 'how.name': 'x'}
+    >>> dict(leaves({"data": "digits", "elbo_nats": {"mean": 1.0, "standard_error": 0.5}, "how": {"name": "x"}}))
+    {'elbo_nats': 1.0, 'elbo_nats.standard_error': 0.5, 'how.name': 'x'}
     """
     for name, value in report.items():
         path = f"{before}.{name}" if before else name

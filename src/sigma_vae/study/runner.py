@@ -43,7 +43,8 @@ def claim(spec: StudySpec, out: Path) -> None:
         lost = [cell for cell in cells(before) if cell.key in there - keys]
         if lost:
             raise ValueError(
-                f"{out} holds the study {before.title!r} with {len(lost)} finished cells that this grid has not, such as {format_place(lost[0].place)};"
+                f"{out} holds the study {before.title!r} with {len(lost)} finished cells that this grid has not, such as"
+                f" {format_place(lost[0].place)};"
                 " give another --out, or a grid that has them too"
             )
     out.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,7 @@ def summary(table: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
 
 
 def shown(names: Iterable[str]) -> dict[str, Column]:
-    """Columns that metrics show in studies, among the names of a table's columns; the ELBO of densities and of levels apart.
+    """Select the columns that metrics show in studies, with the ELBO of densities and of levels apart.
 
     >>> [column.title for column in shown(["elbo_post_hoc_nats.density", "elbo_post_hoc_nats.level"]).values()]
     ['ELBO of densities, nats, refitted σ', 'ELBO of levels, nats, refitted σ']
@@ -114,7 +114,7 @@ def _observed_apart(table: "pd.DataFrame") -> "pd.DataFrame":
 def paired_difference(
     table: "pd.DataFrame", metric: str, ours: dict[str, Any], theirs: dict[str, Any], seed: int = 0
 ) -> Difference:
-    """Subtract theirs from ours on the test split, seed by seed, so that the effect of the seed (data order, first weights) cancels.
+    """Subtract theirs from ours on the test split, seed by seed, so that the effect of the seed cancels.
 
     Args:
         table: of :func:`~sigma_vae.study.results.collect`.

@@ -85,7 +85,7 @@ def test_fitting_afterwards_is_training_with_the_prior(digits_config: RunConfig,
 def test_a_chosen_number_is_saved_and_chosen_again_in_a_replay(fitted_run: Path) -> None:
     chosen = report(fitted_run)["prior"]
     saved = models.load(fitted_run / "model")
-    prior = saved.vae.flat_network.prior
+    prior = saved.vae.network.prior
     assert isinstance(prior, MixturePrior)
     assert saved.config.prior == chosen == f"mixture:{prior.components}"
     assert read(fitted_run / "config.yaml", RunConfig).model.prior == "mixture"
@@ -140,13 +140,13 @@ def test_samples_of_the_standard_prior_have_a_name_of_their_own(run: Path, capsy
 
 def test_the_standard_prior_is_there_only_for_a_while(fitted_run: Path) -> None:
     vae = models.load(fitted_run / "model").vae
-    fitted = vae.flat_network.prior
+    fitted = vae.network.prior
     with standard_prior(vae):
-        assert isinstance(vae.flat_network.prior, StandardNormal)
-    assert vae.flat_network.prior is fitted
+        assert isinstance(vae.network.prior, StandardNormal)
+    assert vae.network.prior is fitted
     with pytest.raises(ValueError, match="show is"), standard_prior(vae):
         vae.sample(1, "neither")
-    assert vae.flat_network.prior is fitted
+    assert vae.network.prior is fitted
 
 
 def test_a_model_from_before_there_were_priors_still_loads(run: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_model_from_before_there_were_priors_still_loads(run: Path) -> None:
     path.write_text(json.dumps(description))
     saved = models.load(run / "model")
     assert saved.config.prior == "standard"
-    assert isinstance(saved.vae.flat_network.prior, StandardNormal)
+    assert isinstance(saved.vae.network.prior, StandardNormal)
 
 
 MISTAKES = {

@@ -215,7 +215,7 @@ def test_a_mistake_gets_a_sentence(mistake: str, moving, tmp_path, capsys, monke
 def test_the_network_of_choice_for_clips_is_one_that_predicts() -> None:
     data = splits()
     vae = models.vae(ModelConfig(latent_dim=3, width=4), data.shape, data.scaling, clips=data.clips)
-    assert vae.video_network.context_frames == PAST
+    assert vae.network.context_frames == PAST
     with pytest.raises(ValueError, match="has clips and needs a SequenceNetwork, got FlatNetwork"):
         fit(models.vae(ModelConfig(width=4), data.shape, data.scaling), data, device="cpu", progress=False)
 

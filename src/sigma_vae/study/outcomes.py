@@ -1,22 +1,20 @@
-"""What each place of a grid reached, beside what the paper has: the table of a report, and of the terminal."""
+"""The results of each place of a grid beside the paper's figures, for the report and the terminal."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sigma_vae.study.cell import known
-from sigma_vae.study.comparisons import BITS, ELBO, STANDARD, frechet_columns
-from sigma_vae.study.grid import StudySpec, cells, in_words, told
-from sigma_vae.study.statistics import summary
+from sigma_vae.study.comparisons import ELBO, STANDARD
+from sigma_vae.study.grid import StudySpec, cells, format_place, in_words
+from sigma_vae.study.statistics import shown, summary
 
 __all__ = ["PLOTS", "Card", "Picture", "Section", "Table", "failures", "how_far", "minus", "results"]
 
 PLOTS = "report-files"
-"""The folder of what a report draws."""
+"""Folder of the plots of a report in Markdown."""
 
 
 class Card(NamedTuple):
-    """A claim, with a line for each verdict: the word, and the finding."""
+    """A claim with its verdicts, each a word and a finding."""
 
     name: str
     sentence: str
@@ -25,20 +23,20 @@ class Card(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Words in rows; the first column says what a row is."""
+    """A table of words; the first column names the row."""
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     folded: bool = False
-    """In HTML it is shown when asked for."""
+    """Whether HTML shows it only on demand."""
 
 
 class Picture(NamedTuple):
-    """A file, what it shows in words, and what is written below it."""
+    """A picture with its alternative text and caption."""
 
     place: str
-    """From the study's folder on: of what the report draws, or of what a run has drawn."""
+    """Path relative to the study's folder, of a plot or of a run's picture."""
     content: bytes
     alt: str
     caption: str
@@ -46,11 +44,16 @@ class Picture(NamedTuple):
     @property
     def kind(self) -> str:
         """Its media type."""
-        return "image/svg+xml" if self.place.endswith(".svg") else "image/png"
+        return "image/svg+xml" if self.is_plot else "image/png"
+
+    @property
+    def is_plot(self) -> bool:
+        """Whether it is drawn from numbers, which its alternative text has."""
+        return self.place.endswith(".svg")
 
 
 class Section(NamedTuple):
-    """A heading with what is below it."""
+    """A heading with its content."""
 
     title: str
     words: tuple[str, ...] = ()
@@ -58,16 +61,16 @@ class Section(NamedTuple):
     tables: tuple[Table, ...] = ()
     pictures: tuple[Picture, ...] = ()
     further: tuple[str, ...] = ()
-    """Words at the end."""
+    """Paragraphs at the end."""
 
     @property
     def empty(self) -> bool:
-        """Whether there are no data."""
+        """Whether there is nothing to show."""
         return not (self.cards or self.tables or self.pictures)
 
 
 def minus(number: str) -> str:
-    """With the sign that is as wide as a plus.
+    """Write a true minus sign, which is as wide as a plus.
 
     >>> minus("-1.5 ± 0.1")
     '−1.5 ± 0.1'
@@ -79,41 +82,29 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-COLUMNS = {
-    BITS: "bits/dim, refitted σ",
-    ELBO: "ELBO, nats, refitted σ",
-    f"{ELBO}.density": "ELBO of densities, nats, refitted σ",
-    f"{ELBO}.level": "ELBO of levels, nats, refitted σ",
-    "rate_nats": "rate, nats",
-    "calibration.density.coverage.90": "90 % interval covers",
-    "predictions.psnr_db": "PSNR of the best prediction, dB",
-    "predictions.ssim": "SSIM of the best prediction",
-}
 PAPER = ("paper: ELBO, nats (it prints −ELBO)", "paper: FID")
 LONGEST = 300
-"""Characters of an error in a table; all of it is in the cell's ``cell.json``."""
+"""Characters of an error that a table shows; ``results.parquet`` has all of them."""
 
 
-def how_far(spec: StudySpec, out: Path) -> str:
-    """How many cells are done, failed, or have not ended.
+def how_far(spec: StudySpec, rows: "pd.DataFrame") -> str:
+    """Count the cells that are done, failed, or have not ended.
 
-    >>> how_far(StudySpec("one", {"data": {"source": "digits"}}, {"seed": [0]}), Path("nowhere"))
-    '0 of 1 cells are done, 0 failed, 1 have not ended.'
+    Args:
+        spec: the grid.
+        rows: of :func:`~sigma_vae.study.results.tabulate`.
     """
-    states = [None if (record := known(cell, out)) is None else record["status"] for cell in cells(spec)]
-    done, failed = states.count("done"), states.count("failed")
-    return f"{done} of {len(states)} cells are done, {failed} failed, {states.count(None)} have not ended."
+    states = rows.drop_duplicates("key")["status"].tolist()
+    done, failed, total = states.count("done"), states.count("failed"), len(cells(spec))
+    return f"{done} of {total} cells are done, {failed} failed, {total - len(states)} have not ended."
 
 
-def failures(spec: StudySpec, out: Path) -> tuple[Table, ...]:
-    """The cells that failed, with the error of each; nothing where none did."""
-    records = [(cell, known(cell, out)) for cell in cells(spec)]
-    rows = tuple(
-        (told(cell.place), _short(record["error"]), str(record["failures"]))
-        for cell, record in records
-        if record is not None and record["status"] != "done"
-    )
-    return (Table("Cells that failed", ("cell", "error", "times"), rows),) if rows else ()
+def failures(spec: StudySpec, rows: "pd.DataFrame") -> tuple[Table, ...]:
+    """List the cells that failed, with the error of each; nothing where none did."""
+    place = {cell.key: format_place(cell.place) for cell in cells(spec)}
+    failed = rows[rows["status"] == "failed"].to_dict("records")
+    lines = tuple((place[row["key"]], _short(row["error"]), f"{row['failures']:.0f}") for row in failed)
+    return (Table("Cells that failed", ("cell", "error", "times"), lines),) if lines else ()
 
 
 def _short(error: str) -> str:
@@ -121,7 +112,7 @@ def _short(error: str) -> str:
 
 
 def results(spec: StudySpec, rows: "pd.DataFrame") -> Section:
-    """Mean ± standard deviation over seeds for each place and prior, the paper's figures beside.
+    """Show mean ± std over seeds for each place and prior, beside the paper's figures.
 
     Args:
         spec: the grid.
@@ -129,24 +120,20 @@ def results(spec: StudySpec, rows: "pd.DataFrame") -> Section:
     """
     by = [name for name in spec.axes if name != "seed"]
     found = summary(rows, by)
-    metrics = [name for name in found.columns if name not in (*by, "prior", "seeds", "failed")]
+    titles = shown(found.columns)
+    metrics = list(titles)
     published = spec.published.get("rows", {})
-    heads = (*(name.rpartition(".")[2] for name in by), "prior", "seeds", *(_head(found, name) for name in metrics))
+    heads = (*(name.rpartition(".")[2] for name in by), "prior", "seeds", *(titles[name].title for name in metrics))
     lines = []
     for line in found.to_dict("records"):
         failed = f", {line['failed']} failed" if line["failed"] else ""
         ours = (*(in_words(line[name]) for name in by), line["prior"], f"{line['seeds']}{failed}")
         lines.append((*ours, *(minus(line[name]) for name in metrics), *(_published(spec, line) if published else ())))
-    words = "Test split, mean ± standard deviation over seeds. Fewer bits, more ELBO and smaller distances are better."
+    words = "Test split, mean ± std over seeds. Fewer bits, a higher ELBO and smaller distances are better."
     if f"{ELBO}.level" in metrics:
-        words += " The ELBO of a density and that of levels are of different things: they do not compare."
+        words += " The ELBO of densities and the ELBO of levels measure different things and do not compare."
     table = Table("Results", heads + (PAPER if published else ()), tuple(lines))
-    return Section("What each run reached", (words,), tables=(table, *_others(spec)), further=_about_published(spec))
-
-
-def _head(found: "pd.DataFrame", name: str) -> str:
-    features = {column: kind for kind, column in frechet_columns(found).items()}
-    return COLUMNS[name] if name in COLUMNS else f"Fréchet distance ({features[name]})"
+    return Section("Results of the runs", (words,), tables=(table, *_others(spec)), further=_about_published(spec))
 
 
 def _about_published(spec: StudySpec) -> tuple[str, ...]:
@@ -156,14 +143,14 @@ def _about_published(spec: StudySpec) -> tuple[str, ...]:
         if name in spec.published
     )
     if "columns" in spec.published:
-        words += (f"Where the paper's figures stand in one row, they are of {' / '.join(spec.published['columns'])}.",)
+        words += (f"Where one row has several of the paper's figures, they are for {' / '.join(spec.published['columns'])}.",)
     if spec.published.get("rows"):
-        words += ("The paper's figures are of its own data and networks: compare the order of rows, not numbers.",)
+        words += ("The paper's figures are for its own data and networks: compare the order of the rows, not the numbers.",)
     return words
 
 
 def _published(spec: StudySpec, line: Mapping[Any, Any]) -> tuple[str, str]:
-    """Of the row's likelihood, beside N(0, I) alone, which is the paper's prior."""
+    """The paper's figures for the row's likelihood; only beside N(0, I), which is the paper's prior."""
     known_rows = {str(name): row for name, row in spec.published["rows"].items()}
     row = next((known_rows[str(value)] for value in line.values() if str(value) in known_rows), None)
     if row is None or line["prior"] != STANDARD:
@@ -173,7 +160,7 @@ def _published(spec: StudySpec, line: Mapping[Any, Any]) -> tuple[str, str]:
 
 
 def _figures(row: Mapping[str, Any], at: int | None) -> tuple[str, str]:
-    """ELBO and FID of one of the paper's columns, or of all."""
+    """ELBO and FID from one of the paper's columns, or from all."""
 
     def words(value: Any, sign: int) -> str:
         if isinstance(value, list):
@@ -184,11 +171,11 @@ def _figures(row: Mapping[str, Any], at: int | None) -> tuple[str, str]:
 
 
 def _others(spec: StudySpec) -> tuple[Table, ...]:
-    """The paper's rows that no row of ours stands beside."""
+    """Rows of the paper that match no row of ours."""
     ours = {in_words(value) for values in spec.axes.values() for value in values} if STANDARD in spec.priors else set()
     others = {str(name): row for name, row in spec.published.get("rows", {}).items() if str(name) not in ours}
     noted = any("note" in row for row in others.values())
     notes = {name: (str(row.get("note", "")),) if noted else () for name, row in others.items()}
     rows = tuple((name, *_figures(row, None), *notes[name]) for name, row in others.items())
     heads = ("decoder", *PAPER, "note") if noted else ("decoder", *PAPER)
-    return (Table("Rows of the paper that have none here beside them", heads, rows),) if rows else ()
+    return (Table("Rows of the paper without a match in this study", heads, rows),) if rows else ()

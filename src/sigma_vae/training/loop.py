@@ -72,7 +72,7 @@ class FitResult:
 
 
 class Terminated(SystemExit):
-    """SIGTERM came, as a cluster sends it before a job's time is over: the step was finished and a checkpoint written."""
+    """SIGTERM came, as clusters send it before a job's end; a checkpoint of the finished step was written."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -95,26 +95,22 @@ def fit(
 
     The model is left on the device that it was trained on, in eval mode.
 
-    Started by ``torchrun``, the processes train one model: each step's batch, validation and calibration are shared out, ``batch_size``
-    counts the examples of all, and the first process writes the files. Every process must call this with the same arguments.
+    Started by ``torchrun``, the processes train one model: each step's batch, validation and calibration are shared
+    out, ``batch_size`` counts the examples of all, and the first process writes the files. Every process must call this
+    with the same arguments.
 
-    Args:
-        vae: the model.
-        data: its splits; test is not touched.
-        config: how to train.
-        out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; nothing is kept unless given.
-        seed: of the order of the data and the noise (the weights are random since ``vae`` was made).
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-        resume: go on exactly where the newest whole checkpoint in ``out/checkpoints`` stands.
-        progress: show a bar.
-        callbacks: hooks; see :class:`Callback`.
-        loggers: names (``csv``, ``tensorboard``, ``wandb``, ``mlflow``, where ``out`` is given), or loggers of Lightning Fabric or
+    Args: vae: the model. data: its splits; test is not touched. config: how to train. out: folder for ``metrics.csv``,
+        TensorBoard events and ``checkpoints/``; nothing is kept unless given. seed: of the order of the data and the
+        noise (the weights are random since ``vae`` was made). device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+        resume: go on exactly where the newest whole checkpoint in ``out/checkpoints`` stands. progress: show a bar.
+        callbacks: hooks; see :class:`Callback`. loggers: names (``csv``, ``tensorboard``, ``wandb``, ``mlflow``, where
+        ``out`` is given), or loggers of Lightning Fabric or
             pytorch-lightning; ``config.logger`` unless given.
 
-    Raises:
-        ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over than ``config`` has,
-            ``out`` has checkpoints that are not to be resumed, or another process writes there; the network reads clips and the data
-            are none, or the other way round.
+    Raises: ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over
+        than ``config`` has,
+            ``out`` has checkpoints that are not to be resumed, or another process writes there; the network reads clips
+            and the data are none, or the other way round.
         NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
         KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
         Terminated: after SIGTERM, likewise; not caught, it ends the process with the exit code 143.
@@ -270,7 +266,7 @@ class _Training:
         return over or (context.step % every == 0 if every else self.batches.state_dict()["position"] == 0)
 
     def _validate(self) -> None:
-        """Refit the scales on a fixed part of the training data, as an evaluation would; then measure, and keep the best weights."""
+        """Refit the scales on a fixed part of the training data, measure the bound, and keep the best weights."""
         context, average = self.context, self.stepper.average
         context.epoch = self._epoch()
         with average.in_place_of(self.vae) if average else nullcontext():
@@ -359,7 +355,7 @@ class _Training:
 
 @final
 class _Interrupts:
-    """Turns the first Ctrl-C, and SIGTERM, into a wish to stop after the step at hand; a second Ctrl-C stops at once."""
+    """Turns the first Ctrl-C, and SIGTERM, into a wish to stop after the step; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.asked: int | None = None
@@ -440,7 +436,7 @@ def _resumed(folder: Path, *, resume: bool) -> Path | None:
 
 
 def _loggers(wanted: Sequence[LoggerName | TrainingLogger], folder: Path | None, resumed: Path | None) -> list[TrainingLogger]:
-    """The loggers, those by name made where there is a folder; a resumed run keeps the rows up to the step that it resumes from."""
+    """Make the loggers given by name, if there is a folder; a resumed run keeps the rows of the steps before it."""
     names = [logger for logger in wanted if isinstance(logger, str)]
     given = [logger for logger in wanted if not isinstance(logger, str)]
     if folder is None:
@@ -461,7 +457,7 @@ def _start_scales(vae: VAE, data: Splits, config: TrainingConfig) -> None:
 
 
 def _part(data: Splits) -> int:
-    """How many training examples scales are refitted on before a validation."""
+    """Number of training examples that scales are refitted on before a validation."""
     least = max(2, processes().world_size)
     return min(max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), least), len(data.train))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sigma_vae.data.cache import BLOCK, cached
-from sigma_vae.data.raw import Encoded, UnreadableError
+from sigma_vae.data.stores import Encoded, UnreadableError
 
 COUNT, SHAPE = 200, (3, 5, 4)
 

@@ -10,8 +10,9 @@ from scipy import stats
 
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig
-from sigma_vae.data import Scaling, Splits, inspection, load
-from sigma_vae.data.inspection import inspect
+from sigma_vae.data import Scaling, Splits, load
+from sigma_vae.data import inspect as inspection
+from sigma_vae.data.inspect import inspect
 from sigma_vae.data.stores import InMemory
 
 STATE = np.random.RandomState(0)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sigma_vae.config import ImageConfig
 from sigma_vae.data.pictures import plan, probe
-from sigma_vae.data.raw import UnreadableError
+from sigma_vae.data.stores import UnreadableError
 
 STATE = np.random.RandomState(0)
 GREY = STATE.randint(0, 256, (6, 8)).astype(np.uint8)

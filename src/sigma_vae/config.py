@@ -46,15 +46,15 @@ class ImageConfig(_Strict):
     """How pictures become arrays of one shape."""
 
     crop: int | None = None
-    """Side of the square cut from the centre, before anything is resized."""
+    """Side of the square cut from the centre, in pixels, before resizing."""
     size: int | None = None
-    """Side of the square that pictures are resized to; of moving-mnist's canvas."""
+    """Side of the square that pictures are resized to, in pixels; for moving-mnist, side of the canvas."""
     fit: Literal["refuse", "crop", "stretch", "pad"] = "refuse"
     """Pictures that are not square, or not of one size: refuse them, cut the largest central square, stretch, or pad with black."""
     colour: Literal["auto", "grey", "rgb", "rgba"] = "auto"
-    """Channels; auto keeps those that all pictures have."""
+    """Colour channels; auto keeps those that all pictures have."""
     unreadable: Literal["refuse", "skip"] = "refuse"
-    """What is done about broken files: they are always listed and counted."""
+    """Broken files: refuse the data set, or skip them; they are listed and counted either way."""
 
 
 @dataclass(frozen=True)
@@ -62,49 +62,62 @@ class ClipConfig(_Strict):
     """How videos become clips of one length."""
 
     frames: int | None = None
-    """Frames of a clip in training and validation, those that are given included; 16 unless said (bair 12, moving-mnist 15). Where it
-    is said, GIFs and folders of pictures are videos."""
+    """Frames per clip in training and validation, the given (context) frames included; default 16 (bair 12, moving-mnist 15). With this
+    option, GIFs and folders of pictures are read as videos."""
     test_frames: int | None = None
-    """Frames of a clip in test; as in training unless said (bair and moving-mnist: 30 where neither is said)."""
+    """Frames per clip in test; default as in training (bair and moving-mnist: 30 if neither option is given)."""
     frame_step: int = 1
-    """Take every so manieth frame."""
+    """Keep every k-th frame."""
 
 
 @dataclass(frozen=True)
 class DataConfig(_Strict):
-    """Which data, and how they are split."""
+    """The data set and its splits."""
 
     source: str
-    """Name of a data set, path of a file or folder, or hub:OWNER/NAME (hub:OWNER/NAME:CONFIG) of any image data set on the hub."""
+    """Name of a data set, path of a file or folder, or hub:OWNER/NAME (hub:OWNER/NAME:CONFIG) for any image data set on the
+    Hugging Face hub."""
     root: str | None = None
-    """Folder that holds the data set's original files."""
+    """Folder with the data set's original files."""
     cache: str | None = None
-    """Folder for decoded copies of pictures and videos; beside the data unless given."""
+    """Folder for decoded copies of pictures and videos; default: beside the data."""
     levels: int | None = None
-    """How many values a datum can take; taken from the data unless given (256 for uint8)."""
+    """Number of values that a datum can take; default: from the data (256 for uint8)."""
     layout: Layout = "auto"
     """Axes of an array file: n examples, c channels, h rows, w columns, t times."""
     columns: tuple[str, ...] = ()
-    """Columns of a table that are modelled (all numeric ones unless given), key of an HDF5 file, or the hub's column of images."""
+    """Columns of a table to model (default: all numeric ones), key of an HDF5 file, or image column of a hub data set."""
     standardise: Literal["auto", "yes", "no"] = "auto"
-    """Give real values mean 0 and deviation 1, channel by channel; auto: tables (CSV, Parquet) yes, others no. Nats stay those of the
-    data's own units."""
+    """Scale real values to mean 0 and std 1, channel by channel; auto: yes for tables (CSV, Parquet), no for others. Log-likelihoods are
+    reported in the data's original units."""
     images: ImageConfig = field(default_factory=ImageConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)
     validation_fraction: float = 0.1
-    """Share of the training examples held out for validation, where the data have no split of their own."""
+    """Share of the training examples held out for validation, if the data have no validation split."""
     test_fraction: float = 0.1
-    """Share of the examples held out for test, where the data have no split of their own."""
+    """Share of the examples held out for test, if the data have no test split."""
     split_seed: int = 0
-    """Decides which examples are held out, and what generated data are."""
+    """Seed that decides which examples are held out, and the content of generated data."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that nothing has."""
+        """Refuse sizes below 1."""
         sizes = {name: getattr(self.images, name) for name in ("crop", "size")}
         sizes |= {name: getattr(self.clips, name) for name in ("frames", "test_frames", "frame_step")}
         for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} is at least 1, got {value}")
+
+    @property
+    def path(self) -> Path:
+        """The file or folder that ``source`` names, inside ``root`` if that is given.
+
+        Raises:
+            ValueError: the source is an absolute path, so that the root has no meaning.
+        """
+        source = Path(self.source).expanduser()
+        if self.root and source.is_absolute():
+            raise ValueError(f"root says nothing about the absolute path {source}, got {self.root!r}; leave it out")
+        return Path(self.root or ".").expanduser() / source
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sigma_vae import data as data_sources
-from sigma_vae.config import DataConfig, ModelConfig, parse, read_text, write_whole
+from sigma_vae.config import ModelConfig, parse, read_text, write_whole
 from sigma_vae.data import Scaling, Splits
 from sigma_vae.likelihoods import (
     Bernoulli,
@@ -296,9 +296,13 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: b
     return VAE(made, decoder)
 
 
-def data(config: DataConfig) -> Splits:
-    """The data that a config names."""
-    return data_sources.load(config)
+def data(source: object) -> Splits:
+    """Read data: a name or path, a config, or an object from Python; see :func:`sigma_vae.data.as_splits`.
+
+    >>> data("digits").shape
+    (1, 8, 8)
+    """
+    return data_sources.as_splits(source)
 
 
 def _family(name: str, first: str) -> Callable[..., LocationScale]:

@@ -195,8 +195,8 @@ class Registry:
             return
         self._loaded = True  # first: what is imported now may look names up
         home = importlib.import_module(self.home)
-        for module in pkgutil.iter_modules(getattr(home, "__path__", [])):
-            importlib.import_module(f"{self.home}.{module.name}")
+        for module in pkgutil.walk_packages(getattr(home, "__path__", []), f"{self.home}."):
+            importlib.import_module(module.name)
         for point in entry_points(group=self.group):
             self._load_point(point)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from sigma_vae import models
 from sigma_vae.config import DataConfig
 from sigma_vae.data import Splits
-from sigma_vae.data.inspection import Inspection
-from sigma_vae.data.inspection import inspect as inspect_data
+from sigma_vae.data.inspect import Inspection
+from sigma_vae.data.inspect import inspect as inspect_data
 from sigma_vae.evaluation.plots import drawable, save_grid
 from sigma_vae.likelihoods.translate import Reduction
 from sigma_vae.likelihoods.translate import explain as explain_loss

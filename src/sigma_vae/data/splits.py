@@ -1,4 +1,4 @@
-"""Train, validation and test splits."""
+"""Train, validation and test splits, raw and checked."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,22 +11,9 @@ from torch import Tensor
 from sigma_vae.config import ClipConfig
 from sigma_vae.data.batches import Batches
 from sigma_vae.data.scaling import Scaling
-from sigma_vae.data.stores import Store
+from sigma_vae.data.stores import Part, Store
 
-__all__ = ["SPLIT_WORDS", "SplitName", "Splits", "clip_lengths", "fingerprint"]
-
-
-def clip_lengths(clips: ClipConfig, frames: int, test_frames: int) -> tuple[int, int]:
-    """Frames of a clip in training and in test: what the user says, else what is usual for the data.
-
-    Who gives the one alone has it for both.
-
-    >>> clip_lengths(ClipConfig(), 12, 30), clip_lengths(ClipConfig(frames=16), 12, 30)
-    ((12, 30), (16, 16))
-    """
-    if clips.frames is not None:
-        return clips.frames, clips.test_frames or clips.frames
-    return frames, clips.test_frames or test_frames
+__all__ = ["SPLIT_WORDS", "Raw", "SplitName", "Splits", "clip_lengths", "fingerprint"]
 
 
 SplitName = Literal["train", "validation", "test"]
@@ -38,13 +25,13 @@ SPLIT_WORDS: Mapping[str, SplitName] = {
     "val": "validation",
     "test": "test",
 }
-"""What keys, folders and files of a split are called."""
+"""Names of keys, folders and files, and the split that each stands for."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """A data set in three parts that share no example.
+    """A data set in three splits that share no example.
 
     >>> from sigma_vae.data.stores import InMemory
     >>> part = InMemory(torch.tensor([[[[0, 255]]]], dtype=torch.uint8))
@@ -61,9 +48,9 @@ class Splits:
     test: Store
     scaling: Scaling
     record: dict[str, Any]
-    """Where the data come from: source, files, counts, preprocessing in words, fingerprint; plain values, for JSON."""
+    """Origin of the data: source, files, counts, preprocessing in words, fingerprint; plain values, for JSON."""
     clips: bool = False
-    """Whether an example is a clip ``(T, C, *space)``; the clips of one split are of one length."""
+    """Whether an example is a clip ``(T, C, *space)``; all clips of one split have one length."""
     _on_device: dict[tuple[SplitName, torch.device], Store] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -79,32 +66,32 @@ class Splits:
 
     @property
     def levels(self) -> int | None:
-        """How many values a datum can take; None for real values."""
+        """Number of values that a datum can take; None for real values."""
         return self.scaling.levels
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one example, or of one frame of a clip: ``(C, *space)``."""
+        """Shape of one example, or of one frame of a clip: ``(C, *space)``."""
         return self.train.shape[1:] if self.clips else self.train.shape
 
     @property
     def frames(self) -> int | None:
-        """How many frames a training clip has; None for still data."""
+        """Frames per training clip; None for still data."""
         return self.train.shape[0] if self.clips else None
 
     def store(self, split: SplitName) -> Store:
-        """Where a split lies."""
+        """The examples of a split."""
         if split not in self._parts:
             raise ValueError(f"a split is one of {', '.join(self._parts)}, got {split!r}")
         return self._parts[split]
 
     def stored(self, split: SplitName) -> Tensor:
-        """All of a split as it is stored: levels as integers, or float32 values."""
+        """Return a whole split in its stored form: integer levels, or float32 values."""
         store = self.store(split)
         return store.take(torch.arange(len(store)))
 
     def values(self, split: SplitName) -> Tensor:
-        """All of a split as a model reads it: in [0, 1], or standardised."""
+        """Return a whole split as a model reads it: in [0, 1], or standardised."""
         return self.scaling(self.stored(split))
 
     def batches(
@@ -119,12 +106,12 @@ class Splits:
         world_size: int = 1,
         limit: int | None = None,
     ) -> Batches:
-        """A split in batches, as a model reads it; see :class:`Batches`. Of its examples the first ``limit``, if that is given.
+        """Return a split, or its first ``limit`` examples, in batches as a model reads it; see :class:`Batches`.
 
-        What lies in memory is moved to the device once; all batches of this split on this device share it.
+        A split in memory moves to the device once; all batches of this split on this device share it.
         """
         if limit is not None and limit < 1:
-            raise ValueError(f"limit counts the examples that are used and is at least 1, got {limit}")
+            raise ValueError(f"limit counts the examples to use and is at least 1, got {limit}")
         store = self._moved(split, torch.device(device))
         if limit is not None and limit < len(store):
             store = store.select(torch.arange(limit))
@@ -136,8 +123,30 @@ class Splits:
         return self._on_device[split, device]
 
 
+@dataclass(frozen=True, eq=False)
+class Raw:
+    """The output of a reader: the splits that the source has (at least train), before values are checked and splits held out.
+
+    Arrays are ``(N, C, *space)``, or ``(N, T, C, *space)`` for clips.
+    """
+
+    name: str
+    parts: Mapping[SplitName, Part]
+    files: list[dict[str, Any]] = field(default_factory=list)
+    """Where the examples come from: plain values, for JSON."""
+    preprocessing: list[str] = field(default_factory=list)
+    """Everything that was done to the examples, in words."""
+    levels: int | None = None
+    """Number of levels that the source is known to have; None if the arrays' dtype decides."""
+    clips: bool = False
+    standardise: bool = False
+    """Whether real values are standardised by default: yes for tables, whose columns have units of their own."""
+    columns: tuple[str, ...] = ()
+    """Names of a table's columns, in order."""
+
+
 def fingerprint(parts: dict[SplitName, Store]) -> str:
-    """SHA-256 over the names and fingerprints of the splits.
+    """SHA-256 of the names and fingerprints of the splits.
 
     >>> from sigma_vae.data.stores import InMemory
     >>> store = InMemory(torch.zeros(1, 1))
@@ -148,3 +157,16 @@ def fingerprint(parts: dict[SplitName, Store]) -> str:
     for name, part in parts.items():
         digest.update(f"{name} {part.fingerprint()}\n".encode())
     return digest.hexdigest()
+
+
+def clip_lengths(clips: ClipConfig, frames: int, test_frames: int) -> tuple[int, int]:
+    """Return the frames per clip in training and in test: the user's, else the usual ones of the data.
+
+    ``frames`` alone sets both.
+
+    >>> clip_lengths(ClipConfig(), 12, 30), clip_lengths(ClipConfig(frames=16), 12, 30)
+    ((12, 30), (16, 16))
+    """
+    if clips.frames is not None:
+        return clips.frames, clips.test_frames or clips.frames
+    return frames, clips.test_frames or test_frames

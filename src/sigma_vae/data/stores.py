@@ -1,10 +1,11 @@
-"""Where the examples of a split lie: in memory, in a mapped file, or nowhere until they are asked for."""
+"""Storage of a split's examples: in memory, in a mapped file, still encoded, or generated on demand."""
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from pathlib import Path
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -12,44 +13,44 @@ from torch import Tensor
 
 from sigma_vae.data.levels import Array
 
-__all__ = ["Generated", "InMemory", "Mapped", "Store"]
+__all__ = ["Encoded", "Generated", "InMemory", "Mapped", "Part", "Store", "UnreadableError"]
 
 CPU = torch.device("cpu")
 
 
 class Store(ABC):
-    """Examples by their number, as they are stored: levels 0..levels−1 as integers, or float32 values."""
+    """Examples by number, in their stored form: integer levels 0..levels−1, or float32 values."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """Of one example: ``(C, *space)``, or ``(T, C, *space)`` for clips."""
+        """Shape of one example: ``(C, *space)``, or ``(T, C, *space)`` for clips."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many examples there are."""
+        """Number of examples."""
 
     @abstractmethod
     def take(self, positions: Tensor, epoch: int = 0) -> Tensor:
-        """These examples ``(n, *shape)``, on the store's device; the epoch matters where they are made anew in each."""
+        """Return these examples ``(n, *shape)`` on the store's device; the epoch matters only to generated data."""
 
     @abstractmethod
     def select(self, rows: Tensor) -> "Store":
-        """A part: example i of it is example ``rows[i]`` of this one."""
+        """Return a subset: its example i is example ``rows[i]`` of this store."""
 
     @abstractmethod
     def to(self, device: torch.device) -> "Store":
-        """The same examples, handed out on that device."""
+        """Return the same examples, delivered on that device."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """The same for the same examples in the same order alone."""
+        """Digest of the examples and their order."""
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class InMemory(Store):
-    """A tensor of all examples, moved to the device whole.
+    """A tensor of all examples; it moves to the device as a whole.
 
     >>> store = InMemory(torch.tensor([[1], [2], [3]], dtype=torch.uint8))
     >>> store.take(torch.tensor([2, 0])).flatten().tolist()
@@ -60,26 +61,26 @@ class InMemory(Store):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one example."""
+        """Shape of one example."""
         return tuple(self.values.shape[1:])
 
     def __len__(self) -> int:
         return len(self.values)
 
     def take(self, positions: Tensor, epoch: int = 0) -> Tensor:
-        """These examples; the same in each epoch."""
+        """Return these examples, the same in each epoch."""
         return self.values.index_select(0, positions.to(self.values.device))
 
     def select(self, rows: Tensor) -> "InMemory":
-        """A copy of a part."""
+        """Copy a subset."""
         return InMemory(self.values[rows])
 
     def to(self, device: torch.device) -> "InMemory":
-        """On the device; the same object where it is there already."""
+        """Move to the device; return the same object if it is there already."""
         return self if self.values.device == device else InMemory(self.values.to(device))
 
     def fingerprint(self) -> str:
-        """SHA-256 over dtype, shape and content."""
+        """SHA-256 of dtype, shape and content."""
         values = self.values.cpu().contiguous()
         digest = hashlib.sha256(f"{values.dtype} {tuple(values.shape)}\n".encode())
         digest.update(values.numpy().data)
@@ -89,14 +90,14 @@ class InMemory(Store):
 @final
 @dataclass(frozen=True, eq=False)
 class Mapped(Store):
-    """A file mapped into memory: only what a batch asks for is read, and the system may drop it again.
+    """A file mapped into memory: a batch reads only its own examples, and the system may free them again.
 
     Args:
-        array: the mapped array ``(N, *shape)``, uint8 or uint16.
-        digest: of its content.
-        rows: the examples that belong to this part, all unless given.
-        device: where batches are handed out; the file stays on the host.
-        videos: number of the one that each example of the array is a clip of ``(N,)``.
+        array: the mapped array ``(N, *shape)``.
+        digest: digest of its content.
+        rows: the examples of this subset; default all.
+        device: device of the batches; the file stays on the host.
+        videos: for clips, the number of the video that each example of the array comes from ``(N,)``.
     """
 
     array: Array
@@ -107,27 +108,27 @@ class Mapped(Store):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one example."""
+        """Shape of one example."""
         return tuple(self.array.shape[1:])
 
     def __len__(self) -> int:
         return len(self.array) if self.rows is None else len(self.rows)
 
     def take(self, positions: Tensor, epoch: int = 0) -> Tensor:
-        """These examples, copied out of the file."""
+        """Copy these examples out of the file."""
         rows = positions if self.rows is None else self.rows[positions]
         return torch.from_numpy(np.ascontiguousarray(self.array[rows.numpy()])).to(self.device)
 
     def select(self, rows: Tensor) -> "Mapped":
-        """The rows of a part; nothing is read."""
+        """Return a subset without reading anything."""
         return Mapped(self.array, self.digest, rows if self.rows is None else self.rows[rows], self.device, self.videos)
 
     def to(self, device: torch.device) -> "Mapped":
-        """Batches go to that device."""
+        """Deliver batches on that device."""
         return Mapped(self.array, self.digest, self.rows, device, self.videos)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the content's digest and the rows."""
+        """SHA-256 of the content's digest and the rows."""
         rows = b"" if self.rows is None else self.rows.numpy().tobytes()
         return hashlib.sha256(self.digest.encode() + rows).hexdigest()
 
@@ -135,18 +136,18 @@ class Mapped(Store):
 @final
 @dataclass(frozen=True, eq=False)
 class Generated(Store):
-    """Examples made when they are asked for, each from random numbers of its own.
+    """Examples generated on demand, each from a random stream of its own.
 
-    What example i of epoch e is depends on the seed, e and i alone: not on the batch, the process or what came before.
+    Example i of epoch e depends only on the seed, e and i: not on the batch, the process or earlier examples.
 
     Args:
-        make: one example from a generator, always of the same shape and dtype.
-        count: examples in an epoch.
-        seed: of all random numbers.
-        identity: names what ``make`` does, for the fingerprint.
-        fresh: other examples in each epoch; where not (for validation and test), the same.
-        rows: the numbers of the examples of this part.
-        device: where batches are handed out.
+        make: makes one example from a generator, always of the same shape and dtype.
+        count: examples per epoch.
+        seed: seed of all random numbers.
+        identity: describes what ``make`` does, for the fingerprint.
+        fresh: make new examples in each epoch; validation and test keep theirs.
+        rows: the examples of this subset; default all.
+        device: device of the batches.
     """
 
     make: Callable[[np.random.Generator], Array]
@@ -159,32 +160,70 @@ class Generated(Store):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one example."""
+        """Shape of one example."""
         return self._example(0, 0).shape
 
     def __len__(self) -> int:
         return self.count if self.rows is None else len(self.rows)
 
     def take(self, positions: Tensor, epoch: int = 0) -> Tensor:
-        """Make these examples of this epoch."""
+        """Generate these examples of this epoch."""
         rows = positions if self.rows is None else self.rows[positions]
         made = np.stack([self._example(row, epoch if self.fresh else 0) for row in rows.tolist()])
         return torch.from_numpy(made).to(self.device)
 
     def select(self, rows: Tensor) -> "Generated":
-        """A part; nothing is made."""
+        """Return a subset without generating anything."""
         chosen = rows if self.rows is None else self.rows[rows]
         return Generated(self.make, self.count, self.seed, self.identity, self.fresh, chosen, self.device)
 
     def to(self, device: torch.device) -> "Generated":
-        """Batches go to that device."""
+        """Deliver batches on that device."""
         return Generated(self.make, self.count, self.seed, self.identity, self.fresh, self.rows, device)
 
     def fingerprint(self) -> str:
-        """SHA-256 over what is made, and how many."""
+        """SHA-256 of the recipe and the count."""
         rows = b"" if self.rows is None else self.rows.numpy().tobytes()
         words = f"{self.identity} {self.count} {self.seed} {self.fresh}"
         return hashlib.sha256(words.encode() + rows).hexdigest()
 
     def _example(self, row: int, epoch: int) -> Array:
         return self.make(np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch, row)))))
+
+
+class UnreadableError(ValueError):
+    """One example cannot be decoded; the others may be fine."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Examples that are decoded once, into a cache that is mapped into memory from then on.
+
+    Args:
+        names: the examples' names for messages: file names, or numbers.
+        shape: shape of each decoded example, ``(C, H, W)`` or ``(T, C, H, W)``.
+        dtype: ``"uint8"`` or ``"uint16"``.
+        decode: decodes example i; called from several threads. Raises :class:`UnreadableError` if it is broken.
+        identity: everything that decides the result, as plain values: the files (by :func:`~sigma_vae.data.cache.file_stamp`) and the
+            preprocessing. The cache's key is its digest.
+        home: the folder beside which the cache is kept.
+        skip_unreadable: leave broken examples out, and report how many; otherwise they are an error.
+        videos: for clips, the number of the video that each example comes from: whole videos are held out if there are enough.
+    """
+
+    names: Sequence[str]
+    shape: tuple[int, ...]
+    dtype: str
+    decode: Callable[[int], Array]
+    identity: Mapping[str, Any]
+    home: Path
+    skip_unreadable: bool = False
+    videos: Sequence[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+Part = Array | Encoded | Generated | Mapped
+"""One split of a source, before its values are checked."""

@@ -1,10 +1,11 @@
-"""Table files: CSV, TSV and Parquet."""
+"""Tables: CSV, TSV and Parquet files, and data frames."""
 
 import csv
 import difflib
 import gzip
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,53 +13,66 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sigma_vae.config import DataConfig
-from sigma_vae.data.arrays import path_of
+from sigma_vae.data.cache import file_record
 from sigma_vae.data.levels import Array
-from sigma_vae.data.raw import Raw, file_record
-from sigma_vae.data.splits import SPLIT_WORDS, SplitName
+from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName
+from sigma_vae.registry import register
 
-__all__ = ["TABLES", "holds_tables", "read_tables"]
+__all__ = ["TABLES", "from_frames", "holds_tables", "read_tables"]
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
-"""Endings of the files that are read as tables."""
-_STEP = 0.01  # of the deviation: what rounding to float32 may cost
-_NAMELESS = "Unnamed: "  # what pandas calls a column without a name: row numbers, as a rule
+"""Endings of table files."""
+_STEP = 0.01  # largest error of rounding to float32, in units of the std
+_NAMELESS = "Unnamed: "  # how pandas names a column without a name: usually row numbers
 
 
-def holds_tables(folder: Path) -> bool:
-    """Whether a folder has a table that is its training split."""
-    return "train" in _tables(folder)
+def holds_tables(path: Path, config: DataConfig) -> bool:
+    """Whether a path is a folder with a table for its training split: train.csv, say."""
+    return path.is_dir() and "train" in _tables(path)
 
 
+@register.source("tables", options={"layout", "columns"}, endings=TABLES, reads=holds_tables, rank=1)
 def read_tables(config: DataConfig) -> Raw:
-    """Rows of numbers ``(N, C)``; with layout ``n-t``, series ``(N, 1, T)`` whose times are the columns.
+    """Read rows of numbers ``(N, C)``; with layout ``n-t``, series ``(N, 1, T)`` whose times are the columns.
 
-    Of a folder, train.csv, and test.csv and validation.csv where they are there (or .tsv, .parquet, .csv.gz). All numeric columns (and
-    true/false ones, as 1 and 0) are read, or those that ``columns`` names. They are real values, standardised unless the user says
-    otherwise; with ``levels``, integers 0..levels−1.
+    In a folder, train.csv is read, and test.csv and validation.csv if they exist (or .tsv, .parquet, .csv.gz). All numeric columns (and
+    true/false ones, as 1 and 0) are read, or those in ``columns``. They are real values, standardised by default; with ``levels``,
+    integers 0..levels−1.
 
     Raises:
         ValueError: a file is missing or damaged; a column is missing or not numeric; values are missing; or no column is left.
     """
-    path = path_of(config)
-    if config.layout not in ("auto", "n-c", "n-t"):
-        raise ValueError(f"{path}: a table has layout n-c or n-t, got {config.layout}; give one of these, or none")
+    path = config.path
     files = _tables(path) if path.is_dir() else _one(path)
-    frames = {split: _read(file) for split, file in files.items()}
-    columns, left_out = _columns(frames["train"], config.columns, files["train"])
-    parts = {split: _numbers(frame, columns, config, files[split]) for split, frame in frames.items()}
-    if len({part.dtype for part in parts.values()}) > 1:
-        kinds = ", ".join(
-            f"{'integers' if part.dtype.kind == 'i' else 'fractions'} in {files[split].name}" for split, part in parts.items()
-        )
-        raise ValueError(f"{path} needs integers in all tables or in none, got {kinds}; save them alike")
+    raw = from_frames({split: _read(file) for split, file in files.items()}, config, {s: str(f) for s, f in files.items()})
+    return replace(raw, name=str(path), files=[file_record(file) for file in files.values()])
+
+
+def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, names: Mapping[SplitName, str]) -> Raw:
+    """Read rows of data frames as :func:`read_tables` does those of files.
+
+    Args:
+        frames: one for each split, at least for train.
+        config: with ``columns``, ``levels`` and ``layout``.
+        names: names of the frames, for messages.
+
+    Raises:
+        ValueError: a column is missing or not numeric; values are missing; or no column is left.
+    """
+    if config.layout not in ("auto", "n-c", "n-t"):
+        raise ValueError(f"{config.source}: a table has layout n-c or n-t, got {config.layout}; give one of these, or none")
+    columns, left_out = _columns(frames["train"], config.columns, names["train"])
+    parts = {split: _numbers(frame, columns, config, names[split]) for split, frame in frames.items()}
+    kinds = {split: "integers" if part.dtype.kind == "i" else "fractions" for split, part in parts.items()}
+    if len(set(kinds.values())) > 1:
+        got = ", ".join(f"{kind} in {Path(names[split]).name}" for split, kind in kinds.items())
+        raise ValueError(f"{config.source} needs integers in all tables or in none, got {got}; save them alike")
     words = [f"columns {', '.join(columns)}", *([f"columns left out: {', '.join(left_out)}"] if left_out else [])]
-    records = [file_record(file) for file in files.values()]
-    return Raw(str(path), parts, records, words, standardise=True, columns=tuple(columns))
+    return Raw(config.source, parts, preprocessing=words, standardise=True, columns=tuple(columns))
 
 
 def _one(path: Path) -> dict[SplitName, Path]:
@@ -68,7 +82,7 @@ def _one(path: Path) -> dict[SplitName, Path]:
 
 
 def _tables(folder: Path) -> dict[SplitName, Path]:
-    """The file of each split."""
+    """Find the file of each split."""
     found: dict[SplitName, Path] = {}
     for word, split in SPLIT_WORDS.items():
         for path in (folder / f"{word}{ending}" for ending in TABLES):
@@ -88,7 +102,7 @@ def _read(path: Path) -> "pd.DataFrame":
         sign = "\t" if ".tsv" in path.name.lower() else ","
         _check_header(_header(path, sign), path)
         with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header, which it would cut
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas would cut rows that are longer than the header
             return pd.read_csv(path, sep=sign, index_col=False, low_memory=False)
     except (OSError, EOFError, ValueError, ImportError, pd.errors.ParserWarning) as error:
         raise ValueError(
@@ -105,7 +119,7 @@ def _header(path: Path, sign: str) -> list[str]:
 
 
 def _check_header(names: Sequence[str], path: Path) -> None:
-    """Columns may be called by rising numbers, such as times; other numbers are values."""
+    """Refuse a header of numbers, which is a row of values, unless they rise, as times do."""
     try:
         numbers = [float(name) for name in names]
     except ValueError:
@@ -116,10 +130,10 @@ def _check_header(names: Sequence[str], path: Path) -> None:
         )
 
 
-def _columns(frame: "pd.DataFrame", asked: Sequence[str], path: Path) -> tuple[list[str], list[str]]:
-    """The columns that are read, and those that are not."""
+def _columns(frame: "pd.DataFrame", asked: Sequence[str], path: str) -> tuple[list[str], list[str]]:
+    """Choose the columns to read, and list the others."""
     names = [str(name) for name in frame.columns]
-    frame.columns = names
+    frame = frame.set_axis(names, axis=1)
     if asked:
         _check_columns(frame, asked, path)
         return list(asked), [name for name in names if name not in asked]
@@ -131,7 +145,7 @@ def _columns(frame: "pd.DataFrame", asked: Sequence[str], path: Path) -> tuple[l
     return numeric, [name for name in names if name not in numeric]
 
 
-def _check_columns(frame: "pd.DataFrame", asked: Iterable[str], path: Path) -> None:
+def _check_columns(frame: "pd.DataFrame", asked: Iterable[str], path: str) -> None:
     for name in asked:
         if name not in frame.columns:
             near = difflib.get_close_matches(name, frame.columns, n=1)
@@ -150,8 +164,8 @@ def _is_numeric(frame: "pd.DataFrame", name: str) -> bool:
     return bool(is_bool_dtype(dtype) or (is_numeric_dtype(dtype) and not is_complex_dtype(dtype)))
 
 
-def _numbers(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path: Path) -> Array:
-    frame.columns = [str(name) for name in frame.columns]
+def _numbers(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path: str) -> Array:
+    frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
     _check_columns(frame, columns, path)
     chosen = frame[columns]
     if not len(chosen):
@@ -171,12 +185,12 @@ def _numbers(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path
     return values[:, np.newaxis] if config.layout == "n-t" else values
 
 
-def _check_steps(values: Array, columns: list[str], path: Path) -> None:
-    """A column far from 0, such as times since 1970, can lose its differences to float32."""
+def _check_steps(values: Array, columns: list[str], path: str) -> None:
+    """Refuse a column too far from 0 (times since 1970, say), whose differences float32 would lose."""
     with np.errstate(over="ignore", invalid="ignore"):
         step = np.spacing(np.abs(values).max(0).astype(np.float32))
-        deviation = values.std(0)
-        lost = ~(step <= _STEP * deviation) & (deviation > 0) & np.isfinite(values).all(0)
+        std = values.std(0)
+        lost = ~(step <= _STEP * std) & (std > 0) & np.isfinite(values).all(0)
     if lost.any():
         names = _few([name for name, bad in zip(columns, lost, strict=True) if bad])
         raise ValueError(

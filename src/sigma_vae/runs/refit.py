@@ -7,7 +7,7 @@ from typing import Any
 
 from sigma_vae import models
 from sigma_vae.config import DataConfig, EvaluationSettings, RunConfig, read, write
-from sigma_vae.data import NAMES, Splits
+from sigma_vae.data import Splits, names
 from sigma_vae.data.splits import SplitName
 from sigma_vae.evaluation.plots import drawable
 from sigma_vae.likelihoods.base import LocationScale
@@ -91,10 +91,10 @@ def _config(data: str, run: Run) -> DataConfig:
     scaling = run.data.scaling
     return replace(
         run.config.data,
-        source=data if data in NAMES or not Path(data).exists() else str(Path(data).resolve()),
+        source=data if data in names() or not Path(data).exists() else str(Path(data).resolve()),
         root=None,
         cache=None,
-        levels=None if data in NAMES else scaling.levels,
+        levels=None if data in names() else scaling.levels,
         standardise="yes" if scaling.standardised else "no",
     )
 

@@ -9,7 +9,7 @@ import torch
 
 from sigma_vae import __version__, models
 from sigma_vae.config import DataConfig, RunConfig, parse, write
-from sigma_vae.data import NAMES, Scaling, Splits
+from sigma_vae.data import Scaling, Splits, names
 from sigma_vae.evaluation.plots import drawable
 from sigma_vae.models import default_network
 from sigma_vae.networks import SequenceNetwork
@@ -72,7 +72,7 @@ def _train(config: RunConfig, out: Path, *, progress: bool) -> dict[str, Any]:
 
 def _from_anywhere(data: DataConfig) -> DataConfig:
     """The same data, found from any folder; a source is looked for in its root, where it has one."""
-    inside = data.root is not None or data.source in NAMES or not Path(data.source).exists()
+    inside = data.root is not None or data.source in names() or not Path(data.source).exists()
     source = data.source if inside else str(Path(data.source).resolve())
     return replace(data, source=source, root=_absolute(data.root), cache=_absolute(data.cache))
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from sigma_vae import models
 from sigma_vae.config import EvaluationSettings, ModelConfig, RunConfig, parse, read
-from sigma_vae.data import NAMES
+from sigma_vae.data import names
 from sigma_vae.evaluation import features
 from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.priors import FittedPrior
@@ -249,7 +249,7 @@ def _check(cell: Cell) -> None:
             )
     asked = cell.evaluation.metrics or ()
     for metric in asked:
-        if obstacle := _obstacle(metric, model, made, known=data.levels is not None or data.source in NAMES):
+        if obstacle := _obstacle(metric, model, made, known=data.levels is not None or data.source in names()):
             raise ValueError(f"{metric} cannot be measured of it: {obstacle}; leave it out of the metrics")
     if "quality" in asked:
         _check_features(cell.evaluation)

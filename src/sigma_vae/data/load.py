@@ -1,0 +1,259 @@
+"""Data sets by name and files by path: find the registered reader, check its values, hold out the missing splits.
+
+A new kind of data is one function in one file. It is found when its module is in this package, or when an installed package names it in
+the entry-point group ``sigma_vae.sources``::
+
+    @register.source("zarr", options={"layout"}, endings=(".zarr.zip",))
+    def read_zarr(config: DataConfig) -> Raw: ...
+"""
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Set
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from torch import Tensor
+
+from sigma_vae.config import DataConfig
+from sigma_vae.data.cache import cached
+from sigma_vae.data.holdout import hold_out
+from sigma_vae.data.levels import Array, encode, native_levels, real_values
+from sigma_vae.data.scaling import Scaling, standardisation
+from sigma_vae.data.splits import Raw, SplitName, Splits, fingerprint
+from sigma_vae.data.stores import Encoded, Generated, InMemory, Mapped, Part, Store
+from sigma_vae.registry import register
+
+__all__ = ["Source", "endings", "known", "load", "names", "refuse_unread", "source_of", "splits_from", "store_of"]
+
+COMMON = frozenset({"source", "levels", "standardise", "validation_fraction", "test_fraction", "split_seed"})
+"""Options of :class:`~sigma_vae.config.DataConfig` that apply to all data."""
+CHUNK = 2**22
+"""Values of a mapped file checked at a time."""
+
+
+@final
+@dataclass(frozen=True)
+class Source:
+    """A registered kind of data: a data set with a name, or files of one kind.
+
+    ``register.source`` takes the last four as keywords, above the reader ``(DataConfig) -> Raw``. A kind without ``endings`` and
+    ``reads`` is a data set, and ``source`` gives its name.
+
+    Args:
+        name: the name that it is registered under.
+        pattern: the name as help texts write it, with what may follow a colon.
+        read: the reader. Raises ValueError if the data are missing or damaged.
+        options: the options that it reads, beyond those that all data have.
+        endings: endings of the files that it reads, in lower case.
+        reads: whether it reads a path that no ending tells: a folder, or a pattern for several files.
+        rank: kinds of a lower rank are asked first.
+    """
+
+    name: str
+    pattern: str
+    read: Callable[[DataConfig], Raw]
+    options: Set[str] = frozenset()
+    endings: tuple[str, ...] = ()
+    reads: Callable[[Path, DataConfig], bool] | None = None
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse options that do not exist."""
+        if unknown := self.options - _flat(asdict(DataConfig("any"))).keys():
+            raise ValueError(f"the data source {self.name!r} reads options of DataConfig, got {', '.join(sorted(unknown))}")
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is a data set with a name, not a kind of file."""
+        return not self.endings and self.reads is None
+
+    def has(self, path: Path, config: DataConfig) -> bool:
+        """Whether this kind of file reads the path."""
+        by_name = bool(self.endings) and path.name.lower().endswith(self.endings) and not path.is_dir()
+        return by_name or (self.reads is not None and self.reads(path, config))
+
+
+def load(config: DataConfig) -> Splits:
+    """Read a data set, and hold out the splits that it does not have.
+
+    The held-out examples depend only on ``split_seed``, the fractions and the number of examples.
+
+    Raises:
+        ValueError: the source is unknown, missing or damaged, or its values contradict the config.
+        OSError: decoded copies cannot be written.
+    """
+    source = source_of(config)
+    if source is None:
+        near = difflib.get_close_matches(config.source.lower(), names(), n=1)
+        guess = f"did you mean {near[0]}?" if near else "give one of these."
+        raise ValueError(f"expected {known()}, got {config.source!r}; {guess}")
+    refuse_unread(config, source.options if source.is_named else source.options | {"root"})
+    return splits_from(source.read(config), config)
+
+
+def source_of(config: DataConfig) -> Source | None:
+    """Find the reader of a config's source; None if it is neither a name nor a path of a known kind.
+
+    Raises:
+        ValueError: the path is a link to nothing.
+    """
+    kinds = _sources()
+    head, colon, _ = config.source.partition(":")
+    for source in kinds:
+        if source.is_named and source.name == head and bool(colon) == (":" in source.pattern):
+            return source
+    path = config.path
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there; mend the link, or give another path")
+    return next((source for source in kinds if not source.is_named and source.has(path, config)), None)
+
+
+def names() -> tuple[str, ...]:
+    """Names of the data sets: ours in alphabetical order, then those of installed packages.
+
+    >>> "digits" in names()
+    True
+    """
+    return tuple(source.name for source in _sources() if source.is_named and ":" not in source.pattern)
+
+
+def endings() -> tuple[str, ...]:
+    """Endings of the files that can be read."""
+    return tuple(ending for source in _sources() for ending in source.endings)
+
+
+def known() -> str:
+    """Everything that a source can be, for messages and help texts."""
+    patterns = [source.pattern for source in _sources() if source.is_named and ":" in source.pattern]
+    return f"a data set ({', '.join(names())}), {', '.join(patterns)}, or the path of a folder or of a file ({', '.join(endings())})"
+
+
+def _sources() -> list[Source]:
+    """All registered kinds, in the order in which they are asked."""
+    found = []
+    for entry in register.source:
+        try:
+            found.append(Source(entry.name, entry.pattern, entry.object, **entry.facts))
+        except TypeError as error:
+            raise ValueError(f"the data source {entry.name!r} of {entry.package} has a wrong declaration: {error}") from error
+    return sorted(found, key=lambda source: source.rank)
+
+
+def refuse_unread(config: DataConfig, options: Set[str]) -> None:
+    """Refuse an option that would have no effect: it is a mistake.
+
+    Args:
+        config: the user's.
+        options: the options that the reader reads, beyond those that all data have.
+
+    Raises:
+        ValueError: another option differs from its default.
+    """
+    given, usual = _flat(asdict(config)), _flat(asdict(DataConfig(config.source)))
+    for name, value in given.items():
+        if name not in COMMON | options and value != usual[name]:
+            raise ValueError(f"{name} says nothing about {config.source}, got {value!r}; leave it out")
+
+
+def splits_from(raw: Raw, config: DataConfig) -> Splits:
+    """Check a reader's output, hold out the missing splits, and record what was done.
+
+    Raises:
+        ValueError: values contradict the config, or there are too few examples.
+        OSError: decoded copies cannot be written.
+    """
+    standardise = _standardise(config, raw)
+    words = list(raw.preprocessing)
+    stored = {split: store_of(part, raw, split, config, words) for split, part in raw.parts.items()}
+    parts, held_out = hold_out(stored, config, raw.name)
+    scaling = standardisation(parts["train"], raw.name, raw.columns) if standardise else Scaling(_levels(raw, config.levels))
+    words += [_stored_as(scaling), *held_out]
+    record = {
+        "source": config.source,
+        "files": raw.files,
+        "counts": {name: len(part) for name, part in parts.items()},
+        "preprocessing": "; ".join(words),
+        "fingerprint": fingerprint(parts),
+        **({"columns": list(raw.columns)} if raw.columns else {}),
+    }
+    return Splits(raw.name, parts["train"], parts["validation"], parts["test"], scaling, record, raw.clips)
+
+
+def store_of(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: list[str]) -> Store:
+    """Check one split's values and bring them into stored form; ``words`` gets what had to be left out.
+
+    Raises:
+        ValueError: values contradict the config.
+        OSError: decoded copies cannot be written.
+    """
+    name = f"{raw.name} ({split})"
+    if isinstance(part, Generated):
+        return part
+    standardise = _standardise(config, raw)
+    levels = None if standardise else _levels(raw, config.levels)
+    if isinstance(part, Encoded):
+        part, skipped = cached(part, None if config.cache is None else Path(config.cache).expanduser())
+        if skipped:
+            total = len(part) + len(skipped)
+            words.append(f"{split}: left out {len(skipped)} of {total} as unreadable ({', '.join(skipped[:5])})")
+    if isinstance(part, Mapped):
+        return _checked(part, levels, standardise, name)
+    return InMemory(real_values(part, name) if standardise else encode(part, levels, name))
+
+
+def _checked(mapped: Mapped, levels: int | None, standardise: bool, name: str) -> Mapped:
+    """Check a file's values, which stay as they are: they may exceed levels that are fewer than the dtype has."""
+    native = native_levels(mapped.array, name)
+    if native is None:
+        rows = max(1, CHUNK // math.prod(mapped.shape))
+        for start in range(0, len(mapped.array), rows):
+            (real_values if standardise else _unit)(mapped.array[start : start + rows], name)
+    elif levels is not None and levels < native and (greatest := int(mapped.array.max())) >= levels:
+        raise ValueError(
+            f"{name} needs levels 0..{levels - 1} for levels={levels}, but its values go up to {greatest}; give the right --levels"
+        )
+    return mapped
+
+
+def _unit(array: Array, name: str) -> Tensor:
+    return encode(array, None, name)
+
+
+def _standardise(config: DataConfig, raw: Raw) -> bool:
+    known = config.levels if config.levels is not None else raw.levels
+    if config.standardise == "yes" and known is not None:
+        raise ValueError(f"{raw.name} has {known} levels, which are not standardised; leave out one of levels and standardise")
+    wanted = config.standardise == "yes" or (config.standardise == "auto" and raw.standardise and known is None)
+    if wanted and raw.clips:
+        raise ValueError(f"{raw.name} holds clips, which cannot be standardised; bring their values into [0, 1]")
+    return wanted
+
+
+def _levels(raw: Raw, asked: int | None) -> int | None:
+    if raw.levels is not None and asked not in (None, raw.levels):
+        raise ValueError(f"{raw.name} has {raw.levels} levels, got levels={asked}; leave levels out")
+    if asked is not None:
+        return asked
+    if raw.levels is not None:
+        return raw.levels
+    train = raw.parts["train"]
+    assert not isinstance(train, Generated), "what is generated has known levels"
+    if isinstance(train, Encoded):
+        return native_levels(np.empty(0, train.dtype), raw.name)
+    return native_levels(train.array if isinstance(train, Mapped) else train, raw.name)
+
+
+def _stored_as(scaling: Scaling) -> str:
+    if scaling.levels is not None:
+        return f"kept as levels 0..{scaling.levels - 1}"
+    return "standardised by mean and std of the training split" if scaling.standardised else "kept as float32 values"
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    nested = {key: value for key, value in options.items() if isinstance(value, dict)}
+    plain = {key: value for key, value in options.items() if key not in nested}
+    return plain | {key: value for inner in nested.values() for key, value in inner.items()}

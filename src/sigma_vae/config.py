@@ -159,22 +159,23 @@ class HardwareConfig(_Strict):
     """Hardware settings; auto picks what benchmarks favour. Training starts by printing the choices."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the network's convolutions and matrix products in training; weights, KL, likelihood and every evaluation are float32.
-    auto: bfloat16 where the hardware has it, the network is large enough to gain, and it is known to do no harm."""
+    """Precision of the network's convolutions and matrix products in training; weights, KL, likelihood and every
+    evaluation are float32. auto: bfloat16 where the hardware has it, the network is large enough to gain, and it is
+    known to do no harm."""
     memory_format: Literal["auto", "contiguous", "channels-last"] = "auto"
     """Memory format of images in the network; auto: channels last where convolutions are wide and in bfloat16."""
     fused_optimiser: Literal["auto", "yes", "no"] = "auto"
     """Update all weights in one kernel; auto: yes."""
     allocator: Literal["auto", "default", "retain", "patient"] = "auto"
-    """retain: the process keeps freed memory, instead of asking the kernel for it in each step (glibc; until the process ends). auto:
-    retain where training is on the CPU. (patient is the old word for retain.)"""
+    """retain: the process keeps freed memory, instead of asking the kernel for it in each step (glibc; until the
+    process ends). auto: retain where training is on the CPU. (patient is the old word for retain.)"""
     compile: bool = False
     """Compile the step (torch.compile, half a minute): for long runs of small networks."""
     threads: int | None = None
     """CPU threads; unless given, torch's number, but no more than the container's share of the processors."""
     steps_per_call: int | None = None
-    """Steps between two looks at clock, interrupts and losses on a GPU; unless given, as many as take a small part of a second. No result
-    depends on it."""
+    """Steps between two looks at clock, interrupts and losses on a GPU; unless given, as many as take a small part of a
+    second. No result depends on it."""
 
     def __post_init__(self) -> None:
         """Refuse counts that mean nothing."""
@@ -200,9 +201,11 @@ class TrainingConfig(_Strict):
     batch_size: int = 128
     """Examples per step, of all processes together: results mean the same on any number of them."""
     accumulate: int = 1
-    """Number of gradient-accumulation micro-batches per step, to need less memory; an optimal σ is then that of each micro-batch."""
+    """Number of gradient-accumulation micro-batches per step, to need less memory; an optimal σ is then that of each
+    micro-batch."""
     shard_weights: bool = False
-    """Shard weights, gradients and optimizer state across processes (FSDP), for hierarchical networks that are too large for one GPU."""
+    """Shard weights, gradients and optimizer state across processes (FSDP), for hierarchical networks that are too
+    large for one GPU."""
     learning_rate: float = 1e-3
     """Adam's peak learning rate, reached after warm-up."""
     scale_learning_rate_factor: float = 10.0
@@ -210,13 +213,17 @@ class TrainingConfig(_Strict):
     scale_start: Literal["data", "one"] = "data"
     """Start of a learned shared σ: the spread of the training data, or 1."""
     kl_weight: float = 1.0
-    """Weight of the KL in the training loss, on top of the calibrated σ (Beta-Sigma VAE); if it is not 1, the loss is no bound."""
+    """Weight of the KL in the training loss, on top of the calibrated σ (Beta-Sigma VAE); if it is not 1, the loss is
+    no bound."""
     beta_nll: float = 0.0
-    """Weight each value's log-likelihood by its predicted σ to the power 2β (β-NLL, 0.5 say): steadies per-pixel scales."""
+    """Weight each value's log-likelihood by its predicted σ to the power 2β (β-NLL, 0.5 say): steadies per-pixel
+    scales."""
     free_bits_nats: float = 0.0
-    """Least KL that each layer counts with (free bits), so that no layer is switched off early; above 0 the loss is no bound."""
+    """Least KL that each layer counts with (free bits), so that no layer is switched off early; above 0 the loss is no
+    bound."""
     kl_balancing_steps: int = 0
-    """Number of first steps in which layers with more KL for each latent pay more for it (as in NVAE's warm-up); the loss is no bound then."""
+    """Number of first steps in which layers with more KL for each latent pay more for it (as in NVAE's warm-up); the
+    loss is no bound then."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW); at 0 the optimiser is Adam."""
     warmup_steps: int = 0
@@ -226,7 +233,8 @@ class TrainingConfig(_Strict):
     gradient_clip_norm: float | None = None
     """Largest norm of a gradient; gradients are in nats, thousands of them for an image."""
     skip_gradient_norm: float | None = None
-    """Skip a step whose gradient norm, before clipping, reaches this or is not finite: a rare one can undo a deep network."""
+    """Skip a step whose gradient norm, before clipping, reaches this or is not finite: a rare one can undo a deep
+    network."""
     ema_decay: float | None = None
     """Evaluate and export an exponential moving average of the weights with this decay (0.999, say)."""
     patience: int | None = None
@@ -238,7 +246,8 @@ class TrainingConfig(_Strict):
     log_every: int = 50
     """Steps between rows of the metrics."""
     logger: tuple[LoggerName, ...] = ("csv", "tensorboard")
-    """Where metrics are written: csv, tensorboard, wandb, mlflow; several at once. The last two need the package of that name."""
+    """Where metrics are written: csv, tensorboard, wandb, mlflow; several at once. The last two need the package of
+    that name."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:

@@ -80,7 +80,7 @@ class Terminated(SystemExit):
 
 def fit(
     vae: VAE,
-    data: Splits,
+    data: object,
     config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     *,
     out: Path | None = None,
@@ -118,29 +118,30 @@ def fit(
     """
     where = resolve_device(device)
     with joined(where), ExitStack() as stack:
+        splits = as_splits(data)
         check_processes(vae)
         check_weights(vae, config)
-        _check_clips(vae, data)
+        _check_clips(vae, splits)
         seed_generators(seed)
         folder = (out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))).absolute()
         stack.enter_context(exclusive(folder / "checkpoints"))
         resumed = _resumed(folder / "checkpoints", resume=resume)
         vae.train()
         if resumed is None:
-            _start_scales(vae, data, config)
+            _start_scales(vae, splits, config)
         model = to_be_trained(vae, config)
-        choices = choices_for(model, data, config, where)
+        choices = choices_for(model, splits, config, where)
         if progress and processes().first:
             print(choices)
             callbacks = [*callbacks, Bar()]
         named = config.logger if loggers is None else loggers
         keep = _loggers(named, out and folder, resumed) if processes().first else []
-        training = _Training(model, data, config, choices, where, seed, folder, resumed, out is not None, callbacks, keep)
+        training = _Training(model, splits, config, choices, where, seed, folder, resumed, out is not None, callbacks, keep)
         with applied(choices, model), global_statistics(model):
             training.run()
         if training.checkpoints.best.step is not None or model is not vae:
             vae.load_state_dict(training.checkpoints.newest_weights())
-        vae.to(where).eval().calibrate(shared(data, "train", _passing_batch(data), where))
+        vae.to(where).eval().calibrate(shared(splits, "train", _passing_batch(splits), where))
         return training.result()
 
 

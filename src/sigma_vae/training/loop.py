@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from sigma_vae.config import LoggerName, TrainingConfig
-from sigma_vae.data import Splits
+from sigma_vae.data import Splits, as_splits
 from sigma_vae.training.callbacks import Bar, Callback, Context, Patience
 from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
 from sigma_vae.training.distributed import (
     check_processes,
     each_on_any,
     fabric_for,
+    first_of_node_first,
     from_first,
     global_statistics,
     joined,
@@ -118,7 +119,8 @@ def fit(
     """
     where = resolve_device(device)
     with joined(where), ExitStack() as stack:
-        splits = as_splits(data)
+        with first_of_node_first():
+            splits = as_splits(data)
         check_processes(vae)
         check_weights(vae, config)
         _check_clips(vae, splits)

@@ -3,7 +3,7 @@
     python -m benchmarks.decoders fashion-mnist --out benchmarks/results/decoders-fashion-mnist.json
     python -m benchmarks.decoders cifar10_slice.npz --steps 300 --out benchmarks/results/decoders-cifar10-slice.json
 
-Each run is written as it ends; started again with the same file and options, only what is missing is run.
+Each result is written as its run ends. Started again with the same file and options, it does the missing runs.
 """
 
 import json
@@ -66,10 +66,10 @@ def main(
     Args:
         data: Name or path of the data.
         out: JSON file of the results.
-        seeds: How many.
-        steps: Of 128 images each.
-        width: Of the conv network.
-        latent_dim: Size of the latent code.
+        seeds: Number of seeds.
+        steps: Number of training steps, of 128 images each.
+        width: Width of the conv network.
+        latent_dim: Size of z.
     """
     about = {"data": Path(data).stem, "steps": steps, "width": width, "latent_dim": latent_dim}
     record: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {**about, "results": {}}

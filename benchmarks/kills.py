@@ -22,7 +22,17 @@ import tyro
 NETWORKS = {
     "mlp": ["digits", "--network", "mlp", "--epochs", "12", "--likelihood", "gaussian/shared", "--ema-decay", "0.99"],
     "conv": ["digits", "--network", "conv", "--width", "4", "--epochs", "4"],
-    "hierarchical": ["digits", "--network", "hierarchical:tiny", "--width", "16", "--epochs", "2", "--skip-gradient-norm", "1e6"],
+    "hierarchical": [
+        "digits",
+        "--network",
+        "hierarchical:tiny",
+        "--width",
+        "16",
+        "--epochs",
+        "2",
+        "--skip-gradient-norm",
+        "1e6",
+    ],
     "sequence": ["moving-mnist", "--network", "sequence", "--width", "8", "--size", "16", "--frames", "5", "--max-steps", "12"],
 }
 OFTEN = ["--checkpoint-minutes", "0.002", "--validate-every", "7", "--precision", "float32", "--threads", "1"]

@@ -1,6 +1,6 @@
 """Forward and backward pass of each likelihood, beside the usual eager implementation: milliseconds and peak extra memory.
 
-Each number comes from a fresh process, with glibc's allocator as it is and with the patient one (which keeps what is freed). "Extra"
+Each number comes from a fresh process, with glibc's allocator as it is and with ``retain`` (which keeps freed memory). "Extra"
 is the peak resident memory above what the features and data take, the gradient of the features included. Run it as
 `python -m benchmarks.likelihoods --out benchmarks/results/likelihoods.json`.
 """
@@ -28,11 +28,11 @@ from sigma_vae import models
 GAUSSIANS = ("gaussian/optimal", "gaussian/shared", "gaussian/per-image", "gaussian/per-pixel")
 OTHERS = ("laplace/optimal", "logistic/optimal", "student-t/optimal", "student-t:learned/optimal", "gaussian/running-minimum")
 BY_LEVEL = ("gaussian/optimal@level", "logistic/optimal@level")
-"""Trained on the masses of the levels: ``observes="level"``."""
+"""Trained on the levels' bin probabilities: ``observes="level"``."""
 UNSCALED = ("bernoulli", "continuous-bernoulli", "bitwise-categorical", "categorical", "logistic-mixture:10")
 USUAL = ("usual gaussian", "usual categorical", "usual logistic-mixture:10")
 MODES = ("eager", "compiled")
-ALLOCATORS = ("default", "patient")
+ALLOCATORS = ("default", "retain")
 SIDE, CHANNELS, LEVELS = 64, 3, 256
 
 
@@ -71,7 +71,7 @@ def in_fresh_process(name: str, mode: str, allocator: str, batch: int, repeats: 
 def one(name: str, mode: str, allocator: str, batch: int, repeats: int) -> None:
     """Measure one case in this process and print it as JSON."""
     torch.set_num_threads(1)
-    if allocator == "patient":
+    if allocator == "retain":
         keep_freed_memory()
     loss, in_channels = usual(name) if name.startswith("usual") else ours(name)
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def step(loss: Callable[[Tensor, Tensor], Tensor], h: Tensor, x: Tensor) -> floa
 
 
 def keep_freed_memory() -> None:
-    """No block of its own for large requests, and nothing is given back to the kernel."""
+    """Set glibc's allocator to keep freed memory: no separate block for large requests, nothing returned to the kernel."""
     libc = ctypes.CDLL("libc.so.6")
     trim_threshold, top_pad, mmap_max = -1, -2, -4
     libc.mallopt(mmap_max, 0)
@@ -109,7 +109,7 @@ def keep_freed_memory() -> None:
 
 
 def resident(kind: str) -> int:
-    """KiB."""
+    """Memory of this process, in KiB."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(kind)).split()[1])
 
@@ -123,7 +123,7 @@ def ours(name: str) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
 
 
 def usual(name: str) -> tuple[Callable[[Tensor, Tensor], Tensor], int]:
-    """What one finds in public repositories."""
+    """A loss as usually written in public repositories, and the channels that it reads."""
     return {
         "usual gaussian": (usual_gaussian, CHANNELS),
         "usual categorical": (usual_categorical, CHANNELS * LEVELS),
@@ -166,7 +166,7 @@ def usual_mixture(h: Tensor, x: Tensor) -> Tensor:
 
 
 def quotients(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """What the heavy families take of the usual implementation's time (median and fastest) and memory, eager."""
+    """Time (median and fastest) and memory of the heavy families over the usual implementation's, eager."""
     eager = {(row["name"], row["allocator"]): row for row in rows if row["mode"] == "eager"}
     for name, allocator in eager:
         if usual := eager.get((f"usual {name}", allocator)):
@@ -180,7 +180,7 @@ QUOTIENTS = {"median time": "ms", "fastest": "least_ms", "memory": "extra_mib"}
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown, a line for each likelihood and mode."""
-    yield "| likelihood | | ms | ms, patient | extra MiB | extra MiB, patient |"
+    yield "| likelihood | | ms | ms, retain | extra MiB | extra MiB, retain |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for name, mode in dict.fromkeys((row["name"], row["mode"]) for row in rows):
         cells = {row["allocator"]: row for row in rows if (row["name"], row["mode"]) == (name, mode)}

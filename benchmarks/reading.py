@@ -1,8 +1,8 @@
-"""Reading: from the mapped cache to normalised batches, beside the usual pipelines, in one run; and memory on a cache of 20 GB.
+"""Reading speed from the mapped cache and from the usual pipelines, in one run; and memory on a cache of 20 GB.
 
     python -m benchmarks.reading --out benchmarks/results/reading.json
 
-The pictures are JPEGs of CelebA's size (178×218), cut from two photographs that scikit-learn carries.
+The pictures are JPEGs of CelebA's size (178×218), cut from two photographs in scikit-learn.
 """
 
 import json
@@ -32,7 +32,7 @@ SHAPE = (3, SIZE, SIZE)
 
 
 def main(out: Path, pictures: int = 3000, rounds: int = 3, gigabytes: int = 20, steps: int = 200) -> None:
-    """Time every pipeline in turn, measure memory, write JSON, print the table."""
+    """Time all pipelines in turns, measure memory, write JSON, print the table."""
     with tempfile.TemporaryDirectory() as folder:
         speeds = speed(Path(folder), pictures, rounds)
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +46,7 @@ def main(out: Path, pictures: int = 3000, rounds: int = 3, gigabytes: int = 20, 
 
 
 def speed(folder: Path, pictures: int, rounds: int) -> dict[str, float]:
-    """Images a second of each pipeline, the median of rounds in which they take turns."""
+    """Images per second of each pipeline: the median of rounds in which they take turns."""
     paths = make_pictures(folder / "pictures", pictures)
     start = time.perf_counter()
     images = ImageConfig(crop=CROP, size=SIZE)
@@ -87,7 +87,7 @@ def central(width: int, height: int) -> tuple[int, int, int, int]:
 
 
 class Files(Dataset[Tensor]):
-    """The usual way: a file is opened, decoded, cut and resized whenever it is asked for."""
+    """The usual way: open, decode, crop and resize a file at every access."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
@@ -101,7 +101,7 @@ class Files(Dataset[Tensor]):
 
 
 class InMemory(Dataset[Tensor]):
-    """The usual way of small data sets: decoded images in memory, converted one by one."""
+    """The usual way for small data sets: decoded images in memory, converted one by one."""
 
     def __init__(self, images: list[Image.Image]) -> None:
         self.images = images
@@ -129,7 +129,7 @@ def images_per_second(batches: Any) -> float:
 
 
 def anonymous_memory(folder: Path, gigabytes: int, steps: int) -> dict[str, float]:
-    """Train from a sparse cache of this size, opened and verified as any other; what the process holds beyond mapped files."""
+    """Train from a sparse cache of this size, opened and verified like any other; measure memory outside mapped files."""
     count = gigabytes * 10**9 // int(np.prod(SHAPE))
     start = time.perf_counter()
     store, _ = cached(sparse_cache(folder, count))
@@ -155,7 +155,7 @@ def anonymous_memory(folder: Path, gigabytes: int, steps: int) -> dict[str, floa
 
 
 def sparse_cache(folder: Path, count: int) -> Encoded:
-    """A cache that was built already: all zeros, none of them on the disk."""
+    """Make a complete cache of zeros that take no room on the disk."""
     encoded = Encoded(range(count), SHAPE, "uint8", lambda i: np.zeros(SHAPE, np.uint8), {"sparse": count}, folder)  # type: ignore[arg-type]
     place = folder / FOLDER / key_of(encoded.identity, home=None)
     place.mkdir(parents=True)
@@ -177,13 +177,13 @@ def sparse_cache(folder: Path, count: int) -> Encoded:
 
 
 def resident(kind: str) -> float:
-    """Gigabytes of resident memory of a kind, as Linux counts them."""
+    """Return gigabytes of one kind of resident memory, as Linux counts it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith(kind))
 
 
 def table(speeds: dict[str, float]) -> Iterator[str]:
-    """Images a second, and how many times slower than the cache."""
+    """Tabulate images per second, and how many times faster the cache is."""
     yield "| pipeline | images/s | the cache is |"
     yield "| --- | --- | --- |"
     cache = next(iter(speeds.values()))

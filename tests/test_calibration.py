@@ -38,7 +38,7 @@ from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.calibration import INTERVALS, LAGS, PIT_BINS, Correlations, calibration, deciles
 from sigma_vae.evaluation.plots import save_page
-from sigma_vae.runs import sigma as stored_sigma
+from sigma_vae.runs.folder import sigma_fitted_on
 from sigma_vae.types import Batch, Likelihood
 from sigma_vae.vae import keyed_noise
 
@@ -131,7 +131,7 @@ def test_a_model_that_is_right_lies_within_the_binomial_band(right: Right) -> No
     assert outside_the_band(report, right.kind) == []
     kinds = {"density", "density_post_hoc", "level", "level_post_hoc"}
     assert all(report[other] is None for other in kinds - {right.kind})
-    json.dumps(report, allow_nan=False)
+    json.dumps(report.to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
@@ -196,10 +196,10 @@ def test_no_number_depends_on_the_batch_size(right: Right) -> None:
             return [-1.0 if content is None else float(content)]
         return [number for part in parts for number in flat(part)]
 
-    truth = flat(reference)
+    truth = flat(reference.to_json())
     for other in others:
-        assert len(flat(other)) == len(truth)
-        for ours, theirs in zip(flat(other), truth, strict=True):
+        assert len(flat(other.to_json())) == len(truth)
+        for ours, theirs in zip(flat(other.to_json()), truth, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     assert calibration(vae, batches(x, right.levels), seed=1) != reference  # other draws
 
@@ -401,7 +401,7 @@ def test_every_network_and_kind_of_data(
     found = report["residuals"]
     assert (found["axes"] and {name: len(row["pairs"]) for name, row in found["axes"].items()}) == axes
     assert (found["channels"] and len(found["channels"])) == channels
-    save_page(tmp_path / "page.png", json.loads(json.dumps(report, allow_nan=False)))
+    save_page(tmp_path / "page.png", json.loads(json.dumps(report.to_json(), allow_nan=False)))
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
@@ -535,12 +535,12 @@ def test_sigma_of_other_data_is_theirs_and_all_else_stays(run: Path, tmp_path: P
     assert after["bits_per_dim_post_hoc"]["mean"] > before["bits_per_dim_post_hoc"]["mean"] + 0.1  # σ is too wide for digits
     record = {"data": str(path), "split": "train", "examples": 162, "noise_seed": 0}
     assert after["sigma_fitted_on"].items() >= record.items()
-    assert stored_sigma.fitted_on(run) == after["sigma_fitted_on"]
+    assert sigma_fitted_on(run) == after["sigma_fitted_on"]
 
 
 def test_the_runs_own_training_split_gives_back_what_training_left(run: Path, capsys) -> None:
     before = json.loads((run / "evaluation.json").read_text())
-    assert stored_sigma.fitted_on(run) is None
+    assert sigma_fitted_on(run) is None
     assert main(["calibrate", str(run)]) == 0
     said = capsys.readouterr().out
     assert "fitted on 1455 examples of digits (train)" in said
@@ -548,7 +548,7 @@ def test_the_runs_own_training_split_gives_back_what_training_left(run: Path, ca
     after = json.loads((run / "evaluation.json").read_text())
     assert after["bits_per_dim_post_hoc"]["mean"] == pytest.approx(before["bits_per_dim_post_hoc"]["mean"], abs=1e-5)
     assert main(["calibrate", str(run), "--split", "test"]) == 0
-    assert "no held-out ones" in capsys.readouterr().out
+    assert "held-out numbers" in capsys.readouterr().out
     best = json.loads((run / "evaluation.json").read_text())
     assert best["bits_per_dim_post_hoc"]["mean"] < after["bits_per_dim_post_hoc"]["mean"]  # no σ is better for these examples
     assert best["sigma_fitted_on"]["examples"] == best["examples"]
@@ -588,7 +588,7 @@ def test_standardised_data_are_read_by_the_runs_own_mean_and_deviation(tmp_path:
     assert result["sigma_post_hoc"]["level"] == {"before": None, "after": None}
     table = (tmp_path / "other.csv").read_text()
     (tmp_path / "swapped.csv").write_text(table.replace("a,b,c", "b,a,c"))
-    with pytest.raises(ValueError, match=r"knows the columns a, b, c, .*swapped.csv has b, a, c"):
+    with pytest.raises(ValueError, match=r"trained on the columns a, b, c, .*swapped.csv has b, a, c"):
         runs.calibrate_run(run, str(tmp_path / "swapped.csv"), device="cpu")
 
 
@@ -654,7 +654,7 @@ def test_an_interrupted_write_leaves_the_old_model(interruption, moment: str, ru
 
 def test_training_on_forgets_what_sigma_was_fitted_on(run: Path) -> None:
     runs.calibrate_run(run, split="validation", device="cpu")
-    assert stored_sigma.fitted_on(run)["split"] == "validation"
+    assert sigma_fitted_on(run)["split"] == "validation"
     report = runs.resume(run, epochs=2, progress=False)
-    assert stored_sigma.fitted_on(run) is None
+    assert sigma_fitted_on(run) is None
     assert "sigma_fitted_on" not in report

@@ -1,5 +1,6 @@
 """The command line: each command on a real run, each mistake with its sentence and exit code."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from sigma_vae.cli import COMMANDS, PROGRAM, main
+from sigma_vae.cli import COMMANDS, PROGRAM, STUDY, main
+from sigma_vae.config import RenamedWarning, RunConfig, read
 from sigma_vae.likelihoods.translate import explain
 
 
@@ -236,7 +238,16 @@ def test_a_broken_run_is_refused(digits_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["trian"], ["train"], ["train", "digits", "--epoch", "3"], ["train", "digits", "--epochs", "x"]]
+    "words",
+    [
+        [],
+        ["study"],
+        ["trian"],
+        ["study", "rnu"],
+        ["train"],
+        ["train", "digits", "--epoch", "3"],
+        ["train", "digits", "--epochs", "x"],
+    ],
 )
 def test_a_wrong_command_line_exits_with_2(words, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -244,21 +255,65 @@ def test_a_wrong_command_line_exits_with_2(words, capsys):
     assert stop.value.code == 2
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command, capsys):
+FUNCTIONS = {(name,): command for name, command in COMMANDS.items() if not command.commands}
+FUNCTIONS |= {("study", name): command for name, command in STUDY.items()}
+
+
+@pytest.mark.parametrize("words", FUNCTIONS, ids=" ".join)
+def test_every_command_explains_itself(words, capsys):
+    function = FUNCTIONS[words].load()
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([*words, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name in COMMANDS[command].__annotations__:
-        if name not in (
-            "return",
-            "config",
-            "settings",
-            "run",
-            "folders",
-        ):  # the options of config and settings are their fields
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
             assert f"--{name.replace('_', '-')}" in text
+    assert inspect.getdoc(function).partition("\n")[0] == f"{FUNCTIONS[words].summary}."
+
+
+@pytest.mark.parametrize("words", [[], ["study"]])
+def test_the_list_of_commands_has_all_of_them(words, capsys):
+    assert main([*words, "--help"]) == 0
+    text = capsys.readouterr().out
+    for name, command in (STUDY if words else COMMANDS).items():
+        assert f"  {name} " in text
+        assert command.summary in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_list_of_commands_imports_nothing_heavy():
+    """Only the standard library, so that it shows at once."""
+    script = "import sys; from sigma_vae.cli import main; main(['--help']); print({n.partition('.')[0] for n in sys.modules})"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    modules = eval(result.stdout.splitlines()[-1])
+    before = subprocess.run(
+        [sys.executable, "-c", script.replace("from sigma_vae.cli import main; main(['--help'])", "0")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    own = modules - eval(before.stdout.splitlines()[-1])
+    assert own - {"sigma_vae"} <= sys.stdlib_module_names
+
+
+def test_a_wrong_command_gets_the_nearest_one(capsys):
+    for words, near in ((["trian"], "'train'"), (["fit_prior"], "'fit-prior'"), (["study", "verdict"], "'verdicts'")):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert f"did you mean {near}?" in capsys.readouterr().err
+
+
+def test_old_names_of_options_work_and_are_remarked_upon(tmp_path, capsys):
+    words = ["train", "digits", "--network", "mlp", "--width", "4", "--max-steps", "1", "--allocator", "patient", "--json"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert "sigma-vae train: allocator='patient' is called 'retain' now" in capsys.readouterr().err
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "allocator: retain" in config
+    (tmp_path / "old.yaml").write_text(config.replace("allocator: retain", "allocator: patient"))
+    with pytest.warns(RenamedWarning, match="called 'retain' now"):
+        assert read(tmp_path / "old.yaml", RunConfig) == read(tmp_path / "run" / "config.yaml", RunConfig)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "batch-mean", "mean"])
@@ -295,22 +350,23 @@ def test_explain_prints_numbers_and_words(capsys):
 
 
 def test_without_its_packages_the_command_says_what_to_install():
-    """With torch and numpy alone the library imports, quickly, and the command line names the extra."""
+    """With torch and numpy alone the library imports, quickly, and a command names the extra."""
     script = """
 import importlib.abc, sys, time
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        others = {"tyro", "pydantic", "yaml", "pytorch_lightning", "PIL", "pandas", "safetensors", "rich"}
+        others = {"tyro", "pydantic", "yaml", "pytorch_lightning", "lightning_fabric", "PIL", "pandas", "safetensors", "rich"}
         others |= {"sklearn", "scipy", "zuko"}
         if name.split(".")[0] in others:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Blocked())
 import torch, numpy
 begin = time.perf_counter()
-import sigma_vae
+from sigma_vae import Gaussian, VAE, mlp
 print(time.perf_counter() - begin)
-sigma_vae.Gaussian(channels=1)(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+Gaussian(channels=1)(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
 from sigma_vae.__main__ import run
+sys.argv = ["sigma-vae", "inspect", "digits"]
 sys.exit(run())
 """
     seconds = []

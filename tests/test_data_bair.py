@@ -6,11 +6,11 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from google_crc32c import value as crc32c
 
 from sigma_vae.config import ClipConfig, DataConfig, ImageConfig
 from sigma_vae.data import load
 from sigma_vae.data.named import bair
-from sigma_vae.data.named.bair import crc32c
 
 COUNTS = {"train": 12, "test": 3}
 SEQUENCES = {

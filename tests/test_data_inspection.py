@@ -10,7 +10,8 @@ from scipy import stats
 
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig
-from sigma_vae.data import Scaling, Splits, inspection, load
+from sigma_vae.data import Scaling, Splits, load
+from sigma_vae.data import inspect as inspection
 from sigma_vae.data.inspect import inspect
 from sigma_vae.data.stores import InMemory
 

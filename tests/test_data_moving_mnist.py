@@ -13,7 +13,7 @@ from PIL import Image
 from sigma_vae.config import ClipConfig, DataConfig, ImageConfig
 from sigma_vae.data import load
 from sigma_vae.data.named import moving_mnist
-from sigma_vae.data.named.bundled import mnist_5k
+from sigma_vae.data.named.mnist import mnist_5k
 from sigma_vae.data.named.moving_mnist import BouncingDigits
 
 WHITE, GREY = (np.full((1, 28, 28), level, np.uint8) for level in (255, 100))

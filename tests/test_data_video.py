@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sigma_vae.data.sources import films, windows
 
 from sigma_vae.config import ClipConfig, DataConfig, ImageConfig
-from sigma_vae.data import load
+from sigma_vae.data import load, videos
 from sigma_vae.data.pictures import plan
 from sigma_vae.data.videos import Film, Frames
 
@@ -95,8 +94,7 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("name", FORMATS)
 def test_clips_are_the_frames_of_the_video(made, monkeypatch, tmp_path, name, step):
     monkeypatch.setattr("sigma_vae.data.cache.PIECE", 2)  # several threads enter the video in the middle
-    monkeypatch.setattr(films, "MARKS_APART", 10)
-    monkeypatch.setattr(windows, "MARKS_APART", 10)
+    monkeypatch.setattr(videos, "MARKS_APART", 10)
     grey = name == "lossless-grey.mkv"
     splits = load(DataConfig(str(made[name]), cache=str(tmp_path), clips=ClipConfig(frames=4, frame_step=step)))
     assert splits.clips
@@ -108,14 +106,13 @@ def test_clips_are_the_frames_of_the_video(made, monkeypatch, tmp_path, name, st
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_windows_in_any_order_and_thread(made, monkeypatch, name):
-    monkeypatch.setattr(films, "MARKS_APART", 10)
-    monkeypatch.setattr(windows, "MARKS_APART", 10)
+    monkeypatch.setattr(videos, "MARKS_APART", 10)
     video = Film(made[name])
     survey = video.survey()
     assert survey.frames == 100
     shared = plan(survey.probes, ImageConfig(), name)
-    places = [windows.Window(0, start) for start in windows.starts(100, 3, 2)]
-    clips = windows.Windows([(video, survey)], places, 3, 2, shared)
+    places = [videos.Window(0, start) for start in videos.starts(100, 3, 2)]
+    clips = videos.Windows([(video, survey)], places, 3, 2, shared)
     expected = cut(decoded(made[name], "gray" if shared.shape[0] == 1 else "rgb24"), 3, 2)
     order = np.random.RandomState(0).permutation(len(places)).tolist()
     for number in order:
@@ -144,8 +141,8 @@ class Opened:
 def test_decoding_is_linear(made, monkeypatch):
     video = Film(made["h264.mp4"])
     survey = video.survey()
-    places = [windows.Window(0, start) for start in windows.starts(100, 2, 1)]
-    clips = windows.Windows([(video, survey)], places, 2, 1, plan(survey.probes, ImageConfig(), "video"))
+    places = [videos.Window(0, start) for start in videos.starts(100, 2, 1)]
+    clips = videos.Windows([(video, survey)], places, 2, 1, plan(survey.probes, ImageConfig(), "video"))
     opened = Opened(monkeypatch)
     for number in range(len(places)):
         clips(number)
@@ -153,8 +150,7 @@ def test_decoding_is_linear(made, monkeypatch):
 
 
 def test_a_long_video_is_entered_near_to_where_it_is_wanted(made, monkeypatch):
-    monkeypatch.setattr(films, "MARKS_APART", 10)
-    monkeypatch.setattr(windows, "MARKS_APART", 10)
+    monkeypatch.setattr(videos, "MARKS_APART", 10)
     for name in set(FORMATS) - {"palette.gif"}:  # a GIF has one key frame
         video = Film(made[name])
         survey = video.survey()
@@ -166,12 +162,11 @@ def test_a_long_video_is_entered_near_to_where_it_is_wanted(made, monkeypatch):
 
 
 def test_a_far_window_is_not_reached_frame_by_frame(made, monkeypatch):
-    monkeypatch.setattr(films, "MARKS_APART", 10)
-    monkeypatch.setattr(windows, "MARKS_APART", 10)
+    monkeypatch.setattr(videos, "MARKS_APART", 10)
     video = Film(made["h264.mp4"])
     survey = video.survey()
-    clips = windows.Windows(
-        [(video, survey)], [windows.Window(0, 0), windows.Window(0, 90)], 2, 1, plan(survey.probes, ImageConfig(), "")
+    clips = videos.Windows(
+        [(video, survey)], [videos.Window(0, 0), videos.Window(0, 90)], 2, 1, plan(survey.probes, ImageConfig(), "")
     )
     opened = Opened(monkeypatch)
     clips(0)
@@ -186,7 +181,7 @@ MARKS = {"a frame that is no key frame": (17, 17 * 512), "no frame": (12, 12 * 5
 def test_frames_are_found_where_a_seek_leads_elsewhere(made, mark):
     video = Film(made["h264.mp4"])
     survey = video.survey()
-    misled = films.Survey(survey.frames, survey.probes, [(0, 0), MARKS[mark]])
+    misled = videos.Survey(survey.frames, survey.probes, [(0, 0), MARKS[mark]])
     shared = plan(survey.probes, ImageConfig(), "video")
     assert np.array_equal(next(video.frames(20, misled))(shared), decoded(made["h264.mp4"])[20])
 
@@ -212,7 +207,7 @@ def test_folders_of_splits(tmp_path, names):
     for split, frames in zip(SPLITS, parts.values(), strict=True):
         expected = cut(frames.transpose(0, 3, 1, 2), 8 if split == "test" else 5)
         assert np.array_equal(splits.stored(split).numpy(), expected)
-    assert "clips of 5 frames (test: 8), side by side; 3 frames at ends of videos left out" in splits.record["preprocessing"]
+    assert "clips of 5 frames (test: 8), side by side; 3 frames at the ends of videos dropped" in splits.record["preprocessing"]
 
 
 def owners(splits, videos, length):
@@ -232,7 +227,7 @@ def test_no_video_is_in_two_splits(tmp_path, seed):
     assert [len(of_train), len(of_validation), len(of_test)] == [2, 1, 2]
     assert of_train | of_validation | of_test == set(range(5))
     assert sum(splits.record["counts"].values()) == sum(len(frames) // 3 for frames in videos)
-    assert f"all those of 2 videos at random (seed {seed})" in splits.record["preprocessing"]
+    assert f"all from 2 videos at random (seed {seed})" in splits.record["preprocessing"]
 
 
 def test_two_videos_are_shared_out_by_clips(tmp_path):
@@ -272,7 +267,7 @@ def test_default_clips_have_16_frames_and_are_not_surveyed_again(made, monkeypat
     config = DataConfig(path.name, root=str(path.parent), cache=str(tmp_path), validation_fraction=0.3, test_fraction=0.3)
     splits = load(config)
     assert splits.train.shape == (16, 3, 16, 24)
-    assert "4 frames at ends of videos left out" in splits.record["preprocessing"]
+    assert "4 frames at the ends of videos dropped" in splits.record["preprocessing"]
     monkeypatch.setattr(Film, "survey", lambda film: pytest.fail("the video was gone through again"))
     assert load(config).record == splits.record
 
@@ -371,23 +366,21 @@ def test_what_is_no_video_is_listed(tmp_path):
     write_frames(tmp_path / "photos", pictures(2))
     (tmp_path / "notes").write_text("")
     splits = load(DataConfig(str(tmp_path)))
-    assert "files that are no videos ignored: " in splits.record["preprocessing"]
+    assert "ignored files that are not videos: " in splits.record["preprocessing"]
     assert ".png (2)" in splits.record["preprocessing"]
     assert "without ending (1)" in splits.record["preprocessing"]
 
 
 def test_folders_are_videos_only_where_they_hold_some(tmp_path):
-    from sigma_vae.data.videos import holds_videos
-
-    asked, not_asked = ClipConfig(frames=4), ClipConfig()
+    asked, not_asked = DataConfig("any", clips=ClipConfig(frames=4)), DataConfig("any")
     write_frames(tmp_path / "pictures" / "of a class", pictures(2))
     write_video(tmp_path / "gifs" / "a.gif", pictures(2), "gif", "rgb8")
     write_video(tmp_path / "films" / "below" / "A.MKV", pictures(2), "ffv1", "bgr0", format="matroska")
     (tmp_path / "empty" / ".sigma-vae").mkdir(parents=True)
     (tmp_path / "empty" / ".sigma-vae" / "a.mp4").touch()
-    found = {name: holds_videos(tmp_path / name, asked) for name in ("pictures", "gifs", "films", "empty")}
+    found = {name: videos.holds_videos(tmp_path / name, asked) for name in ("pictures", "gifs", "films", "empty")}
     assert found == {"pictures": True, "gifs": True, "films": True, "empty": False}
-    found = {name: holds_videos(tmp_path / name, not_asked) for name in ("pictures", "gifs", "films", "empty")}
+    found = {name: videos.holds_videos(tmp_path / name, not_asked) for name in ("pictures", "gifs", "films", "empty")}
     assert found == {"pictures": False, "gifs": False, "films": True, "empty": False}
 
 
@@ -419,7 +412,7 @@ REFUSED = {
     "too short with steps": (
         lambda folder: write_video(folder / "a.mkv", pictures(9)),
         {"clips": ClipConfig(frames=4, frame_step=3)},
-        r"4 frames, every 3., need videos of 10 frames, got a.mkv \(9\); ask for shorter clips \(--frames 3\)",
+        r"4 frames with frame_step 3 need videos of 10 frames, got a.mkv \(9\); ask for shorter clips \(--frames 3\)",
     ),
     "nowhere": (lambda folder: folder / "a.mp4", {}, "got no such file; check the path"),
     "link to nowhere": (linked, {}, r"gone.mp4 cannot be read \(No such file or directory\); mend or remove"),

@@ -158,7 +158,7 @@ def test_log_mass_sums_over_the_event(family: Family, kind: str) -> None:
     assert p.mean.shape == p.sample().shape == (*batch, *event)
     assert p.sample((7,)).shape == (7, *batch, *event)
     np.testing.assert_allclose(likelihood.log_mass(h, x).numpy(), truth, rtol=1e-9)
-    np.testing.assert_allclose(likelihood.log_mass(h, x, post_hoc=True).numpy(), truth, rtol=1e-9)
+    np.testing.assert_allclose(likelihood.log_mass(h, x, refitted=True).numpy(), truth, rtol=1e-9)
     if not family.name.startswith("continuous"):
         np.testing.assert_allclose(p.log_prob(torch.stack([x, x])).numpy(), [truth, truth], rtol=1e-9)
 
@@ -214,7 +214,7 @@ def test_cdfs_have_the_shape_of_the_data(family: Family, kind: str) -> None:
         flat(h.movedim(axis, -1).reshape(-1, likelihood.in_channels), x.movedim(axis, -1).reshape(-1, event[0]), "level")
     )
     torch.testing.assert_close(both.movedim(axis + 1, -1).reshape(2, -1, event[0]), rows, rtol=1e-12, atol=1e-12)
-    assert torch.equal(both, torch.stack(likelihood.element_cdf(h, x, "level", post_hoc=True)))
+    assert torch.equal(both, torch.stack(likelihood.element_cdf(h, x, "level", refitted=True)))
 
 
 def test_the_mixtures_channels_are_given_those_before() -> None:

@@ -182,7 +182,43 @@ def test_nothing_is_stored_and_eval_does_not_look_at_x(family: Family) -> None:
     likelihood.calibrate([(h, x)])
     value = likelihood(h).log_prob(x)
     torch.testing.assert_close(likelihood.train()(h, 1 - x).log_prob(x), value, rtol=0, atol=0)
-    torch.testing.assert_close(likelihood.post_hoc(h).log_prob(x), value, rtol=0, atol=0)
+    torch.testing.assert_close(likelihood.distribution(h, refitted=True).log_prob(x), value, rtol=0, atol=0)
+
+
+@every
+def test_a_family_without_a_scale_says_so(family: Family) -> None:
+    likelihood = make(family, 1)
+    h = features(likelihood, (3,), (8,))
+    claims = (likelihood.has_scale, likelihood.takes_scale, likelihood.predicts_scale, likelihood.has_post_hoc)
+    assert not any(claims)
+    assert likelihood.sigma() is None
+    assert likelihood.refitted_log_scales() == {}
+    likelihood.start(0.5)
+    p = likelihood(h)
+    assert not p.exponential_family
+    assert p.standardised(p.mean) is None
+    if family.name.startswith("logistic"):
+        assert p.squared_errors(p.mean, p.mean) is None
+    else:
+        variance, square = p.squared_errors(p.mean + 0.5, p.mean)
+        torch.testing.assert_close(square, torch.full_like(square, 0.25))
+        torch.testing.assert_close(variance, p.moments()[1])
+
+
+@pytest.mark.parametrize("levels", [2, 5])
+def test_a_density_that_is_asked_for_levels_draws_them(levels: int) -> None:
+    likelihood = ContinuousBernoulli(1, spatial_dims=0, levels=levels)
+    h, values = torch.tensor([[1.7]], dtype=torch.float64), torch.arange(levels, dtype=torch.float64) / (levels - 1)
+    p = likelihood.distribution(h, observes="level")
+    masses = torch.stack([p.log_prob(value.reshape(1, 1)).exp() for value in values]).flatten()
+    assert masses.sum().item() == pytest.approx(1, abs=1e-12)
+    assert p.mean.item() == pytest.approx(float(masses @ values), abs=1e-12)
+    assert not p.has_rsample
+    assert p.moments() is None
+    draws = p.sample((20_000,), generator=torch.Generator().manual_seed(0)).flatten()
+    counts = torch.bincount((draws * (levels - 1)).round().long(), minlength=levels)
+    assert set(draws.tolist()) <= set(values.tolist())
+    assert stats.chisquare(counts.numpy(), masses.numpy() * len(draws)).pvalue > 1e-3
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------------------------
@@ -205,10 +241,12 @@ def test_nothing_is_stored_and_eval_does_not_look_at_x(family: Family) -> None:
         (lambda: ContinuousBernoulli(1, levels=None).log_mass(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)), "real-valued"),
         (lambda: Bernoulli(1).log_mass(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)), "objective, not a likelihood"),
         (lambda: Bernoulli(1)(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 2)), "was given data of shape"),
-        (lambda: models.likelihood("categorical/optimal", 1), "has no scale"),
-        (lambda: models.likelihood("categorical:3", 1), "only logistic-mixture takes a number"),
-        (lambda: models.likelihood("logistic-mixture:0", 1), "only logistic-mixture takes a number"),
-        (lambda: models.likelihood("continuous-bernoulli", 1, observes="level"), "not on the masses"),
+        (lambda: Bernoulli(1, levels=2)(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 0.3)), "levels k/1"),
+        (lambda: Categorical(1).distribution(torch.zeros(1, 256, 1, 1), observes="density"), "has no density"),
+        (lambda: models.likelihood("categorical/optimal", 1), "takes no scale"),
+        (lambda: models.likelihood("categorical:3", 1), "categorical takes nothing after a colon"),
+        (lambda: models.likelihood("logistic-mixture:0", 1), "takes a number of components, got '0'"),
+        (lambda: models.likelihood("continuous-bernoulli", 1, observes="level"), "not on the probabilities of their levels"),
         (lambda: models.likelihood("logistic-mixtur", 1), "did you mean 'logistic-mixture'"),
     ],
 )

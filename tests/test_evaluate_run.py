@@ -14,8 +14,10 @@ from sigma_vae import runs
 from sigma_vae.cli import main
 from sigma_vae.cli.tables import print_evaluation
 from sigma_vae.config import EvaluationSettings
-from sigma_vae.evaluation import score
-from sigma_vae.runs.evaluate import MEASURE
+from sigma_vae.evaluation import Estimate, Evaluation, score
+from sigma_vae.evaluation.bounds import IwaeMetric
+from sigma_vae.evaluation.elbo import ElboResult
+from sigma_vae.evaluation.quality import Features, VideoQuality
 from sigma_vae.runs.folder import write_json
 
 CHEAP = ("iwae", "oracle", "information", "calibration", "quality")
@@ -133,12 +135,12 @@ def test_what_cannot_be_measured_is_found_before_the_work_and_changes_nothing(
 ):
     run = shutil.copytree(evaluated, tmp_path / "run")
     before = (run / "evaluation.json").read_bytes()
-    monkeypatch.setitem(MEASURE, "iwae", lambda *arguments: pytest.fail("minutes of work"))
+    monkeypatch.setattr(IwaeMetric, "measure", lambda *arguments: pytest.fail("minutes of work"))
     copied = shutil.copy(features, tmp_path)
     for words, says in (
         (["--features", "nowhere.pt"], "there is no such file"),
         (["--features", str(features), str(copied)], "has a section of its name, got eight.pt, eight.pt"),
-        (["--samples", "5"], "quality cannot be measured of this run: it needs more than 5 samples"),
+        (["--samples", "5"], "quality cannot be measured: it needs more than 5 samples"),
         (["--best-of", "2"], "predicts no frames"),
     ):
         assert main(["evaluate", str(run), "--metrics", "iwae", "quality", *words]) == 1
@@ -149,7 +151,7 @@ def test_what_cannot_be_measured_is_found_before_the_work_and_changes_nothing(
         (["--best-of", "0"], "best_of is at least 1, got 0"),
         (["--seed", "-1"], "seed is a number from 0 to 2³² − 1, got -1"),
         (["--features"], "features names at least one extractor"),
-        (["--batch-statistics"], "say of how many the best is taken"),
+        (["--batch-statistics"], "give best_of, the number of predictions"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["evaluate", str(run), *words])
@@ -296,15 +298,26 @@ def test_a_small_table_is_evaluated_by_what_applies_to_it(tmp_path, capsys):
 
 
 def test_every_distance_is_printed_with_how_many_of_what_it_is_of(capsys):
-    record = {"extractor": {"input": [3, 4, 4], "preprocessing": "none"}, "frechet": 1.5}
-    video = {
-        "split": "test",
-        "data": {"preprocessing": "cut"},
-        "clips": record | {"examples": 7},
-        "frames": record | {"examples": 21},
-    }
-    bounds = {"data": "[/x]", "network": "sequence", "likelihood": "gaussian/optimal", "examples": 7, "split": "test"}
-    print_evaluation(bounds | {"quality": {"[b].pt": video}})
+    def features(examples: int) -> Features:
+        extractor = {"input": [3, 4, 4], "preprocessing": "none"}
+        return Features(frechet=1.5, examples=examples, rank_deficient=True, extractor=extractor)
+
+    video = VideoQuality(
+        split="test",
+        seed=0,
+        show="mean",
+        context_frames=2,
+        predicted_frames=3,
+        data={"preprocessing": "cut"},
+        clips=features(7),
+        frames=features(21),
+    )
+    one = Estimate(1.0, None)
+    elbo = ElboResult(
+        examples=7, dims=4, levels=None, observes="density", noise_seed=0, rate_nats=one, distortion_nats=one, elbo_nats=one
+    )
+    about = {"data": "[/x]", "split": "test", "network": "sequence", "likelihood": "gaussian/optimal"}
+    print_evaluation(Evaluation({"elbo": elbo, "quality": {"[b].pt": video}}, about))
     printed = " ".join(capsys.readouterr().out.split())
     for says in (
         "[/x] · sequence",

@@ -218,7 +218,7 @@ def test_a_plan_can_be_written_and_read(text):
         ("0/0", "'0' in '0' is not a block"),
         ("8,8d-2/1", "'8d-2' in"),
         ("8,4/4", "block at 4 gets features of resolution 8; pool before it, as in 8d2"),
-        ("8d3/1", "8d3 pools 8 by what does not divide it"),
+        ("8d3/1", "8d3 pools 8 by a number that does not divide it"),
         ("8,8d8/8", "begins at the lowest resolution of the encoder, 1"),
         ("8,8d8/1m1,8m1", "with nothing to mix in"),
         ("8,8d8/1,8", "8 after 1 is written 8m1"),
@@ -237,7 +237,7 @@ def test_an_impossible_plan_is_refused_with_a_remedy(text, says):
 @pytest.mark.parametrize(
     ("shape", "plan", "says"),
     [
-        ((1, 28, 28), "20,20d20/1,20m1", "the image has 28×28 pixels; begin the plan with 28 or a half of it"),
+        ((1, 28, 28), "20,20d20/1,20m1", "the image has 28×28 pixels; begin the plan with 28 or half of it"),
         ((1, 8, 8), "16,16d16/1,16m1", "the image has 8×8 pixels"),
         ((1, 28, 28), "huge", "a plan is one of tiny, cifar10, or ENCODER/DECODER"),
         ((5,), "tiny", "reads images"),
@@ -272,7 +272,7 @@ def test_a_network_by_name_survives_its_file(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["hierarchial", "hierarchical:", "conv:tiny", "hierarchical:tinny"])
 def test_an_unknown_name_is_refused(name):
-    with pytest.raises(ValueError, match=r"did you mean 'hierarchical|a plan is one of|did you mean 'conv'"):
+    with pytest.raises(ValueError, match=r"did you mean 'hierarchical|a plan is one of|write 'conv'"):
         models.network(name, (1, 8, 8), 1)
 
 

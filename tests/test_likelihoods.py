@@ -80,7 +80,7 @@ def test_log_mass_is_scipys_with_the_scale_of_levels(case: Case, post_hoc: bool,
 
     likelihood = case.settled(EVENT, levels=levels, mean="unit")
 
-    close(likelihood.log_mass(h, x, post_hoc=post_hoc), truth.sum((1, 2, 3)))
+    close(likelihood.log_mass(h, x, refitted=post_hoc), truth.sum((1, 2, 3)))
 
 
 @pytest.mark.parametrize("case", CASES, **NAMES)
@@ -92,7 +92,7 @@ def test_post_hoc_uses_the_refitted_scale(case: Case) -> None:
         truth = log_density(case.family.law, x.numpy(), loc, log_scale)
     else:
         truth = log_mass(case.family.law, x.numpy(), loc, log_scale, 256)
-    close(case.settled(EVENT).post_hoc(h).log_prob(x), truth.sum((1, 2, 3)))
+    close(case.settled(EVENT).distribution(h, refitted=True).log_prob(x), truth.sum((1, 2, 3)))
 
 
 @pytest.mark.parametrize("family", FAMILIES, **NAMES)
@@ -150,7 +150,7 @@ def test_element_cdf_is_scipys(case: Case, kind: str, post_hoc: bool, observes: 
     stored = case.stored(event)[observes]
     log_scale = case.base(raw, dims) + stored if post_hoc else case.log_scale(raw, dims, stored)
     truth = cdfs(case.family.law, x.numpy(), loc, log_scale, 256 if observes == "level" else None)
-    below, upto = case.settled(event).element_cdf(h, x, observes, post_hoc=post_hoc)
+    below, upto = case.settled(event).element_cdf(h, x, observes, refitted=post_hoc)
     assert below.shape == upto.shape == x.shape
     close(below, truth[0])
     close(upto, truth[1])
@@ -476,7 +476,7 @@ def test_shapes_in_training(case: Case, kind: str) -> None:
     assert distribution.scale.broadcast_to(x.shape).shape == x.shape
     likelihood.calibrate([(h, x)])
     likelihood.eval()
-    assert likelihood.log_mass(h, x).shape == likelihood.log_mass(h, x, post_hoc=True).shape == batch
+    assert likelihood.log_mass(h, x).shape == likelihood.log_mass(h, x, refitted=True).shape == batch
 
 
 @pytest.mark.parametrize("case", CASES, **NAMES)
@@ -505,12 +505,130 @@ def test_state_dict_round_trip(case: Case, calibrated: bool) -> None:
     assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in saved.state_dict().items())
     if calibrated:
         assert torch.equal(saved.eval()(h).log_prob(x), fresh.eval()(h).log_prob(x))
-        assert torch.equal(saved.log_mass(h, x, post_hoc=True), fresh.log_mass(h, x, post_hoc=True))
+        assert torch.equal(saved.log_mass(h, x, refitted=True), fresh.log_mass(h, x, refitted=True))
         refit = case.make(channels=2)  # a stored σ gives way to what is loaded, also back to "none yet"
         refit.calibrate([(h, x)])
         refit.load_state_dict(case.make(channels=2).state_dict(), strict=True)
         with pytest.raises(ValueError, match="no stored σ yet"):
-            refit.eval().post_hoc(h)
+            refit.eval().distribution(h, refitted=True)
+
+
+# -- one door, and what evaluation may ask ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, **NAMES)
+def test_everything_is_derived_from_the_distribution(case: Case) -> None:
+    h, x = features_and_data(case, (3,), EVENT)
+    likelihood = case.settled(EVENT)
+    assert torch.equal(likelihood(h).log_prob(x), likelihood.distribution(h, observes=case.observes).log_prob(x))
+    for refitted in (False, True):
+        by_level = likelihood.distribution(h, observes="level", refitted=refitted)
+        assert torch.equal(likelihood.log_mass(h, x, refitted=refitted), by_level.log_prob(x))
+        for observes in ("density", "level"):
+            p = likelihood.distribution(h, x, observes=observes, refitted=refitted)
+            for ours, theirs in zip(likelihood.element_cdf(h, x, observes, refitted=refitted), p.element_cdf(x), strict=True):
+                assert torch.equal(ours, theirs)
+    assert set((likelihood.distribution(h, observes="level").sample() * 255).round(decimals=6).flatten().tolist()) <= set(
+        range(256)
+    )
+
+
+@pytest.mark.parametrize("case", CASES, **NAMES)
+def test_a_training_step_solves_for_what_is_trained_on_alone(case: Case) -> None:
+    h, x = features_and_data(case, (3,), EVENT)
+    other = "level" if case.observes == "density" else "density"
+    likelihood = case.settled(EVENT).train()
+    stored = {name: value.clone() for name, value in likelihood.state_dict().items()}
+    for ask in (
+        lambda: likelihood.distribution(h, x, observes=other).log_scale,
+        lambda: likelihood.distribution(h, x, refitted=True).log_scale,
+        lambda: likelihood.log_mass(h, x),
+        lambda: likelihood.element_cdf(h, x, case.observes)[1],
+    ):
+        first = ask()
+        assert torch.equal(ask(), first)
+        assert all(torch.equal(value, stored[name]) for name, value in likelihood.state_dict().items())
+    solved = likelihood.distribution(h, x, observes=case.observes).log_scale
+    assert torch.equal(solved, likelihood.eval()(h).log_scale) == (case.scale.kind != "optimal")
+
+
+@pytest.mark.parametrize("case", CASES, **NAMES)
+def test_a_likelihood_says_what_its_scale_is(case: Case) -> None:
+    h, _ = features_and_data(case, (3,), EVENT)
+    likelihood = case.settled(EVENT)
+    assert likelihood.has_scale
+    assert likelihood.takes_scale
+    assert likelihood.predicts_scale == (case.scale.kind == "predicted")
+    assert likelihood.has_post_hoc == (case.scale.kind != "optimal")
+    one_sigma = case.scale.kind != "predicted" and case.scale.per == "batch"
+    assert likelihood.sigma_is_rmse == (case.family.name == "gaussian" and case.observes == "density" and one_sigma)
+    assert likelihood.log_floor == (-12 if likelihood.predicts_scale else pytest.approx(FLOOR))
+    stored = likelihood.refitted_log_scales()
+    assert {name: value.tolist() for name, value in stored.items()} == {
+        name: value.tolist() for name, value in case.stored(EVENT).items()
+    }
+    for refitted in (False, True):
+        for observes in ("density", "level"):
+            log_sigma = likelihood.log_sigma(observes, refitted=refitted)
+            if likelihood.predicts_scale:
+                assert log_sigma is None
+                assert likelihood.sigma(observes, refitted=refitted) is None
+                continue
+            used = likelihood.distribution(h, observes=observes, refitted=refitted)
+            assert torch.equal(log_sigma.expand(used.log_scale.shape), used.log_scale)
+            assert torch.equal(likelihood.sigma(observes, refitted=refitted), log_sigma.exp())
+    assert case.make().refitted_log_scales() == {}
+
+
+def test_asking_for_sigma_changes_nothing() -> None:
+    """In training, a pass puts a learned σ back onto its floor; a look at it does not."""
+    likelihood = Gaussian(1, Shared(1e-4), spatial_dims=0).train()
+    assert likelihood.sigma().item() == pytest.approx(1e-4)
+    assert likelihood.sigma().item() == pytest.approx(1e-4)
+    likelihood(torch.zeros(3, 1), torch.zeros(3, 1))
+    assert likelihood.sigma().item() == pytest.approx(math.exp(FLOOR))
+
+
+def test_only_a_learned_scale_has_a_start() -> None:
+    for case in CASES:
+        likelihood = case.family.likelihood(1, Shared() if case.scale.name == "shared" else case.scale.make())
+        before = {name: value.clone() for name, value in likelihood.state_dict().items()}
+        likelihood.start(0.5)
+        started = case.scale.name == "shared"
+        assert all(torch.equal(value, before[name]) for name, value in likelihood.state_dict().items()) != started
+        if started:
+            assert likelihood.sigma().item() == pytest.approx(0.5)
+
+
+def test_a_distribution_says_what_evaluation_may_ask() -> None:
+    x, scores = torch.tensor([[0.25]], dtype=torch.float64), torch.tensor([[2.0]], dtype=torch.float64)
+    for family in FAMILIES:
+        density, levels = (
+            family.likelihood(1, Fixed(0.5), spatial_dims=0).distribution(torch.zeros_like(x), observes=observes)
+            for observes in ("density", "level")
+        )
+        assert density.exponential_family == bool(family.power)
+        assert not levels.exponential_family
+        assert density.standardised(x).item() == pytest.approx(0.5)
+        assert levels.standardised(x) is None
+        variance = 0.25 * family.law.var()
+        assert [value.item() for value in density.squared_errors(x, scores)] == pytest.approx([variance, 0.0625])
+        assert [value.item() for value in levels.squared_errors(x, scores)] == pytest.approx([variance, 4 * variance])
+
+
+def test_old_names_still_work_and_warn() -> None:
+    likelihood, h, x = Gaussian(1, Fixed(0.5)), torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)
+    likelihood.calibrate([(h, x)])
+    with pytest.warns(DeprecationWarning, match=r"distribution\(h, refitted=True\)"):
+        old = likelihood.post_hoc(h)
+    assert torch.equal(old.log_scale, likelihood.distribution(h, refitted=True).log_scale)
+    with pytest.warns(DeprecationWarning, match="refitted="):
+        assert torch.equal(likelihood.log_mass(h, x, post_hoc=True), likelihood.log_mass(h, x, refitted=True))
+    with pytest.warns(DeprecationWarning, match="refitted="):
+        ours = likelihood.element_cdf(h, x, "density", post_hoc=True)
+    assert torch.equal(ours[0], likelihood.element_cdf(h, x, "density", refitted=True)[0])
+    with pytest.warns(DeprecationWarning, match="law is now residual"):
+        assert old.law is old.residual
 
 
 # -- misuse ----------------------------------------------------------------------------------------------------------------
@@ -543,7 +661,7 @@ MISUSE = {
     "nothing stored": (lambda: Gaussian(1).eval()(LEVELS), "no stored σ yet"),
     "nothing stored for levels": (lambda: Gaussian(1).eval().log_mass(LEVELS, LEVELS), "no stored σ yet"),
     "no x in training": (lambda: Gaussian(1)(LEVELS), "no stored σ yet"),
-    "never calibrated": (lambda: Gaussian(1, Shared()).post_hoc(LEVELS), "no stored σ yet"),
+    "never calibrated": (lambda: Gaussian(1, Shared()).distribution(LEVELS, refitted=True), "no stored σ yet"),
     "nothing to calibrate on": (lambda: Gaussian(1).calibrate([]), "no data to fit a scale on"),
     "df below 1": (lambda: StudentT(1, df=0.5), "df is a number from 1"),
     "df NaN": (lambda: StudentT(1, df=float("nan")), "df is a number from 1"),

@@ -15,7 +15,7 @@ from sigma_vae.cli import main
 from sigma_vae.config import ModelConfig, RunConfig, read
 from sigma_vae.evaluation.elbo import standard_prior
 from sigma_vae.priors import MixturePrior, StandardNormal
-from sigma_vae.runs import priors as runs_priors
+from sigma_vae.runs import refit
 
 RESULTS = (
     "config.yaml",
@@ -85,7 +85,7 @@ def test_fitting_afterwards_is_training_with_the_prior(digits_config: RunConfig,
 def test_a_chosen_number_is_saved_and_chosen_again_in_a_replay(fitted_run: Path) -> None:
     chosen = report(fitted_run)["prior"]
     saved = models.load(fitted_run / "model")
-    prior = saved.vae.flat_network.prior
+    prior = saved.vae.network.prior
     assert isinstance(prior, MixturePrior)
     assert saved.config.prior == chosen == f"mixture:{prior.components}"
     assert read(fitted_run / "config.yaml", RunConfig).model.prior == "mixture"
@@ -108,7 +108,7 @@ def test_a_failure_on_the_way_leaves_the_run_as_it_was(digits_run: Path, run: Pa
 
     for name in ("draw", "write_json", "write", "_exchange"):
         with monkeypatch.context() as patch:
-            patch.setattr(runs_priors, name, fails)
+            patch.setattr(refit, name, fails)
             with pytest.raises(OSError, match="no space left"):
                 runs.fit_prior(run, "gaussian", device="cpu")
         assert contents(run) == contents(digits_run), name
@@ -140,13 +140,13 @@ def test_samples_of_the_standard_prior_have_a_name_of_their_own(run: Path, capsy
 
 def test_the_standard_prior_is_there_only_for_a_while(fitted_run: Path) -> None:
     vae = models.load(fitted_run / "model").vae
-    fitted = vae.flat_network.prior
+    fitted = vae.network.prior
     with standard_prior(vae):
-        assert isinstance(vae.flat_network.prior, StandardNormal)
-    assert vae.flat_network.prior is fitted
+        assert isinstance(vae.network.prior, StandardNormal)
+    assert vae.network.prior is fitted
     with pytest.raises(ValueError, match="show is"), standard_prior(vae):
         vae.sample(1, "neither")
-    assert vae.flat_network.prior is fitted
+    assert vae.network.prior is fitted
 
 
 def test_a_model_from_before_there_were_priors_still_loads(run: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_model_from_before_there_were_priors_still_loads(run: Path) -> None:
     path.write_text(json.dumps(description))
     saved = models.load(run / "model")
     assert saved.config.prior == "standard"
-    assert isinstance(saved.vae.flat_network.prior, StandardNormal)
+    assert isinstance(saved.vae.network.prior, StandardNormal)
 
 
 MISTAKES = {
@@ -193,7 +193,7 @@ def test_a_ladder_takes_no_fitted_prior_afterwards(tmp_path, capsys) -> None:
     assert "single layer of flat latents" in capsys.readouterr().err
     assert contents(tmp_path / "run") == before
     assert main(["sample", str(tmp_path / "run"), "--prior", "fitted"]) == 1
-    assert "leave it out" in capsys.readouterr().err
+    assert "leave --prior out" in capsys.readouterr().err
     assert main(["sample", str(tmp_path / "run"), "--prior", "standard", "--n", "2"]) == 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -98,11 +99,11 @@ def test_a_fitted_prior_has_the_standard_one_beside_it() -> None:
     assert beside["samples"] == report["samples_standard_prior"]
 
 
-def flattened(report: dict, path: str = "") -> dict[str, object]:
+def flattened(report: Mapping, path: str = "") -> dict[str, object]:
     return {
         name: value
         for key, part in report.items()
-        for name, value in (flattened(part, f"{path}{key}.") if isinstance(part, dict) else {path + key: part}).items()
+        for name, value in (flattened(part, f"{path}{key}.") if isinstance(part, Mapping) else {path + key: part}).items()
     }
 
 
@@ -166,7 +167,7 @@ def test_everything_that_has_to_be_the_same_is_in_the_record() -> None:
     vae = source()
     data, network = drawn(vae), extractor()
     report = quality(vae, data, network, n=50, seed=4, split="validation")
-    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False)) == report
     assert (report["examples"], report["split"], report["seed"], report["prior"]) == (50, "validation", 4, "StandardNormal")
     assert report["extractor"] == network.record((1, SIDE, SIDE), 5)
     assert report["data"] == {
@@ -281,7 +282,7 @@ def test_predictions_are_compared_clip_by_clip_and_frame_by_frame(moving) -> Non
     assert report["frames"]["extractor"] == FRAME_FEATURES.record((1, 8, 8), 4)
     assert report["clips"]["extractor"]["input"] == [LENGTH, 1, 8, 8]
     assert (report["context_frames"], report["predicted_frames"], report["show"]) == (PAST, LENGTH - PAST, "mean")
-    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False)) == report
 
 
 def test_draws_of_clips_repeat(moving) -> None:
@@ -309,7 +310,7 @@ def test_predictions_that_cannot_be_compared_get_a_sentence(mistake: str, moving
 
 
 def test_video_quality_is_of_clips(moving) -> None:
-    with pytest.raises(ValueError, match="looks at clips of images"):
+    with pytest.raises(ValueError, match="is about clips of images"):
         video_quality(moving[0], drawn(source()), frames=FRAME_FEATURES)
     with pytest.raises(ValueError, match="predicts no frames"):
         video_quality(source(), moving[1], frames=FRAME_FEATURES)

@@ -15,8 +15,8 @@ from torch import Tensor, distributed, multiprocessing
 
 from sigma_vae import Fixed, Gaussian, Laplace, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT
 from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.likelihoods.distributions import Discretized, Law
-from sigma_vae.likelihoods.laws import LAPLACE, LOGISTIC, NORMAL, student_t
+from sigma_vae.likelihoods.distributions import Discretized
+from sigma_vae.likelihoods.residuals import LAPLACE, LOGISTIC, NORMAL, ResidualDistribution, student_t
 from sigma_vae.likelihoods.solve import Observed, _slope_and_curvature
 
 EVENT = (2, 2, 3)
@@ -111,22 +111,22 @@ def test_one_outlier_does_not_spoil_the_scale_of_levels() -> None:
 
 
 @pytest.mark.parametrize("levels", [2, 3, 256])
-@pytest.mark.parametrize("law", [NORMAL, LAPLACE, LOGISTIC, student_t(3.0)], ids=lambda law: law.name)
-def test_slope_and_curvature_of_levels_are_autograds(law: Law, levels: int) -> None:
+@pytest.mark.parametrize("residual", [NORMAL, LAPLACE, LOGISTIC, student_t(3.0)], ids=lambda residual: residual.name)
+def test_slope_and_curvature_of_levels_are_autograds(residual: ResidualDistribution, levels: int) -> None:
     """In end bins and others, with means on levels, on edges of bins and outside; far out in float32 they are finite."""
     top = levels - 1
     x = torch.tensor([0, 0, 0, top, top, top // 2, top // 2, 1, 1]).double() / top
     loc = torch.tensor([-0.2, 0, 0.7, 1.3, 0.2, 0.5, 0.1, 1 / top, 1.5 / top], dtype=torch.float64)
     for log_scale in (-3.0, -1.0, 0.5, 3.0):
         variable = torch.full_like(x, log_scale, requires_grad=True)
-        masses = Discretized(law, loc[None], variable[None], 1, levels).element_log_prob(x[None])
+        masses = Discretized(residual, loc[None], variable[None], 1, levels).element_log_prob(x[None])
         (slope,) = torch.autograd.grad(masses.sum(), variable, create_graph=True)
         (curvature,) = torch.autograd.grad(slope.sum(), variable)
-        found = _slope_and_curvature(Observed(law, loc, loc.new_zeros(()), x), torch.tensor(log_scale).double(), levels)
+        found = _slope_and_curvature(Observed(residual, loc, loc.new_zeros(()), x), torch.tensor(log_scale).double(), levels)
         np.testing.assert_allclose(found[0].numpy(), slope.detach().numpy(), rtol=1e-7, atol=1e-9)
         np.testing.assert_allclose(found[1].numpy(), curvature.numpy(), rtol=1e-5, atol=1e-7)
     for log_scale in (-18.0, FLOOR, 12.0):
-        single = Observed(law, loc.float(), torch.zeros(()), x.float())
+        single = Observed(residual, loc.float(), torch.zeros(()), x.float())
         assert _slope_and_curvature(single, torch.tensor(log_scale), levels).isfinite().all()
 
 
@@ -199,7 +199,9 @@ def test_calibrate_solves_density_and_levels_over_uneven_batches(case: Case) -> 
     assert abs(density - level).max() > 1e-3  # two different optima, so that a mix-up is seen
     truth = log_density(case.family.law, residual, 0.0, broadcast(density, case)) - base
     if case.observes == "density":
-        np.testing.assert_allclose(likelihood.post_hoc(h).log_prob(x).numpy(), truth.sum((1, 2, 3)), rtol=1e-9)
+        np.testing.assert_allclose(
+            likelihood.distribution(h, refitted=True).log_prob(x).numpy(), truth.sum((1, 2, 3)), rtol=1e-9
+        )
 
 
 def broadcast(flat: np.ndarray, case: Case) -> np.ndarray:
@@ -214,8 +216,8 @@ def test_calibrate_leaves_a_scale_of_its_own_alone(case: Case) -> None:
     likelihood.calibrate(uneven(h, x))
     assert torch.equal(likelihood(h).log_prob(x), own)
     assert torch.equal(likelihood.log_mass(h, x), mass)
-    assert likelihood.post_hoc(h).log_prob(x).sum() > own.sum()
-    assert likelihood.log_mass(h, x, post_hoc=True).sum() > mass.sum()
+    assert likelihood.distribution(h, refitted=True).log_prob(x).sum() > own.sum()
+    assert likelihood.log_mass(h, x, refitted=True).sum() > mass.sum()
 
 
 def test_a_predicted_scale_is_refitted_by_one_factor() -> None:
@@ -223,7 +225,7 @@ def test_a_predicted_scale_is_refitted_by_one_factor() -> None:
     raw = torch.from_numpy(np.random.default_rng(0).uniform(-3, 0, h.shape))
     likelihood = Gaussian(2, PerPixel()).double()
     likelihood.calibrate([(torch.cat([h, raw], 1), x.mul(255).round() / 255)])
-    ratio = likelihood.post_hoc(torch.cat([h, raw], 1)).scale / likelihood(torch.cat([h, raw], 1)).scale
+    ratio = likelihood.distribution(torch.cat([h, raw], 1), refitted=True).scale / likelihood(torch.cat([h, raw], 1)).scale
     torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-12, atol=0)
 
 
@@ -297,11 +299,11 @@ def test_a_calibration_stores_post_hoc_values_beside_the_running_minimum() -> No
         for each in (likelihood, optimal.eval()):
             each.calibrate(uneven(h, x))
         assert torch.equal(likelihood(h).log_prob(x), own)
-        torch.testing.assert_close(likelihood.post_hoc(h).log_prob(x), optimal(h).log_prob(x))
+        torch.testing.assert_close(likelihood.distribution(h, refitted=True).log_prob(x), optimal(h).log_prob(x))
         fresh = family(2, RunningMinimum()).double()
         fresh.load_state_dict(likelihood.state_dict(), strict=True)
         assert torch.equal(fresh.eval()(h).log_prob(x), own)
-        assert torch.equal(fresh.log_mass(h, x, post_hoc=True), likelihood.log_mass(h, x, post_hoc=True))
+        assert torch.equal(fresh.log_mass(h, x, refitted=True), likelihood.log_mass(h, x, refitted=True))
 
 
 # -- formulas --------------------------------------------------------------------------------------------------------------
@@ -483,8 +485,8 @@ def test_a_perfect_prediction_has_a_finite_refit(scale):
     x = torch.randint(0, 256, (8, 1, 4, 4)) / 255
     h = torch.cat([x, torch.zeros_like(x)], dim=1)
     likelihood.calibrate([(h, x)])
-    assert torch.isfinite(likelihood.post_hoc(h).log_prob(x)).all()
-    assert torch.isfinite(likelihood.log_mass(h, x, post_hoc=True)).all()
+    assert torch.isfinite(likelihood.distribution(h, refitted=True).log_prob(x)).all()
+    assert torch.isfinite(likelihood.log_mass(h, x, refitted=True)).all()
 
 
 def test_a_broken_batch_does_not_stay_in_the_stored_scale():

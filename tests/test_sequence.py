@@ -14,7 +14,6 @@ from torch.nn import functional
 from sigma_vae import VAE, Gaussian, Optimal, mlp, models
 from sigma_vae.config import ModelConfig, TrainingConfig
 from sigma_vae.data import Scaling
-from sigma_vae.models import VIDEO_NETWORKS
 from sigma_vae.networks.sequence import Backbone, SequenceNetwork, State, dcgan, sequence, vgg
 from sigma_vae.training.objective import losses
 from sigma_vae.types import Batch, Noise
@@ -547,7 +546,7 @@ def test_every_likelihood_runs_unchanged(name: str) -> None:
             assert frames.isfinite().all()
 
 
-@pytest.mark.parametrize("name", VIDEO_NETWORKS)
+@pytest.mark.parametrize("name", ["sequence", *(f"sequence:{kind}" for kind in ("dcgan", "vgg", "dcgan-fixed", "vgg-fixed"))])
 def test_a_saved_model_says_the_same(name: str, tmp_path) -> None:
     torch.manual_seed(0)
     config = ModelConfig(name, latent_dim=LATENT, width=4, context_frames=3)

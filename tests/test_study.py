@@ -439,7 +439,8 @@ def test_the_command_prints_the_table(finished, capsys, monkeypatch):
         assert word in printed
     assert main(["study", "list"]) == 0
     assert "smallest" in capsys.readouterr().out
-    assert main(["study"]) == 1
+    with pytest.raises(SystemExit):
+        main(["study"])
     assert "say what to do" in capsys.readouterr().err
 
 

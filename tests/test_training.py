@@ -105,10 +105,10 @@ def test_the_exported_weights_are_those_of_the_best_validation(digits, tmp_path)
     vae = small_vae(digits)
     # A learning rate that soon destroys what was learnt: the best validation is not the last.
     train(vae, digits, tmp_path, epochs=6, learning_rate=0.05)
-    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["model"]
     for name, value in vae.state_dict().items():
         if "log_scale" not in name:  # calibrated afterwards
-            assert torch.equal(value, best[f"vae.{name}"])
+            assert torch.equal(value, best[name])
 
 
 def test_patience_stops_a_run_that_no_longer_improves(digits, tmp_path):
@@ -226,12 +226,12 @@ def test_an_interrupted_resumption_remembers_how_far_it_was_to_go(digits_config,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.training, "fit", interrupt)
+        patch.setattr(sys.modules["sigma_vae.runs.train"], "fit", interrupt)
         with pytest.raises(KeyboardInterrupt):
             runs.resume(tmp_path / "run", epochs=3, progress=False)
     runs.resume(tmp_path / "run", progress=False)
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert state["global_step"] == 3 * 46
+    assert state["step"] == 3 * 46
 
 
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.99, "schedule": "cosine", "warmup_steps": 20}])
@@ -241,7 +241,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_to_the_very_same_model(options, digits
     interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
     runs.train(config, whole, progress=False)
     interrupt_training(config, interrupted)
-    stopped = torch.load(interrupted / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    stopped = torch.load(interrupted / "checkpoints" / "last.ckpt", weights_only=True)["step"]
     assert 0 < stopped < 15 * 46
     runs.resume(interrupted, progress=False)
     assert same(load_file(interrupted / "model" / "model.safetensors"), load_file(whole / "model" / "model.safetensors"))
@@ -377,10 +377,10 @@ def test_a_moved_run_keeps_its_best_weights(digits, tmp_path):
     (tmp_path / "old").rename(tmp_path / "new")
     vae = small_vae(digits)
     # Nothing that a ruinous learning rate does from here on is better than what was found there.
-    best = torch.load(tmp_path / "new" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    best = torch.load(tmp_path / "new" / "checkpoints" / "best.ckpt", weights_only=True)["model"]
     train(vae, digits, tmp_path / "new", epochs=3, resume=True)
     name = "network.decoder.0.weight"
-    assert torch.equal(vae.state_dict()[name], best[f"vae.{name}"])
+    assert torch.equal(vae.state_dict()[name], best[name])
 
 
 def test_after_fit_the_model_is_ready_to_be_evaluated(digits):

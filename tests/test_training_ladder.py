@@ -183,7 +183,7 @@ def test_the_balance_weighs_by_kl_per_latent_and_averages_to_one():
 @pytest.mark.parametrize(
     ("network", "options", "says"),
     [
-        ("mlp", {"kl_balancing_steps": 5}, "balances the layers of a hierarchical network, got FlatNetwork"),
+        ("mlp", {"kl_balancing_steps": 5}, "balances several layers of latents, and FlatNetwork has one"),
         ("mlp", {"kl_balancing_steps": -1}, "kl_balancing_steps is at least 0"),
         ("mlp", {"free_bits_nats": -1.0}, "free_bits_nats is at least 0"),
         ("mlp", {"free_bits_nats": float("nan")}, "free_bits_nats is at least 0"),

@@ -1,6 +1,7 @@
 """Laws of whole models: probabilistic PCA as the oracle, invariances, entropies, and what VAE promises its callers."""
 
 import copy
+import inspect
 import itertools
 import math
 import subprocess
@@ -14,8 +15,22 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from sigma_vae import VAE, Elbo, Fixed, FlatNetwork, Gaussian, Optimal, PerImage, PerPixel, Shared, mlp
+from sigma_vae import (
+    VAE,
+    Elbo,
+    Fixed,
+    FlatNetwork,
+    Gaussian,
+    Optimal,
+    PerImage,
+    PerPixel,
+    Shared,
+    hierarchical,
+    mlp,
+    sequence,
+)
 from sigma_vae.likelihoods.scales import Scale
+from sigma_vae.priors import StandardNormal
 from sigma_vae.types import Batch, Inference, Latents, Network, Noise
 from sigma_vae.vae import keyed_noise
 
@@ -503,3 +518,88 @@ def test_a_vae_in_eval_mode_can_be_exported() -> None:
     with torch.no_grad():
         program = torch.export.export(Reconstruct(vae), (x,))
         torch.testing.assert_close(program.module()(x), vae.reconstruct(x, noise=torch.zeros))
+
+
+# -- what a model can do ---------------------------------------------------------------------------------------------------
+
+
+def test_decoding_the_posteriors_mean_gives_the_mean_of_p() -> None:
+    vae, x = image_vae(Fixed(0.3)).eval(), images(4)
+    z = vae.encode(x).loc
+    torch.testing.assert_close(vae.decode(z), vae.likelihood(vae.network.decode(z)).mean)
+    torch.manual_seed(0)
+    drawn = vae.decode(z.expand(4, -1), "draw")
+    assert drawn.shape == x.shape
+    assert float((drawn - vae.decode(z)).std()) == pytest.approx(0.3, rel=0.2)
+    assert vae.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("name", "network"), [("flat_network", mlp), ("video_network", sequence)])
+def test_old_names_of_the_network_work_with_a_warning(name: str, network: Callable[..., Network]) -> None:
+    vae = VAE(network((1, 8, 8), 1, 3, 4), Gaussian(1))
+    with pytest.warns(DeprecationWarning, match=f"VAE.{name} is now VAE.network"):
+        assert getattr(vae, name) is vae.network
+    other = VAE(hierarchical((1, 8, 8), 1), Gaussian(1))
+    assert not hasattr(other, name)
+
+
+@pytest.mark.parametrize("network", [mlp, sequence, hierarchical])
+def test_a_model_can_be_inspected(network: Callable[..., Network]) -> None:
+    members = dict(inspect.getmembers(VAE(network((1, 8, 8), 1, 3, 4), Gaussian(1))))
+    assert {"encode", "decode", "sample", "device"} <= members.keys()
+
+
+def test_a_model_can_be_traced() -> None:
+    vae, x = image_vae(Fixed(0.3)).eval(), images(4)
+    noise = keyed_noise(torch.arange(4))(torch.Size([4, 3]))
+    traced = torch.jit.trace(lambda x: vae.elbo(x, noise=lambda shape: noise).total, x)
+    torch.testing.assert_close(traced(x), vae.elbo(x, noise=lambda shape: noise).total)
+    decoded = torch.jit.trace_module(Decoder(vae), {"forward": torch.zeros(4, 3)})
+    torch.testing.assert_close(decoded(torch.ones(4, 3)), vae.decode(torch.ones(4, 3)))
+
+
+class Decoder(nn.Module):
+    """A model as part of another."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z)
+
+
+NETWORKS = {"mlp": mlp, "hierarchical": hierarchical, "sequence": sequence}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_refuses_the_arguments_that_it_does_not_read(name: str) -> None:
+    network = NETWORKS[name]((1, 8, 8), 1, 3, 4)
+    x = torch.rand(2, 4, 1, 8, 8) if network.reads_clips else torch.rand(2, 1, 8, 8)
+    given = {"condition": torch.zeros(2, 1)} | ({} if network.reads_clips else {"context": x, "mask": torch.ones(2, 4) > 0})
+    for argument, value in given.items():
+        with pytest.raises(ValueError, match="reads no condition" if argument == "condition" else f"{argument} is for video"):
+            network.infer(x, **{argument: value})
+    with pytest.raises(ValueError, match="reads no condition"):
+        network.generate(2, condition=given["condition"])
+
+
+def test_the_base_refuses_what_a_network_does_not_define() -> None:
+    bare, x = Frames(image_vae(Fixed(0.3)).network), images(2)
+    assert not any([bare.has_posterior, bare.has_prior, bare.has_draw, bare.has_latent_kl, bare.reads_clips, *bare.shards()])
+    for ask in (
+        lambda: bare.posterior(x),
+        lambda: bare.decode(x),
+        lambda: bare.draw(x, bare.frame.posterior(x), torch.zeros(2, 3)),
+        lambda: bare.latent_kl(x),
+        lambda: bare.replace_prior(StandardNormal(3)),
+        lambda: bare.predict(x, 3, lambda h: h),
+    ):
+        with pytest.raises(ValueError, match=r"Frames (has no|predicts no)"):
+            ask()
+
+
+def test_the_old_name_of_posterior_warns() -> None:
+    network, x = image_vae(Fixed(0.3)).network, images(2)
+    with pytest.warns(DeprecationWarning, match="now posterior"):
+        assert torch.equal(network.encode(x).loc, network.posterior(x).loc)

@@ -215,7 +215,7 @@ def test_a_mistake_gets_a_sentence(mistake: str, moving, tmp_path, capsys, monke
 def test_the_network_of_choice_for_clips_is_one_that_predicts() -> None:
     data = splits()
     vae = models.vae(ModelConfig(latent_dim=3, width=4), data.shape, data.scaling, clips=data.clips)
-    assert vae.video_network.context_frames == PAST
+    assert vae.network.context_frames == PAST
     with pytest.raises(ValueError, match="has clips and needs a SequenceNetwork, got FlatNetwork"):
         fit(models.vae(ModelConfig(width=4), data.shape, data.scaling), data, device="cpu", progress=False)
 
@@ -307,7 +307,7 @@ def test_one_clip_has_no_interval(moving) -> None:
     report = predictions(run.vae, run.data.batches("test", 4, limit=1), 2)
     assert report["psnr_db"]["interval_95"] == [None, None]
     assert report["ssim_per_frame_interval_95"] == [[None, None]] * (TEST_LENGTH - PAST)
-    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False)) == report
 
 
 def test_evaluate_reports_the_best_of_many(moving, capsys) -> None:

@@ -6,9 +6,12 @@ The docstring under each field is its help text on the command line.
 import math
 import os
 import reprlib
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from sigma_vae.registry import Names, register
 
 __all__ = [
     "ClipConfig",
@@ -17,7 +20,9 @@ __all__ = [
     "HardwareConfig",
     "ImageConfig",
     "Layout",
+    "LoggerName",
     "ModelConfig",
+    "RenamedWarning",
     "RunConfig",
     "TrainingConfig",
     "parse",
@@ -31,7 +36,11 @@ Layout = Literal["auto", "n-h-w", "n-h-w-c", "n-c-h-w", "n-c-t", "n-t", "n-c", "
 
 
 MOST_MINUTES = 1e9
-"""That a training may be given: two thousand years, which clocks can count."""
+"""Largest time limit of a training: two thousand years, which clocks can count."""
+
+
+class RenamedWarning(DeprecationWarning):
+    """An option or a key has a new name, or one of its values has; the old one works for one minor version."""
 
 
 class _Strict:
@@ -47,7 +56,8 @@ class ImageConfig(_Strict):
     size: int | None = None
     """Side of the square that pictures are resized to, in pixels; for moving-mnist, side of the canvas."""
     fit: Literal["refuse", "crop", "stretch", "pad"] = "refuse"
-    """Pictures that are not square, or not of one size: refuse them, cut the largest central square, stretch, or pad with black."""
+    """Pictures that are not square, or not of one size: refuse them, cut the largest central square, stretch, or pad
+    with black."""
     colour: Literal["auto", "grey", "rgb", "rgba"] = "auto"
     """Colour channels; auto keeps those that all pictures have."""
     unreadable: Literal["refuse", "skip"] = "refuse"
@@ -59,8 +69,8 @@ class ClipConfig(_Strict):
     """How videos become clips of one length."""
 
     frames: int | None = None
-    """Frames per clip in training and validation, the given (context) frames included; default 16 (bair 12, moving-mnist 15). With this
-    option, GIFs and folders of pictures are read as videos."""
+    """Frames per clip in training and validation, the given (context) frames included; default 16 (bair 12,
+    moving-mnist 15). With this option, GIFs and folders of pictures are read as videos."""
     test_frames: int | None = None
     """Frames per clip in test; default as in training (bair and moving-mnist: 30 if neither option is given)."""
     frame_step: int = 1
@@ -71,9 +81,8 @@ class ClipConfig(_Strict):
 class DataConfig(_Strict):
     """The data set and its splits."""
 
-    source: str
-    """Name of a data set, path of a file or folder, or hub:OWNER/NAME (hub:OWNER/NAME:CONFIG) for any image data set on the
-    Hugging Face hub."""
+    source: Annotated[str, Names("Name of a data set, or path of a file or folder.", register.source)]
+    """Name of a data set, or path of a file or folder."""
     root: str | None = None
     """Folder with the data set's original files."""
     cache: str | None = None
@@ -83,10 +92,11 @@ class DataConfig(_Strict):
     layout: Layout = "auto"
     """Axes of an array file: n examples, c channels, h rows, w columns, t times."""
     columns: tuple[str, ...] = ()
-    """Columns of a table to model (default: all numeric ones), key of an HDF5 file, or image column of a hub data set."""
+    """Columns of a table to model (default: all numeric ones), key of an HDF5 file, or image column of a hub data
+    set."""
     standardise: Literal["auto", "yes", "no"] = "auto"
-    """Scale real values to mean 0 and std 1, channel by channel; auto: yes for tables (CSV, Parquet), no for others. Log-likelihoods are
-    reported in the data's original units."""
+    """Scale real values to mean 0 and std 1, channel by channel; auto: yes for tables (CSV, Parquet), no for others.
+    Log-likelihoods are reported in the data's original units."""
     images: ImageConfig = field(default_factory=ImageConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)
     validation_fraction: float = 0.1
@@ -121,54 +131,72 @@ class DataConfig(_Strict):
 class ModelConfig(_Strict):
     """Network and likelihood, by name."""
 
-    network: str = "auto"
-    """auto (residual for images and series, mlp for tables, sequence for clips), residual, conv (the paper's, for images), mlp (any
-    shape), hierarchical (images; layers of latents from coarse to fine: hierarchical:tiny, hierarchical:cifar10, or a plan of blocks,
-    hierarchical:ENCODER/DECODER), or sequence (clips, SVG: sequence:dcgan, sequence:vgg, with a learned prior; sequence:dcgan-fixed,
-    sequence:vgg-fixed)."""
-    likelihood: str = "gaussian/optimal"
-    """family/scale, or the family alone where it has no scale. Families: gaussian, laplace, logistic, student-t (or student-t:ν,
-    :learned, :predicted). Scales: optimal, optimal-image, optimal-channel, optimal-pixel, shared, per-image, per-pixel,
-    running-minimum, fixed:σ, beta:β. Without a scale: bernoulli, continuous-bernoulli, categorical, bitwise-categorical,
-    logistic-mixture[:components]."""
+    network: Annotated[
+        str,
+        Names(
+            "Name of the network, or auto: residual for images and series, mlp for tables and small images, sequence for clips.",
+            register.network,
+        ),
+    ] = "auto"
+    """Name of the network."""
+    likelihood: Annotated[
+        str,
+        Names(
+            "Name of the likelihood: family/scale, or the family alone where it has no scale.",
+            register.likelihood,
+            register.scale,
+        ),
+    ] = "gaussian/optimal"
+    """Name of the likelihood."""
     latent_dim: int | None = None
-    """Size of the latent code (20; of clips, of each frame's, 10), or channels of each layer of latents (hierarchical: by its size)."""
+    """Number of latents: 20 unless given (sequence: 10 per frame). Hierarchical networks: channels of each layer of
+    latents, by default those of the network's size."""
     width: int | None = None
-    """Channels of the first layer (residual: 16, conv: 32, sequence: 64) or between blocks (hierarchical: by its size), or units of a
-    hidden layer (mlp: 400)."""
+    """Channels of the first layer (default: residual 16, conv 32, sequence 64), channels between blocks (hierarchical:
+    by its size), or units of a hidden layer (mlp: 400)."""
     context_frames: int = 2
-    """Video networks: how many frames at the start of a clip are given; the likelihood is that of the frames after them."""
+    """Number of given frames at the start of a clip; the likelihood covers the frames after them."""
     observes: Literal["density", "level"] = "density"
-    """Train on the density of the values, or on the probability of their levels."""
+    """Train on the density of the values, or on the bin probabilities of their levels."""
     mean: Literal["auto", "unit", "identity"] = "auto"
-    """From features to the mean: a sigmoid onto [0, 1], or themselves; auto: themselves where the data are standardised."""
-    prior: str = "standard"
-    """Where samples come from: standard (N(0, I), with which every model is trained), or, fitted to the codes after training:
-    mixture (of Gaussians, as many as validation data are worth), mixture:20, gaussian, flow. For networks with one layer of flat
-    latents."""
+    """Map from features to the mean: unit is a sigmoid onto [0, 1], identity leaves them; auto takes identity for
+    standardised data, else unit."""
+    prior: Annotated[
+        str,
+        Names(
+            "Name of the prior that samples are drawn from. Training uses standard; another one is fitted to the latents after training,"
+            " for networks with one layer of flat latents.",
+            register.prior,
+        ),
+    ] = "standard"
+    """Name of the prior."""
+
+
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
 @dataclass(frozen=True)
 class HardwareConfig(_Strict):
-    """What a training step makes of the hardware; auto is what was measured to pay there. Training starts by saying what was chosen."""
+    """Hardware settings; auto picks what benchmarks favour. Training starts by printing the choices."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the network's convolutions and matrix products in training; weights, KL, likelihood and every evaluation are float32. auto:
-    bfloat16 where the hardware has it, the network is large enough to gain, and it is known to do no harm."""
+    """Precision of the network's convolutions and matrix products in training; weights, KL, likelihood and every
+    evaluation are float32. auto: bfloat16 where the hardware has it, the network is large enough to gain, and it is
+    known to do no harm."""
     memory_format: Literal["auto", "contiguous", "channels-last"] = "auto"
-    """Of images in the network; auto: channels last where convolutions are wide and in bfloat16."""
+    """Memory format of images in the network; auto: channels last where convolutions are wide and in bfloat16."""
     fused_optimiser: Literal["auto", "yes", "no"] = "auto"
     """Update all weights in one kernel; auto: yes."""
-    allocator: Literal["auto", "default", "patient"] = "auto"
-    """Patient: the process keeps memory that it has freed, instead of asking the kernel for it in each step (glibc; for the whole
-    process, until it ends). auto: patient where training is on the CPU."""
+    allocator: Literal["auto", "default", "retain", "patient"] = "auto"
+    """retain: the process keeps freed memory, instead of asking the kernel for it in each step (glibc; until the
+    process ends). auto: retain where training is on the CPU. (patient is the old word for retain.)"""
     compile: bool = False
     """Compile the step (torch.compile, half a minute): for long runs of small networks."""
     threads: int | None = None
-    """Of the CPU; unless given, what torch takes, but no more than the container's share of the processors."""
+    """CPU threads; unless given, torch's number, but no more than the container's share of the processors."""
     steps_per_call: int | None = None
-    """Steps between two looks at clock, interrupts and progress bar; unless given, as many as take a small part of a second, and
-    one where weights are averaged or ``validate_every`` is given. No result depends on it."""
+    """Steps between two looks at clock, interrupts and losses on a GPU; unless given, as many as take a small part of a
+    second. No result depends on it."""
 
     def __post_init__(self) -> None:
         """Refuse counts that mean nothing."""
@@ -176,6 +204,9 @@ class HardwareConfig(_Strict):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is at least 1, got {value}")
+        if self.allocator == "patient":
+            warnings.warn("allocator='patient' is called 'retain' now; write that", RenamedWarning, stacklevel=3)
+            object.__setattr__(self, "allocator", "retain")
 
 
 @dataclass(frozen=True)
@@ -185,50 +216,59 @@ class TrainingConfig(_Strict):
     epochs: int = 20
     """Passes over the training split."""
     max_steps: int | None = None
-    """Stop after so many steps, if that is sooner."""
+    """Stop after this many steps, if that is sooner."""
     max_minutes: float | None = None
-    """Stop after so many minutes, if that is sooner."""
+    """Stop after this many minutes, if that is sooner."""
     batch_size: int = 128
-    """Examples a step, of all processes together: results mean the same on any number of them."""
+    """Examples per step, of all processes together: results mean the same on any number of them."""
     accumulate: int = 1
-    """Micro-batches that a step's examples are seen in, to need less memory; an optimal σ is then that of each micro-batch."""
+    """Number of gradient-accumulation micro-batches per step, to need less memory; an optimal σ is then that of each
+    micro-batch."""
     shard_weights: bool = False
-    """Of several processes each holds a part of the weights, gradients and moments (FSDP), for hierarchical networks that are too large for
-    one GPU."""
+    """Shard weights, gradients and optimizer state across processes (FSDP), for hierarchical networks that are too
+    large for one GPU."""
     learning_rate: float = 1e-3
-    """Of Adam, after the warm-up."""
+    """Adam's peak learning rate, reached after warm-up."""
     scale_learning_rate_factor: float = 10.0
-    """A learned shared σ (or ν) has this many times the learning rate: at 1 it lags its optimum threefold."""
+    """Learning rate of a learned shared σ (or ν), as a multiple of the others': at 1 it lags its optimum threefold."""
     scale_start: Literal["data", "one"] = "data"
-    """Where a learned shared σ starts: at the spread of the training data, or at 1."""
+    """Start of a learned shared σ: the spread of the training data, or 1."""
     kl_weight: float = 1.0
-    """Weight of the KL in what is minimised, on top of the calibrated σ (Beta-Sigma VAE); other than 1 it is no bound."""
+    """Weight of the KL in the training loss, on top of the calibrated σ (Beta-Sigma VAE); if it is not 1, the loss is
+    no bound."""
     beta_nll: float = 0.0
-    """Weights each value's log-likelihood by its predicted σ to the power 2β (β-NLL, 0.5 say): steadies per-pixel scales."""
+    """Weight each value's log-likelihood by its predicted σ to the power 2β (β-NLL, 0.5 say): steadies per-pixel
+    scales."""
     free_bits_nats: float = 0.0
-    """Each layer's KL counts at least this much (free bits), so that no layer is switched off early; above 0 it is no bound."""
+    """Least KL that each layer counts with (free bits), so that no layer is switched off early; above 0 the loss is no
+    bound."""
     kl_balancing_steps: int = 0
-    """Over so many first steps, layers with more KL for each latent pay more for it (as in NVAE's warm-up); till then it is no bound."""
+    """Number of first steps in which layers with more KL for each latent pay more for it (as in NVAE's warm-up); the
+    loss is no bound then."""
     weight_decay: float = 0.0
-    """Decoupled (AdamW); at 0 the optimiser is Adam."""
+    """Decoupled weight decay (AdamW); at 0 the optimiser is Adam."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """The learning rate after the warm-up: constant, or a cosine to 0 over the epochs (or max_steps)."""
+    """Learning rate after the warm-up: constant, or a cosine to 0 over the epochs (or max_steps)."""
     gradient_clip_norm: float | None = None
     """Largest norm of a gradient; gradients are in nats, thousands of them for an image."""
     skip_gradient_norm: float | None = None
-    """Skip a step whose gradient norm, before clipping, reaches this or is not finite: a rare one can undo a deep network."""
+    """Skip a step whose gradient norm, before clipping, reaches this or is not finite: a rare one can undo a deep
+    network."""
     ema_decay: float | None = None
-    """Evaluate and export an exponential moving average of the weights (0.999, say)."""
+    """Evaluate and export an exponential moving average of the weights with this decay (0.999, say)."""
     patience: int | None = None
-    """Stop when the validation ELBO has not risen for so many validations."""
+    """Stop when the validation ELBO has not risen for this many validations."""
     validate_every: int | None = None
     """Steps between validations; once an epoch unless given."""
     checkpoint_minutes: float = 5.0
-    """A checkpoint is written with each validation, and in between when the last one is so many minutes old."""
+    """Minutes between checkpoints; one is also written with each validation."""
     log_every: int = 50
     """Steps between rows of the metrics."""
+    logger: tuple[LoggerName, ...] = ("csv", "tensorboard")
+    """Where metrics are written: csv, tensorboard, wandb, mlflow; several at once. The last two need the package of
+    that name."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
@@ -256,11 +296,6 @@ class TrainingConfig(_Strict):
             raise ValueError(
                 f"max_minutes is at most {MOST_MINUTES:g}, got {self.max_minutes}; leave it out to train all epochs"
             )
-        if (self.hardware.steps_per_call or 1) > 1 and (self.validate_every, self.ema_decay) != (None, None):
-            raise ValueError(
-                f"validate_every and ema_decay have something to do after each step, got steps_per_call={self.hardware.steps_per_call};"
-                " leave it open"
-            )
         if not 0 <= self.kl_weight < math.inf:
             raise ValueError(f"kl_weight multiplies the KL and is at least 0 (1: the ELBO), got {self.kl_weight}")
         if not 0 <= self.beta_nll <= 1:
@@ -277,9 +312,9 @@ class RunConfig(_Strict):
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     seed: int = 0
-    """Of weights, order of the data and noise."""
+    """Seed of the weights, the order of the data and the noise."""
     device: str = "auto"
-    """auto (a GPU where there is one), cpu, cuda, or one of several: cuda:1."""
+    """auto (a GPU if there is one), cpu, cuda, or one of several GPUs: cuda:1."""
 
     def __post_init__(self) -> None:
         """Refuse a seed that no generator takes."""
@@ -293,18 +328,28 @@ class EvaluationSettings:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    metrics: tuple[str, ...] | None = None
-    """Metrics to measure beside the single-sample bounds, by name: iwae, oracle, information, calibration, quality, predictions, or one of an
-    installed package. Default: information and calibration, where they apply."""
+    metrics: Annotated[
+        tuple[str, ...] | None,
+        Names(
+            "Metrics to measure beside the single-sample bounds; default: information and calibration, where they apply.",
+            register.metric,
+        ),
+    ] = None
+    """Names of the metrics."""
     split: Literal["validation", "test"] = "test"
     """Split to evaluate."""
     seed: int = 0
     """Seed of the noise. The noise is keyed by example, so no number depends on the batch size."""
     draws: int = 64
     """Number of importance samples per example (iwae)."""
-    features: tuple[str, ...] = ("efficientnet",)
-    """Feature extractors that compare images (quality): efficientnet, inception, dinov2, or TorchScript files; for clips also i3d:FILE. Each
-    has a section of its own."""
+    features: Annotated[
+        tuple[str, ...],
+        Names(
+            "Feature extractors that compare images or clips (quality), or TorchScript files. Each has a section of its own.",
+            register.features,
+        ),
+    ] = ("efficientnet",)
+    """Names of the feature extractors."""
     samples: int = 10_000
     """Number of samples, compared with as many examples (quality)."""
     best_of: int | None = None
@@ -323,21 +368,23 @@ class EvaluationSettings:
         if not self.features:
             raise ValueError("features names at least one extractor, got none; efficientnet is one")
         if self.batch_statistics and self.best_of is None:
-            raise ValueError("batch_statistics is about predictions; give best_of, the number of predictions to choose from (SVG: 100)")
+            raise ValueError(
+                "batch_statistics is about predictions; give best_of, the number of predictions to choose from (SVG: 100)"
+            )
 
 
 Config = TypeVar("Config")
 
 CONFIG_BYTES = 2**20
 PROBLEMS = 10
-"""That are told of one file."""
+"""Number of problems that are listed for one file."""
 
 
 def read(path: Path, kind: type[Config]) -> Config:
     """Read a config of this kind from YAML, refusing unknown keys and wrong types.
 
     Raises:
-        ValueError: the file is missing, no YAML, or holds something else than the config's fields.
+        ValueError: the file is missing, is not YAML, or holds something other than the config's fields.
     """
     import yaml
 
@@ -351,7 +398,7 @@ def read(path: Path, kind: type[Config]) -> Config:
 
 
 def _check_plain(text: str) -> None:
-    """Refuse what lets a short text stand for a very long one, before anything is built of it."""
+    """Refuse aliases and merges, with which a short text can stand for a very long one."""
     import yaml
 
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -362,11 +409,11 @@ def _check_plain(text: str) -> None:
 
 
 def read_text(path: Path, limit: int = 2**26) -> str:
-    """The text of a file that is not absurdly large.
+    """Read a text file, up to a limit of bytes.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no text, or has more bytes than the limit.
+        ValueError: it is not UTF-8, or has more bytes than the limit.
     """
     with path.open("rb") as file:
         content = file.read(limit + 1)
@@ -386,7 +433,7 @@ def parse(content: Any, kind: type[Config], where: str) -> Config:
     try:
         return pydantic.TypeAdapter(kind).validate_python(content)
     except pydantic.ValidationError as error:
-        # Short, for what is shown may be a file's own content: nested in itself, say.
+        # Values are shortened: they may be a file's whole content.
         shown = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']} (got {_shown(e['input'])})" for e in error.errors()]
         problems = "; ".join(shown[:PROBLEMS])
         raise ValueError(f"{where} is not a {getattr(kind, '__name__', kind)}: {problems}") from error
@@ -395,7 +442,7 @@ def parse(content: Any, kind: type[Config], where: str) -> Config:
 def _shown(value: Any) -> str:
     try:
         return reprlib.repr(value)
-    except ValueError:  # of a whole number with thousands of digits
+    except ValueError:  # an integer with thousands of digits
         return f"a long {type(value).__name__}"
 
 
@@ -407,7 +454,7 @@ def write(path: Path, config: Any) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file; one that is there stands until the new one is whole and on the disk, whatever happens on the way."""
+    """Write a file; the old one remains until the new one is whole and on the disk."""
     aside = path.with_name(path.name + ".new")
     try:
         with aside.open("wb") as file:

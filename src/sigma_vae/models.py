@@ -2,12 +2,10 @@
 
 import inspect
 import json
-import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,27 +15,9 @@ from torch import nn
 from sigma_vae import data as data_sources
 from sigma_vae.config import ModelConfig, parse, read_text, write_whole
 from sigma_vae.data import Scaling, Splits
-from sigma_vae.likelihoods import (
-    Bernoulli,
-    BitwiseCategorical,
-    Categorical,
-    ContinuousBernoulli,
-    Fixed,
-    Gaussian,
-    Laplace,
-    Logistic,
-    LogisticMixture,
-    Optimal,
-    PerImage,
-    PerPixel,
-    RunningMinimum,
-    Scale,
-    Shared,
-    StudentT,
-)
-from sigma_vae.likelihoods.base import Discrete, LocationScale, MeanMap, Unscaled
+from sigma_vae.likelihoods.base import MeanMap
 from sigma_vae.networks.residual import SMALLEST
-from sigma_vae.registry import Registry, register
+from sigma_vae.registry import Entry, Registry, register
 from sigma_vae.types import Likelihood, Network, Observes, Prior
 from sigma_vae.vae import VAE
 
@@ -51,12 +31,10 @@ __all__ = [
     "likelihood",
     "load",
     "network",
-    "positive",
     "prior",
     "prior_name",
     "save",
     "sized",
-    "unknown",
     "vae",
 ]
 
@@ -125,25 +103,8 @@ def check_prior(name: str, network_name: str, network: Network | None = None) ->
         )
 
 
-def positive(name: str, kind: str, number: str, what: str, example: str) -> float:
-    """The number after a colon in a name."""
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: {kind} takes a number above 0 ({what}), as in {kind}:{example}; got {number!r}")
-    return value
-
-
-def unknown(kind: str, name: str, names: Sequence[str]) -> str:
-    """The sentence about a name that does not exist."""
-    near = get_close_matches(name, names, n=1, cutoff=0.0)
-    return f"there is no {kind} {name!r}; did you mean {near[0]!r}? Known: {', '.join(names)}"
-
-
 def default_network(shape: Sequence[int], *, clips: bool = False) -> str:
-    """The name of the network that ``auto`` means for examples, or frames of clips, of this shape.
+    """The network that ``auto`` stands for, by the shape of examples or of clips' frames.
 
     >>> default_network((3, 32, 32)), default_network((12,)), default_network((1, 64, 64), clips=True)
     ('residual', 'mlp', 'sequence')
@@ -151,42 +112,6 @@ def default_network(shape: Sequence[int], *, clips: bool = False) -> str:
     if clips:
         return "sequence"
     return "residual" if len(shape) in (2, 3) and min(shape[1:]) >= SMALLEST else "mlp"
-
-
-FAMILIES: dict[str, Callable[..., LocationScale]] = {
-    "gaussian": Gaussian,
-    "laplace": Laplace,
-    "logistic": Logistic,
-    "student-t": StudentT,
-    "student-t:learned": partial(StudentT, df="learned"),
-    "student-t:predicted": partial(StudentT, df="predicted"),
-}
-
-FAMILIES_WITH_A_NUMBER: dict[str, Callable[[float], Callable[..., LocationScale]]] = {
-    "student-t": lambda df: partial(StudentT, df=df),
-}
-
-UNSCALED: dict[str, type[Bernoulli | ContinuousBernoulli | Categorical | BitwiseCategorical | LogisticMixture]] = {
-    "bernoulli": Bernoulli,
-    "continuous-bernoulli": ContinuousBernoulli,
-    "categorical": Categorical,
-    "bitwise-categorical": BitwiseCategorical,
-    "logistic-mixture": LogisticMixture,
-}
-"""Families that have no scale."""
-
-SCALES: dict[str, Callable[[], Scale]] = {
-    "optimal": Optimal,
-    "optimal-image": lambda: Optimal(per="image"),
-    "optimal-channel": lambda: Optimal(per="channel"),
-    "optimal-pixel": lambda: Optimal(per="pixel"),
-    "shared": Shared,
-    "per-image": PerImage,
-    "per-pixel": PerPixel,
-    "running-minimum": RunningMinimum,
-}
-
-SCALES_WITH_A_NUMBER: dict[str, Callable[[float], Scale]] = {"fixed": Fixed, "beta": Fixed.from_beta}
 
 
 def likelihood(
@@ -198,26 +123,55 @@ def likelihood(
     mean: MeanMap = "unit",
     observes: Observes = "density",
 ) -> Likelihood:
-    """A likelihood by its name: ``family/scale``, or the family alone where it has no scale.
+    """A likelihood by its name: ``family/scale``, or the family alone where it takes no scale.
 
-    Either takes a number after a colon where it has one: ``student-t:3/fixed:0.1``. ``mean`` and ``observes`` are for scaled ones.
+    Either may have an argument after a colon: ``student-t:3/fixed:0.1``. ``mean`` is for families with a scale.
 
     Raises:
-        ValueError: the family or the scale does not exist (the nearest name is given), a number is missing, or the family has no
-            scale, or no level masses to be trained on.
+        ValueError: the family or the scale does not exist (the nearest name is given), its argument means nothing, or the family takes
+            no scale, or cannot be trained on levels.
 
     >>> likelihood("gaussian/fixed:0.1", channels=3)
     Gaussian(channels=3, scale=Fixed(0.1))
     >>> likelihood("logistic-mixture:5", channels=1)
     LogisticMixture(channels=1, components=5)
     """
-    first, _, rest = name.partition("/")
-    if first.partition(":")[0] in UNSCALED:
-        return _unscaled(name, channels, spatial_dims, levels, observes)
-    if not rest:
-        raise ValueError(unknown("likelihood", name, _likelihood_names()))
-    family, scale = _family(name, first), _scale(name, rest)
-    return family(channels, scale, spatial_dims=spatial_dims, levels=levels, mean=mean, observes=observes)
+    head, slash, tail = name.partition("/")
+    if head not in register.likelihood:
+        raise ValueError(_unknown_likelihood(name))
+    if register.likelihood.entry(head).object.takes_scale:
+        if not slash:
+            raise ValueError(f"{name} takes a scale, one of {_patterns(register.scale)}; did you mean '{name}/optimal'?")
+        if tail not in register.scale:
+            raise ValueError(_unknown_likelihood(name))
+        family, scale = register.likelihood.make(head), register.scale.make(tail)
+        scaled: Likelihood = family(channels, scale(), spatial_dims=spatial_dims, levels=levels, mean=mean, observes=observes)
+        return scaled
+    if slash:
+        raise ValueError(f"{name}: {head} takes no scale, its features alone say how sure they are; write {head!r}")
+    made: Likelihood = register.likelihood.make(head)(channels, spatial_dims=spatial_dims, levels=levels)
+    if observes == "level" and made.observes != "level":
+        raise ValueError(f'{name} is trained on the values, not on the probabilities of their levels: take observes="density"')
+    return made
+
+
+def _unknown_likelihood(name: str) -> str:
+    """The sentence about a name with an unknown family or scale."""
+    names: list[str] = []
+    for family in register.likelihood:
+        scales = [f"/{scale.example}" for scale in register.scale] if family.object.takes_scale else [""]
+        names += [family.example + scale for scale in scales]
+    (near,) = get_close_matches(name, names, n=1, cutoff=0.0)
+    scaled = _patterns(entry for entry in register.likelihood if entry.object.takes_scale)
+    others = _patterns(entry for entry in register.likelihood if not entry.object.takes_scale)
+    return (
+        f"there is no likelihood {name!r}; did you mean {near!r}? Known: FAMILY/SCALE, where FAMILY is one of {scaled}, and SCALE one of"
+        f" {_patterns(register.scale)}; and without a scale {others}"
+    )
+
+
+def _patterns(entries: Iterable[Entry]) -> str:
+    return ", ".join(entry.pattern for entry in entries)
 
 
 def network(
@@ -260,7 +214,7 @@ def network(
 
 
 def check_network(name: str) -> None:
-    """Refuse a name of no network, whatever the data.
+    """Refuse a name that no network has, for any data.
 
     Raises:
         ValueError: the name does not exist, or its plan or backbone cannot be read.
@@ -271,12 +225,18 @@ def check_network(name: str) -> None:
 
 
 def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: bool = False) -> VAE:
-    """The model that a config names, for data of this shape ``(C, *space)``, scaled like this; for clips, with the shape of a frame.
+    """Make the model that a config names.
 
-    Its prior is the one that it is trained with, N(0, I) where the latents are flat: :meth:`VAE.fit_prior` comes after training.
+    Its prior is the one for training, N(0, I) where latents are flat: :meth:`VAE.fit_prior` comes after training.
+
+    Args:
+        config: names and sizes.
+        shape: of one example ``(C, *space)``, or of one frame of a clip.
+        scaling: of the data.
+        clips: whether examples are clips, for ``network="auto"``.
 
     Raises:
-        ValueError: a name is unknown, or what it names does not fit the data or the other options.
+        ValueError: a name is unknown, or a part does not fit the data or the other options.
     """
     decoder = _likelihood_of(config, shape, scaling)
     return VAE(_network_of(config, shape, decoder.in_channels, clips=clips), decoder)
@@ -287,9 +247,9 @@ def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) 
     decoder = likelihood(
         config.likelihood, shape[0], spatial_dims=len(shape) - 1, levels=scaling.levels, mean=mean, observes=config.observes
     )
-    if config.mean != "auto" and not isinstance(decoder, LocationScale):
+    if config.mean != "auto" and not decoder.has_scale:
         raise ValueError(
-            f"{config.likelihood} makes of features more than a mean, and takes no mean={config.mean!r}; leave it at auto"
+            f"{config.likelihood} turns features into more than a mean, and takes no mean={config.mean!r}; leave it at auto"
         )
     return decoder
 
@@ -317,56 +277,12 @@ def data(source: object) -> Splits:
     return data_sources.as_splits(source)
 
 
-def _family(name: str, first: str) -> Callable[..., LocationScale]:
-    if first in FAMILIES:
-        return FAMILIES[first]
-    kind, _, number = first.partition(":")
-    if kind not in FAMILIES_WITH_A_NUMBER:
-        raise ValueError(unknown("likelihood", name, _likelihood_names()))
-    what = "its degrees of freedom, learned or predicted"
-    return FAMILIES_WITH_A_NUMBER[kind](positive(name, kind, number, what, "3"))
-
-
-def _unscaled(name: str, channels: int, spatial_dims: int, levels: int | None, observes: Observes) -> Unscaled:
-    head, slash, scale = name.partition("/")
-    family, colon, number = head.partition(":")
-    if slash:
-        raise ValueError(
-            f"{name}: {family} has no scale, its features alone say how sure they are; got {scale!r}, write {head!r}"
-        )
-    kind = UNSCALED[family]
-    if observes == "level" and not issubclass(kind, Discrete):
-        raise ValueError(f'{name} is trained on the values, not on the masses of their levels: take observes="density"')
-    if not colon:
-        return kind(channels, spatial_dims=spatial_dims, levels=levels)
-    if kind is not LogisticMixture or not number.isdigit() or int(number) < 1:
-        raise ValueError(
-            f"{name}: only logistic-mixture takes a number, of components, as in logistic-mixture:10; got {number!r}"
-        )
-    return LogisticMixture(channels, int(number), spatial_dims=spatial_dims, levels=levels)
-
-
-def _scale(name: str, rest: str) -> Scale:
-    kind, colon, number = rest.partition(":")
-    if kind in SCALES and not colon:
-        return SCALES[kind]()
-    if kind not in SCALES_WITH_A_NUMBER:
-        raise ValueError(unknown("likelihood", name, _likelihood_names()))
-    what = "σ, in units of the data's range" if kind == "fixed" else "β of ‖x − x̂‖² + β·KL"
-    return SCALES_WITH_A_NUMBER[kind](positive(name, kind, number, what, "0.1"))
-
-
-def _likelihood_names() -> list[str]:
-    scales = [*SCALES, *(f"{kind}:0.1" for kind in SCALES_WITH_A_NUMBER)]
-    return [*(f"{family}/{scale}" for family in FAMILIES for scale in scales), *UNSCALED, "logistic-mixture:10"]
-
-
 FORMAT = 2
 MODEL = "model"
-"""A run's folder of its model."""
+"""Name of the model's folder in a run."""
 DESCRIPTION_BYTES = 2**20
 BUFFER_VALUES = 2**24
-"""That a model may have beside those in its file: tables of its likelihood, say."""
+"""Most values that a model may have beside those in its file, such as a likelihood's tables."""
 
 
 class Saved(NamedTuple):
@@ -399,9 +315,9 @@ def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[i
 
     config = config or ModelConfig(network=UNNAMED, likelihood=UNNAMED)
     if model.network.has_prior:
-        own = register.prior.name_of(model.network.prior)
-        named = config.network != UNNAMED or own is not None
-        config = replace(config, prior=prior_name(model.network.prior) if named else UNNAMED)
+        known = register.prior.name_of(model.network.prior) is not None
+        given_with_network = config.network == UNNAMED and not known
+        config = replace(config, prior=UNNAMED if given_with_network else prior_name(model.network.prior))
     description = {
         "format": FORMAT,
         "model": asdict(config),
@@ -462,7 +378,7 @@ def _registered(config: ModelConfig) -> Iterator[tuple[str, Registry, str]]:
         ("scale", register.scale, scale),
         ("prior", register.prior, config.prior),
     )
-    return ((kind, registry, name) for kind, registry, name in parts if name not in ("", UNNAMED, "auto") and registry.names())
+    return ((kind, registry, name) for kind, registry, name in parts if name not in ("", UNNAMED, "auto"))
 
 
 def _packages(config: ModelConfig) -> dict[str, str]:
@@ -505,7 +421,7 @@ def sized(
     network: Network | None = None,
     likelihood: Likelihood | None = None,
 ) -> VAE:
-    """A new model, whose sizes are compared with those of stored weights before any memory is taken for it.
+    """Make a new model, after comparing its sizes with those of stored weights: before that, no memory is taken.
 
     Args:
         config: names and sizes of its parts.
@@ -516,8 +432,8 @@ def sized(
         likelihood: likewise.
 
     Raises:
-        ValueError: the config names no model.
-        RuntimeError: it names one of other sizes.
+        ValueError: the config describes no model.
+        RuntimeError: it describes a model of other sizes.
     """
 
     def made(config: ModelConfig) -> VAE:
@@ -545,8 +461,8 @@ def _named(make: Any, config: ModelConfig) -> Any:
         return make()
     except ValueError:
         raise
-    except Exception as error:  # of sizes that nothing has, each network and torch itself complain in their own way
-        raise ValueError(f"{config} is no model: {error}") from error
+    except Exception as error:  # networks and torch report impossible sizes in many ways
+        raise ValueError(f"{config} describes no model: {error}") from error
 
 
 def _check_sizes(model: nn.Module, stored: Mapping[str, Sequence[int]], prefix: str = "") -> None:
@@ -559,7 +475,7 @@ def _check_sizes(model: nn.Module, stored: Mapping[str, Sequence[int]], prefix: 
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
-    """Sizes of the stored tensors, which the reader has found to lie within the file."""
+    """Shapes of the stored tensors; the reader checks that they lie within the file."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:

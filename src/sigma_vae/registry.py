@@ -12,13 +12,15 @@ or, from an installed package, by an entry point in the group of its kind, which
     [project.entry-points."sigma_vae.networks"]
     mine = "my_package.networks:mine"
 
-Nothing here imports a module that a file names: what a saved model names has to be registered, by this package or by an installed one.
+Nothing here imports a module that a file names: what a saved model names has to be registered, by this package or by an
+installed one.
 """
 
 import importlib
 import inspect
 import math
 import pkgutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -26,7 +28,9 @@ from functools import partial
 from importlib.metadata import EntryPoint, entry_points, packages_distributions
 from typing import Any, TypeVar
 
-__all__ = ["Argument", "Entry", "Registry", "number_above_zero", "register"]
+from typing_extensions import Doc
+
+__all__ = ["Argument", "Entry", "Names", "Registry", "number_above_zero", "register"]
 
 OWN_PACKAGE = "sigma-vae"
 
@@ -61,7 +65,8 @@ class Entry:
         object: what was registered: a class, a function, or an instance.
         package: the distribution that it comes from.
         argument: what may follow the name after a colon.
-        facts: what is known before an object is made, such as ``{"latents": "flat"}`` for a network. A registration may leave facts out.
+        facts: what is known before an object is made, such as ``{"latents": "flat"}`` for a network. A registration may
+            leave facts out.
     """
 
     name: str
@@ -74,7 +79,8 @@ class Entry:
     def summary(self) -> str:
         """The first sentence of its docstring, for help texts and tables."""
         first = (inspect.getdoc(self.object) or "").partition("\n\n")[0].replace("\n", " ")
-        return first.partition(". ")[0].removesuffix(".")
+        plain = re.sub(r"(?::\w+:)?`+([^`]*)`+", r"\1", first)
+        return re.split(r"\.\s+(?=[A-Z])", plain)[0].removesuffix(".")
 
     @property
     def pattern(self) -> str:
@@ -130,6 +136,11 @@ class Registry:
         """All names, without arguments: ours first, in alphabetical order."""
         return [entry.name for entry in self]
 
+    def listing(self) -> str:
+        """All names with their summaries, a line each; an entry that reads files is listed by their endings."""
+        heads = (", ".join(entry.facts.get("endings", ())) or entry.pattern for entry in self)
+        return "\n".join(f"- {head}: {entry.summary}" for head, entry in zip(heads, self, strict=True))
+
     def __iter__(self) -> Iterator[Entry]:
         self._load()
         return iter(sorted(self._entries.values(), key=lambda entry: (entry.package != OWN_PACKAGE, entry.name)))
@@ -180,6 +191,12 @@ class Registry:
                 return entry.name if text is None else f"{entry.name}:{text}"
         return None
 
+    def table(self) -> str:
+        """All names with their summaries, as a Markdown table."""
+        patterns = (entry.pattern.replace("|", "\\|") for entry in self)
+        rows = (f"| `{pattern}` | {entry.summary} |" for pattern, entry in zip(patterns, self, strict=True))
+        return "\n".join(("| name | meaning |", "| --- | --- |", *rows))
+
     def _unknown(self, name: str, package: str | None) -> str:
         if package is not None and package != OWN_PACKAGE:
             return (
@@ -222,6 +239,29 @@ class Registry:
             self._add(Entry(point.name, registered, package))
 
 
+class Names(Doc):
+    """Help text of an option that takes a registered name; it ends with the names and their summaries.
+
+    It annotates the option: ``network: Annotated[str, Names("Name of the network.", register.network)]``. The
+    registries are read when the text is, not before.
+
+    Args:
+        text: what the option is.
+        registries: of the names that it takes.
+    """
+
+    def __init__(self, text: str, *registries: Registry) -> None:
+        self.text = text
+        self.registries = registries
+
+    @property
+    def documentation(self) -> str:  # type: ignore[override]
+        """The whole text."""
+        return "\n".join([self.text, *(registry.listing() for registry in self.registries)])
+
+    __hash__ = object.__hash__
+
+
 def number_above_zero(keyword: str, what: str) -> Callable[[str], dict[str, Any]]:
     """A parser of one number above 0, passed on under this keyword.
 
@@ -254,7 +294,7 @@ class register:
 
 
 def _package_of(registered: Any) -> str:
-    """The distribution whose module defines it; the module's own name where it belongs to none (a script, a notebook)."""
+    """The distribution that it comes from, or the name of its module where there is none (a script, a notebook)."""
     top = getattr(registered, "__module__", type(registered).__module__).partition(".")[0]
     if top == "sigma_vae":
         return OWN_PACKAGE

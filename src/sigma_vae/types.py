@@ -1,6 +1,7 @@
 """Shared types and abstract interfaces: batches, ELBO terms, and the contracts of network, likelihood and prior."""
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -432,12 +433,17 @@ class DataDistribution(Distribution, ABC):
 class Likelihood(nn.Module, ABC):
     """p(x|z): from decoder features to a distribution over data.
 
-    A subclass says how many feature channels it reads (``in_channels``) and turns features into a distribution. Families
-    with a scale also refit it in ``calibrate``.
+    A subclass says how many feature channels it reads, :attr:`in_channels`, and makes the :meth:`distribution` of the data. Bin
+    probabilities and distribution functions are derived from that. What a subclass can do besides (σ, a calibration) it shows by
+    overriding; the base has no scale. The rest of the package asks :attr:`has_scale`, :attr:`predicts_scale` and so on, never the class.
     """
 
+    takes_scale: bool = False
+    """Whether it is made with a scale, so that it is named ``family/scale``."""
+    unit_interval: bool = False
+    """Whether data must lie in [0, 1]."""
     observes: Observes = "density"
-    """What ``log_prob`` is of: the density of the values, or the mass of their level."""
+    """What it is trained on: the density of the values, or the probability of their levels' bins."""
     normalised: bool = True
     """Whether ``log_prob`` is the logarithm of a probability; where not, it is an objective, and there is no ``log_mass``."""
 
@@ -457,6 +463,65 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def in_channels(self) -> int:
         """Feature channels that the decoder must give."""
+
+    @abstractmethod
+    def distribution(
+        self, h: Tensor, x: Tensor | None = None, *, observes: Observes | None = None, refitted: bool = False
+    ) -> DataDistribution:
+        """The distribution p(x|h): batch ``(*batch,)``, event ``(C, *space)``.
+
+        Args:
+            h: decoder features ``(*batch, in_channels, *space)``.
+            x: data, which are checked. In training an optimal σ is solved for them; evaluation never takes σ from them.
+            observes: a density, or the probabilities of the levels' bins; what the likelihood is trained on unless given.
+            refitted: with the σ that ``calibrate`` solved, whatever the scale.
+        """
+
+    def forward(self, h: Tensor, x: Tensor | None = None) -> DataDistribution:
+        """:meth:`distribution` of what the likelihood is trained on."""
+        return self.distribution(h, x)
+
+    def log_mass(self, h: Tensor, x: Tensor, *, refitted: bool = False, post_hoc: bool | None = None) -> Tensor:
+        """Log-probability ``(*batch,)`` of the observed levels' bins, in nats: the number that compares all families.
+
+        Args:
+            h: decoder features ``(*batch, in_channels, *space)``.
+            x: data on their levels.
+            refitted: with the σ that ``calibrate`` solved.
+            post_hoc: deprecated name of ``refitted``.
+
+        Raises:
+            ValueError: the data have no levels, x is off them, or no σ is known yet.
+        """
+        distribution, x = self._of_data(h, x, "level", refitted, post_hoc)
+        log_prob: Tensor = distribution.log_prob(x)
+        return log_prob
+
+    def element_cdf(
+        self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """F(x−) and F(x) of each value, of the data's shape: see :meth:`DataDistribution.element_cdf`.
+
+        Args:
+            h: decoder features ``(*batch, in_channels, *space)``.
+            x: data.
+            observes: of the density, or of the probabilities of the levels' bins.
+            refitted: with the σ that ``calibrate`` solved.
+            post_hoc: deprecated name of ``refitted``.
+
+        Raises:
+            ValueError: the likelihood has no such probabilities, x cannot be drawn from them, or no σ is known yet.
+
+        >>> from sigma_vae import Fixed, Gaussian
+        >>> likelihood = Gaussian(1, Fixed(0.5), spatial_dims=0, levels=3)
+        >>> likelihood.element_cdf(torch.zeros(1, 1) + 0.5, torch.zeros(1, 1) + 0.5, "level")  # Φ(−½), Φ(½)
+        (tensor([[0.3085]]), tensor([[0.6915]]))
+        """
+        distribution, x = self._of_data(h, x, observes, refitted, post_hoc)
+        return distribution.element_cdf(x)
+
+    def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Solve the stored scales exactly on pairs (h, x), a list or a loader; do nothing where there is no scale."""
 
     @property
     def has_scale(self) -> bool:
@@ -480,7 +545,7 @@ class Likelihood(nn.Module, ABC):
 
     @property
     def log_floor(self) -> float:
-        """The least log σ that ``calibrate`` solves; -inf where there is no scale."""
+        """The least log σ that ``calibrate`` solves; −∞ where there is no scale."""
         return -math.inf
 
     def log_sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
@@ -502,43 +567,86 @@ class Likelihood(nn.Module, ABC):
         return {}
 
     def start(self, std: float) -> None:
-        """Start a learned σ from the std of the data, unless it was given or learned before; nothing else has a start."""
+        """Start a learned σ from the std of the data, unless it was given or learned before; other scales have no start."""
 
-    def distribution(
-        self, h: Tensor, x: Tensor | None = None, *, observes: Observes | None = None, refitted: bool = False
-    ) -> Distribution:
-        """The distribution p(x|h): batch ``(*batch,)``, event ``(C, *space)``.
+    def post_hoc(self, h: Tensor) -> DataDistribution:
+        """Deprecated: write ``distribution(h, refitted=True)``."""
+        warnings.warn("post_hoc(h) is now distribution(h, refitted=True)", DeprecationWarning, stacklevel=2)
+        return self.distribution(h, refitted=True)
+
+    def check_observes(self, observes: Observes | None) -> Observes:
+        """What a distribution is asked for, by default what is trained on.
+
+        Raises:
+            ValueError: it is levels, and there are none, or their probabilities would not sum to one.
+        """
+        observes = observes or self.observes
+        if observes == "level" and self.levels is None:
+            raise ValueError(
+                f"{self} models real-valued data (levels=None), which have a density but no probability of a level; report"
+                " `likelihood(h).log_prob(x)`, or say how many levels the data have"
+            )
+        if observes == "level" and not self.normalised:
+            raise ValueError(
+                f"{self} is an objective, not a likelihood, of data with {self.levels} levels: its values sum to no probability,"
+                " so there are no bits/dim to report; build it with levels=2 for binary data, or take ContinuousBernoulli"
+            )
+        return observes
+
+    def check_data(self, x: Tensor, shape: Sequence[int], observes: Observes) -> None:
+        """Refuse data that the distribution cannot have drawn.
 
         Args:
-            h: decoder features ``(*batch, in_channels, *space)``.
-            x: data; an optimal σ is solved for them in training, and levels are checked. Evaluation never takes σ from them.
-            observes: a density, or the probabilities of the levels' bins; what the likelihood is trained on unless given.
-            refitted: with the σ that ``calibrate`` solved, whatever the scale.
+            x: data.
+            shape: what the features are of.
+            observes: what of them is looked at.
+
+        Raises:
+            ValueError: x has another shape, is off the levels that are observed, or outside [0, 1] where the family is bounded.
         """
-        raise NotImplementedError
+        if x.shape != torch.Size(shape):
+            raise ValueError(f"{self} was given data of shape {tuple(x.shape)} for features of shape {tuple(shape)}")
+        if torch.compiler.is_compiling():  # the checks below read values off the device
+            return
+        if observes == "level":
+            assert self.levels is not None
+            _check_levels(x, self.levels)
+        elif self.unit_interval and x.numel():
+            low, high = (float(v) for v in x.aminmax())
+            if not (low >= 0 and high <= 1):
+                raise ValueError(f"{self} expects data in [0, 1], got values in [{low:.4g}, {high:.4g}]; rescale the data")
 
-    @abstractmethod
-    def forward(self, h: Tensor, x: Tensor | None = None) -> Distribution:
-        """The distribution p(x|h): batch ``(*batch,)``, event ``(C, *space)``; x is looked at in training alone."""
+    def extra_repr(self) -> str:
+        """Arguments as they would be written."""
+        return f"channels={self.channels}" + ("" if self.levels == 256 else f", levels={self.levels}")
 
-    @abstractmethod
-    def log_mass(self, h: Tensor, x: Tensor, *, refitted: bool = False, post_hoc: bool = False) -> Tensor:
-        """Log-probability ``(*batch,)``, in nats, of the observed levels: the mass of the bins around x."""
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
 
-    @abstractmethod
-    def element_cdf(self, h: Tensor, x: Tensor, observes: Observes, *, refitted: bool = False, post_hoc: bool = False) -> tuple[Tensor, Tensor]:
-        """F(x−) and F(x) of each value, of the data's shape: the probability of less than x, and of x or less.
+    def _of_data(
+        self, h: Tensor, x: Tensor, observes: Observes, refitted: bool, post_hoc: bool | None
+    ) -> tuple[DataDistribution, Tensor]:
+        """The distribution of evaluation, which has not seen x, and x as it is compared with it: checked, in full precision."""
+        if post_hoc is not None:
+            warnings.warn("post_hoc= is now refitted=", DeprecationWarning, stacklevel=3)
+            refitted = post_hoc
+        x = x.to(torch.promote_types(h.dtype, torch.float32))
+        distribution = self.distribution(h, observes=observes, refitted=refitted)
+        self.check_data(x, distribution.batch_shape + distribution.event_shape, observes)
+        return distribution, x
 
-        Of a density both are the same. Where values are not independent given h, F is that of each given those before it.
-        """
 
-    @abstractmethod
-    def post_hoc(self, h: Tensor) -> Distribution:
-        """p(x|h) with the scale that ``calibrate`` refitted; families without a scale give ``self(h)``."""
-
-    @abstractmethod
-    def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Fit the stored scales on pairs (h, x); ``pairs`` is gone through more than once, so no generator."""
+def _check_levels(x: Tensor, levels: int) -> None:
+    """Refuse values that are not levels k/(levels − 1): the probability of a bin between two levels would mean nothing."""
+    top = levels - 1
+    off = (x * top - torch.round(x * top).clamp(0, top)).abs().max() if x.numel() else 0.0
+    if not float(off) <= 0.01:
+        low, high = (float(v) for v in x.aminmax())
+        raise ValueError(
+            f"log_mass expects levels k/{top} in [0, 1] (levels={levels}), got values in [{low:.4g}, {high:.4g}] that lie"
+            f" {float(off):.3g} of a level off; scale {levels}-level data by 1/{top} and do not add noise,"
+            " or build the likelihood with the data's own `levels`"
+        )
 
 
 def standard_normal(like: Tensor, noise: Noise | None) -> Tensor:

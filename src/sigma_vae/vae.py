@@ -1,5 +1,6 @@
-"""The model: network + likelihood = ELBO terms, samples, reconstructions."""
+"""The model: a network and a likelihood give ELBO terms, samples and reconstructions."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, NamedTuple, final
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 Examples = Batch | Tensor | Sequence[Tensor]
-"""A batch as a loader may give it: x, or (x, ...)."""
+"""A batch as a loader gives it: x, or (x, ...)."""
 
 CACHE_BYTES = 2**30
 
@@ -36,111 +37,19 @@ Where posteriors say little, latents are mostly noise: with shared noise, both s
 APART = SEED_OFFSET
 
 
-def keyed_noise(positions: Tensor, seed: int = 0) -> Noise:
-    """Standard normal numbers that depend on an example's position and the seed, not on the batch it comes in.
-
-    Args:
-        positions: ``(batch,)``; the shapes asked for have ``batch`` as their first axis.
-        seed: another seed gives other numbers.
-
-    >>> torch.equal(keyed_noise(torch.tensor([3, 5]))(torch.Size([2, 4]))[1], keyed_noise(torch.tensor([5]))(torch.Size([1, 4]))[0])
-    True
-    """
-    # torch's CPU generator reads 32 bits of a seed; a step that is prime to them keeps neighbouring seeds apart.
-    generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in positions.tolist()]
-
-    def noise(shape: torch.Size) -> Tensor:
-        return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators])
-
-    return noise
-
-
-@contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put it into eval mode, and back into the modes that its parts had."""
-    training = [(part, part.training) for part in module.modules()]  # a part of it may be frozen
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in training:
-            part.training = mode
-
-
-def in_full_precision(device: str) -> AbstractContextManager[object]:
-    """Where autocast is on, the context that switches it off: for a likelihood, whose terms half precision would round to whole nats."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-class FeaturePairs:
-    """Pairs (h, target) of a loader's data under noise that repeats; kept in memory after the first pass where they are few."""
-
-    def __init__(self, network: Network, loader: Iterable[Examples], seed: int, device: torch.device) -> None:
-        self.network = network
-        self.device = device
-        self.loader = loader
-        self.seed = seed
-        self.cache: list[tuple[Tensor, Tensor]] | None = None
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._decoded() if self.cache is None else self.cache)
-
-    def _decoded(self) -> Iterator[tuple[Tensor, Tensor]]:
-        cache: list[tuple[Tensor, Tensor]] = []
-        held = 0
-        for x, positions, mask in _examples(self.loader):
-            mask = None if mask is None else mask.to(self.device)
-            pair = self.network.infer(x.to(self.device), mask=mask, noise=keyed_noise(positions, self.seed)).scored()
-            held += sum(t.numel() * t.element_size() for t in pair)
-            if held <= CACHE_BYTES:
-                cache.append(pair)
-            else:
-                cache.clear()
-            yield pair
-        if held <= CACHE_BYTES:
-            self.cache = cache
-
-
-def latents_of(network: Network, loader: Iterable[Examples], seed: int) -> Tensor:
-    """One posterior draw of each example, ``(n, latent_dim)``, under noise of the example's position and the seed.
-
-    Raises:
-        ValueError: the loader is empty.
-    """
-    device = next(network.parameters()).device
-    draws = []
-    for x, positions, _ in _examples(loader):
-        posterior = network.posterior(x.to(device))
-        mean, std = posterior.loc, posterior.scale
-        draws.append(mean + std * keyed_noise(positions, seed)(mean.shape).to(mean))
-    if not draws:
-        raise ValueError("the loader gave no batch, so there are no codes")
-    return torch.cat(draws)
-
-
-def _examples(loader: Iterable[Examples]) -> Iterator[Batch]:
-    """The loader's batches; where they have no positions, they are counted."""
-    seen = 0
-    for batch in loader:
-        if isinstance(batch, Batch):
-            yield batch
-            continue
-        x = batch if isinstance(batch, Tensor) else batch[0]
-        yield Batch(x, torch.arange(seen, seen + len(x)))
-        seen += len(x)
-
-
 Show = Literal["mean", "draw"]
-"""What of p(x|z) is shown: its mean, or a draw."""
+"""How p(x|z) is shown: by its mean, or by a draw."""
 
 
 class Scores(NamedTuple):
-    """What one posterior draw says of each example, ``(*batch,)``, in nats; kl ``(*batch, layers)`` is the rate layer by layer.
+    """Terms of each example's bound from one posterior draw, ``(*batch,)``, in nats.
 
-    "Post-hoc" is with the σ that :meth:`VAE.calibrate` solved; for an optimal scale that is its own. The masses are None where the
-    data have no levels, or the likelihood is an objective that gives them no probability. ``dims`` counts the values whose probability
-    it is: of a video, those of the predicted frames. ``log_ratio`` is log p(z) − log q(z|x) at the draw: log-likelihood plus log-ratio
-    is the logarithm of an importance weight, whose mean is p(x); log-likelihood minus rate, where the KL is analytic, is not.
+    * "Post-hoc" values use the σ that :meth:`VAE.calibrate` solved. For an optimal scale that is its own σ.
+    * The masses are log bin probabilities. They are None where the data have no levels or the likelihood is not normalised.
+    * ``kl`` ``(*batch, layers)`` is the rate of each layer.
+    * ``dims`` counts the values that are scored; for a clip, those of the predicted frames.
+    * ``log_ratio`` is log p(z) − log q(z|x) at the draw. Log-likelihood plus log-ratio is a log importance weight, whose mean
+      estimates p(x). Log-likelihood minus rate is not, where the KL is in closed form.
     """
 
     rate: Tensor
@@ -180,7 +89,7 @@ class VAE(nn.Module):
         self.likelihood = likelihood
 
     def forward(self, x: Tensor) -> Elbo:
-        """The ELBO's terms of each example: what a wrapper such as DistributedDataParallel calls."""
+        """Call :meth:`elbo`; wrappers such as DistributedDataParallel need it."""
         return self.elbo(x)
 
     def elbo(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None) -> Elbo:
@@ -188,11 +97,11 @@ class VAE(nn.Module):
 
         Args:
             x: data ``(*batch, C, *space)``.
-            context: a video's conditioning frames, where x does not begin with them.
-            mask: a video's valid frames ``(batch, frames)``; the others count for nothing.
-            noise: where the posterior's standard normal numbers come from; torch's global generator unless given.
+            context: conditioning frames of clips, where x does not begin with them.
+            mask: valid frames of clips ``(batch, frames)``; the other frames do not count.
+            noise: source of the posterior's standard normal numbers; torch's global generator unless given.
 
-        Under ``torch.autocast`` the network alone is in half precision: the likelihood of its features is in float32.
+        Under ``torch.autocast`` only the network is in half precision; the likelihood of its features is in float32.
 
         Shapes:
             log_likelihood ``(*batch,)``, kl ``(*batch, layers)``.
@@ -204,17 +113,17 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def score(self, x: Tensor, noise: Noise | None = None, mask: Tensor | None = None) -> Scores:
-        """All that an evaluation reports of each example, from one posterior draw; call it in eval mode, after ``calibrate``."""
+        """Terms of each example's bound, from one posterior draw; call it in eval mode, after :meth:`calibrate`."""
         inference = self.network.infer(x, mask=mask, noise=noise)
         h, target = inference.scored()
         mass = mass_post_hoc = None
         if self.likelihood.levels is not None and self.likelihood.normalised:
             mass = inference.per_example(self.likelihood.log_mass(h, target))
-            mass_post_hoc = inference.per_example(self.likelihood.log_mass(h, target, post_hoc=True))
+            mass_post_hoc = inference.per_example(self.likelihood.log_mass(h, target, refitted=True))
         return Scores(
             rate=inference.kl.sum(-1),
             log_likelihood=inference.per_example(self.likelihood(h).log_prob(target)),
-            log_likelihood_post_hoc=inference.per_example(self.likelihood.post_hoc(h).log_prob(target)),
+            log_likelihood_post_hoc=inference.per_example(self.likelihood.distribution(h, refitted=True).log_prob(target)),
             log_mass=mass,
             log_mass_post_hoc=mass_post_hoc,
             kl=inference.kl,
@@ -231,15 +140,15 @@ class VAE(nn.Module):
         generator: torch.Generator | None = None,
         temperature: Temperature = 1.0,
     ) -> Tensor:
-        """Draw n latents, and show each by the mean of p(x|z) or by a draw from it: ``(n, C, *space)``.
+        """Draw n latents from the prior, and decode them to data ``(n, C, *space)``.
 
         Args:
-            n: how many.
-            show: ``"mean"`` or ``"draw"``.
-            context: a video's conditioning frames ``(1 or n, frames, C, H, W)``, of one clip for all or of n; the samples are then ten
-                frames that follow: :meth:`predict` makes more.
-            generator: of the latents; a draw from p(x|z) uses torch's global one.
-            temperature: scales the spread of the latents: one number, or one for each layer.
+            n: number of samples.
+            show: ``"mean"`` of p(x|z), or a ``"draw"`` from it.
+            context: for networks that read clips, conditioning frames ``(1 or n, frames, C, H, W)`` of one clip or n. The samples are then
+                the ten frames that follow; :meth:`predict` makes more.
+            generator: source of the latents' randomness; a draw from p(x|z) uses torch's global one.
+            temperature: scales the spread of the latents: one number, or one per layer from the top down.
         """
         if self.network.reads_clips:
             (single,) = per_layer(temperature, 1)
@@ -258,27 +167,26 @@ class VAE(nn.Module):
         temperature: float = 1.0,
         batch_statistics: bool = False,
     ) -> Tensor:
-        """Go on from the first frames of clips, several times each: ``(samples, batch, frames, C, H, W)``.
+        """Predict future frames from the start of clips, several samples per clip: ``(samples, batch, frames, C, H, W)``.
 
-        Each frame is predicted from what is shown of the one before: with ``"mean"`` as SVG does; with ``"draw"`` the samples are drawn
+        Each frame is predicted from the one shown before it. With ``"mean"`` this is SVG's way; with ``"draw"`` the samples are draws
         from the model that the ELBO bounds. Call it in eval mode.
 
         Args:
             context: conditioning frames ``(batch, past, C, H, W)``.
-            frames: how many to predict.
-            samples: how many predictions of each clip.
-            show: ``"mean"`` or ``"draw"``.
-            generator: of the latents; a draw from p(x|z) uses torch's global one.
+            frames: number of frames to predict.
+            samples: number of predictions per clip.
+            show: ``"mean"`` of p(x|z), or a ``"draw"`` from it.
+            generator: source of the latents' randomness; a draw from p(x|z) uses torch's global one.
             temperature: scales the spread of the latents.
-            batch_statistics: batch norm as in SVG's own evaluation; see :meth:`SequenceNetwork.predict`.
+            batch_statistics: use batch norm as SVG's own evaluation does; see :meth:`SequenceNetwork.predict`.
 
         Raises:
-            ValueError: the network is none for videos, or context and counts do not fit.
+            ValueError: the network does not read clips, or context and counts do not fit.
         """
-        network = self.network
         if samples < 1:
-            raise ValueError(f"samples counts the predictions of each clip and is at least 1, got {samples}")
-        predicted = network.predict(
+            raise ValueError(f"samples is the number of predictions per clip and at least 1, got {samples}")
+        predicted = self.network.predict(
             context.repeat(samples, *(1 for _ in context.shape[1:])),
             frames,
             lambda h: _shown(self.likelihood, h, show),
@@ -289,14 +197,14 @@ class VAE(nn.Module):
         return predicted.frames.reshape(samples, len(context), *predicted.frames.shape[1:])
 
     def reconstruct(self, x: Tensor, show: Show = "mean", *, noise: Noise | None = None) -> Tensor:
-        """Encode x, draw its latents, and decode them, to the shape of x; of a video, the frames after the conditioning ones."""
+        """Encode x, draw its latents and decode them, to the shape of x; for clips, the frames after the conditioning frames."""
         return _shown(self.likelihood, self.network.infer(x, noise=noise).h, show)
 
     def encode(self, x: Tensor) -> Normal:
         """q(z|x), parameters ``(batch, latent_dim)``.
 
         Raises:
-            ValueError: the network has no flat latents.
+            ValueError: the network has no single layer of latents.
         """
         return self.network.posterior(x)
 
@@ -313,57 +221,40 @@ class VAE(nn.Module):
         """Device of the weights."""
         return next(self.parameters()).device
 
-    @property
-    def flat_network(self) -> Network:
-        """Deprecated: use :attr:`network`, and ask ``network.has_posterior``."""
-        return self._deprecated("flat_network", has=self.network.has_posterior and self.network.has_prior)
-
-    @property
-    def video_network(self) -> Network:
-        """Deprecated: use :attr:`network`, and ask ``network.reads_clips``."""
-        return self._deprecated("video_network", has=self.network.reads_clips)
-
-    def _deprecated(self, name: str, *, has: bool) -> Network:
-        if not has:
-            raise AttributeError(
-                f"{type(self.network).__name__} is no {name.replace('_', ' ')}: VAE.{name} is deprecated, use VAE.network"
-            )
-        return self.network
-
     @torch.no_grad()
     def calibrate(self, loader: "Iterable[Examples]", seed: int = 0) -> None:
-        """Solve the likelihood's scales exactly on the loader's data, with the weights as they are.
+        """Solve the likelihood's scales exactly on the loader's data; the weights do not change.
 
-        Each example is decoded from one posterior draw, the same in each pass. Use training data (or validation data, where the
-        training set is small: its σ is then too narrow for new data).
+        Each example is decoded from one posterior draw, the same in each pass. Use validation data, or training data where there are
+        many: a σ from a small training set is too narrow for new data.
 
         Args:
-            loader: batches ``x`` or ``(x, ...)``; gone through more than once, so no generator. Give it a fixed order, or
+            loader: batches ``x`` or ``(x, ...)``. It is iterated more than once, so a generator does not work. Give it a fixed order, or
                 :class:`Batch` with positions.
-            seed: of the posterior's noise.
+            seed: seed of the posterior's noise.
         """
         with in_eval_mode(self):
-            self.likelihood.calibrate(FeaturePairs(self.network, loader, seed, next(self.parameters()).device))
+            self.likelihood.calibrate(FeaturePairs(self.network, loader, seed, self.device))
 
     @torch.no_grad()
     def fit_prior(
         self, loader: "Iterable[Examples]", prior: Prior, validation: "Iterable[Examples] | None" = None, seed: int = 0
     ) -> None:
-        """Fit a prior to one posterior draw of each of the loader's examples, and take it in place of the network's.
+        """Fit a prior to one posterior draw of each example, and use it in place of the network's prior.
 
-        Nothing else changes: call it after training and ``calibrate``. The ELBO is then a bound with that prior, and ``sample`` draws
-        from it. Where the fit fails, the network keeps the prior that it has.
+        Nothing else changes: call it after training and :meth:`calibrate`. The ELBO is then the bound of the model with that prior, and
+        :meth:`sample` draws from it. Where the fit fails, the network keeps its prior.
 
         Args:
-            loader: batches ``x`` or ``(x, ...)`` of training data; only their codes are kept in memory. Give it a fixed order, or
+            loader: batches ``x`` or ``(x, ...)`` of training data; only their latents are kept in memory. Give it a fixed order, or
                 :class:`Batch` with positions.
             prior: moved to the model's device and dtype, and fitted there.
-            validation: others, by which a prior chooses what it has to (:class:`MixturePrior` the number of components, :class:`FlowPrior`
-                when to stop).
-            seed: of the posteriors' noise, which is not that of an evaluation with this seed, and of what is random in the fit.
+            validation: held-out data for a prior that has something to choose: :class:`MixturePrior` its number of components,
+                :class:`FlowPrior` when to stop.
+            seed: seed of the fit and of the posteriors' noise. The noise differs from that of an evaluation with this seed.
 
         Raises:
-            ValueError: the network has no flat latents, or the prior cannot be fitted to these codes.
+            ValueError: the network's prior cannot be replaced, or the prior cannot be fitted to these latents.
 
         >>> from sigma_vae import VAE, Gaussian, mlp
         >>> from sigma_vae.priors import GaussianPrior
@@ -381,6 +272,123 @@ class VAE(nn.Module):
             held_out = None if validation is None else latents_of(network, validation, seed + 2 * SEED_OFFSET)
         prior.to(draws).fit(draws, held_out, seed)
         network.replace_prior(prior)
+
+    @property
+    def flat_network(self) -> Network:
+        """Deprecated: use :attr:`network`, and ask ``network.has_posterior``."""
+        return self._deprecated("flat_network", has=self.network.has_posterior and self.network.has_prior)
+
+    @property
+    def video_network(self) -> Network:
+        """Deprecated: use :attr:`network`, and ask ``network.reads_clips``."""
+        return self._deprecated("video_network", has=self.network.reads_clips)
+
+    def _deprecated(self, name: str, *, has: bool) -> Network:
+        if not has:
+            raise AttributeError(f"{type(self.network).__name__} is no {name.replace('_', ' ')}; VAE.{name} is now VAE.network")
+        warnings.warn(f"VAE.{name} is now VAE.network", DeprecationWarning, stacklevel=3)
+        return self.network
+
+    def __dir__(self) -> list[str]:
+        # Without the deprecated names, which inspect.getmembers and torch.jit.trace would look up.
+        return [name for name in super().__dir__() if name not in ("flat_network", "video_network")]  # type: ignore[no-untyped-call]
+
+
+def keyed_noise(positions: Tensor, seed: int = 0) -> Noise:
+    """Standard normal numbers that depend on an example's position and the seed, but not on its batch.
+
+    Args:
+        positions: ``(batch,)``; the shapes asked for have ``batch`` as their first axis.
+        seed: another seed gives other numbers.
+
+    >>> torch.equal(keyed_noise(torch.tensor([3, 5]))(torch.Size([2, 4]))[1], keyed_noise(torch.tensor([5]))(torch.Size([1, 4]))[0])
+    True
+    """
+    # torch's CPU generator reads 32 bits of a seed; a step that is prime to them keeps neighbouring seeds apart.
+    generators = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in positions.tolist()]
+
+    def noise(shape: torch.Size) -> Tensor:
+        return torch.stack([torch.randn(shape[1:], generator=generator) for generator in generators])
+
+    return noise
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode, and afterwards each of its parts back into the mode it had."""
+    training = [(part, part.training) for part in module.modules()]  # a part of it may be frozen
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training:
+            part.training = mode
+
+
+def in_full_precision(device: str) -> AbstractContextManager[object]:
+    """Context that switches autocast off for a likelihood: half precision would round its terms to whole nats."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+class FeaturePairs:
+    """Pairs of features and target of a loader's data, with the same posterior draws in each pass.
+
+    After the first pass the pairs are kept in memory, up to 1 GiB.
+    """
+
+    def __init__(self, network: Network, loader: Iterable[Examples], seed: int, device: torch.device) -> None:
+        self.network = network
+        self.device = device
+        self.loader = loader
+        self.seed = seed
+        self.cache: list[tuple[Tensor, Tensor]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self._decoded() if self.cache is None else self.cache)
+
+    def _decoded(self) -> Iterator[tuple[Tensor, Tensor]]:
+        cache: list[tuple[Tensor, Tensor]] = []
+        held = 0
+        for x, positions, mask in _examples(self.loader):
+            mask = None if mask is None else mask.to(self.device)
+            pair = self.network.infer(x.to(self.device), mask=mask, noise=keyed_noise(positions, self.seed)).scored()
+            held += sum(t.numel() * t.element_size() for t in pair)
+            if held <= CACHE_BYTES:
+                cache.append(pair)
+            else:
+                cache.clear()
+            yield pair
+        if held <= CACHE_BYTES:
+            self.cache = cache
+
+
+def latents_of(network: Network, loader: Iterable[Examples], seed: int) -> Tensor:
+    """One posterior draw of each example, ``(n, latent_dim)``, with noise keyed by the example's position and the seed.
+
+    Raises:
+        ValueError: the loader is empty.
+    """
+    device = next(network.parameters()).device
+    draws = []
+    for x, positions, _ in _examples(loader):
+        posterior = network.posterior(x.to(device))
+        mean, std = posterior.loc, posterior.scale
+        draws.append(mean + std * keyed_noise(positions, seed)(mean.shape).to(mean))
+    if not draws:
+        raise ValueError("the loader gave no batch, so there are no latents")
+    return torch.cat(draws)
+
+
+def _examples(loader: Iterable[Examples]) -> Iterator[Batch]:
+    """The loader's batches; examples without positions are numbered."""
+    seen = 0
+    for batch in loader:
+        if isinstance(batch, Batch):
+            yield batch
+            continue
+        x = batch if isinstance(batch, Tensor) else batch[0]
+        yield Batch(x, torch.arange(seen, seen + len(x)))
+        seen += len(x)
 
 
 def _shown(likelihood: Likelihood, h: Tensor, show: Show) -> Tensor:

@@ -1,104 +1,176 @@
-"""The command line: subcommands, printing, exit codes.
+"""The command line: find a command, run it, turn what goes wrong into a sentence and an exit code.
 
-The functions in ``COMMANDS`` are the subcommands: tyro builds the interface from their signatures and docstrings.
+``COMMANDS`` says where each command is. Its module is imported when it runs, so that ``sigma-vae --help`` imports
+neither torch nor tyro; tyro builds the command's options from the function's signature and docstring.
 """
 
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from types import FrameType
-from typing import Any
+from importlib import import_module
+from types import FrameType, MappingProxyType
+from typing import Any, NamedTuple
 
-import tyro
+from sigma_vae import __version__
 
-from sigma_vae.cli.inspect import explain, inspect
-from sigma_vae.cli.outputs import encode, predict, reconstruct, sample, score
-from sigma_vae.cli.runs import calibrate, compare, evaluate, fit_prior, replay, rerun, resume, train
-from sigma_vae.cli.study import STUDY, study
-from sigma_vae.training import NonFiniteLossError, Terminated
-from sigma_vae.training.distributed import ElsewhereError
-
-__all__ = ["main"]
+__all__ = ["COMMANDS", "PROGRAM", "STUDY", "Command", "main"]
 
 PROGRAM = "sigma-vae"
-INTERRUPTED = 130
-SHARED = ("train", "resume", "replay", "evaluate", "calibrate", "fit-prior")
-"""What several processes do together."""
-TERMINATED = 143
+ABOUT = "Train VAEs with calibrated decoders: no KL weight to tune."
+FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 128 + signal.SIGTERM
+"""Exit codes."""
 
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "inspect": inspect,
-    "train": train,
-    "resume": resume,
-    "replay": replay,
-    "rerun": rerun,
-    "evaluate": evaluate,
-    "compare": compare,
-    "fit-prior": fit_prior,
-    "calibrate": calibrate,
-    "sample": sample,
-    "reconstruct": reconstruct,
-    "predict": predict,
-    "encode": encode,
-    "score": score,
-    "explain": explain,
-    "study": study,
+
+class Command(NamedTuple):
+    """A command.
+
+    Args:
+        place: of its function, ``module:name`` in this package.
+        summary: the first sentence of the function's docstring.
+        shared: whether several processes, started by ``torchrun``, may run it together.
+        commands: its own commands, where it is a group of them.
+    """
+
+    place: str
+    summary: str
+    shared: bool = False
+    commands: "Mapping[str, Command]" = MappingProxyType({})
+
+    def load(self) -> Callable[..., Any]:
+        """Import the function."""
+        module, _, name = self.place.partition(":")
+        function: Callable[..., Any] = getattr(import_module(f"{__name__}.{module}"), name)
+        return function
+
+
+STUDY = {
+    "run": Command("study:run", "Train all unfinished runs of a study, and write its report"),
+    "table": Command("study:table", "Print the results so far: mean ± std over seeds, on the test split"),
+    "report": Command("study:report", "Write the results so far as report.html and report.md"),
+    "keep": Command("study:keep", "Copy a study without its weights"),
+    "verdicts": Command("study:verdicts", "Print what several studies say about each claim, as Markdown"),
+    "list": Command("study:names", "List the studies that come with the package"),
+}
+
+COMMANDS = {
+    "inspect": Command("inspect:inspect", "Describe DATA: sizes, levels, ranges, duplicates, and a likelihood that suits them"),
+    "train": Command("runs:train", "Train a VAE on DATA, calibrate and evaluate it, and draw samples", shared=True),
+    "resume": Command("runs:resume", "Continue a run exactly where it stopped", shared=True),
+    "replay": Command("runs:replay", "Train again what a config.yaml describes, into a new folder", shared=True),
+    "rerun": Command("runs:rerun", "Repeat the step whose loss was not finite, and report the first layer where that begins"),
+    "evaluate": Command("runs:evaluate", "Measure a finished run on held-out data", shared=True),
+    "compare": Command("runs:compare", "Compare finished runs on the same examples"),
+    "fit-prior": Command("runs:fit_prior", "Fit a prior to the latents of a finished run, and evaluate it again", shared=True),
+    "calibrate": Command("runs:calibrate", "Refit σ of a finished run, and evaluate it again", shared=True),
+    "sample": Command("outputs:sample", "Draw samples from the prior and decode them"),
+    "reconstruct": Command("outputs:reconstruct", "Encode and decode the first examples of a split"),
+    "predict": Command("outputs:predict", "Predict future frames from the start of each clip, several times"),
+    "encode": Command("outputs:encode", "Write mean and std of the latents of each example"),
+    "score": Command("outputs:score", "Write log-likelihood, rate, ELBO and bits per dimension of each example"),
+    "explain": Command("inspect:explain", "Compute the effective β and the implied σ of a hand-tuned loss"),
+    "study": Command("study", "Train a grid of runs, and report what they show", commands=STUDY),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, and say how it went: 0 well, 1 a problem that is explained, 130 Ctrl-C, 143 SIGTERM.
+    """Run a command and return its exit code: 0 done, 1 a problem that is explained, 130 Ctrl-C, 143 SIGTERM.
 
-    A wrong command line exits with 2. Of several processes, started by ``torchrun``, the first one prints; what goes wrong is said by
-    whom it happens to.
+    A wrong command line exits with 2. Where ``torchrun`` started several processes, only the first one prints results;
+    each prints its own problems.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    rank, others = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if not others:
-        return _main(words, PROGRAM)
-    if words and words[0] in COMMANDS and words[0] not in SHARED:
-        raise SystemExit(f"{PROGRAM} {words[0]} is for one process; start it without torchrun")
+    rank, alone = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if alone:
+        return _answer(words, PROGRAM)
+    if words and words[0] in COMMANDS and not COMMANDS[words[0]].shared:
+        raise SystemExit(f"{PROGRAM} {words[0]} runs on one process; start it without torchrun")
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(sys.stdout if rank == 0 else nowhere):
-        return _main(words, f"{PROGRAM} (process {rank})" if rank else PROGRAM)
+        return _answer(words, f"{PROGRAM} (process {rank})" if rank else PROGRAM)
 
 
-def _main(words: list[str], speaker: str) -> int:
-    commands, program = COMMANDS, PROGRAM
-    if len(words) > 1 and words[0] == "study":
-        commands, program, words = STUDY, f"{PROGRAM} study", words[1:]
+def _answer(words: list[str], speaker: str) -> int:
+    """Run the command; what it raises becomes a sentence and an exit code."""
     before = _on_sigterm(_terminate)
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            commands,
-            prog=program,
-            description="Train VAEs with calibrated decoders: no KL weight to tune.",
-            args=words,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-        )
+        _run(words, COMMANDS, PROGRAM, ABOUT)
     except KeyboardInterrupt:
-        print(f"\n{speaker}: interrupted. Where training had begun, `{PROGRAM} resume RUN` goes on", file=sys.stderr)
-        return INTERRUPTED
-    except Terminated:
-        print(f"\n{PROGRAM}: terminated (SIGTERM). Where training had begun, `{PROGRAM} resume RUN` goes on", file=sys.stderr)
-        return TERMINATED
-    except (ValueError, OSError, NonFiniteLossError) as error:
-        print(f"{speaker}: {error}", file=sys.stderr)
-        return 1
-    except ElsewhereError:  # the first process says it
-        return 1
+        return _say(f"\n{speaker}: interrupted. If training had begun, `{PROGRAM} resume RUN` continues it", INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code != TERMINATED:
+            raise
+        return _say(
+            f"\n{PROGRAM}: terminated (SIGTERM). If training had begun, `{PROGRAM} resume RUN` continues it", TERMINATED
+        )
+    except ModuleNotFoundError as error:
+        return _say(f"{speaker}: this command needs {error.name}: pip install 'sigma-vae[full]'", FAILED)
+    except (ValueError, OSError) as error:
+        return _say(f"{speaker}: {error}", FAILED)
+    except RuntimeError as error:
+        return _say_if_known(error, speaker)
     finally:
         _on_sigterm(before)
     return 0
 
 
+def _run(words: list[str], commands: Mapping[str, Command], program: str, about: str) -> None:
+    """Call the function of the command that the first word names with the options in the others."""
+    name, options = words[0] if words else "", words[1:]
+    if name in ("-h", "--help"):
+        print(_listing(commands, program, about))
+    elif name == "--version":
+        print(f"{PROGRAM} {__version__}")
+    elif name not in commands:
+        raise SystemExit(_say(f"{program}: {_unknown(name, commands)}", MISUSED))
+    elif commands[name].commands:
+        _run(options, commands[name].commands, f"{program} {name}", f"{commands[name].summary}.")
+    else:
+        from sigma_vae.cli.options import call
+
+        call(commands[name].load(), options, f"{program} {name}")
+
+
+def _listing(commands: Mapping[str, Command], program: str, about: str) -> str:
+    width = max(map(len, commands))
+    rows = (f"  {name:<{width}}  {command.summary}" for name, command in commands.items())
+    options = f"`{program} COMMAND --help` lists the options of a command."
+    return "\n".join([f"usage: {program} COMMAND ...", "", about, "", "commands:", *rows, "", options])
+
+
+def _unknown(name: str, commands: Mapping[str, Command]) -> str:
+    from difflib import get_close_matches
+
+    known = f"commands: {', '.join(commands)}"
+    if not name:
+        return f"say what to do; {known}"
+    near = get_close_matches(name, commands, n=1, cutoff=0.0)
+    return f"there is no command {name!r}; did you mean {near[0]!r}? All {known}"
+
+
+def _say(text: str, code: int) -> int:
+    print(text, file=sys.stderr)
+    return code
+
+
+def _say_if_known(error: RuntimeError, speaker: str) -> int:
+    """Explain an error that training raises on purpose; anything else is a defect, and is raised again."""
+    from sigma_vae.training import NonFiniteLossError
+    from sigma_vae.training.distributed import ElsewhereError
+
+    if isinstance(error, ElsewhereError):
+        return FAILED  # the first process says it
+    if isinstance(error, NonFiniteLossError):
+        return _say(f"{speaker}: {error}", FAILED)
+    raise error
+
+
 def _on_sigterm(handler: Any) -> Any:
-    """Set what SIGTERM does, where this is the main thread, and return what it did."""
+    """Install a SIGTERM handler and return the previous one; only the main thread may."""
     return signal.signal(signal.SIGTERM, handler) if threading.current_thread() is threading.main_thread() else None
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """Outside of training, which ends its step first, there is nothing to wait for: files are written whole or not at all."""
-    raise Terminated
+    """Stop at once: outside of training, whose own handler finishes the step, files are written whole or not at all."""
+    raise SystemExit(TERMINATED)

@@ -1,72 +1,114 @@
-"""Subcommands that write samples, reconstructions, latents, scores and predictions."""
+"""Commands that write samples, reconstructions, predictions, latents and scores."""
 
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from sigma_vae import runs
+from sigma_vae.cli.options import RunFolder
 from sigma_vae.evaluation import score as score_examples
-from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, save_clips, save_grid
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
-from sigma_vae.networks import FlatNetwork, SequenceNetwork
-from sigma_vae.networks.sequence import FRAMES
+from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, save_clips, save_grid
 from sigma_vae.vae import Show
 
 __all__ = ["Split", "check_count", "checked", "encode", "output", "predict", "reconstruct", "sample", "score", "write"]
 
 Split = Literal["train", "validation", "test"]
 
-
-def check_count(n: int) -> None:
-    """Refuse to write nothing."""
-    if n < 1:
-        raise ValueError(f"--n counts examples and is at least 1, got {n}")
+FRAMES = 10
+"""Number of frames predicted where the clips end with the given ones."""
 
 
-def output(out: str | None, default: Path, shape: tuple[int, ...], *, moving: bool) -> Path:
-    """Where to write: a picture unless told otherwise, where examples (of clips, frames) of this shape can be shown."""
-    if out is None:
-        return default.with_name(default.name + (".png" if drawable(shape) else ".npz"))
-    return checked(Path(out), (".png", ".gif", ".npz") if moving else (".png", ".npz"))
+@torch.no_grad()
+def sample(
+    run: RunFolder,
+    *,
+    n: int = 64,
+    show: Show = "mean",
+    temperature: tuple[float, ...] = (1.0,),
+    prior: Literal["fitted", "standard"] | None = None,
+    seed: int = 0,
+    out: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Draw samples from the prior and decode them.
 
-
-def checked(path: Path, endings: tuple[str, ...]) -> Path:
-    """A path that can be written, with one of these endings."""
-    if path.suffix not in endings:
-        raise ValueError(f"{path} should end in {' or '.join(endings)}, which says in what form it is written")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
-    return path
-
-
-def write(path: Path, images: torch.Tensor, arrays: dict[str, torch.Tensor], columns: int | None = None) -> None:
-    """Write clips or images as a picture, a moving one (.gif), or arrays; and say where.
+    For video, each sample continues the start of a test clip.
 
     Args:
-        path: what to write; its ending says how.
-        images: ``(n, C, H, W)``, or clips ``(n, T, C, H, W)``.
-        arrays: what a .npz file holds.
-        columns: of a grid.
+        run: Folder of the run.
+        n: Number of samples.
+        show: Show the mean of p(x|z), or a draw from it.
+        temperature: Factor on the spread of the latents; 1 is the model's own. A hierarchical network takes one number,
+            or one for each layer from the top down.
+        prior: Draw from N(0, I), or from the prior that was fitted to the latents; the model's own unless given.
+        seed: Seed of the draws.
+        out: File to write: .png, .npz (key "samples"), or for clips .gif; RUN/samples-SEED.png or .npz unless given
+            (with --prior standard RUN/samples-standard-prior-SEED).
+        device: auto, cpu, cuda or cuda:1.
     """
-    if path.suffix == ".gif" or (path.suffix == ".png" and images.dim() == 5):
-        save_clips(path, images, columns)
-    elif path.suffix == ".png":
-        save_grid(path, images, columns)
-    else:
-        import numpy as np
+    opened = runs.open_model(Path(run), device)
+    network = opened.vae.network
+    if prior == "fitted" and not has_fitted_prior(opened.vae):
+        fit = f"fit one: sigma-vae fit-prior {run}"
+        raise ValueError(
+            f"{run} has no fitted prior; {fit if network.has_prior else 'its prior was learned with it; leave --prior out'}"
+        )
+    name = f"samples-standard-prior-{seed}" if prior == "standard" else f"samples-{seed}"
+    path = output(out, Path(run) / name, opened.shape, moving=network.reads_clips)
+    check_count(n)
+    spread = temperature[0] if len(temperature) == 1 else temperature
+    data = runs.open_run(Path(run), device).data if network.reads_clips else None
+    generator = torch.Generator(opened.vae.device).manual_seed(seed)
+    torch.manual_seed(seed)
+    with standard_prior(opened.vae) if prior == "standard" else nullcontext():
+        images = opened.scaling.undo(sampled(opened.vae, data, n, generator, show, spread))
+    write(path, images, {"samples": images})
 
-        plain: dict[str, Any] = {name: values.float().cpu().numpy() for name, values in arrays.items()}
-        np.savez_compressed(path, **plain)
-    print(path)
+
+@torch.no_grad()
+def reconstruct(
+    run: RunFolder,
+    *,
+    split: Split = "test",
+    n: int = 32,
+    show: Show = "mean",
+    seed: int = 0,
+    out: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Encode and decode the first examples of a split.
+
+    The picture has each original above its reconstruction.
+
+    Args:
+        run: Folder of the run.
+        split: Split that the examples come from.
+        n: Number of examples.
+        show: Show the mean of p(x|z), or a draw from it.
+        seed: Seed of the posterior's noise.
+        out: File to write: .png, .npz (keys "originals" and "reconstructions"), or for clips .gif;
+            RUN/reconstructions-SPLIT.png or .npz unless given.
+        device: auto, cpu, cuda or cuda:1.
+    """
+    opened = runs.open_run(Path(run), device)
+    moving = opened.data.clips
+    path = output(out, Path(run) / f"reconstructions-{split}", opened.data.shape, moving=moving)
+    check_count(n)
+    torch.manual_seed(seed)
+    batch = next(iter(opened.data.batches(split, n, device=opened.vae.device)))
+    undo = opened.data.scaling.undo
+    originals, again = undo(batch.x), undo(reconstructed(opened.vae, batch, show, seed))
+    columns = 1 if moving and path.suffix == ".png" else 8  # a clip fills a row
+    write(path, pairs(originals, again, columns), {"originals": originals, "reconstructions": again}, columns)
 
 
 @torch.no_grad()
 def predict(
-    run: tyro.conf.Positional[str],
+    run: RunFolder,
     *,
     split: Split = "test",
     n: int = 4,
@@ -80,29 +122,36 @@ def predict(
     out: str | None = None,
     device: str = "auto",
 ) -> None:
-    """Go on from the first frames of clips, several times each: each true clip, and the predictions of it.
+    """Predict future frames from the start of each clip, several times.
+
+    The picture has each true clip, followed by its predictions.
 
     Args:
         run: Folder of the run.
-        split: Where the clips come from.
-        n: How many clips.
-        context: How many frames are given; the network's own number unless said.
-        frames: How many to predict; as many as the clips still have unless said.
-        samples: How many predictions of each clip.
-        show: Each frame is the mean of p(x|z), or a draw from it, and the next is predicted from that.
-        temperature: Spread of the latents; 1 is the model's own.
-        batch_statistics: Let batch norm use the statistics of the clips at hand, as SVG's own evaluation does.
-        seed: Of the draws.
-        out: A .png picture (a clip a row), a .gif or a .npz file (keys "originals", "predictions": samples, clips, frames, ...);
-            RUN/predictions-SPLIT.png and .gif unless given.
-        device: auto, cpu, cuda, cuda:1.
+        split: Split that the clips come from.
+        n: Number of clips.
+        context: Number of given frames; the network's own unless given.
+        frames: Number of predicted frames; the rest of the clip unless given.
+        samples: Number of predictions of each clip.
+        show: Show each frame by the mean of p(x|z) or by a draw from it; the next frame is predicted from what is
+            shown.
+        temperature: Factor on the spread of the latents; 1 is the model's own.
+        batch_statistics: Let batch norm use the statistics of these clips, as SVG's own evaluation does.
+        seed: Seed of the draws.
+        out: File to write: .png (a row per clip), .gif or .npz (keys "originals" and "predictions": samples, clips,
+            frames, ...); RUN/predictions-SPLIT.png and .gif unless given.
+        device: auto, cpu, cuda or cuda:1.
     """
     opened = runs.open_run(Path(run), device)
     default = Path(run) / f"predictions-{split}.png"
     paths = [checked(Path(out), (".png", ".gif", ".npz"))] if out is not None else [default, default.with_suffix(".gif")]
     check_count(n)
-    past = opened.vae.video_network.context_frames if context is None else context
-    where = next(opened.vae.parameters()).device
+    if not opened.vae.network.reads_clips:
+        raise ValueError(
+            f"the network {opened.config.model.network} of {run} reads single examples, not clips, and predicts no frames"
+        )
+    past = opened.vae.network.context_frames if context is None else context
+    where = opened.vae.device
     clips = next(iter(opened.data.batches(split, n, device=where))).x
     if not 1 <= past <= clips.shape[1]:
         raise ValueError(f"--context is from 1 to the {clips.shape[1]} frames of a clip, got {past}")
@@ -121,7 +170,7 @@ def predict(
 
 
 def _beside(clips: Tensor, predicted: Tensor, past: int) -> Tensor:
-    """Each clip, then its samples with the frames that they go on from; white where a clip is shorter."""
+    """Each clip, then its predictions after the frames they started from; white where a clip is shorter."""
     length = past + predicted.shape[2]
     missing = clips.new_ones(len(clips), max(0, length - clips.shape[1]), *clips.shape[2:])
     whole = torch.cat([clips, missing], 1)[:, :length]
@@ -130,139 +179,87 @@ def _beside(clips: Tensor, predicted: Tensor, past: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample(
-    run: tyro.conf.Positional[str],
-    *,
-    n: int = 64,
-    show: Show = "mean",
-    temperature: tuple[float, ...] = (1.0,),
-    prior: Literal["fitted", "standard"] | None = None,
-    seed: int = 0,
-    out: str | None = None,
-    device: str = "auto",
-) -> None:
-    """Draw samples from the prior, and decode them; of a video, go on from the first frames of its test clips.
+def encode(run: RunFolder, *, split: Split = "test", out: str | None = None, device: str = "auto") -> None:
+    """Write mean and std of the latents of each example.
 
     Args:
         run: Folder of the run.
-        n: How many.
-        show: The mean of p(x|z), or a draw from it.
-        temperature: Spread of the latents; 1 is the model's own. Of a hierarchical network one number, or one for each layer, from the
-            top down.
-        prior: Draw from N(0, I), or from what was fitted to the codes; the model's own unless said.
-        seed: Of the draws.
-        out: A .png picture, for clips also a .gif, or a .npz file (key "samples"); RUN/samples-SEED.png or .npz unless given, with
-            --prior standard RUN/samples-standard-prior-SEED.
-        device: auto, cpu, cuda, cuda:1.
-    """
-    opened = runs.open_model(Path(run), device)
-    moving = isinstance(opened.vae.network, SequenceNetwork)
-    if prior == "fitted" and not has_fitted_prior(opened.vae):
-        flat = isinstance(opened.vae.network, FlatNetwork)
-        remedy = (
-            f"fit one: sigma-vae fit-prior {run}"
-            if flat
-            else "its latents have the one that was learned with them; leave it out"
-        )
-        raise ValueError(f"{run} has no fitted prior; {remedy}")
-    name = f"samples-standard-prior-{seed}" if prior == "standard" else f"samples-{seed}"
-    path = output(out, Path(run) / name, opened.shape, moving=moving)
-    check_count(n)
-    spread = temperature[0] if len(temperature) == 1 else temperature
-    data = runs.open_run(Path(run), device).data if moving else None
-    generator = torch.Generator(next(opened.vae.parameters()).device).manual_seed(seed)
-    torch.manual_seed(seed)
-    with standard_prior(opened.vae) if prior == "standard" else nullcontext():
-        images = opened.scaling.undo(sampled(opened.vae, data, n, generator, show, spread))
-    write(path, images, {"samples": images})
-
-
-@torch.no_grad()
-def reconstruct(
-    run: tyro.conf.Positional[str],
-    *,
-    split: Split = "test",
-    n: int = 32,
-    show: Show = "mean",
-    seed: int = 0,
-    out: str | None = None,
-    device: str = "auto",
-) -> None:
-    """Encode the first examples of a split, draw their latents, and decode them: each original above its reconstruction.
-
-    Args:
-        run: Folder of the run.
-        split: Where the examples come from.
-        n: How many.
-        show: The mean of p(x|z), or a draw from it.
-        seed: Of the posterior's noise.
-        out: A .png picture, for clips also a .gif, or a .npz file (keys "originals", "reconstructions"); RUN/reconstructions-SPLIT
+        split: Split to encode.
+        out: .npz file to write (keys "mean" and "std": examples × latents, in the split's order); RUN/codes-SPLIT.npz
             unless given.
-        device: auto, cpu, cuda, cuda:1.
-    """
-    opened = runs.open_run(Path(run), device)
-    moving = opened.data.frames is not None
-    path = output(out, Path(run) / f"reconstructions-{split}", opened.data.shape, moving=moving)
-    check_count(n)
-    where = next(opened.vae.parameters()).device
-    torch.manual_seed(seed)
-    batch = next(iter(opened.data.batches(split, n, device=where)))
-    undo = opened.data.scaling.undo
-    originals, again = undo(batch.x), undo(reconstructed(opened.vae, batch, show, seed))
-    columns = 1 if moving and path.suffix == ".png" else 8  # there a row is a clip
-    write(path, pairs(originals, again, columns), {"originals": originals, "reconstructions": again}, columns)
-
-
-@torch.no_grad()
-def encode(run: tyro.conf.Positional[str], *, split: Split = "test", out: str | None = None, device: str = "auto") -> None:
-    """Write the posterior of each example of a split: mean and standard deviation of its latents.
-
-    Args:
-        run: Folder of the run.
-        split: Which examples.
-        out: A .npz file (keys "mean" and "std", examples × latents, in the split's order); RUN/codes-SPLIT.npz unless given.
-        device: auto, cpu, cuda, cuda:1.
+        device: auto, cpu, cuda or cuda:1.
     """
     opened = runs.open_run(Path(run), device)
     path = checked(Path(out) if out is not None else Path(run) / f"codes-{split}.npz", (".npz",))
-    where = next(opened.vae.parameters()).device
-    posteriors = [
-        opened.vae.encode(batch.x) for batch in opened.data.batches(split, runs.evaluation_batch(opened.data), device=where)
-    ]
+    batches = opened.data.batches(split, runs.evaluation_batch(opened.data), device=opened.vae.device)
+    posteriors = [opened.vae.encode(batch.x) for batch in batches]
     arrays = {"mean": torch.cat([q.loc for q in posteriors]), "std": torch.cat([q.scale for q in posteriors])}
     write(path, arrays["mean"], arrays)
 
 
-def score(
-    run: tyro.conf.Positional[str], *, split: Split = "test", seed: int = 0, out: str | None = None, device: str = "auto"
-) -> None:
-    """Write a row for each example of a split: log-likelihood, rate, ELBO and bits per dimension.
+def score(run: RunFolder, *, split: Split = "test", seed: int = 0, out: str | None = None, device: str = "auto") -> None:
+    """Write log-likelihood, rate, ELBO and bits per dimension of each example.
 
     Args:
         run: Folder of the run.
-        split: Which examples.
-        seed: Of the posterior's noise.
-        out: A .csv or .parquet file; RUN/scores-SPLIT.csv unless given.
-        device: auto, cpu, cuda, cuda:1.
+        split: Split to score.
+        seed: Seed of the posterior's noise.
+        out: .csv or .parquet file to write; RUN/scores-SPLIT.csv unless given.
+        device: auto, cpu, cuda or cuda:1.
     """
     import pandas as pd
 
     opened = runs.open_run(Path(run), device)
     path = checked(Path(out) if out is not None else Path(run) / f"scores-{split}.csv", (".csv", ".parquet"))
-    where = next(opened.vae.parameters()).device
-    batches = opened.data.batches(split, runs.evaluation_batch(opened.data), device=where)
+    batches = opened.data.batches(split, runs.evaluation_batch(opened.data), device=opened.vae.device)
     scores = score_examples(opened.vae, batches, seed)
-    names = ("log_likelihood_nats", "elbo_nats") if opened.vae.likelihood.normalised else ("fit_nats", "objective_nats")
-    columns = {
-        names[0]: scores.log_likelihood,
-        "rate_nats": scores.rate,
-        names[1]: scores.log_likelihood - scores.rate,
-    }
+    fit, bound = ("log_likelihood_nats", "elbo_nats") if opened.vae.likelihood.normalised else ("fit_nats", "objective_nats")
+    columns = {fit: scores.log_likelihood, "rate_nats": scores.rate, bound: scores.log_likelihood - scores.rate}
     if scores.log_mass is not None:
         columns["bits_per_dim"] = (scores.rate - scores.log_mass) / (scores.dims * torch.tensor(2.0).log())
     table = pd.DataFrame({name: values.numpy() for name, values in columns.items()}).rename_axis("example")
-    if path.suffix == ".csv":
-        table.to_csv(path)
+    (table.to_csv if path.suffix == ".csv" else table.to_parquet)(path)
+    print(path)
+
+
+def check_count(n: int) -> None:
+    """Refuse to write nothing."""
+    if n < 1:
+        raise ValueError(f"--n counts examples and is at least 1, got {n}")
+
+
+def output(out: str | None, default: Path, shape: tuple[int, ...], *, moving: bool) -> Path:
+    """The file to write; unless given, a picture where examples of this shape can be drawn, else arrays."""
+    if out is None:
+        return default.with_name(default.name + (".png" if drawable(shape) else ".npz"))
+    return checked(Path(out), (".png", ".gif", ".npz") if moving else (".png", ".npz"))
+
+
+def checked(path: Path, endings: tuple[str, ...]) -> Path:
+    """Refuse a path whose folder is missing, or that has none of these endings."""
+    if path.suffix not in endings:
+        raise ValueError(f"{path} should end in {' or '.join(endings)}: the ending selects the format")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+    return path
+
+
+def write(path: Path, images: Tensor, arrays: dict[str, Tensor], columns: int | None = None) -> None:
+    """Write a picture, a moving picture or arrays, and print the path.
+
+    Args:
+        path: file to write; its ending selects the format.
+        images: ``(n, C, H, W)``, or clips ``(n, T, C, H, W)``.
+        arrays: content of a .npz file.
+        columns: columns of the picture's grid.
+    """
+    if path.suffix == ".gif" or (path.suffix == ".png" and images.dim() == 5):
+        save_clips(path, images, columns)
+    elif path.suffix == ".png":
+        save_grid(path, images, columns)
     else:
-        table.to_parquet(path)
+        import numpy as np
+
+        plain: dict[str, Any] = {name: values.float().cpu().numpy() for name, values in arrays.items()}
+        np.savez_compressed(path, **plain)
     print(path)

@@ -1,4 +1,4 @@
-"""Subcommands that make runs, evaluate, refit and compare them."""
+"""Commands that train runs, evaluate, refit and compare them."""
 
 import json as json_module
 from collections.abc import Mapping
@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import tyro
 
 from sigma_vae import runs
+from sigma_vae.cli.options import RunFolder, RunFolders
 from sigma_vae.cli.outputs import Split
 from sigma_vae.cli.tables import print_comparison, print_evaluation
 from sigma_vae.config import EvaluationSettings, RunConfig, read
 from sigma_vae.evaluation import Evaluation
+from sigma_vae.registry import Names, register
 
 __all__ = ["calibrate", "compare", "evaluate", "fit_prior", "replay", "rerun", "resume", "train"]
 
@@ -19,12 +21,15 @@ __all__ = ["calibrate", "compare", "evaluate", "fit_prior", "replay", "rerun", "
 def train(
     config: Annotated[RunConfig, tyro.conf.PositionalRequiredArgs], *, out: str | None = None, json: bool = False
 ) -> None:
-    """Train a VAE on DATA, calibrate it, evaluate it on the test split, draw pictures; all of it into a new run folder.
+    """Train a VAE on DATA, calibrate and evaluate it, and draw samples.
+
+    Everything is written into a new run folder. The evaluation is on the test split.
 
     Args:
         config: The run.
-        out: Folder of the run; runs/DATA-NETWORK-LIKELIHOOD-SEED unless given (without NETWORK where it is auto). Never overwritten.
-        json: Print the evaluation as JSON alone.
+        out: Folder of the run, never overwritten; runs/DATA-NETWORK-LIKELIHOOD-SEED unless given (without NETWORK where
+            it is auto).
+        json: Print the evaluation as JSON only.
     """
     network = "" if config.model.network == "auto" else f"-{config.model.network}"
     name = f"{Path(config.data.source).stem}{network}-{config.model.likelihood}-{config.seed}"
@@ -33,52 +38,58 @@ def train(
     _say(f"run folder: {folder}", json)
 
 
-def replay(config: tyro.conf.Positional[str], *, out: str, json: bool = False) -> None:
-    """Train again, into a new folder, what a config.yaml describes.
+def replay(
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")], *, out: str, json: bool = False
+) -> None:
+    """Train again what a config.yaml describes, into a new folder.
 
     Args:
         config: The config.yaml of a run, or one written by hand.
-        out: Folder of the new run. Never overwritten.
-        json: Print the evaluation as JSON alone.
+        out: Folder of the new run, never overwritten.
+        json: Print the evaluation as JSON only.
     """
     _print_evaluation(runs.train(read(Path(config), RunConfig), Path(out), progress=not json), json)
 
 
-def resume(run: tyro.conf.Positional[str], *, epochs: int | None = None, json: bool = False) -> None:
-    """Go on exactly where a run stopped; finish, calibrate and evaluate it.
+def resume(run: RunFolder, *, epochs: int | None = None, json: bool = False) -> None:
+    """Continue a run exactly where it stopped.
+
+    The run is then calibrated and evaluated, as ``train`` would have done.
 
     Args:
         run: Folder of the run.
-        epochs: Train up to so many epochs, instead of what the run was given.
-        json: Print the evaluation as JSON alone.
+        epochs: Total number of epochs, in place of the run's own.
+        json: Print the evaluation as JSON only.
     """
     _print_evaluation(runs.resume(Path(run), epochs=epochs, progress=not json), json)
 
 
-def rerun(run: tyro.conf.Positional[str], *, json: bool = False) -> None:
-    """Do the step again that stopped a run because its loss was not finite, and say in which layer that begins.
+def rerun(run: RunFolder, *, json: bool = False) -> None:
+    """Repeat the step whose loss was not finite, and report the first layer where that begins.
 
     Args:
         run: Folder of the run.
-        json: Print JSON alone.
+        json: Print JSON only.
     """
     report = runs.rerun(Path(run))
     if json:
         print(json_module.dumps(report, ensure_ascii=False))
         return
     print(report["diagnosis"])
-    for place in report["begins_in"] or ["nowhere: done again, everything is finite"]:
+    for place in report["begins_in"] or ["nowhere: in the repeated step everything is finite"]:
         print(f"not finite: {place}")
 
 
-def evaluate(run: tyro.conf.Positional[str], settings: EvaluationSettings, *, device: str = "auto", json: bool = False) -> None:
-    """Bounds of a finished run on held-out data, in nats and bits per dimension, and whatever else is asked for.
+def evaluate(run: RunFolder, settings: EvaluationSettings, *, device: str = "auto", json: bool = False) -> None:
+    """Measure a finished run on held-out data.
+
+    Its bounds are always measured, in nats and in bits per dimension; other metrics as asked.
 
     Args:
         run: Folder of the run.
-        settings: What is measured.
-        device: auto, cpu, cuda, cuda:1.
-        json: Print JSON alone.
+        settings: The metrics.
+        device: auto, cpu, cuda or cuda:1.
+        json: Print JSON only.
     """
     _print_evaluation(runs.evaluate_run(Path(run), settings, device=device), json)
 
@@ -96,7 +107,7 @@ def _say(text: str, quiet: bool) -> None:
 
 
 def calibrate(
-    run: tyro.conf.Positional[str],
+    run: RunFolder,
     *,
     data: str | None = None,
     split: Split = "train",
@@ -104,20 +115,21 @@ def calibrate(
     device: str = "auto",
     json: bool = False,
 ) -> None:
-    """Refit σ of a finished run, β-VAEs included, and evaluate it anew: likelihoods of different scales then compare.
+    """Refit σ of a finished run, and evaluate it again.
 
-    Fixed, shared, running and predicted scales keep their own σ, and what is reported with it; their post-hoc values change. An
-    optimal scale's own σ is the refitted one, so there all numbers change. The weights stay as they are. Fitting on the run's own
-    training split again gives back what training left.
+    With refitted ("post-hoc") σ, runs of different scales compare, β-VAEs included. Only an optimal scale takes the
+    refitted σ as its own; fixed, shared, running and predicted scales keep theirs, and the numbers reported with it.
+    The weights do not change. A refit on the run's own training split gives the σ that training ended with.
 
     Args:
         run: Folder of the run.
-        data: Fit on these data, a name or a path, in place of the run's own; read with the same options (a .yaml file: with those of
-            its own data section), and scaled as the run's own are.
-        split: Whose examples: train, or validation where the training set is small. σ of test has seen what it is evaluated on.
-        seed: Of the posterior's noise.
-        device: auto, cpu, cuda, cuda:1.
-        json: Print JSON alone.
+        data: Data to fit σ on, by name or path, in place of the run's own. They are read with the run's options (from a
+            .yaml file: with the options in its data section) and scaled like the run's data.
+        split: Split to fit σ on: train, or validation where the training set is small. A σ fitted on test has seen the
+            examples that it is evaluated on.
+        seed: Seed of the posterior's noise.
+        device: auto, cpu, cuda or cuda:1.
+        json: Print JSON only.
     """
     result = runs.calibrate_run(Path(run), data, split, device=device, seed=seed)
     if json:
@@ -131,20 +143,27 @@ def calibrate(
     fitted = result["sigma_fitted_on"]
     print(f"fitted on {fitted['examples']} examples of {fitted['data']} ({fitted['split']})")
     if split == "test" and data is None:
-        print("the evaluation is of the same examples: its post-hoc numbers are no held-out ones")
-    print(f"evaluated anew: {Path(run) / 'evaluation.json'}")
+        print("the evaluation uses the same examples, so its post-hoc numbers are not held-out numbers")
+    print(f"evaluated again: {Path(run) / 'evaluation.json'}")
 
 
-def fit_prior(run: tyro.conf.Positional[str], *, prior: str = "mixture", device: str = "auto", json: bool = False) -> None:
-    """Fit a prior to the codes of a finished run's training split, put it into the model, and evaluate and draw anew.
+def fit_prior(
+    run: RunFolder,
+    *,
+    prior: Annotated[str, Names("Name of the prior; standard goes back to N(0, I).", register.prior)] = "mixture",
+    device: str = "auto",
+    json: bool = False,
+) -> None:
+    """Fit a prior to the latents of a finished run, and evaluate it again.
 
-    All else of the model stays as it is. The run's config.yaml names the new prior, so that a replay gives the same.
+    The prior is fitted on the training split. The rest of the model does not change. The run's config.yaml then names
+    the new prior, so that a replay gives the same run.
 
     Args:
         run: Folder of the run.
-        prior: mixture (of Gaussians, as many as validation data are worth), mixture:20, gaussian or flow; standard goes back to N(0, I).
-        device: auto, cpu, cuda, cuda:1.
-        json: Print the evaluation as JSON alone.
+        prior: Name of the prior.
+        device: auto, cpu, cuda or cuda:1.
+        json: Print the evaluation as JSON only.
     """
     report = runs.fit_prior(Path(run), prior, device=device)
     if json:
@@ -174,17 +193,23 @@ def _with_error(value: Mapping[str, Any]) -> str:
 
 
 def compare(
-    folders: tyro.conf.Positional[tuple[str, ...]], *, paired: bool = False, device: str = "auto", json: bool = False
+    folders: RunFolders,
+    *,
+    paired: bool = False,
+    device: str = "auto",
+    json: bool = False,
 ) -> None:
-    """Set finished runs of the same data side by side, from their evaluations.
+    """Compare finished runs on the same examples.
 
-    Bits per dimension compare between all decoders; nats are left out where some runs observe levels and others do not.
+    The numbers come from the runs' evaluations. Bits per dimension compare between all decoders; nats are left out
+    where some runs observe levels and others a density.
 
     Args:
-        folders: Folders of the runs, the one to compare with first.
-        paired: Score every test example of each run anew, and give mean differences to the first run with their own standard error.
-        device: auto, cpu, cuda, cuda:1; of the scoring.
-        json: Print JSON alone.
+        folders: Folders of the runs; the first is the reference.
+        paired: Score every test example of each run again, and print mean differences from the first run with their
+            standard errors.
+        device: Device for the scoring: auto, cpu, cuda or cuda:1.
+        json: Print JSON only.
     """
     rows = runs.compare([Path(run) for run in folders], paired=paired, device=device)
     if json:

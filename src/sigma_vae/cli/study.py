@@ -1,11 +1,11 @@
-"""Subcommands of ``sigma-vae study``: grids of runs, and what came of them."""
+"""Commands of ``sigma-vae study``: train a grid of runs, and report on it."""
 
 import json as json_module
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import tyro
 
@@ -16,19 +16,20 @@ from sigma_vae.study.grid import SHIPPED, format_place
 from sigma_vae.study.outcomes import failures, how_far, results
 from sigma_vae.study.runner import Backend
 
-__all__ = ["STUDY", "Live", "live_or_lines", "study"]
+__all__ = ["Live", "keep", "live_or_lines", "names", "report", "run", "table", "verdicts"]
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
 
+StudyFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
 Tell = Callable[[dict[str, Any], int, int], None]
 
 
 @contextmanager
 def live_or_lines(spec: StudySpec, out: Path, console: "Console") -> Iterator[Tell]:
-    """What is called with each cell that ends: on a terminal it feeds a table that is shown meanwhile."""
+    """Yield a function to call with each cell that ends; on a terminal a table shows the progress meanwhile."""
     from rich import live
 
     if not console.is_terminal:
@@ -46,9 +47,9 @@ def live_or_lines(spec: StudySpec, out: Path, console: "Console") -> Iterator[Te
 
 @final
 class Live:
-    """How far a study is: what has ended, what is running and since when, and how long the rest may take.
+    """Progress of a study: finished and running cells, and the time that the rest may take.
 
-    Cells say themselves, by a file, that they are worked on, so that those on other machines are known as well.
+    A running cell has a file that says so, so cells that run on other machines are known as well.
     """
 
     def __init__(self, spec: StudySpec, out: Path) -> None:
@@ -59,13 +60,13 @@ class Live:
         self.now = 0
 
     def add(self, record: dict[str, Any]) -> None:
-        """A cell has ended."""
+        """Count a cell that has ended."""
         done = record["status"] == "done"
         self.done, self.now = self.done + done, self.now + done
         (self.failed.discard if done else self.failed.add)(record["key"])
 
     def table(self) -> "Table":
-        """As it is now."""
+        """The progress so far."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
 
@@ -85,7 +86,7 @@ class Live:
 
 
 def _line(record: dict[str, Any], ended: int, of: int) -> str:
-    """Of a cell that has ended."""
+    """One line about a cell that has ended."""
     how = "" if record["status"] == "done" else f", failed: {record['error']}"
     return f"[{ended}/{of}] {format_place(record['place'])}: {record['seconds']:.0f} s{how}"
 
@@ -97,7 +98,7 @@ def _clock(seconds: float) -> str:
 
 
 def run(
-    spec: tyro.conf.Positional[str],
+    spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")],
     *,
     out: str,
     size: str | None = None,
@@ -107,17 +108,19 @@ def run(
     retries: int = 1,
     json: bool = False,
 ) -> None:
-    """Do every run of a study that is not finished, and write its report; stopped or killed, the same command goes on.
+    """Train all unfinished runs of a study, and write its report.
+
+    A study that was stopped or killed continues with the same command.
 
     Args:
-        spec: Name of a study that comes with the library, or path of a YAML file.
-        out: Folder of the study; on a cluster, one that all workers see.
-        size: Of the study, where it has several: cpu is for two cores.
-        backend: Where the runs are done: loky (processes on this machine), dask or ray.
-        workers: How many are done at once (on this machine); as many as there are cores unless given.
-        address: Of a Dask scheduler or a Ray cluster; a local one is started unless given.
-        retries: How often a run that fails is tried again.
-        json: Print the records of all cells as JSON alone.
+        spec: Name of a study that comes with the package, or path of a YAML file.
+        out: Folder of the study; on a cluster, one that all workers can write to.
+        size: Size of the study, where it has several; cpu is for two cores.
+        backend: Where the runs are trained: loky (processes on this machine), dask or ray.
+        workers: Number of runs at once on this machine; one per core unless given.
+        address: Address of a Dask scheduler or a Ray cluster; a local one is started unless given.
+        retries: Number of further attempts at a run that fails.
+        json: Print the records of all runs as JSON only.
     """
     from rich.console import Console
 
@@ -133,12 +136,12 @@ def run(
         _print_summary(Path(out))
         print(f"table: {Path(out) / 'results.parquet'}; report: {Path(out) / 'report.html'}")
     if failed:
-        told = "; ".join(dict.fromkeys(record["error"] for record in failed))
-        raise ValueError(f"{len(failed)} cells failed and are tried again when the study is run again: {told}")
+        errors = "; ".join(dict.fromkeys(record["error"] for record in failed))
+        raise ValueError(f"{len(failed)} runs failed; the same command tries them again: {errors}")
 
 
 def _print_summary(out: Path) -> None:
-    """Mean ± standard deviation over seeds, of the test split, with the report's words; which cells failed, and how many are missing."""
+    """Print the main table of the report, the failed runs, and how many runs are missing."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -148,7 +151,7 @@ def _print_summary(out: Path) -> None:
     if len(rows):
         tables = [*results(spec, rows).tables[:1], *failures(spec, rows)]
     for found in tables:
-        printed = Table(title=f"{spec.title}: test split, mean ± standard deviation" if found is tables[0] else found.caption)
+        printed = Table(title=f"{spec.title}: test split, mean ± std over seeds" if found is tables[0] else found.caption)
         for name in found.columns:
             printed.add_column(name, overflow="fold")
         for row in found.rows:
@@ -157,8 +160,8 @@ def _print_summary(out: Path) -> None:
     print(how_far(spec, rows))
 
 
-def table(study: tyro.conf.Positional[str]) -> None:
-    """Print what a study has found so far: mean ± standard deviation over seeds, on the test split.
+def table(study: StudyFolder) -> None:
+    """Print the results so far: mean ± std over seeds, on the test split.
 
     Args:
         study: Folder of the study.
@@ -166,8 +169,10 @@ def table(study: tyro.conf.Positional[str]) -> None:
     _print_summary(Path(study))
 
 
-def report(study: tyro.conf.Positional[str]) -> None:
-    """Write what a study has found so far: verdicts, tables, plots and samples, as report.html and as report.md.
+def report(study: StudyFolder) -> None:
+    """Write the results so far as report.html and report.md.
+
+    The report has verdicts, tables, plots and samples.
 
     Args:
         study: Folder of the study.
@@ -176,44 +181,33 @@ def report(study: tyro.conf.Positional[str]) -> None:
     print(Path(study) / "report.html")
 
 
-def keep(study: tyro.conf.Positional[str], *, to: str) -> None:
-    """Copy a study without its weights: the numbers of all runs, a few small pictures, and the report, which can be made from them again.
+def keep(study: StudyFolder, *, to: str) -> None:
+    """Copy a study without its weights.
+
+    The copy has the numbers of all runs, a few small pictures, and the report, which can be made again from them.
 
     Args:
         study: Folder of the study.
-        to: The other folder: a new one, or one that this study was copied to before.
+        to: Folder to write: a new one, or an earlier copy of this study.
     """
     studies.keep(Path(study), Path(to))
     print(Path(to) / "report.html")
 
 
-def verdicts(folders: tyro.conf.Positional[tuple[str, ...]]) -> None:
-    """Print what several studies say of each claim, on one page in Markdown: where it holds, does not, or is not shown, and the numbers.
+def verdicts(folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STUDY [STUDY ...]")]) -> None:
+    """Print what several studies say about each claim, as Markdown.
+
+    For each claim: where it holds, where it does not, where the studies do not decide, and the numbers.
 
     Args:
-        folders: Of the studies.
+        folders: Folders of the studies.
     """
     print(studies.verdicts([Path(folder) for folder in folders]), end="")
 
 
 def names() -> None:
-    """List the studies that come with the library, with their sizes."""
+    """List the studies that come with the package."""
     for name in SHIPPED:
         spec = studies.read_spec(name)
         sizes = f" [{', '.join(spec.sizes)}]" if spec.sizes else ""
         print(f"{name}{sizes}: {spec.title}, {len(studies.cells(spec))} runs. {spec.about}")
-
-
-def study() -> None:
-    """Grids of runs, of which `run`, `table`, `report`, `keep`, `verdicts` and `list` are the subcommands."""
-    raise ValueError(f"say what to do with a study: sigma-vae study {' | '.join(STUDY)}")
-
-
-STUDY: dict[str, Callable[..., None]] = {
-    "run": run,
-    "table": table,
-    "report": report,
-    "keep": keep,
-    "verdicts": verdicts,
-    "list": names,
-}

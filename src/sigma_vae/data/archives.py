@@ -1,4 +1,4 @@
-"""Folders and archives of many small files, read in place."""
+"""Containers of many small files, read in place: folders, zip and tar archives."""
 
 import gzip
 import os
@@ -22,31 +22,31 @@ __all__ = ["ARCHIVES", "DAMAGED", "Container", "Folder", "Tar", "Zip", "containe
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
-"""What reading a damaged file raises."""
+"""Errors that reading a damaged file raises."""
 
 
 class Container(ABC):
-    """Files by their names within: relative, with slashes. Hidden files are left out."""
+    """Files by name, relative to the container, with slashes. Hidden files are left out."""
 
     path: Path
 
     @property
     @abstractmethod
     def names(self) -> list[str]:
-        """Of all files, sorted folder by folder."""
+        """Names of all files, sorted folder by folder."""
 
     @abstractmethod
     def read(self, name: str, most: int = -1) -> bytes:
-        """The first ``most`` bytes of a file, or all of them; called from several threads. Raises OSError, or what the archive says."""
+        """Read the first ``most`` bytes of a file, or all; safe in several threads. Raises one of ``DAMAGED`` for a broken file."""
 
     @abstractmethod
     def stamp(self, names: list[str]) -> Any:
-        """What tells that one of these files has changed, as plain values."""
+        """Return plain values that change when one of these files does."""
 
 
 @final
 class Folder(Container):
-    """A folder, with all folders in it; links are followed.
+    """A folder with all its subfolders; links are followed.
 
     >>> folder = Folder(Path(tempfile.mkdtemp()))
     >>> _ = (folder.path / "b").write_bytes(b"123"), (folder.path / ".hidden").write_bytes(b"")
@@ -59,16 +59,16 @@ class Folder(Container):
 
     @cached_property
     def names(self) -> list[str]:
-        """Of all files, dangling links among them."""
+        """Names of all files, dangling links included."""
         return sorted((os.path.relpath(path, self.path) for path in _walk(self.path, frozenset())), key=_by_folder)
 
     def read(self, name: str, most: int = -1) -> bytes:
-        """Of one file."""
+        """Read one file."""
         with (self.path / name).open("rb") as file:
             return file.read(most)
 
     def stamp(self, names: list[str]) -> Any:
-        """Size and time of each; None for dangling links."""
+        """Size and times of each file; None for dangling links."""
         return [[name, *_stamp(self.path / name)] for name in names]
 
 
@@ -77,7 +77,7 @@ class Zip(Container):
     """A zip archive.
 
     Args:
-        path: of the archive.
+        path: the archive.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,17 +86,17 @@ class Zip(Container):
 
     @cached_property
     def names(self) -> list[str]:
-        """Of all files in it."""
+        """Names of all files in it."""
         names = [info.filename for info in self._archive.infolist() if not info.is_dir()]
         return sorted((name for name in names if not _is_hidden(name)), key=_by_folder)
 
     def read(self, name: str, most: int = -1) -> bytes:
-        """Of one file; its checksum is verified where it is read whole."""
+        """Read one file; reading it whole verifies its checksum."""
         with self._lock, self._archive.open(name) as file:  # several threads would move one file's position
             return file.read(most)
 
     def stamp(self, names: list[str]) -> Any:
-        """The archive's."""
+        """The archive's own stamp."""
         return file_stamp(self.path)
 
     @cached_property
@@ -108,13 +108,13 @@ class Zip(Container):
 
 @final
 class Tar(Container):
-    """A tar archive: its files are found once, then read where they lie.
+    """A tar archive, whose files are located once, then read in place.
 
-    A gzipped one is unpacked into a temporary file first, as it can be read from the start alone.
+    A gzipped one is unpacked into a temporary file first, as gzip can only be read from the start.
 
     Args:
-        path: of the archive.
-        room: folder for the temporary file.
+        path: the archive.
+        room: the folder for the temporary file.
     """
 
     def __init__(self, path: Path, room: Path) -> None:
@@ -124,11 +124,11 @@ class Tar(Container):
 
     @cached_property
     def names(self) -> list[str]:
-        """Of all files in it; links and devices are left out."""
+        """Names of all files in it, without links and devices."""
         return sorted((name for name in self._places if not _is_hidden(name)), key=_by_folder)
 
     def read(self, name: str, most: int = -1) -> bytes:
-        """Of one file."""
+        """Read one file."""
         with self._lock:
             start, size = self._places[name]
             descriptor = self._file.fileno()
@@ -139,7 +139,7 @@ class Tar(Container):
         return content
 
     def stamp(self, names: list[str]) -> Any:
-        """The archive's."""
+        """The archive's own stamp."""
         return file_stamp(self.path)
 
     @cached_property
@@ -166,7 +166,7 @@ class Tar(Container):
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, int]]:
-        """Start and size of each file in it: remembered, as all headers have to be read, one after the other, to find them."""
+        """Start and size of each file, kept for the next time: finding them takes reading all headers in turn."""
         identity = {"places in": file_stamp(self.path)}
         places: dict[str, tuple[int, int]] = remembered(self.path.resolve().parent, str(self._room), identity, self._found)
         return places
@@ -175,15 +175,15 @@ class Tar(Container):
         self._file.seek(0)
         with tarfile.open(fileobj=self._file, mode="r:") as archive:
             plain = [member for member in archive if member.isreg() and not member.sparse]
-            # A damaged header, or the end of the file, is as good an end to tarfile as the block of zeros that every archive has.
+            # To tarfile, a damaged header or the end of the file ends an archive as well as the block of zeros that belongs there.
             self._file.seek(archive.offset)
         if self._file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"after {len(plain)} files, neither another nor the mark of its end")
+            raise tarfile.ReadError(f"after {len(plain)} files comes neither another one nor the end mark")
         return {member.name: (member.offset_data, member.size) for member in plain}
 
 
 def container(path: Path, room: Path) -> Container:
-    """The container at a path, by its kind; ``room`` is where a gzipped one is unpacked.
+    """Open the container at a path; a gzipped tar is unpacked in the folder ``room``.
 
     Raises:
         ValueError: an archive is damaged or missing.
@@ -192,7 +192,7 @@ def container(path: Path, room: Path) -> Container:
         return Folder(path)
     found: Container = Zip(path) if path.suffix.lower() == ".zip" else Tar(path, room)
     try:
-        assert found.names is not None  # which reads the table of contents
+        assert found.names is not None  # reads the table of contents
     except DAMAGED as error:
         raise ValueError(
             f"{path} cannot be read as {path.suffix[1:]} archive ({type(error).__name__}: {error}); fetch or make it anew"
@@ -202,7 +202,7 @@ def container(path: Path, room: Path) -> Container:
 
 def _walk(folder: Path, above: frozenset[Path]) -> Iterator[str]:
     real = folder.resolve()
-    if real in above:  # a link to a folder that this one lies in
+    if real in above:  # a link to a folder above
         return
     with os.scandir(folder) as entries:
         for entry in entries:

@@ -1,4 +1,4 @@
-"""Mini-batches of one split: shuffled, shared out over processes, and resumable in the middle of an epoch."""
+"""Mini-batches of one split: shuffled, distributed over processes, and resumable in the middle of an epoch."""
 
 from collections.abc import Iterator
 from typing import TypedDict, final
@@ -15,7 +15,7 @@ __all__ = ["BatchState", "Batches"]
 
 
 class BatchState(TypedDict):
-    """Where an iteration stands, and the order that this position is a position in."""
+    """The position of an iteration, and the settings that define the order of examples."""
 
     epoch: int
     position: int
@@ -27,19 +27,18 @@ class BatchState(TypedDict):
 
 @final
 class Batches:
-    """Goes over stored examples in batches, as often as wanted.
+    """Iterate over stored examples in batches, any number of times.
 
-    ``batch_size`` counts the examples of all processes together; each global batch is shared out over ``world_size``
-    ranks as evenly as possible, so every rank sees the same number of batches, and what a step sees does not depend on the
-    number of processes. The last batch may be smaller; none is dropped, no example comes twice.
+    ``batch_size`` counts the examples of all processes together. Each global batch is split over ``world_size`` ranks as evenly as
+    possible: every rank has the same number of batches, and the examples of a step do not depend on the number of processes. The last
+    batch may be smaller; no batch is dropped, and no example is repeated.
 
-    The order of an epoch depends on ``(seed, epoch)`` alone. An epoch ends when its last batch is handed out, or when a new
-    iteration starts before that. ``state_dict`` says where an iteration stands; after ``load_state_dict`` the next
-    iteration starts with the batch that would have come next. The state is the same on every rank, and it may move to
-    another number of processes.
+    The order of an epoch depends only on ``(seed, epoch)``. An epoch ends with its last batch, or when a new iteration starts before
+    that. ``state_dict`` gives the position of an iteration; after ``load_state_dict`` the next iteration starts with the next batch.
+    The state is the same on every rank, and may be loaded by another number of processes.
 
     Shapes:
-        x ``(n, C, *space)``, or ``(n, T, C, *space)`` of clips: float32 on the store's device; positions ``(n,)`` int64 on the CPU.
+        x ``(n, C, *space)``, or ``(n, T, C, *space)`` for clips: float32 on the store's device; positions ``(n,)`` int64 on the CPU.
 
     >>> from sigma_vae.data.stores import InMemory
     >>> batches = Batches(InMemory(torch.tensor([[0], [1], [2]], dtype=torch.uint8)), Scaling(levels=3), batch_size=2)
@@ -75,22 +74,22 @@ class Batches:
 
     @property
     def log_volume_nats(self) -> float:
-        """What the log-density of an example is smaller by in the data's own units than as a model reads it."""
+        """Log-density of an example as a model reads it, minus that in the data's units; nats."""
         return self.scaling.log_volume_nats(self.store.shape)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._position and not self._resuming:  # the last iteration was left early: its epoch is over
+        if self._position and not self._resuming:  # the last iteration stopped early: its epoch is over
             self._epoch, self._position = self._epoch + 1, 0
         return self._iterate(self._epoch, self._position)
 
     def _iterate(self, epoch: int, start: int) -> Iterator[Batch]:
         order = self._order(epoch)
         for number in range(start, len(self)):
-            # Set before the batch is handed out: whoever knows the length never asks for the end of the iteration.
+            # Set before the yield: a caller that knows the length never reaches the end of the iteration.
             self._resuming = False
             self._epoch, self._position = (epoch, number + 1) if number + 1 < len(self) else (epoch + 1, 0)
             mine = self._share(number)
-            # What is made anew in each epoch is so for training alone: unshuffled passes, which measure, see the same each time.
+            # Generated examples change from epoch to epoch only in training: unshuffled passes, which measure, always see the same.
             yield Batch(self.scaling(self.store.take(order[mine], epoch if self.shuffle else 0)), order[mine])
 
     def _order(self, epoch: int) -> Tensor:
@@ -105,14 +104,14 @@ class Batches:
         return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
 
     def state_dict(self) -> BatchState:
-        """Epoch and number of the batch that comes next."""
+        """Return epoch and number of the next batch."""
         return BatchState(epoch=self._epoch, position=self._position, **self._identity())
 
     def load_state_dict(self, state_dict: BatchState) -> None:
-        """Let the next iteration go on from a state of :meth:`state_dict`.
+        """Continue the next iteration from a state of :meth:`state_dict`.
 
         Raises:
-            ValueError: the state lies within an epoch of other data, batch size, order or seed.
+            ValueError: the state is in the middle of an epoch with other data, batch size, order or seed.
         """
         mine = self._identity()
         theirs = {key: state_dict.get(key) for key in mine}
@@ -152,12 +151,12 @@ def _check(examples: int, batch_size: int, seed: int, rank: int, world_size: int
 
 
 def _tail(examples: int, batch_size: int) -> int:
-    """Examples in the last batch."""
+    """Number of examples in the last batch."""
     return examples % batch_size or batch_size
 
 
 def _remedy(examples: int, batch_size: int, world_size: int) -> str:
     if examples < world_size:
         return f"use at most {examples} processes"
-    near = range(max(batch_size, world_size), examples + 1)  # in one batch of all examples every process has its share
+    near = range(max(batch_size, world_size), examples + 1)  # a single batch of all examples always works
     return f"batch_size {next(size for size in near if _tail(examples, size) >= world_size)} would do"

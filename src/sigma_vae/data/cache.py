@@ -1,4 +1,4 @@
-"""Decoded examples, kept in one file that is mapped into memory: built once, whole or not at all, and checked on every opening."""
+"""Cache of decoded examples, one memory-mapped file: built once, whole or not at all, and verified at every opening."""
 
 import hashlib
 import json
@@ -22,24 +22,24 @@ __all__ = ["cached", "digest_of", "file_record", "file_stamp", "key_of", "piece_
 FORMAT = 1
 FOLDER = ".sigma-vae"
 BLOCK = 2**24
-"""Bytes that have a digest of their own: enough to keep a thread busy, few enough to say where a file is damaged."""
+"""Bytes per checksum: enough to keep a thread busy, few enough to locate damage."""
 PIECE = 64
-"""Examples that a thread decodes before it takes the next ones, or fewer where they are large."""
+"""Examples that a thread decodes in one go; fewer if they are large."""
 PIECE_BYTES = 2**26
 
 
 def cached(encoded: Encoded, folder: Path | None = None) -> tuple[Mapped, list[str]]:
-    """The decoded examples, from the cache if they are there, else decoded into it now.
+    """Return the decoded examples from the cache; if they are not in it yet, decode them into it first.
 
-    The cache lies beside the data (or in ``folder``), under a name that is the digest of what decides its content: in a folder that
-    several data sets may share, where the data lie as well. Only one process builds it; others wait. It is written aside and renamed
-    when it is whole.
+    The cache is beside the data, or in ``folder``. Its name is the digest of everything that decides its content; in ``folder``, which
+    several data sets may share, that includes the place of the data. Only one process builds it while others wait. It is written aside
+    and renamed when it is whole.
 
     Returns:
-        The examples, and the names of those that were left out as unreadable.
+        The examples, and the names of unreadable ones that were left out.
 
     Raises:
-        ValueError: the cache is damaged; or examples are unreadable, and are not to be skipped.
+        ValueError: the cache is damaged; or examples are unreadable and may not be skipped.
         OSError: it cannot be written: no permission, or no room.
     """
     from filelock import FileLock
@@ -49,19 +49,19 @@ def cached(encoded: Encoded, folder: Path | None = None) -> tuple[Mapped, list[s
     place = home / key
     if not place.exists():
         with _writing(home), FileLock(home / f"{key}.lock"):
-            if not place.exists():  # no other process has built it meanwhile
+            if not place.exists():  # no other process has built it in the meantime
                 _check_room(home, encoded)
                 _build(encoded, place)
     array, digest, skipped = _open(place)
-    if skipped and not encoded.skip_unreadable:  # another run wanted them left out
+    if skipped and not encoded.skip_unreadable:  # by a run that allowed it
         raise ValueError(_unreadable(skipped, len(encoded.names), f"they were left out of {place}"))
     return Mapped(array, digest, videos=_videos(encoded, set(skipped))), skipped
 
 
 def key_of(identity: Mapping[str, Any], home: Path | None) -> str:
-    """Name of what is kept: a digest of what decides it, and of where the data lie, unless it is kept with them.
+    """Return the name of a cache entry: a digest of what decides its content, and of the data's place if that is given.
 
-    Two data sets may have files of the same names, sizes and times.
+    Without the place, two data sets with files of the same names, sizes and times would be confused.
 
     >>> key_of({"file": "a"}, None) == key_of({"file": "a"}, Path("/data"))
     False
@@ -71,7 +71,7 @@ def key_of(identity: Mapping[str, Any], home: Path | None) -> str:
 
 
 def _videos(encoded: Encoded, skipped: set[str]) -> Tensor | None:
-    """Which video each example that is left is a clip of."""
+    """The video of each remaining clip."""
     if encoded.videos is None:
         return None
     return torch.tensor([video for name, video in zip(encoded.names, encoded.videos, strict=True) if name not in skipped])
@@ -79,7 +79,7 @@ def _videos(encoded: Encoded, skipped: set[str]) -> Tensor | None:
 
 def _build(encoded: Encoded, place: Path) -> None:
     aside = place.with_name(f"{place.name}.part")
-    shutil.rmtree(aside, ignore_errors=True)  # of a builder that was killed: the lock says that none is at work
+    shutil.rmtree(aside, ignore_errors=True)  # left by a builder that was killed; the lock says that none is at work
     try:
         aside.mkdir()
         skipped = _decode_all(encoded, aside / "examples.npy")
@@ -97,7 +97,7 @@ def _build(encoded: Encoded, place: Path) -> None:
 
 
 def piece_of(example_bytes: int) -> int:
-    """Examples that are decoded together.
+    """Return the number of examples to decode together.
 
     >>> piece_of(1000), piece_of(10**9)
     (64, 1)
@@ -106,7 +106,7 @@ def piece_of(example_bytes: int) -> int:
 
 
 def _decode_all(encoded: Encoded, path: Path) -> list[str]:
-    """Write all readable examples, in order, with several threads (decoders work outside Python's lock)."""
+    """Write all readable examples in order, with several threads (decoders release the GIL); return the names of the others."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -145,7 +145,7 @@ def _unreadable(names: list[str], count: int, what: str) -> str:
 
 
 def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
-    """All of it: where room runs out, the system writes a part without an error, and only then says so."""
+    """Write all of it: a full disk takes a part without an error, and fails only at the next call."""
     while content:
         written = os.pwrite(descriptor, content, offset)
         content, offset = content[written:], offset + written
@@ -159,7 +159,7 @@ def _write_header(file: Any, encoded: Encoded, count: int) -> int:
 
 
 def _close_gaps(path: Path, encoded: Encoded, broken: list[int]) -> None:
-    """Write the file again without the broken rows."""
+    """Rewrite the file without the broken rows."""
     everything = np.load(path, mmap_mode="r")
     kept = np.setdiff1d(np.arange(len(everything)), broken)
     aside = path.with_suffix(".kept")
@@ -171,7 +171,7 @@ def _close_gaps(path: Path, encoded: Encoded, broken: list[int]) -> None:
 
 
 def _digests(path: Path) -> list[str]:
-    """A checksum (xxHash, as fast as memory) of each block of the file, read (not mapped) by several threads."""
+    """Checksum each block of a file (xxHash, as fast as memory); several threads read it."""
     import xxhash
 
     def digest(start: int) -> str:
@@ -184,12 +184,12 @@ def _digests(path: Path) -> list[str]:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 over the digests of a file's blocks."""
+    """SHA-256 of the checksums of a file's blocks."""
     return hashlib.sha256("".join(_digests(path)).encode()).hexdigest()
 
 
 def _open(place: Path) -> tuple[Array, str, list[str]]:
-    examples, remedy = place / "examples.npy", f"delete the folder {place}: it is made anew from the data"
+    examples, remedy = place / "examples.npy", f"delete the folder {place}; it will be rebuilt from the data"
     try:
         record = json.loads((place / "cache.json").read_text(encoding="utf-8"))
         blocks, skipped = list(record["blocks"]), list(record["skipped"])
@@ -215,7 +215,7 @@ def _check_room(home: Path, encoded: Encoded) -> None:
 
 @contextmanager
 def _writing(home: Path) -> Iterator[None]:
-    """Make the folder, and say what to do where it cannot be written."""
+    """Make the folder, and add the remedy to errors of writing."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         yield
@@ -225,13 +225,13 @@ def _writing(home: Path) -> Iterator[None]:
 
 
 def remembered(home: Path, cache: str | None, identity: Mapping[str, Any], find: Callable[[], Any]) -> Any:
-    """What ``find`` says, without asking it again as long as the files are the same.
+    """Return the result of ``find``, kept on disk as long as the files are the same.
 
     Args:
-        home: folder of the files.
-        cache: where the user wants what is kept; a folder inside ``home`` unless given.
-        identity: everything that decides the answer, as plain values: files with :func:`~file_stamp`.
-        find: goes through the files; gives plain values, for JSON.
+        home: the folder of the files.
+        cache: the user's folder for results; default: a folder inside ``home``.
+        identity: everything that decides the result, as plain values: files by :func:`file_stamp`.
+        find: reads the files; returns plain values, for JSON.
 
     >>> import tempfile
     >>> home = Path(tempfile.mkdtemp())
@@ -241,10 +241,10 @@ def remembered(home: Path, cache: str | None, identity: Mapping[str, Any], find:
     key = key_of(identity, home if cache else None)
     folder = Path(cache).expanduser() if cache else home / FOLDER
     path = folder / f"{key}.json"
-    with suppress(OSError, ValueError):  # not there, or not whole
+    with suppress(OSError, ValueError):  # missing, or incomplete
         return json.loads(path.read_text(encoding="utf-8"))
     found = find()
-    # Nothing is lost but time where it cannot be kept; that decoded examples cannot be kept either is said when they are.
+    # A folder that cannot be written costs only time here; it is an error when decoded examples are to be written.
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f"{key}.{os.getpid()}.part"

@@ -1,4 +1,4 @@
-"""Splits for data that have none of their own: at random, by a seed that means the same for good."""
+"""Hold-out for data without splits: at random, by a seed whose meaning never changes."""
 
 import numpy as np
 import numpy.typing as npt
@@ -13,24 +13,24 @@ __all__ = ["count_of", "hold_out", "shuffled"]
 Numbers = npt.NDArray[np.int64]
 
 ORDER: tuple[SplitName, ...] = ("test", "validation")
-"""Test is taken first, so that how large validation is does not decide what is tested."""
+"""Test is held out first, so that the test examples do not depend on the size of validation."""
 
 
 def hold_out(parts: dict[SplitName, Store], config: DataConfig, name: str) -> tuple[dict[SplitName, Store], list[str]]:
-    """Complete the splits from the train part: test first, then validation, then the rest.
+    """Hold out the missing splits from the training examples: first test, then validation.
 
-    Clips are held out by whole videos, where there is at least one for each split.
+    Clips are held out by whole videos, if there is at least one for each split.
 
     Args:
-        parts: train, and the splits that the data have themselves.
+        parts: train, and the splits that the data have.
         config: with the fractions and the seed.
-        name: of the data, for messages.
+        name: name of the data, for messages.
 
     Returns:
-        The three splits, and what was held out, in words.
+        The three splits, and the hold-out in words.
 
     Raises:
-        ValueError: there are too few examples, or a fraction or the seed cannot be.
+        ValueError: there are too few examples, or a fraction or the seed is out of range.
     """
     examples = len(parts["train"])
     missing = [split for split in ORDER if split not in parts]
@@ -67,11 +67,11 @@ def _hold_out_videos(
         rows = np.concatenate([np.flatnonzero(videos == video) for video in chosen])
         return parts["train"].select(torch.from_numpy(rows))
 
-    for later, split in zip(range(len(missing), 0, -1), missing, strict=True):  # each split that comes later needs a video too
+    for later, split in zip(range(len(missing), 0, -1), missing, strict=True):  # leave a video for each later split
         count = min(max(1, round(_fraction(split, config) * len(order))), len(order) - later)
         result[split], order = clips_of(order[:count]), order[count:]
         words.append(
-            f"{split}: {len(result[split])} clips, all those of {count} video{'s' * (count > 1)} at random (seed {config.split_seed})"
+            f"{split}: {len(result[split])} clips, all from {count} video{'s' * (count > 1)} at random (seed {config.split_seed})"
         )
     if missing:
         result["train"] = clips_of(order)
@@ -83,7 +83,7 @@ def _complete(parts: dict[SplitName, Store]) -> dict[SplitName, Store]:
 
 
 def shuffled(count: int, seed: int) -> Numbers:
-    """The numbers 0..count−1 in an order that the seed decides, under every version.
+    """Return the numbers 0..count−1 in an order that depends only on the seed, in every version.
 
     >>> shuffled(5, seed=0)
     array([2, 0, 1, 3, 4])
@@ -93,15 +93,15 @@ def shuffled(count: int, seed: int) -> Numbers:
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"split_seed is one of 0..2**32-1, got {seed}; give 0, say")
-    # This generator's stream is frozen for good, so that a seed means the same split under every version.
+    # NumPy has frozen this generator's stream, so that a seed gives the same split in every version.
     return np.random.RandomState(seed).permutation(count)
 
 
 def count_of(split: SplitName, available: int, config: DataConfig) -> int:
-    """How many of the available examples go to validation, or to test.
+    """Return how many of the available examples go to validation or test.
 
     Raises:
-        ValueError: the fraction leaves none to one side.
+        ValueError: the fraction leaves one side without examples.
     """
     fraction = _fraction(split, config)
     count = round(fraction * available)

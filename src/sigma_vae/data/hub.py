@@ -1,4 +1,4 @@
-"""Pictures from the Hugging Face hub: any data set there that has a column of them."""
+"""Images from the Hugging Face hub: any data set with a column of them."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -17,27 +17,24 @@ from sigma_vae.registry import Argument, register
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["HUB_PREFIX", "HubError", "HubPlace", "fetch", "pictures_of", "read_hub"]
+__all__ = ["HubError", "HubPlace", "fetch", "pictures_of", "read_hub"]
 
-HUB_PREFIX = "hub:"
 _SOURCE = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>.+))?")
-
-
 _PLACE = Argument("OWNER/NAME[:CONFIG]", lambda text: {}, "ylecun/mnist", required=True)
 
 
 class HubError(ValueError):
-    """The hub cannot be reached, or does not have what was asked for."""
+    """The hub cannot be reached, or does not have the data set."""
 
 
 @dataclass(frozen=True)
 class HubPlace:
-    """Where pictures are on the hub.
+    """The place of images on the hub.
 
     Args:
         repository: ``OWNER/NAME``.
-        config: of several in one repository; None where there is one.
-        column: that holds the pictures; None: the only one that does.
+        config: the configuration, if the repository has several.
+        column: the column of images; None if there is only one.
 
     >>> str(HubPlace("ufldl-stanford/svhn", "cropped_digits"))
     'hub:ufldl-stanford/svhn:cropped_digits'
@@ -48,19 +45,19 @@ class HubPlace:
     column: str | None = None
 
     def __str__(self) -> str:
-        """As users give it."""
-        return f"{HUB_PREFIX}{self.repository}" + (f":{self.config}" if self.config else "")
+        """The place as users write it."""
+        return f"hub:{self.repository}" + (f":{self.config}" if self.config else "")
 
 
 @register.source("hub", argument=_PLACE, options=PICTURE_OPTIONS | {"columns"})
 def read_hub(config: DataConfig) -> Raw:
-    """The pictures of ``hub:OWNER/NAME`` or ``hub:OWNER/NAME:CONFIG``.
+    """Read the images of ``hub:OWNER/NAME`` or ``hub:OWNER/NAME:CONFIG``.
 
-    They are read from the files that the package ``datasets`` keeps, one at a time; not all of them are ever in memory. Their
-    headers are read first, so that one shape can be found for all.
+    The package ``datasets`` keeps their files. They are read one at a time, so that they are never all in memory; first their headers,
+    to find one shape for all.
 
     Raises:
-        ValueError: the hub does not have it; it has no column of pictures, or several; or the pictures have no common shape.
+        ValueError: the hub does not have it; it has no column of images, or several; or the images have no common shape.
     """
     place = _place(config)
     try:
@@ -73,16 +70,16 @@ def read_hub(config: DataConfig) -> Raw:
 
 
 def fetch(place: HubPlace) -> "dict[SplitName, Dataset]":
-    """The splits of a data set, each a table of one column of undecoded pictures; downloaded once, then mapped.
+    """Fetch the splits of a data set, each a table with one column of undecoded images; downloaded once, then mapped.
 
     Raises:
-        ValueError: as :func:`read_hub`.
+        ValueError: as for :func:`read_hub`.
     """
     try:
         from datasets import load_dataset
 
         found = load_dataset(place.repository, place.config)
-    except Exception as error:  # offline, its libraries raise many unrelated kinds; all of them mean: it cannot be had
+    except Exception as error:  # offline, the libraries raise many unrelated kinds
         reason = " ".join(str(error).split())  # some span several lines
         raise HubError(f"{place} cannot be loaded from the hub ({type(error).__name__}: {reason})") from error
     return {split: _undecoded(found[name], place) for split, name in _named_splits(list(found), place).items()}
@@ -96,14 +93,14 @@ def pictures_of(
     *,
     skip_unreadable: bool = False,
 ) -> Raw:
-    """Tables from :func:`fetch` as examples that are decoded once.
+    """Turn tables from :func:`fetch` into examples that are decoded once.
 
     Args:
-        tables: split to table.
-        place: where they are from.
-        chosen: the shape of the pictures.
-        decode: the bytes of a picture to its array; raises :class:`~sigma_vae.data.stores.UnreadableError`.
-        skip_unreadable: leave broken pictures out.
+        tables: the table of each split.
+        place: their place on the hub.
+        chosen: the shape of the images.
+        decode: turns the bytes of an image into an array; raises :class:`~sigma_vae.data.stores.UnreadableError`.
+        skip_unreadable: leave broken images out.
     """
     parts = {
         split: Encoded(
@@ -143,7 +140,7 @@ def _place(config: DataConfig) -> HubPlace:
 
 
 def _named_splits(names: list[str], place: HubPlace) -> dict[SplitName, str]:
-    """Our names of splits to the hub's; others are not read."""
+    """Map our names of splits to the hub's; others are not read."""
     if len(names) == 1:
         return {"train": names[0]}
     known = [name for name in names if name in SPLIT_WORDS]
@@ -180,7 +177,7 @@ def _column(table: "Dataset") -> str:
 
 
 def _content(picture: Mapping[str, Any] | None) -> bytes:
-    """The file of a picture: inside the table, or beside it."""
+    """Read the file of an image, inside the table or beside it."""
     if picture is None or picture["bytes"] is picture["path"] is None:
         raise UnreadableError("its row is empty")
     if picture["bytes"] is not None:
@@ -192,7 +189,7 @@ def _content(picture: Mapping[str, Any] | None) -> bytes:
 
 
 def _headers(table: "Dataset") -> Iterator[tuple[int, int, str]]:
-    """Width, height and mode of each picture that has a readable header; ``map`` keeps the answer for the next time."""
+    """Yield width, height and mode of each image with a readable header; ``map`` caches them."""
     column = [_column(table)]
     headers = table.map(
         _header, input_columns=column, remove_columns=column, features=_header_features(), desc="reading headers, once"
@@ -225,7 +222,7 @@ def _stamps(table: "Dataset") -> list[Any]:
 
 
 def _version(table: "Dataset") -> str:
-    """The commit on the hub (of a local copy: a digest), after which ``datasets`` names the folder that it keeps the table in."""
+    """The commit on the hub (for a local copy: a digest), which names the folder in which ``datasets`` keeps the table."""
     return Path(table.cache_files[0]["filename"]).parent.name
 
 

@@ -1,4 +1,4 @@
-"""What a data set is like: sizes, ranges, what never changes, what occurs twice, and the likelihood that all of this suggests."""
+"""Inspection of a data set: sizes, ranges, constant values, duplicates, and a suggested likelihood."""
 
 import hashlib
 import math
@@ -14,20 +14,20 @@ __all__ = ["ChannelStatistics", "Duplicates", "Inspection", "inspect"]
 
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 CHUNK = 2**22
-"""Values looked at together, where an example has no more: several float64 copies of them are made."""
+"""Values processed together, unless an example has more; several float64 copies of them exist."""
 HEAVY_TAILS = 6.0
-"""Excess kurtosis above which residuals are likely to have heavy tails as well: twice that of a Laplace law."""
+"""Excess kurtosis above which residuals probably have heavy tails too: twice that of a Laplace distribution."""
 MANY_AT_THE_ENDS = 0.2
 FEW_LEVELS = 32
 ENOUGH_FOR_A_CATEGORICAL = 1_000
-"""Examples for each level, below which a class of its own for each is learned badly."""
+"""Examples per level below which a categorical likelihood learns badly."""
 SMALL = 20_000
-"""Training examples below which σ of the training data is too small for new ones (the more so, the fewer)."""
+"""Training examples below which σ from training data is too small for new data."""
 
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Of one channel over the training split, in the data's own units (of levels: in [0, 1])."""
+    """Statistics of one channel over the training split, in the data's units (levels: in [0, 1])."""
 
     mean: float
     deviation: float
@@ -38,9 +38,9 @@ class ChannelStatistics:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Examples of one split that are, value for value, in another one (or in their own, once more).
+    """Examples of one split that occur, value for value, in another split, or again in the same one.
 
-    Clips are compared by as many first frames as those of all splits have.
+    Clips are compared by their first frames, as many as the shortest clips have.
     """
 
     split: SplitName
@@ -50,7 +50,7 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that :func:`inspect` finds; plain values."""
+    """The result of :func:`inspect`, as plain values."""
 
     name: str
     counts: dict[str, int]
@@ -62,7 +62,7 @@ class Inspection:
     preprocessing: str
     channels: tuple[ChannelStatistics, ...]
     columns: tuple[str, ...]
-    """What a table calls its channels; empty for other data."""
+    """Names of a table's channels; empty for other data."""
     share_at_least_level: float | None
     share_at_largest_level: float | None
     constant_values: int
@@ -72,7 +72,7 @@ class Inspection:
 
 
 def inspect(data: Splits) -> Inspection:
-    """Go through all of a data set, a few examples at a time.
+    """Inspect a whole data set, a few examples at a time.
 
     >>> from sigma_vae.data.scaling import Scaling
     >>> from sigma_vae.data.stores import InMemory
@@ -124,7 +124,7 @@ class _Pass:
         self.changes: Tensor | None = None
 
     def add(self, stored: Tensor) -> None:
-        """Take in a few examples as they are stored."""
+        """Add a few examples in stored form."""
         examples = stored.flatten(0, 1) if self.data.clips else stored
         if self.data.levels is not None:
             self.used += torch.bincount(examples.flatten().to(torch.int64), minlength=self.data.levels)
@@ -138,7 +138,7 @@ class _Pass:
         rows = values.transpose(0, 1).flatten(1)
         self.least = torch.minimum(self.least, rows.amin(1))
         self.largest = torch.maximum(self.largest, rows.amax(1))
-        centred = rows - self.shift[:, None]  # about the mean already, so that fourth powers keep their digits
+        centred = rows - self.shift[:, None]  # near the mean, so that fourth powers keep their digits
         self.powers += torch.stack([(centred**k).sum(1) for k in (1, 2, 3, 4)])
         self.count += rows.shape[1]
 
@@ -169,7 +169,7 @@ def _chunks(data: Splits, split: SplitName) -> Iterator[Tensor]:
 
 
 def _duplicates(data: Splits) -> tuple[Duplicates, ...]:
-    """By a digest of each example, so that nothing but the digests is kept."""
+    """Count duplicates by digests, so that only these are kept in memory."""
     frames = min(data.store(split).shape[0] for split in SPLITS) if data.clips else None
     digests: dict[SplitName, list[bytes]] = {
         split: [
@@ -188,30 +188,33 @@ def _duplicates(data: Splits) -> tuple[Duplicates, ...]:
 
 
 def _suggestion(data: Splits, channels: tuple[ChannelStatistics, ...], passed: _Pass) -> tuple[str, tuple[str, ...]]:
-    """A likelihood by name, and what speaks for it; then what else to heed."""
+    """Suggest a likelihood, with reasons and warnings."""
     levels, used = data.levels, passed.levels_used()
-    heed = list(_cautions(data, passed))
+    warnings = list(_warnings(data, passed))
     if levels == 2:
-        return "bernoulli", ("there are two levels: a coin for each value is a true likelihood", *heed)
+        return "bernoulli", ("there are two levels: Bernoulli is an exact likelihood", *warnings)
     if levels is not None and used is not None and used <= FEW_LEVELS and len(data.train) >= ENOUGH_FOR_A_CATEGORICAL * used:
-        return "categorical", (f"{used} levels occur, and there are enough examples to learn a class for each", *heed)
+        return "categorical", (f"{used} levels occur, and there are enough examples to learn each of them", *warnings)
     if max(channel.excess_kurtosis for channel in channels) > HEAVY_TAILS:
-        return "student-t/optimal", ("some values lie far out (excess kurtosis above 6): they should not set the scale", *heed)
+        return "student-t/optimal", (
+            "some values are extreme (excess kurtosis above 6): they should not decide the scale",
+            *warnings,
+        )
     if len(data.shape) == 1 and len(channels) > 1:
-        return "gaussian/optimal-channel", ("each column of a table has noise of its own: one σ for each, solved", *heed)
-    return "gaussian/optimal", ("nothing speaks against one σ for all values, solved exactly; start with it", *heed)
+        return "gaussian/optimal-channel", ("each column of a table has its own noise: one solved σ per column", *warnings)
+    return "gaussian/optimal", ("one σ for all values, solved exactly, is a good start", *warnings)
 
 
-def _cautions(data: Splits, passed: _Pass) -> Iterator[str]:
+def _warnings(data: Splits, passed: _Pass) -> Iterator[str]:
     if data.levels is not None and sum(passed.ends()) > MANY_AT_THE_ENDS:
         yield (
-            f"{sum(passed.ends()):.0%} of the values lie at an end of the range: compare decoders by bits/dim, not by density;"
-            " --observes level or logistic-mixture gives these values their mass"
+            f"{sum(passed.ends()):.0%} of the values are at an end of the range: compare decoders by bits/dim, not by density;"
+            " --observes level or logistic-mixture gives these values their probability"
         )
     if constant := passed.constant_values():
         yield (
-            f"{constant} values never change: scales of their own (optimal-pixel, per-pixel) shrink to the floor there and"
+            f"{constant} values never change: scales per pixel (optimal-pixel, per-pixel) shrink to the floor there and"
             " inflate the density"
         )
     if len(data.train) < SMALL:
-        yield f"{len(data.train)} training examples are few: stop by validation (--patience), and mind that σ is fitted to them"
+        yield f"{len(data.train)} training examples are few: stop by validation (--patience); a σ from training data is too small"

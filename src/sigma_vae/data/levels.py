@@ -1,4 +1,4 @@
-"""From the numbers of an array to stored levels, refusing whatever is not what it claims to be."""
+"""Conversion of arrays to their stored form, levels or float32, with checks of the values."""
 
 import numpy as np
 import numpy.typing as npt
@@ -10,12 +10,12 @@ __all__ = ["Array", "encode", "native_levels", "real_values"]
 Array = npt.NDArray[np.generic]
 
 _NATIVE = {"bool": 2, "uint8": 256, "uint16": 65536}
-_MAX_LEVELS = 2**24  # beyond, float32 has no exact value for each level
-_TOLERANCE = 0.01  # of the step between two levels
+_MAX_LEVELS = 2**24  # float32 cannot tell more levels apart
+_TOLERANCE = 0.01  # in steps between two levels
 
 
 def native_levels(array: Array, name: str) -> int | None:
-    """How many levels the type of an array promises; None for floats.
+    """Return the number of levels that an array's dtype implies; None for floats.
 
     >>> native_levels(np.zeros(3, dtype=np.uint8), "zeros")
     256
@@ -25,24 +25,22 @@ def native_levels(array: Array, name: str) -> int | None:
         return None
     if array.dtype.name in _NATIVE:
         return _NATIVE[array.dtype.name]
-    raise ValueError(
-        f"{name} has dtype {array.dtype}, which does not tell how many levels there are; {_found(array)}: give --levels"
-    )
+    raise ValueError(f"{name} has dtype {array.dtype}, which does not imply a number of levels; {_found(array)}: give --levels")
 
 
 def encode(array: Array, levels: int | None, name: str) -> Tensor:
-    """The tensor in which an array is kept: levels 0..levels−1, or float32 values in [0, 1] where levels is None.
+    """Convert an array to stored form: levels 0..levels−1, or float32 values in [0, 1] if ``levels`` is None.
 
-    Integers are taken as levels, floats as values k/(levels − 1).
+    Integers are levels; floats are values k/(levels − 1).
 
     >>> encode(np.array([0.0, 0.5, 1.0]), 3, "thirds")
     tensor([0, 1, 2], dtype=torch.uint8)
 
     Raises:
-        ValueError: a value is not finite, lies outside the range, or (for floats) between two levels.
+        ValueError: a value is not finite, out of range, or (for floats) between two levels.
     """
     if levels is not None and not 2 <= levels <= _MAX_LEVELS:
-        raise ValueError(f"levels counts the values a datum can take, 2 to {_MAX_LEVELS}, got {levels}")
+        raise ValueError(f"levels is the number of values that a datum can take, 2 to {_MAX_LEVELS}, got {levels}")
     _check_kind(array, name)
     if array.dtype.kind == "f":
         _check_finite(array, name)
@@ -56,10 +54,10 @@ def encode(array: Array, levels: int | None, name: str) -> Tensor:
 
 
 def real_values(array: Array, name: str) -> Tensor:
-    """Float32 values of any finite size.
+    """Convert an array to float32 values of any finite size.
 
     Raises:
-        ValueError: a value is no number, or not finite.
+        ValueError: a value is not a number, or not finite.
     """
     _check_kind(array, name)
     _check_finite(array, name)

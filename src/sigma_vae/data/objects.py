@@ -5,6 +5,7 @@ import io
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -28,7 +29,7 @@ from sigma_vae.config import DataConfig, ImageConfig, Layout
 from sigma_vae.data.arrays import CLIPS, LARGE, arranged, layout_like, parts_by_key
 from sigma_vae.data.batches import Batches
 from sigma_vae.data.levels import Array
-from sigma_vae.data.load import load, refuse_unread, splits_from, store_of
+from sigma_vae.data.load import load, names, refuse_unread, splits_from, store_of
 from sigma_vae.data.pictures import PICTURE_OPTIONS, PicturePlan, Probe, plan, probe_image
 from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.splits import Raw, SplitName, Splits
@@ -63,7 +64,8 @@ def as_splits(
 
     Values are read as from files: uint8 and uint16 are levels, floats in [0, 1] are kept as real values (or checked to be levels,
     where ``levels`` is given), the columns of a data frame are standardised, and images may have their channels first or last. Splits
-    that the data do not have are held out; ``Splits.record`` says how.
+    that the data do not have are held out; ``Splits.record`` says how. Arrays that need no conversion are not copied: leave them as
+    they are.
 
     Args:
         data: one of
@@ -71,7 +73,8 @@ def as_splits(
             * a NumPy array, or a tensor on any device, with the examples along the first axis;
             * a pandas DataFrame, whose numeric columns are taken;
             * a map-style torch ``Dataset``, or a list: of each item, the item itself, or the first of a tuple: a tensor, an array or a
-              PIL image. All are read once, into memory, or into a temporary file if they are more than 1 GiB;
+              PIL image. All are read once, into memory, or into a temporary file if they are more than 1 GiB; random transforms are
+              frozen by that;
             * a finite torch ``DataLoader``: its data set if it goes over all of it with the default collation, else its batches;
             * a Hugging Face ``Dataset`` or ``DatasetDict``: its column of images or arrays, or its numeric columns as a table;
             * a tuple (train, validation) or (train, validation, test), or a dict with these keys, of any of the above;
@@ -97,9 +100,10 @@ def as_splits(
     >>> splits.record["preprocessing"].split("; ")[:3]
     ['axes read as n-h-w-c', 'kept as levels 0..255', 'test: 2 of 20 examples at random (seed 0)']
     """
-    by_source = isinstance(data, str | Path)
+    if name is not None and isinstance(data, str | Path | DataConfig | Splits):
+        raise ValueError(f"name is for objects without one, got name={name!r} for {type(data).__name__}; leave it out")
     config = DataConfig(
-        source=str(data) if by_source else name or type(data).__name__,
+        source=str(data) if isinstance(data, str | Path) else name or type(data).__name__,
         cache=None if cache is None else str(cache),
         layout=layout,
         levels=levels,
@@ -110,13 +114,8 @@ def as_splits(
         test_fraction=test_fraction,
         split_seed=seed,
     )
-    if by_source:
-        return load(config)
-    if isinstance(data, Splits | DataConfig):
-        if config != DataConfig(type(data).__name__):
-            raise ValueError(f"options say nothing about {type(data).__name__}, which have their own; leave them out")
-        return load(data) if isinstance(data, DataConfig) else data
-    return splits_from(_raw(data, config), config)
+    found = _with_splits(data, config)
+    return splits_from(_raw(data, config), config) if found is None else found
 
 
 def as_batches(
@@ -151,6 +150,7 @@ def as_batches(
     [3, 2]
     """
     scaling = like.scaling if isinstance(like, Splits) else like
+    known = like if isinstance(like, Splits) else None
     config = DataConfig(
         source=str(data) if isinstance(data, str | Path) else type(data).__name__,
         cache=None if cache is None else str(cache),
@@ -158,18 +158,29 @@ def as_batches(
         columns=tuple(columns),
         images=images or ImageConfig(),
     )
-    if isinstance(data, Splits | DataConfig | str | Path):
-        splits = data if isinstance(data, Splits) else load(data if isinstance(data, DataConfig) else config)
+    if not isinstance(data, Splits | DataConfig) and config.source not in names():  # those know their own levels
+        config = replace(config, levels=scaling.levels, standardise="yes" if scaling.standardised else "no")
+    if (splits := _with_splits(data, config)) is not None:
         _check_scaling(splits, scaling)
         store, clips = splits.store(split), splits.clips
     else:
-        config = replace(config, levels=scaling.levels, standardise="yes" if scaling.standardised else "no")
-        raw = _raw(data, config, like if isinstance(like, Splits) else None)
+        raw = _raw(data, config, known)
         chosen: SplitName = split if split in raw.parts else "train"
         store, clips = store_of(raw.parts[chosen], raw, chosen, config, []), raw.clips
-    if isinstance(like, Splits):
-        _check_shape(store, clips, like, config.source)
+    if known is not None:
+        _check_shape(store, clips, known, config.source)
     return Batches(store, scaling, batch_size)
+
+
+def _with_splits(data: object, config: DataConfig) -> Splits | None:
+    """Return the splits of data that know them: a name or path, a config, or splits; None for other objects."""
+    if isinstance(data, str | Path):
+        return load(config)
+    if not isinstance(data, Splits | DataConfig):
+        return None
+    if config != DataConfig(config.source):
+        raise ValueError(f"options say nothing about {type(data).__name__}, which have their own; leave them out")
+    return load(data) if isinstance(data, DataConfig) else data
 
 
 def _check_scaling(splits: Splits, scaling: Scaling) -> None:
@@ -198,12 +209,12 @@ def _check_shape(store: Store, clips: bool, like: Splits, name: str) -> None:
 
 @dataclass(frozen=True)
 class _Found:
-    """The examples of one split, and what is known of them."""
+    """The examples of one split, and known facts about them."""
 
     values: Any
     """An array, or a data frame."""
     options: frozenset[str] = frozenset({"layout"})
-    """Options of the config that were read."""
+    """Options of the config that apply to them."""
     layout: Layout = "auto"
     levels: int | None = None
     words: tuple[str, ...] = ()
@@ -212,8 +223,8 @@ class _Found:
 def _raw(data: object, config: DataConfig, like: Splits | None = None) -> Raw:
     """Read an object whole; where the config leaves it open, columns and layout are those of the model's data."""
     parts, ignored = _by_split(data, config.source)
-    names = {split: f"{config.source} ({split})" for split in parts}
-    found = {split: _found(part, config, names[split]) for split, part in parts.items()}
+    labels = {split: f"{config.source} ({split})" for split in parts}
+    found = {split: _found(part, config, labels[split]) for split, part in parts.items()}
     for one in found.values():
         refuse_unread(config, one.options)
     frames = [_is_a(one.values, "pandas", "DataFrame") for one in found.values()]
@@ -223,7 +234,7 @@ def _raw(data: object, config: DataConfig, like: Splits | None = None) -> Raw:
     words += [f"ignored the keys {', '.join(ignored)}"] if ignored else []
     if all(frames):
         chosen = replace(config, columns=config.columns or (tuple(like.record.get("columns", ())) if like else ()))
-        raw = from_frames({split: one.values for split, one in found.items()}, chosen, names)
+        raw = from_frames({split: one.values for split, one in found.items()}, chosen, labels)
     else:
         raw = _from_arrays(found, config, like)
     files = [{"object": f"{type(part).__module__}.{type(part).__qualname__}", "split": split} for split, part in parts.items()]
@@ -231,7 +242,7 @@ def _raw(data: object, config: DataConfig, like: Splits | None = None) -> Raw:
 
 
 def _by_split(data: object, name: str) -> tuple[dict[SplitName, object], list[str]]:
-    """The object of each split, and the keys that stand for none."""
+    """Assign objects to splits; also return the keys that belong to no split."""
     if isinstance(data, Mapping):
         return parts_by_key(data, name)
     if not isinstance(data, tuple):
@@ -255,7 +266,7 @@ def _from_arrays(found: Mapping[SplitName, _Found], config: DataConfig, like: Sp
 
 
 def _part(array: Array, config: DataConfig) -> Part:
-    """Leave a large mapped array in its file, if its numbers can be used as they are."""
+    """Keep a large mapped array in its file, if its numbers can be used as they are."""
     if not isinstance(array, np.memmap) or array.nbytes < LARGE or not array.dtype.isnative:
         return array
     levels = array.dtype.name in ("uint8", "uint16") and config.standardise != "yes"
@@ -289,7 +300,7 @@ def _found(data: object, config: DataConfig, name: str) -> _Found:
 
 
 def _is_a(thing: object, package: str, kind: str) -> bool:
-    """Whether it is an instance of a class of a package, which is loaded then."""
+    """Whether an object is of a class in a package, without importing the package: it is loaded if there are such objects."""
     found = getattr(sys.modules.get(package), kind, None)
     return isinstance(found, type) and isinstance(thing, found)
 
@@ -301,7 +312,7 @@ def _numpy(tensor: Tensor) -> Array:
 
 
 def _items(data: Any, name: str) -> Iterator[object]:
-    """The examples of a map-style data set, without their labels."""
+    """Yield the examples of a map-style data set, without their labels."""
     try:
         count = len(data)
     except TypeError as error:
@@ -310,7 +321,7 @@ def _items(data: Any, name: str) -> Iterator[object]:
 
 
 def _first(item: object, name: str) -> object:
-    """The example in an item: the item, the first of several, or the one array in a dict."""
+    """Pick the example out of an item: the item itself, the first of a tuple, or the only array of a dict."""
     if isinstance(item, tuple | list) and item:
         return item[0]
     if not isinstance(item, Mapping):
@@ -331,11 +342,12 @@ def _is_picture(thing: object) -> bool:
 
 
 def _loader(loader: "DataLoader[Any]", config: DataConfig, name: str) -> _Found:
-    """The data set of a loader that goes over all of it with the default collation, else its batches."""
+    """Read the data set of a loader that covers all of it with the default collation, else the loader's batches."""
     sampler, data = loader.sampler, loader.dataset
     if isinstance(sampler, DistributedSampler):
         raise ValueError(
-            f"{name}: a DataLoader with a DistributedSampler has only one process's share; give its data set, which is shared out here"
+            f"{name}: a DataLoader with a DistributedSampler has only the share of one process; give its data set, which is distributed"
+            " here"
         )
     if not isinstance(data, IterableDataset) and loader.batch_size is not None and loader.collate_fn is default_collate:
         whole = isinstance(sampler, RandomSampler) and not sampler.replacement and sampler.num_samples == len(data)  # type: ignore[arg-type]
@@ -354,7 +366,7 @@ def _batch(batch: object, name: str) -> Iterable[object]:
 
 
 def _hugging_face(table: Any, config: DataConfig, name: str) -> _Found:
-    """A column of images or arrays, or numeric columns as a data frame."""
+    """Read a column of images or arrays, or numeric columns as a data frame."""
     features = table.features
     if unknown := [column for column in config.columns if column not in features]:
         raise ValueError(f"{name} has no column {unknown[0]}, only {', '.join(features)}; choose one of these with columns")
@@ -382,10 +394,12 @@ def _array_dtype(feature: Any) -> str | None:
     kind = type(feature).__name__
     if kind in ("Array2D", "Array3D", "Array4D", "Array5D"):
         return str(feature.dtype)
-    inner = getattr(feature, "feature", None)
+    inner: Any = getattr(feature, "feature", None)
+    if inner is None:
+        return None
     if type(inner).__name__ == "Value":
         return str(inner.dtype) if str(inner.dtype).startswith(("bool", "int", "uint", "float")) else None
-    return None if inner is None else _array_dtype(inner)
+    return _array_dtype(inner)
 
 
 def _collected(examples: Iterable[object], config: DataConfig, name: str) -> _Found:
@@ -395,11 +409,14 @@ def _collected(examples: Iterable[object], config: DataConfig, name: str) -> _Fo
     if first is None:
         raise ValueError(f"{name} needs at least one example, got none")
     whole = chain([first], rows)
+    room = None if config.cache is None else str(Path(config.cache).expanduser())
+    if room is not None:
+        Path(room).mkdir(parents=True, exist_ok=True)
     if _is_picture(first):
         pictures = _Pictures(config.images, name)
-        array, where = _written(map(pictures, whole), config.cache, name)
-        return _Found(array, PICTURE_OPTIONS, "n-c-h-w", *pictures.outcome(where))
-    array, where = _written((_example(one, name) for one in whole), config.cache, name)
+        array, where = _written(map(pictures, whole), room, name)
+        return _Found(array, PICTURE_OPTIONS - {"unreadable"}, "n-c-h-w", *pictures.outcome(where))
+    array, where = _written((_example(one, name) for one in whole), room, name)
     return _Found(array, frozenset({"layout", "cache"}), words=(where,))
 
 
@@ -427,42 +444,37 @@ class _Pictures:
             self.plans[probe] = plan([probe], self.images, self.name)
             kinds = {(each.shape, each.bits) for each in self.plans.values()}
             if len(kinds) > 1:
-                plan(self.plans, self.images, self.name)  # which says what differs, and what to do
+                plan(self.plans, self.images, self.name)  # raises: it says what differs, and what to do
         return self.plans[probe].decode(image)
 
     def outcome(self, where: str) -> tuple[int | None, tuple[str, ...]]:
-        """Levels that the dtype does not tell, and what was done in words."""
+        """Return the levels, if the dtype does not imply them, and the steps in words."""
         first = next(iter(self.plans.values()))
         return (2 if first.levels == 2 else None), (where, *first.words)
 
 
 def _written(examples: Iterator[Array], folder: str | None, name: str) -> tuple[Array, str]:
-    """Examples of one shape and dtype as one array, and where it is."""
-    file: IO[bytes] = io.BytesIO()
-    first, count = None, 0
-    for count, example in enumerate(examples, 1):
-        first = example if first is None else first
-        if (example.shape, example.dtype) != (first.shape, first.dtype):
-            raise ValueError(
-                f"{name} needs examples of one shape and dtype, got {first.shape} {first.dtype} and {example.shape} {example.dtype}"
-                f" (example {count - 1}); resize or convert them"
-            )
-        if isinstance(file, io.BytesIO) and file.tell() + example.nbytes > MEMORY:
-            file = _moved(file, folder)
-        file.write(np.ascontiguousarray(example).data)
-    assert first is not None
-    shape = (count, *first.shape)
-    if isinstance(file, io.BytesIO):
-        return np.frombuffer(file.getbuffer(), first.dtype).reshape(shape), f"{count} examples read into memory"
-    file.flush()
-    place = folder or tempfile.gettempdir()
-    return np.memmap(file, first.dtype, "r", shape=shape), f"{count} examples read into a temporary file in {place}"
+    """Write examples of one shape and dtype into one array; also say where it is.
 
-
-def _moved(file: io.BytesIO, folder: str | None) -> IO[bytes]:
-    """Continue in a temporary file, which vanishes with the process, or when nothing maps it any more."""
-    if folder is not None:
-        Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
-    larger = tempfile.TemporaryFile(dir=folder and Path(folder).expanduser())
-    larger.write(file.getbuffer())
-    return larger
+    A temporary file has no name, and disappears when nothing maps it any more.
+    """
+    first, count = next(examples), 0
+    memory = io.BytesIO()
+    file: IO[bytes] = memory
+    with ExitStack() as stack:
+        for count, example in enumerate(chain([first], examples), 1):
+            if (example.shape, example.dtype) != (first.shape, first.dtype):
+                raise ValueError(
+                    f"{name} needs examples of one shape and dtype, got {first.shape} {first.dtype} and {example.shape}"
+                    f" {example.dtype} (example {count - 1}); resize or convert them"
+                )
+            if file is memory and file.tell() + example.nbytes > MEMORY:
+                file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+                file.write(memory.getbuffer())
+            file.write(np.ascontiguousarray(example).data)
+        shape = (count, *first.shape)
+        if file is memory:
+            return np.frombuffer(memory.getbuffer(), first.dtype).reshape(shape), f"{count} examples read into memory"
+        file.flush()
+        where = f"{count} examples read into a temporary file in {folder or tempfile.gettempdir()}"
+        return np.memmap(file, first.dtype, "r", shape=shape), where

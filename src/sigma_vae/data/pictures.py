@@ -1,4 +1,4 @@
-"""Picture files: folders, zip and tar archives, and shards of them."""
+"""Pictures: one plan that gives them all one shape, and the reader for folders, archives and shards of them."""
 
 import hashlib
 import io
@@ -31,20 +31,17 @@ __all__ = [
     "Fit",
     "PicturePlan",
     "Probe",
-    "channels",
-    "common_size",
-    "is_archive",
-    "is_glob",
     "plan",
     "probe",
     "probe_image",
     "read_pictures",
-    "remarks",
-    "window",
 ]
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Probe = tuple[int, int, str]
-"""Width, height and mode of a picture, as it is when it is seen upright."""
+"""Width, height and mode of a picture, seen upright."""
 Colour = Literal["grey", "grey+alpha", "rgb", "rgba"]
 Fit = Literal["refuse", "crop", "stretch", "pad"]
 
@@ -60,134 +57,6 @@ _KINDS: dict[str, tuple[Colour, int]] = {
     "RGBA": ("rgba", 8),
 }
 _Thing = TypeVar("_Thing")
-
-
-def window(width: int, height: int, crop: int | None, fit: str) -> tuple[int, int]:
-    """Width and height of what is taken of a picture, around its centre; more than there is where it is padded.
-
-    >>> window(5, 3, crop=None, fit="pad")
-    (5, 5)
-    """
-    if crop is not None:
-        return crop, crop
-    side = {"crop": min(width, height), "pad": max(width, height)}.get(fit)
-    return (width, height) if side is None else (side, side)
-
-
-def common_size(sizes: Counter[tuple[int, int]], images: ImageConfig, name: str) -> tuple[int, int]:
-    """Width and height that all pictures get, from how many there are of each (width, height).
-
-    >>> common_size(Counter({(5, 3): 2, (3, 3): 1}), ImageConfig(fit="crop"), "some")
-    (3, 3)
-
-    Raises:
-        ValueError: there is none, and the user does not say what is to be done; a crop is larger than a picture; or ``fit`` has
-            nothing to fit.
-    """
-    _check_fit(images, name)
-    if images.crop is not None:
-        _check_crop(sizes, images.crop, name)
-    windows: Counter[tuple[int, int]] = Counter()
-    for size, count in sizes.items():
-        windows[window(*size, images.crop, images.fit)] += count
-    if images.size is not None:
-        oblong = Counter({size: count for size, count in windows.items() if size[0] != size[1]})
-        if oblong and images.fit == "refuse":
-            raise ValueError(
-                f"{name}: size {images.size} needs square pictures, got {_most_common(oblong, _times)} (width×height); cut the central"
-                " square (--fit crop), stretch (--fit stretch) or pad with black (--fit pad)"
-            )
-        return images.size, images.size
-    if len(windows) > 1:
-        least = min(min(size) for size in sizes)
-        fit = "" if images.fit != "refuse" or all(w == h for w, h in windows) else " with --fit crop, stretch or pad"
-        raise ValueError(
-            f"{name}: pictures need one size, got {len(windows)}: {_most_common(windows, _times)} (width×height); resize them"
-            f" (--size {least}, say{fit}), or cut the same square from each (--crop {least})"
-        )
-    return next(iter(windows))
-
-
-def _check_fit(images: ImageConfig, name: str) -> None:
-    if images.fit != "refuse" and images.crop is not None:
-        raise ValueError(f"{name}: fit {images.fit} says nothing about squares of crop {images.crop}; leave out one of them")
-    if images.fit == "stretch" and images.size is None:
-        raise ValueError(f"{name}: fit stretch needs a size to stretch pictures to, got none; give --size, 64 say")
-
-
-def _check_crop(sizes: Counter[tuple[int, int]], crop: int, name: str) -> None:
-    if small := Counter({size: count for size, count in sizes.items() if min(size) < crop}):
-        raise ValueError(
-            f"{name}: crop {crop} needs pictures of at least {crop}×{crop}, got {_most_common(small, _times)} (width×height); crop at most"
-            f" {min(min(size) for size in sizes)}"
-        )
-
-
-def channels(modes: Counter[str], images: ImageConfig, name: str) -> tuple[Colour, int]:
-    """Channels and bits of a value that all pictures get, from how many there are of each mode.
-
-    >>> channels(Counter({"1": 2, "L": 1}), ImageConfig(), "some")
-    ('grey', 8)
-
-    Raises:
-        ValueError: modes differ, and the user does not say what is to be done; or a mode has no levels.
-    """
-    if unknown := Counter({mode: count for mode, count in modes.items() if mode not in _CANONICAL}):
-        raise ValueError(
-            f"{name}: pictures need modes {', '.join(dict.fromkeys(_CANONICAL.values()))} or palettes, got {_most_common(unknown, str)};"
-            " convert them, or save floats as .npy"
-        )
-    kinds = {_CANONICAL[mode] for mode in modes}
-    if kinds == {"1"} and images.size is None and images.colour in ("auto", "grey"):
-        return "grey", 1
-    kinds = {"L" if kind == "1" else kind for kind in kinds}  # black and white are two of the greys
-    if "I;16" in kinds and (len(kinds) > 1 or images.colour not in ("auto", "grey")):
-        raise ValueError(
-            f"{name}: 16-bit grey pictures cannot be mixed with others or get colours, got {_most_common(modes, str)} and colour"
-            f" {images.colour}; convert them to one kind"
-        )
-    if "I;16" in kinds or (images.colour == "auto" and len(kinds) == 1):
-        return _KINDS[kinds.pop()]
-    if images.colour == "auto":
-        raise ValueError(
-            f"{name}: pictures need the same channels, got modes {_most_common(modes, str)}; say which to keep: --colour grey, rgb or rgba"
-        )
-    return images.colour, 8
-
-
-def remarks(modes: Counter[str], colour: Colour) -> tuple[str, ...]:
-    """What is lost of some pictures, in words.
-
-    >>> remarks(Counter({"RGBA": 2, "RGB": 1}), "rgb")
-    ('transparency ignored (2 of 3)',)
-    """
-    deep = sum(count for mode, count in modes.items() if mode in ("LA;16", "RGB;16", "RGBA;16"))
-    alpha = sum(count for mode, count in modes.items() if _CANONICAL[mode] in ("LA", "RGBA"))
-    coloured = sum(count for mode, count in modes.items() if _CANONICAL[mode] in ("RGB", "RGBA"))
-    return tuple(
-        f"{what} ({count} of {modes.total()})"
-        for what, count in (
-            ("the upper 8 of 16 bits of each colour", deep),
-            ("transparency ignored", alpha if colour in ("grey", "rgb") else 0),
-            ("colours to luma (ITU-R 601)", coloured if colour == "grey" else 0),
-        )
-        if count
-    )
-
-
-def _times(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"
-
-
-def _most_common(counts: Counter[_Thing], say: Callable[[_Thing], str]) -> str:
-    most = [f"{say(thing)} ({count})" for thing, count in counts.most_common(5)]
-    return ", ".join(most) + (f" and {len(counts) - 5} more" if len(counts) > 5 else "")
-
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-
 _ORIENTATION = 0x0112  # the EXIF tag; values of 5 and more exchange width and height
 _MODES: dict[Colour, str] = {"grey": "L", "grey+alpha": "LA", "rgb": "RGB", "rgba": "RGBA"}
 
@@ -195,19 +64,19 @@ _MODES: dict[Colour, str] = {"grey": "L", "grey+alpha": "LA", "rgb": "RGB", "rgb
 @final
 @dataclass(frozen=True)
 class PicturePlan:
-    """How each picture of a set becomes an array ``(C, H, W)`` of one shape: made by :func:`plan`.
+    """Turn each picture of a set into an array ``(C, H, W)`` of one shape; made by :func:`plan`.
 
-    The order is: upright by its EXIF orientation, channels, window (``crop``, or what ``fit`` says), resizing to ``size``.
+    Order of the steps: upright by EXIF orientation, channels, window (``crop`` or ``fit``), resizing to ``size``.
 
     Args:
-        crop: side of the central square that is cut out, in pixels.
-        size: side that the window is resized to, in pixels.
-        fit: ``crop`` and ``pad`` make the window square where ``crop`` does not.
+        crop: side of the central square to cut out, in pixels.
+        size: side to resize the window to, in pixels.
+        fit: without ``crop``, the window: ``crop`` and ``pad`` make it square.
         colour: the channels.
-        bits: of a value: 1, 8 or 16.
-        height: of the result.
-        width: of the result.
-        remarks: what else was done to some pictures, in words.
+        bits: bits per value: 1, 8 or 16.
+        height: height of the result.
+        width: width of the result.
+        remarks: losses of some pictures, in words.
 
     >>> from PIL import Image
     >>> halves = plan([(4, 2, "L")], ImageConfig(fit="crop"), "halves")
@@ -228,22 +97,22 @@ class PicturePlan:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a decoded picture: ``(C, H, W)``."""
+        """Shape of a decoded picture: ``(C, H, W)``."""
         return (1 if self.colour == "grey" else len(_MODES[self.colour]), self.height, self.width)
 
     @property
     def dtype(self) -> Literal["uint8", "uint16"]:
-        """Of a decoded picture."""
+        """Dtype of a decoded picture."""
         return "uint16" if self.bits == 16 else "uint8"
 
     @property
     def levels(self) -> int:
-        """How many values a datum can take: 2, 256 or 65536."""
+        """Number of values that a datum can take: 2, 256 or 65536."""
         return 1 << self.bits
 
     @property
     def words(self) -> list[str]:
-        """What is done, for the record of a run."""
+        """The steps in words, for the record of a run."""
         kept = f"pictures as {self.colour}, {self.bits} bit{'s' * (self.bits > 1)}, upright by their EXIF orientation"
         window = self._window_words()
         resized = f"resized to {self.size}×{self.size} (Pillow, bilinear with antialiasing)" if self.size else ""
@@ -259,7 +128,7 @@ class PicturePlan:
         """Decode a file.
 
         Raises:
-            UnreadableError: it is broken, or not what it was when the plan was made.
+            UnreadableError: it is broken, or differs from its header.
         """
         from PIL import Image
 
@@ -271,13 +140,13 @@ class PicturePlan:
             return self.decode(image)
 
     def decode(self, image: "Image") -> Array:
-        """Decode a picture that Pillow has opened; safe in several threads, each with an image of its own.
+        """Decode an opened picture; safe in several threads, each with its own image.
 
         Returns:
             Levels ``(C, H, W)``, uint8 or uint16.
 
         Raises:
-            UnreadableError: it is broken, or not of the size that the plan was made for.
+            UnreadableError: it is broken, or has another size than its header says.
         """
         try:
             shaped = self._resized(self._windowed(self._converted(_upright(image))))
@@ -301,7 +170,7 @@ class PicturePlan:
         return image if image.mode == mode else image.convert(mode)
 
     def _windowed(self, image: "Image") -> "Image":
-        width, height = window(image.width, image.height, self.crop, self.fit)
+        width, height = _window(image.width, image.height, self.crop, self.fit)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))  # black where the window goes beyond the picture
 
@@ -319,13 +188,13 @@ class PicturePlan:
 
 
 def probe(file: Path | bytes | IO[bytes]) -> Probe:
-    """Width, height and mode of a picture, from its header (palettes: from the whole).
+    """Return width, height and mode of a picture file, from its header (for palettes: from the whole file).
 
-    The mode is Pillow's, but for palettes, of which it is what they hold: ``L``, ``RGB`` or ``RGBA``; and ``RGB;16`` and the
-    like for 16-bit colours, of which Pillow reads the upper 8 bits.
+    The mode is Pillow's, with two exceptions: for palettes it is the mode of their colours, ``L``, ``RGB`` or ``RGBA``; for 16-bit
+    colours, of which Pillow reads the upper 8 bits, it is ``RGB;16`` and the like.
 
     Raises:
-        UnreadableError: it is no picture, or broken.
+        UnreadableError: it is not a picture, or broken.
 
     >>> from PIL import Image
     >>> buffer = io.BytesIO()
@@ -350,16 +219,15 @@ def probe_image(image: "Image") -> Probe:
 
 
 def plan(sizes_and_modes: Iterable[Probe], images: ImageConfig, name: str) -> PicturePlan:
-    """The one shape that all pictures get.
+    """Find one shape for all pictures.
 
     Args:
-        sizes_and_modes: what :func:`probe` says of each.
-        images: what the user wants.
-        name: of the set, for messages.
+        sizes_and_modes: each picture's :func:`probe`.
+        images: the user's options.
+        name: name of the set, for messages.
 
     Raises:
-        ValueError: there are none; they differ in size or channels, and the user does not say what is to be done; or they are of a
-            kind that has no levels.
+        ValueError: there are none; they differ in size or channels and no option resolves it; or their mode has no levels.
 
     >>> plan([(3, 3, "L"), (4, 4, "L")], ImageConfig(), "squares")
     Traceback (most recent call last):
@@ -372,9 +240,9 @@ def plan(sizes_and_modes: Iterable[Probe], images: ImageConfig, name: str) -> Pi
         raise ValueError(f"{name}: expected pictures, got none that can be read; check the path")
     sizes = Counter((width, height) for width, height, _ in probed)
     modes = Counter(mode for *_, mode in probed)
-    colour, bits = channels(modes, images, name)
-    width, height = common_size(sizes, images, name)
-    return PicturePlan(images.crop, images.size, images.fit, colour, bits, height, width, remarks(modes, colour))
+    colour, bits = _channels(modes, images, name)
+    width, height = _common_size(sizes, images, name)
+    return PicturePlan(images.crop, images.size, images.fit, colour, bits, height, width, _remarks(modes, colour))
 
 
 def _mode(image: "Image") -> str:
@@ -402,7 +270,7 @@ def _upright(image: "Image") -> "Image":
 
 
 def _as_float(image: "Image") -> "Image":
-    """16 bits are exact in float32; Pillow's own 16-bit modes are resized and converted through 8."""
+    """Convert 16-bit grey to float32, which is exact: Pillow resizes its own 16-bit modes through 8 bits."""
     from PIL import Image
 
     pixels = np.asarray(image)
@@ -415,17 +283,138 @@ def _unreadable(error: Exception) -> UnreadableError:
     return UnreadableError(f"{type(error).__name__}: {error}")
 
 
+def _window(width: int, height: int, crop: int | None, fit: str) -> tuple[int, int]:
+    """Return width and height of the part to take around the centre; larger than the picture if it is padded.
+
+    >>> _window(5, 3, crop=None, fit="pad")
+    (5, 5)
+    """
+    if crop is not None:
+        return crop, crop
+    side = {"crop": min(width, height), "pad": max(width, height)}.get(fit)
+    return (width, height) if side is None else (side, side)
+
+
+def _common_size(sizes: Counter[tuple[int, int]], images: ImageConfig, name: str) -> tuple[int, int]:
+    """Return width and height that all pictures get, given the count of each (width, height).
+
+    >>> _common_size(Counter({(5, 3): 2, (3, 3): 1}), ImageConfig(fit="crop"), "some")
+    (3, 3)
+
+    Raises:
+        ValueError: sizes differ and no option resolves it; a crop is larger than a picture; or ``fit`` has no effect.
+    """
+    _check_fit(images, name)
+    if images.crop is not None:
+        _check_crop(sizes, images.crop, name)
+    windows: Counter[tuple[int, int]] = Counter()
+    for size, count in sizes.items():
+        windows[_window(*size, images.crop, images.fit)] += count
+    if images.size is not None:
+        oblong = Counter({size: count for size, count in windows.items() if size[0] != size[1]})
+        if oblong and images.fit == "refuse":
+            raise ValueError(
+                f"{name}: size {images.size} needs square pictures, got {_most_common(oblong, _times)} (width×height); cut the central"
+                " square (--fit crop), stretch (--fit stretch) or pad with black (--fit pad)"
+            )
+        return images.size, images.size
+    if len(windows) > 1:
+        least = min(min(size) for size in sizes)
+        fit = "" if images.fit != "refuse" or all(w == h for w, h in windows) else " with --fit crop, stretch or pad"
+        raise ValueError(
+            f"{name}: pictures need one size, got {len(windows)}: {_most_common(windows, _times)} (width×height); resize them"
+            f" (--size {least}, say{fit}), or cut the same square from each (--crop {least})"
+        )
+    return next(iter(windows))
+
+
+def _check_fit(images: ImageConfig, name: str) -> None:
+    if images.fit != "refuse" and images.crop is not None:
+        raise ValueError(f"{name}: fit {images.fit} has no effect on the squares of crop {images.crop}; leave out one of them")
+    if images.fit == "stretch" and images.size is None:
+        raise ValueError(f"{name}: fit stretch needs a size to stretch pictures to, got none; give --size, 64 say")
+
+
+def _check_crop(sizes: Counter[tuple[int, int]], crop: int, name: str) -> None:
+    if small := Counter({size: count for size, count in sizes.items() if min(size) < crop}):
+        raise ValueError(
+            f"{name}: crop {crop} needs pictures of at least {crop}×{crop}, got {_most_common(small, _times)} (width×height); crop at most"
+            f" {min(min(size) for size in sizes)}"
+        )
+
+
+def _channels(modes: Counter[str], images: ImageConfig, name: str) -> tuple[Colour, int]:
+    """Return channels and bits per value that all pictures get, given the count of each mode.
+
+    >>> _channels(Counter({"1": 2, "L": 1}), ImageConfig(), "some")
+    ('grey', 8)
+
+    Raises:
+        ValueError: modes differ and no option resolves it; or a mode has no levels.
+    """
+    if unknown := Counter({mode: count for mode, count in modes.items() if mode not in _CANONICAL}):
+        raise ValueError(
+            f"{name}: pictures need modes {', '.join(dict.fromkeys(_CANONICAL.values()))} or palettes, got {_most_common(unknown, str)};"
+            " convert them, or save floats as .npy"
+        )
+    kinds = {_CANONICAL[mode] for mode in modes}
+    if kinds == {"1"} and images.size is None and images.colour in ("auto", "grey"):
+        return "grey", 1
+    kinds = {"L" if kind == "1" else kind for kind in kinds}  # black and white are two of the greys
+    if "I;16" in kinds and (len(kinds) > 1 or images.colour not in ("auto", "grey")):
+        raise ValueError(
+            f"{name}: 16-bit grey pictures cannot be mixed with others or get colours, got {_most_common(modes, str)} and colour"
+            f" {images.colour}; convert them to one kind"
+        )
+    if "I;16" in kinds or (images.colour == "auto" and len(kinds) == 1):
+        return _KINDS[kinds.pop()]
+    if images.colour == "auto":
+        raise ValueError(
+            f"{name}: pictures need the same channels, got modes {_most_common(modes, str)}; say which to keep: --colour grey, rgb or rgba"
+        )
+    return images.colour, 8
+
+
+def _remarks(modes: Counter[str], colour: Colour) -> tuple[str, ...]:
+    """Describe what some pictures lose, in words.
+
+    >>> _remarks(Counter({"RGBA": 2, "RGB": 1}), "rgb")
+    ('transparency ignored (2 of 3)',)
+    """
+    deep = sum(count for mode, count in modes.items() if mode in ("LA;16", "RGB;16", "RGBA;16"))
+    alpha = sum(count for mode, count in modes.items() if _CANONICAL[mode] in ("LA", "RGBA"))
+    coloured = sum(count for mode, count in modes.items() if _CANONICAL[mode] in ("RGB", "RGBA"))
+    return tuple(
+        f"{what} ({count} of {modes.total()})"
+        for what, count in (
+            ("the upper 8 of 16 bits of each colour", deep),
+            ("transparency ignored", alpha if colour in ("grey", "rgb") else 0),
+            ("colours to luma (ITU-R 601)", coloured if colour == "grey" else 0),
+        )
+        if count
+    )
+
+
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def _most_common(counts: Counter[_Thing], say: Callable[[_Thing], str]) -> str:
+    most = [f"{say(thing)} ({count})" for thing, count in counts.most_common(5)]
+    return ", ".join(most) + (f" and {len(counts) - 5} more" if len(counts) > 5 else "")
+
+
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".gif"))
-"""Endings of the files that are read as pictures."""
+"""Endings of picture files."""
 PICTURE_OPTIONS = frozenset({"cache", "crop", "size", "fit", "colour", "unreadable"})
 """Options of the config that decide how pictures are read."""
 _ANIMATED = (".gif", ".webp", ".tif", ".tiff")
-_HEADER = 2**16  # bytes: nearly every picture says its size and mode in them
+_HEADER = 2**16  # bytes: enough for the size and mode of nearly every picture
 
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """A file, and the folders that it lies in, from which its split is told."""
+    """A file, and the folders that contain it, which decide its split."""
 
     holder: Container
     name: str
@@ -436,7 +425,7 @@ class _Picture:
         return self.name if isinstance(self.holder, Folder) else f"{self.holder.path.name}/{self.name}"
 
     def probe(self) -> list[Any] | str:
-        """Width, height and mode; or what is wrong."""
+        """Width, height and mode, or the error."""
         for most in (_HEADER, -1):
             try:
                 return [*probe(self.holder.read(self.name, most))]
@@ -452,19 +441,19 @@ class _Picture:
         return how.read(content)
 
 
-def is_archive(path: Path) -> bool:
-    """Whether a name is that of an archive.
+def _is_archive(path: Path) -> bool:
+    """Whether a file name is that of an archive.
 
-    >>> is_archive(Path("shard-000.tar")), is_archive(Path("shard-000.tar.gz")), is_archive(Path("rows.csv.gz"))
+    >>> _is_archive(Path("shard-000.tar")), _is_archive(Path("shard-000.tar.gz")), _is_archive(Path("rows.csv.gz"))
     (True, True, False)
     """
     return path.name.lower().endswith(ARCHIVES)
 
 
-def is_glob(path: Path) -> bool:
+def _is_glob(path: Path) -> bool:
     """Whether a path is a pattern for several files.
 
-    >>> is_glob(Path("shards/train-*.tar"))
+    >>> _is_glob(Path("shards/train-*.tar"))
     True
     """
     return any(sign in path.name for sign in "*?[") and not path.exists()
@@ -472,19 +461,19 @@ def is_glob(path: Path) -> bool:
 
 def _may_hold_pictures(path: Path, config: DataConfig) -> bool:
     """Whether a path is a pattern for archives, or a folder: those that no other kind reads are taken for pictures."""
-    return path.is_dir() or is_glob(path)
+    return path.is_dir() or _is_glob(path)
 
 
 @register.source("pictures", options=PICTURE_OPTIONS, endings=ARCHIVES, reads=_may_hold_pictures, rank=3)
 def read_pictures(config: DataConfig) -> Raw:
-    """The pictures of a folder or archive with all folders in it, or of several archives (shards): levels ``(N, C, H, W)``.
+    """Read the pictures below a folder, in an archive, or in several archives (shards), as levels ``(N, C, H, W)``.
 
-    Folders train, validation (valid, val) and test within it are its splits; shards may also begin with these words. Pictures are
-    sorted by their path. They are decoded once, into a cache.
+    Folders train, validation (valid, val) and test are the splits; names of shards may also begin with these words. Pictures are sorted
+    by path. They are decoded once, into a cache.
 
     Raises:
-        ValueError: there is nothing, or no picture; some cannot be read, and are not to be skipped; they do not fit together; or
-            some lie outside of the splits' folders.
+        ValueError: there is no picture; some are broken, and ``unreadable`` does not allow that; their sizes or modes differ; or some
+            are outside the splits' folders.
     """
     path = config.path
     room = Path(config.cache).expanduser() if config.cache else path.resolve().parent / FOLDER
@@ -496,7 +485,7 @@ def read_pictures(config: DataConfig) -> Raw:
             f" {_listed(others) or 'nothing'}; check the path"
         )
     stamps = _digest(
-        # The name of the folder too: what is decoded of several folders that lie side by side is kept in one place.
+        # With the folder's name: decoded copies of neighbouring folders share one place.
         [
             [holder.path.resolve().name, holder.stamp([picture.name for picture in group])]
             for holder, group in groupby(found, attrgetter("holder"))
@@ -513,9 +502,9 @@ def read_pictures(config: DataConfig) -> Raw:
 
 
 def _holders(path: Path, room: Path) -> list[Container]:
-    if is_glob(path):
+    if _is_glob(path):
         files = sorted(path.parent.glob(path.name))
-        if not files or not all(map(is_archive, files)):
+        if not files or not all(map(_is_archive, files)):
             raise ValueError(
                 f"{path} needs to match archives ({', '.join(ARCHIVES)}), got {', '.join(map(str, files[:5])) or 'nothing'};"
                 " check the pattern, or give a folder"
@@ -524,14 +513,14 @@ def _holders(path: Path, room: Path) -> list[Container]:
     if not path.exists():
         raise ValueError(f"expected an archive of pictures at {path}, got no such file; check the path")
     whole = container(path, room)
-    shards = [path / name for name in whole.names if is_archive(Path(name))] if isinstance(whole, Folder) else []
+    shards = [path / name for name in whole.names if _is_archive(Path(name))] if isinstance(whole, Folder) else []
     if not shards or any(map(_is_picture, whole.names)):
         return [whole]
     return [container(shard, room) for shard in shards]
 
 
 def _pictures(holders: list[Container]) -> tuple[list[_Picture], Counter[str]]:
-    """All pictures, and how many files of which ending are none."""
+    """List all pictures, and count the other files by ending."""
     found, others = [], Counter[str]()
     for holder in holders:
         names = [name for name in holder.names if _is_picture(name)]
@@ -544,7 +533,7 @@ def _pictures(holders: list[Container]) -> tuple[list[_Picture], Counter[str]]:
 
 
 def _below_common(folders: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """There is often one folder that holds everything: splits lie below it."""
+    """Drop a single outer folder, which often contains everything: the splits are below it."""
     while folders and all(parts and parts[0] == folders[0][0] and parts[0].lower() not in SPLIT_WORDS for parts in folders):
         folders = [parts[1:] for parts in folders]
     return folders
@@ -564,14 +553,14 @@ def _is_picture(name: str) -> bool:
 def _readable(
     found: list[_Picture], stamps: str, path: Path, config: DataConfig
 ) -> tuple[list[tuple[_Picture, list[Any]]], list[str]]:
-    """The pictures whose header can be read, with what it says; and in words which were left out."""
+    """Select the pictures with readable headers, return these too, and describe the others in words."""
 
     def look() -> list[list[Any] | str]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(_Picture.probe, found))
 
     probed = remembered(path.resolve().parent, config.cache, {"sizes and modes of": stamps}, look)
-    # What failed is tried again: it may have been the disk, not the file.
+    # Failures are tried again: the disk may have failed, not the file.
     pairs = [(picture, picture.probe() if isinstance(seen, str) else seen) for picture, seen in zip(found, probed, strict=True)]
     readable = [(picture, seen) for picture, seen in pairs if not isinstance(seen, str)]
     broken = [(picture.label, wrong) for picture, wrong in pairs if isinstance(wrong, str)]
@@ -588,14 +577,14 @@ def _readable(
 
 
 def _splits(pictures: list[_Picture], name: str) -> dict[SplitName, list[_Picture]]:
-    """True splits where there are folders of that name, otherwise all to train."""
-    told = [
+    """Split pictures by their folders; all are for training if no folder names a split."""
+    split_words = [
         picture.folders[0] if picture.folders and picture.folders[0].lower() in SPLIT_WORDS else None for picture in pictures
     ]
-    words = Counter(word for word in told if word)
+    words = Counter(word for word in split_words if word)
     if not words:
         return {"train": pictures}
-    outside = [picture.label for picture, word in zip(pictures, told, strict=True) if word is None]
+    outside = [picture.label for picture, word in zip(pictures, split_words, strict=True) if word is None]
     splits = [SPLIT_WORDS[word.lower()] for word in words]
     if outside or "train" not in splits or len(set(splits)) < len(splits):
         raise ValueError(
@@ -603,7 +592,9 @@ def _splits(pictures: list[_Picture], name: str) -> dict[SplitName, list[_Pictur
             f" {_listed(words)}{f' and {len(outside)} elsewhere ({outside[0]}, say)' if outside else ''}; move or rename them"
         )
     return {
-        split: [picture for picture, word in zip(pictures, told, strict=True) if word and SPLIT_WORDS[word.lower()] == split]
+        split: [
+            picture for picture, word in zip(pictures, split_words, strict=True) if word and SPLIT_WORDS[word.lower()] == split
+        ]
         for split in dict.fromkeys(SPLIT_WORDS.values())
         if split in splits
     }
@@ -622,8 +613,8 @@ def _encoded(pictures: list[_Picture], how: PicturePlan, identity: dict[str, Any
 def _words(found: list[_Picture], others: Counter[str]) -> list[str]:
     animated = any(picture.name.lower().endswith(_ANIMATED) for picture in found)
     return [
-        *(["of several pictures in one file the first"] if animated else []),
-        *([f"files that are no pictures ignored: {_listed(others)}"] if others else []),
+        *(["the first picture of files with several"] if animated else []),
+        *([f"ignored files that are not pictures: {_listed(others)}"] if others else []),
     ]
 
 

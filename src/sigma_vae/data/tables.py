@@ -1,4 +1,4 @@
-"""Table files: CSV, TSV and Parquet."""
+"""Tables: CSV, TSV and Parquet files, and data frames."""
 
 import csv
 import difflib
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
-"""Endings of the files that are read as tables."""
-_STEP = 0.01  # of the deviation: what rounding to float32 may cost
-_NAMELESS = "Unnamed: "  # what pandas calls a column without a name: row numbers, as a rule
+"""Endings of table files."""
+_STEP = 0.01  # largest error of rounding to float32, in units of the std
+_NAMELESS = "Unnamed: "  # how pandas names a column without a name: usually row numbers
 
 
 def holds_tables(path: Path, config: DataConfig) -> bool:
@@ -37,11 +37,11 @@ def holds_tables(path: Path, config: DataConfig) -> bool:
 
 @register.source("tables", options={"layout", "columns"}, endings=TABLES, reads=holds_tables, rank=1)
 def read_tables(config: DataConfig) -> Raw:
-    """Rows of numbers ``(N, C)``; with layout ``n-t``, series ``(N, 1, T)`` whose times are the columns.
+    """Read rows of numbers ``(N, C)``; with layout ``n-t``, series ``(N, 1, T)`` whose times are the columns.
 
-    Of a folder, train.csv, and test.csv and validation.csv where they are there (or .tsv, .parquet, .csv.gz). All numeric columns (and
-    true/false ones, as 1 and 0) are read, or those that ``columns`` names. They are real values, standardised unless the user says
-    otherwise; with ``levels``, integers 0..levels−1.
+    In a folder, train.csv is read, and test.csv and validation.csv if they exist (or .tsv, .parquet, .csv.gz). All numeric columns (and
+    true/false ones, as 1 and 0) are read, or those in ``columns``. They are real values, standardised by default; with ``levels``,
+    integers 0..levels−1.
 
     Raises:
         ValueError: a file is missing or damaged; a column is missing or not numeric; values are missing; or no column is left.
@@ -53,12 +53,12 @@ def read_tables(config: DataConfig) -> Raw:
 
 
 def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, names: Mapping[SplitName, str]) -> Raw:
-    """Rows of data frames as real values, or as levels where the config says how many; as in :func:`read_tables`.
+    """Read rows of data frames as :func:`read_tables` does those of files.
 
     Args:
         frames: one for each split, at least for train.
         config: with ``columns``, ``levels`` and ``layout``.
-        names: of the frames, for messages.
+        names: names of the frames, for messages.
 
     Raises:
         ValueError: a column is missing or not numeric; values are missing; or no column is left.
@@ -82,7 +82,7 @@ def _one(path: Path) -> dict[SplitName, Path]:
 
 
 def _tables(folder: Path) -> dict[SplitName, Path]:
-    """The file of each split."""
+    """Find the file of each split."""
     found: dict[SplitName, Path] = {}
     for word, split in SPLIT_WORDS.items():
         for path in (folder / f"{word}{ending}" for ending in TABLES):
@@ -102,7 +102,7 @@ def _read(path: Path) -> "pd.DataFrame":
         sign = "\t" if ".tsv" in path.name.lower() else ","
         _check_header(_header(path, sign), path)
         with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header, which it would cut
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas would cut rows that are longer than the header
             return pd.read_csv(path, sep=sign, index_col=False, low_memory=False)
     except (OSError, EOFError, ValueError, ImportError, pd.errors.ParserWarning) as error:
         raise ValueError(
@@ -119,7 +119,7 @@ def _header(path: Path, sign: str) -> list[str]:
 
 
 def _check_header(names: Sequence[str], path: Path) -> None:
-    """Columns may be called by rising numbers, such as times; other numbers are values."""
+    """Refuse a header of numbers, which is a row of values, unless they rise, as times do."""
     try:
         numbers = [float(name) for name in names]
     except ValueError:
@@ -131,7 +131,7 @@ def _check_header(names: Sequence[str], path: Path) -> None:
 
 
 def _columns(frame: "pd.DataFrame", asked: Sequence[str], path: str) -> tuple[list[str], list[str]]:
-    """The columns that are read, and those that are not."""
+    """Choose the columns to read, and list the others."""
     names = [str(name) for name in frame.columns]
     frame = frame.set_axis(names, axis=1)
     if asked:
@@ -186,11 +186,11 @@ def _numbers(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path
 
 
 def _check_steps(values: Array, columns: list[str], path: str) -> None:
-    """A column far from 0, such as times since 1970, can lose its differences to float32."""
+    """Refuse a column too far from 0 (times since 1970, say), whose differences float32 would lose."""
     with np.errstate(over="ignore", invalid="ignore"):
         step = np.spacing(np.abs(values).max(0).astype(np.float32))
-        deviation = values.std(0)
-        lost = ~(step <= _STEP * deviation) & (deviation > 0) & np.isfinite(values).all(0)
+        std = values.std(0)
+        lost = ~(step <= _STEP * std) & (std > 0) & np.isfinite(values).all(0)
     if lost.any():
         names = _few([name for name, bad in zip(columns, lost, strict=True) if bad])
         raise ValueError(

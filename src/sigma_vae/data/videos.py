@@ -1,4 +1,4 @@
-"""Video files, and folders with a picture for each frame; cut into clips of one length."""
+"""Videos, cut into clips of one length: video files, and folders with a picture for each frame."""
 
 import hashlib
 import math
@@ -23,7 +23,7 @@ from sigma_vae.config import ClipConfig, DataConfig
 from sigma_vae.data.archives import Folder
 from sigma_vae.data.cache import file_stamp, remembered
 from sigma_vae.data.levels import Array
-from sigma_vae.data.pictures import PicturePlan, Probe, plan, probe
+from sigma_vae.data.pictures import PICTURES, PicturePlan, Probe, plan, probe
 from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName, clip_lengths
 from sigma_vae.data.stores import Encoded, UnreadableError
 from sigma_vae.registry import register
@@ -48,34 +48,34 @@ if TYPE_CHECKING:
 
 
 Frame = Callable[[PicturePlan], Array]
-"""One frame, which becomes an array only if it is asked for by a plan."""
+"""A frame that becomes an array only when it is called with a plan."""
 
 _Result = TypeVar("_Result")
 
 MARKS_APART = 256
-"""Frames between two places where decoding can begin: at most so many, and those to the next key frame, are decoded in vain."""
+"""Frames between two entry points of a video: decoding wastes at most this many, plus those up to the next key frame."""
 _MISSING = 0.1
-"""Share of the duration after which nothing may follow before a file counts as cut off."""
+"""Share of a file's duration that may be missing at its end; with more, it counts as cut off."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What going through a whole video says of it."""
+    """Facts about a video that need a pass over all of it."""
 
     frames: int
     probes: list[Probe]
     """Width, height and mode of its frames, each once."""
     marks: list[tuple[int, int]]
-    """Frames where decoding can begin: their number and their time stamp."""
+    """Frames where decoding can begin (entry points): number and time stamp."""
 
 
 class Video(ABC):
-    """Frames in order."""
+    """A sequence of frames."""
 
     @property
     @abstractmethod
     def files(self) -> Sequence[Path]:
-        """What it is read from."""
+        """The files that it is read from."""
 
     @abstractmethod
     def survey(self) -> Survey:
@@ -87,7 +87,7 @@ class Video(ABC):
 
     @abstractmethod
     def frames(self, start: int, survey: Survey) -> Iterator[Frame]:
-        """The frames from this one on.
+        """Yield the frames from number ``start`` on.
 
         Raises:
             UnreadableError: one is broken.
@@ -108,10 +108,10 @@ class Frames(Video):
 
     def survey(self) -> Survey:
         """Read the headers of all pictures."""
-        return Survey(len(self.pictures), list(dict.fromkeys(_told(path, probe) for path in self.pictures)), [])
+        return Survey(len(self.pictures), list(dict.fromkeys(_named_in_errors(path, probe) for path in self.pictures)), [])
 
     def frames(self, start: int, survey: Survey) -> Iterator[Frame]:
-        """The pictures from this one on."""
+        """Yield the pictures from number ``start`` on."""
         for path in self.pictures[start:]:
             yield partial(_read, path)
 
@@ -119,7 +119,7 @@ class Frames(Video):
 @final
 @dataclass(frozen=True)
 class Film(Video):
-    """A file with a video stream, of which the first is taken."""
+    """A file with video streams; the first one is read."""
 
     path: Path
 
@@ -129,10 +129,12 @@ class Film(Video):
         return (self.path,)
 
     def survey(self) -> Survey:
-        """Decode all frames: what a header says of their number is often wrong."""
+        """Decode all frames: the count in the header is often wrong."""
         count, latest, probes, marks = 0, -math.inf, dict[Probe, None](), list[tuple[int, int]]()
         for frame in self._decoded(check=True):
-            if frame.pts is not None and frame.pts > latest:  # a mark is found again by its time stamp: none came earlier
+            if (
+                frame.pts is not None and frame.pts > latest
+            ):  # a seek finds a mark by its time stamp: no earlier frame may have it
                 latest = frame.pts
                 if frame.key_frame and count - (marks[-1][0] if marks else -MARKS_APART) >= MARKS_APART:
                     marks.append((count, frame.pts))
@@ -144,7 +146,7 @@ class Film(Video):
         return Survey(count, list(probes), marks)
 
     def frames(self, start: int, survey: Survey) -> Iterator[Frame]:
-        """Frames from this one on, decoded from the last mark before it."""
+        """Yield the frames from number ``start`` on, decoding from the last mark before it."""
         before = bisect_right([number for number, _ in survey.marks], start)
         first, stamp = survey.marks[before - 1] if before else (0, None)
         decoded = self._decoded(stamp if first else None)
@@ -155,7 +157,7 @@ class Film(Video):
                 yield partial(_converted, frame)
 
     def _decoded(self, stamp: int | None = None, check: bool = False) -> Iterator["VideoFrame"]:
-        """All frames, or those from the key frame with that time stamp on."""
+        """Yield all frames, or those from the key frame with this time stamp on."""
         import av
 
         try:
@@ -163,16 +165,16 @@ class Film(Video):
                 if not container.streams.video:
                     raise UnreadableError(f"{self.path} has no video stream")
                 stream = container.streams.video[0]
-                stream.codec_context.thread_count = 1  # as many files or parts are decoded at once as there are cores
+                stream.codec_context.thread_count = 1  # parallel over files and parts of files instead
                 if stamp is not None:
-                    with suppress(av.FFmpegError):  # then it is looked for from the beginning
+                    with suppress(av.FFmpegError):  # then decoding starts at the beginning
                         container.seek(stamp, stream=stream)
                 yield from self._from_stamp(_intact(container, stream, self.path) if check else container.decode(stream), stamp)
         except (av.FFmpegError, OSError) as error:
             raise UnreadableError(f"{self.path} cannot be decoded: {error}") from error
 
     def _from_stamp(self, decoded: Iterator["VideoFrame"], stamp: int | None) -> Iterator["VideoFrame"]:
-        """Pass over what a seek gives before the frame that is looked for; nothing where that does not come."""
+        """Skip the frames before the one with this time stamp; yield nothing if it does not come."""
         found = stamp is None
         for frame in decoded:
             found = found or frame.pts == stamp
@@ -185,7 +187,7 @@ class Film(Video):
 
 
 def _intact(container: Any, stream: Any, path: Path) -> Iterator["VideoFrame"]:
-    """All frames of a stream, if the file goes on as long as it says; players show what there is of others."""
+    """Yield all frames of a stream, and refuse a file that ends earlier than its header says."""
     import av
 
     if path.suffix.lower() == ".gif" and b";" not in path.read_bytes()[-4:]:  # some writers add a few bytes
@@ -205,8 +207,8 @@ def _is_grey(frame: "VideoFrame") -> bool:
     return frame.format.name.startswith("gray")
 
 
-def _told(path: Path, read: Callable[[Path], _Result]) -> _Result:
-    """What a reader of pictures says, with the name of the file in its errors."""
+def _named_in_errors(path: Path, read: Callable[[Path], _Result]) -> _Result:
+    """Call a reader of pictures, and add the file's name to its errors."""
     try:
         return read(path)
     except UnreadableError as error:
@@ -214,7 +216,7 @@ def _told(path: Path, read: Callable[[Path], _Result]) -> _Result:
 
 
 def _read(path: Path, plan: PicturePlan) -> Array:
-    return _told(path, plan.read)
+    return _named_in_errors(path, plan.read)
 
 
 def _converted(frame: "VideoFrame", plan: PicturePlan) -> Array:
@@ -225,7 +227,7 @@ def _converted(frame: "VideoFrame", plan: PicturePlan) -> Array:
 
 
 def starts(video_frames: int, clip_frames: int, step: int) -> list[int]:
-    """First frames of the windows that fit side by side into a video; a window takes every so manieth frame.
+    """List the first frames of windows that fit side by side into a video; a window keeps every ``step``-th frame.
 
     >>> starts(video_frames=10, clip_frames=2, step=2)
     [0, 4]
@@ -236,14 +238,14 @@ def starts(video_frames: int, clip_frames: int, step: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Window:
-    """Where a clip begins."""
+    """The start of a clip."""
 
     video: int
     start: int
 
 
 class _Reel(threading.local):
-    """What a thread has open: the next clip often goes on where the last one stopped."""
+    """A thread's open video: the next clip often starts where the last one stopped."""
 
     video: int | None = None
     position: int = 0
@@ -252,17 +254,14 @@ class _Reel(threading.local):
 
 @final
 class Windows:
-    """Decodes windows.
+    """Decode windows of videos into clips ``(frames, C, H, W)``.
 
     Args:
-        videos: with what was found out of each.
-        windows: first frames.
-        frames: of a clip.
-        step: every so manieth frame is taken.
-        plan: from a frame to an array ``(C, H, W)``.
-
-    Shapes:
-        a clip ``(frames, C, H, W)``.
+        videos: the videos and their surveys.
+        windows: the starts of the clips.
+        frames: frames per clip.
+        step: keep every ``step``-th frame.
+        plan: turns a frame into an array ``(C, H, W)``.
     """
 
     def __init__(
@@ -276,7 +275,7 @@ class Windows:
         self._reel = _Reel()
 
     def __call__(self, number: int) -> Array:
-        """One clip.
+        """Decode one clip.
 
         Raises:
             UnreadableError: a frame is broken, or missing.
@@ -292,7 +291,7 @@ class Windows:
         return clip
 
     def _frame(self, video: int, number: int) -> Frame:
-        """That frame, by going on from the last one where that is shorter than to begin at a mark."""
+        """Return a frame, going on from the last one if that is shorter than entering at a mark."""
         reel = self._reel
         if reel.video != video or not 0 <= number - reel.position <= MARKS_APART:
             source, survey = self.videos[video]
@@ -306,15 +305,15 @@ class Windows:
 
 ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 OPTIONS = frozenset({"cache", "crop", "size", "fit", "colour", "unreadable", "frames", "test_frames", "frame_step"})
-"""What :func:`read_videos` reads of the config."""
+"""Options that :func:`read_videos` reads."""
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_PICTURES = PICTURES - {".gif", ".pbm"}
 _FRAMES = 16
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A video, by its name within the folder, and what was found out of it."""
+    """A video, its name within the folder, and its survey."""
 
     name: str
     video: Video
@@ -328,13 +327,13 @@ def holds_videos(path: Path, config: DataConfig) -> bool:
 
 @register.source("videos", options=OPTIONS, endings=ENDINGS, reads=holds_videos, rank=2)
 def read_videos(config: DataConfig) -> Raw:
-    """Clips of 16 frames (or as the config says) that lie side by side in each video; what is left at its end is left out.
+    """Cut videos into clips, 16 frames each by default, side by side; frames left over at the end of a video are dropped.
 
-    Folders train, validation (valid, val) and test are splits; else whole videos are held out. Frames in a folder of pictures are in
-    the order of the numbers in their names.
+    Folders train, validation (valid, val) and test are the splits; otherwise whole videos are held out. Frames in a folder of pictures
+    are sorted by the numbers in their names.
 
     Raises:
-        ValueError: there are no videos; one is broken or too short; or their sizes differ, and the config does not say what to do.
+        ValueError: there are no videos; one is broken or too short; or their sizes differ and no option resolves it.
     """
     path, step = config.path, config.clips.frame_step
     if not path.exists():
@@ -345,10 +344,10 @@ def read_videos(config: DataConfig) -> Raw:
     shared = plan([each for item in listed for each in item.survey.probes], config.images, str(path))
     parts = {split: _encoded(items, lengths[split], shared, path, config) for split, items in found.items()}
     files = [{"path": str(path.resolve()), "videos": len(listed), "bytes": _size(listed)}]
-    every = f", every {step}. frame" if step > 1 else ""
+    every = f", keeping every {step}-th frame" if step > 1 else ""
     test = f" (test: {lengths['test']})" if lengths["test"] != lengths["train"] else ""
     left = sum(item.survey.frames - _used(item, lengths[split], step) for split, items in found.items() for item in items)
-    words = [f"clips of {lengths['train']} frames{test}{every}, side by side; {left} frames at ends of videos left out"]
+    words = [f"clips of {lengths['train']} frames{test}{every}, side by side; {left} frames at the ends of videos dropped"]
     words += [f"left out {len(broken)} unreadable videos ({', '.join(broken[:5])})"] if broken else []
     words += _ignored(path, config.clips)
     return Raw(str(path), parts, files, [*words, *shared.words], levels=shared.levels, clips=True)
@@ -365,7 +364,7 @@ def _lengths(path: Path, config: DataConfig) -> dict[SplitName, int]:
 
 
 def _check_inside(path: Path, folders: list[Path], clips: ClipConfig) -> None:
-    """Where there are folders of splits, a video elsewhere is in none."""
+    """Refuse videos outside the folders of the splits, if there are such folders."""
     outside = (place for place, _ in _videos(path, clips) if not any(place.is_relative_to(folder) for folder in folders))
     if (stray := next(outside, None)) is not None:
         raise ValueError(
@@ -375,21 +374,21 @@ def _check_inside(path: Path, folders: list[Path], clips: ClipConfig) -> None:
 
 
 def _surveyed(path: Path, config: DataConfig) -> tuple[dict[SplitName, list[_Found]], list[str]]:
-    """The videos of each split, and the names of those that are broken."""
+    """Survey the videos of each split, and list the broken ones."""
     splits = _splits(path)
     _check_inside(path, [folder for _, folder in splits], config.clips)
     videos = [(split, str(name), video) for split, folder in splits for name, video in _named(folder, path, config.clips)]
     stamps = {name: _stamp(video) for _, name, video in videos}
     identity = {"videos": stamps, "reader": "videos-1", "of": "surveys"}
-    told = remembered(_home(path), config.cache, identity, lambda: _survey([video for *_, video in videos]))
-    broken = {name: error for (_, name, _), (_, error) in zip(videos, told, strict=True) if error}
+    surveys = remembered(_home(path), config.cache, identity, lambda: _survey([video for *_, video in videos]))
+    broken = {name: error for (_, name, _), (_, error) in zip(videos, surveys, strict=True) if error}
     if broken and config.images.unreadable == "refuse":
         raise ValueError(
             f"{len(broken)} of {len(videos)} videos cannot be read: {'; '.join(list(broken.values())[:5])};"
             " repair or remove them, or leave them out: --unreadable skip"
         )
     found: dict[SplitName, list[_Found]] = {}
-    for (split, name, video), (survey, error) in zip(videos, told, strict=True):
+    for (split, name, video), (survey, error) in zip(videos, surveys, strict=True):
         if not error:
             found.setdefault(split, []).append(_Found(name, video, _parsed(survey)))
     if "train" not in found:
@@ -400,7 +399,7 @@ def _surveyed(path: Path, config: DataConfig) -> tuple[dict[SplitName, list[_Fou
 
 
 def _survey(videos: Sequence[Video]) -> list[tuple[dict[str, Any], str]]:
-    """What each video is like, or why it is unreadable."""
+    """Survey each video, or say why it is unreadable."""
     from rich.console import Console
     from rich.progress import track
 
@@ -425,7 +424,7 @@ def _encoded(found: list[_Found], frames: int, shared: PicturePlan, path: Path, 
     if short := [f"{item.name} ({item.survey.frames})" for item in found if not starts(item.survey.frames, frames, step)]:
         least = min(-(-item.survey.frames // step) for item in found)
         raise ValueError(
-            f"{path}: clips of {frames} frames, every {step}., need videos of {(frames - 1) * step + 1} frames, got "
+            f"{path}: clips of {frames} frames with frame_step {step} need videos of {(frames - 1) * step + 1} frames, got "
             f"{', '.join(short[:5])}; ask for shorter clips (--frames {least}), or remove short videos"
         )
     windows = [Window(number, start) for number, item in enumerate(found) for start in starts(item.survey.frames, frames, step)]
@@ -443,7 +442,7 @@ def _encoded(found: list[_Found], frames: int, shared: PicturePlan, path: Path, 
 
 
 def _used(item: _Found, frames: int, step: int) -> int:
-    """Frames that windows span, those between two that are taken included."""
+    """Count the frames that windows span, skipped ones included."""
     return min(len(starts(item.survey.frames, frames, step)) * frames * step, item.survey.frames)
 
 
@@ -452,12 +451,12 @@ def _home(path: Path) -> Path:
 
 
 def _ignored(path: Path, clips: ClipConfig) -> list[str]:
-    """In words what else lies in a folder: its pictures, where clips are not asked for."""
+    """Describe the ignored files of a folder, among them pictures if clips are not asked for."""
     read = {*ENDINGS, *_PICTURES} if clips.frames is not None else {*ENDINGS} - {".gif"}
     names = Folder(path).names if path.is_dir() else []
     others = Counter(suffix for name in names if (suffix := PurePath(name).suffix.lower()) not in read)
     listed = ", ".join(f"{suffix or 'without ending'} ({count})" for suffix, count in others.most_common(5))
-    return [f"files that are no videos ignored: {listed}"] if others else []
+    return [f"ignored files that are not videos: {listed}"] if others else []
 
 
 def _size(found: Sequence[_Found]) -> int:
@@ -472,7 +471,7 @@ def _stamp(video: Video) -> str:
 
 
 def _splits(path: Path) -> list[tuple[SplitName, Path]]:
-    """The folders of the splits; all is for training where there are none."""
+    """Find the folders of the splits; without any, everything is for training."""
     inner = sorted(path.iterdir()) if path.is_dir() else []
     folders = [
         (split, each) for word, split in SPLIT_WORDS.items() for each in inner if each.name.lower() == word and each.is_dir()
@@ -495,7 +494,7 @@ def _named(folder: Path, path: Path, clips: ClipConfig) -> Iterator[tuple[Path, 
 
 
 def _videos(folder: Path, clips: ClipConfig) -> Iterator[tuple[Path, Video]]:
-    """Video files in a folder and below, in order; where clips are asked for, GIFs and folders of pictures as well."""
+    """Yield the video files below a folder, in order; if clips are asked for, GIFs and folders of pictures as well."""
     asked, seen = clips.frames is not None, set[str]()
     for place, folders, files in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(place))
@@ -511,5 +510,5 @@ def _videos(folder: Path, clips: ClipConfig) -> Iterator[tuple[Path, Video]]:
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:
-    """For sorting: frame 10 comes after frame 9."""
+    """Sort key that puts frame 10 after frame 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]

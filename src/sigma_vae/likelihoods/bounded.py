@@ -7,37 +7,21 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from sigma_vae.likelihoods.base import Unscaled
+from sigma_vae.registry import register
+from sigma_vae.types import Observes
 
 __all__ = ["Bernoulli", "ContinuousBernoulli"]
 
 
-class _UnitInterval(Unscaled):
-    """One logit for each value in [0, 1]."""
-
-    def __init__(self, channels: int, *, spatial_dims: int = 2, levels: int | None = 256) -> None:
-        super().__init__(channels, spatial_dims, levels)
-
-    @property
-    def in_channels(self) -> int:
-        """A logit for each channel."""
-        return self.channels
-
-    def check(self, x: Tensor) -> None:
-        """Refuse values outside [0, 1]."""
-        if x.numel():
-            low, high = (float(v) for v in x.aminmax())
-            if not (low >= 0 and high <= 1):
-                raise ValueError(f"{self} expects data in [0, 1], got values in [{low:.4g}, {high:.4g}]; rescale the data")
-
-
+@register.likelihood("bernoulli")
 @final
-class Bernoulli(_UnitInterval):
-    r"""A coin for each value: a likelihood of binary data; of grey data, taken as probabilities, an objective (as in the paper).
+class Bernoulli(Unscaled):
+    r"""A coin for each value: a likelihood of binary data; for grey data, taken as probabilities, an objective (as in the paper).
 
     .. math:: \log p(x \mid h) = \sum_i x_i \log \sigma(h_i) + (1 - x_i) \log \sigma(-h_i)
 
-    For 0 < x < 1 this is a negative cross-entropy: nothing of it sums or integrates to one, its "ELBO" bounds nothing, and
-    ``log_mass`` raises. :class:`ContinuousBernoulli` is what it becomes with its normaliser.
+    For 0 < x < 1 this is a negative cross-entropy: it neither sums nor integrates to one, its "ELBO" bounds nothing, and
+    ``log_mass`` raises. :class:`ContinuousBernoulli` is the same with its normaliser.
 
     Args:
         channels: the data's channels.
@@ -48,37 +32,31 @@ class Bernoulli(_UnitInterval):
         h and x ``(*batch, channels, *space)``.
 
     Raises:
-        ValueError: x is outside [0, 1], h has the wrong channels, or a mass of grey data is asked for.
+        ValueError: x is outside [0, 1], h has the wrong channels, or a bin probability of grey data is asked for.
 
     >>> likelihood = Bernoulli(channels=1, levels=2)
     >>> likelihood(torch.zeros(2, 1, 2, 2)).log_prob(torch.ones(2, 1, 2, 2))  # four coins
     tensor([-2.7726, -2.7726])
     """
 
+    unit_interval = True
+
     def __init__(self, channels: int, *, spatial_dims: int = 2, levels: int | None = 256) -> None:
         super().__init__(channels, spatial_dims=spatial_dims, levels=levels)
         self.normalised = levels == 2
         self.observes = "level" if self.normalised else "density"
 
-    def row_log_prob(self, h: Tensor, x: Tensor) -> Tensor:
+    @property
+    def in_channels(self) -> int:
+        """A logit for each channel."""
+        return self.channels
+
+    def row_log_prob(self, h: Tensor, x: Tensor, observes: Observes) -> Tensor:
         """Negative cross-entropy."""
         # Both terms are at most 0: where a logit is ±1e4 nothing large is subtracted from something large.
         return (x * logsigmoid(h) + (1 - x) * logsigmoid(-h)).sum((1, 2))
 
-    def row_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
-        """The same, of binary data."""
-        if not self.normalised:
-            raise ValueError(
-                f"{self} is an objective, not a likelihood, of data with {self.levels} levels: its values sum to no probability, so"
-                " there are no bits/dim to report; build it with levels=2 for binary data, or take ContinuousBernoulli"
-            )
-        return self.row_log_prob(h, x)
-
-    def row_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of binary data."""
-        return self.row_level_cdf(h, x)
-
-    def row_level_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def row_cdf(self, h: Tensor, x: Tensor, observes: Observes) -> tuple[Tensor, Tensor]:
         """Up to a zero there is its probability, up to a one everything."""
         if not self.normalised:
             raise ValueError(
@@ -89,7 +67,7 @@ class Bernoulli(_UnitInterval):
         return torch.where(one, zero, 0), torch.where(one, 1, zero)
 
     def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a coin: p and p(1 − p)."""
+        """A coin's p and p(1 − p)."""
         p = torch.sigmoid(h)
         return p, p * torch.sigmoid(-h)
 
@@ -102,14 +80,15 @@ class Bernoulli(_UnitInterval):
         return torch.bernoulli(torch.sigmoid(h), generator=generator)
 
 
+@register.likelihood("continuous-bernoulli")
 @final
-class ContinuousBernoulli(_UnitInterval):
+class ContinuousBernoulli(Unscaled):
     r"""The density on [0, 1] that is log-linear in x: Bernoulli with its normaliser (Loaiza-Ganem & Cunningham 2019).
 
     .. math:: \log p(x \mid h) = \sum_i h_i x_i - \log \frac{e^{h_i} - 1}{h_i}
 
-    In its logit h it is an exponential law cut to [0, 1], uniform at h = 0, and needs no special case there but for digits. A
-    level's mass is the density over its bin, which at both ends has half the width:
+    In its logit h it is an exponential distribution cut to [0, 1], uniform at h = 0; only its digits need special care there. A
+    bin's probability is the density over the bin, which at both ends has half the width:
     :math:`\log\int_a^b e^{hx}dx = ha + \log(b-a) + \log\frac{e^{h(b-a)}-1}{h(b-a)}`. Draws are :math:`\log(1 + u(e^h - 1))/h` of
     uniform u, with a gradient to h (``rsample``).
 
@@ -122,7 +101,7 @@ class ContinuousBernoulli(_UnitInterval):
         h and x ``(*batch, channels, *space)``.
 
     Raises:
-        ValueError: x is outside [0, 1], h has the wrong channels, or a mass is asked for where there are no levels.
+        ValueError: x is outside [0, 1], h has the wrong channels, or a bin probability is asked for where there are no levels.
 
     >>> likelihood = ContinuousBernoulli(channels=1)
     >>> p = likelihood(torch.tensor([[0.0], [1e-4], [-1e4]])[..., None, None])
@@ -132,42 +111,40 @@ class ContinuousBernoulli(_UnitInterval):
     tensor([5.0000e-01, 5.0001e-01, 1.0000e-04])
     """
 
+    unit_interval = True
     has_row_rsample = True
 
-    def row_log_prob(self, h: Tensor, x: Tensor) -> Tensor:
-        """Log-density."""
-        rate, x = _falling(h), torch.where(h > 0, 1 - x, x)  # mirrored, so that no large terms are subtracted
-        return -(rate * x + _log_normaliser(rate)).sum((1, 2))
+    @property
+    def in_channels(self) -> int:
+        """A logit for each channel."""
+        return self.channels
 
-    def row_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
-        """Log of the density's integral over the bins."""
-        assert self.levels is not None
-        top = self.levels - 1
-        level = torch.round(x * top)
+    def row_log_prob(self, h: Tensor, x: Tensor, observes: Observes) -> Tensor:
+        """Log-density, or the log of its integral over the bins."""
+        if observes == "density":
+            rate, x = _falling(h), torch.where(h > 0, 1 - x, x)  # mirrored, so that no large terms are subtracted
+            return -(rate * x + _log_normaliser(rate)).sum((1, 2))
+        level, top = self._levels(x)
         rate, level = _falling(h), torch.where(h > 0, top - level, level)
         start = (level - 0.5).clamp_min(0) / top
         width = ((level + 0.5).clamp_max(top) / top - start).clamp_max(1)
         log_integral = torch.log(width) + _log_normaliser(rate * width)
         return (log_integral - rate * start - _log_normaliser(rate)).sum((1, 2))
 
-    def row_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the density."""
-        cdf = _cdf(x, h)
-        return cdf, cdf
-
-    def row_level_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the density, at both edges of the bins."""
-        assert self.levels is not None
-        top = self.levels - 1
-        level = torch.round(x * top)
+    def row_cdf(self, h: Tensor, x: Tensor, observes: Observes) -> tuple[Tensor, Tensor]:
+        """F of the density: at x, or at both edges of its bin."""
+        if observes == "density":
+            cdf = _cdf(x, h)
+            return cdf, cdf
+        level, top = self._levels(x)
         return _cdf((level - 0.5).clamp_min(0) / top, h), _cdf((level + 0.5).clamp_max(top) / top, h)
 
     def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the density."""
+        """Mean and variance of the density."""
         return self.row_mean(h), _variance(_falling(h))
 
     def row_mean(self, h: Tensor) -> Tensor:
-        """Of the density."""
+        """Mean of the density."""
         mean = _falling_mean(h.abs())
         return torch.where(h > 0, 1 - mean, mean)
 
@@ -175,9 +152,14 @@ class ContinuousBernoulli(_UnitInterval):
         """By the inverse of the cumulative distribution, with a gradient."""
         return _quantile(torch.rand(h.shape, dtype=h.dtype, device=h.device, generator=generator), h)
 
+    def _levels(self, x: Tensor) -> tuple[Tensor, int]:
+        """Numbers of the levels, and the highest."""
+        assert self.levels is not None
+        return torch.round(x * (self.levels - 1)), self.levels - 1
 
-# With t = |h| and x mirrored where h > 0, all of it is the exponential law on [0, 1], p(x) = e^{-tx} / ∫ e^{-tx}dx. Near t = 0 the
-# closed forms cancel (their gradients in float32 from t = 0.01 on), and a power series has the digits.
+
+# With t = |h| and x mirrored where h > 0, all of it is the exponential distribution on [0, 1], p(x) = e^{-tx} / ∫ e^{-tx}dx. Near t = 0 the
+# closed forms cancel (their gradients in float32 from t = 0.01 on), and a power series keeps the digits.
 SERIES_BELOW = 0.5
 QUANTILE_SERIES_BELOW = 0.1
 

@@ -1,16 +1,16 @@
 """Real-valued families: Gaussian, Laplace, logistic, Student-t."""
 
 import math
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
 from sigma_vae.likelihoods.base import LocationScale, MeanMap
 from sigma_vae.likelihoods.densities import soft_clip
-from sigma_vae.likelihoods.distributions import Law
-from sigma_vae.likelihoods.laws import LAPLACE, LOGISTIC, NORMAL, student_t
+from sigma_vae.likelihoods.residuals import LAPLACE, LOGISTIC, NORMAL, ResidualDistribution, student_t
 from sigma_vae.likelihoods.scales import Scale
+from sigma_vae.registry import Argument, number_above_zero, register
 from sigma_vae.types import Observes
 
 __all__ = ["DegreesOfFreedom", "Gaussian", "Laplace", "Logistic", "StudentT"]
@@ -20,9 +20,10 @@ DegreesOfFreedom = float | Literal["learned", "predicted"]
 
 DEFAULT_DF = 4.0
 LEAST_DF, LARGEST_DF = 1.0, 1000.0
-"""From a Cauchy law to what no data can tell from a Gaussian."""
+"""From a Cauchy distribution to one that no data can tell from a Gaussian."""
 
 
+@register.likelihood("gaussian")
 @final
 class Gaussian(LocationScale):
     r"""Gaussian likelihood: the paper's decoder.
@@ -44,18 +45,19 @@ class Gaussian(LocationScale):
 
     solves_rmse = True
 
-    def law(self, own: Tensor) -> Law:
+    def residual(self, own: Tensor) -> ResidualDistribution:
         """The standard normal."""
         return NORMAL
 
 
+@register.likelihood("laplace")
 @final
 class Laplace(LocationScale):
     r"""Laplace likelihood, less sensitive than a Gaussian to outlying pixels.
 
     .. math:: \log p(x \mid h) = -\sum_i \left( |x_i - \mu_i| / \sigma_i + \log 2 \sigma_i \right)
 
-    Over any set of values the best shared σ is their mean absolute error. (σ is the law's scale; its standard deviation is √2 σ.)
+    Over any set of values the best shared σ is their mean absolute error. (σ is the scale parameter; the std is √2 σ.)
 
     Shapes:
         h ``(*batch, in_channels, *space)``, x ``(*batch, C, *space)``, ``log_prob`` ``(*batch,)`` in nats.
@@ -66,11 +68,18 @@ class Laplace(LocationScale):
     tensor([9.7510, 9.7510])
     """
 
-    def law(self, own: Tensor) -> Law:
-        """The standard Laplace law."""
+    def residual(self, own: Tensor) -> ResidualDistribution:
+        """The standard Laplace distribution."""
         return LAPLACE
 
 
+def _degrees_of_freedom(text: str) -> dict[str, Any]:
+    if text in ("learned", "predicted"):
+        return {"df": text}
+    return number_above_zero("df", "its degrees of freedom, learned or predicted")(text)
+
+
+@register.likelihood("student-t", argument=Argument("ν|learned|predicted", _degrees_of_freedom, "3"))
 @final
 class StudentT(LocationScale):
     r"""Student-t likelihood: a Gaussian whose precision is unknown and integrated out (Takahashi et al. 2018).
@@ -87,7 +96,7 @@ class StudentT(LocationScale):
         channels: the data's channels.
         scale: where σ comes from; :class:`Optimal` unless given.
         df: degrees of freedom ν from 1 to 1000; ``"learned"``: one parameter; ``"predicted"``: by the decoder, for each value.
-        spatial_dims: as in every likelihood, like the arguments after it.
+        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
         levels: how many values a datum can take; None for real-valued data.
         mean: ``"identity"`` or ``"unit"``.
         observes: ``"density"`` or ``"level"``; the level needs a ν that is a number.
@@ -123,7 +132,7 @@ class StudentT(LocationScale):
         if observes == "level" and isinstance(df, str):
             raise ValueError(
                 f'observes="level" with df="{df}" would need the gradient of the Student-t distribution function in its degrees of'
-                ' freedom, which there is none of; pass a number, or train with observes="density"'
+                ' freedom, which has none; pass a number, or train with observes="density"'
             )
         self.df: DegreesOfFreedom = df if isinstance(df, str) else float(df)
         if df == "learned":
@@ -134,8 +143,8 @@ class StudentT(LocationScale):
         """One for each data channel where ν is predicted."""
         return self.channels if self.df == "predicted" else 0
 
-    def law(self, own: Tensor) -> Law:
-        """Student's t with ν as it is told, learned or predicted."""
+    def residual(self, own: Tensor) -> ResidualDistribution:
+        """Student's t with the given, learned or predicted ν."""
         low, high = math.log(LEAST_DF), math.log(LARGEST_DF)
         if self.df == "predicted":
             return student_t(soft_clip(own + math.log(DEFAULT_DF), low, high).exp())
@@ -148,15 +157,16 @@ class StudentT(LocationScale):
         return student_t(self.df)
 
 
+@register.likelihood("logistic")
 @final
 class Logistic(LocationScale):
-    r"""Logistic likelihood: tails like a Laplace law's, a round top like a Gaussian's.
+    r"""Logistic likelihood: tails like a Laplace distribution's, a round top like a Gaussian's.
 
     .. math:: \log p(x \mid h) = -\sum_i \left( z_i + 2 \log(1 + e^{-z_i}) + \log \sigma_i \right), \quad z_i = (x_i - \mu_i)/\sigma_i
 
     With ``observes="level"`` it is the discretized logistic of Kingma et al. (2016, arXiv 1606.04934) with exact end bins. The
     best shared σ solves :math:`\overline{z \tanh(z/2)} = 1`; the log-density is concave in log σ, so Newton's method finds it. (σ is the
-    law's scale; its standard deviation is πσ/√3.)
+    scale parameter; the std is πσ/√3.)
 
     Shapes:
         h ``(*batch, in_channels, *space)``, x ``(*batch, C, *space)``, ``log_prob`` ``(*batch,)`` in nats.
@@ -167,6 +177,6 @@ class Logistic(LocationScale):
     tensor([14.6607, 14.6607])
     """
 
-    def law(self, own: Tensor) -> Law:
-        """The standard logistic law."""
+    def residual(self, own: Tensor) -> ResidualDistribution:
+        """The standard logistic distribution."""
         return LOGISTIC

@@ -11,7 +11,6 @@ from torch.nn.functional import softplus
 __all__ = [
     "Formula",
     "Gradient",
-    "at_least_float32",
     "in_chunks",
     "log1mexp",
     "log_ndtr",
@@ -32,15 +31,6 @@ GAUSS_LEGENDRE = (
     (0.6612093864662645, 0.3607615730481386),
     (0.9324695142031521, 0.1713244923791704),
 )
-
-
-def at_least_float32(h: Tensor) -> Tensor:
-    """Half-precision features in float32, others as they are: log-probabilities in half precision mean nothing.
-
-    >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype, at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype
-    (torch.float32, torch.float64)
-    """
-    return h.float() if h.dtype in (torch.float16, torch.bfloat16) else h
 
 
 def normal_log_prob(z: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Families over the levels themselves: a class for each level, or a yes or no for each bit."""
+"""Families over the levels themselves: a probability for each level, or for each bit."""
 
 import math
 from typing import final
@@ -9,15 +9,18 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from sigma_vae.likelihoods.base import Discrete
 from sigma_vae.likelihoods.densities import in_chunks
+from sigma_vae.registry import register
+from sigma_vae.types import Observes
 
 __all__ = ["BitwiseCategorical", "Categorical"]
 
 LOG2_E = 1 / math.log(2)
 
 
+@register.likelihood("categorical")
 @final
 class Categorical(Discrete):
-    r"""One probability for each level of each value: knows nothing of the levels' order, and can say anything.
+    r"""One probability for each level of each value: any shape, and no knowledge of the levels' order.
 
     .. math:: \log p(x \mid h) = \sum_i h_{i,k_i} - \log \sum_k e^{h_{i,k}}, \qquad x_i = k_i / (L-1)
 
@@ -46,22 +49,19 @@ class Categorical(Discrete):
         """A logit for each level of each channel."""
         return self.channels * self.levels
 
-    def row_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
+    def row_log_prob(self, h: Tensor, x: Tensor, observes: Observes) -> Tensor:
         """Negative cross-entropy, channel by channel: each is a row of its own to keep the parts small."""
-        logits = h.reshape(-1, self.levels, h.shape[-1])
-        k = torch.round(x * (self.levels - 1)).long().reshape(-1, h.shape[-1])
-        return in_chunks(_class_log_mass, logits, k, _class_gradient).reshape(x.shape[:2]).sum(-1)
+        return in_chunks(_class_log_mass, self._logits(h), self._classes(x), _class_gradient).reshape(x.shape[:2]).sum(-1)
 
-    def row_level_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def row_cdf(self, h: Tensor, x: Tensor, observes: Observes) -> tuple[Tensor, Tensor]:
         """Cumulative sums of the classes' probabilities."""
-        logits = h.reshape(-1, self.levels, h.shape[-1])
-        k = torch.round(x * (self.levels - 1)).long().reshape(-1, h.shape[-1])
-        below, upto = in_chunks(_class_cdf, logits, k).reshape(*x.shape[:2], 2, x.shape[-1]).unbind(2)
+        both = in_chunks(_class_cdf, self._logits(h), self._classes(x))
+        below, upto = both.reshape(*x.shape[:2], 2, x.shape[-1]).unbind(2)
         return below, upto
 
     def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ k P(k)/(L−1), and the spread about it."""
-        logits = h.reshape(-1, self.levels, h.shape[-1])
+        """Σ k P(k)/(L−1), and the variance about it."""
+        logits = self._logits(h)
         mean, variance = in_chunks(_class_moments, logits, logits).unbind(1)
         shape = (len(h), self.channels, h.shape[-1])
         return mean.reshape(shape), variance.reshape(shape)
@@ -77,6 +77,14 @@ class Categorical(Discrete):
         masses = torch.softmax(h.reshape(len(h), self.channels, self.levels, h.shape[-1]), 2).movedim(2, -1)
         k = torch.multinomial(masses.flatten(0, -2), 1, generator=generator)
         return k.reshape(masses.shape[:-1]).to(h.dtype) / (self.levels - 1)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        """One row a channel, ``(rows * channels, levels, n)``."""
+        return h.reshape(-1, self.levels, h.shape[-1])
+
+    def _classes(self, x: Tensor) -> Tensor:
+        """The levels' numbers, ``(rows * channels, n)``."""
+        return torch.round(x * (self.levels - 1)).long().reshape(-1, x.shape[-1])
 
 
 def _class_log_mass(logits: Tensor, k: Tensor) -> Tensor:
@@ -104,7 +112,7 @@ def _class_moments(logits: Tensor, _: Tensor) -> Tensor:
 def _class_gradient(logits: Tensor, k: Tensor, out: Tensor) -> Tensor:
     """One where the class is, minus the softmax.
 
-    In powers of two, of which torch takes three in the time of one power of e. The largest logit's rounding is the same for all
+    In powers of two: torch takes three of them in the time of one power of e. The largest logit's rounding is the same for all
     classes, and cancels.
     """
     classes = k[:, None]
@@ -116,9 +124,10 @@ def _class_gradient(logits: Tensor, k: Tensor, out: Tensor) -> Tensor:
     return (chosen - total.log2()).sum((1, 2)) / LOG2_E
 
 
+@register.likelihood("bitwise-categorical")
 @final
 class BitwiseCategorical(Discrete):
-    r"""A binary classifier for each bit of each value, most significant bit first : 8 logits in place of 256.
+    r"""A binary classifier for each bit of each value, most significant bit first: 8 logits in place of 256.
 
     .. math:: \log p(x \mid h) = \sum_i \sum_b \log \sigma\left((2 k_{i,b} - 1)\, h_{i,b}\right)
 
@@ -157,7 +166,7 @@ class BitwiseCategorical(Discrete):
         """A logit for each bit of each channel."""
         return self.channels * self.bits
 
-    def row_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
+    def row_log_prob(self, h: Tensor, x: Tensor, observes: Observes) -> Tensor:
         """All bits' log-probabilities together."""
         return in_chunks(self._bits_log_mass, h, x)
 
@@ -166,7 +175,7 @@ class BitwiseCategorical(Discrete):
         signs = 2 * (k[:, :, None] >> self._places(h) & 1).to(h.dtype) - 1
         return logsigmoid(signs * self._logits(h)).sum((1, 2, 3))
 
-    def row_level_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def row_cdf(self, h: Tensor, x: Tensor, observes: Observes) -> tuple[Tensor, Tensor]:
         """A level is below another where it has a zero at the first bit in which they differ, and the other a one."""
         k = torch.round(x * (self.levels - 1)).long()
         one = (k[:, :, None] >> self._places(h) & 1).bool()
@@ -177,12 +186,12 @@ class BitwiseCategorical(Discrete):
         return below.clamp_max(1), (below + alike[:, :, -1]).clamp_max(1).masked_fill(k == self.levels - 1, 1)
 
     def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ of the bits' own: they are independent."""
+        """Sums over the bits, which are independent."""
         p, worth = torch.sigmoid(self._logits(h)), self._worth(h)
         return (p * worth).sum(2), (p * torch.sigmoid(-self._logits(h)) * worth.square()).sum(2)
 
     def row_mean(self, h: Tensor) -> Tensor:
-        """Each bit's probability times what it stands for."""
+        """Each bit's probability times its value."""
         return (torch.sigmoid(self._logits(h)) * self._worth(h)).sum(2)
 
     def row_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -194,7 +203,7 @@ class BitwiseCategorical(Discrete):
         return h.reshape(len(h), self.channels, self.bits, h.shape[-1])
 
     def _worth(self, h: Tensor) -> Tensor:
-        """What each bit adds to x where it is one."""
+        """The value that each bit adds to x where it is one."""
         return (1 << self._places(h)).to(h.dtype) / (self.levels - 1)
 
     def _places(self, h: Tensor) -> Tensor:

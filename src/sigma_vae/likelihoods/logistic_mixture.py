@@ -1,12 +1,14 @@
-"""The discretized logistic mixture of PixelCNN++, with exact masses."""
+"""The discretized logistic mixture of PixelCNN++, with exact bin probabilities."""
 
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from sigma_vae.likelihoods.base import Discrete
 from sigma_vae.likelihoods.densities import in_chunks
+from sigma_vae.registry import Argument, register
+from sigma_vae.types import Observes
 
 __all__ = ["LogisticMixture"]
 
@@ -16,9 +18,16 @@ MAX_LOG_SCALE = 20.0
 """So wide that all levels but the end ones have lost their mass; beyond it 1/scale would underflow."""
 
 
+def _components(text: str) -> dict[str, Any]:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"it takes a number of components, got {text!r}")
+    return {"components": int(text)}
+
+
+@register.likelihood("logistic-mixture", argument=Argument("K", _components, "10"))
 @final
 class LogisticMixture(Discrete):
-    r"""A mixture of K logistic laws for each pixel, in the bins of the levels (Salimans et al. 2017; as in VDVAE).
+    r"""A mixture of K logistic distributions for each pixel, in the bins of the levels (Salimans et al. 2017; as in VDVAE).
 
     With y = 2x − 1 in [−1, 1], and the end bins reaching to ±∞,
 
@@ -27,8 +36,8 @@ class LogisticMixture(Discrete):
             - \sigma\left(\frac{y_c - \mu_{kc} - \delta}{s_{kc}}\right) \right], \qquad \delta = \frac{1}{L-1}
 
     The channels of a pixel share its component. Of three channels the later means follow the earlier values, linearly, with
-    predicted coefficients: :math:`\mu_G = m_G + a\,y_R, \mu_B = m_B + b\,y_R + c\,y_G`; a, b, c = tanh of features. Masses are exact
-    in the far tails and for the narrowest bins, where the usual implementation takes the density at the bin's centre.
+    predicted coefficients: :math:`\mu_G = m_G + a\,y_R, \mu_B = m_B + b\,y_R + c\,y_G`; a, b, c = tanh of features. Bin probabilities
+    are exact in the far tails and for the narrowest bins, where the usual implementation takes the density at the bin's centre.
 
     ``mean`` is exact for other channel counts and for the first of three. For the later ones it puts the component's
     expected y in place of the drawn ones: exact but for the cut at the ends of the range, where a sum over all colours would be needed.
@@ -62,10 +71,10 @@ class LogisticMixture(Discrete):
 
     @property
     def in_channels(self) -> int:
-        """Logits, means, log-scales, and of three channels coefficients."""
+        """Logits, means, log-scales, and for three channels coefficients."""
         return self.components * (1 + self.channels * (3 if self.channels == 3 else 2))
 
-    def row_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
+    def row_log_prob(self, h: Tensor, x: Tensor, observes: Observes) -> Tensor:
         """Part by part, with the gradient by hand."""
         return in_chunks(self._log_mass, h, x, self._gradient)
 
@@ -97,7 +106,7 @@ class LogisticMixture(Discrete):
         return (values - total).sum(-1)
 
     def _bins(self, h: Tensor, x: Tensor) -> "_Bins":
-        """All components' masses of the observed levels; in units of levels, so that means are rounded once for all bins."""
+        """Probabilities of the observed levels in each component; in units of levels, so that means are rounded once for all bins."""
         features, top = self._split(h), self.levels - 1
         level = torch.round(x * top)[:, :, None]
         rate = torch.exp(-features.log_scales.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)) * (2 / top)
@@ -114,8 +123,8 @@ class LogisticMixture(Discrete):
         log_mass = log_mass.addcmul_(below_0, not_last).addcmul_(above_0, not_first)
         return _Bins(log_mass, level, upper, lower, rate, inner, not_first, not_last)
 
-    def row_level_cdf(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each channel given the true values of those before it, whose likelihood weighs the components (Rosenblatt 1952)."""
+    def row_cdf(self, h: Tensor, x: Tensor, observes: Observes) -> tuple[Tensor, Tensor]:
+        """F of each channel given the true values of those before it, whose likelihood weighs the components (Rosenblatt 1952)."""
         below, upto = in_chunks(self._cdf, h, x).unbind(1)
         return below, upto
 
@@ -129,10 +138,6 @@ class LogisticMixture(Discrete):
         last = bins.level[:, :, 0] >= self.levels - 1
         return torch.stack([below, upto.masked_fill(last, 1)], 1).clamp_max(1)  # a sum of weights may be 1 + a rounding error
 
-    def row_moments(self, h: Tensor) -> None:
-        """None: a sum over all levels for each component, or over all colours."""
-        return
-
     def _locations(self, features: "_Features", level: Tensor) -> Tensor:
         """Means in units of levels, ``(rows, channels, K, n)``, given all channels' levels ``(rows, channels, 1 or K, n)``."""
         means = features.means
@@ -143,7 +148,7 @@ class LogisticMixture(Discrete):
         return (means + 1) * (0.5 * (self.levels - 1))
 
     def row_mean(self, h: Tensor) -> Tensor:
-        """Of the mixture, with expected in place of drawn earlier channels."""
+        """The mixture's mean, with the expected earlier channels in place of drawn ones."""
         features = self._split(h)
         level = torch.zeros_like(features.means)
         for c in range(self.channels):
@@ -185,12 +190,13 @@ class LogisticMixture(Discrete):
         """Levels on [−1, 1]."""
         return level * (2 / (self.levels - 1)) - 1
 
-    def _arguments(self) -> list[str]:
-        return [*super()._arguments(), f"components={self.components}"]
+    def extra_repr(self) -> str:
+        """Arguments as they would be written."""
+        return f"{super().extra_repr()}, components={self.components}"
 
 
 COEFFICIENTS = ((1, 0), (2, 0), (2, 1))
-"""Which channel's mean follows which earlier one, for each coefficient."""
+"""For each coefficient, the channel whose mean follows, and the earlier channel that it follows."""
 
 
 class _Features(NamedTuple):
@@ -203,7 +209,7 @@ class _Features(NamedTuple):
 
 
 class _Bins(NamedTuple):
-    """Of the observed levels in each component, ``(rows, channels, K, n)``: ends and width (rate) in units of the scale."""
+    """Bins of the observed levels in each component, ``(rows, channels, K, n)``: ends and width (rate) in units of the scale."""
 
     log_mass: Tensor
     level: Tensor

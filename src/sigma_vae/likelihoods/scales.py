@@ -1,4 +1,4 @@
-"""Where a log-scale comes from: over which axes σ is shared. How it is solved is the family's business."""
+"""Sources of log σ: the scale says over which axes σ is shared, the family says how it is solved."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sigma_vae.likelihoods.densities import soft_clip
+from sigma_vae.registry import Argument, number_above_zero, register
 from sigma_vae.types import Observes
 
 __all__ = ["FLOOR", "Fit", "Fixed", "Optimal", "Per", "PerImage", "PerPixel", "RunningMinimum", "Scale", "Shared"]
@@ -22,16 +23,15 @@ Fit = Callable[[Per], Tensor]
 FLOOR = math.exp(-6)
 """Default floor on σ, in units of the data's range: about half the distance of two 8-bit levels, as in the paper."""
 
-
 MOMENTUM = 0.01
 """Weight of the present batch in a running mean of σ²."""
 
 
 class Scale(nn.Module, ABC):
-    """A source of log σ, with two stored values that ``calibrate`` solves: one for the density, one for the level masses.
+    """A source of log σ, with two stored values that ``calibrate`` solves: one for the density, one for the bin probabilities.
 
-    A stored value is absolute, but for predicted scales, where it is one factor on all predictions. It is empty until solved;
-    its shape travels with the ``state_dict``.
+    A stored value is log σ; for predicted scales it is the log of one factor on all predictions. It is empty until solved, and its
+    shape travels with the ``state_dict``.
     """
 
     extra_per_channel = 0
@@ -62,24 +62,27 @@ class Scale(nn.Module, ABC):
     def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
         """Log σ, broadcastable to the data ``(*batch, C, *space)``.
 
-        raw holds the extra feature channels; fit solves the present batch and is None when it must not be looked at.
+        Args:
+            raw: the extra feature channels.
+            observes: what the stored values are asked for.
+            fit: solves the present batch; None where it must not be looked at.
         """
 
     def base(self, raw: Tensor) -> Tensor:
         """What a stored value is added to: 0, or the prediction."""
         return raw.new_zeros(())
 
-    def refitted(self, raw: Tensor, observes: Observes) -> Tensor:
-        """Log σ as ``calibrate`` solved it."""
-        return self.base(raw) + self.stored(observes)
-
     def start(self, std: float) -> None:
-        """Start a learned σ from the std of the data; nothing else has a start."""
+        """Start a learned σ from the std of the data; other scales have no start."""
+
+    def refitted(self, raw: Tensor, observes: Observes) -> Tensor:
+        """Log σ that ``calibrate`` solved."""
+        return self.base(raw) + self.stored(observes)
 
     def all_stored(self) -> dict[Observes, Tensor]:
         """The stored values that there are."""
-        values: dict[Observes, Tensor] = {"density": self.density_log_scale, "level": self.level_log_scale}
-        return {observes: value for observes, value in values.items() if value.numel()}
+        kinds: tuple[Observes, Observes] = ("density", "level")
+        return {observes: self._buffer(observes) for observes in kinds if self._buffer(observes).numel()}
 
     def stored(self, observes: Observes) -> Tensor:
         """The stored value; before a calibration, levels are given the density's (a valid scale, though not their best).
@@ -87,8 +90,9 @@ class Scale(nn.Module, ABC):
         Raises:
             ValueError: nothing is stored yet.
         """
-        level = observes == "level" and self.level_log_scale.numel() > 0
-        value = self.level_log_scale if level else self.density_log_scale
+        value = self._buffer(observes)
+        if value.numel() == 0:
+            value = self.density_log_scale
         if value.numel() == 0:
             raise ValueError(
                 f"{self} has no stored σ yet; train for a step, or fit it on training data by"
@@ -98,18 +102,11 @@ class Scale(nn.Module, ABC):
 
     def store(self, observes: Observes, value: Tensor) -> None:
         """Keep a solved value, in place where the shape allows (so that a wrapped module sees it)."""
-        buffer = self.level_log_scale if observes == "level" else self.density_log_scale
+        buffer = self._buffer(observes)
         if buffer.shape == value.shape:
             buffer.copy_(value)
         else:
             setattr(self, f"{observes}_log_scale", value.detach().to(buffer).clone())
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # A stored value's shape is part of what is stored: take it over before torch compares.
-        for name, buffer in list(self.named_buffers()):
-            if prefix + name in state_dict:
-                setattr(self, name, buffer.new_empty(state_dict[prefix + name].shape))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Arguments as they would be written."""
@@ -118,10 +115,23 @@ class Scale(nn.Module, ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
 
+    def _buffer(self, observes: Observes) -> Tensor:
+        return self.level_log_scale if observes == "level" else self.density_log_scale
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # A stored value's shape is part of what is stored: take it over before torch compares.
+        for name, buffer in list(self.named_buffers()):
+            if prefix + name in state_dict:
+                setattr(self, name, buffer.new_empty(state_dict[prefix + name].shape))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@register.scale(
+    "fixed", argument=Argument("σ", number_above_zero("sigma", "σ, in units of the data's range"), "0.1", required=True)
+)
 @final
 class Fixed(Scale):
-    r"""A constant σ: unit variance, or a β-VAE in the terms of a likelihood.
+    """A constant σ; 1 is the usual Gaussian VAE.
 
     >>> Fixed(1.0)
     Fixed(1)
@@ -137,10 +147,10 @@ class Fixed(Scale):
 
     @classmethod
     def from_beta(cls, beta: float) -> "Fixed":
-        r"""The σ whose ELBO is the objective that the paper's β-VAEs ran, up to a factor and a constant.
+        r"""The constant σ = √(β/2), whose ELBO is the objective of a β-VAE up to a factor and a constant.
 
         :math:`\|x - \hat x\|^2 + \beta\,KL = 2\sigma^2\,(-\log p(x|z) + KL) + \text{const}` with :math:`\sigma^2 = \beta/2`. The paper's
-        text has another conversion; the constants of its Table 1 show that this is the one it ran.
+        text has another conversion; the constants of its Table 1 show that it ran this one.
         """
         if not 0 < beta < math.inf:
             raise ValueError(f"from_beta takes the weight β > 0 of ‖x − x̂‖² + β·KL, got {beta}")
@@ -155,12 +165,20 @@ class Fixed(Scale):
         return f"{self.sigma:.6g}"
 
 
+register.scale.add(
+    "beta",
+    Fixed.from_beta,
+    argument=Argument("β", number_above_zero("beta", "β of ‖x − x̂‖² + β·KL"), "0.1", required=True),
+)
+
+
+@register.scale("shared")
 @final
 class Shared(Scale):
-    """One learned log σ (the paper's "shared σ-VAE").
+    """One learned σ (the paper's "shared σ-VAE").
 
-    Adam moves a parameter by at most its learning rate a step, so a log σ that starts far from its optimum lags: ``start`` puts it at
-    the spread of the data, and ``fit`` gives it a learning rate of its own.
+    Adam moves a parameter by at most its learning rate a step, so a log σ that starts far from its optimum lags. ``start`` puts it at
+    the spread of the data, and training gives it a learning rate of its own.
     """
 
     def __init__(self, sigma: float | None = None, floor: float = FLOOR) -> None:
@@ -178,13 +196,14 @@ class Shared(Scale):
         self.started = True
 
     def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
-        """The parameter, put back onto the floor when a step went below (a clamp would cut its gradient)."""
-        if self.training and torch.is_grad_enabled():  # asking for σ changes nothing
+        """The parameter; training puts it back onto the floor when a step went below (a clamp would cut its gradient)."""
+        if self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 self.log_scale.clamp_(min=self.log_floor)
         return self.log_scale.to(raw.dtype)
 
 
+@register.scale("per-image")
 @final
 class PerImage(Scale):
     """One predicted σ for each example: the mean over space of one extra feature channel.
@@ -206,6 +225,7 @@ class PerImage(Scale):
         return self.base(raw)
 
 
+@register.scale("per-pixel")
 @final
 class PerPixel(Scale):
     """One predicted σ for each value of the data, clipped softly to [floor, 1/floor].
@@ -225,16 +245,17 @@ class PerPixel(Scale):
         return self.base(raw)
 
 
+@register.scale("optimal")
 @final
 class Optimal(Scale):
-    r"""The σ that is best for the data at hand, not learned but solved (the paper's "optimal σ-VAE", equation 5).
+    r"""The σ that is best for the data at hand: not learned but solved (the paper's "optimal σ-VAE", equation 5).
 
     For a Gaussian :math:`\sigma^2 = \text{MSE}`. It is detached: at the optimum the gradient through σ vanishes (envelope theorem), so
 
     :math:`\nabla \tfrac D2 \log \text{MSE} = \nabla \tfrac{D}{2\sigma^2} \text{MSE}`.
     Under ``torch.distributed`` it is the optimum of the global batch.
 
-    In training σ comes from the batch; in eval mode it is a stored value, never one that has seen the example: a running mean
+    In training σ comes from the batch. In eval mode it is a stored value, never one that has seen the example: a running mean
     over training until ``calibrate`` solves it exactly. ``per="image"`` then uses the batch-wide one, as a σ chosen from
     the example that it scores gives no normalised density.
 
@@ -251,7 +272,7 @@ class Optimal(Scale):
         self.refit_per = "batch" if per == "image" else per
 
     def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
-        """The batch's optimum in training, the stored value else."""
+        """The batch's optimum in training, else the stored value."""
         if fit is None or not self.training:
             return self.stored(observes)
         log_scale = fit(self.per)
@@ -260,11 +281,11 @@ class Optimal(Scale):
 
     @torch.no_grad()
     def _track(self, observes: Observes, log_scale: Tensor) -> None:
-        old = self.level_log_scale if observes == "level" else self.density_log_scale
+        old = self._buffer(observes)
         if old.shape == log_scale.shape:
             log_scale = _running_mean(old, log_scale)
             log_scale = torch.where(log_scale.isfinite(), log_scale, old)  # a broken batch has broken the loss; it ends there
-            other = self.density_log_scale if observes == "level" else self.level_log_scale
+            other = self._buffer("density" if observes == "level" else "level")
             if other.shape == old.shape:  # a calibration has set both: the one that is not trained follows by the same factor
                 other += log_scale - old
         self.store(observes, log_scale)
@@ -275,14 +296,33 @@ class Optimal(Scale):
         return ", ".join(filter(None, (per, super().extra_repr())))
 
 
+@register.scale("optimal-image")
+def _optimal_image() -> Optimal:
+    """The best σ for each example in training; the batch-wide one in evaluation."""
+    return Optimal(per="image")
+
+
+@register.scale("optimal-channel")
+def _optimal_channel() -> Optimal:
+    """The best σ for each channel, solved."""
+    return Optimal(per="channel")
+
+
+@register.scale("optimal-pixel")
+def _optimal_pixel() -> Optimal:
+    """The best σ for each place of each channel, solved."""
+    return Optimal(per="pixel")
+
+
+@register.scale("running-minimum")
 @final
 class RunningMinimum(Scale):
-    r"""The baseline of Asperti & Trentin (2020, arXiv 2002.07514): a running mean of the batch's best σ² that never rises.
+    r"""A running mean of the batch's best σ² that never rises: the baseline of Asperti & Trentin (2020, arXiv 2002.07514).
 
     .. math:: \sigma^2 \leftarrow \min(\sigma^2,\; 0.99\,\sigma^2 + 0.01\,\text{MSE of the batch})
 
     σ is fed as a constant, the same in training and evaluation: a calibration leaves it alone and stores post-hoc values. It lags
-    :class:`Optimal` while the fit improves, and never follows where it gets worse.
+    :class:`Optimal` while the fit improves, and never follows where the fit gets worse.
     """
 
     running_log_scale: Tensor
@@ -292,7 +332,7 @@ class RunningMinimum(Scale):
         self.register_buffer("running_log_scale", torch.empty(0))
 
     def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
-        """The running minimum, after a step with this batch in training; before the first one, a calibrated value."""
+        """The running minimum, in training after a step with this batch; before the first step, a calibrated value."""
         if fit is not None and self.training:
             self._track(fit("batch"))
         if self.running_log_scale.numel() == 0:
@@ -307,5 +347,5 @@ class RunningMinimum(Scale):
 
 
 def _running_mean(old: Tensor, new: Tensor) -> Tensor:
-    """Of σ², for log σ."""
+    """Log σ of the running mean of σ²."""
     return 0.5 * torch.logaddexp(2 * old + math.log1p(-MOMENTUM), 2 * new + math.log(MOMENTUM))

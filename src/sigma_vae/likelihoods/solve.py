@@ -8,22 +8,21 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, distributed
 
-from sigma_vae.likelihoods.distributions import Law
-from sigma_vae.likelihoods.laws import LAWS
+from sigma_vae.likelihoods.residuals import RESIDUALS, ResidualDistribution
 from sigma_vae.likelihoods.scales import Per
 
 __all__ = ["Observed", "best_batch_log_scale", "best_log_scale", "shared_shape"]
 
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-6
-LARGEST_LOG_SCALE = 12.0  # where the mean lies at the wrong end, an end level has its largest mass at σ = ∞
+LARGEST_LOG_SCALE = 12.0  # where the mean lies at the wrong end, an end level has its largest probability at σ = ∞
 LARGEST_STEP = 0.7  # in log σ: a factor of two, so that a bad quadratic model cannot throw the search away
 
 
 class Observed(NamedTuple):
-    """Data and what is predicted of them: the scale sought is multiplied onto exp(base)."""
+    """Data and their prediction: the scale sought is multiplied onto exp(base)."""
 
-    law: Law
+    residual: ResidualDistribution
     loc: Tensor
     base: Tensor
     x: Tensor
@@ -33,8 +32,84 @@ Slopes = Callable[[Observed, Tensor], Tensor]
 """First and second derivative of each element's log-probability in its log σ, in two rows."""
 
 
+@torch.no_grad()
+def best_log_scale(
+    data: Iterable[Observed], per: Per, event_dims: int, log_floor: float, levels: int | None, start: Tensor | None = None
+) -> Tensor:
+    """The log σ that maximises the density of the data, or with ``levels`` the probability of the observed bins.
+
+    Args:
+        data: gone through once where there is a closed form, else several times.
+        per: what has a σ of its own.
+        event_dims: how many axes an example has.
+        log_floor: the least log σ.
+        levels: how many values a datum can take; None for the density.
+        start: where the search for levels begins; at the density's optimum unless given.
+
+    Shapes:
+        result (event-shaped, 1 where shared), or ``(*batch, 1, ...)`` for ``per="image"``; in the precision of the data.
+
+    Raises:
+        ValueError: there are no data.
+    """
+    start = _best_for_density(data, per, event_dims, log_floor) if start is None else start
+    if levels is None:
+        return start
+
+    def slopes(observed: Observed, log_scale: Tensor) -> Tensor:
+        return _slope_and_curvature(observed, log_scale, levels)
+
+    return _maximum(slopes, data, per, event_dims, log_floor, start.double()).to(start.dtype)
+
+
+def best_batch_log_scale(observed: Observed, per: Per, event_dims: int, log_floor: float, levels: int | None) -> Tensor:
+    """:func:`best_log_scale` of one batch; compiled without a graph break.
+
+    Raises:
+        ValueError: under ``torch.compile``, the scale has to be solved by iteration and the residual distribution is not in
+            :data:`RESIDUALS`.
+    """
+    residual, loc, _, x = observed
+    iterates = levels is not None or not residual.closed_form
+    if not (iterates and torch.compiler.is_compiling()):
+        return best_log_scale([observed], per, event_dims, log_floor, levels)
+    if residual.name not in RESIDUALS:
+        raise ValueError(
+            f"torch.compile solves for the σ of the residual distributions {list(RESIDUALS)}, got {residual.name!r}; add it to"
+            " `sigma_vae.likelihoods.residuals.RESIDUALS`"
+        )
+    numbers = [p for p in residual.parameters if not isinstance(p, Tensor)]
+    tensors = [p.detach() for p in residual.parameters if isinstance(p, Tensor)]
+    result: Tensor = _solve(residual.name, numbers, tensors, loc, x, per, event_dims, log_floor, levels)
+    return result
+
+
+def shared_shape(shape: Sequence[int], per: Per, event_dims: int) -> list[int]:
+    """Shape of the log σ for data of this shape: 1 where one is shared.
+
+    >>> shared_shape((8, 3, 4, 4), "channel", 3), shared_shape((8, 3, 4, 4), "image", 3)
+    ([3, 1, 1], [8, 1, 1, 1])
+    """
+    shared = _shared_axes(len(shape), per, event_dims)
+    whole = [1 if axis - len(shape) in shared else size for axis, size in enumerate(shape)]
+    return whole if per == "image" else whole[-event_dims:]
+
+
+def _shared_axes(dims: int, per: Per, event_dims: int) -> tuple[int, ...]:
+    batch = range(-dims, -event_dims)
+    channel = -event_dims
+    space = range(1 - event_dims, 0)
+    shared: dict[Per, list[int]] = {
+        "batch": [*batch, channel, *space],
+        "image": [channel, *space],
+        "channel": [*batch, *space],
+        "pixel": [*batch],
+    }
+    return tuple(shared[per])
+
+
 class _Sums:
-    """Sums over everything that shares one σ, across batches and processes, in float64 where batches are added up."""
+    """Sums over everything that shares one σ, across batches and processes; batches are added up in float64."""
 
     def __init__(self, per: Per, event_dims: int) -> None:
         self.per = per
@@ -61,68 +136,14 @@ class _Sums:
         return (message[:-1] / message[-1]).reshape(self.total.shape)
 
 
-def shared_shape(shape: Sequence[int], per: Per, event_dims: int) -> list[int]:
-    """Of the log σ for data of this shape: 1 where one is shared.
-
-    >>> shared_shape((8, 3, 4, 4), "channel", 3), shared_shape((8, 3, 4, 4), "image", 3)
-    ([3, 1, 1], [8, 1, 1, 1])
-    """
-    shared = _shared_axes(len(shape), per, event_dims)
-    whole = [1 if axis - len(shape) in shared else size for axis, size in enumerate(shape)]
-    return whole if per == "image" else whole[-event_dims:]
-
-
-def _shared_axes(dims: int, per: Per, event_dims: int) -> tuple[int, ...]:
-    batch = range(-dims, -event_dims)
-    channel = -event_dims
-    space = range(1 - event_dims, 0)
-    shared: dict[Per, list[int]] = {
-        "batch": [*batch, channel, *space],
-        "image": [channel, *space],
-        "channel": [*batch, *space],
-        "pixel": [*batch],
-    }
-    return tuple(shared[per])
-
-
-@torch.no_grad()
-def best_log_scale(
-    data: Iterable[Observed], per: Per, event_dims: int, log_floor: float, levels: int | None, start: Tensor | None = None
-) -> Tensor:
-    """The log σ that maximises the density of the data, or with ``levels`` the masses of the observed levels.
-
-    Args:
-        data: gone through once where there is a closed form, else several times.
-        per: what has a σ of its own.
-        event_dims: how many axes an example has.
-        log_floor: the least log σ.
-        levels: how many values a datum can take; None for the density.
-        start: where the search for levels begins; at the density's optimum unless given.
-
-    Shapes:
-        result (event-shaped, 1 where shared), or ``(*batch, 1, ...)`` for ``per="image"``; in the precision of the data.
-
-    Raises:
-        ValueError: there are no data.
-    """
-    start = _best_for_density(data, per, event_dims, log_floor) if start is None else start
-    if levels is None:
-        return start
-
-    def slopes(observed: Observed, log_scale: Tensor) -> Tensor:
-        return _slope_and_curvature(observed, log_scale, levels)
-
-    return _maximum(slopes, data, per, event_dims, log_floor, start.double()).to(start.dtype)
-
-
 def _best_for_density(data: Iterable[Observed], per: Per, event_dims: int, log_floor: float) -> Tensor:
     """In closed form, or by Newton's method from the root mean square."""
     sums = _Sums(per, event_dims)
-    for law, loc, base, x in data:
+    for residual, loc, base, x in data:
         z = (x - loc) * torch.exp(-base)
-        sums.add((law.statistic(z) if law.closed_form else z.square())[None])
-    log_scale = (sums.means()[0].log() / law.power).clamp_min(log_floor)
-    if not law.closed_form:
+        sums.add((residual.statistic(z) if residual.closed_form else z.square())[None])
+    log_scale = (sums.means()[0].log() / residual.power).clamp_min(log_floor)
+    if not residual.closed_form:
         log_scale = _maximum(_slope_of_density, data, per, event_dims, log_floor, log_scale)
     return log_scale.to(x.dtype)
 
@@ -153,7 +174,7 @@ class _Newton:
         self.upper = torch.full_like(start, math.inf)
 
     def step(self, slope: Tensor, curvature: Tensor) -> bool:
-        """Move to a better point; True where that was the last move worth making."""
+        """Move to a better point; True where no further move is worth making."""
         self.lower = torch.where(slope > 0, self.at, self.lower)
         self.upper = torch.where(slope < 0, self.at, self.upper)
         move = torch.where(curvature < 0, -slope / curvature, LARGEST_STEP * slope.sign())
@@ -185,62 +206,44 @@ class _Head:
 
 
 def _slope_of_density(observed: Observed, log_scale: Tensor) -> Tensor:
-    """First and second derivative of each element's log-density in its log σ, in two rows: statistic − 1, and what it loses."""
-    law, loc, base, x = observed
+    """First and second derivative of each element's log-density in its log σ, in two rows; the first is statistic − 1."""
+    residual, loc, base, x = observed
     with torch.enable_grad():
         variable = (base + log_scale.to(loc.dtype)).expand(loc.shape).detach().requires_grad_()
-        statistic = law.statistic((x - loc) * torch.exp(-variable))
+        statistic = residual.statistic((x - loc) * torch.exp(-variable))
         (curvature,) = torch.autograd.grad(statistic.sum(), variable)
     return torch.stack([statistic - 1, curvature]).detach()
 
 
 def _slope_and_curvature(observed: Observed, log_scale: Tensor, levels: int) -> Tensor:
-    r"""First and second derivative of each element's log-mass in its log σ, in two rows.
+    r"""First and second derivative of each element's log-probability of its bin in its log σ, in two rows.
 
-    With a and b the edges of the bin in units of σ, P its mass, f the density and s = −z (log f)' the law's statistic:
+    With a and b the edges of the bin in units of σ, P its probability, f the density and s = −z (log f)' the residual's statistic:
 
     .. math:: \frac{a f(a) - b f(b)}{P}, \qquad \frac{b f(b) (1 - s(b)) - a f(a) (1 - s(a))}{P} - \text{slope}^2
     """
-    law, loc, base, x = observed
+    residual, loc, base, x = observed
     top = levels - 1
     width = torch.exp(-base - log_scale.to(loc.dtype)) / top
     center = (torch.round(x * top) - loc * top) * width
     lower, upper = center - 0.5 * width, center + 0.5 * width
     first, last = x * top < 0.5, x * top > top - 0.5
-    tail = law.log_cdf(torch.where(first, upper, -lower))
-    log_mass = torch.where(first | last, tail, law.interval_log_prob(center, width))
-    at_lower, at_upper = (law.statistic(edge) for edge in (lower, upper))
+    tail = residual.log_cdf(torch.where(first, upper, -lower))
+    log_mass = torch.where(first | last, tail, residual.interval_log_prob(center, width))
+    at_lower, at_upper = (residual.statistic(edge) for edge in (lower, upper))
     # No density is a larger part of its bin's mass than this; without the bound, rounding far out in the tails is exponentiated.
     most = torch.log(1 / width + 1 + (at_lower + at_upper) / torch.minimum(lower.abs(), upper.abs()).clamp_min(0.1))
     below, above = (
-        torch.where(open_end, 0.0, edge * torch.exp(torch.minimum(law.log_prob(edge) - log_mass, most)))
+        torch.where(open_end, 0.0, edge * torch.exp(torch.minimum(residual.log_prob(edge) - log_mass, most)))
         for open_end, edge in ((first, lower), (last, upper))
     )
     slope = below - above
     return torch.stack([slope, above * (1 - at_upper) - below * (1 - at_lower) - slope.square()])
 
 
-def best_batch_log_scale(observed: Observed, per: Per, event_dims: int, log_floor: float, levels: int | None) -> Tensor:
-    """As :func:`best_log_scale`, of one batch; compiled without a graph break.
-
-    Raises:
-        ValueError: under ``torch.compile``, the law has to be solved by iteration and is none of :data:`LAWS`.
-    """
-    law, loc, _, x = observed
-    iterates = levels is not None or not law.closed_form
-    if not (iterates and torch.compiler.is_compiling()):
-        return best_log_scale([observed], per, event_dims, log_floor, levels)
-    if law.name not in LAWS:
-        raise ValueError(f"torch.compile solves for the σ of the laws {list(LAWS)}, got {law.name!r}; add it to `laws.LAWS`")
-    numbers = [p for p in law.parameters if not isinstance(p, Tensor)]
-    tensors = [p.detach() for p in law.parameters if isinstance(p, Tensor)]
-    result: Tensor = _solve(law.name, numbers, tensors, loc, x, per, event_dims, log_floor, levels)
-    return result
-
-
 @torch.library.custom_op("sigma_vae::best_log_scale", mutates_args=())
 def _solve(
-    law: str,
+    residual: str,
     numbers: list[float],
     tensors: list[Tensor],
     loc: Tensor,
@@ -250,7 +253,7 @@ def _solve(
     log_floor: float,
     levels: int | None,
 ) -> Tensor:
-    observed = Observed(LAWS[law](*numbers, *tensors), loc, loc.new_zeros(()), x)
+    observed = Observed(RESIDUALS[residual](*numbers, *tensors), loc, loc.new_zeros(()), x)
     stream = torch.accelerator.current_stream(x.device) if x.device.type == "cuda" else None
 
     def solve() -> Tensor:
@@ -265,7 +268,7 @@ def _solve(
 
 @_solve.register_fake
 def _(
-    law: str,
+    residual: str,
     numbers: list[float],
     tensors: list[Tensor],
     loc: Tensor,

@@ -492,18 +492,25 @@ class _Preset(NamedTuple):
     latent_dim: int
 
 
-def _plan(text: str) -> dict[str, str]:
-    """Keyword arguments for the text after the colon."""
-    if text not in PRESETS and "/" not in text:
+def _plan_of(text: str) -> Callable[[int], HierarchyPlan]:
+    """The plan for an image's longer side, from a preset's name or a plan."""
+    if text in PRESETS:
+        return PRESETS[text].plan
+    if "/" not in text:
         raise ValueError(f"a plan is one of {', '.join(PRESETS)}, or ENCODER/DECODER as in 14,14d14/1,14m1; got {text!r}")
-    if text not in PRESETS:
-        HierarchyPlan.parse(text)
+    plan = HierarchyPlan.parse(text)
+    return lambda size: plan
+
+
+def _checked_plan(text: str) -> dict[str, str]:
+    """Keyword arguments for the text after the colon."""
+    _plan_of(text)
     return {"plan": text}
 
 
 @register.network(
     "hierarchical",
-    argument=Argument("plan", _plan, "tiny"),
+    argument=Argument("plan", _checked_plan, "tiny"),
     latents="hierarchical",
     reads_clips=False,
     has_prior=False,
@@ -545,7 +552,7 @@ def hierarchical(
     return HierarchicalNetwork(
         shape,
         out_channels,
-        preset.plan(max(shape[1:])) if plan in PRESETS else HierarchyPlan.parse(plan),
+        _plan_of(plan)(max(shape[1:])),
         preset.latent_dim if latent_dim is None else latent_dim,
         preset.width if width is None else width,
     )

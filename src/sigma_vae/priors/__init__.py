@@ -1,4 +1,4 @@
-"""p(z): what the latents are drawn from. N(0, I) in training; fitted to the codes afterwards, where that is asked for."""
+"""Priors p(z) over latents: N(0, I) in training; afterwards, on request, one that is fitted to the latents."""
 
 from sigma_vae.priors.base import FittedPrior
 from sigma_vae.priors.flow import FlowPrior

@@ -16,8 +16,9 @@ __all__ = ["FlowPrior"]
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 1500, 256, 2e-3
 PATIENCE = 5
-"""Looks at the held-out codes without a gain, after which it stops; one every so many steps:"""
+"""Number of evaluations on held-out latents without a gain, after which the fit stops."""
 LOOK_EVERY = 50
+"""Steps between two evaluations on held-out latents."""
 MOST_HELD_OUT = 2000
 HELD_OUT_SHARE = 0.1
 
@@ -25,13 +26,13 @@ HELD_OUT_SHARE = 0.1
 @register.prior("flow", sketches=False)  # zuko cannot build its layers on the meta device
 @final
 class FlowPrior(FittedPrior):
-    r"""A neural spline flow (Durkan et al. 2019, arXiv 1906.04032) over whitened codes.
+    r"""A neural spline flow (Durkan et al. 2019, arXiv 1906.04032) over whitened latents.
 
     .. math:: \log p(z) = \log N(f(u); 0, I) + \log \left| \det \frac{\partial f}{\partial u} \right| - \tfrac12 \log |\Sigma|,
         \qquad u = \Sigma^{-1/2} (z - \mu)
 
-    with the moments μ, Σ of the codes and f three autoregressive maps by monotonic rational-quadratic splines on [−5, 5], the identity
-    outside. It has no gradients but inside :meth:`fit`. There is no closed form of KL(q‖p); it is taken at the draw that gave z.
+    with the moments μ, Σ of the latents, and f three autoregressive maps of monotonic rational-quadratic splines on [−5, 5], the identity
+    outside. It has gradients only inside :meth:`fit`. KL(q‖p) has no closed form and is estimated from the draw z.
 
     Args:
         latent_dim: size of z.
@@ -45,7 +46,7 @@ class FlowPrior(FittedPrior):
     >>> FlowPrior(latent_dim=2).sample(3)
     Traceback (most recent call last):
     ...
-    ValueError: this FlowPrior is not fitted yet; fit it on codes: vae.fit_prior(loader, prior)
+    ValueError: this FlowPrior is not fitted yet; fit it to latents: vae.fit_prior(loader, prior)
     """
 
     def __init__(self, latent_dim: int) -> None:
@@ -53,23 +54,23 @@ class FlowPrior(FittedPrior):
         self.moments = GaussianPrior(latent_dim)
         self.transform = _transform(latent_dim, seed=0)
 
-    def fit(self, codes: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
-        """Maximise the density of the codes (Adam) until that of the held-out ones has not risen for a while, and take the best.
+    def fit(self, latents: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
+        """Maximise the density of the latents by Adam, stop when that of the held-out ones no longer rises, and keep the best.
 
-        Without held-out codes a tenth of the codes is held out.
+        Without held-out latents, a tenth of the latents is held out.
 
         Raises:
-            ValueError: the codes are too few, not finite, or of another size.
+            ValueError: the latents are too few, not finite, or of another size.
         """
         generator = torch.Generator().manual_seed(seed)
-        codes = self.checked(codes)
+        latents = self.checked(latents)
         if held_out is None:
-            mixed = codes[torch.randperm(len(codes), generator=generator)]
-            part = max(1, round(HELD_OUT_SHARE * len(codes)))
-            held_out, codes = mixed[:part], mixed[part:]
+            mixed = latents[torch.randperm(len(latents), generator=generator)]
+            part = max(1, round(HELD_OUT_SHARE * len(latents)))
+            held_out, latents = mixed[:part], mixed[part:]
         moments = GaussianPrior(self.latent_dim).double()
-        moments.fit(codes)
-        units = moments.whiten(codes).float(), moments.whiten(self.checked(held_out, least=1)[:MOST_HELD_OUT]).float()
+        moments.fit(latents)
+        units = moments.whiten(latents).float(), moments.whiten(self.checked(held_out, least=1)[:MOST_HELD_OUT]).float()
         transform = _transform(self.latent_dim, seed)
         with torch.enable_grad():
             _maximise(transform.requires_grad_(), *units, generator)
@@ -82,7 +83,7 @@ class FlowPrior(FittedPrior):
         return _log_prob(self.transform, self.moments.whiten(z)) - self.moments.log_determinant()
 
     def kl(self, posterior: Normal, z: Tensor) -> Tensor:
-        """KL(q‖p) from the draw z, and in closed form that from the Gaussian with the codes' moments."""
+        """KL(q‖p), estimated from the draw z with the Gaussian of the same moments as control variate."""
         return drawn_kl(self, self.moments, posterior, z)
 
     def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
@@ -100,15 +101,15 @@ def _log_prob(transform: nn.Module, unit: Tensor) -> Tensor:
     return result
 
 
-def _maximise(transform: nn.Module, codes: Tensor, held_out: Tensor, generator: torch.Generator) -> None:
-    """Leave in it the weights that give the held-out codes the highest density."""
+def _maximise(transform: nn.Module, latents: Tensor, held_out: Tensor, generator: torch.Generator) -> None:
+    """Train the transform, and leave it with the weights that give held-out latents the highest density."""
     optimizer = torch.optim.Adam(transform.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     best, best_state, behind = -math.inf, copy.deepcopy(transform.state_dict()), 0
     for step in range(1, STEPS + 1):
-        chosen = torch.randint(len(codes), (BATCH_SIZE,), generator=generator)
+        chosen = torch.randint(len(latents), (BATCH_SIZE,), generator=generator)
         optimizer.zero_grad()
-        (-_log_prob(transform, codes[chosen]).mean()).backward()  # type: ignore[no-untyped-call]
+        (-_log_prob(transform, latents[chosen]).mean()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if step % LOOK_EVERY:
@@ -124,7 +125,7 @@ def _maximise(transform: nn.Module, codes: Tensor, held_out: Tensor, generator: 
 
 
 def _transform(latent_dim: int, seed: int) -> nn.Module:
-    """Zuko's, with weights by the seed; the global generator and torch's checks of distributions, which it switches off, stay."""
+    """Zuko's transform with seeded weights; the global generator stays, and so do torch's checks, which zuko switches off."""
     checks = Distribution._validate_args, Distribution.__dict__["arg_constraints"]
     try:
         from zuko.flows import NSF  # type: ignore[import-untyped]

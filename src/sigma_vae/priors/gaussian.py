@@ -51,7 +51,7 @@ class StandardNormal(Prior):
 @register.prior("gaussian")
 @final
 class GaussianPrior(FittedPrior):
-    r"""N(μ, Σ) with full covariance: the mean and the covariance of the codes, which maximise their density.
+    r"""N(μ, Σ) with full covariance: mean and covariance of the latents, which maximise their density.
 
     .. math:: KL(N(m, S) \| N(\mu, \Sigma))
         = \tfrac12 \left( \operatorname{tr} \Sigma^{-1} S + (m-\mu)^T \Sigma^{-1} (m-\mu) - d + \log |\Sigma| - \log |S| \right)
@@ -79,19 +79,19 @@ class GaussianPrior(FittedPrior):
         self.register_buffer("mean", torch.full((latent_dim,), math.nan))
         self.register_buffer("scale_tril", torch.full((latent_dim, latent_dim), math.nan))
 
-    def fit(self, codes: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
-        """Take the codes' moments; nothing is chosen, nothing is random.
+    def fit(self, latents: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
+        """Take the latents' moments; ``held_out`` and ``seed`` are not used.
 
         Raises:
-            ValueError: the codes are too few, not finite, of another size, or lie in a plane.
+            ValueError: the latents are too few, not finite, of another size, or lie in a plane.
         """
-        codes = self.checked(codes)
-        mean = codes.mean(0)
-        centred = codes - mean
-        factor, failed = torch.linalg.cholesky_ex(centred.T @ centred / len(codes))
+        latents = self.checked(latents)
+        mean = latents.mean(0)
+        centred = latents - mean
+        factor, failed = torch.linalg.cholesky_ex(centred.T @ centred / len(latents))
         if failed:
             raise ValueError(
-                "the codes lie in a plane, so no Gaussian has a density there; are they draws from the posteriors?"
+                "the latents lie in a plane, so no Gaussian has a density there; are they draws from the posteriors?"
             )
         self.mean.copy_(mean)
         self.scale_tril.copy_(factor)
@@ -113,13 +113,13 @@ class GaussianPrior(FittedPrior):
         return result
 
     def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        """Draw n latents; the temperature scales their deviations from the mean."""
+        """Draw n latents; the temperature scales their spread about the mean."""
         self.require_fitted()
         unit = torch.empty(n, self.latent_dim, device=self.mean.device, dtype=self.mean.dtype).normal_(generator=generator)
         return self.colour(temperature * unit)
 
     def whiten(self, z: Tensor) -> Tensor:
-        """From N(μ, Σ) to N(0, I)."""
+        """Map N(μ, Σ) to N(0, I)."""
         self.require_fitted()
         centred = z - self.mean
         flat = centred.reshape(-1, self.latent_dim)
@@ -128,22 +128,22 @@ class GaussianPrior(FittedPrior):
         return unit.reshape(centred.shape)
 
     def colour(self, unit: Tensor) -> Tensor:
-        """From N(0, I) to N(μ, Σ)."""
+        """Map N(0, I) to N(μ, Σ)."""
         return self.mean + unit @ self.scale_tril.T
 
     def log_determinant(self) -> Tensor:
-        """Of :meth:`colour`: half that of Σ."""
+        """Log-determinant of :meth:`colour`: half that of Σ."""
         return self.scale_tril.diagonal().log().sum()
 
 
 def drawn_kl(prior: Prior, moments: GaussianPrior, posterior: Normal, z: Tensor) -> Tensor:
-    r"""KL(q‖p) from the draw z ~ q, ``(*batch,)``, where it has no closed form.
+    r"""Estimate KL(q‖p) from the draw z ~ q, ``(*batch,)``, where it has no closed form.
 
     With a Gaussian G that is near p it is
 
     .. math:: KL(q \| G) + \log G(z) - \log p(z)
 
-    Its expectation is the KL, as that of log q(z) − log p(z) is, but the noise of log q(z) is not in it, about half a nat² a latent; and
-    where p is G, it has none.
+    Its expectation is the KL, like that of log q(z) − log p(z), but it lacks the noise of log q(z), about half a nat² per latent. Where p
+    is G, it has no noise.
     """
     return moments.kl(posterior, z) + moments.log_prob(z) - prior.log_prob(z)

@@ -14,12 +14,12 @@ from sigma_vae.registry import Argument, register
 
 __all__ = ["MixturePrior"]
 
-LADDER = (1, 5, 10, 20, 50, 100)
-"""The numbers of components that are tried."""
-MOST_CODES = 12_000
-"""More change the mixture little, and cost time in proportion."""
+NUMBERS = (1, 5, 10, 20, 50, 100)
+"""Numbers of components to try."""
+MOST_LATENTS = 12_000
+"""More latents change the mixture little, and cost time in proportion."""
 REGULARISATION = 1e-6
-"""Added to the diagonals of the covariances, in units of the codes' mean variance."""
+"""Added to the diagonals of the covariances, in units of the latents' mean variance."""
 ITERATIONS = 100
 
 
@@ -40,12 +40,11 @@ class MixturePrior(FittedPrior):
 
     .. math:: \log p(z) = \log \sum_k w_k N(z; \mu_k, \Sigma_k)
 
-    There is no closed form of KL(q‖p); it is taken at the draw that gave z.
+    KL(q‖p) has no closed form and is estimated from the draw z.
 
     Args:
         latent_dim: size of z.
-        components: how many Gaussians; None: chosen in :meth:`fit`, from 1 up, as long as the held-out codes gain from more. Once fitted,
-            ``components`` says how many there are.
+        components: number of Gaussians. None: :meth:`fit` raises it from 1 for as long as held-out latents gain, and sets it.
 
     Shapes:
         z ``(*batch, latent_dim)``, log_prob and kl ``(*batch,)`` in nats; log_weights ``(components,)``,
@@ -54,13 +53,13 @@ class MixturePrior(FittedPrior):
     Raises:
         ValueError: components is below 1.
 
-    >>> codes = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) + 10 * (torch.arange(400) % 2)[:, None]
+    >>> latents = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) + 10 * (torch.arange(400) % 2)[:, None]
     >>> prior = MixturePrior(latent_dim=2)
-    >>> prior.fit(codes[:300], held_out=codes[300:])
+    >>> prior.fit(latents[:300], held_out=latents[300:])
     >>> prior.components
     5
     >>> prior = MixturePrior(latent_dim=2, components=2)
-    >>> prior.fit(codes)
+    >>> prior.fit(latents)
     >>> prior.means.mean(1).sort().values.round().abs()
     tensor([ 0., 10.])
     """
@@ -73,7 +72,7 @@ class MixturePrior(FittedPrior):
         super().__init__(latent_dim, least_latents=max(latent_dim + 1, components or 1))
         if components is not None and components < 1:
             raise ValueError(
-                f"components counts the Gaussians and is at least 1 (None: chosen by held-out codes), got {components}"
+                f"components counts the Gaussians and is at least 1 (None: chosen by held-out latents), got {components}"
             )
         self.components = self._asked = components
         self.moments = GaussianPrior(latent_dim)
@@ -82,21 +81,21 @@ class MixturePrior(FittedPrior):
         self.register_buffer("means", torch.full((count, latent_dim), math.nan))
         self.register_buffer("scale_trils", torch.full((count, latent_dim, latent_dim), math.nan))
 
-    def fit(self, codes: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
-        """Fit by expectation-maximisation from a k-means start, on at most 12 000 of the codes.
+    def fit(self, latents: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
+        """Fit by expectation-maximisation from a k-means start, to at most 12 000 of the latents.
 
-        Where the number of components is chosen, it rises as long as the mean log-density of the held-out codes does, by more than the
-        standard error of the rise.
+        Where the number of components is chosen, it rises for as long as the mean log-density of the held-out latents rises by more than
+        the standard error of the gain.
 
         Raises:
-            ValueError: the codes are too few, not finite or of another size, or held-out ones are needed and missing.
+            ValueError: the latents are too few, not finite or of another size, or held-out ones are needed and missing.
         """
-        some = _some(self.checked(codes), seed)
+        some = _some(self.checked(latents), seed)
         if self._asked is not None:
             fitted = _expectation_maximisation(some, self._asked, seed)
         elif held_out is None:
             raise ValueError(
-                "the number of components is chosen by held-out codes: give held_out (validation), or components=20, say"
+                "the number of components is chosen by held-out latents: give held_out (validation), or a number such as components=20"
             )
         else:
             fitted = _chosen(some, _some(self.checked(held_out, least=1), seed), seed)
@@ -122,29 +121,29 @@ class MixturePrior(FittedPrior):
         return torch.logsumexp(constants[:, None] - 0.5 * unit.square().sum(1), 0).reshape(z.shape[:-1])
 
     def kl(self, posterior: Normal, z: Tensor) -> Tensor:
-        """KL(q‖p) from the draw z, and in closed form that from the Gaussian with the codes' moments."""
+        """KL(q‖p), estimated from the draw z with the Gaussian of the same moments as control variate."""
         return drawn_kl(self, self.moments, posterior, z)
 
     def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        """Draw n components, and a latent of each; the temperature scales the spread of the Gaussians, not which of them is drawn."""
+        """Draw n components, and one latent vector of each; the temperature scales the Gaussians' spread, not the weights."""
         self.require_fitted()
         which = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
         unit = torch.empty(n, self.latent_dim, device=self.means.device, dtype=self.means.dtype).normal_(generator=generator)
         return self.means[which] + temperature * (self.scale_trils[which] @ unit[..., None]).squeeze(-1)
 
 
-def _some(codes: Tensor, seed: int) -> Tensor:
-    return codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(seed))[:MOST_CODES]]
+def _some(latents: Tensor, seed: int) -> Tensor:
+    return latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))[:MOST_LATENTS]]
 
 
-def _chosen(codes: Tensor, held_out: Tensor, seed: int) -> Any:
-    """The last mixture of the ladder that was worth its step."""
-    best = _expectation_maximisation(codes, LADDER[0], seed)
+def _chosen(latents: Tensor, held_out: Tensor, seed: int) -> Any:
+    """The mixture with the largest number of components that held-out latents gained from."""
+    best = _expectation_maximisation(latents, NUMBERS[0], seed)
     density = best.score_samples(held_out.numpy())
-    for components in LADDER[1:]:
-        if components * (codes.shape[1] + 1) > len(codes):  # fewer codes than a covariance each would take
+    for components in NUMBERS[1:]:
+        if components * (latents.shape[1] + 1) > len(latents):  # too few latents for so many covariances
             break
-        richer = _expectation_maximisation(codes, components, seed)
+        richer = _expectation_maximisation(latents, components, seed)
         gain = richer.score_samples(held_out.numpy()) - density
         if gain.mean() <= gain.std() / math.sqrt(len(gain)):
             break
@@ -152,13 +151,13 @@ def _chosen(codes: Tensor, held_out: Tensor, seed: int) -> Any:
     return best
 
 
-def _expectation_maximisation(codes: Tensor, components: int, seed: int) -> Any:
-    """In float64: of float32 codes scikit-learn finds covariances that are not positive definite."""
+def _expectation_maximisation(latents: Tensor, components: int, seed: int) -> Any:
+    """Fit in float64: from float32 scikit-learn gets covariances that are not positive definite."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
-    floor = REGULARISATION * float(codes.var(0).mean())
+    floor = REGULARISATION * float(latents.var(0).mean())
     mixture = GaussianMixture(components, reg_covar=floor, max_iter=ITERATIONS, random_state=seed)
-    with warnings.catch_warnings():  # held-out codes judge a mixture that is still moving
+    with warnings.catch_warnings():  # held-out latents judge a mixture that has not converged
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return mixture.fit(codes.numpy())
+        return mixture.fit(latents.numpy())

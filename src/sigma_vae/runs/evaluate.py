@@ -15,8 +15,17 @@ from sigma_vae.evaluation.base import metrics
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.plots import pairs, reconstructed, sampled, save_clips, save_grid
 from sigma_vae.evaluation.suite import chosen, measure
-from sigma_vae.runs.folder import KEY as SIGMA_FITTED_ON
-from sigma_vae.runs.folder import Run, evaluation_batch, fitted_on, held, model_digest, open_run, read_json, write_json
+from sigma_vae.runs.folder import (
+    SIGMA_FITTED_ON,
+    Run,
+    evaluation_batch,
+    lock_run,
+    model_digest,
+    open_run,
+    read_json,
+    sigma_fitted_on,
+    write_json,
+)
 from sigma_vae.training import resolve_device
 from sigma_vae.training.distributed import from_first, joined, shared
 from sigma_vae.vae import VAE
@@ -35,11 +44,11 @@ def evaluate_run(
     *,
     device: str = "auto",
 ) -> Evaluation:
-    """Evaluate a finished run, and write ``evaluation.json`` (for the validation split, ``evaluation-validation.json``).
+    """Evaluate a finished run, and write ``evaluation.json`` (or ``evaluation-validation.json``).
 
-    Each metric has its own section, which says how it was measured. Sections that are not asked for this time are kept, as long as they
-    are about the same weights. Under ``torchrun`` the processes share the work; some metrics (``quality``, ``predictions``) are measured by
-    the first one, while the others wait.
+    Each metric has its own section, which says how it was measured. Sections that are not asked for this time are kept,
+    as long as they are about the same weights. Under ``torchrun`` the processes share the work; some metrics
+    (``quality``, ``predictions``) are measured by the first one, while the others wait.
 
     Args:
         out: folder of the run.
@@ -50,7 +59,7 @@ def evaluate_run(
         ValueError: there is no such run, a metric does not apply to it, or another process is working in its folder.
         OSError: the folder cannot be written.
     """
-    with joined(resolve_device(device)), held(out):
+    with joined(resolve_device(device)), lock_run(out):
         return evaluate_anew(out, settings, device)
 
 
@@ -69,7 +78,7 @@ def _store_with_pages(out: Path, report: Evaluation, title: str) -> Evaluation:
 
 
 def evaluation(out: Path, run: Run, settings: EvaluationSettings = BOUNDS_ALONE) -> Evaluation:
-    """Evaluate a run whose model is saved in this folder, and record what has to be the same for the numbers to be repeated."""
+    """Evaluate a run whose model is saved in this folder, and record the weights, data and versions."""
     config, vae, data = run
     size = evaluation_batch(data)
     held_out, training = (shared(data, split, size, vae.device) for split in (settings.split, "train"))
@@ -86,7 +95,7 @@ def evaluation(out: Path, run: Run, settings: EvaluationSettings = BOUNDS_ALONE)
         about["context_frames"] = vae.network.context_frames
     if vae.network.has_prior:
         about["prior"] = models.prior_name(vae.network.prior)
-    fitted = fitted_on(out)
+    fitted = sigma_fitted_on(out)
     if fitted is not None:
         about[SIGMA_FITTED_ON] = fitted
     about["how"] = {
@@ -148,7 +157,7 @@ def _page(out: Path, name: str, split: SplitName) -> Path:
 
 
 def draw(out: Path, vae: VAE, data: Splits) -> None:
-    """Write pictures of samples and reconstructions, moving ones for clips; for a fitted prior, samples of N(0, I) as well."""
+    """Write pictures of samples and reconstructions, moving for clips; for a fitted prior, also samples of N(0, I)."""
     vae.eval()
     moving = data.frames is not None
     if has_fitted_prior(vae):

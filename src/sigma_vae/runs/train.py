@@ -1,4 +1,4 @@
-"""Train into a new run folder, or resume one."""
+"""Train a run into a new folder, resume it, or repeat the step that stopped it."""
 
 import platform
 from dataclasses import asdict, replace
@@ -10,16 +10,14 @@ import torch
 from sigma_vae import __version__, models
 from sigma_vae.config import DataConfig, RunConfig, parse, write
 from sigma_vae.data import Scaling, Splits, names
-from sigma_vae.evaluation.plots import drawable
-from sigma_vae.models import default_network
-from sigma_vae.networks import SequenceNetwork
 from sigma_vae.evaluation import Evaluation
+from sigma_vae.evaluation.plots import drawable
 from sigma_vae.runs.evaluate import draw, evaluation, store
-from sigma_vae.runs.folder import Run, config_of, same_data, write_json
-from sigma_vae.runs.refit import check_codes, take_prior
+from sigma_vae.runs.folder import Run, config_of, data_of, write_json
+from sigma_vae.runs.refit import check_latents, take_prior
 from sigma_vae.training import fit, resolve_device
+from sigma_vae.training.checkpoints import LOCK, exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first, from_first, joined, processes
-from sigma_vae.training.folder import LOCK, check_name, exclusive, explained
 from sigma_vae.training.hardware import Choices, choices_for
 from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step
 from sigma_vae.vae import VAE
@@ -27,30 +25,29 @@ from sigma_vae.vae import VAE
 __all__ = ["has_checkpoint", "rerun", "resume", "train"]
 
 NOT_YET_A_RUN = {LOCK, "environment.json", "environment.json.new", "config.yaml.new"}
-"""What a training leaves that broke off before its folder was a run."""
+"""Files left by a training that stopped before its folder was a run."""
 
 
 def train(config: RunConfig, out: Path, *, progress: bool = True) -> Evaluation:
-    """Train into a new folder, calibrate, fit the prior where one is asked for, evaluate on the test split, and draw pictures.
+    """Train into a new folder, calibrate, fit the prior, evaluate on the test split, and draw pictures.
 
-    Started by ``torchrun``, the processes share the work; the folder is one that all of them see.
+    Processes started by ``torchrun`` share the work; all of them have to see the folder.
 
     Returns:
-        The evaluation, as ``evaluation.json`` holds it.
+        The evaluation, as in ``evaluation.json``.
 
     Raises:
-        ValueError: the folder already holds something, another process is at work in it, or the config is not possible.
-        OSError: the folder cannot be written; what was written before is whole.
+        ValueError: the folder is not empty, another process is writing into it, or the config is not possible.
+        OSError: the folder cannot be written; files written before are whole.
     """
     with joined(resolve_device(config.device)):
         return _train(config, out, progress=progress)
 
 
 def _check_new(out: Path) -> None:
-    check_name(out)
     if out.exists() and (not out.is_dir() or any(path.name not in NOT_YET_A_RUN for path in out.iterdir())):
         raise ValueError(
-            f"{out} already exists and is never overwritten; give another --out, or go on with it: sigma-vae resume {out}"
+            f"{out} already exists and is never overwritten; give another --out, or continue it: sigma-vae resume {out}"
         )
 
 
@@ -62,18 +59,18 @@ def _train(config: RunConfig, out: Path, *, progress: bool) -> Evaluation:
     if progress and processes().first:
         print(f"{data.name}: {data.record['counts']}; {data.record['preprocessing']}")
     if config.model.network == "auto":
-        config = replace(config, model=replace(config.model, network=default_network(data.shape, clips=data.clips)))
+        config = replace(config, model=replace(config.model, network=models.default_network(data.shape, clips=data.clips)))
     vae = _new_vae(config, data)
     choices = choices_for(vae, data, config.training, resolve_device(config.device))
     environment = _environment(config, data, choices)
-    with explained(out, "train again"), exclusive(out):
+    with with_remedy(out, "train again"), exclusive(out):
         from_first(lambda: _begin(config, out, environment))
-        with explained(out, f"go on: sigma-vae resume {out}"):
+        with with_remedy(out, f"continue: sigma-vae resume {out}"):
             return _finish(config, out, vae, data, resumed=False, progress=progress)
 
 
 def _from_anywhere(data: DataConfig) -> DataConfig:
-    """The same data, found from any folder; a source is looked for in its root, where it has one."""
+    """The same data, with paths that hold in any folder; a source is looked for in its root, where it has one."""
     inside = data.root is not None or data.source in names() or not Path(data.source).exists()
     source = data.source if inside else str(Path(data.source).resolve())
     return replace(data, source=source, root=_absolute(data.root), cache=_absolute(data.cache))
@@ -84,27 +81,32 @@ def _absolute(folder: str | None) -> str | None:
 
 
 def _begin(config: RunConfig, out: Path, environment: dict[str, Any]) -> None:
-    _check_new(out)  # again: while the data were read, another process may have trained into it
+    _check_new(out)  # again: another process may have trained into it while the data were read
     write_json(out / "environment.json", environment)
-    write(out / "config.yaml", config)  # from here on it is a run, which can be resumed
+    write(out / "config.yaml", config)  # from here on the folder is a run, which can be resumed
 
 
 def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> Evaluation:
-    """Go on exactly where a run stopped, perhaps for more epochs than it was given; from the beginning, if it had no checkpoint yet.
+    """Continue a run exactly where it stopped; from the beginning, if it has no checkpoint yet.
+
+    Args:
+        out: folder of the run.
+        epochs: total number of epochs, in place of the run's own.
+        progress: whether a progress bar is shown.
 
     Raises:
-        ValueError: the folder holds no run, its data have changed, it has more epochs behind it than asked for, all its checkpoints are
-            damaged, or another process is at work in it.
+        ValueError: the folder holds no run, its data have changed, it has more than these epochs behind it, all its
+            checkpoints are damaged, or another process is writing into it.
         OSError: the folder cannot be written.
     """
     config = given = config_of(out)
     if epochs is not None:
         config = replace(config, training=replace(config.training, epochs=epochs))
     with joined(resolve_device(config.device)):
-        data = same_data(out, config)
+        data = data_of(out, config)
         vae = _new_vae(config, data)
-        with explained(out, f"go on: sigma-vae resume {out}"), exclusive(out):
-            # At once: where this is interrupted, the next resumption has the same end.
+        with with_remedy(out, f"continue: sigma-vae resume {out}"), exclusive(out):
+            # At once, so that a resumption of an interrupted resumption has the same end.
             from_first(lambda: write(out / "config.yaml", config))
             try:
                 return _finish(config, out, vae, data, resumed=has_checkpoint(out), progress=progress)
@@ -115,11 +117,14 @@ def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> Ev
 
 
 def rerun(out: Path) -> dict[str, Any]:
-    """Do the step again whose loss was not finite, from ``non-finite.safetensors`` in the run folder; the data are not needed.
+    """Repeat the step whose loss was not finite.
+
+    It is read from ``non-finite.safetensors`` in the run folder; the data are not needed.
 
     Returns:
-        ``step``, ``split``, ``diagnosis`` as it was given when the run stopped, and ``begins_in``: the modules whose output is not finite
-        where their input was, in their order, and the terms and examples (their positions in the split) that it reaches.
+        ``step``, ``split``, the ``diagnosis`` given when the run stopped, and ``begins_in``: in their order, the
+        modules whose output is not finite although their input was, and the terms and examples (positions in the split)
+        that are not finite.
 
     Raises:
         ValueError: the folder holds no run, or no such step.
@@ -134,13 +139,19 @@ def rerun(out: Path) -> dict[str, Any]:
     try:
         vae = models.sized(replace(config.model, prior="standard"), tuple(shape), scaling, sizes)
         begins = first_broken(vae, step, config.training)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:  # tensors of any kind and size
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+    ) as error:  # tensors of any kind and size
         raise ValueError(f"{out / FILE} does not fit the model of {out}: {error}") from error
     return {name: step.about.get(name) for name in ("step", "split", "diagnosis")} | {"begins_in": begins}
 
 
 def has_checkpoint(out: Path) -> bool:
-    """Whether a training has come so far that it has something to go on from."""
+    """Whether a run has a checkpoint to continue from."""
     return any((out / "checkpoints" / name).exists() for name in ("last.ckpt", "previous.ckpt"))
 
 
@@ -164,16 +175,14 @@ def _write_report(out: Path, report: Evaluation, vae: VAE, data: Splits) -> Eval
 def _new_vae(config: RunConfig, data: Splits) -> VAE:
     torch.manual_seed(config.seed)
     vae = models.vae(config.model, data.shape, data.scaling)
-    if isinstance(vae.network, SequenceNetwork) != (data.frames is not None):
-        have, remedy = (
-            ("no clips", "take residual, conv, hierarchical or mlp") if data.frames is None else ("clips", "take sequence")
-        )
+    if vae.network.reads_clips != data.clips:
+        have, remedy = ("clips", "take sequence") if data.clips else ("no clips", "take residual, conv, hierarchical or mlp")
         raise ValueError(f"{config.data.source} has {have}, and the network {config.model.network} is not for that; {remedy}")
-    if data.frames is not None and data.frames <= config.model.context_frames:
+    if data.frames is not None and data.frames <= vae.network.context_frames:
         raise ValueError(
-            f"context_frames={config.model.context_frames} leaves nothing to predict of clips of {data.frames} frames; give fewer"
+            f"context_frames={vae.network.context_frames} leaves nothing to predict of clips of {data.frames} frames; give fewer"
         )
-    check_codes(config.model.prior, vae, data)
+    check_latents(config.model.prior, vae, data)
     return vae
 
 

@@ -1,7 +1,17 @@
-"""Training with pytorch-lightning."""
+"""Training: one loop on Lightning Fabric, with exact resumption, several processes, callbacks and loggers."""
 
-from sigma_vae.training.fit import fit, resolve_device
-from sigma_vae.training.module import NonFiniteLossError
-from sigma_vae.training.resuming import Terminated
+from sigma_vae.training.callbacks import Callback, Context
+from sigma_vae.training.loop import FitResult, Terminated, fit, resolve_device
+from sigma_vae.training.metrics import make_loggers
+from sigma_vae.training.nonfinite import NonFiniteLossError
 
-__all__ = ["NonFiniteLossError", "Terminated", "fit", "resolve_device"]
+__all__ = [
+    "Callback",
+    "Context",
+    "FitResult",
+    "NonFiniteLossError",
+    "Terminated",
+    "fit",
+    "make_loggers",
+    "resolve_device",
+]

@@ -1,50 +1,164 @@
-"""What happens around the steps: averaged weights, scales refitted before each validation, and a row of what it found."""
+"""Hooks into a training: the interface for your own, the progress bar, and early stopping."""
 
-from typing import Any
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
 
-import pytorch_lightning as pl
-from pytorch_lightning.callbacks import EMAWeightAveraging
-
-from sigma_vae.data import Batches
-from sigma_vae.training.module import REMEDY, NonFiniteLossError, TrainingModule
+from sigma_vae.config import TrainingConfig
+from sigma_vae.training.metrics import TrainingLogger
 from sigma_vae.vae import VAE
 
-__all__ = ["AveragedWeights", "CalibrateBeforeValidation", "ValidationRow"]
+__all__ = ["Bar", "Callback", "Context", "Patience"]
+
+SECONDS_BETWEEN = 0.25
+"""Between two drawings of the bar. Drawing takes milliseconds: more often, it would slow the steps of small networks."""
 
 
-class AveragedWeights(EMAWeightAveraging):
-    """An exponential moving average of the weights, which stands still where a step is skipped."""
+@dataclass
+class Context:
+    """The state of a training, as callbacks see it.
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
-        """Runs after each step, taken or skipped."""
-        assert isinstance(pl_module, TrainingModule)
-        if not pl_module.just_skipped:
-            super().on_train_batch_end(trainer, pl_module, *batch)
-
-
-class CalibrateBeforeValidation(pl.Callback):
-    """Refit the scales on a fixed part of the training data, so that validation reports what an evaluation would."""
-
-    def __init__(self, vae: VAE, part: Batches) -> None:
-        self.vae = vae
-        self.part = part
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Runs after the averaged weights, if any, are in place."""
-        try:
-            self.vae.calibrate(self.part)
-        except ValueError as error:  # of data that trained before, so it is the weights that have become useless
-            raise NonFiniteLossError(f"after step {trainer.global_step - 1}: {error}. {REMEDY}") from error
-
-
-class ValidationRow(pl.Callback):
-    """Writes what a validation found, as of the newest step.
-
-    The engine would write it, too, but counts calls, of several steps each: a resumed run keeps the rows of the steps behind it.
+    Args:
+        vae: the model; during ``on_validation`` with the weights that were validated (the averaged ones, with ``ema_decay``).
+        config: of the training.
+        folder: of the run; None where nothing is kept.
+        total_steps: of the whole training, unless it is stopped before.
+        loggers: where rows are written; none on processes other than the first.
+        step: the number of steps taken.
+        epoch: the epoch at hand, counted from 0.
+        metrics: the newest values of everything that was logged.
+        stopping: whether the training ends after the next validation.
     """
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Runs when the means are there, before a checkpoint is written."""
-        found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("validation/")}
-        for logger in trainer.loggers:
-            logger.log_metrics(found | {"epoch": trainer.current_epoch}, trainer.global_step - 1)
+    vae: VAE
+    config: TrainingConfig
+    folder: Path | None
+    total_steps: int
+    loggers: Sequence[TrainingLogger]
+    step: int = 0
+    epoch: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    stopping: bool = False
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Write values to the loggers, in the row of the newest step; call it after the first step."""
+        self.metrics.update(metrics)
+        for logger in self.loggers:
+            logger.log_metrics(dict(metrics), self.step - 1)
+
+    def stop(self) -> None:
+        """End the training soon, after a last validation; of several processes one that calls this ends all."""
+        self.stopping = True
+
+
+class Callback:
+    """Base of hooks into :func:`sigma_vae.training.fit`. Override what you need.
+
+    If several processes train, each calls its own copy.
+
+    >>> class StopWhenGood(Callback):
+    ...     def on_validation(self, context: Context) -> None:
+    ...         if context.metrics["validation/elbo_nats"] > -80:
+    ...             context.stop()
+    """
+
+    def on_fit_start(self, context: Context) -> None:
+        """Runs before the first step, also of a resumed training."""
+
+    def on_step(self, context: Context) -> None:
+        """Runs after each step. Keep it short: small networks take many hundred steps a second."""
+
+    def on_validation(self, context: Context) -> None:
+        """Runs after each validation, before the checkpoint is written."""
+
+    def on_fit_end(self, context: Context) -> None:
+        """Runs when the training has ended, also by an error or an interrupt."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state that a resumed training needs: tensors and plain values; it is kept in each checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+
+
+@final
+class Patience(Callback):
+    """Stops a training whose validations no longer improve.
+
+    Args:
+        metric: more of it is better.
+        patience: the number of validations without improvement after which training stops.
+    """
+
+    def __init__(self, metric: str, patience: int) -> None:
+        self.metric = metric
+        self.patience = patience
+        self.best = -math.inf
+        self.waited = 0
+
+    def on_fit_start(self, context: Context) -> None:
+        """Stop at once if patience had run out before resuming."""
+        context.stopping = context.stopping or self.waited >= self.patience
+
+    def on_validation(self, context: Context) -> None:
+        """Compare with the best so far."""
+        score = context.metrics[self.metric]
+        self.best, self.waited = (score, 0) if score > self.best else (self.best, self.waited + 1)
+        if self.waited >= self.patience:
+            context.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best score and number of validations since."""
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self.best, self.waited = state["best"], state["waited"]
+
+
+@final
+class Bar(Callback):
+    """Draws epoch, steps, time left, and the newest values, a few times a second."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.progress = Progress(*columns, TextColumn("{task.fields[numbers]}"), auto_refresh=False)
+        self.task = self.progress.add_task("", numbers="")
+        self.drawn_at = 0.0
+
+    def on_fit_start(self, context: Context) -> None:
+        """Begin where a resumed training stands."""
+        self.progress.update(self.task, total=context.total_steps)
+        self.progress.start()
+        self._draw(context)
+
+    def on_step(self, context: Context) -> None:
+        """Draw, unless it was done just now."""
+        if time.monotonic() - self.drawn_at > SECONDS_BETWEEN:
+            self._draw(context)
+
+    def on_validation(self, context: Context) -> None:
+        """Show the new values."""
+        self._draw(context)
+
+    def on_fit_end(self, context: Context) -> None:
+        """Leave the bar as it is."""
+        self.progress.stop()
+
+    def _draw(self, context: Context) -> None:
+        shown = {"train/loss_nats": "loss", **dict.fromkeys(("validation/elbo_nats", "validation/objective_nats"), "")}
+        numbers = []
+        for name, value in context.metrics.items():
+            if name in shown or name == "validation/bits_per_dim":
+                numbers.append(f"{shown.get(name) or name.removeprefix('validation/')} {value:.5g}")
+        epochs = context.config.epochs
+        description = f"epoch {min(context.epoch + 1, epochs)}/{epochs}"
+        self.progress.update(self.task, description=description, completed=context.step, numbers=" ".join(numbers))
+        self.progress.refresh()
+        self.drawn_at = time.monotonic()

@@ -1,85 +1,124 @@
-"""Checkpoint files that are whole or refused: written aside, forced to the disk, renamed; sealed with a digest; the one before is kept."""
+"""Checkpoint files that are whole or refused, the best weights among them, and the folder that one process writes at a time."""
 
+import errno
 import hashlib
 import logging
 import os
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, final
 
 import torch
-from lightning_fabric.plugins.io import CheckpointIO
-from pytorch_lightning.callbacks import ModelCheckpoint
 
-from sigma_vae.training.distributed import processes
+from sigma_vae.training.distributed import from_first
 
-__all__ = ["BestCheckpoint", "SealedCheckpoints", "damage", "newest", "read_sealed", "step_of", "write_sealed"]
+__all__ = [
+    "BEFORE",
+    "LOCK",
+    "BestWeights",
+    "Checkpoints",
+    "damage",
+    "exclusive",
+    "newest",
+    "read_checkpoint",
+    "read_sealed",
+    "step_of",
+    "with_remedy",
+    "write_sealed",
+]
 
+FORMAT = "sigma-vae training 1"
+"""What a checkpoint of this version says of itself."""
 SEAL = b"sha256:"
 SEAL_BYTES = len(SEAL) + 64
 BEFORE = {"last.ckpt": "previous.ckpt", "best.ckpt": "best-before.ckpt"}
-"""What a file is called when another takes its name."""
+"""The name that a file gets when another takes its own."""
+LOCK = ".lock"
+"""Name of the file that is locked. It stays behind; its being there means nothing."""
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 log = logging.getLogger(__name__)
 
 
-def write_sealed(checkpoint: dict[str, Any], path: Path, before: Path | None = None) -> None:
-    """Write a checkpoint so that at any moment, whatever is killed or switched off, a whole one bears its name or that of the one before.
+# -- the training's checkpoints --------------------------------------------------------------------------------------------
 
-    The seal, a SHA-256 digest of all bytes before it, is the comment with which a zip archive may end: :func:`torch.load` and
-    ``unzip`` read the file as they read any other.
+
+@final
+class Checkpoints:
+    """The checkpoints of one training: ``last.ckpt`` to go on from, ``previous.ckpt`` before it, and the best weights.
+
+    Every process calls the methods; the first one writes.
 
     Args:
-        checkpoint: tensors and plain values.
-        path: where to; its folder is made.
-        before: what a file that has this name is called from now on.
-
-    Raises:
-        OSError: it cannot be written, no room say; the files that were there are as they were.
+        folder: of the checkpoints.
+        resumed: the file that a resumed training goes on from. If it is not ``last.ckpt``, that one is damaged, and is kept as
+            ``last.ckpt.damaged`` in place of becoming ``previous.ckpt``.
     """
-    aside = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(checkpoint, aside)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"the checkpoint cannot be written ({error.strerror}), those before are whole", str(path)
-        ) from error
-    if before is not None and path.exists():
-        os.replace(path, before)
-    os.replace(aside, path)
-    _force_to_disk(path.parent)
+
+    def __init__(self, folder: Path, resumed: Path | None = None) -> None:
+        self.last = folder / "last.ckpt"
+        self.best = BestWeights(folder / "best.ckpt")
+        self._damaged = resumed is not None and resumed != self.last
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Write ``last.ckpt``; the one that had the name becomes ``previous.ckpt``."""
+        before = self.last.with_name(f"{self.last.name}.damaged" if self._damaged else BEFORE[self.last.name])
+        content = {"format": FORMAT, **state}
+        from_first(lambda: write_sealed(content | {"best": self.best.state_dict()}, self.last, before))
+        self._damaged = False
+
+    def newest_weights(self) -> dict[str, torch.Tensor]:
+        """The best weights, or where none were found, those of ``last.ckpt``; the same on every process."""
+        path = self.last if self.best.step is None else self.best.path
+        weights: dict[str, torch.Tensor] = from_first(lambda: read_checkpoint(path)["model"])
+        return weights
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Read a checkpoint: tensors and plain values, no code is run.
+@final
+class BestWeights:
+    """The weights with the best validation so far, in a file of their own.
 
-    Raises:
-        ValueError: it is missing, damaged, or something else.
+    A checkpoint names that file by its seal. So a training that goes on from an older checkpoint takes the weights that were best then, not
+    those found after it. The run folder may be moved between sessions.
     """
-    problem = damage(path)
-    if problem is not None:
-        raise ValueError(f"{path} {problem}; it is not read")
-    return _unpickled(path)
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.score: float | None = None
+        self.step: int | None = None
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's file: cut off, or changed since it was written; None of a whole one."""
-    try:
-        with path.open("rb") as file:
-            sealed = file.seek(0, os.SEEK_END) - SEAL_BYTES
-            if sealed <= 0 or _seal(path) is None:
-                return "ends without the digest that checkpoints end with: it was cut off, or is none of this version"
-            file.seek(0)
-            return None if _digest(file, sealed) == _seal(path) else "has changed since it was written (its digest differs)"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
+    def offer(self, score: float, step: int, weights: Callable[[], dict[str, torch.Tensor]]) -> None:
+        """Keep these weights if their score is the highest."""
+        if self.score is not None and not score > self.score:
+            return
+        content = {"format": FORMAT, "step": step, "score": score, "model": weights()}
+        from_first(lambda: write_sealed(content, self.path, self.path.with_name(BEFORE[self.path.name])))
+        self.score, self.step = score, step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The score, and the seal of the file with the weights."""
+        return {"score": self.score, "step": self.step, "seal": None if self.step is None else _seal(self.path)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take score and step over if the weights are still there."""
+        if state["step"] is not None and from_first(lambda: self._find(state["seal"])):
+            self.score, self.step = state["score"], state["step"]
+
+    def _find(self, seal: str) -> bool:
+        """Give the whole file with this seal its name back, if there is one."""
+        for path in (self.path, self.path.with_name(BEFORE[self.path.name])):
+            if path.exists() and _seal(path) == seal and damage(path) is None:
+                if path != self.path:
+                    os.replace(path, self.path)
+                return True
+        log.warning("%s is lost or damaged: the weights found best from here on count", self.path)
+        return False
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint to go on from; where the last one is damaged, it says so and takes the one before.
+    """The newest whole checkpoint to go on from; where the last one is damaged, log that and take the one before.
 
     Returns:
         None where there is none.
@@ -94,97 +133,110 @@ def newest(folder: Path) -> Path | None:
         problem = damage(path)
         if problem is None:
             for text in problems:
-                log.warning("%s; going on from %s, the one before: what it lacks is trained again, the same way", text, path)
+                log.warning("%s; going on from %s, the one before: the steps that it lacks are repeated exactly", text, path)
             return path
         problems.append(f"{path} {problem}")
     if problems:
-        remedy = f"delete the folder {folder} to train again from the beginning, the same way"
+        remedy = f"delete the folder {folder} to train again from the beginning, with the same result"
         raise ValueError(f"there is no whole checkpoint to go on from: {'; '.join(problems)}; {remedy}")
     return None
 
 
-def step_of(path: Path) -> int:
-    """How many steps lie behind a checkpoint; its tensors are not read.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of this version: tensors and plain values, no code is run.
 
     Raises:
-        ValueError: it does not say.
+        ValueError: it is missing or damaged, or another version or program wrote it.
     """
-    step = _unpickled(path, mmap=True).get("global_step")
+    content = read_sealed(path)
+    _check_format(content, path)
+    return content
+
+
+def step_of(path: Path) -> int:
+    """The number of steps before a checkpoint; its tensors are not read.
+
+    Raises:
+        ValueError: it is no checkpoint of this version.
+    """
+    content = _unpickled(path, mmap=True)
+    _check_format(content, path)
+    step = content.get("step")
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"{path} is no checkpoint of a training: it has {step!r} steps behind it")
     return step
 
 
-class SealedCheckpoints(CheckpointIO):
-    """How the engine writes and reads checkpoints.
+def _check_format(content: dict[str, Any], path: Path) -> None:
+    if "pytorch-lightning_version" in content:
+        raise ValueError(
+            f"{path} was written by an earlier version of sigma-vae, whose checkpoints this one cannot go on from; train anew into"
+            " another folder, or go on with the version that wrote it"
+        )
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path} is no checkpoint of this version: its format is {content.get('format')!r}, not {FORMAT!r}")
+
+
+# -- sealed files ----------------------------------------------------------------------------------------------------------
+
+
+def write_sealed(content: dict[str, Any], path: Path, before: Path | None = None) -> None:
+    """Write a file so that at any moment a whole one bears its name or that of the one before, whatever is killed or switched off.
+
+    The file is written aside, forced to the disk, and renamed. Its seal, a SHA-256 digest of all bytes before it, is the comment with which a
+    zip archive may end: :func:`torch.load` and ``unzip`` read the file as they read any other.
 
     Args:
-        resumed_from: the file that a resumed run goes on from. Where that is not the last one, the last one is damaged, and is never
-            given the name of a whole one.
+        content: tensors and plain values.
+        path: where to; its folder is made.
+        before: the name that the file which has this name now gets.
+
+    Raises:
+        OSError: it cannot be written, for lack of space say; the files that were there are unchanged.
     """
-
-    def __init__(self, resumed_from: Path | None = None) -> None:
-        self.damaged = resumed_from is not None and resumed_from.name in BEFORE.values()
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write it; the one that had the name is the one before, if it is whole."""
-        path = Path(path)
-        before = BEFORE.get(path.name)
-        if path.name == "last.ckpt" and self.damaged:
-            before, self.damaged = f"{path.name}.damaged", False
-        write_sealed(checkpoint, path, None if before is None else path.with_name(before))
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read it, if it is whole; never more than tensors and plain values, onto the CPU."""
-        return read_sealed(Path(path))
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete it."""
-        Path(path).unlink(missing_ok=True)
+    aside = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(content, aside)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"the checkpoint cannot be written ({error.strerror}), those before are whole", str(path)
+        ) from error
+    if before is not None and path.exists():
+        os.replace(path, before)
+    os.replace(aside, path)
+    _force_to_disk(path.parent)
 
 
-class BestCheckpoint(ModelCheckpoint):
-    """The weights that a monitored metric finds best so far, in a file of their own.
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read a sealed file: tensors and plain values, no code is run.
 
-    Checkpoints say by the seal which file that is: a run that goes on from an older one takes the weights that were best then, not
-    those found after it. The run folder may be moved between sessions.
+    Raises:
+        ValueError: it is missing, damaged, or something else.
     """
-
-    def __init__(self, path: Path, monitor: str) -> None:
-        self.path = path
-        super().__init__(
-            path.parent, path.stem, monitor, mode="max", save_on_train_epoch_end=False, enable_version_counter=False
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The score, and which file has it."""
-        seal = _seal(self.path) if self.best_model_score is not None and self.path.exists() else None
-        return super().state_dict() | {"seal": seal}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best score over, with the file that it belongs to and the paths of today."""
-        known = state_dict["best_model_score"] is not None and self._find(state_dict["seal"])
-        here = str(self.path) if known else ""
-        scores = {here: state_dict["best_model_score"]} if known else {}
-        score = state_dict["best_model_score"] if known else None
-        paths = {"dirpath": self.dirpath, "best_model_path": here, "kth_best_model_path": here, "best_k_models": scores}
-        super().load_state_dict(state_dict | paths | {"best_model_score": score})
-
-    def _find(self, seal: str | None) -> bool:
-        """Whether there is the file with this seal; it is given its name back."""
-        for path in (self.path, self.path.with_name(BEFORE[self.path.name])):
-            if path.exists() and _seal(path) == seal and damage(path) is None:
-                if path != self.path and processes().first:
-                    os.replace(path, self.path)
-                return True
-        log.warning("%s is lost or damaged: the weights found best from here on count", self.path)
-        return False
+    problem = damage(path)
+    if problem is not None:
+        raise ValueError(f"{path} {problem}; it is not read")
+    return _unpickled(path)
 
 
-class _Told:
-    """A file that remembers why it could not be written: torch tells of it in words of its own."""
+def damage(path: Path) -> str | None:
+    """Say how a sealed file is damaged (cut off, or changed since it was written); None if it is whole."""
+    try:
+        with path.open("rb") as file:
+            sealed = file.seek(0, os.SEEK_END) - SEAL_BYTES
+            if sealed <= 0 or _seal(path) is None:
+                return "ends without the digest that checkpoints end with: it was cut off, or another program wrote it"
+            file.seek(0)
+            return None if _digest(file, sealed) == _seal(path) else "has changed since it was written (its digest differs)"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+class _Recorder:
+    """A file that remembers why it could not be written: torch raises an error of its own instead."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -201,14 +253,14 @@ class _Told:
         self.file.flush()
 
 
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
+def _write(content: dict[str, Any], path: Path) -> None:
     with path.open("w+b") as file:
-        told = _Told(file)
+        recorder = _Recorder(file)
         try:
-            torch.save(checkpoint, told)  # type: ignore[arg-type]  # what it needs of a file
+            torch.save(content, recorder)  # type: ignore[arg-type]  # it needs no more of a file
         except RuntimeError:
-            if told.error is not None:
-                raise told.error from None
+            if recorder.error is not None:
+                raise recorder.error from None
             raise
         size = file.seek(-2, os.SEEK_END) + 2
         assert file.read(2) == b"\0\0"  # the length of the archive's comment
@@ -239,7 +291,7 @@ def _seal(path: Path) -> str | None:
 
 
 def _force_to_disk(folder: Path) -> None:
-    """Names are the folder's content, and survive a loss of power when that is on the disk; not every system can be told."""
+    """Force the names in a folder to the disk, where the system can do that: only then do they survive a loss of power."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -257,3 +309,57 @@ def _unpickled(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no checkpoint, but {type(content).__name__}")
     return content
+
+
+# -- the folder ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other processes from writing into it; the system ends the lock of a killed process.
+
+    If several processes train together, the first one holds the lock.
+
+    Raises:
+        ValueError: another process is at work there.
+        OSError: the folder cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+
+    def acquire() -> None:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            says = f"another process is writing into {folder}; wait for it or stop it, or take another folder"
+            raise ValueError(says) from error
+
+    from_first(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def with_remedy(folder: Path, remedy: str) -> Iterator[None]:
+    """Add what to do to the error of a file in this folder that cannot be written.
+
+    Raises:
+        OSError: as it came, with the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            says = f"there is no room for the files of {folder}; files written before are whole"
+            raise OSError(f"{says}; make room, then {remedy} ({error})") from error
+        if error.errno in FORBIDDEN and (error.filename is None or _lies_in(folder, error.filename)):
+            raise OSError(f"{folder} cannot be written ({error}); take a folder that can, then {remedy}") from error
+        raise
+
+
+def _lies_in(folder: Path, file: str) -> bool:
+    return folder.absolute() in [path := Path(file).absolute(), *path.parents]

@@ -1,7 +1,8 @@
-"""Several processes: their number, collectives, shared passes, sharded weights, batch statistics."""
+"""Several processes: their group, what they agree on, shares of the data, sharded weights, batch statistics, noise, and Fabric."""
 
 import copy
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,18 +10,23 @@ from datetime import timedelta
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar, final
 
+import numpy as np
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Batches, Splits
 from sigma_vae.data.splits import SplitName
-from sigma_vae.networks import HierarchicalNetwork
 from sigma_vae.vae import VAE
 
 __all__ = [
@@ -28,7 +34,10 @@ __all__ = [
     "GlobalBatchNorm",
     "Processes",
     "average_gradients",
+    "check_processes",
     "clip",
+    "each_on_any",
+    "fabric_for",
     "first_of_node_first",
     "first_where",
     "from_first",
@@ -36,17 +45,22 @@ __all__ = [
     "gradient_norm",
     "is_sharded",
     "joined",
+    "load_optimizer_state",
+    "load_whole_state",
     "mean_over_all",
+    "noise_states",
     "of_shares_alone",
     "on_any",
     "own_device",
     "processes",
     "rows_of_all",
+    "set_noise",
     "shard",
     "shared",
     "sum_over_all",
     "to_be_trained",
-    "whole",
+    "whole_optimizer_state",
+    "whole_state",
 ]
 
 Made = TypeVar("Made")
@@ -178,6 +192,33 @@ def first_of_node_first() -> Iterator[None]:
             distributed.barrier()
 
 
+def fabric_for(vae: VAE, config: TrainingConfig, device: torch.device) -> Fabric:
+    """Lightning Fabric for the processes that there are: one, or those of ``torchrun`` with DDP or FSDP.
+
+    The environment is named, so that variables which a cluster's scheduler left behind are not taken for other processes.
+    """
+
+    def sharded(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        shard(vae, mesh["data_parallel"])
+        return module
+
+    us = processes()
+    strategy: str | DDPStrategy | ModelParallelStrategy = "auto"
+    if is_sharded(config):
+        strategy = ModelParallelStrategy(sharded, data_parallel_size=us.world_size, tensor_parallel_size=1)
+    elif us.world_size > 1:
+        strategy = DDPStrategy()
+    fabric = Fabric(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=us.per_node if us.world_size > 1 else 1 if device.index is None else [device.index],
+        num_nodes=us.world_size // us.per_node,
+        strategy=strategy,
+        plugins=[LightningEnvironment() if us.world_size == 1 else TorchElasticEnvironment()],
+    )
+    fabric.launch()
+    return fabric
+
+
 def _launched() -> bool:
     needed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return needed <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
@@ -250,6 +291,56 @@ def on_any(flag: bool) -> bool:
     return flag if processes().world_size == 1 else bool(sum_over_all(torch.tensor(float(flag))))
 
 
+def each_on_any(*flags: bool) -> list[bool]:
+    """For each flag, whether it is true on any process; the same answer on all, from one exchange.
+
+    >>> each_on_any(False, True)
+    [False, True]
+    """
+    return (
+        list(flags) if processes().world_size == 1 else sum_over_all(torch.tensor(flags, dtype=torch.float64)).bool().tolist()
+    )
+
+
+def noise_states(device: torch.device) -> list[list[Tensor]]:
+    """The states of the generators of all processes, CPU first: each must call this."""
+    mine = [torch.get_rng_state()]
+    if device.type == "cuda":
+        mine.append(torch.cuda.get_rng_state(device))
+    states: list[Any] = [mine]
+    if processes().world_size > 1:
+        states = [None] * processes().world_size
+        distributed.all_gather_object(states, mine)
+    return states
+
+
+def set_noise(states: list[list[Tensor]] | None, seed: int, step: int, device: torch.device) -> None:
+    """Let each process draw its own posterior noise.
+
+    Resumed on as many processes, each goes on with its noise. On another number the training goes on with the same weights, the same data in
+    the same order, and other noise; a line on stderr says so.
+
+    Args:
+        states: of :func:`noise_states`; None for a new training.
+        seed: of the training.
+        step: the number of steps taken.
+        device: which the noise is drawn on.
+    """
+    us = processes()
+    known = 1 if states is None else len(states)
+    if states is not None and known == us.world_size:
+        cpu, *cuda = states[us.rank]
+        torch.set_rng_state(cpu)
+        if cuda and device.type == "cuda":
+            torch.cuda.set_rng_state(cuda[0], device)
+    elif us.world_size > 1:
+        entropy = (seed, step, us.world_size, us.rank)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+    if known != us.world_size and step and us.first:
+        says = f"begun on {known} and going on with {us.world_size} processes: same weights and data, other noise from here on"
+        print(says, file=sys.stderr)
+
+
 def first_where(here: bool) -> int:
     """The lowest rank where it is so, 0 where it is so nowhere; the same answer on all processes.
 
@@ -265,14 +356,14 @@ def is_sharded(config: TrainingConfig) -> bool:
 
 
 def to_be_trained(vae: VAE, config: TrainingConfig) -> VAE:
-    """The model itself, or where its weights are to be shared out, a copy: the model stays whole, and takes the best weights at the end.
+    """The model itself; if its weights are to be sharded, a copy: the model stays whole, and takes the best weights at the end.
 
     Raises:
-        ValueError: the network has no blocks to share out, or weights are to be averaged as well.
+        ValueError: the network names no parts to shard, or weights are to be averaged as well.
     """
-    if config.shard_weights and not isinstance(vae.network, HierarchicalNetwork):
+    if config.shard_weights and not list(vae.network.shards()):
         raise ValueError(
-            f"shard_weights shares out the blocks of a hierarchical network, got {type(vae.network).__name__}; leave it off: the"
+            f"shard_weights shards the blocks of a hierarchical network, and {type(vae.network).__name__} names none; leave it off: the"
             " gradients of several processes are shared anyway"
         )
     if config.shard_weights and config.ema_decay is not None:
@@ -283,22 +374,57 @@ def to_be_trained(vae: VAE, config: TrainingConfig) -> VAE:
 def shard(vae: VAE, mesh: DeviceMesh) -> None:
     """Give each process a part of every block; a block is whole only while it computes.
 
-    What the likelihood learns (a shared σ, a ν) stays on every process.
+    The likelihood's own parameters (a shared σ, a ν) stay on every process.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    for block in [module for module in vae.network.modules() if isinstance(module, nn.Sequential)]:
+    for block in vae.network.shards():
         fully_shard(block, mesh=mesh)
     fully_shard(vae.network, mesh=mesh)
     register_fsdp_forward_method(vae.network, "infer")
 
 
-def whole(value: Tensor) -> Tensor:
-    """The tensor itself, or where it is shared out, put together: each process must call this."""
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state, sharded tensors put together: each process must call this."""
+    return {name: _whole(value) for name, value in module.state_dict().items()}
+
+
+def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load a whole state into a module whose weights may be sharded."""
+    module.load_state_dict(
+        {name: _like(value, state[name]) if name in state else value for name, value in module.state_dict().items()}
+    )
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state, sharded tensors put together: each process must call this."""
+    state = optimizer.state_dict()
+    moments = {number: {name: _whole(value) for name, value in kept.items()} for number, kept in state["state"].items()}
+    return {**state, "state": moments}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a whole state into an optimiser whose parameters may be sharded."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        number: {name: _like(parameters[number], value) if value.dim() else value for name, value in kept.items()}
+        for number, kept in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
+
+
+def _whole(value: Tensor) -> Tensor:
     if not isinstance(value, DTensor):
         return value
     together: Tensor = value.full_tensor()
     return together
+
+
+def _like(target: Tensor, value: Tensor) -> Tensor:
+    """The value, sharded as the target is."""
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -453,6 +579,21 @@ def of_shares_alone(model: nn.Module) -> list[nn.Module]:
     """
     norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
     return [norm for norm in norms if not _replaceable(norm)]
+
+
+def check_processes(vae: VAE) -> None:
+    """Refuse a network that several processes would train differently from one.
+
+    Raises:
+        ValueError: it normalises by statistics of the batch in a way in which each process would use those of its share.
+    """
+    norms = of_shares_alone(vae)
+    if processes().world_size > 1 and norms:
+        raise ValueError(
+            f"{type(vae.network).__name__} normalises by the statistics of a batch with {norms[0]}, and each process would take"
+            " those of its share; use nn.BatchNorm1d, 2d or 3d with running statistics, whose batch is that of all processes, or"
+            " train it on one process and evaluate it on any number"
+        )
 
 
 def _replaceable(norm: _BatchNorm) -> bool:

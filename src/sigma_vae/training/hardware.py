@@ -16,7 +16,6 @@ from torch.utils.flop_counter import flop_registry
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Splits
-from sigma_vae.networks import FlatNetwork
 from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 
 __all__ = ["Choices", "Machine", "Work", "applied", "choices_for", "choose", "keep_freed_memory", "machine_of", "work_of"]
@@ -26,9 +25,9 @@ LEAST_FLOPS_OF_BFLOAT16 = 6e7
 WIDE_KERNEL = 5
 """From here on channels last pay (docs/speed.md: the paper's network 1.2×); narrower kernels lose by them."""
 FLOPS_OF_A_CALL = {"cpu": 2e9, "cuda": 1e12}
-"""A few hundredths of a second of arithmetic, with the backward pass."""
+"""Between two looks: a few hundredths of a second of arithmetic, with the backward pass."""
 MOST_STEPS_PER_CALL = 16
-"""By then, what surrounds a call is a hundredth of the smallest network's steps."""
+"""More would save nothing: a look then costs a hundredth of the smallest network's steps."""
 
 
 @final
@@ -68,7 +67,7 @@ class Choices:
     precision: Literal["float32", "bfloat16"]
     memory_format: Literal["contiguous", "channels-last"]
     fused_optimiser: bool
-    allocator: Literal["default", "patient"]
+    allocator: Literal["default", "retain"]
     compile: bool
     threads: int
     steps_per_call: int
@@ -109,26 +108,22 @@ def choose(config: TrainingConfig, machine: Machine, work: Work) -> Choices:
     if memory_format == "auto":
         wide = precision == "bfloat16" and work.widest_kernel >= WIDE_KERNEL
         memory_format = "channels-last" if wide else "contiguous"
-    allocator = asked.allocator
-    if allocator == "auto" or not machine.glibc:
-        allocator = "patient" if machine.glibc and machine.device == "cpu" else "default"
+    retains = machine.glibc and (asked.allocator == "retain" or (asked.allocator == "auto" and machine.device == "cpu"))
     return Choices(
         device=machine.device,
         name=machine.name,
         precision=precision,
         memory_format=memory_format,
         fused_optimiser=asked.fused_optimiser != "no",
-        allocator=allocator,
+        allocator="retain" if retains else "default",
         compile=asked.compile,
         threads=asked.threads or max(1, math.ceil(min(machine.threads, machine.processors))),
-        steps_per_call=asked.steps_per_call or _steps_per_call(config, machine, work),
+        steps_per_call=asked.steps_per_call or _steps_per_call(machine, work),
     )
 
 
-def _steps_per_call(config: TrainingConfig, machine: Machine, work: Work) -> int:
-    """A power of two; one where something has to be done after each step, or after so many that they may be amid a call."""
-    if config.validate_every is not None or config.ema_decay is not None:
-        return 1
+def _steps_per_call(machine: Machine, work: Work) -> int:
+    """A power of two."""
     affordable = FLOPS_OF_A_CALL[machine.device] / max(3 * work.flops, 1.0)
     return 1 << max(0, min(int(math.log2(MOST_STEPS_PER_CALL)), math.floor(math.log2(affordable))))
 
@@ -191,7 +186,7 @@ def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
     return Work(
         flops=float(counted.total) * batch_size,
         widest_kernel=max(kernels, default=0),
-        measured=isinstance(vae.network, FlatNetwork),
+        measured=vae.network.trains_in_bfloat16,
     )
 
 
@@ -214,7 +209,7 @@ def applied(choices: Choices, vae: VAE) -> Iterator[None]:
     """Threads and memory format for as long as the context lasts, and an allocator for as long as the process does."""
     threads = torch.get_num_threads()
     torch.set_num_threads(choices.threads)
-    if choices.allocator == "patient":
+    if choices.allocator == "retain":
         keep_freed_memory()
     if choices.memory_format == "channels-last":
         _arrange(vae, torch.channels_last)

@@ -1,30 +1,64 @@
-"""The run's metrics, as a table that no kill can tear, and as TensorBoard's events made of the same rows."""
+"""Loggers of the run's metrics: a CSV table that no kill can tear, TensorBoard's events of the same rows, Weights & Biases, MLflow."""
 
 import csv
+import importlib
 import io
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, final
 
-from pytorch_lightning.loggers import Logger
-from pytorch_lightning.utilities import rank_zero_only
-from torch import Tensor
+from lightning_fabric.loggers.logger import Logger
 
-from sigma_vae.config import write_whole
+from sigma_vae.config import LoggerName, write_whole
 
-__all__ = ["Events", "MetricsTable", "rows_before"]
+__all__ = ["Events", "MLflow", "MetricsTable", "TrainingLogger", "WeightsAndBiases", "make_loggers", "rows_before"]
 
 Row = Mapping[str, Any]
 
 
-def rows_before(table: Path, step: int) -> list[dict[str, str]]:
-    """The rows of the steps before this one; a row that was being written when the run was killed is of a later one.
+class TrainingLogger(Protocol):
+    """Any logger of Lightning Fabric or pytorch-lightning."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add a row."""
+
+    def save(self) -> None:
+        """Write the rows to where they are kept."""
+
+    def finalize(self, status: str) -> None:
+        """End, with the status ``success`` or ``failed``."""
+
+
+def make_loggers(names: Sequence[LoggerName], folder: Path, kept_rows: Sequence[Row] = ()) -> list[Logger]:
+    """Loggers by name, for the run in this folder.
+
+    Args:
+        names: of ``csv``, ``tensorboard``, ``wandb``, ``mlflow``.
+        folder: of the run.
+        kept_rows: rows of the steps before a resumed training; the files in the folder are made to hold these alone.
 
     Raises:
-        ValueError: it is no such table.
+        ValueError: a name is not known, or what it needs is not installed.
+    """
+    known: dict[str, Callable[[], Logger]] = {
+        "csv": lambda: MetricsTable(folder / "metrics.csv", kept_rows),
+        "tensorboard": lambda: Events(folder, kept_rows),
+        "wandb": lambda: WeightsAndBiases(folder),
+        "mlflow": lambda: MLflow(folder),
+    }
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"a logger is one of {', '.join(known)}, got {', '.join(unknown)}")
+    return [known[name]() for name in dict.fromkeys(names)]
+
+
+def rows_before(table: Path, step: int) -> list[dict[str, str]]:
+    """The rows of the steps before this one; a row that was being written when the run was killed is of a later step.
+
+    Raises:
+        ValueError: the file is no such table.
     """
     if not table.exists():
         return []
@@ -35,16 +69,34 @@ def rows_before(table: Path, step: int) -> list[dict[str, str]]:
         return [row for row in named if int(row["step"]) < step]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(
-            f"{table} is no table of metrics ({type(error).__name__}: {error}); move it away to go on without what it said"
+            f"{table} is no table of metrics ({type(error).__name__}: {error}); move it away to go on without its rows"
         ) from error
 
 
-class MetricsTable(Logger):
-    """``metrics.csv``: a row is added in one piece; where a row has new columns, the table is written anew beside the old one.
+class _RunLogger(Logger):
+    """A logger whose folder is the run's, and which leaves the configuration to the run's own files."""
+
+    @property
+    def name(self) -> str:
+        """None."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """None."""
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: ``config.yaml`` has them."""
+
+
+@final
+class MetricsTable(_RunLogger):
+    """``metrics.csv``: each row is added in one piece; for a row with new columns the table is written anew beside the old one.
 
     Args:
         path: of the table.
-        kept: rows to begin with; what the file had is replaced.
+        kept: rows to begin with; the file's old content is replaced.
     """
 
     def __init__(self, path: Path, kept: Sequence[Row] = ()) -> None:
@@ -53,36 +105,15 @@ class MetricsTable(Logger):
         self.columns: list[str] = []
         self._replace(kept)
 
-    @property
-    def name(self) -> str:
-        """None: its folder is the run's."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """None: its folder is the run's."""
-        return ""
-
-    @property
-    def save_dir(self) -> str:
-        """The run's folder."""
-        return str(self.path.parent)
-
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add a row."""
-        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()} | {"step": step}
+        row = {**metrics, "step": step}
         if not row.keys() <= set(self.columns):
             self._replace([*self._rows(), row])
             return
         with self.path.open("a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's config has them."""
-
-    @rank_zero_only
     def save(self) -> None:
         """Force the rows to the disk."""
         if self.path.exists():
@@ -95,7 +126,6 @@ class MetricsTable(Logger):
         with self.path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
-    @rank_zero_only
     def _replace(self, rows: Sequence[Row]) -> None:
         self.columns = sorted({*self.columns, *(name for row in rows for name in row)})
         if not rows:
@@ -108,11 +138,12 @@ class MetricsTable(Logger):
         write_whole(self.path, text.getvalue())
 
 
-class Events(Logger):
+@final
+class Events(_RunLogger):
     """TensorBoard's file of the same rows, each written when it is logged.
 
-    TensorBoard's own writer does so later, in a thread: what it has not yet written is lost with a killed process, what it has stays
-    when a run goes on from before it, and where there is no room the thread dies with a traceback.
+    TensorBoard's own writer writes later, in a thread: rows that it has not yet written are lost with a killed process, rows that it has written stay
+    when a run goes on from before them, and on a full disk the thread dies with a traceback.
 
     Args:
         folder: of the run; the file is made in a folder inside, where it replaces those that are there.
@@ -122,21 +153,13 @@ class Events(Logger):
     def __init__(self, folder: Path, kept: Sequence[Row] = ()) -> None:
         super().__init__()
         self.path = folder / "tensorboard" / f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
-        self._begin()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for old in self.path.parent.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._write(file_version="brain.Event:2")
         for row in kept:
             self.log_metrics({name: float(value) for name, value in row.items() if name != "step"}, int(row["step"]))
 
-    @property
-    def name(self) -> str:
-        """None: its folder is the run's."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """What the engine's own writer of such files calls it."""
-        return "tensorboard"
-
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Add an event with all values."""
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
@@ -144,20 +167,86 @@ class Events(Logger):
         values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
         self._write(step=step, summary=Summary(value=values))
 
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's config has them."""
-
-    @rank_zero_only
-    def _begin(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for old in self.path.parent.glob("events.out.tfevents.*"):
-            old.unlink()
-        self._write(file_version="brain.Event:2")
-
     def _write(self, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
         from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 
         with self.path.open("ab") as file:
             RecordWriter(file).write(Event(wall_time=time.time(), **content).SerializeToString())
+
+
+PROJECT = "sigma-vae"
+"""Project of Weights & Biases and experiment of MLflow, unless their environment variables name another."""
+
+
+@final
+class WeightsAndBiases(_RunLogger):
+    """A run of Weights & Biases, named after the folder; a resumed training continues it.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        wandb = _installed("wandb")
+        project, known = os.environ.get("WANDB_PROJECT", PROJECT), _kept_id(folder, "wandb")
+        self.run = wandb.init(project=project, name=folder.name, dir=str(folder), id=known, resume="allow")
+        self.run.define_metric("*", step_metric="step")  # steps that a resumed training repeats are steps of the past
+        _keep_id(folder, "wandb", self.run.id)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Send a row."""
+        self.run.log({**metrics, "step": step})
+
+    def finalize(self, status: str) -> None:
+        """End the run."""
+        self.run.finish(exit_code=0 if status == "success" else 1)
+
+
+@final
+class MLflow(_RunLogger):
+    """A run of MLflow, named after the folder; a resumed training continues it. ``MLFLOW_TRACKING_URI`` says where it is kept.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        mlflow = _installed("mlflow")
+        if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
+            mlflow.set_experiment(PROJECT)
+        known = _kept_id(folder, "mlflow")
+        name = folder.name if known is None else None
+        self.client = mlflow.MlflowClient()
+        self.id: str = mlflow.start_run(run_id=known, run_name=name).info.run_id
+        mlflow.end_run()
+        self.client.update_run(self.id, status="RUNNING")
+        _keep_id(folder, "mlflow", self.id)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Send a row."""
+        for name, value in metrics.items():
+            self.client.log_metric(self.id, name, float(value), step=step)
+
+    def finalize(self, status: str) -> None:
+        """End the run."""
+        self.client.set_terminated(self.id, status="FINISHED" if status == "success" else "FAILED")
+
+
+def _installed(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"the logger {package} needs a package that is not installed: pip install {package}") from error
+
+
+def _kept_id(folder: Path, service: str) -> str | None:
+    file = folder / f"{service}-run.txt"
+    return file.read_text(encoding="utf-8").strip() if file.exists() else None
+
+
+def _keep_id(folder: Path, service: str, run_id: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{service}-run.txt", f"{run_id}\n")

@@ -1,39 +1,95 @@
-"""Keep the step whose loss is not finite, and replay it."""
+"""The error of a loss that is not finite; the step that raised it is kept in the run folder, and can be replayed."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from sigma_vae.config import TrainingConfig, parse, write_whole
 from sigma_vae.training.checkpoints import damage, step_of
-from sigma_vae.training.distributed import first_where, on_any, processes, whole
+from sigma_vae.training.distributed import first_where, on_any, processes, whole_state
 from sigma_vae.training.hardware import Choices, applied
-from sigma_vae.training.module import NonFiniteLossError, TrainingModule
-from sigma_vae.training.objective import step_loss
+from sigma_vae.training.objective import current_sigma, step_loss
 from sigma_vae.types import Batch, Elbo
 from sigma_vae.vae import VAE, keyed_noise
 
-__all__ = ["FILE", "BrokenStep", "KeepsBrokenStep", "first_broken", "load_broken_step"]
+__all__ = [
+    "FILE",
+    "REMEDY",
+    "BrokenStep",
+    "NonFiniteLossError",
+    "Suspect",
+    "diagnosis",
+    "first_broken",
+    "keep_broken_step",
+    "load_broken_step",
+    "with_saved_step",
+]
 
 FILE = "non-finite.safetensors"
 """Its name in the run folder."""
 WEIGHTS = "weights."
+REMEDY = "Checkpoints written before are intact. Lower the learning rate, or clip gradients (gradient_clip_norm)"
+
+
+class Suspect(NamedTuple):
+    """A batch that is being trained on or validated.
+
+    ``rng`` is the state of torch's generator when the step began (a GPU's own, where there is one), empty in a validation, whose noise
+    belongs to the examples. ``here`` is whether a term of this process is not finite.
+    """
+
+    step: int
+    batch: Batch
+    rng: Tensor
+    split: Literal["train", "validation"] = "train"
+    here: bool = False
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite; the last checkpoint holds the state before.
+
+    Args:
+        message: the diagnosis.
+        suspect: the batch whose loss is not finite, where it is known.
+    """
+
+    def __init__(self, message: str, suspect: Suspect | None = None) -> None:
+        super().__init__(message)
+        self.suspect = suspect
+
+
+def diagnosis(vae: VAE, suspect: Suspect, elbo: Elbo) -> NonFiniteLossError:
+    """The error for a batch with this bound: step, broken term, σ, range of the batch, weights that are not finite."""
+    terms = {"log-likelihood": elbo.log_likelihood, "KL": elbo.rate}
+    broken = [name for name, term in terms.items() if not torch.isfinite(term).all()]
+    weights = [name for name, p in vae.named_parameters() if not torch.isfinite(p).all()]
+    elsewhere = "their mean" if processes().world_size == 1 else "another process's"
+    sigma, x = current_sigma(vae), suspect.batch.x
+    return NonFiniteLossError(
+        f"the loss is not finite at step {suspect.step}: broken term: {' and '.join(broken) or elsewhere};"
+        f" σ: {'none' if sigma is None else f'{float(sigma):.4g}'};"
+        f" batch in [{float(x.min()):.4g}, {float(x.max()):.4g}];"
+        f" weights that are not finite: {', '.join(weights[:3]) or 'none'}."
+        f" {REMEDY}",
+        suspect._replace(here=bool(broken)),
+    )
+
+
+# -- keeping ---------------------------------------------------------------------------------------------------------------
 
 
 class BrokenStep(NamedTuple):
-    """What a step was made of.
+    """The parts of a step that failed.
 
     Shapes:
         batch as the model saw it (of several processes the share of the first that has a broken term); rng ``(bytes,)`` the state of
-        the generator (a GPU's own, where there is one) when the step began, empty where it does not matter; weights by their names in
-        the model; about: ``step``, ``split``, ``diagnosis``, the ``choices`` of what the hardware is used for, ``shape`` of an example
-        and ``scaling`` of the data.
+        the generator when the step began, empty in a validation; weights by their names in the model; about: ``step``, ``split``,
+        ``diagnosis``, the hardware ``choices``, ``shape`` of an example and ``scaling`` of the data.
     """
 
     batch: Batch
@@ -42,77 +98,68 @@ class BrokenStep(NamedTuple):
     about: dict[str, Any]
 
 
-class KeepsBrokenStep(pl.Callback):
-    """Writes down the step whose loss is not finite.
+def keep_broken_step(folder: Path, vae: VAE, suspect: Suspect | None, about: Mapping[str, Any]) -> str | None:
+    """Write the step whose loss is not finite. Every process calls this; the first one with a broken term writes.
 
     Args:
         folder: of the run.
-        about: shape and scaling of its data.
+        vae: the model with the weights of the step.
+        suspect: the batch; None before the first step.
+        about: ``diagnosis``, ``choices``, ``shape`` and ``scaling``, plain values.
+
+    Returns:
+        What went wrong if it could not be written: that must not hide the loss that is not finite.
     """
+    if suspect is None:
+        return "it was before the first one"
+    problem = None
+    try:
+        weights = {name: value.cpu() for name, value in whole_state(vae).items()}
+        if processes().rank == first_where(suspect.here):
+            about = {**about, "step": suspect.step, "split": suspect.split}
+            write_whole(folder / FILE, _packed(BrokenStep(suspect.batch, suspect.rng, weights, about)))
+    except Exception as error:  # whatever it is, the other processes wait to hear of it
+        problem = f"{type(error).__name__}: {error}"
+    if on_any(problem is not None):  # also waits: a process that ends may take the writing one with it
+        return problem or "another process could not"
+    return None
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
-        self.folder = folder
-        self.about = dict(about)
-        self.validated: Batch | None = None
-        self.problem: str | None = "it was before the first one"
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Steps begin, of which the module itself remembers the one at hand."""
-        self.validated = None
+def with_saved_step(error: NonFiniteLossError, folder: Path, step: int, problem: str | None = None) -> NonFiniteLossError:
+    """Add to the error which checkpoint is good, and where the step is kept.
 
-    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, *_: Any) -> None:
-        """A batch of a validation begins, whose noise belongs to the examples."""
-        self.validated = batch
+    Args:
+        error: of the step.
+        folder: of the run.
+        step: the number of steps before it: a checkpoint after as many has the weights that failed.
+        problem: why the step could not be kept.
+    """
+    found = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
+    steps = {path: step_of(path) for path in found if damage(path) is None}
+    good = next((path for path, behind in steps.items() if behind < step), None)
+    says = "There is no checkpoint of before" if good is None else f"The last good checkpoint is {good} (step {steps[good]})"
+    if good == found[1] and found[0] in steps:
+        says += ", which a resumption takes when last.ckpt is deleted"
+    kept = f"The batch is in {folder / FILE}: sigma-vae rerun {folder} looks at it"
+    if problem is not None:
+        kept = f"The step could not be kept ({problem})"
+    return NonFiniteLossError(f"{error}. {says}. {kept}", error.suspect)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Write what there is: all processes come here, after the same step, and the first whose own terms are broken writes."""
-        if not isinstance(exception, NonFiniteLossError):
-            return
-        assert isinstance(pl_module, TrainingModule)
-        try:
-            self._keep(pl_module, str(exception))
-        except Exception as error:  # whatever goes wrong here must not hide what did there
-            self.problem = f"{type(error).__name__}: {error}"
 
-    def _keep(self, module: TrainingModule, diagnosis: str) -> None:
-        at_hand = module.at_hand if self.validated is None else (self.validated, torch.zeros(0, dtype=torch.uint8))
-        if at_hand is None:
-            return
-        weights = {name: whole(value).cpu() for name, value in module.vae.state_dict().items()}
-        (batch, rng), split = at_hand, "train" if self.validated is None else "validation"
-        about = {"step": module.newest_step, "split": split, "diagnosis": diagnosis, "choices": asdict(module.choices)}
-        self.problem = None
-        if processes().rank == first_where(module.fails_here):
-            try:
-                write_whole(self.folder / FILE, _packed(BrokenStep(batch, rng, weights, self.about | about)))
-            except Exception as error:  # whatever it is, the others wait to hear of it
-                self.problem = f"{type(error).__name__}: {error}"
-        if on_any(self.problem is not None):  # also waits: a process that ends may take the writing one with it
-            self.problem = self.problem or "another process could not"
+def _packed(step: BrokenStep) -> bytes:
+    from safetensors.torch import save
 
-    def told(self, error: NonFiniteLossError, step: int) -> NonFiniteLossError:
-        """The error, with what is there to go on from and to look at.
+    batch = {name: value for name, value in step.batch._asdict().items() if value is not None}
+    tensors = batch | {"rng": step.rng} | {f"{WEIGHTS}{name}": value for name, value in step.weights.items()}
+    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    return save(plain, metadata={"about": json.dumps(step.about)})
 
-        Args:
-            error: of the step.
-            step: how many steps lay behind it: a checkpoint with as many is of the weights that failed.
-        """
-        found = [self.folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
-        steps = {path: step_of(path) for path in found if damage(path) is None}
-        good = next((path for path, behind in steps.items() if behind < step), None)
-        says = (
-            "There is no checkpoint of before" if good is None else f"The last good checkpoint is {good} (step {steps[good]})"
-        )
-        if good == found[1] and found[0] in steps:
-            says += ", which a resumption takes when last.ckpt is deleted"
-        kept = f"The batch is in {self.folder / FILE}: sigma-vae rerun {self.folder} looks at it"
-        if self.problem is not None:
-            kept = f"The step could not be kept ({self.problem})"
-        return NonFiniteLossError(f"{error}. {says}. {kept}")
+
+# -- replaying -------------------------------------------------------------------------------------------------------------
 
 
 def load_broken_step(path: Path) -> BrokenStep:
-    """Read what :class:`KeepsBrokenStep` wrote: tensors and JSON, no code is run.
+    """Read what :func:`keep_broken_step` wrote: tensors and JSON, no code is run.
 
     Raises:
         ValueError: the file is missing, damaged or something else.
@@ -134,19 +181,20 @@ def load_broken_step(path: Path) -> BrokenStep:
 
 
 def first_broken(vae: VAE, step: BrokenStep, config: TrainingConfig = TrainingConfig()) -> list[str]:  # noqa: B008 (frozen)
-    """Modules whose output is not finite where their input was, in the order in which they run: where the trouble begins.
+    """Replay a step, and name the modules whose output is not finite where their input was, in the order in which they run.
 
-    The step is done again as it was, but for compilation and other processes: with its weights, its noise (that of a GPU on a GPU alone),
-    its micro-batches and its precision. A parameter that is not finite itself is named first.
+    The step is repeated with its weights, its noise (a GPU's on a GPU alone), its micro-batches and its precision, but uncompiled and on one
+    process. A parameter that is not finite itself is named first.
 
     Args:
         vae: a model of the kind that failed; it takes the weights of the step.
         step: as it was kept.
-        config: what the run was trained with.
+        config: of the run's training.
     """
-    choices = parse(step.about.get("choices"), Choices, FILE)
+    known = step.about.get("choices")
+    choices = parse(known | {"allocator": "default"} if isinstance(known, dict) else known, Choices, FILE)
     device = choices.device if torch.cuda.is_available() else "cpu"
-    choices = replace(choices, device=device, threads=torch.get_num_threads(), allocator="default")
+    choices = replace(choices, device=device, threads=torch.get_num_threads())
     vae.load_state_dict(step.weights)
     vae.to(device).train(step.about["split"] == "train")
     found = [f"{name} (weights)" for name, p in vae.named_parameters() if not torch.isfinite(p).all()]
@@ -191,12 +239,3 @@ def _finite(values: Any) -> bool:
     if isinstance(values, Tensor):
         return not values.is_floating_point() or bool(torch.isfinite(values).all())
     return all(map(_finite, values)) if isinstance(values, tuple | list) else True
-
-
-def _packed(step: BrokenStep) -> bytes:
-    from safetensors.torch import save
-
-    batch = {name: value for name, value in step.batch._asdict().items() if value is not None}
-    tensors = batch | {"rng": step.rng} | {f"{WEIGHTS}{name}": value for name, value in step.weights.items()}
-    plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    return save(plain, metadata={"about": json.dumps(step.about)})

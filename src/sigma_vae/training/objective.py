@@ -1,6 +1,5 @@
 """The training loss: the negative ELBO, or a weighted objective, which is never called one."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -8,9 +7,6 @@ import torch
 from torch import Tensor
 
 from sigma_vae.config import TrainingConfig
-from sigma_vae.likelihoods import Shared
-from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.networks import HierarchicalNetwork
 from sigma_vae.training.distributed import mean_over_all, processes, sum_over_all
 from sigma_vae.types import Batch, Elbo, Inference
 from sigma_vae.vae import VAE, in_full_precision
@@ -34,15 +30,9 @@ def validated_total(vae: VAE) -> str:
 
 
 def current_sigma(vae: VAE) -> Tensor | None:
-    """The σ that training uses (the geometric mean of several; the running one of an optimal scale), where there is one."""
-    likelihood = vae.likelihood
-    if not isinstance(likelihood, LocationScale) or likelihood.scale.predicted:
-        return None
-    if isinstance(likelihood.scale, Shared):
-        return likelihood.scale.log_scale.detach().exp()
-    own = likelihood.scale(torch.zeros((), device=likelihood.scale.density_log_scale.device), likelihood.observes, None)
-    sigma: Tensor = own.mean().exp()
-    return sigma
+    """The σ that training uses, where there is one: the geometric mean of several, the running one of an optimal scale."""
+    log_sigma = vae.likelihood.log_sigma()
+    return None if log_sigma is None else log_sigma.detach().mean().exp()
 
 
 NO_KL = 1e-9
@@ -67,15 +57,15 @@ def check_weights(vae: VAE, config: TrainingConfig) -> None:
     Raises:
         ValueError: β-NLL is asked for where no σ is predicted, or a balance where there is one layer.
     """
-    predicted = isinstance(vae.likelihood, LocationScale) and vae.likelihood.scale.predicted
-    if config.beta_nll and not predicted:
+    if config.beta_nll and not vae.likelihood.predicts_scale:
         raise ValueError(
             f"beta_nll weights each value by the σ predicted for it, which {vae.likelihood} does not predict; use a per-pixel or"
             " per-image scale, or beta_nll=0"
         )
-    if config.kl_balancing_steps and not isinstance(vae.network, HierarchicalNetwork):
+    if config.kl_balancing_steps and vae.network.latents.layers == 1:
         raise ValueError(
-            f"kl_balancing_steps balances the layers of a hierarchical network, got {type(vae.network).__name__}; use one, or 0 steps"
+            f"kl_balancing_steps balances several layers of latents, and {type(vae.network).__name__} has one; use a hierarchical"
+            " network, or 0 steps"
         )
 
 
@@ -110,7 +100,7 @@ def _weighted(vae: VAE, inference: Inference, config: TrainingConfig, step: int)
         heard = mean_over_all(kl.flatten(0, -2)) >= config.free_bits_nats
         kl = torch.where(heard, kl, config.free_bits_nats)
     if step < config.kl_balancing_steps:
-        kl = kl * balance(elbo.kl, [math.prod(shape) for shape in _hierarchical_network(vae).layer_shapes])
+        kl = kl * balance(elbo.kl, vae.network.latents.sizes)
     return Losses(elbo, config.kl_weight * kl.sum(-1) - log_likelihood)
 
 
@@ -134,12 +124,6 @@ def balance(kl_nats: Tensor, latents: Sequence[int]) -> Tensor:
     density = mean_over_all(kl_nats.flatten(0, -2)) / torch.tensor(latents).to(kl_nats)
     density = density.clamp_min(0) + NO_KL  # without KL anywhere all weigh the same
     return density / density.mean()
-
-
-def _hierarchical_network(vae: VAE) -> HierarchicalNetwork:
-    """The network that ``check_weights`` found to be hierarchical."""
-    assert isinstance(vae.network, HierarchicalNetwork)
-    return vae.network
 
 
 class StepLoss(NamedTuple):

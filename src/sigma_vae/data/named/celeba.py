@@ -31,24 +31,24 @@ _CROP, _SIZE = 148, 64
 
 
 class _Files(NamedTuple):
-    """The pictures' files, wherever they are."""
+    """The files of the pictures, in a folder or a zip."""
 
     path: Path
     total: int
     read: Callable[[str], bytes]
     stamp: list[Any]
-    """What tells that any of them has changed."""
+    """Plain values that change when one of the files does."""
 
 
 @register.source("celeba", options={"root", "cache", "crop", "size"})
 def read_celeba(config: DataConfig) -> Raw:
-    """The official 162 770 train, 19 867 validation and 19 962 test pictures.
+    """Read the official 162 770 train, 19 867 validation and 19 962 test pictures of CelebA.
 
-    Cut to the central square of ``crop`` pixels, 148 unless given, and resized to ``size``, 64 unless given. Both change every
-    measured number: 148 is centred in the work on VAEs; ``crop=128`` is rows 45 to 172 and columns 25 to 152 of Dai & Wipf (2019).
+    They are cropped to the central square of ``crop`` pixels (default 148) and resized to ``size`` (default 64). Both change every
+    measured number. Work on VAEs mostly crops 148; ``crop=128`` is rows 45 to 172 and columns 25 to 152 of Dai & Wipf (2019).
 
     Raises:
-        ValueError: the files are nowhere, incomplete, damaged, or not what was published.
+        ValueError: the files are missing, incomplete, damaged, or not the published ones.
     """
     images = replace(config.images, crop=config.images.crop or _CROP, size=config.images.size or _SIZE)
     config = replace(config, images=images)
@@ -86,7 +86,7 @@ def _in_folder(folder: Path, official: Official, chosen: PicturePlan) -> Raw | N
 
 
 def _pictures(folder: Path) -> _Files | None:
-    inner = find(folder, f"{_PICTURES}/{_PICTURES}", _PICTURES)  # Kaggle's copy has one folder in another
+    inner = find(folder, f"{_PICTURES}/{_PICTURES}", _PICTURES)  # Kaggle's copy has a folder within the folder
     if inner is not None and inner.is_dir():
         return _unzipped(inner)
     archive = find(folder, f"{_PICTURES}.zip")
@@ -115,7 +115,7 @@ def _zipped(path: Path) -> _Files:
 
 
 def _splits(partition: Path) -> dict[SplitName, list[str]]:
-    """The names of each split's files, in the order of the list: lines of a file name and 0, 1 or 2."""
+    """Read the names of each split's files, in order, from lines of a file name and 0, 1 or 2."""
     splits: dict[SplitName, list[str]] = {name: [] for name in _COUNTS}
     lines = partition.read_text(encoding="utf-8", errors="replace").splitlines()
     header = partition.suffix == ".csv"

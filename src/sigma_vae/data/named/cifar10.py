@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html): its Python and its binary version, unpacked or not."""
+"""CIFAR-10 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html): its Python or binary version, unpacked or as an archive."""
 
 import io
 import pickle
@@ -22,13 +22,13 @@ __all__ = ["read_cifar10", "read_plain_pickle"]
 
 
 def read_plain_pickle(content: bytes, name: str) -> Any:
-    """Dicts, lists, strings, numbers, and numpy arrays of bytes; strings of Python 2 come back as ``bytes``.
+    """Load a pickle of dicts, lists, strings, numbers and uint8 arrays; strings of Python 2 become ``bytes``.
 
-    A pickle names functions that rebuild its objects. Here it can name only the three of a numpy array, and gets stand-ins for
-    them that build nothing but an array of uint8.
+    A pickle names functions that rebuild its objects. Here it may only name the three of a NumPy array, and gets stand-ins that can
+    build nothing but an array of uint8.
 
     Raises:
-        ValueError: it is no such pickle, names anything else, or is damaged.
+        ValueError: it is no such pickle, names other functions, or is damaged.
 
     >>> read_plain_pickle(pickle.dumps({"a": [1, 2]}), "example")
     {'a': [1, 2]}
@@ -55,11 +55,11 @@ class _ByteType:
             raise pickle.UnpicklingError(f"it has an array of {code!r}, not of bytes (u1)")
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and the like say nothing about single bytes."""
+        """Ignore byte order and the like, which single bytes do not have."""
 
 
 class _Array:
-    """Stands in for a numpy array until its content has come."""
+    """Stands in for a NumPy array until its content arrives."""
 
     values: npt.NDArray[np.uint8] | None = None
 
@@ -88,7 +88,7 @@ _ALLOWED: Mapping[tuple[str, str], Callable[..., object]] = {
 
 @final
 class _Unpickler(pickle.Unpickler):
-    # The one method that pickle's documentation tells to override, to say which names may be used.
+    # pickle's documentation says to override this method to restrict names.
     def find_class(self, module: str, name: str) -> Callable[..., object]:
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not run")
@@ -96,7 +96,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _finished(value: Any) -> Any:
-    """With arrays in the place of their stand-ins."""
+    """Replace stand-ins by their arrays."""
     if isinstance(value, _Array):
         return value.values
     return {key: _finished(item) for key, item in value.items()} if isinstance(value, dict) else value
@@ -114,12 +114,12 @@ _ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 
 @register.source("cifar10", options={"root", "cache"})
 def read_cifar10(config: DataConfig) -> Raw:
-    """The official 50 000 train and 10 000 test images ``(3, 32, 32)``.
+    """Read the official 50 000 train and 10 000 test images ``(3, 32, 32)`` of CIFAR-10.
 
-    Pickled batches are read without running anything that they name.
+    Pickled batches are read without running any function that they name.
 
     Raises:
-        ValueError: the files are nowhere, incomplete, damaged, or not what was published.
+        ValueError: the files are missing, incomplete, damaged, or not the published ones.
     """
     place = HubPlace("uoft-cs/cifar10", column="img")
     return read_official(Official("cifar10", _OFFICIAL_FILES, _COUNTS, (32, 32, "RGB"), place), config, _in_folder)
@@ -147,7 +147,7 @@ def _raw(batches: Mapping[str, Images], where: Path, files: Mapping[str, Path]) 
 
 
 def _unpacked(archive: Path) -> dict[str, Images]:
-    """The batches of an archive, read one after the other; nothing is written."""
+    """Read the batches of an archive in turn, without unpacking it."""
     batches = {}
     try:
         with tarfile.open(archive, "r|*") as members:
@@ -166,7 +166,7 @@ def _batch(content: bytes, name: str, where: str) -> Images:
 
 
 def _binary(content: bytes, where: str) -> Images:
-    """Records of a label and the image's 3072 bytes: red, green, blue."""
+    """Parse records of a label and 3072 bytes: red, green, blue."""
     record = 1 + _VALUES
     if not content or len(content) % record:
         raise ValueError(f"{where} needs records of {record} bytes, got {len(content)} bytes; fetch the file again")

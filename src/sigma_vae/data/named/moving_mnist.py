@@ -1,4 +1,4 @@
-"""Stochastic Moving MNIST: digits that bounce off the walls in random directions, made anew in each epoch.
+"""Stochastic Moving MNIST: digits that bounce off the walls in random directions, generated anew in each epoch.
 
 The rules are those of SVG (Denton and Fergus 2018, https://arxiv.org/abs/1802.07687; data/moving_mnist.py of
 https://github.com/edenton/svg). It is not the fixed, deterministic file mnist_test_seq.npy of Srivastava et al. (2015).
@@ -17,8 +17,7 @@ from sigma_vae.config import DataConfig
 from sigma_vae.data.arrays import read_images
 from sigma_vae.data.cache import file_record
 from sigma_vae.data.holdout import ORDER, count_of, shuffled
-from sigma_vae.data.named.bundled import mnist_5k
-from sigma_vae.data.named.mnist import whose
+from sigma_vae.data.named.mnist import mnist_5k, whose
 from sigma_vae.data.named.official import folders
 from sigma_vae.data.splits import Raw, SplitName, clip_lengths
 from sigma_vae.data.stores import Generated
@@ -37,17 +36,17 @@ _SIDE = 64
 @final
 @dataclass(frozen=True, eq=False)
 class BouncingDigits:
-    """Makes clips of two digits that cross a black square.
+    """Generate clips of two digits that move over a black square.
 
-    On a canvas of 64×64, digits are 32×32, start at 0 to 31 from the top and the left, and move by −4 to 4 pixels a frame in each
-    direction, all uniform. A digit that would leave is put at that edge (0 or 31), its velocity across the edge is drawn anew from
-    1 to 4 inwards, the one along it from −4 to 4; top and bottom are looked at before left and right. Where digits overlap their
-    levels add, up to 255. Canvases of other sides have the same rules in proportion: all of these numbers are scaled.
+    On a canvas of 64×64, digits are 32×32, start at 0 to 31 from the top and the left, and move by −4 to 4 pixels per frame in each
+    direction, all uniform. A digit that would leave is put at that edge (0 or 31); its velocity across the edge is drawn again from 1 to
+    4 inwards, and the one along it from −4 to 4. Top and bottom are checked before left and right. Levels of overlapping digits add up,
+    to 255 at most. On canvases of other sides, all of these numbers are scaled in proportion.
 
     Args:
-        images: of digits ``(N, H, W)``, resized to half the side (Pillow, bilinear with antialiasing).
-        frames: of a clip.
-        side: of the canvas, a multiple of 16.
+        images: images of digits ``(N, H, W)``, resized to half the side (Pillow, bilinear with antialiasing).
+        frames: frames per clip.
+        side: side of the canvas, a multiple of 16.
 
     Shapes:
         a clip ``(frames, 1, side, side)``, uint8.
@@ -63,7 +62,7 @@ class BouncingDigits:
     side: int
 
     def __call__(self, generator: np.random.Generator) -> Images:
-        """One clip."""
+        """Generate one clip."""
         canvas = np.zeros((self.frames, self.side, self.side), np.uint16)
         digit_side = self.side // 2
         for _ in range(2):
@@ -78,7 +77,7 @@ class BouncingDigits:
         return np.asarray(Image.fromarray(image).resize((self.side // 2, self.side // 2), Image.Resampling.BILINEAR))
 
     def _path(self, generator: np.random.Generator) -> Iterator[tuple[int, int]]:
-        """Where the digit is in each frame, without end."""
+        """Yield the digit's position in each frame, endlessly."""
         limit, fastest = self.side // 2 - 1, self.side // 16
         x, y = generator.integers(0, limit + 1, 2).tolist()
         dx, dy = generator.integers(-fastest, fastest + 1, 2).tolist()
@@ -92,7 +91,7 @@ class BouncingDigits:
 
 
 def _bounce(position: int, limit: int, fastest: int, generator: np.random.Generator) -> tuple[int, int, int]:
-    """The edge that was crossed, and velocities across and along it."""
+    """Return the position at the crossed edge, and new velocities across and along it."""
     inward = int(generator.integers(1, fastest + 1))
     along = int(generator.integers(-fastest, fastest + 1))
     return (0, inward, along) if position < 0 else (limit, -inward, along)
@@ -100,14 +99,14 @@ def _bounce(position: int, limit: int, fastest: int, generator: np.random.Genera
 
 @register.source("moving-mnist", options={"root", "size", "frames", "test_frames"})
 def read_moving_mnist(config: DataConfig) -> Raw:
-    """10 000 clips of 15 frames an epoch, other ones in each, and 1 000 each for validation (15 frames) and test (30), always the same.
+    """Generate 10 000 new clips of 15 frames per epoch, and 1 000 fixed ones each for validation (15 frames) and test (30).
 
-    Digits of the three splits come from different images: those of test from MNIST's official test images, those of validation
-    from a share of its training images, if the official files are in ``root``, or in the folder that SIGMA_VAE_DATA names or mnist in
-    it; else from shares of the 5 000 images of ``mnist-5k``. Other files of that kind, such as Fashion-MNIST's, do as well.
+    The three splits use different images of digits. If MNIST's official files are in ``root``, or in the folder of SIGMA_VAE_DATA or its
+    subfolder mnist, test uses the test images, and validation a share of the training images. Otherwise all use shares of the 5 000
+    images of ``mnist-5k``. Files of the same kind, such as Fashion-MNIST's, work as well.
 
     Raises:
-        ValueError: ``root`` has no files or not both; one is damaged; a size or share cannot be.
+        ValueError: a file is missing in ``root``, or damaged; or a size or fraction is out of range.
     """
     side = config.images.size or _SIDE
     if side % 16:
@@ -121,7 +120,7 @@ def read_moving_mnist(config: DataConfig) -> Raw:
     words = [
         f"two digits of {source} at {side // 2}×{side // 2} (Pillow, bilinear with antialiasing), bouncing stochastically as in SVG,"
         f" velocities -{fastest} to {fastest}",
-        f"clips of {frames} frames (test: {test_frames}), made anew in each training epoch from {len(split['train'])} images;"
+        f"clips of {frames} frames (test: {test_frames}), generated anew in each training epoch from {len(split['train'])} images;"
         f" validation and test fixed, from {len(split['validation'])} and {len(split['test'])} others",
     ]
     return Raw("moving-mnist", parts, files, words, levels=256, clips=True)
@@ -129,14 +128,14 @@ def read_moving_mnist(config: DataConfig) -> Raw:
 
 def _clips(name: SplitName, images: Images, frames: int, side: int, seed: int) -> Generated:
     digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
-    # Splits have streams of their own: with the seed itself, validation would show the paths of the first epoch.
+    # Each split has its own stream: with the seed itself, validation would repeat the paths of the first epoch.
     own = int(np.random.SeedSequence((seed, list(_CLIPS).index(name))).generate_state(1)[0])
     identity = f"moving-mnist-1 {digest} {frames} {side}"
     return Generated(BouncingDigits(images, frames, side), _CLIPS[name], own, identity, fresh=name == "train")
 
 
 def _digits(config: DataConfig) -> tuple[dict[SplitName, Images], str, list[dict[str, Any]]]:
-    """Train images, and test images where they are apart; what they are; their files."""
+    """Return train images, and test images if there are any; their name; their files."""
     places = folders("mnist", config.root)
     for folder in places:
         files = {name: path for name, stem in _STEMS.items() if (path := _file(folder, stem))}
@@ -166,7 +165,7 @@ def _expected() -> str:
 
 
 def _without_overlap(images: dict[SplitName, Images], config: DataConfig) -> dict[SplitName, Images]:
-    """Images for each split, held out of the train images by the shares and the seed that hold out examples elsewhere."""
+    """Hold out images for each split, with the fractions and the seed that hold out examples elsewhere."""
     order = shuffled(len(images["train"]), config.split_seed)
     result = dict(images)
     for name in (split for split in ORDER if split not in images):

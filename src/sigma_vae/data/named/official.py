@@ -1,4 +1,4 @@
-"""Find the files of a published data set, and check that they are what was published."""
+"""Search for the files of a published data set, and check that they are the published ones."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ VARIABLE = "SIGMA_VAE_DATA"
 
 
 def folders(name: str, root: str | None) -> list[Path]:
-    """``root`` alone if that is given; else the folder of that name in the one that SIGMA_VAE_DATA names, and that one itself."""
+    """List where to look: ``root`` if it is given, else NAME in the folder of SIGMA_VAE_DATA, and that folder itself."""
     if root:
         return [Path(root).expanduser()]
     named = os.environ.get(VARIABLE)
@@ -28,15 +28,15 @@ def folders(name: str, root: str | None) -> list[Path]:
 
 @dataclass(frozen=True)
 class Official:
-    """A data set as it was published.
+    """A published data set.
 
     Args:
-        name: that users give.
-        files: what is looked for, in words.
-        counts: examples of each split.
-        picture: width, height and mode of all its pictures.
-        hub: where the hub has a copy; None where it has none.
-        system: further folders that may hold the files.
+        name: the name that users give.
+        files: the expected files, in words.
+        counts: number of examples of each split.
+        picture: width, height and mode of all pictures.
+        hub: a copy on the hub, if there is one.
+        system: further folders that may have the files.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Official:
     system: tuple[Path, ...] = ()
 
     def places(self, root: str | None) -> list[Path]:
-        """The folders that are looked into, in this order.
+        """List the folders to search, in order.
 
         >>> [str(place) for place in Official("two", "two.npy", {"train": 2}, (1, 1, "L")).places("data")]
         ['data']
@@ -55,14 +55,14 @@ class Official:
         return folders(self.name, root) + ([] if root else list(self.system))
 
     def plan(self, images: ImageConfig) -> PicturePlan:
-        """How its pictures are cut and resized."""
+        """Plan how its pictures are cropped and resized."""
         return plan([self.picture], images, self.name)
 
     def decode(self, chosen: PicturePlan, content: bytes) -> Array:
-        """A picture's file to its array.
+        """Decode the file of a picture.
 
         Raises:
-            UnreadableError: it is broken, or not of the published size and mode.
+            UnreadableError: it is broken, or differs from the published size and mode.
         """
         if (found := probe(content)) != self.picture:
             raise UnreadableError(f"{self.name} has pictures {self.picture} (width, height, mode), got {found}")
@@ -70,18 +70,18 @@ class Official:
 
 
 def read_official(official: Official, config: DataConfig, in_folder: Callable[[Path], Raw | None]) -> Raw:
-    """The data set from the first place that has it.
+    """Read the data set from the first place that has it.
 
-    The places are ``root`` alone, if it is given; else the folder of the data set's name inside the folder that SIGMA_VAE_DATA
-    names, that folder itself, those of installed packages, and the hub.
+    If ``root`` is given, only that folder is searched; otherwise the folder of the data set's name in the folder of SIGMA_VAE_DATA,
+    that folder itself, those of installed packages, and the hub.
 
     Args:
-        official: what is looked for.
-        config: with ``root``, and what is done to pictures.
-        in_folder: reads the published files of a folder; None where it holds not one of them.
+        official: the data set.
+        config: with ``root`` and the options for pictures.
+        in_folder: reads the published files in a folder; returns None if it has none of them.
 
     Raises:
-        ValueError: no place has the data set, or what was found is damaged or not what was published.
+        ValueError: no place has the data set, or the files are damaged or not the published ones.
     """
     places = official.places(config.root)
     for place in places:
@@ -94,10 +94,10 @@ def read_official(official: Official, config: DataConfig, in_folder: Callable[[P
 
 
 def check_counts(official: Official, counts: Mapping[SplitName, int], where: str) -> None:
-    """See that every split has as many examples as were published.
+    """Check that every split has the published number of examples.
 
     Raises:
-        ValueError: one has more or fewer, or is missing.
+        ValueError: a split has more or fewer, or is missing.
 
     >>> check_counts(Official("two", "two.npy", {"train": 2}, (1, 1, "L")), {"train": 1}, "two.npy")
     Traceback (most recent call last):
@@ -112,10 +112,10 @@ def check_counts(official: Official, counts: Mapping[SplitName, int], where: str
 
 
 def find(folder: Path, *names: str) -> Path | None:
-    """The first of these files or folders that is there.
+    """Return the first of these files or folders that exists.
 
     Raises:
-        ValueError: it is a link that leads nowhere.
+        ValueError: it is a dangling link.
     """
     for path in (folder / name for name in names):
         if path.exists():

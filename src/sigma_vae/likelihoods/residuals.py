@@ -1,7 +1,8 @@
-"""The laws that a residual may follow, at scale 1."""
+"""Residual distributions at scale 1: normal, Laplace, logistic, Student-t."""
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +18,50 @@ from sigma_vae.likelihoods.densities import (
     student_t_log_cdf,
     student_t_log_prob,
 )
-from sigma_vae.likelihoods.distributions import Law
 
-__all__ = ["LAPLACE", "LAWS", "LOGISTIC", "NORMAL", "student_t"]
+__all__ = ["LAPLACE", "LOGISTIC", "NORMAL", "RESIDUALS", "ResidualDistribution", "student_t"]
+
+
+class ResidualDistribution(Protocol):
+    r"""The distribution of a residual at scale 1: a density symmetric about 0.
+
+    ``statistic`` and ``power`` say how a scale is solved. At the best σ the mean of ``statistic(r/σ)`` is 1. Where ``closed_form`` is
+    true, multiplying σ by :math:`\overline{\text{statistic}}^{1/\text{power}}` leads there at once; elsewhere Newton's method does, which
+    needs a log-density that is concave in log σ. :data:`RESIDUALS` makes the distribution again from ``name`` and ``parameters``.
+    """
+
+    name: str
+    parameters: tuple[float | Tensor, ...]
+    power: int
+    closed_form: bool
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Elementwise log-density."""
+        ...
+
+    def log_cdf(self, z: Tensor) -> Tensor:
+        """Elementwise log of the mass below z."""
+        ...
+
+    def interval_log_prob(self, center: Tensor, width: Tensor) -> Tensor:
+        """Elementwise log of the mass on center ± width/2."""
+        ...
+
+    def statistic(self, z: Tensor) -> Tensor:
+        """Elementwise; its mean is 1 at the best scale."""
+        ...
+
+    def variance(self) -> float | Tensor:
+        """Variance at scale 1; infinite where there is none."""
+        ...
+
+    def entropy(self) -> float | Tensor:
+        """Differential entropy of one residual, in nats; a tensor broadcasts to the event."""
+        ...
+
+    def sample(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Draws of the shape, type and device of ``like``."""
+        ...
 
 
 class _Normal:
@@ -67,7 +109,7 @@ class _Laplace:
 
     @staticmethod
     def interval_log_prob(center: Tensor, width: Tensor) -> Tensor:
-        """On one side of 0 the width alone decides what is lost to cancellation, across it two masses are added."""
+        """On one side of 0, cancellation depends on the width alone; across 0, the two masses are added."""
         upper, lower = center.abs() + 0.5 * width, center.abs() - 0.5 * width
         outside = -lower.clamp(min=0) - math.log(2) + log1mexp(width)
         across = torch.log(-0.5 * torch.expm1(-upper) - 0.5 * torch.expm1(lower.clamp(max=0)))
@@ -86,7 +128,7 @@ class _Laplace:
     @staticmethod
     def sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Differences of two exponential draws."""
-        waits = torch.empty(2, *like.shape, dtype=like.dtype, device=like.device).exponential_(generator=generator)
+        waits = _exponentials(like, generator)
         return waits[0] - waits[1]
 
 
@@ -95,15 +137,12 @@ class _Logistic:
     parameters: tuple[float | Tensor, ...] = ()
     power = 2
     closed_form = False
+    log_cdf = staticmethod(logsigmoid)
 
     @staticmethod
     def log_prob(z: Tensor) -> Tensor:
         size = z.abs()
         return -size - 2 * softplus(-size)
-
-    @staticmethod
-    def log_cdf(z: Tensor) -> Tensor:
-        return logsigmoid(z)
 
     @staticmethod
     def interval_log_prob(center: Tensor, width: Tensor) -> Tensor:
@@ -113,7 +152,7 @@ class _Logistic:
 
     @staticmethod
     def statistic(z: Tensor) -> Tensor:
-        """Its mean is 1 at the best σ: z·tanh(z/2), a square near 0, |z| far away."""
+        """z·tanh(z/2): a square near 0, |z| far away."""
         return z * torch.tanh(0.5 * z)
 
     @staticmethod
@@ -129,7 +168,7 @@ class _Logistic:
     @staticmethod
     def sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Differences of two Gumbel draws."""
-        waits = torch.empty(2, *like.shape, dtype=like.dtype, device=like.device).exponential_(generator=generator).log()
+        waits = _exponentials(like, generator).log()
         return waits[0] - waits[1]
 
 
@@ -174,18 +213,20 @@ class _StudentT:
         return draw
 
 
-NORMAL: Law = _Normal()
-LAPLACE: Law = _Laplace()
-LOGISTIC: Law = _Logistic()
+def _exponentials(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Two standard exponential draws for each element, ``(2, *shape)``."""
+    return torch.empty(2, *like.shape, dtype=like.dtype, device=like.device).exponential_(generator=generator)
 
 
-def student_t(df: float | Tensor) -> Law:
+NORMAL: ResidualDistribution = _Normal()
+LAPLACE: ResidualDistribution = _Laplace()
+LOGISTIC: ResidualDistribution = _Logistic()
+
+
+def student_t(df: float | Tensor) -> ResidualDistribution:
     r"""Student's t with ν degrees of freedom: a number, or a tensor that broadcasts to the residuals.
 
     .. math:: \log f(z) = \log C_\nu - \tfrac{\nu + 1}{2} \log(1 + z^2/\nu)
-
-    Shapes:
-        as the residuals, elementwise.
 
     >>> student_t(4.0).log_prob(torch.zeros(1))  # log 3/8
     tensor([-0.9808])
@@ -193,5 +234,7 @@ def student_t(df: float | Tensor) -> Law:
     return _StudentT(df)
 
 
-LAWS: dict[str, Callable[..., Law]] = {law.name: law for law in (_Normal, _Laplace, _Logistic, _StudentT)}
-"""From a law's name and parameters to the law."""
+RESIDUALS: dict[str, Callable[..., ResidualDistribution]] = {
+    kind.name: kind for kind in (_Normal, _Laplace, _Logistic, _StudentT)
+}
+"""From a residual distribution's name and parameters to the distribution: a compiled graph's solver cannot hold the object."""

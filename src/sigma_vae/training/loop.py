@@ -1,0 +1,471 @@
+"""``fit``: train a VAE on data, from the first line to the last."""
+
+import math
+import random
+import signal
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any, final
+
+import numpy as np
+import torch
+
+from sigma_vae.config import LoggerName, TrainingConfig
+from sigma_vae.data import Splits
+from sigma_vae.training.callbacks import Bar, Callback, Context, Patience
+from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
+from sigma_vae.training.distributed import (
+    check_processes,
+    each_on_any,
+    fabric_for,
+    from_first,
+    global_statistics,
+    joined,
+    noise_states,
+    on_any,
+    own_device,
+    processes,
+    set_noise,
+    shared,
+    to_be_trained,
+)
+from sigma_vae.training.hardware import Choices, applied, choices_for
+from sigma_vae.training.metrics import TrainingLogger, make_loggers, rows_before
+from sigma_vae.training.nonfinite import REMEDY, NonFiniteLossError, keep_broken_step, with_saved_step
+from sigma_vae.training.objective import check_weights, validated_total
+from sigma_vae.training.step import Stepper, Validation
+from sigma_vae.types import Batch
+from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
+
+__all__ = ["FitResult", "Terminated", "fit", "resolve_device"]
+
+CALIBRATION_VALUES = 2**18
+"""Numbers that the refit before a validation looks at: a fraction of a second's work, whatever the data."""
+BATCH_VALUES = 2**17
+"""Numbers in a batch where nothing is trained: enough to keep the cores busy, few enough to stay in the cache."""
+
+
+@final
+@dataclass(frozen=True)
+class FitResult:
+    """The outcome of :func:`fit`.
+
+    Args:
+        steps: the number of optimiser steps, those before a resumption included.
+        history: of each validation ``step`` (the last one before it, from 0), ``epoch`` and the metrics.
+        best_step: of the weights that the model has now; None where there was no validation.
+        best_score: their validation ELBO (or objective), in nats.
+        folder: of metrics and checkpoints; None where nothing is kept.
+    """
+
+    steps: int
+    history: tuple[Mapping[str, float], ...]
+    best_step: int | None
+    best_score: float | None
+    folder: Path | None
+
+
+class Terminated(SystemExit):
+    """SIGTERM came, as a cluster sends it before a job's time is over: the step was finished and a checkpoint written."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+def fit(
+    vae: VAE,
+    data: Splits,
+    config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+    *,
+    out: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    resume: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[LoggerName | TrainingLogger] | None = None,
+) -> FitResult:
+    """Train in place, take the weights with the best validation ELBO, and calibrate them on the training data.
+
+    The model is left on the device that it was trained on, in eval mode.
+
+    Started by ``torchrun``, the processes train one model: each step's batch, validation and calibration are shared out, ``batch_size``
+    counts the examples of all, and the first process writes the files. Every process must call this with the same arguments.
+
+    Args:
+        vae: the model.
+        data: its splits; test is not touched.
+        config: how to train.
+        out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; nothing is kept unless given.
+        seed: of the order of the data and the noise (the weights are random since ``vae`` was made).
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+        resume: go on exactly where the newest whole checkpoint in ``out/checkpoints`` stands.
+        progress: show a bar.
+        callbacks: hooks; see :class:`Callback`.
+        loggers: names (``csv``, ``tensorboard``, ``wandb``, ``mlflow``, where ``out`` is given), or loggers of Lightning Fabric or
+            pytorch-lightning; ``config.logger`` unless given.
+
+    Raises:
+        ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over than ``config`` has,
+            ``out`` has checkpoints that are not to be resumed, or another process writes there; the network reads clips and the data
+            are none, or the other way round.
+        NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
+        KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
+        Terminated: after SIGTERM, likewise; not caught, it ends the process with the exit code 143.
+        OSError: a file cannot be written, for lack of space say; those written before are whole.
+    """
+    where = resolve_device(device)
+    with joined(where), ExitStack() as stack:
+        check_processes(vae)
+        check_weights(vae, config)
+        _check_clips(vae, data)
+        seed_generators(seed)
+        folder = (out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))).absolute()
+        stack.enter_context(exclusive(folder / "checkpoints"))
+        resumed = _resumed(folder / "checkpoints", resume=resume)
+        vae.train()
+        if resumed is None:
+            _start_scales(vae, data, config)
+        model = to_be_trained(vae, config)
+        choices = choices_for(model, data, config, where)
+        if progress and processes().first:
+            print(choices)
+            callbacks = [*callbacks, Bar()]
+        named = config.logger if loggers is None else loggers
+        keep = _loggers(named, out and folder, resumed) if processes().first else []
+        training = _Training(model, data, config, choices, where, seed, folder, resumed, out is not None, callbacks, keep)
+        with applied(choices, model), global_statistics(model):
+            training.run()
+        if training.checkpoints.best.step is not None or model is not vae:
+            vae.load_state_dict(training.checkpoints.newest_weights())
+        vae.to(where).eval().calibrate(shared(data, "train", _passing_batch(data), where))
+        return training.result()
+
+
+@final
+class _Training:
+    """A training, from its first step (or the one that it is resumed at) to its last."""
+
+    def __init__(
+        self,
+        vae: VAE,
+        data: Splits,
+        config: TrainingConfig,
+        choices: Choices,
+        where: torch.device,
+        seed: int,
+        folder: Path,
+        resumed: Path | None,
+        kept: bool,
+        callbacks: Sequence[Callback],
+        loggers: Sequence[TrainingLogger],
+    ) -> None:
+        us = processes()
+        self.vae = vae
+        self.config = config
+        self.choices = choices
+        self.where = where
+        self.seed = seed
+        self.folder = folder
+        self.kept = kept
+        self.resumed = resumed
+        self.loggers = loggers
+        self.batches = data.batches(
+            "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
+        )
+        self.part = shared(data, "train", _passing_batch(data), where, _part(data))
+        self.validation = Validation(vae, shared(data, "validation", _passing_batch(data), where), self.batches.log_volume_nats)
+        self.about = {"shape": list(data.shape), "scaling": asdict(data.scaling), "choices": asdict(choices)}
+        whole = config.epochs * len(self.batches)
+        if resumed is not None and step_of(resumed) > whole:
+            raise ValueError(f"{resumed} cannot be resumed up to {config.epochs} epochs, it has more of them behind it")
+        total = whole if config.max_steps is None else min(config.max_steps, whole)
+        self.context = Context(vae, config, folder if kept else None, total, loggers)
+        self.checkpoints = Checkpoints(folder / "checkpoints", resumed)
+        self.history: list[dict[str, float]] = []
+        self.seconds_before = 0.0
+        patience = [] if config.patience is None else [Patience(validated_total(vae), config.patience)]
+        self.callbacks = [*patience, *callbacks]
+        self.after_steps = [c for c in self.callbacks if type(c).on_step is not Callback.on_step]
+
+    def run(self) -> None:
+        """Train, validate and write checkpoints until the last step, or until something ends it before."""
+        self.vae.to(self.where)
+        fabric = fabric_for(self.vae, self.config, self.where)
+        context, log_volume = self.context, self.batches.log_volume_nats
+        self.stepper = Stepper(self.vae, self.config, self.choices, context.total_steps, log_volume, fabric)
+        self._restore()
+        status = "failed"
+        with _Interrupts() as self.interrupts, self._keeping_broken_steps():
+            try:
+                for callback in self.callbacks:
+                    callback.on_fit_start(context)
+                self._steps()
+                status = "success"
+            finally:
+                for callback in self.callbacks:
+                    callback.on_fit_end(context)
+                for logger in self.loggers:
+                    logger.finalize(status)
+        self.interrupts.check()
+
+    def _steps(self) -> None:
+        self.began = self.written = time.monotonic()
+        context, batches = self.context, self._endless_batches()
+        (context.stopping,) = each_on_any(context.stopping or self._time_is_over())
+        while context.step < context.total_steps and not context.stopping:
+            for batch in islice(batches, self._steps_until_look()):
+                self._step(batch)
+            self.stepper.check()
+            self._look()
+
+    def _endless_batches(self) -> Iterator[Batch]:
+        while True:
+            yield from self.batches
+
+    def _steps_until_look(self) -> int:
+        """Steps before the next look at clock, interrupts and whether a validation is due."""
+        every, context = self.config.validate_every, self.context
+        until_validation = every - context.step % every if every else len(self.batches) - self.batches.state_dict()["position"]
+        return min(self.choices.steps_per_call, until_validation, context.total_steps - context.step)
+
+    def _step(self, batch: Batch) -> None:
+        context = self.context
+        row = self.stepper.step(batch, context.step)
+        context.step += 1
+        if row is not None:
+            context.epoch = self._epoch()
+            context.log(row)
+        for callback in self.after_steps:
+            callback.on_step(context)
+
+    def _epoch(self) -> int:
+        """The epoch of the newest step."""
+        state = self.batches.state_dict()
+        return state["epoch"] - (state["position"] == 0)
+
+    def _look(self) -> None:
+        """Validate if it is due, write a checkpoint if one is due or an interrupt came, and stop after an interrupt."""
+        context = self.context
+        old = time.monotonic() - self.written >= 60 * self.config.checkpoint_minutes
+        stopping = context.stopping or self._time_is_over()
+        context.stopping, asked, old = each_on_any(stopping, self.interrupts.asked is not None, old)
+        if self._validation_is_due():
+            self._validate()
+        elif not (asked or old):
+            return
+        self._write_checkpoint()
+        self.interrupts.check()
+
+    def _validation_is_due(self) -> bool:
+        """The last step is always followed by a validation: its weights have their chance to be the best."""
+        context, every = self.context, self.config.validate_every
+        over = context.stopping or context.step >= context.total_steps
+        return over or (context.step % every == 0 if every else self.batches.state_dict()["position"] == 0)
+
+    def _validate(self) -> None:
+        """Refit the scales on a fixed part of the training data, as an evaluation would; then measure, and keep the best weights."""
+        context, average = self.context, self.stepper.average
+        context.epoch = self._epoch()
+        with average.in_place_of(self.vae) if average else nullcontext():
+            try:
+                self.vae.calibrate(self.part)
+            except ValueError as error:  # the same data trained before, so it is the weights that have become useless
+                raise NonFiniteLossError(f"after step {context.step - 1}: {error}. {REMEDY}") from error
+            with in_eval_mode(self.vae):
+                found = self.validation.measure(context.step)
+            row = found | {"epoch": context.epoch}
+            context.log(row)
+            self.history.append({"step": context.step - 1, **row})
+            for callback in self.callbacks:
+                callback.on_validation(context)
+        score = found[validated_total(self.vae)]
+        self.checkpoints.best.offer(score, context.step - 1, self.stepper.weights)
+
+    def _write_checkpoint(self) -> None:
+        """Write the state from which a run goes on; nothing of a step is open."""
+        if on_any(not all(bool(torch.isfinite(p).all()) for p in self.stepper.parameters)):
+            raise NonFiniteLossError(f"after step {self.context.step - 1} weights are not finite. {REMEDY}")
+        for logger in self.loggers:  # the rows are on the disk before the state that comes after them
+            logger.save()
+        state = self.stepper.state_dict() | {
+            "step": self.context.step,
+            "data": dict(self.batches.state_dict()),
+            "noise": noise_states(self.where),
+            "seconds": self._seconds(),
+            "history": self.history,
+            "callbacks": {name: callback.state_dict() for name, callback in self._named_callbacks().items()},
+        }
+        self.checkpoints.write(state)
+        self.written = time.monotonic()
+
+    def _restore(self) -> None:
+        """Take back the state of the checkpoint that training is resumed from, the noise last."""
+        state: dict[str, Any] = {"step": 0, "noise": None}
+        if self.resumed is not None:
+            state = read_checkpoint(self.resumed)
+            self.stepper.load_state_dict(state)
+            self.batches.load_state_dict(state["data"])
+            self.checkpoints.best.load_state_dict(state["best"])
+            self.history, self.seconds_before = state["history"], state["seconds"]
+            self.context.step = state["step"]
+            self.context.epoch = self._epoch()
+            for name, callback in self._named_callbacks().items():
+                if name in state["callbacks"]:
+                    callback.load_state_dict(state["callbacks"][name])
+        set_noise(state["noise"], self.seed, state["step"], self.where)
+
+    @contextmanager
+    def _keeping_broken_steps(self) -> Iterator[None]:
+        """Keep the step whose loss is not finite, and say in the error where it is."""
+        try:
+            yield
+        except NonFiniteLossError as error:
+            if not self.kept:
+                raise
+            suspect = error.suspect or self.stepper.suspect
+            about = self.about | {"diagnosis": str(error)}
+            problem = keep_broken_step(self.folder, self.vae, suspect, about)
+            step = self.context.step if error.suspect is None else error.suspect.step
+            raise with_saved_step(error, self.folder, step, problem) from error
+
+    def _seconds(self) -> float:
+        """Of training, those before a resumption included."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    def _time_is_over(self) -> bool:
+        minutes = self.config.max_minutes
+        return minutes is not None and self._seconds() >= 60 * minutes
+
+    def _named_callbacks(self) -> dict[str, Callback]:
+        """By class and, of several of one class, their number: the names of their states in a checkpoint."""
+        found: dict[str, Callback] = {}
+        for callback in self.callbacks:
+            same = sum(type(other) is type(callback) for other in found.values())
+            found[f"{type(callback).__qualname__} {same}"] = callback
+        return found
+
+    def result(self) -> FitResult:
+        """What was done."""
+        best = self.checkpoints.best
+        return FitResult(self.context.step, tuple(self.history), best.step, best.score, self.folder if self.kept else None)
+
+
+@final
+class _Interrupts:
+    """Turns the first Ctrl-C, and SIGTERM, into a wish to stop after the step at hand; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Interrupts":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._ask)
+            except ValueError:  # only the main thread may
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def check(self) -> None:
+        """Stop in the way that the signal means, on all processes, whichever of them got it.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C.
+            Terminated: after SIGTERM.
+        """
+        if on_any(self.asked is not None):
+            raise KeyboardInterrupt if on_any(self.asked == signal.SIGINT) else Terminated
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = number
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that a word means: ``auto`` is a GPU where there is one.
+
+    Raises:
+        ValueError: the device is unknown or not there.
+    """
+    kind, _, number = device.partition(":")
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
+    have = [name for name, is_there in there.items() if is_there]
+    if device == "auto":
+        return own_device(torch.device(have[-1]))
+    if kind not in there or (number and (kind != "cuda" or not number.isdigit())):
+        raise ValueError(f"device is one of auto, cpu, cuda, cuda:N; got {device!r}")
+    if not there[kind] or (number and int(number) >= torch.cuda.device_count()):
+        raise ValueError(f"device {device!r} is not on this machine; there are: {', '.join(have)}")
+    return own_device(torch.device(device))
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _check_clips(vae: VAE, data: Splits) -> None:
+    if vae.network.reads_clips != data.clips:
+        have, need = (
+            ("clips", "a network that reads clips") if data.clips else ("no clips", "a network that reads single examples")
+        )
+        raise ValueError(f"{data.name} has {have} and needs {need}, got {type(vae.network).__name__}")
+
+
+def _resumed(folder: Path, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from, if any; half-written files of a killed run are removed."""
+    last = folder / "last.ckpt"
+    found = newest(folder) if resume or not last.exists() else last
+    if resume and found is None:
+        raise ValueError(f"{last} does not exist: there is nothing to resume; train anew into another folder")
+    if found is not None and not resume:
+        raise ValueError(f"{folder} has checkpoints of another training; resume it, or train into another folder")
+    for half in folder.glob("*.part"):
+        half.unlink(missing_ok=True)  # another process may have done it
+    return found
+
+
+def _loggers(wanted: Sequence[LoggerName | TrainingLogger], folder: Path | None, resumed: Path | None) -> list[TrainingLogger]:
+    """The loggers, those by name made where there is a folder; a resumed run keeps the rows up to the step that it resumes from."""
+    names = [logger for logger in wanted if isinstance(logger, str)]
+    given = [logger for logger in wanted if not isinstance(logger, str)]
+    if folder is None:
+        return given
+    kept = [] if resumed is None else rows_before(folder / "metrics.csv", step_of(resumed))
+    return [*make_loggers(names, folder, kept), *given]
+
+
+def _start_scales(vae: VAE, data: Splits, config: TrainingConfig) -> None:
+    """Give every scale a sane first value: a learned σ the data's spread, and the stored ones a first fit."""
+    first = next(iter(data.batches("train", _passing_batch(data), limit=_part(data))))  # the same on every process
+    if config.scale_start == "data":
+        vae.likelihood.start(float(first.x.std()))
+    x = first.x.to(next(vae.parameters()).device)
+    vae.calibrate([x])
+    with torch.no_grad():  # a scale that remembers its batches remembers one: averaged weights need every buffer in its shape
+        vae.elbo(x, noise=keyed_noise(first.positions))
+
+
+def _part(data: Splits) -> int:
+    """How many training examples scales are refitted on before a validation."""
+    least = max(2, processes().world_size)
+    return min(max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), least), len(data.train))
+
+
+def _passing_batch(data: Splits) -> int:
+    """Examples in a batch where nothing is trained."""
+    return max(1, max(128, BATCH_VALUES // math.prod(data.shape)) // (data.frames or 1))

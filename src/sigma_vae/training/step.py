@@ -1,0 +1,349 @@
+"""A training step (forward, backward, gradient handling, update, averaged weights) and a validation pass."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain, count
+from typing import Any, NamedTuple, final
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+from sigma_vae.config import TrainingConfig
+from sigma_vae.data import Batches
+from sigma_vae.training.distributed import (
+    average_gradients,
+    clip,
+    gradient_norm,
+    is_sharded,
+    load_optimizer_state,
+    load_whole_state,
+    mean_over_all,
+    processes,
+    sum_over_all,
+    whole_optimizer_state,
+    whole_state,
+)
+from sigma_vae.training.hardware import Choices
+from sigma_vae.training.nonfinite import Suspect, diagnosis
+from sigma_vae.training.objective import StepLoss, current_sigma, is_weighted, step_loss, validated_total
+from sigma_vae.types import Batch, Elbo, Flat, Noise
+from sigma_vae.vae import VAE, keyed_noise
+
+__all__ = ["Averaged", "Stepper", "Validation", "optimizer_for"]
+
+
+class _Unchecked(NamedTuple):
+    """A step whose loss has not been looked at."""
+
+    suspect: Suspect
+    elbo: Elbo
+    loss: Tensor
+
+
+def optimizer_for(vae: VAE, config: TrainingConfig, *, fused: bool = False) -> torch.optim.AdamW:
+    """Adam, or AdamW with weight decay; the likelihood's own parameters (a shared σ, a ν) have their own rate and no decay."""
+    rate = config.learning_rate
+    scales = {id(p): p for p in vae.likelihood.parameters()}
+    weights = [p for p in vae.parameters() if id(p) not in scales]
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "lr": rate, "weight_decay": config.weight_decay},
+        {"params": list(scales.values()), "lr": rate * config.scale_learning_rate_factor, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group | {"full_lr": group["lr"]} for group in groups if group["params"]], lr=rate, fused=fused)
+
+
+@final
+class Stepper:
+    """Takes optimiser steps, each down the gradient of a batch's mean negative ELBO (or weighted objective), in nats.
+
+    Args:
+        vae: the model, on its device.
+        config: of the training.
+        choices: of the hardware.
+        total_steps: of the whole training, which the cosine schedule ends with.
+        log_volume_nats: logged bounds are smaller by it than the model's log-density: the Jacobian of a standardisation.
+        fabric: runs the processes; it wraps the model where there are several.
+    """
+
+    def __init__(
+        self, vae: VAE, config: TrainingConfig, choices: Choices, total_steps: int, log_volume_nats: float, fabric: Fabric
+    ) -> None:
+        self.vae = vae
+        self.config = config
+        self.choices = choices
+        self.total_steps = total_steps
+        self.log_volume_nats = log_volume_nats
+        self.fabric = fabric
+        self.average = None if config.ema_decay is None else Averaged(vae, config.ema_decay)
+        self._loss = _wrapped(vae, config, torch.compile(vae.elbo) if choices.compile else None, fabric)
+        self.parameters = list(vae.parameters())
+        self.optimizer = optimizer_for(vae, config, fused=choices.fused_optimiser)
+        self.skipped_steps = 0
+        self.suspect: Suspect | None = None
+        """The newest step."""
+        self._unchecked: list[_Unchecked] = []
+        self._broken: Tensor | None = None
+        # On a GPU a look at the loss waits for it: losses are looked at in `check`, and until then the device itself holds the weights.
+        self._checks_later = choices.device == "cuda" and choices.fused_optimiser and not is_sharded(config)
+
+    def step(self, batch: Batch, number: int) -> dict[str, float] | None:
+        """Take one step.
+
+        Args:
+            batch: this process's share of the global batch.
+            number: of the step, from 0.
+
+        Returns:
+            The row of metrics, where one is due.
+
+        Raises:
+            NonFiniteLossError: the loss is not finite; on a GPU :meth:`check` raises it later.
+        """
+        self.suspect = Suspect(number, batch, _rng(batch.x.device))
+        self.optimizer.zero_grad()
+        with self.choices.autocast():
+            elbo, loss = self._loss(batch, number)
+        self._unchecked.append(_Unchecked(self.suspect, elbo, loss.detach()))
+        if self._checks_later:
+            self._hold_where_broken(loss.detach())
+        else:
+            self.check()
+        self._backward(loss)
+        row = self._row(elbo, loss.detach()) if number % self.config.log_every == 0 else None
+        skipped = self._handle_gradient(row)
+        rate = self._rate_factor(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * rate
+        self.optimizer.step()
+        if self.average is not None and not skipped:
+            self.average.update(self.vae)
+        return None if row is None else {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
+
+    def check(self) -> None:
+        """Raise the error of the first step whose loss is not finite, of those since the last call."""
+        steps, self._unchecked, self._broken = self._unchecked, [], None
+        if steps and not torch.stack([step.loss for step in steps]).isfinite().all():
+            first = next(step for step in steps if not step.loss.isfinite())
+            raise diagnosis(self.vae, first.suspect, first.elbo)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights to evaluate and export (the averages, where there are any), whole; every process must call this."""
+        return whole_state(self.vae) if self.average is None else self.average.module.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimiser and averages, whole; every process must call this."""
+        average = self.average
+        return {
+            "model": self.weights(),
+            "current": None if average is None else self.vae.state_dict(),
+            "averaged_steps": None if average is None else int(average.model.n_averaged),
+            "optimizer": whole_optimizer_state(self.optimizer),
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+        load_whole_state(self.vae, state["model"] if state["current"] is None else state["current"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["model"])
+            self.average.model.n_averaged.fill_(state["averaged_steps"] or 0)
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.skipped_steps = state["skipped_steps"]
+
+    def _hold_where_broken(self, loss: Tensor) -> None:
+        """Leave weights and moments as they are from a loss that is not finite until :meth:`check`."""
+        broken = 1.0 - loss.isfinite().float()
+        self._broken = broken if self._broken is None else torch.maximum(self._broken, broken)
+        self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells a fused optimiser
+
+    def _backward(self, loss: Tensor) -> None:
+        self.fabric.backward(loss)
+        if is_sharded(self.config):  # sharded weights have their gradients averaged by torch
+            average_gradients(self.vae.likelihood.parameters())
+
+    def _handle_gradient(self, row: dict[str, Tensor | float] | None) -> bool:
+        """Skip the step if the gradient is too long, clip it if it is long, log its norm; return whether it was skipped."""
+        limit, longest = self.config.skip_gradient_norm, self.config.gradient_clip_norm
+        if limit is None and longest is None and row is None:
+            return False
+        norm = gradient_norm(self.parameters)
+        skipped = limit is not None and not norm < limit  # not "norm >= limit", which NaN passes
+        if skipped:
+            self.skipped_steps += 1
+            self.optimizer.zero_grad()  # Adam leaves alone what has no gradient: its value, its moments, its decay
+        elif longest is not None:
+            clip(self.parameters, longest, norm)
+        if row is not None:
+            row["train/gradient_norm"] = norm
+            if limit is not None:
+                row["train/skipped_steps"] = self.skipped_steps
+        return skipped
+
+    def _rate_factor(self, step: int) -> float:
+        config = self.config
+        warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        if config.schedule == "constant":
+            return warm
+        return warm * 0.5 * (1 + math.cos(math.pi * min(step / self.total_steps, 1.0)))
+
+    def _row(self, elbo: Elbo, loss: Tensor) -> dict[str, Tensor | float]:
+        metrics: dict[str, Tensor | float] = {
+            "train/loss_nats": self.log_volume_nats - mean_over_all(elbo.total.flatten()),
+            "train/rate_nats": mean_over_all(elbo.rate.flatten()),
+            "train/distortion_nats": mean_over_all(elbo.distortion.flatten()) + self.log_volume_nats,
+        }
+        if is_weighted(self.config):
+            metrics["train/weighted_objective_nats"] = loss
+        if (sigma := current_sigma(self.vae)) is not None:
+            metrics["train/sigma"] = sigma
+        return metrics
+
+
+class _Loss(nn.Module):
+    """The loss of a step as a module, which DistributedDataParallel can wrap."""
+
+    def __init__(self, vae: VAE, config: TrainingConfig, elbo_of: Callable[..., Elbo] | None) -> None:
+        super().__init__()
+        self.vae = vae
+        self.config = config
+        self.elbo_of = elbo_of
+
+    def forward(self, batch: Batch, number: int) -> StepLoss:
+        return step_loss(self.vae, batch, self.config, number, self.elbo_of)
+
+
+def _wrapped(
+    vae: VAE, config: TrainingConfig, elbo_of: Callable[..., Elbo] | None, fabric: Fabric
+) -> Callable[[Batch, int], StepLoss]:
+    loss = _Loss(vae, config, elbo_of)
+    if processes().world_size == 1:
+        return loss.forward
+    wrapped: Callable[[Batch, int], StepLoss] = fabric.setup_module(loss)
+    return loss.forward if is_sharded(config) else wrapped
+
+
+@final
+class Averaged:
+    """An exponential moving average of weights and buffers.
+
+    Args:
+        vae: the model.
+        decay: weight of the past.
+    """
+
+    def __init__(self, vae: VAE, decay: float) -> None:
+        average = get_ema_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self.model = AveragedModel(vae, avg_fn=average, use_buffers=True)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model with the averages."""
+        module: nn.Module = self.model.module
+        return module
+
+    def update(self, vae: VAE) -> None:
+        """Follow the model; the first update copies it."""
+        self.model.update_parameters(vae)
+
+    @contextmanager
+    def in_place_of(self, vae: VAE) -> Iterator[None]:
+        """Let the model have the averages for as long as this lasts; changes made meanwhile are changes of the averages."""
+        self._swap(vae)
+        try:
+            yield
+        finally:
+            self._swap(vae)
+
+    @torch.no_grad()
+    def _swap(self, vae: VAE) -> None:
+        averages = chain(self.module.parameters(), self.module.buffers())
+        for average, current in zip(averages, chain(vae.parameters(), vae.buffers()), strict=True):
+            kept = average.clone()
+            average.copy_(current)
+            current.copy_(kept)
+
+
+@final
+class Validation:
+    """Bounds on held-out data. The noise belongs to the example, so no number depends on the batch size.
+
+    Args:
+        vae: the model.
+        batches: this process's share of the validation split, in a fixed order.
+        log_volume_nats: as of :class:`Stepper`.
+    """
+
+    def __init__(self, vae: VAE, batches: Batches, log_volume_nats: float) -> None:
+        self.vae = vae
+        self.batches = batches
+        self.log_volume_nats = log_volume_nats
+        self._noise: dict[int, _RememberedNoise] = {}
+
+    @torch.no_grad()
+    def measure(self, step: int) -> dict[str, float]:
+        """The means over all examples; call it in eval mode, after ``step`` steps.
+
+        Raises:
+            NonFiniteLossError: the bound is not finite.
+        """
+        totals: dict[str, Tensor] = {}
+        examples = 0
+        for number, batch in enumerate(self.batches):
+            size = int(sum_over_all(torch.tensor(len(batch.x))))
+            for name, mean in self._means(batch, number, step).items():
+                totals[name] = totals.get(name, torch.zeros(())) + mean * size
+            examples += size
+        return {name: float(total / examples) for name, total in totals.items()}
+
+    def _means(self, batch: Batch, number: int, step: int) -> dict[str, Tensor]:
+        inference = self.vae.network.infer(batch.x, mask=batch.mask, noise=self._noise_of(batch, number))
+        likelihood, (h, target) = self.vae.likelihood, inference.scored()
+        elbo = Elbo(inference.per_example(likelihood(h).log_prob(target)), inference.kl)
+        metrics = {
+            validated_total(self.vae): elbo.total - self.log_volume_nats,
+            "validation/rate_nats": elbo.rate,
+            "validation/distortion_nats": elbo.distortion + self.log_volume_nats,
+        }
+        if likelihood.levels is not None and likelihood.normalised:
+            mass = inference.per_example(likelihood.log_mass(h, target))
+            metrics["validation/bits_per_dim"] = (elbo.rate - mass) / (inference.dims() * math.log(2))
+        means = mean_over_all(torch.stack(list(metrics.values()), 1))
+        if not torch.isfinite(means[0]):
+            empty = torch.zeros(0, dtype=torch.uint8)
+            raise diagnosis(self.vae, Suspect(step, batch, empty, "validation"), elbo)
+        return dict(zip(metrics, means.cpu(), strict=True))
+
+    def _noise_of(self, batch: Batch, number: int) -> Noise:
+        """Remember the noise of flat latents: it is small, and drawing it takes as long as a small network's pass."""
+        if not isinstance(self.vae.network.latents, Flat):
+            return keyed_noise(batch.positions)
+        if number not in self._noise:
+            self._noise[number] = _RememberedNoise(keyed_noise(batch.positions))
+        return self._noise[number].replay()
+
+
+class _RememberedNoise:
+    """Gives the numbers that it drew before, call by call."""
+
+    def __init__(self, fresh: Noise) -> None:
+        self.fresh = fresh
+        self.drawn: list[Tensor] = []
+
+    def replay(self) -> Noise:
+        calls = count()
+
+        def noise(shape: torch.Size) -> Tensor:
+            call = next(calls)
+            if call == len(self.drawn):
+                self.drawn.append(self.fresh(shape))
+            return self.drawn[call]
+
+        return noise
+
+
+def _rng(device: torch.device) -> Tensor:
+    """The state of the generator that draws the noise."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

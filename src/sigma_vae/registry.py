@@ -295,7 +295,10 @@ class register:
 
 def _package_of(registered: Any) -> str:
     """The distribution that it comes from, or the name of its module where there is none (a script, a notebook)."""
-    top = getattr(registered, "__module__", type(registered).__module__).partition(".")[0]
+    module = (
+        getattr(registered, "__module__", type(registered).__module__) or "__main__"
+    )  # None in code that is executed from a text
+    top = module.partition(".")[0]
     if top == "sigma_vae":
         return OWN_PACKAGE
     found = packages_distributions().get(top)

@@ -51,9 +51,10 @@ class Checkpoints:
 
     Every process calls the methods; the first one writes.
 
-    Args: folder: of the checkpoints. resumed: the file that a resumed training goes on from. If it is not
-        ``last.ckpt``, that one is damaged, and is kept as
-            ``last.ckpt.damaged`` in place of becoming ``previous.ckpt``.
+    Args:
+        folder: of the checkpoints.
+        resumed: the file that a resumed training goes on from. If it is not ``last.ckpt``, that one is damaged, and is
+            kept as ``last.ckpt.damaged`` in place of becoming ``previous.ckpt``.
     """
 
     def __init__(self, folder: Path, resumed: Path | None = None) -> None:

@@ -228,9 +228,13 @@ def _launched() -> bool:
 def shared(data: Splits, split: SplitName, size: int, device: torch.device | str = "cpu", limit: int | None = None) -> Batches:
     """This process's share of a split, in its order, for a pass on which no number depends on the size of batches.
 
-    Args: data: its splits. split: which of them. size: examples in a batch of all processes together; more where the
-        last batch would leave a process without any. device: where the batches are. limit: the first so many examples
-        alone.
+    Args:
+        data: its splits.
+        split: which of them.
+        size: examples in a batch of all processes together; more where the last batch would leave a process without
+            any.
+        device: where the batches are.
+        limit: the first so many examples alone.
 
     Raises:
         ValueError: there are fewer examples than processes.
@@ -584,8 +588,9 @@ def of_shares_alone(model: nn.Module) -> list[nn.Module]:
 def check_processes(vae: VAE) -> None:
     """Refuse a network that several processes would train differently from one.
 
-    Raises: ValueError: it normalises by statistics of the batch in a way in which each process would use those of its
-        share.
+    Raises:
+        ValueError: it normalises by statistics of the batch in a way in which each process would use those of its
+            share.
     """
     norms = of_shares_alone(vae)
     if processes().world_size > 1 and norms:

@@ -100,18 +100,23 @@ def fit(
     out, ``batch_size`` counts the examples of all, and the first process writes the files. Every process must call this
     with the same arguments.
 
-    Args: vae: the model. data: its splits; test is not touched. config: how to train. out: folder for ``metrics.csv``,
-        TensorBoard events and ``checkpoints/``; nothing is kept unless given. seed: of the order of the data and the
-        noise (the weights are random since ``vae`` was made). device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-        resume: go on exactly where the newest whole checkpoint in ``out/checkpoints`` stands. progress: show a bar.
-        callbacks: hooks; see :class:`Callback`. loggers: names (``csv``, ``tensorboard``, ``wandb``, ``mlflow``, where
-        ``out`` is given), or loggers of Lightning Fabric or
-            pytorch-lightning; ``config.logger`` unless given.
+    Args:
+        vae: the model.
+        data: splits, or whatever :func:`sigma_vae.data.as_splits` reads; test is not touched.
+        config: how to train.
+        out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; nothing is kept unless given.
+        seed: of the order of the data and the noise (the weights are random since ``vae`` was made).
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+        resume: go on exactly where the newest whole checkpoint in ``out/checkpoints`` stands.
+        progress: show a bar.
+        callbacks: hooks; see :class:`Callback`.
+        loggers: names (``csv``, ``tensorboard``, ``wandb``, ``mlflow``, where ``out`` is given), or loggers of
+            Lightning Fabric or pytorch-lightning; ``config.logger`` unless given.
 
-    Raises: ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over
-        than ``config`` has,
-            ``out`` has checkpoints that are not to be resumed, or another process writes there; the network reads clips
-            and the data are none, or the other way round.
+    Raises:
+        ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over than
+            ``config`` has, ``out`` has checkpoints that are not to be resumed, or another process writes there; the
+            network reads clips and the data are none, or the other way round.
         NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
         KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
         Terminated: after SIGTERM, likewise; not caught, it ends the process with the exit code 143.

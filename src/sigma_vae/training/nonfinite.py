@@ -86,10 +86,11 @@ def diagnosis(vae: VAE, suspect: Suspect, elbo: Elbo) -> NonFiniteLossError:
 class BrokenStep(NamedTuple):
     """The parts of a step that failed.
 
-    Shapes: batch as the model saw it (of several processes the share of the first that has a broken term); rng
-        ``(bytes,)`` the state of the generator when the step began, empty in a validation; weights by their names in
-        the model; about: ``step``, ``split``, ``diagnosis``, the hardware ``choices``, ``shape`` of an example and
-        ``scaling`` of the data.
+    Shapes:
+        batch as the model saw it (of several processes the share of the first that has a broken term); rng ``(bytes,)``
+        the state of the generator when the step began, empty in a validation; weights by their names in the model;
+        about: ``step``, ``split``, ``diagnosis``, the hardware ``choices``, ``shape`` of an example and ``scaling`` of
+        the data.
     """
 
     batch: Batch

@@ -59,10 +59,14 @@ def optimizer_for(vae: VAE, config: TrainingConfig, *, fused: bool = False) -> t
 class Stepper:
     """Takes optimiser steps, each down the gradient of a batch's mean negative ELBO (or weighted objective), in nats.
 
-    Args: vae: the model, on its device. config: of the training. choices: of the hardware. total_steps: of the whole
-        training, which the cosine schedule ends with. log_volume_nats: logged bounds are smaller by it than the model's
-        log-density: the Jacobian of a standardisation. fabric: runs the processes; it wraps the model where there are
-        several.
+    Args:
+        vae: the model, on its device.
+        config: of the training.
+        choices: of the hardware.
+        total_steps: of the whole training, which the cosine schedule ends with.
+        log_volume_nats: logged bounds are smaller by it than the model's log-density: the Jacobian of a
+            standardisation.
+        fabric: runs the processes; it wraps the model where there are several.
     """
 
     def __init__(

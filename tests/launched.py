@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.multiprocessing import start_processes
 
-PRELOADED = ["pytorch_lightning", "sigma_vae.runs", "sigma_vae.cli"]
+PRELOADED = ["sigma_vae.training", "sigma_vae.runs", "sigma_vae.cli"]
 """Imported once, and not in each process."""
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import stats
 
 from sigma_vae.cli import COMMANDS, PROGRAM, STUDY, main
+from sigma_vae.config import RenamedWarning, RunConfig, read
 from sigma_vae.likelihoods.translate import explain
 
 
@@ -302,6 +303,17 @@ def test_a_wrong_command_gets_the_nearest_one(capsys):
         with pytest.raises(SystemExit):
             main(words)
         assert f"did you mean {near}?" in capsys.readouterr().err
+
+
+def test_old_names_of_options_work_and_are_remarked_upon(tmp_path, capsys):
+    words = ["train", "digits", "--network", "mlp", "--width", "4", "--max-steps", "1", "--allocator", "patient", "--json"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert "sigma-vae train: allocator='patient' is called 'retain' now" in capsys.readouterr().err
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "allocator: retain" in config
+    (tmp_path / "old.yaml").write_text(config.replace("allocator: retain", "allocator: patient"))
+    with pytest.warns(RenamedWarning, match="called 'retain' now"):
+        assert read(tmp_path / "old.yaml", RunConfig) == read(tmp_path / "run" / "config.yaml", RunConfig)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "batch-mean", "mean"])

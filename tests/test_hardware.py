@@ -4,17 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_non_finite import look_later
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sigma_vae import models
 from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig
-from sigma_vae.data import Scaling, load
-from sigma_vae.data.batches import Batches
-from sigma_vae.data.stores import InMemory
+from sigma_vae.data import load
 from sigma_vae.training import fit
-from sigma_vae.training.calls import Calls, recount
 from sigma_vae.training.hardware import Machine, Work, applied, choices_for, choose, machine_of, work_of
-from sigma_vae.training.module import TrainingModule
 
 NEW = Machine("cpu", "a processor", bfloat16=True, glibc=True, threads=8)
 OLD = replace(NEW, bfloat16=False)
@@ -30,7 +27,7 @@ CONV, NARROW, TINY = Work(12e9, widest_kernel=6), Work(12e9, widest_kernel=4), W
         (NEW, TINY, {"precision": "float32", "memory_format": "contiguous", "steps_per_call": 16}),
         (NEW, replace(CONV, measured=False), {"precision": "float32"}),
         (OLD, CONV, {"precision": "float32", "memory_format": "contiguous"}),
-        (NEW, CONV, {"allocator": "patient", "fused_optimiser": True, "compile": False}),
+        (NEW, CONV, {"allocator": "retain", "fused_optimiser": True, "compile": False}),
         (replace(NEW, glibc=False), CONV, {"allocator": "default"}),
         (GPU, CONV, {"allocator": "default", "precision": "float32", "steps_per_call": 16}),
         (replace(NEW, processors=1.5), CONV, {"threads": 2}),
@@ -63,12 +60,10 @@ def test_each_choice_can_be_overruled(asked, expected, machine):
     assert getattr(chosen, name) == expected
 
 
-@pytest.mark.parametrize("options", [{"validate_every": 10}, {"ema_decay": 0.9}])
-def test_what_follows_each_step_has_calls_of_one(options):
-    assert choose(TrainingConfig(**options), NEW, TINY).steps_per_call == 1
-    assert TrainingConfig(**options, hardware=HardwareConfig(steps_per_call=1))
-    with pytest.raises(ValueError, match="after each step, got steps_per_call=2"):
-        TrainingConfig(**options, hardware=HardwareConfig(steps_per_call=2))
+def test_the_old_word_for_retain_warns_and_means_the_same():
+    with pytest.warns(DeprecationWarning, match="called 'retain' now"):
+        old = HardwareConfig(allocator="patient")
+    assert old == HardwareConfig(allocator="retain")
 
 
 @pytest.mark.parametrize("name", ["threads", "steps_per_call"])
@@ -138,6 +133,7 @@ def same(ours, theirs):
     [
         {},
         {"max_steps": 17},
+        {"validate_every": 7, "ema_decay": 0.9},
         {"warmup_steps": 5, "schedule": "cosine", "gradient_clip_norm": 100.0, "skip_gradient_norm": 3000.0},
     ],
 )
@@ -145,7 +141,7 @@ def test_no_result_depends_on_how_many_steps_a_call_makes_and_when_losses_are_lo
     one, five, many = (trained(digits, hardware=HardwareConfig(steps_per_call=n), **options) for n in (1, 5, 100))
     assert same(one, five)
     assert same(one, many)
-    monkeypatch.setattr(TrainingModule, "_looks_later", lambda *_: True)  # as on a GPU
+    look_later(monkeypatch, True)
     assert same(one, trained(digits, hardware=HardwareConfig(steps_per_call=5), **options))
 
 
@@ -160,24 +156,6 @@ def test_a_run_that_ended_amid_a_call_goes_on(digits, tmp_path):
     hardware = HardwareConfig(steps_per_call=4)
     trained(digits, tmp_path, max_steps=5, hardware=hardware)
     assert same(trained(digits, tmp_path, resume=True, hardware=hardware), trained(digits, hardware=hardware))
-
-
-@pytest.mark.parametrize("batches", [1, 7, 12, 46])
-@pytest.mark.parametrize("steps_before", [1, 3, 16])
-@pytest.mark.parametrize("steps", [1, 4, 16])
-def test_calls_that_are_left_are_counted_right(batches, steps_before, steps):
-    for ready in range(-(-batches // steps_before) + 1):
-        counts = {"current": {"ready": ready, "completed": ready - 1}, "total": {"ready": 50 + ready, "completed": 49 + ready}}
-        behind = 3 * batches + min(ready * steps_before, batches)
-        checkpoint = {"loops": {"fit_loop": {"epoch_loop.batch_progress": counts}}, "global_step": behind}
-        recount(checkpoint, steps, batches)
-        loader = Batches(InMemory(torch.zeros(batches, 1, dtype=torch.uint8)), Scaling(levels=3), batch_size=1)
-        calls = Calls(loader, steps)
-        done = min(ready * steps_before, batches)
-        left = range(done, batches, steps)
-        assert len(calls) - counts["current"]["ready"] == len(left)
-        assert counts["total"]["ready"] - counts["current"]["ready"] == 50
-        assert counts["current"]["ready"] - counts["current"]["completed"] == 1
 
 
 class Dtypes(TorchDispatchMode):

@@ -13,9 +13,9 @@ from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingCo
 from sigma_vae.data import load
 from sigma_vae.networks import FlatNetwork
 from sigma_vae.training import NonFiniteLossError, fit
-from sigma_vae.training.checkpoints import write_sealed
-from sigma_vae.training.module import TrainingModule
-from sigma_vae.training.nonfinite import FILE, KeepsBrokenStep, first_broken, load_broken_step
+from sigma_vae.training.checkpoints import FORMAT, write_sealed
+from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step, with_saved_step
+from sigma_vae.training.step import Stepper
 
 DIMS = 6
 
@@ -103,10 +103,21 @@ def test_the_last_good_checkpoint_is_the_one_before_where_the_last_holds_the_fai
         train(vae, data, tmp_path, hardware=HardwareConfig(steps_per_call=1))
 
 
+def look_later(monkeypatch, later: bool) -> None:
+    """As on a GPU, where a look at the loss would wait for it."""
+    init = Stepper.__init__
+
+    def changed(stepper, *words):
+        init(stepper, *words)
+        stepper._checks_later = later
+
+    monkeypatch.setattr(Stepper, "__init__", changed)
+
+
 @pytest.mark.parametrize(("steps_per_call", "later"), [(1, False), (4, False), (4, True)])
 def test_what_is_kept_is_the_very_step_that_failed(tmp_path, monkeypatch, steps_per_call, later):
     """Also amid a call, and when losses are looked at only when it ends: its batch, its weights, its noise."""
-    monkeypatch.setattr(TrainingModule, "_looks_later", lambda *_: later)
+    look_later(monkeypatch, later)
     data = load(DataConfig("digits"))
     vae = models.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
     whole, found = VAE.elbo, []  # the bounds that are computed: one before the first step
@@ -169,8 +180,8 @@ def test_a_rerun_does_what_the_step_did(tmp_path, monkeypatch, options):
 
 def test_a_damaged_checkpoint_is_not_called_good(tmp_path):
     for name, behind in (("previous.ckpt", 2), ("last.ckpt", 3)):
-        write_sealed({"global_step": behind}, tmp_path / "checkpoints" / name)
-    told = partial(KeepsBrokenStep(tmp_path, {}).told, NonFiniteLossError("broken"), 9)
+        write_sealed({"format": FORMAT, "step": behind}, tmp_path / "checkpoints" / name)
+    told = partial(with_saved_step, NonFiniteLossError("broken"), tmp_path, 9)
     assert "last.ckpt (step 3)." in str(told())
     last = tmp_path / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-100])

@@ -104,10 +104,8 @@ def trained(out: Path, case: Case, *, resume: bool = False, epochs: int = 1, **o
     state = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
     with (out / "metrics.csv").open(newline="", encoding="utf-8") as file:
         metrics = [{name: float(value or math.nan) for name, value in row.items()} for row in csv.DictReader(file)]
-    moments = {
-        f"{key} of {n}": m[key] for n, m in state["optimizer_states"][0]["state"].items() for key in ("exp_avg", "exp_avg_sq")
-    }
-    return {"weights": dict(vae.state_dict()), "last": state["state_dict"], "moments": moments, "metrics": metrics}
+    moments = {f"{key} of {n}": m[key] for n, m in state["optimizer"]["state"].items() for key in ("exp_avg", "exp_avg_sq")}
+    return {"weights": dict(vae.state_dict()), "last": state["model"], "moments": moments, "metrics": metrics}
 
 
 def all_trained(folder: Path) -> dict[str, Any]:
@@ -158,7 +156,7 @@ def plain(out: Path, *, resume: bool = False, network: str = "mlp", **options: A
     vae = plain_vae(network)
     config = TrainingConfig(**({"epochs": 4, "batch_size": 16, "log_every": 1} | options))
     fit(vae, toy_data(), config, out=out, device="cpu", resume=resume, progress=False)
-    return last(out)["state_dict"]
+    return last(out)["model"]
 
 
 def last(out: Path) -> dict[str, Any]:
@@ -179,10 +177,8 @@ def interrupted_and_resumed(folder: Path) -> dict[str, Any]:
         with pytest.raises(KeyboardInterrupt):
             plain(folder / "stopped")
         VAE.elbo = elbo
-        at, noise = from_first(
-            lambda: (last(folder / "stopped")["global_step"], last(folder / "stopped")["callbacks"]["OwnNoise"])
-        )
-        return {"at": at, "noise": noise["noise"], "whole": whole, "resumed": plain(folder / "stopped", resume=True)}
+        at, noise = from_first(lambda: (last(folder / "stopped")["step"], last(folder / "stopped")["noise"]))
+        return {"at": at, "noise": noise, "whole": whole, "resumed": plain(folder / "stopped", resume=True)}
 
 
 def test_ctrl_c_on_one_process_stops_all_and_they_resume_exactly(tmp_path):
@@ -198,7 +194,7 @@ def test_ctrl_c_on_one_process_stops_all_and_they_resume_exactly(tmp_path):
 def resumed(folder: Path) -> list[str]:
     with joined(torch.device("cpu")), redirect_stderr(io.StringIO()) as said:
         plain(folder, resume=True, epochs=6)
-        return [from_first(lambda: str(last(folder)["global_step"])), said.getvalue()]
+        return [from_first(lambda: str(last(folder)["step"])), said.getvalue()]
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 from launched import ended, started
 from PIL import Image
@@ -29,10 +28,9 @@ from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, read
 from sigma_vae.data import Splits, load
 from sigma_vae.training import NonFiniteLossError, checkpoints
-from sigma_vae.training.checkpoints import damage, newest, read_sealed, step_of, write_sealed
-from sigma_vae.training.folder import exclusive
+from sigma_vae.training.checkpoints import damage, exclusive, newest, read_sealed, step_of, write_sealed
 from sigma_vae.training.metrics import MetricsTable, rows_before
-from sigma_vae.training.module import TrainingModule
+from sigma_vae.training.step import Stepper
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="forks, mounts and limits of Linux")
 
@@ -62,27 +60,31 @@ def die_after(events: int) -> None:
         return watching
 
     os.replace, os.fsync = watched(os.replace), watched(os.fsync)
-    checkpoints._Told.write = watched(checkpoints._Told.write)
-    TrainingModule.training_step = watched(TrainingModule.training_step)
+    checkpoints._Recorder.write = watched(checkpoints._Recorder.write)
+    Stepper.step = watched(Stepper.step)
 
 
 @pytest.mark.parametrize("options", [{}, {"learning_rate": 1e30}], ids=["ends", "fails"])
 def test_a_training_that_is_over_leaves_signals_as_they_were_and_nothing_in_memory(options, few, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    made: list[weakref.ref[pl.Trainer]] = []
-    init = pl.Trainer.__init__
+    made: list[weakref.ref[Stepper]] = []
+    init = Stepper.__init__
 
-    def noted(trainer: pl.Trainer, **words: object) -> None:
-        made.append(weakref.ref(trainer))
-        init(trainer, **words)
+    def noted(stepper: Stepper, *words: object) -> None:
+        made.append(weakref.ref(stepper))
+        init(stepper, *words)
 
-    with pytest.MonkeyPatch.context() as patch, suppress(NonFiniteLossError) if options else nullcontext():
-        patch.setattr(pl.Trainer, "__init__", noted)
-        train(few, tmp_path, **options)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    if options:
-        gc.collect()  # the error's own frames have held it until now
-    assert [trainer() for trainer in made] == [None]
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch, suppress(NonFiniteLossError) if options else nullcontext():
+            patch.setattr(Stepper, "__init__", noted)
+            train(few, tmp_path, **options)
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        if options:
+            gc.collect()  # the error's own frames have held it until now
+        assert [stepper() for stepper in made] == [None]
+    finally:
+        gc.enable()
 
 
 def go_on(few: Splits, out: Path, options: dict[str, float], moments: int) -> None:
@@ -226,7 +228,7 @@ def test_a_training_that_broke_off_before_its_folder_was_a_run_begins_anew(digit
     def full(path: Path, config: RunConfig) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("sigma_vae.runs.train.write", full)
+    monkeypatch.setattr(sys.modules["sigma_vae.runs.train"], "write", full)
     with pytest.raises(OSError, match="make room, then train again"):
         runs.train(short, out, progress=False)
     monkeypatch.undo()
@@ -278,12 +280,13 @@ def test_a_time_that_no_clock_counts_is_refused(minutes):
 
 def test_a_folder_is_a_folder_whatever_its_name(few, digits_config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train(few, Path("memory:x"), max_steps=1)
-    assert step_of(tmp_path / "memory:x" / "checkpoints" / "last.ckpt") == 1
-    for begin in (lambda out: train(few, out), lambda out: runs.train(digits_config, out, progress=False)):
-        with pytest.raises(ValueError, match="take another folder"):
-            begin(Path("a::b"))
-    assert [path.name for path in tmp_path.iterdir()] == ["memory:x"]
+    short = replace(digits_config, training=replace(digits_config.training, max_steps=1))
+    for name in ("memory:x", "a::b"):
+        train(few, Path(name), max_steps=1)
+        assert step_of(tmp_path / name / "checkpoints" / "last.ckpt") == 1
+        runs.train(short, Path(f"{name}-run"), progress=False)
+        assert (tmp_path / f"{name}-run" / "model" / "model.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a::b", "a::b-run", "memory:x", "memory:x-run"]
 
 
 def test_a_table_of_metrics_is_on_the_disk_before_it_takes_the_name_of_the_old_one(tmp_path, monkeypatch):
@@ -340,7 +343,7 @@ def test_the_best_weights_belong_to_the_checkpoint_that_is_resumed(few, tmp_path
     vae = train(few, out, epochs=1, resume=True)  # nothing to do, but to take the best
     assert torch.equal(
         vae.state_dict()["network.decoder.0.weight"],
-        torch.load(tmp_path / "then" / "best.ckpt", weights_only=True)["state_dict"]["vae.network.decoder.0.weight"],
+        torch.load(tmp_path / "then" / "best.ckpt", weights_only=True)["model"]["network.decoder.0.weight"],
     )
     for path in folder.glob("best*.ckpt"):
         path.write_bytes(path.read_bytes()[:-100])
@@ -349,12 +352,22 @@ def test_the_best_weights_belong_to_the_checkpoint_that_is_resumed(few, tmp_path
 
 
 def test_a_sealed_file_is_a_plain_archive(tmp_path):
-    write_sealed({"a": torch.arange(3), "global_step": 5}, tmp_path / "a.ckpt")
+    write_sealed({"a": torch.arange(3), "step": 5, "format": checkpoints.FORMAT}, tmp_path / "a.ckpt")
     assert torch.equal(torch.load(tmp_path / "a.ckpt", weights_only=True)["a"], torch.arange(3))
-    assert read_sealed(tmp_path / "a.ckpt").keys() == {"a", "global_step"}
+    assert read_sealed(tmp_path / "a.ckpt").keys() == {"a", "step", "format"}
     assert step_of(tmp_path / "a.ckpt") == 5
     assert damage(tmp_path / "absent.ckpt") == "cannot be read (No such file or directory)"
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_a_checkpoint_of_the_old_engine_is_refused_with_the_way_out(few, tmp_path):
+    state = {"pytorch-lightning_version": "2.6.1", "global_step": 5, "state_dict": {}}
+    write_sealed(state, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match="train anew into another folder, or go on with the version that wrote it"):
+        train(few, tmp_path, resume=True)
+    write_sealed({"step": 5}, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match="no checkpoint of this version"):
+        train(few, tmp_path, resume=True)
 
 
 def test_checkpoints_of_another_training_are_not_overwritten(few, tmp_path):

@@ -226,7 +226,7 @@ def test_an_interrupted_resumption_remembers_how_far_it_was_to_go(digits_config,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.training, "fit", interrupt)
+        patch.setattr(sys.modules["sigma_vae.runs.train"], "fit", interrupt)
         with pytest.raises(KeyboardInterrupt):
             runs.resume(tmp_path / "run", epochs=3, progress=False)
     runs.resume(tmp_path / "run", progress=False)

@@ -151,7 +151,7 @@ def expected_objective(elbo, latents, free_bits=0.0, weight=1.0, balanced=False)
 def test_what_is_minimised_is_what_is_documented(options, step, arguments):
     vae = ladder()
     weighted, plain = both(vae, step, **options)
-    latents = np.array([np.prod(shape) for shape in vae.network.layer_shapes])
+    latents = np.array([np.prod(shape) for shape in vae.network.latents.shapes])
     kl = plain.elbo.kl.detach().mean(0)
     assert kl.min() < 2 < kl.max()  # the bounds of the rows above mean something
     assert float(weighted.minimised.detach().mean()) == pytest.approx(
@@ -183,7 +183,7 @@ def test_the_balance_weighs_by_kl_per_latent_and_averages_to_one():
 @pytest.mark.parametrize(
     ("network", "options", "says"),
     [
-        ("mlp", {"kl_balancing_steps": 5}, "balances the layers of a hierarchical network, got FlatNetwork"),
+        ("mlp", {"kl_balancing_steps": 5}, "balances several layers of latents, and FlatNetwork has one"),
         ("mlp", {"kl_balancing_steps": -1}, "kl_balancing_steps is at least 0"),
         ("mlp", {"free_bits_nats": -1.0}, "free_bits_nats is at least 0"),
         ("mlp", {"free_bits_nats": float("nan")}, "free_bits_nats is at least 0"),

@@ -24,7 +24,7 @@ from sigma_vae import models, runs
 from sigma_vae.cli import main
 from sigma_vae.config import RunConfig, read, write
 from sigma_vae.runs.folder import read_json
-from sigma_vae.training.checkpoints import SEAL_BYTES, write_sealed
+from sigma_vae.training.checkpoints import FORMAT, SEAL_BYTES, write_sealed
 
 PACKAGE = Path(__file__).parent.parent / "src" / "sigma_vae"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -46,7 +46,7 @@ def pickled(trace: Path) -> bytes:
 
 def archived(trace: Path) -> bytes:
     file = io.BytesIO()
-    torch.save({"state_dict": {}, "global_step": 1, "x": Payload(trace)}, file)
+    torch.save({"format": FORMAT, "model": {}, "step": 1, "x": Payload(trace)}, file)
     return file.getvalue()
 
 
@@ -59,7 +59,7 @@ def as_array(trace: Path) -> bytes:
 def sealed(trace: Path) -> bytes:
     """With the digest that whole checkpoints have: a stranger can compute it as well."""
     with tempfile.TemporaryDirectory() as folder:
-        write_sealed({"state_dict": {}, "global_step": 1, "x": Payload(trace)}, Path(folder) / "a")
+        write_sealed({"format": FORMAT, "model": {}, "step": 1, "x": Payload(trace)}, Path(folder) / "a")
         return (Path(folder) / "a").read_bytes()
 
 

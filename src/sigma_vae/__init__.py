@@ -1,6 +1,7 @@
 """Variational autoencoders with calibrated decoders: no KL weight to tune.
 
-Needs torch and numpy alone; data, training and the command line come with the extra ``full``. Each name is imported when it is first used.
+Needs torch and numpy alone; data, training and the command line come with the extra ``full``. Each name is imported
+when it is first used.
 """
 
 import warnings

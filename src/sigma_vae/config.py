@@ -22,6 +22,7 @@ __all__ = [
     "Layout",
     "LoggerName",
     "ModelConfig",
+    "RenamedWarning",
     "RunConfig",
     "TrainingConfig",
     "parse",
@@ -35,7 +36,11 @@ Layout = Literal["auto", "n-h-w", "n-h-w-c", "n-c-h-w", "n-c-t", "n-t", "n-c", "
 
 
 MOST_MINUTES = 1e9
-"""That a training may be given: two thousand years, which clocks can count."""
+"""Largest time limit of a training: two thousand years, which clocks can count."""
+
+
+class RenamedWarning(DeprecationWarning):
+    """An option or a key has a new name, or one of its values has; the old one works for one minor version."""
 
 
 class _Strict:
@@ -51,7 +56,8 @@ class ImageConfig(_Strict):
     size: int | None = None
     """Side of the square that pictures are resized to, in pixels; for moving-mnist, side of the canvas."""
     fit: Literal["refuse", "crop", "stretch", "pad"] = "refuse"
-    """Pictures that are not square, or not of one size: refuse them, cut the largest central square, stretch, or pad with black."""
+    """Pictures that are not square, or not of one size: refuse them, cut the largest central square, stretch, or pad
+    with black."""
     colour: Literal["auto", "grey", "rgb", "rgba"] = "auto"
     """Colour channels; auto keeps those that all pictures have."""
     unreadable: Literal["refuse", "skip"] = "refuse"
@@ -63,8 +69,8 @@ class ClipConfig(_Strict):
     """How videos become clips of one length."""
 
     frames: int | None = None
-    """Frames per clip in training and validation, the given (context) frames included; default 16 (bair 12, moving-mnist 15). With this
-    option, GIFs and folders of pictures are read as videos."""
+    """Frames per clip in training and validation, the given (context) frames included; default 16 (bair 12,
+    moving-mnist 15). With this option, GIFs and folders of pictures are read as videos."""
     test_frames: int | None = None
     """Frames per clip in test; default as in training (bair and moving-mnist: 30 if neither option is given)."""
     frame_step: int = 1
@@ -75,9 +81,8 @@ class ClipConfig(_Strict):
 class DataConfig(_Strict):
     """The data set and its splits."""
 
-    source: str
-    """Name of a data set, path of a file or folder, or hub:OWNER/NAME (hub:OWNER/NAME:CONFIG) for any image data set on the
-    Hugging Face hub."""
+    source: Annotated[str, Names("Name of a data set, or path of a file or folder.", register.source)]
+    """Name of a data set, or path of a file or folder."""
     root: str | None = None
     """Folder with the data set's original files."""
     cache: str | None = None
@@ -87,10 +92,11 @@ class DataConfig(_Strict):
     layout: Layout = "auto"
     """Axes of an array file: n examples, c channels, h rows, w columns, t times."""
     columns: tuple[str, ...] = ()
-    """Columns of a table to model (default: all numeric ones), key of an HDF5 file, or image column of a hub data set."""
+    """Columns of a table to model (default: all numeric ones), key of an HDF5 file, or image column of a hub data
+    set."""
     standardise: Literal["auto", "yes", "no"] = "auto"
-    """Scale real values to mean 0 and std 1, channel by channel; auto: yes for tables (CSV, Parquet), no for others. Log-likelihoods are
-    reported in the data's original units."""
+    """Scale real values to mean 0 and std 1, channel by channel; auto: yes for tables (CSV, Parquet), no for others.
+    Log-likelihoods are reported in the data's original units."""
     images: ImageConfig = field(default_factory=ImageConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)
     validation_fraction: float = 0.1
@@ -143,18 +149,18 @@ class ModelConfig(_Strict):
     ] = "gaussian/optimal"
     """Name of the likelihood."""
     latent_dim: int | None = None
-    """Number of latents: 20 unless given (sequence: 10 per frame). Hierarchical networks: channels of each layer of latents, by default
-    those of the network's size."""
+    """Number of latents: 20 unless given (sequence: 10 per frame). Hierarchical networks: channels of each layer of
+    latents, by default those of the network's size."""
     width: int | None = None
-    """Channels of the first layer (default: residual 16, conv 32, sequence 64), channels between blocks (hierarchical: by its size), or
-    units of a hidden layer (mlp: 400)."""
+    """Channels of the first layer (default: residual 16, conv 32, sequence 64), channels between blocks (hierarchical:
+    by its size), or units of a hidden layer (mlp: 400)."""
     context_frames: int = 2
     """Number of given frames at the start of a clip; the likelihood covers the frames after them."""
     observes: Literal["density", "level"] = "density"
     """Train on the density of the values, or on the bin probabilities of their levels."""
     mean: Literal["auto", "unit", "identity"] = "auto"
-    """Map from features to the mean: unit is a sigmoid onto [0, 1], identity leaves them; auto takes identity for standardised data, else
-    unit."""
+    """Map from features to the mean: unit is a sigmoid onto [0, 1], identity leaves them; auto takes identity for
+    standardised data, else unit."""
     prior: Annotated[
         str,
         Names(
@@ -174,22 +180,23 @@ class HardwareConfig(_Strict):
     """Hardware settings; auto picks what benchmarks favour. Training starts by printing the choices."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the network's convolutions and matrix products in training; weights, KL, likelihood and every evaluation are float32.
-    auto: bfloat16 where the hardware has it, the network is large enough to gain, and it is known to do no harm."""
+    """Precision of the network's convolutions and matrix products in training; weights, KL, likelihood and every
+    evaluation are float32. auto: bfloat16 where the hardware has it, the network is large enough to gain, and it is
+    known to do no harm."""
     memory_format: Literal["auto", "contiguous", "channels-last"] = "auto"
     """Memory format of images in the network; auto: channels last where convolutions are wide and in bfloat16."""
     fused_optimiser: Literal["auto", "yes", "no"] = "auto"
     """Update all weights in one kernel; auto: yes."""
     allocator: Literal["auto", "default", "retain", "patient"] = "auto"
-    """retain: the process keeps freed memory, instead of asking the kernel for it in each step (glibc; until the process ends). auto:
-    retain where training is on the CPU. (patient is the old word for retain.)"""
+    """retain: the process keeps freed memory, instead of asking the kernel for it in each step (glibc; until the
+    process ends). auto: retain where training is on the CPU. (patient is the old word for retain.)"""
     compile: bool = False
     """Compile the step (torch.compile, half a minute): for long runs of small networks."""
     threads: int | None = None
     """CPU threads; unless given, torch's number, but no more than the container's share of the processors."""
     steps_per_call: int | None = None
-    """Steps between two looks at clock, interrupts and losses on a GPU; unless given, as many as take a small part of a second. No result
-    depends on it."""
+    """Steps between two looks at clock, interrupts and losses on a GPU; unless given, as many as take a small part of a
+    second. No result depends on it."""
 
     def __post_init__(self) -> None:
         """Refuse counts that mean nothing."""
@@ -198,7 +205,7 @@ class HardwareConfig(_Strict):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is at least 1, got {value}")
         if self.allocator == "patient":
-            warnings.warn("allocator='patient' is called 'retain' now; write that", DeprecationWarning, stacklevel=3)
+            warnings.warn("allocator='patient' is called 'retain' now; write that", RenamedWarning, stacklevel=3)
             object.__setattr__(self, "allocator", "retain")
 
 
@@ -215,9 +222,11 @@ class TrainingConfig(_Strict):
     batch_size: int = 128
     """Examples per step, of all processes together: results mean the same on any number of them."""
     accumulate: int = 1
-    """Number of gradient-accumulation micro-batches per step, to need less memory; an optimal σ is then that of each micro-batch."""
+    """Number of gradient-accumulation micro-batches per step, to need less memory; an optimal σ is then that of each
+    micro-batch."""
     shard_weights: bool = False
-    """Shard weights, gradients and optimizer state across processes (FSDP), for hierarchical networks that are too large for one GPU."""
+    """Shard weights, gradients and optimizer state across processes (FSDP), for hierarchical networks that are too
+    large for one GPU."""
     learning_rate: float = 1e-3
     """Adam's peak learning rate, reached after warm-up."""
     scale_learning_rate_factor: float = 10.0
@@ -225,13 +234,17 @@ class TrainingConfig(_Strict):
     scale_start: Literal["data", "one"] = "data"
     """Start of a learned shared σ: the spread of the training data, or 1."""
     kl_weight: float = 1.0
-    """Weight of the KL in the training loss, on top of the calibrated σ (Beta-Sigma VAE); if it is not 1, the loss is no bound."""
+    """Weight of the KL in the training loss, on top of the calibrated σ (Beta-Sigma VAE); if it is not 1, the loss is
+    no bound."""
     beta_nll: float = 0.0
-    """Weight each value's log-likelihood by its predicted σ to the power 2β (β-NLL, 0.5 say): steadies per-pixel scales."""
+    """Weight each value's log-likelihood by its predicted σ to the power 2β (β-NLL, 0.5 say): steadies per-pixel
+    scales."""
     free_bits_nats: float = 0.0
-    """Least KL that each layer counts with (free bits), so that no layer is switched off early; above 0 the loss is no bound."""
+    """Least KL that each layer counts with (free bits), so that no layer is switched off early; above 0 the loss is no
+    bound."""
     kl_balancing_steps: int = 0
-    """Number of first steps in which layers with more KL for each latent pay more for it (as in NVAE's warm-up); the loss is no bound then."""
+    """Number of first steps in which layers with more KL for each latent pay more for it (as in NVAE's warm-up); the
+    loss is no bound then."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW); at 0 the optimiser is Adam."""
     warmup_steps: int = 0
@@ -241,7 +254,8 @@ class TrainingConfig(_Strict):
     gradient_clip_norm: float | None = None
     """Largest norm of a gradient; gradients are in nats, thousands of them for an image."""
     skip_gradient_norm: float | None = None
-    """Skip a step whose gradient norm, before clipping, reaches this or is not finite: a rare one can undo a deep network."""
+    """Skip a step whose gradient norm, before clipping, reaches this or is not finite: a rare one can undo a deep
+    network."""
     ema_decay: float | None = None
     """Evaluate and export an exponential moving average of the weights with this decay (0.999, say)."""
     patience: int | None = None
@@ -253,7 +267,8 @@ class TrainingConfig(_Strict):
     log_every: int = 50
     """Steps between rows of the metrics."""
     logger: tuple[LoggerName, ...] = ("csv", "tensorboard")
-    """Where metrics are written: csv, tensorboard, wandb, mlflow; several at once. The last two need the package of that name."""
+    """Where metrics are written: csv, tensorboard, wandb, mlflow; several at once. The last two need the package of
+    that name."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
@@ -313,18 +328,28 @@ class EvaluationSettings:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
-    metrics: tuple[str, ...] | None = None
-    """Metrics to measure beside the single-sample bounds, by name: iwae, oracle, information, calibration, quality, predictions, or
-    one of an installed package. Default: information and calibration, where they apply."""
+    metrics: Annotated[
+        tuple[str, ...] | None,
+        Names(
+            "Metrics to measure beside the single-sample bounds; default: information and calibration, where they apply.",
+            register.metric,
+        ),
+    ] = None
+    """Names of the metrics."""
     split: Literal["validation", "test"] = "test"
     """Split to evaluate."""
     seed: int = 0
     """Seed of the noise. The noise is keyed by example, so no number depends on the batch size."""
     draws: int = 64
     """Number of importance samples per example (iwae)."""
-    features: tuple[str, ...] = ("efficientnet",)
-    """Feature extractors that compare images (quality): efficientnet, inception, dinov2, or TorchScript files; for clips also
-    i3d:FILE. Each has a section of its own."""
+    features: Annotated[
+        tuple[str, ...],
+        Names(
+            "Feature extractors that compare images or clips (quality), or TorchScript files. Each has a section of its own.",
+            register.features,
+        ),
+    ] = ("efficientnet",)
+    """Names of the feature extractors."""
     samples: int = 10_000
     """Number of samples, compared with as many examples (quality)."""
     best_of: int | None = None
@@ -352,14 +377,14 @@ Config = TypeVar("Config")
 
 CONFIG_BYTES = 2**20
 PROBLEMS = 10
-"""That are told of one file."""
+"""Number of problems that are listed for one file."""
 
 
 def read(path: Path, kind: type[Config]) -> Config:
     """Read a config of this kind from YAML, refusing unknown keys and wrong types.
 
     Raises:
-        ValueError: the file is missing, no YAML, or holds something else than the config's fields.
+        ValueError: the file is missing, is not YAML, or holds something other than the config's fields.
     """
     import yaml
 
@@ -373,7 +398,7 @@ def read(path: Path, kind: type[Config]) -> Config:
 
 
 def _check_plain(text: str) -> None:
-    """Refuse what lets a short text stand for a very long one, before anything is built of it."""
+    """Refuse aliases and merges, with which a short text can stand for a very long one."""
     import yaml
 
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -384,11 +409,11 @@ def _check_plain(text: str) -> None:
 
 
 def read_text(path: Path, limit: int = 2**26) -> str:
-    """The text of a file that is not absurdly large.
+    """Read a text file, up to a limit of bytes.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no text, or has more bytes than the limit.
+        ValueError: it is not UTF-8, or has more bytes than the limit.
     """
     with path.open("rb") as file:
         content = file.read(limit + 1)
@@ -408,7 +433,7 @@ def parse(content: Any, kind: type[Config], where: str) -> Config:
     try:
         return pydantic.TypeAdapter(kind).validate_python(content)
     except pydantic.ValidationError as error:
-        # Short, for what is shown may be a file's own content: nested in itself, say.
+        # Values are shortened: they may be a file's whole content.
         shown = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']} (got {_shown(e['input'])})" for e in error.errors()]
         problems = "; ".join(shown[:PROBLEMS])
         raise ValueError(f"{where} is not a {getattr(kind, '__name__', kind)}: {problems}") from error
@@ -417,7 +442,7 @@ def parse(content: Any, kind: type[Config], where: str) -> Config:
 def _shown(value: Any) -> str:
     try:
         return reprlib.repr(value)
-    except ValueError:  # of a whole number with thousands of digits
+    except ValueError:  # an integer with thousands of digits
         return f"a long {type(value).__name__}"
 
 
@@ -429,7 +454,7 @@ def write(path: Path, config: Any) -> None:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file; one that is there stands until the new one is whole and on the disk, whatever happens on the way."""
+    """Write a file; the old one remains until the new one is whole and on the disk."""
     aside = path.with_name(path.name + ".new")
     try:
         with aside.open("wb") as file:

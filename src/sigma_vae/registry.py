@@ -12,7 +12,8 @@ or, from an installed package, by an entry point in the group of its kind, which
     [project.entry-points."sigma_vae.networks"]
     mine = "my_package.networks:mine"
 
-Nothing here imports a module that a file names: what a saved model names has to be registered, by this package or by an installed one.
+Nothing here imports a module that a file names: what a saved model names has to be registered, by this package or by an
+installed one.
 """
 
 import importlib
@@ -64,7 +65,8 @@ class Entry:
         object: what was registered: a class, a function, or an instance.
         package: the distribution that it comes from.
         argument: what may follow the name after a colon.
-        facts: what is known before an object is made, such as ``{"latents": "flat"}`` for a network. A registration may leave facts out.
+        facts: what is known before an object is made, such as ``{"latents": "flat"}`` for a network. A registration may
+            leave facts out.
     """
 
     name: str
@@ -135,8 +137,9 @@ class Registry:
         return [entry.name for entry in self]
 
     def listing(self) -> str:
-        """All names with their summaries, a line each, for help texts."""
-        return "\n".join(f"- {entry.pattern}: {entry.summary}" for entry in self)
+        """All names with their summaries, a line each; an entry that reads files is listed by their endings."""
+        heads = (", ".join(entry.facts.get("endings", ())) or entry.pattern for entry in self)
+        return "\n".join(f"- {head}: {entry.summary}" for head, entry in zip(heads, self, strict=True))
 
     def __iter__(self) -> Iterator[Entry]:
         self._load()
@@ -239,8 +242,8 @@ class Registry:
 class Names(Doc):
     """Help text of an option that takes a registered name; it ends with the names and their summaries.
 
-    It annotates the option: ``network: Annotated[str, Names("Name of the network.", register.network)]``. The registries are read when the
-    text is, not before.
+    It annotates the option: ``network: Annotated[str, Names("Name of the network.", register.network)]``. The
+    registries are read when the text is, not before.
 
     Args:
         text: what the option is.
@@ -291,8 +294,11 @@ class register:
 
 
 def _package_of(registered: Any) -> str:
-    """The distribution whose module defines it; the module's own name where it belongs to none (a script, a notebook)."""
-    top = getattr(registered, "__module__", type(registered).__module__).partition(".")[0]
+    """The distribution that it comes from, or the name of its module where there is none (a script, a notebook)."""
+    module = (
+        getattr(registered, "__module__", type(registered).__module__) or "__main__"
+    )  # None in code that is executed from a text
+    top = module.partition(".")[0]
     if top == "sigma_vae":
         return OWN_PACKAGE
     found = packages_distributions().get(top)

@@ -1,7 +1,7 @@
 """The command line: find a command, run it, turn what goes wrong into a sentence and an exit code.
 
-``COMMANDS`` says where each command is. Its module is imported when it runs, so that ``sigma-vae --help`` imports neither torch nor tyro;
-tyro builds the command's options from the function's signature and docstring.
+``COMMANDS`` says where each command is. Its module is imported when it runs, so that ``sigma-vae --help`` imports
+neither torch nor tyro; tyro builds the command's options from the function's signature and docstring.
 """
 
 import os
@@ -78,8 +78,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 a problem that is explained, 130 Ctrl-C, 143 SIGTERM.
 
-    A wrong command line exits with 2. Where ``torchrun`` started several processes, only the first one prints results; each prints its own
-    problems.
+    A wrong command line exits with 2. Where ``torchrun`` started several processes, only the first one prints results;
+    each prints its own problems.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     rank, alone = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -127,13 +127,9 @@ def _run(words: list[str], commands: Mapping[str, Command], program: str, about:
     elif commands[name].commands:
         _run(options, commands[name].commands, f"{program} {name}", f"{commands[name].summary}.")
     else:
-        _call(commands[name].load(), options, f"{program} {name}")
+        from sigma_vae.cli.options import call
 
-
-def _call(function: Callable[..., Any], options: list[str], program: str) -> None:
-    import tyro
-
-    tyro.cli(function, prog=program, args=options, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+        call(commands[name].load(), options, f"{program} {name}")
 
 
 def _listing(commands: Mapping[str, Command], program: str, about: str) -> str:

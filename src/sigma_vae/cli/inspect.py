@@ -114,8 +114,8 @@ def explain(
     Args:
         shape: Shape of one example: 3,64,64.
         beta: Weight of the KL.
-        reduction: Reduction of the squared error: sum over everything, batch-mean (summed over each example, then averaged), or mean over
-            everything.
+        reduction: Reduction of the squared error: sum over everything, batch-mean (summed over each example, then
+            averaged), or mean over everything.
         kl_reduction: Reduction of the KL, likewise.
         half: The squared error has a factor ½.
         batch_size: Batch size; needed where exactly one of the two terms is summed over the batch.

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from sigma_vae import runs
+from sigma_vae.cli.options import RunFolder
 from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, save_clips, save_grid
@@ -24,7 +24,7 @@ FRAMES = 10
 
 @torch.no_grad()
 def sample(
-    run: tyro.conf.Positional[str],
+    run: RunFolder,
     *,
     n: int = 64,
     show: Show = "mean",
@@ -42,12 +42,12 @@ def sample(
         run: Folder of the run.
         n: Number of samples.
         show: Show the mean of p(x|z), or a draw from it.
-        temperature: Factor on the spread of the latents; 1 is the model's own. A hierarchical network takes one number, or one for each
-            layer from the top down.
+        temperature: Factor on the spread of the latents; 1 is the model's own. A hierarchical network takes one number,
+            or one for each layer from the top down.
         prior: Draw from N(0, I), or from the prior that was fitted to the latents; the model's own unless given.
         seed: Seed of the draws.
-        out: File to write: .png, .npz (key "samples"), or for clips .gif; RUN/samples-SEED.png or .npz unless given (with --prior standard
-            RUN/samples-standard-prior-SEED).
+        out: File to write: .png, .npz (key "samples"), or for clips .gif; RUN/samples-SEED.png or .npz unless given
+            (with --prior standard RUN/samples-standard-prior-SEED).
         device: auto, cpu, cuda or cuda:1.
     """
     opened = runs.open_model(Path(run), device)
@@ -71,7 +71,7 @@ def sample(
 
 @torch.no_grad()
 def reconstruct(
-    run: tyro.conf.Positional[str],
+    run: RunFolder,
     *,
     split: Split = "test",
     n: int = 32,
@@ -90,8 +90,8 @@ def reconstruct(
         n: Number of examples.
         show: Show the mean of p(x|z), or a draw from it.
         seed: Seed of the posterior's noise.
-        out: File to write: .png, .npz (keys "originals" and "reconstructions"), or for clips .gif; RUN/reconstructions-SPLIT.png or .npz
-            unless given.
+        out: File to write: .png, .npz (keys "originals" and "reconstructions"), or for clips .gif;
+            RUN/reconstructions-SPLIT.png or .npz unless given.
         device: auto, cpu, cuda or cuda:1.
     """
     opened = runs.open_run(Path(run), device)
@@ -108,7 +108,7 @@ def reconstruct(
 
 @torch.no_grad()
 def predict(
-    run: tyro.conf.Positional[str],
+    run: RunFolder,
     *,
     split: Split = "test",
     n: int = 4,
@@ -133,12 +133,13 @@ def predict(
         context: Number of given frames; the network's own unless given.
         frames: Number of predicted frames; the rest of the clip unless given.
         samples: Number of predictions of each clip.
-        show: Show each frame by the mean of p(x|z) or by a draw from it; the next frame is predicted from what is shown.
+        show: Show each frame by the mean of p(x|z) or by a draw from it; the next frame is predicted from what is
+            shown.
         temperature: Factor on the spread of the latents; 1 is the model's own.
         batch_statistics: Let batch norm use the statistics of these clips, as SVG's own evaluation does.
         seed: Seed of the draws.
-        out: File to write: .png (a row per clip), .gif or .npz (keys "originals" and "predictions": samples, clips, frames, ...);
-            RUN/predictions-SPLIT.png and .gif unless given.
+        out: File to write: .png (a row per clip), .gif or .npz (keys "originals" and "predictions": samples, clips,
+            frames, ...); RUN/predictions-SPLIT.png and .gif unless given.
         device: auto, cpu, cuda or cuda:1.
     """
     opened = runs.open_run(Path(run), device)
@@ -178,13 +179,14 @@ def _beside(clips: Tensor, predicted: Tensor, past: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode(run: tyro.conf.Positional[str], *, split: Split = "test", out: str | None = None, device: str = "auto") -> None:
+def encode(run: RunFolder, *, split: Split = "test", out: str | None = None, device: str = "auto") -> None:
     """Write mean and std of the latents of each example.
 
     Args:
         run: Folder of the run.
         split: Split to encode.
-        out: .npz file to write (keys "mean" and "std": examples × latents, in the split's order); RUN/codes-SPLIT.npz unless given.
+        out: .npz file to write (keys "mean" and "std": examples × latents, in the split's order); RUN/codes-SPLIT.npz
+            unless given.
         device: auto, cpu, cuda or cuda:1.
     """
     opened = runs.open_run(Path(run), device)
@@ -195,9 +197,7 @@ def encode(run: tyro.conf.Positional[str], *, split: Split = "test", out: str | 
     write(path, arrays["mean"], arrays)
 
 
-def score(
-    run: tyro.conf.Positional[str], *, split: Split = "test", seed: int = 0, out: str | None = None, device: str = "auto"
-) -> None:
+def score(run: RunFolder, *, split: Split = "test", seed: int = 0, out: str | None = None, device: str = "auto") -> None:
     """Write log-likelihood, rate, ELBO and bits per dimension of each example.
 
     Args:

@@ -8,10 +8,12 @@ from typing import Annotated, Any
 import tyro
 
 from sigma_vae import runs
+from sigma_vae.cli.options import RunFolder, RunFolders
 from sigma_vae.cli.outputs import Split
 from sigma_vae.cli.tables import print_comparison, print_evaluation
 from sigma_vae.config import EvaluationSettings, RunConfig, read
 from sigma_vae.evaluation import Evaluation
+from sigma_vae.registry import Names, register
 
 __all__ = ["calibrate", "compare", "evaluate", "fit_prior", "replay", "rerun", "resume", "train"]
 
@@ -25,7 +27,8 @@ def train(
 
     Args:
         config: The run.
-        out: Folder of the run, never overwritten; runs/DATA-NETWORK-LIKELIHOOD-SEED unless given (without NETWORK where it is auto).
+        out: Folder of the run, never overwritten; runs/DATA-NETWORK-LIKELIHOOD-SEED unless given (without NETWORK where
+            it is auto).
         json: Print the evaluation as JSON only.
     """
     network = "" if config.model.network == "auto" else f"-{config.model.network}"
@@ -35,7 +38,9 @@ def train(
     _say(f"run folder: {folder}", json)
 
 
-def replay(config: tyro.conf.Positional[str], *, out: str, json: bool = False) -> None:
+def replay(
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")], *, out: str, json: bool = False
+) -> None:
     """Train again what a config.yaml describes, into a new folder.
 
     Args:
@@ -46,7 +51,7 @@ def replay(config: tyro.conf.Positional[str], *, out: str, json: bool = False) -
     _print_evaluation(runs.train(read(Path(config), RunConfig), Path(out), progress=not json), json)
 
 
-def resume(run: tyro.conf.Positional[str], *, epochs: int | None = None, json: bool = False) -> None:
+def resume(run: RunFolder, *, epochs: int | None = None, json: bool = False) -> None:
     """Continue a run exactly where it stopped.
 
     The run is then calibrated and evaluated, as ``train`` would have done.
@@ -59,7 +64,7 @@ def resume(run: tyro.conf.Positional[str], *, epochs: int | None = None, json: b
     _print_evaluation(runs.resume(Path(run), epochs=epochs, progress=not json), json)
 
 
-def rerun(run: tyro.conf.Positional[str], *, json: bool = False) -> None:
+def rerun(run: RunFolder, *, json: bool = False) -> None:
     """Repeat the step whose loss was not finite, and report the first layer where that begins.
 
     Args:
@@ -75,7 +80,7 @@ def rerun(run: tyro.conf.Positional[str], *, json: bool = False) -> None:
         print(f"not finite: {place}")
 
 
-def evaluate(run: tyro.conf.Positional[str], settings: EvaluationSettings, *, device: str = "auto", json: bool = False) -> None:
+def evaluate(run: RunFolder, settings: EvaluationSettings, *, device: str = "auto", json: bool = False) -> None:
     """Measure a finished run on held-out data.
 
     Its bounds are always measured, in nats and in bits per dimension; other metrics as asked.
@@ -102,7 +107,7 @@ def _say(text: str, quiet: bool) -> None:
 
 
 def calibrate(
-    run: tyro.conf.Positional[str],
+    run: RunFolder,
     *,
     data: str | None = None,
     split: Split = "train",
@@ -112,16 +117,16 @@ def calibrate(
 ) -> None:
     """Refit σ of a finished run, and evaluate it again.
 
-    With refitted ("post-hoc") σ, runs of different scales compare, β-VAEs included. Only an optimal scale takes the refitted σ as its own;
-    fixed, shared, running and predicted scales keep theirs, and the numbers reported with it. The weights do not change. A refit on the
-    run's own training split gives the σ that training ended with.
+    With refitted ("post-hoc") σ, runs of different scales compare, β-VAEs included. Only an optimal scale takes the
+    refitted σ as its own; fixed, shared, running and predicted scales keep theirs, and the numbers reported with it.
+    The weights do not change. A refit on the run's own training split gives the σ that training ended with.
 
     Args:
         run: Folder of the run.
-        data: Data to fit σ on, by name or path, in place of the run's own. They are read with the run's options (from a .yaml file: with
-            the options in its data section) and scaled like the run's data.
-        split: Split to fit σ on: train, or validation where the training set is small. A σ fitted on test has seen the examples that it
-            is evaluated on.
+        data: Data to fit σ on, by name or path, in place of the run's own. They are read with the run's options (from a
+            .yaml file: with the options in its data section) and scaled like the run's data.
+        split: Split to fit σ on: train, or validation where the training set is small. A σ fitted on test has seen the
+            examples that it is evaluated on.
         seed: Seed of the posterior's noise.
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
@@ -142,15 +147,21 @@ def calibrate(
     print(f"evaluated again: {Path(run) / 'evaluation.json'}")
 
 
-def fit_prior(run: tyro.conf.Positional[str], *, prior: str = "mixture", device: str = "auto", json: bool = False) -> None:
+def fit_prior(
+    run: RunFolder,
+    *,
+    prior: Annotated[str, Names("Name of the prior; standard goes back to N(0, I).", register.prior)] = "mixture",
+    device: str = "auto",
+    json: bool = False,
+) -> None:
     """Fit a prior to the latents of a finished run, and evaluate it again.
 
-    The prior is fitted on the training split. The rest of the model does not change. The run's config.yaml then names the new prior, so
-    that a replay gives the same run.
+    The prior is fitted on the training split. The rest of the model does not change. The run's config.yaml then names
+    the new prior, so that a replay gives the same run.
 
     Args:
         run: Folder of the run.
-        prior: Name of the prior; standard goes back to N(0, I).
+        prior: Name of the prior.
         device: auto, cpu, cuda or cuda:1.
         json: Print the evaluation as JSON only.
     """
@@ -182,16 +193,21 @@ def _with_error(value: Mapping[str, Any]) -> str:
 
 
 def compare(
-    folders: tyro.conf.Positional[tuple[str, ...]], *, paired: bool = False, device: str = "auto", json: bool = False
+    folders: RunFolders,
+    *,
+    paired: bool = False,
+    device: str = "auto",
+    json: bool = False,
 ) -> None:
     """Compare finished runs on the same examples.
 
-    The numbers come from the runs' evaluations. Bits per dimension compare between all decoders; nats are left out where some runs observe
-    levels and others a density.
+    The numbers come from the runs' evaluations. Bits per dimension compare between all decoders; nats are left out
+    where some runs observe levels and others a density.
 
     Args:
         folders: Folders of the runs; the first is the reference.
-        paired: Score every test example of each run again, and print mean differences from the first run with their standard errors.
+        paired: Score every test example of each run again, and print mean differences from the first run with their
+            standard errors.
         device: Device for the scoring: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """

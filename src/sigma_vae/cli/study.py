@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Annotated, Any, final
 
 import tyro
 
 from sigma_vae import study as studies
 from sigma_vae.study import StudySpec, cells
 from sigma_vae.study.cell import finished, running_since
-from sigma_vae.study.grid import SHIPPED, told
+from sigma_vae.study.grid import SHIPPED, format_place
 from sigma_vae.study.outcomes import failures, how_far, results
 from sigma_vae.study.runner import Backend
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+StudyFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
 Tell = Callable[[dict[str, Any], int, int], None]
 
 
@@ -75,7 +76,7 @@ class Live:
         counts = f"{self.done} of {len(self.cells)} done, {len(self.failed)} failed, {len(running)} running"
         shown.add_row(ProgressBar(total=len(self.cells), completed=self.done, width=30), f"{counts}; {self._times(left)}")
         for cell, since in running:
-            shown.add_row(f"for {_clock(time.time() - since)}", told(cell.place))
+            shown.add_row(f"for {_clock(time.time() - since)}", format_place(cell.place))
         return shown
 
     def _times(self, left: int) -> str:
@@ -87,7 +88,7 @@ class Live:
 def _line(record: dict[str, Any], ended: int, of: int) -> str:
     """One line about a cell that has ended."""
     how = "" if record["status"] == "done" else f", failed: {record['error']}"
-    return f"[{ended}/{of}] {told(record['place'])}: {record['seconds']:.0f} s{how}"
+    return f"[{ended}/{of}] {format_place(record['place'])}: {record['seconds']:.0f} s{how}"
 
 
 def _clock(seconds: float) -> str:
@@ -97,7 +98,7 @@ def _clock(seconds: float) -> str:
 
 
 def run(
-    spec: tyro.conf.Positional[str],
+    spec: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SPEC")],
     *,
     out: str,
     size: str | None = None,
@@ -148,7 +149,7 @@ def _print_summary(out: Path) -> None:
     spec, tables = studies.spec_of(out), []
     rows = studies.collect(studies.cells(spec), out)
     if len(rows):
-        tables = [*results(spec, rows).tables[:1], *failures(spec, out)]
+        tables = [*results(spec, rows).tables[:1], *failures(spec, rows)]
     for found in tables:
         printed = Table(title=f"{spec.title}: test split, mean ± std over seeds" if found is tables[0] else found.caption)
         for name in found.columns:
@@ -156,10 +157,10 @@ def _print_summary(out: Path) -> None:
         for row in found.rows:
             printed.add_row(*map(Text, row))
         Console().print(printed)
-    print(how_far(spec, out))
+    print(how_far(spec, rows))
 
 
-def table(study: tyro.conf.Positional[str]) -> None:
+def table(study: StudyFolder) -> None:
     """Print the results so far: mean ± std over seeds, on the test split.
 
     Args:
@@ -168,7 +169,7 @@ def table(study: tyro.conf.Positional[str]) -> None:
     _print_summary(Path(study))
 
 
-def report(study: tyro.conf.Positional[str]) -> None:
+def report(study: StudyFolder) -> None:
     """Write the results so far as report.html and report.md.
 
     The report has verdicts, tables, plots and samples.
@@ -180,7 +181,7 @@ def report(study: tyro.conf.Positional[str]) -> None:
     print(Path(study) / "report.html")
 
 
-def keep(study: tyro.conf.Positional[str], *, to: str) -> None:
+def keep(study: StudyFolder, *, to: str) -> None:
     """Copy a study without its weights.
 
     The copy has the numbers of all runs, a few small pictures, and the report, which can be made again from them.
@@ -193,7 +194,7 @@ def keep(study: tyro.conf.Positional[str], *, to: str) -> None:
     print(Path(to) / "report.html")
 
 
-def verdicts(folders: tyro.conf.Positional[tuple[str, ...]]) -> None:
+def verdicts(folders: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="STUDY [STUDY ...]")]) -> None:
     """Print what several studies say about each claim, as Markdown.
 
     For each claim: where it holds, where it does not, where the studies do not decide, and the numbers.

@@ -509,7 +509,12 @@ def _checked_plan(text: str) -> dict[str, str]:
 
 
 @register.network(
-    "hierarchical", argument=Argument("plan", _checked_plan, "tiny"), latents="hierarchical", reads_clips=False, has_prior=False
+    "hierarchical",
+    argument=Argument("plan", _checked_plan, "tiny"),
+    latents="hierarchical",
+    reads_clips=False,
+    has_prior=False,
+    learns_prior=True,
 )
 def hierarchical(
     shape: Sequence[int],

@@ -103,8 +103,8 @@ def model_digest(out: Path) -> str:
 def save_refitted(out: Path, vae: VAE, record: dict[str, Any]) -> None:
     """Write the model's weights and refitted scales, with a record of the data that σ was fitted on.
 
-    Both are in one file, so neither is ever there without the other. The old file remains until the new one is whole. Training writes the
-    file without a record.
+    Both are in one file, so neither is ever there without the other. The old file remains until the new one is whole.
+    Training writes the file without a record.
     """
     from safetensors.torch import save
 
@@ -114,7 +114,7 @@ def save_refitted(out: Path, vae: VAE, record: dict[str, Any]) -> None:
 
 
 def sigma_fitted_on(out: Path) -> dict[str, Any] | None:
-    """Read the record of :func:`save_refitted`; None where σ is the one that training fitted, on its own training split."""
+    """Read the record of :func:`save_refitted`; None where σ is the one that training fitted."""
     from safetensors import safe_open
 
     path = out / "model" / "model.safetensors"

@@ -39,26 +39,27 @@ def calibrate_run(
 ) -> dict[str, Any]:
     r"""Refit σ of a finished run, whatever it was trained with, and evaluate it again on its own test split.
 
-    The weights do not change, and neither does the σ of a fixed, shared, running or predicted scale: their *post-hoc* values change, one
-    for the density and one for the bin probabilities (predicted scales: a factor). An :class:`Optimal` scale has no other σ than these.
-    The folder does not change before the new σ is known.
+    The weights do not change, and neither does the σ of a fixed, shared, running or predicted scale: their *post-hoc*
+    values change, one for the density and one for the bin probabilities (predicted scales: a factor). An
+    :class:`Optimal` scale has no other σ than these. The folder does not change before the new σ is known.
 
     Args:
         out: folder of the run.
-        data: data to fit σ on in place of the run's own: a name or a path, read with the options of the run's data; or a
-            ``config.yaml``, read with the options in its ``data``. Values are standardised by the mean and std of the run's data.
+        data: data to fit σ on in place of the run's own: a name or a path, read with the options of the run's data; or
+            a ``config.yaml``, read with the options in its ``data``. Values are standardised by the mean and std of the
+            run's data.
         split: split to fit σ on. A σ fitted on test has seen the examples that it is evaluated on.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         seed: seed of the posterior's noise.
 
     Returns:
-        ``sigma_post_hoc`` (or ``factor_post_hoc``): for ``density`` and ``level`` the value ``before`` and ``after`` (a geometric mean
-        where there are many, None where there is none); ``sigma_fitted_on``: data, split, number of examples, fingerprint, noise
-        seed; ``evaluation``, as in ``evaluation.json``.
+        ``sigma_post_hoc`` (or ``factor_post_hoc``): for ``density`` and ``level`` the value ``before`` and ``after`` (a
+        geometric mean where there are many, None where there is none); ``sigma_fitted_on``: data, split, number of
+        examples, fingerprint, noise seed; ``evaluation``, as in ``evaluation.json``.
 
     Raises:
-        ValueError: there is no such run, its likelihood has no σ, the data do not fit the model, or another process is writing into its
-            folder.
+        ValueError: there is no such run, its likelihood has no σ, the data do not fit the model, or another process is
+            writing into its folder.
         OSError: the folder cannot be written.
     """
     with joined(resolve_device(device)), lock_run(out):
@@ -146,21 +147,22 @@ def _sigma(likelihood: Likelihood) -> dict[str, float | None]:
 def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> Evaluation:
     """Fit another prior to the latents of a finished run's training split; the rest of the model does not change.
 
-    The model, ``config.yaml``, the evaluation and the pictures are first made beside the old ones, and replace them together: after a
-    failure the run is as it was. The run is then the one that training with ``prior=...`` would have made.
+    The model, ``config.yaml``, the evaluation and the pictures are first made beside the old ones, and replace them
+    together: after a failure the run is as it was. The run is then the one that training with ``prior=...`` would have
+    made.
 
     Args:
         out: folder of the run.
-        prior: name of the prior: ``mixture`` (number of components chosen on the validation split), ``mixture:20``, ``gaussian``,
-            ``flow``; ``standard`` goes back to N(0, I).
+        prior: name of the prior: ``mixture`` (number of components chosen on the validation split), ``mixture:20``,
+            ``gaussian``, ``flow``; ``standard`` goes back to N(0, I).
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
 
     Returns:
         The evaluation, as in ``evaluation.json``.
 
     Raises:
-        ValueError: there is no such run or prior, the run's network has no single layer of flat latents, or another process is writing
-            into its folder.
+        ValueError: there is no such run or prior, the run's network has no single layer of flat latents, or another
+            process is writing into its folder.
         OSError: the folder cannot be written.
     """
     with joined(resolve_device(device)), lock_run(out):
@@ -213,9 +215,9 @@ def check_latents(prior: str, vae: VAE, data: Splits) -> None:
 
 
 def take_prior(prior: str, vae: VAE, data: Splits, seed: int) -> None:
-    """Put the named prior into the model, fitted to the latents of the training split; the validation split makes its choices.
+    """Put the named prior into the model, fitted to the latents of the training split.
 
-    Where several processes train, the first one fits it and the others take it over.
+    The validation split makes its choices. Where several processes train, the first one fits it and the others take it over.
     """
     (latent_dim,) = vae.network.latents.sizes
     made = models.prior(prior, latent_dim)

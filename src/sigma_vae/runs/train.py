@@ -29,7 +29,7 @@ NOT_YET_A_RUN = {LOCK, "environment.json", "environment.json.new", "config.yaml.
 
 
 def train(config: RunConfig, out: Path, *, progress: bool = True) -> Evaluation:
-    """Train into a new folder, calibrate, fit the prior if the config names one, evaluate on the test split, and draw pictures.
+    """Train into a new folder, calibrate, fit the prior, evaluate on the test split, and draw pictures.
 
     Processes started by ``torchrun`` share the work; all of them have to see the folder.
 
@@ -95,8 +95,8 @@ def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> Ev
         progress: whether a progress bar is shown.
 
     Raises:
-        ValueError: the folder holds no run, its data have changed, it has more than these epochs behind it, all its checkpoints are
-            damaged, or another process is writing into it.
+        ValueError: the folder holds no run, its data have changed, it has more than these epochs behind it, all its
+            checkpoints are damaged, or another process is writing into it.
         OSError: the folder cannot be written.
     """
     config = given = config_of(out)
@@ -117,11 +117,14 @@ def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> Ev
 
 
 def rerun(out: Path) -> dict[str, Any]:
-    """Repeat the step whose loss was not finite, from ``non-finite.safetensors`` in the run folder; the data are not needed.
+    """Repeat the step whose loss was not finite.
+
+    It is read from ``non-finite.safetensors`` in the run folder; the data are not needed.
 
     Returns:
-        ``step``, ``split``, the ``diagnosis`` given when the run stopped, and ``begins_in``: in their order, the modules whose output is
-        not finite although their input was, and the terms and examples (positions in the split) that are not finite.
+        ``step``, ``split``, the ``diagnosis`` given when the run stopped, and ``begins_in``: in their order, the
+        modules whose output is not finite although their input was, and the terms and examples (positions in the split)
+        that are not finite.
 
     Raises:
         ValueError: the folder holds no run, or no such step.

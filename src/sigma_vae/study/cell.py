@@ -18,7 +18,7 @@ from sigma_vae import runs
 from sigma_vae.config import EvaluationSettings, write_whole
 from sigma_vae.study.grid import Cell
 
-__all__ = ["counted", "do", "finished", "folder_of", "known", "record_of", "running_since", "seconds_in"]
+__all__ = ["CELLS", "counted", "do", "finished", "folder_of", "known", "record_of", "running_since", "seconds_in"]
 
 EVERY_SECONDS = 10.0
 """What a killed attempt loses at most."""
@@ -57,7 +57,7 @@ def counted(path: Path, before: float = 0.0) -> Iterator[None]:
         write()
 
 
-RECORD = "cell.json"
+CELLS, RECORD = "cells", "cell.json"
 RUNNING = "running"
 """A file that is there while a process works on the cell."""
 SECONDS, TRAINING_SECONDS = "seconds", "training-seconds"
@@ -68,7 +68,7 @@ OF_SAMPLES = ("iwae", "quality")
 
 def folder_of(cell: Cell, out: Path) -> Path:
     """Where a cell is kept."""
-    return out / "cells" / cell.key
+    return out / CELLS / cell.key
 
 
 def record_of(cell: Cell, out: Path) -> Path:

@@ -15,11 +15,11 @@ from sigma_vae.study.comparisons import (
     OPTIMAL,
     PREDICTIONS,
     STANDARD,
-    Done,
+    Ended,
     Setting,
     frechet_columns,
 )
-from sigma_vae.study.grid import told
+from sigma_vae.study.grid import format_place
 from sigma_vae.study.statistics import Difference, bootstrapped
 
 __all__ = [
@@ -122,7 +122,6 @@ def both(first: Verdict, second: Verdict) -> Verdict:
 
 
 CALIBRATED = ("gaussian/optimal", "gaussian/shared")
-OTHERS = ("hierarchical", "sequence")
 
 
 class Among(NamedTuple):
@@ -142,13 +141,8 @@ def batch_arm(likelihood: str, batch_size: int) -> str:
     return f"{likelihood}, {batch_size}"
 
 
-def _is_other(setting: Setting) -> bool:
-    """A ladder of latents, or a model of video."""
-    return setting.network.startswith(OTHERS)
-
-
 def _other_networks(found: Sequence[Setting]) -> Sequence[Setting]:
-    return [replace(s, words=", ".join(filter(None, (s.words, s.network)))) for s in found if _is_other(s)]
+    return [replace(s, words=", ".join(filter(None, (s.words, s.network)))) for s in found if not s.is_flat]
 
 
 def _by_weight(found: Sequence[Setting]) -> Sequence[Setting]:
@@ -176,13 +170,13 @@ def _grouped(
     """Runs with a calibrated σ, those that have the same together, where they are more than one arm."""
     import pandas as pd
 
-    groups: dict[Hashable, list[Done]] = {}
+    groups: dict[Hashable, list[Ended]] = {}
     for done in (done for setting in found for arm in setting.arms for done in setting.of(arm)):
         if done.cell.config.model.likelihood in CALIBRATED:
             groups.setdefault(same(done.cell.config), []).append(done)
     together = []
     for group in groups.values():
-        ended: dict[str, list[Done]] = {}
+        ended: dict[str, list[Ended]] = {}
         for done in group:
             ended.setdefault(arm_of(done.cell.config), []).append(done)
         if len(ended) > 1:
@@ -195,15 +189,15 @@ def _grouped(
     return together
 
 
-def _words(group: Sequence[Done], groups: Sequence[Sequence[Done]]) -> str:
+def _words(group: Sequence[Ended], groups: Sequence[Sequence[Ended]]) -> str:
     """What all of it have in common, and not all of the others."""
     common = {name: value for name, value in group[0].cell.place.items() if all(d.cell.place[name] == value for d in group)}
     everywhere = [name for name, value in common.items() if all(d.cell.place[name] == value for other in groups for d in other)]
-    return told({name: value for name, value in common.items() if name not in (*everywhere, "seed")})
+    return format_place({name: value for name, value in common.items() if name not in (*everywhere, "seed")})
 
 
 EVERY = Among("finished runs", lambda found: found)
-FLAT = Among("a network with one layer of latents", lambda found: [setting for setting in found if not _is_other(setting)])
+FLAT = Among("a network with one layer of latents", lambda found: [setting for setting in found if setting.is_flat])
 OTHER_NETWORKS = Among("a ladder of latents, or a model of video", _other_networks)
 KL_WEIGHTS = Among("runs with a calibrated σ that differ in their KL weight", _by_weight)
 BATCH_SIZES = Among("runs with a calibrated σ and as many images that differ in their batch size", _by_batch_size)
@@ -503,8 +497,8 @@ ONE = weight_arm(1.0)
 def _stability(setting: Setting) -> Iterator[Verdict]:
     """Holds if 3 or more runs with a shared or optimal σ ended and none failed; does not if one became non-finite."""
     there = [done for arm, name in setting.arms.items() if name in (OPTIMAL, SHARED) for done in setting.of(arm)]
-    failed = [done for done in there if not done.finished]
-    diverged = [done for done in failed if diverges(done.record["error"])]
+    failed = [done for done in there if not done.done]
+    diverged = [done for done in failed if diverges(done.error or "")]
     if not there:
         yield lacking(f"{OPTIMAL} or {SHARED}")
         return

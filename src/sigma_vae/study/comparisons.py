@@ -1,14 +1,15 @@
 """A study as comparisons: arms, which differ in their likelihood, in settings, which differ in all else but the seed."""
 
+import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
-from sigma_vae.study.cell import known
-from sigma_vae.study.grid import Cell, StudySpec, cells, in_words, told
+from sigma_vae.registry import register
+from sigma_vae.study.grid import Cell, StudySpec, cells, format_place, in_words, network_facts
 from sigma_vae.study.results import tabulate
 from sigma_vae.study.statistics import ELBO, Difference, chosen_on_validation, paired_difference
 
@@ -24,7 +25,7 @@ __all__ = [
     "OPTIMAL",
     "PREDICTIONS",
     "STANDARD",
-    "Done",
+    "Ended",
     "Setting",
     "frechet_columns",
     "settings",
@@ -54,16 +55,19 @@ class Choice(NamedTuple):
     """In words, which could not be chosen."""
 
 
-class Done(NamedTuple):
-    """A cell that has ended, and what is written of it."""
+class Ended(NamedTuple):
+    """A cell that has ended, in success or in failure."""
 
     cell: Cell
-    record: dict[str, Any]
+    error: str | None
+    """None where it is done."""
+    curve: list[tuple[int, float]]
+    """Step and validation ELBO, with the cell's own σ."""
 
     @property
-    def finished(self) -> bool:
-        """It did not fail."""
-        return bool(self.record["status"] == "done")
+    def done(self) -> bool:
+        """Whether it did not fail."""
+        return self.error is None
 
 
 def deviation(likelihood: str) -> float | None:
@@ -94,7 +98,7 @@ class Setting:
     arms: dict[str, str]
     """The likelihood of each arm, by its label, in the order of the grid."""
     priors: tuple[str, ...]
-    ended: dict[str, list[Done]]
+    ended: dict[str, list[Ended]]
     """By their arm."""
     table: "pd.DataFrame"
     """Rows of :func:`~sigma_vae.study.results.tabulate`, with the columns ``arm`` and ``seed``."""
@@ -171,21 +175,14 @@ class Setting:
 
     def curves(self, arm: str) -> dict[int, list[tuple[int, float]]]:
         """Step and validation ELBO of each seed."""
-        return {
-            done.cell.config.seed: [(point["step"], point["elbo_nats"]) for point in done.record["curve"]]
-            for done in self.of(arm)
-            if done.finished and done.record["curve"]
-        }
+        return {ended.cell.config.seed: ended.curve for ended in self.of(arm) if ended.done and ended.curve}
 
     def observes(self, arm: str) -> str | None:
         """Whether the arm's ELBO is of a density or of levels; None of no likelihood, or where no run is finished."""
-        for done in self.of(arm):
-            if done.finished:
-                report = done.record["reports"][self.plain]["test"]
-                return str(report["observes"]) if ELBO in report else None
-        return None
+        known = self.values(arm, "observes", self.plain)[self.values(arm, ELBO, self.plain).index]
+        return str(known.iloc[0]) if len(known) else None
 
-    def of(self, arm: str) -> list[Done]:
+    def of(self, arm: str) -> list[Ended]:
         """The arm's cells that have ended."""
         return self.ended.get(arm, [])
 
@@ -195,9 +192,17 @@ class Setting:
         return next((done.cell.config.model.network for dones in self.ended.values() for done in dones), "")
 
     @property
+    def is_flat(self) -> bool:
+        """Whether the network has one layer of flat latents, as far as the registry knows."""
+        return bool(network_facts(self.network).get("latents", "flat") == "flat")
+
+    @property
     def learns_prior(self) -> bool:
-        """Whether the network's own prior is learned with it: a ladder's, and that of video but for sequence:...-fixed."""
-        return self.network.startswith(("hierarchical", "sequence")) and not self.network.endswith("-fixed")
+        """Whether the network learns its prior in training; an argument such as ``-fixed`` in its name has the last word."""
+        if self.network not in register.network:
+            return False
+        chosen = inspect.signature(register.network.make(self.network)).parameters.get("learned_prior")
+        return bool(network_facts(self.network).get("learns_prior", False) if chosen is None else chosen.default)
 
 
 def _label(cell: Cell, axis: str | None) -> str:
@@ -212,13 +217,13 @@ def settings(spec: StudySpec, out: Path) -> list[Setting]:
         ValueError: no cell has ended.
     """
     todo, axis = cells(spec), _axis(spec)
-    ended = [Done(cell, record) for cell in todo if (record := known(cell, out)) is not None]
-    if not ended:
+    table = tabulate(todo, out)
+    if table.empty:
         raise ValueError(
             f"{out} has no cell of {spec.title!r} that has ended, so there is nothing to report; run the study first"
         )
-    table = tabulate(todo, out)
     by_key = {cell.key: cell for cell in todo}
+    ended = [_ended(by_key[row["key"]], row) for row in table.drop_duplicates("key").to_dict("records")]
     table[ARM] = [_label(by_key[key], axis) for key in table["key"]]
     table["seed"] = [by_key[key].config.seed for key in table["key"]]
     found = []
@@ -229,14 +234,24 @@ def settings(spec: StudySpec, out: Path) -> list[Setting]:
     return found
 
 
-def _grouped(todo: Sequence[Cell], ended: Sequence[Done], axis: str | None) -> Iterator[tuple[str, dict[str, str], list[Done]]]:
+def _ended(cell: Cell, row: Mapping[Any, Any]) -> Ended:
+    """From the first of a cell's rows."""
+    if row["status"] != "done":
+        return Ended(cell, row["error"], [])
+    points = row["curve"]
+    return Ended(cell, None, [] if points is None else [(int(point["step"]), float(point["elbo_nats"])) for point in points])
+
+
+def _grouped(
+    todo: Sequence[Cell], ended: Sequence[Ended], axis: str | None
+) -> Iterator[tuple[str, dict[str, str], list[Ended]]]:
     for words in dict.fromkeys(_words(cell, axis) for cell in todo):
         arms = {_label(cell, axis): cell.config.model.likelihood for cell in todo if _words(cell, axis) == words}
         yield words, arms, [done for done in ended if _words(done.cell, axis) == words]
 
 
 def _words(cell: Cell, axis: str | None) -> str:
-    return told({name: value for name, value in cell.place.items() if name not in (axis, "seed")})
+    return format_place({name: value for name, value in cell.place.items() if name not in (axis, "seed")})
 
 
 def _axis(spec: StudySpec) -> str | None:

@@ -14,12 +14,21 @@ from typing import Any, ClassVar, NamedTuple
 from sigma_vae import models
 from sigma_vae.config import EvaluationSettings, ModelConfig, RunConfig, parse, read
 from sigma_vae.data import names
-from sigma_vae.likelihoods.base import LocationScale
-from sigma_vae.priors import FittedPrior
 from sigma_vae.registry import register
 from sigma_vae.types import Likelihood
 
-__all__ = ["SHIPPED", "Cell", "StudySpec", "as_column", "cells", "check", "in_words", "read_spec", "told"]
+__all__ = [
+    "SHIPPED",
+    "Cell",
+    "StudySpec",
+    "as_column",
+    "cells",
+    "check",
+    "format_place",
+    "in_words",
+    "network_facts",
+    "read_spec",
+]
 
 
 def in_words(value: Any) -> str:
@@ -31,10 +40,10 @@ def in_words(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if value is None or isinstance(value, dict | list) else str(value)
 
 
-def told(place: Mapping[str, Any]) -> str:
+def format_place(place: Mapping[str, Any]) -> str:
     """A place in a grid.
 
-    >>> told({"model.likelihood": "gaussian/optimal", "training.max_steps": None, "seed": 0})
+    >>> format_place({"model.likelihood": "gaussian/optimal", "training.max_steps": None, "seed": 0})
     'likelihood gaussian/optimal, max_steps null, seed 0'
     """
     return ", ".join(f"{name.rpartition('.')[2]} {in_words(value)}" for name, value in place.items())
@@ -158,7 +167,7 @@ def cells(spec: StudySpec) -> list[Cell]:
         cell = _cell(spec, {name: label for name, label, _ in chosen}, [settings for _, _, settings in chosen])
         if (same := found.setdefault(cell.key, cell)) is not cell:
             raise ValueError(
-                f"{spec.title} has the same run twice: {told(same.place)}, and {told(cell.place)}; leave one of them out,"
+                f"{spec.title} has the same run twice: {format_place(same.place)}, and {format_place(cell.place)}; leave one of them out,"
                 " or let them differ in a setting"
             )
     return list(found.values())
@@ -218,6 +227,11 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def network_facts(network: str) -> Mapping[str, Any]:
+    """Facts from the registry about a network; none for ``auto``, or where a package that registers it is not installed."""
+    return register.network.entry(network).facts if network in register.network else {}
+
+
 LEVELS = 256
 """Of pictures, where a data set that has a name is not given another number; two levels would make an objective a likelihood."""
 
@@ -233,7 +247,9 @@ def check(cells: Sequence[Cell]) -> None:
         try:
             _check(cell)
         except ValueError as error:
-            raise ValueError(f"the cell {told(cell.place)} cannot be done: {error}" if cell.place else str(error)) from error
+            raise ValueError(
+                f"the cell {format_place(cell.place)} cannot be done: {error}" if cell.place else str(error)
+            ) from error
 
 
 def _check(cell: Cell) -> None:
@@ -241,11 +257,11 @@ def _check(cell: Cell) -> None:
     made = models.likelihood(model.likelihood, channels=3, levels=data.levels or LEVELS, observes=model.observes)
     if model.network != "auto":
         models.check_network(model.network)
+    facts = network_facts(model.network)
     for name in cell.priors:
-        if isinstance(models.prior(name, latent_dim=2), FittedPrior) and model.network.startswith(("hierarchical", "sequence")):
+        if models.prior(name, latent_dim=2).needs_fit and not facts.get("has_prior", True):
             raise ValueError(
-                f"the prior {name} is fitted to a single layer of flat latents, which {model.network} does not have; take"
-                " priors: [standard]"
+                f"the prior {name} has to be fitted, and {model.network} has no prior that can be replaced; take priors: [standard]"
             )
     asked = cell.evaluation.metrics or ()
     for metric in asked:
@@ -254,8 +270,8 @@ def _check(cell: Cell) -> None:
             raise ValueError(f"{metric} cannot be measured of it: {obstacle}; leave it out of the metrics")
     if "quality" in asked:
         _check_features(cell.evaluation)
-    if cell.evaluation.best_of is not None and not model.network.startswith(("sequence", "auto")):
-        raise ValueError(f"best_of is about predictions of video, which {model.network} does not make; leave it out")
+    if cell.evaluation.best_of is not None and not facts.get("reads_clips", True):
+        raise ValueError(f"best_of counts predictions of video, and {model.network} reads no clips; leave it out")
 
 
 def _obstacle(metric: str, model: ModelConfig, likelihood: Likelihood, *, known: bool) -> str | None:
@@ -263,10 +279,10 @@ def _obstacle(metric: str, model: ModelConfig, likelihood: Likelihood, *, known:
     match metric:
         case "iwae" | "calibration" if known and not likelihood.normalised:
             return f"{model.likelihood} is an objective of such data, and gives no probabilities"
-        case "oracle" if not isinstance(likelihood, LocationScale):
+        case "oracle" if not likelihood.has_scale:
             return f"{model.likelihood} has no σ"
-        case "information" if model.network.startswith("sequence"):
-            return f"the latents of {model.network} are neither flat nor a ladder"
+        case "information" if network_facts(model.network).get("latents") == "frames":
+            return f"{model.network} has latents for each frame, and information is about flat or hierarchical latents"
     return None
 
 

@@ -1,13 +1,11 @@
 """What each place of a grid reached, beside what the paper has: the table of a report, and of the terminal."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sigma_vae.study.cell import known
-from sigma_vae.study.comparisons import BITS, ELBO, STANDARD, frechet_columns
-from sigma_vae.study.grid import StudySpec, cells, in_words, told
-from sigma_vae.study.statistics import summary
+from sigma_vae.study.comparisons import ELBO, STANDARD
+from sigma_vae.study.grid import StudySpec, cells, format_place, in_words
+from sigma_vae.study.statistics import shown, summary
 
 __all__ = ["PLOTS", "Card", "Picture", "Section", "Table", "failures", "how_far", "minus", "results"]
 
@@ -46,7 +44,12 @@ class Picture(NamedTuple):
     @property
     def kind(self) -> str:
         """Its media type."""
-        return "image/svg+xml" if self.place.endswith(".svg") else "image/png"
+        return "image/svg+xml" if self.is_plot else "image/png"
+
+    @property
+    def is_plot(self) -> bool:
+        """Whether it is drawn from numbers, which its alternative text has."""
+        return self.place.endswith(".svg")
 
 
 class Section(NamedTuple):
@@ -79,41 +82,29 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-COLUMNS = {
-    BITS: "bits/dim, refitted σ",
-    ELBO: "ELBO, nats, refitted σ",
-    f"{ELBO}.density": "ELBO of densities, nats, refitted σ",
-    f"{ELBO}.level": "ELBO of levels, nats, refitted σ",
-    "rate_nats": "rate, nats",
-    "calibration.density.coverage.90": "90 % interval covers",
-    "predictions.psnr_db": "PSNR of the best prediction, dB",
-    "predictions.ssim": "SSIM of the best prediction",
-}
 PAPER = ("paper: ELBO, nats (it prints −ELBO)", "paper: FID")
 LONGEST = 300
 """Characters of an error in a table; all of it is in the cell's ``cell.json``."""
 
 
-def how_far(spec: StudySpec, out: Path) -> str:
-    """How many cells are done, failed, or have not ended.
+def how_far(spec: StudySpec, rows: "pd.DataFrame") -> str:
+    """Count the cells that are done, failed, or have not ended.
 
-    >>> how_far(StudySpec("one", {"data": {"source": "digits"}}, {"seed": [0]}), Path("nowhere"))
-    '0 of 1 cells are done, 0 failed, 1 have not ended.'
+    Args:
+        spec: the grid.
+        rows: of :func:`~sigma_vae.study.results.tabulate`.
     """
-    states = [None if (record := known(cell, out)) is None else record["status"] for cell in cells(spec)]
-    done, failed = states.count("done"), states.count("failed")
-    return f"{done} of {len(states)} cells are done, {failed} failed, {states.count(None)} have not ended."
+    states = rows.drop_duplicates("key")["status"].tolist()
+    done, failed, total = states.count("done"), states.count("failed"), len(cells(spec))
+    return f"{done} of {total} cells are done, {failed} failed, {total - len(states)} have not ended."
 
 
-def failures(spec: StudySpec, out: Path) -> tuple[Table, ...]:
-    """The cells that failed, with the error of each; nothing where none did."""
-    records = [(cell, known(cell, out)) for cell in cells(spec)]
-    rows = tuple(
-        (told(cell.place), _short(record["error"]), str(record["failures"]))
-        for cell, record in records
-        if record is not None and record["status"] != "done"
-    )
-    return (Table("Cells that failed", ("cell", "error", "times"), rows),) if rows else ()
+def failures(spec: StudySpec, rows: "pd.DataFrame") -> tuple[Table, ...]:
+    """List the cells that failed, with the error of each; nothing where none did."""
+    place = {cell.key: format_place(cell.place) for cell in cells(spec)}
+    failed = rows[rows["status"] == "failed"].to_dict("records")
+    lines = tuple((place[row["key"]], _short(row["error"]), f"{row['failures']:.0f}") for row in failed)
+    return (Table("Cells that failed", ("cell", "error", "times"), lines),) if lines else ()
 
 
 def _short(error: str) -> str:
@@ -129,9 +120,10 @@ def results(spec: StudySpec, rows: "pd.DataFrame") -> Section:
     """
     by = [name for name in spec.axes if name != "seed"]
     found = summary(rows, by)
-    metrics = [name for name in found.columns if name not in (*by, "prior", "seeds", "failed")]
+    titles = shown(found.columns)
+    metrics = list(titles)
     published = spec.published.get("rows", {})
-    heads = (*(name.rpartition(".")[2] for name in by), "prior", "seeds", *(_head(found, name) for name in metrics))
+    heads = (*(name.rpartition(".")[2] for name in by), "prior", "seeds", *(titles[name].title for name in metrics))
     lines = []
     for line in found.to_dict("records"):
         failed = f", {line['failed']} failed" if line["failed"] else ""
@@ -142,11 +134,6 @@ def results(spec: StudySpec, rows: "pd.DataFrame") -> Section:
         words += " The ELBO of a density and that of levels are of different things: they do not compare."
     table = Table("Results", heads + (PAPER if published else ()), tuple(lines))
     return Section("What each run reached", (words,), tables=(table, *_others(spec)), further=_about_published(spec))
-
-
-def _head(found: "pd.DataFrame", name: str) -> str:
-    features = {column: kind for kind, column in frechet_columns(found).items()}
-    return COLUMNS[name] if name in COLUMNS else f"Fréchet distance ({features[name]})"
 
 
 def _about_published(spec: StudySpec) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,7 @@ OWN = ("*", "P", "X", "D", "v", "^", "<", ">")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 WHAT = {"density": "densities", "level": "levels"}
 NOMINAL = (50, 80, 90, 95)
+CLIP_PATH = re.compile(rb'(?<=<clipPath id=")[^"]+')
 THUMBNAIL, GREYS, COLOURS = 240, 16, 48
 """Pixels and colours, at most, of the smaller copies."""
 Draw = Callable[["Axes"], None]
@@ -232,7 +234,15 @@ def _svg(draw: Draw, entries: int, height: float = HEIGHT) -> bytes:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+    return _with_plain_names(buffer.getvalue())
+
+
+def _with_plain_names(svg: bytes) -> bytes:
+    """Number the clip paths: matplotlib names them by digests of coordinates, whose last bits differ between processors."""
+    names = dict.fromkeys(CLIP_PATH.findall(svg))
+    for number, name in enumerate(names):
+        svg = svg.replace(name, b"clip-%d" % number)
+    return svg
 
 
 def _style(setting: Setting, arm: str) -> dict[str, Any]:

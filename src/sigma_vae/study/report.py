@@ -3,7 +3,7 @@
 import base64
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib import resources
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sigma_vae import __version__
 from sigma_vae.study import outcomes, plots
-from sigma_vae.study.cell import folder_of, known, record_of
+from sigma_vae.study.cell import CELLS
 from sigma_vae.study.claims import CLAIMS, Verdict, Word, diverges, signed
-from sigma_vae.study.comparisons import ARM, BITS, ELBO, LEARNED, OPTIMAL, STANDARD, Done, Setting, frechet_columns, settings
+from sigma_vae.study.comparisons import ARM, BITS, ELBO, LEARNED, OPTIMAL, STANDARD, Ended, Setting, frechet_columns, settings
 from sigma_vae.study.grid import StudySpec, cells
 from sigma_vae.study.outcomes import PLOTS, Card, Picture, Section, Table, failures, how_far
-from sigma_vae.study.results import collect, tabulate
+from sigma_vae.study.results import PICTURE, is_kept, tabulate, write_table
 from sigma_vae.study.runner import claim, spec_of
 from sigma_vae.study.statistics import cost
 
@@ -83,17 +83,17 @@ def _finding(words: str, verdict: Verdict) -> str:
     return f"{words}: {verdict.finding}" if words else verdict.finding
 
 
-def ended(spec: StudySpec, out: Path, found: Sequence[Setting]) -> Section:
-    """How many cells are done, which failed with what error, and what it cost."""
-    tables = (*failures(spec, out), _stability(found), _cost(found))
-    return Section("Runs and their cost", (how_far(spec, out),), tables=tables)
+def ended(spec: StudySpec, rows: "pd.DataFrame", found: Sequence[Setting]) -> Section:
+    """Count the cells that ended, list the errors of those that failed, and add up the cost."""
+    tables = (*failures(spec, rows), _stability(found), _cost(found))
+    return Section("Runs and their cost", (how_far(spec, rows),), tables=tables)
 
 
 def _stability(found: Sequence[Setting]) -> Table:
     rows = []
     for setting in found:
         for arm in setting.arms:
-            errors = [done.record["error"] for done in setting.of(arm) if not done.finished]
+            errors = [ended.error for ended in setting.of(arm) if ended.error is not None]
             diverged = sum(map(diverges, errors))
             counts = len(setting.of(arm)), diverged, len(errors) - diverged
             rows.append((_named(setting, arm), *map(str, counts)))
@@ -194,17 +194,27 @@ COVERS = (
 
 
 def samples(found: Sequence[Setting], out: Path) -> Section:
-    """Pictures of the first finished run of each arm, small, those of one kind side by side."""
+    """Show small pictures of each arm's first finished run, those of one kind side by side."""
     pictures: list[Picture] = []
     for setting in found:
-        runs = [(arm, done) for arm in setting.arms for done in _first(setting, arm)]
         for name, words in _kinds(setting).items():
-            for arm, done in runs:
-                path = folder_of(done.cell, out) / "run" / name
-                if path.is_file():
-                    place, caption = path.relative_to(out).as_posix(), f"{_named(setting, arm)}: {words}"
-                    pictures.append(Picture(place, plots.small(path), f"Grid of {words}, {arm}", caption))
-    return Section("Samples and reconstructions", ("Of the first finished run of each.",), pictures=tuple(pictures))
+            for arm, content, place in _pictures(setting, name, out):
+                caption = f"{_named(setting, arm)}: {words}"
+                pictures.append(Picture(place, content, f"Grid of {words}, {arm}", caption))
+    return Section("Samples and reconstructions", ("From each arm's first finished run.",), pictures=tuple(pictures))
+
+
+def _pictures(setting: Setting, name: str, out: Path) -> Iterator[tuple[str, bytes, str]]:
+    """Arm, content and place: from the run's folder, or from the table of a kept study."""
+    table, column = setting.table, f"{PICTURE}{name}"
+    for arm in setting.arms:
+        for first in _first(setting, arm):
+            place = f"{CELLS}/{first.cell.key}/run/{name}"
+            if (out / place).is_file():
+                yield arm, plots.small(out / place), place
+            elif column in table:
+                kept = table.loc[table["key"] == first.cell.key, column].dropna()
+                yield from ((arm, content, place) for content in kept)
 
 
 def _kinds(setting: Setting) -> dict[str, str]:
@@ -217,8 +227,8 @@ def _kinds(setting: Setting) -> dict[str, str]:
     }
 
 
-def _first(setting: Setting, arm: str) -> list[Done]:
-    return [done for done in setting.of(arm) if done.finished][:1]
+def _first(setting: Setting, arm: str) -> list[Ended]:
+    return [ended for ended in setting.of(arm) if ended.done][:1]
 
 
 def report(out: Path) -> None:
@@ -234,11 +244,11 @@ def report(out: Path) -> None:
         ValueError: it is no study's folder, or no cell has ended.
     """
     spec = spec_of(out)
-    found = settings(spec, out)
+    found, rows = settings(spec, out), tabulate(cells(spec), out)
     parts = [
         judged(found),
-        ended(spec, out, found),
-        outcomes.results(spec, tabulate(cells(spec), out)),
+        ended(spec, rows, found),
+        outcomes.results(spec, rows),
         differences(found),
         figures(found),
         samples(found, out),
@@ -247,16 +257,22 @@ def report(out: Path) -> None:
     made = f"Made on {datetime.now(UTC):%Y-%m-%d} by sigma-vae {__version__}."
     content = {"title": spec.title, "about": spec.about, "made": made, "sections": there, "signs": SIGNS}
     (out / "report.html").write_text(template("report.html.j2", escape=True).render(content), encoding="utf-8")
-    (out / "report.md").write_text(template("report.md.j2", escape=False).render(content), encoding="utf-8")
-    _write_plots(out, [picture for part in there for picture in part.pictures if picture.place.startswith(f"{PLOTS}/")])
+    beside = not is_kept(out)
+    (out / "report.md").write_text(
+        template("report.md.j2", escape=False).render(content | {"beside": beside}), encoding="utf-8"
+    )
+    _write_plots(out, [picture for part in there for picture in part.pictures if beside and picture.place.startswith(PLOTS)])
 
 
 def keep(out: Path, to: Path) -> None:
-    """Copy what the report is made of, with small pictures, and write it there: what of a study is worth keeping beside code.
+    """Copy a study without its weights, as four files: ``study.yaml``, ``results.parquet`` and the report, in HTML and Markdown.
+
+    The table has, beside all numbers, small pictures of each arm's first finished run, so that the report can be made from it again.
+    Other files in the folder stay.
 
     Args:
         out: the study's folder.
-        to: a new folder, or one of the same study.
+        to: a new folder, or one that the same study was copied to before.
 
     Raises:
         ValueError: ``out`` is no study's folder, no cell has ended, or ``to`` is the same folder, one with trained runs, which a copy
@@ -264,25 +280,32 @@ def keep(out: Path, to: Path) -> None:
     """
     if to.resolve() == out.resolve():
         raise ValueError(f"a study is copied to another folder, got {to} twice")
-    trained = [run for run in to.glob("cells/*/run") if (run / "model").exists() or (run / "checkpoints").exists()]
+    trained = [run for run in to.glob(f"{CELLS}/*/run") if (run / "model").exists() or (run / "checkpoints").exists()]
     if trained:
         raise ValueError(
             f"{to} holds the weights of {len(trained)} runs, which a copy without weights would replace; give another --to: a new"
             " folder, or one that this study was copied to before"
         )
     spec = spec_of(out)
-    pictures = samples(settings(spec, out), out).pictures
+    table = _with_pictures(tabulate(cells(spec), out), samples(settings(spec, out), out).pictures)
     claim(spec, to)
-    shutil.rmtree(to / "cells", ignore_errors=True)
-    for cell in cells(spec):
-        if known(cell, out) is not None:
-            folder_of(cell, to).mkdir(parents=True)
-            shutil.copyfile(record_of(cell, out), record_of(cell, to))
-    for picture in pictures:
-        (to / picture.place).parent.mkdir(exist_ok=True)
-        (to / picture.place).write_bytes(picture.content)
-    collect(cells(spec), to)
+    shutil.rmtree(to / CELLS, ignore_errors=True)
+    write_table(table, to)
     report(to)
+
+
+def _with_pictures(table: "pd.DataFrame", pictures: Sequence[Picture]) -> "pd.DataFrame":
+    """The table with a column for each kind of picture, filled in the first of a cell's rows."""
+    import pandas as pd
+
+    first = table.drop_duplicates("key").reset_index().set_index("key")["index"]
+    columns: dict[str, dict[int, bytes]] = {}
+    for picture in pictures:
+        _, key, _, name = picture.place.split("/")
+        columns.setdefault(f"{PICTURE}{name}", {})[first[key]] = picture.content
+    numbers = table[[name for name in table.columns if not name.startswith(PICTURE)]]
+    content = {name: pd.Series(found, dtype=object).reindex(table.index) for name, found in columns.items()}
+    return numbers.assign(**{name: column.where(column.notna(), None) for name, column in content.items()})
 
 
 def _write_plots(out: Path, pictures: list[Picture]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sigma_vae.config import read, write
 from sigma_vae.study.cell import do, finished, known
 from sigma_vae.study.grid import StudySpec, cells, check
-from sigma_vae.study.results import collect
+from sigma_vae.study.results import collect, is_kept, tabulate
 
 __all__ = ["SPEC", "Backend", "claim", "run", "spec_of"]
 
@@ -38,7 +38,9 @@ def claim(spec: StudySpec, out: Path) -> None:
     keys = {cell.key for cell in cells(spec)}
     if (out / SPEC).exists():
         before = spec_of(out)
-        lost = [cell for cell in cells(before) if cell.key not in keys and finished(cell, out)]
+        table = tabulate(cells(before), out)
+        there = set(table.loc[table["status"] == "done", "key"])
+        lost = [cell for cell in cells(before) if cell.key in there - keys]
         if lost:
             raise ValueError(
                 f"{out} holds the study {before.title!r} with {len(lost)} finished cells that this grid has not, as {lost[0].place};"
@@ -94,6 +96,8 @@ def run(
         raise ValueError(
             f"workers is how many cells are done at once, at least 1, got {workers}; leave it out for one on each core"
         )
+    if is_kept(out):
+        raise ValueError(f"{out} holds a kept study, without the weights of its runs; give another --out")
     todo = cells(spec)
     check([cell for cell in todo if not finished(cell, out)])
     claim(spec, out)

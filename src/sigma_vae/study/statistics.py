@@ -1,30 +1,34 @@
 """What a study's table says: spread over seeds, paired differences, the best of a grid chosen without looking at the test split."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from scipy.stats import bootstrap
+
+from sigma_vae.evaluation.base import Column
+from sigma_vae.evaluation.suite import columns
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ELBO", "Chosen", "Difference", "bootstrapped", "chosen_on_validation", "cost", "paired_difference", "summary"]
+__all__ = [
+    "ELBO",
+    "Chosen",
+    "Difference",
+    "bootstrapped",
+    "chosen_on_validation",
+    "cost",
+    "paired_difference",
+    "shown",
+    "summary",
+]
 
 ELBO = "elbo_post_hoc_nats"
-DIGITS = {
-    "bits_per_dim_post_hoc": 4,
-    ELBO: 1,
-    f"{ELBO}.density": 1,
-    f"{ELBO}.level": 1,
-    "rate_nats": 2,
-    "calibration.density.coverage.90": 3,
-    "predictions.psnr_db": 2,
-    "predictions.ssim": 3,
-}
-"""What a summary shows, and how exactly; Fréchet distances beside it."""
+KINDS = {"density": "densities", "level": "levels"}
+"""What an ELBO may be of, and its plural."""
 RESAMPLES = 10_000
-FRECHET = ("samples.means.frechet", "frames.frechet", "clips.frechet")
 
 
 class Difference(NamedTuple):
@@ -67,15 +71,33 @@ def summary(table: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    rows, shown = [], _shown(table := _observed_apart(table))
+    rows, metrics = [], shown((table := _observed_apart(table)).columns)
     for place, group in table.groupby(list(by), sort=False, dropna=False) if by else [((), table)]:
         about: dict[str, Any] = dict(zip(by, place, strict=True))
         failed = group.loc[group["status"] != "done", "key"].nunique()
         there = _test(group)
         for prior, ours in there.groupby("prior", sort=False) if len(there) else [("", there)]:
             counts = {"prior": prior, "seeds": len(ours), "failed": failed}
-            rows.append(about | counts | {name: _spread(ours[name], digits) for name, digits in shown.items()})
+            rows.append(about | counts | {name: _spread(ours[name], column.digits) for name, column in metrics.items()})
     return pd.DataFrame(rows)
+
+
+def shown(names: Iterable[str]) -> dict[str, Column]:
+    """Columns that metrics show in studies, among the names of a table's columns; the ELBO of densities and of levels apart.
+
+    >>> [column.title for column in shown(["elbo_post_hoc_nats.density", "elbo_post_hoc_nats.level"]).values()]
+    ['ELBO of densities, nats, refitted σ', 'ELBO of levels, nats, refitted σ']
+    """
+    names = list(names)
+    apart = {f"{ELBO}.{kind}": plural for kind, plural in KINDS.items() if f"{ELBO}.{kind}" in names}
+    found: dict[str, Column] = {}
+    for path, column in columns([*names, ELBO] if apart else names).items():
+        if path == ELBO and apart:
+            titles = {name: column.title.replace("ELBO", f"ELBO of {plural}", 1) for name, plural in apart.items()}
+            found |= {name: Column(name, title, column.digits) for name, title in titles.items()}
+        else:
+            found[path] = column
+    return found
 
 
 def _observed_apart(table: "pd.DataFrame") -> "pd.DataFrame":
@@ -121,8 +143,8 @@ def bootstrapped(differences: Sequence[float], seed: int = 0) -> Difference:
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return Difference(mean, None, None, n)
-    draws = np.random.default_rng(seed).choice(values, (RESAMPLES, n)).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
+    drawn = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed))
+    low, high = drawn.confidence_interval
     return Difference(mean, float(low), float(high), n)
 
 
@@ -168,11 +190,6 @@ def _of(table: "pd.DataFrame", where: dict[str, Any], metric: str) -> "pd.Series
     if values.index.has_duplicates:
         raise ValueError(f"{where} are several rows of one seed; say more: prior, and every axis")
     return values
-
-
-def _shown(table: "pd.DataFrame") -> dict[str, int]:
-    frechet = [name for name in table.columns if name.startswith("quality.") and name.endswith(FRECHET)]
-    return {name: digits for name, digits in {**DIGITS, **dict.fromkeys(frechet, 2)}.items() if name in table.columns}
 
 
 def _spread(values: "pd.Series[float]", digits: int) -> str:

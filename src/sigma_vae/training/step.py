@@ -120,7 +120,7 @@ class Stepper:
         self.optimizer.step()
         if self.average is not None and not skipped:
             self.average.update(self.vae)
-        return None if row is None else {name: float(value) for name, value in row.items()}
+        return None if row is None else {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
 
     def check(self) -> None:
         """Raise the error of the first step whose loss is not finite, of those since the last call."""

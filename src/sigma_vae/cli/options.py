@@ -1,0 +1,75 @@
+"""Options of a command, made by tyro from a function's signature and docstring."""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import NoneType
+from typing import Annotated, Any, TextIO, get_args
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from sigma_vae.config import RenamedWarning
+
+__all__ = ["RunFolder", "RunFolders", "call"]
+
+RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+"""The folder of a run, as the argument of a command."""
+
+RunFolders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+"""Folders of several runs."""
+
+
+def call(function: Callable[..., Any], options: list[str], program: str) -> None:
+    """Call the function with these options; old names of options are remarked upon."""
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    with _remarks(program):
+        tyro.cli(function, prog=program, args=options, config=config, registry=_rules())
+
+
+@contextmanager
+def _remarks(program: str) -> Iterator[None]:
+    """Print the warnings about renamed options as plain lines; other warnings are shown as before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RenamedWarning)
+        show = warnings.showwarning
+
+        def say(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, RenamedWarning):
+                print(f"{program}: {message}", file=sys.stderr)
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = say
+        yield
+
+
+def _rules() -> ConstructorRegistry:
+    rules = ConstructorRegistry()
+    rules.primitive_rule(_optional)
+    return rules
+
+
+def _optional(found: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Show ``int | None`` as ``INT``, and a default of None as "none"; other types have tyro's own rules."""
+    kinds = [kind for kind in get_args(found.type) if kind is not NoneType]
+    if NoneType not in get_args(found.type) or len(kinds) != 1:
+        return None
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], found.markers))
+    if not isinstance(spec, PrimitiveConstructorSpec):
+        return None
+    return replace(
+        spec,
+        instance_from_str=lambda words: None if words == ["None"] else spec.instance_from_str(words),
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=lambda value: ["none"] if value is None else spec.str_from_instance(value),
+    )

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sigma_vae import VAE, Gaussian
 from sigma_vae.data import Splits
-from sigma_vae.evaluation.suite import score
+from sigma_vae.evaluation import score
 from sigma_vae.networks import FlatNetwork, conv
 
 BATCH, RATE, LATENTS = 128, 1e-3, 20

@@ -22,12 +22,12 @@ from sigma_vae import models, runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import score
-from sigma_vae.evaluation.bounds import oracle
 from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.features import Extractor, load_extractor
 from sigma_vae.evaluation.information import information
+from sigma_vae.evaluation.oracle import oracle
 from sigma_vae.evaluation.quality import frechet_distance
-from sigma_vae.priors import FittedPrior, MixturePrior
+from sigma_vae.priors import MixturePrior
 from sigma_vae.vae import VAE, keyed_noise
 
 LIKELIHOODS = (
@@ -82,16 +82,16 @@ def one(
     run = runs.open_run(out)
     report = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     test, training = run.data.batches("test", BATCH), run.data.batches("train", BATCH)
-    told = information(run.vae, test, training)
+    found = information(run.vae, test, training)
     covered = calibration(run.vae, test)
     leak = oracle(run.vae, test)
     return {
         **{key: report[key]["mean"] for key in ("bits_per_dim_post_hoc", "elbo_post_hoc_nats", "rate_nats")},
-        "mutual_information_at_most_nats": told["mutual_information_at_most_nats"],
-        "marginal_kl_at_least_nats": told["marginal_kl_at_least_nats"],
-        "coverage_90": covered["density"]["coverage"]["90"]["mean"],
-        "leak_nats": leak["leak_nats"]["mean"],
-        "leak_formula_nats": leak["leak_formula_nats"],
+        "mutual_information_at_most_nats": found.mutual_information_at_most_nats,
+        "marginal_kl_at_least_nats": found.marginal_kl_at_least_nats,
+        "coverage_90": covered.density.coverage["90"].mean,
+        "leak_nats": leak.leak_nats.mean,
+        "leak_formula_nats": leak.leak_formula_nats,
         **samples(run.vae, run.data, measures),
     }
 
@@ -121,11 +121,11 @@ def samples(vae: VAE, data: Splits, measures: dict[str, Extractor]) -> dict[str,
         )
     fit = float(score(vae, data.batches("test", BATCH)).log_likelihood_post_hoc.mean())  # of the same draws with every prior
     for name in PRIORS:
-        prior = models.prior(name, vae.network.latent_dim)
-        if isinstance(prior, FittedPrior):
+        prior = models.prior(name, sum(vae.network.latents.sizes))
+        if prior.needs_fit:
             vae.fit_prior(data.batches("train", BATCH), prior, data.batches("validation", BATCH))
         else:
-            vae.network.prior = prior
+            vae.network.replace_prior(prior)
         if isinstance(prior, MixturePrior):
             result["components"] = prior.components
         result[f"elbo_post_hoc_nats_{name}"] = fit - rate(vae, data)

@@ -3,6 +3,7 @@
 p(z) = N(0, I), p(x|z) = N(Wz + b, σ²I): everything is known, here from NumPy and SciPy in float64.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -116,7 +117,7 @@ def encoder_vae(gain: np.ndarray, deviation: np.ndarray, prior: Prior | None = N
 
 def numbers(report: object, path: str = "") -> dict[str, float]:
     """All numbers of a report, by their path in it."""
-    if isinstance(report, dict):
+    if isinstance(report, Mapping):
         return {k: v for name, part in report.items() for k, v in numbers(part, f"{path}/{name}").items()}
     if isinstance(report, list | tuple):
         return {k: v for i, part in enumerate(report) for k, v in numbers(part, f"{path}/{i}").items()}

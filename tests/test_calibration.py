@@ -196,10 +196,10 @@ def test_no_number_depends_on_the_batch_size(right: Right) -> None:
             return [-1.0 if content is None else float(content)]
         return [number for part in parts for number in flat(part)]
 
-    truth = flat(reference)
+    truth = flat(reference.to_json())
     for other in others:
-        assert len(flat(other)) == len(truth)
-        for ours, theirs in zip(flat(other), truth, strict=True):
+        assert len(flat(other.to_json())) == len(truth)
+        for ours, theirs in zip(flat(other.to_json()), truth, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     assert calibration(vae, batches(x, right.levels), seed=1) != reference  # other draws
 
@@ -548,7 +548,7 @@ def test_the_runs_own_training_split_gives_back_what_training_left(run: Path, ca
     after = json.loads((run / "evaluation.json").read_text())
     assert after["bits_per_dim_post_hoc"]["mean"] == pytest.approx(before["bits_per_dim_post_hoc"]["mean"], abs=1e-5)
     assert main(["calibrate", str(run), "--split", "test"]) == 0
-    assert "no held-out ones" in capsys.readouterr().out
+    assert "held-out numbers" in capsys.readouterr().out
     best = json.loads((run / "evaluation.json").read_text())
     assert best["bits_per_dim_post_hoc"]["mean"] < after["bits_per_dim_post_hoc"]["mean"]  # no σ is better for these examples
     assert best["sigma_fitted_on"]["examples"] == best["examples"]

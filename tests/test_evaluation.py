@@ -1,6 +1,10 @@
 """Evaluation: every example counted once, numbers that an independent computation gives, pictures pixel for pixel."""
 
+import importlib
+import json
 import math
+import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -8,11 +12,15 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from sigma_vae import VAE, StudentT, mlp, runs
+from sigma_vae import VAE, Gaussian, StudentT, mlp, runs
+from sigma_vae.cli.tables import print_evaluation
 from sigma_vae.config import EvaluationSettings
-from sigma_vae.evaluation import evaluate, score
+from sigma_vae.data import Scaling
+from sigma_vae.evaluation import Column, Estimate, Evaluation, Metric, Row, calibrate, evaluate, score
 from sigma_vae.evaluation.entropy import entropy_identity
 from sigma_vae.evaluation.plots import drawable, pairs, save_grid
+from sigma_vae.evaluation.suite import columns
+from sigma_vae.registry import register
 from sigma_vae.vae import keyed_noise
 
 
@@ -140,3 +148,137 @@ def test_the_pictures_of_a_run_have_the_size_of_their_grids(digits_run):
             side = 8 * 9 + 1  # 8 images of 8 pixels, a line around each
             assert picture.size == (side * round(500 / side),) * 2
             assert picture.mode == "L"
+
+
+# -- typed results ---------------------------------------------------------------------------------------------------------
+
+
+def test_results_are_read_by_attribute_by_key_and_from_json(opened):
+    settings = EvaluationSettings(metrics=("iwae", "oracle", "information", "calibration"), draws=2)
+    report = evaluate(opened.vae, opened.data, settings=settings)
+    assert report.elbo_nats.mean == report["elbo_nats"]["mean"] == report.bounds.elbo_nats.mean
+    assert report.iwae.iwae_nats == report["iwae"]["iwae_nats"] == report.results["iwae"].iwae_nats
+    content = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    again = Evaluation.from_json(content)
+    assert again == report == content
+    for name, result in report.results.items():
+        assert type(again.results[name]) is type(result)
+    assert again.iwae.effective_sample_size["iwae_nats"].mean == report.iwae.effective_sample_size["iwae_nats"].mean
+    assert pickle.loads(pickle.dumps(report)) == report
+    with pytest.raises(AttributeError, match="has no 'fid'; it has elbo_nats"):
+        report.fid  # noqa: B018
+    with pytest.raises(KeyError):
+        report["fid"]
+    with pytest.raises(ValueError, match="the bounds is not a ElboResult: rate_nats"):
+        Evaluation.from_json({name: value for name, value in content.items() if name != "rate_nats"})
+
+
+def test_sections_of_metrics_that_are_not_registered_here_are_kept(opened):
+    content = evaluate(opened.vae, opened.data.batches("test", 64)).to_json() | {"theirs": {"number": 1}}
+    assert Evaluation.from_json(content).to_json() == content
+
+
+# -- a metric of one's own -------------------------------------------------------------------------------------------------
+
+
+class Brightness(Metric):
+    """Mean of the decoder's samples."""
+
+    result = Estimate
+    columns = (Column("brightness", "brightness of samples", 3),)
+
+    def obstacle(self, vae, data, settings):
+        return "only means of samples are looked at" if settings.samples > 100 else None
+
+    def measure(self, vae, data, settings):
+        with torch.no_grad():
+            return Estimate.of(vae.sample(settings.samples, generator=torch.Generator().manual_seed(0)).flatten(1).mean(1))
+
+    def rows(self, result):
+        yield Row("brightness of samples", f"{result.mean:.3f}")
+
+
+@pytest.fixture
+def brightness(monkeypatch):
+    with monkeypatch.context() as patch:
+        register.metric.names()  # ours are there first
+        patch.setattr(register.metric, "_entries", dict(register.metric._entries))
+        register.metric("brightness")(Brightness)
+        yield
+
+
+@pytest.mark.usefixtures("brightness")
+def test_a_metric_is_one_class(digits_run, tmp_path, capsys):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    settings = EvaluationSettings(metrics=("brightness",), samples=50)
+    report = runs.evaluate_run(run, settings, device="cpu")
+    stored = json.loads((run / "evaluation.json").read_text())
+    assert stored["brightness"] == {"mean": report.brightness.mean, "standard_error": report.brightness.standard_error}
+    assert runs.evaluate_run(run, EvaluationSettings(metrics=()), device="cpu").brightness == report.brightness  # kept
+    print_evaluation(report)
+    row = next(line for line in capsys.readouterr().out.splitlines() if "brightness of samples" in line)
+    assert f"{report.brightness.mean:.3f}" in row
+    rows = runs.compare([digits_run, run])
+    assert [row["brightness"] for row in rows] == [None, stored["brightness"]]
+    assert columns(["brightness", "rate_nats"])["brightness"].title == "brightness of samples"
+    with pytest.raises(ValueError, match="brightness cannot be measured: only means"):
+        runs.evaluate_run(run, EvaluationSettings(metrics=("brightness",), samples=500), device="cpu")
+
+
+def test_a_metric_that_is_not_there_gets_a_suggestion(opened):
+    with pytest.raises(ValueError, match="there is no metric 'calibraton'; did you mean 'calibration'"):
+        evaluate(opened.vae, opened.data, settings=EvaluationSettings(metrics=("calibraton",)))
+
+
+# -- data of any kind ------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_examples_come_in_any_form(opened):
+    x = opened.data.values("test")
+    reference = score(opened.vae, opened.data.batches("test", 64))
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=7)
+    for data in (opened.data, x, x.numpy(), loader, torch.utils.data.TensorDataset(x), "digits"):
+        scores = score(opened.vae, data, like=opened.data)
+        torch.testing.assert_close(scores.log_likelihood, reference.log_likelihood, rtol=1e-5, atol=1e-4)
+    report = evaluate(opened.vae, x, opened.data.values("train"))
+    assert report.elbo_nats.mean == pytest.approx(float((reference.log_likelihood - reference.rate).mean()), abs=1e-4)
+    assert report.entropy_identity == evaluate(opened.vae, opened.data).entropy_identity
+    with pytest.raises(ValueError, match="quality cannot be measured: it compares with training images"):
+        evaluate(opened.vae, x, settings=EvaluationSettings(metrics=("quality",)))
+    with pytest.raises(ValueError, match=r"information cannot be measured: .* no training data are given"):
+        evaluate(opened.vae, x, settings=EvaluationSettings(metrics=("information",)))
+
+
+def test_frames_of_data_are_scored_in_their_own_units():
+    import pandas as pd
+
+    table = pd.DataFrame(np.random.default_rng(0).normal(5, 3, (40, 2)), columns=["a", "b"])
+    scaling = Scaling(mean=(5.0, 5.0), deviation=(3.0, 3.0))
+    vae = VAE(mlp((2,), 2, latent_dim=1, width=4), Gaussian(2, spatial_dims=0, levels=None)).eval()
+    calibrate(vae, table, like=scaling)
+    again = VAE(vae.network, Gaussian(2, spatial_dims=0, levels=None)).eval()
+    again.calibrate([scaling(torch.tensor(table.to_numpy(np.float32)))])
+    assert float(vae.likelihood.sigma()) == pytest.approx(float(again.likelihood.sigma()))
+    standardised = score(vae, scaling(torch.tensor(table.to_numpy(np.float32))))
+    expected = standardised.log_likelihood - 2 * math.log(3)
+    torch.testing.assert_close(score(vae, table, like=scaling).log_likelihood, expected, rtol=1e-5, atol=1e-5)
+
+
+# -- old names -------------------------------------------------------------------------------------------------------------
+
+OLD = (
+    ("bounds", "oracle"),
+    ("suite", "entropy_identity"),
+    ("suite", "scores_under_standard_prior"),
+    ("suite", "standard_prior"),
+    ("video", "video_quality"),
+)
+
+
+@pytest.mark.parametrize(("module", "name"), OLD)
+def test_old_names_warn_and_work(module, name):
+    module = importlib.import_module(f"sigma_vae.evaluation.{module}")
+    with pytest.warns(DeprecationWarning, match=rf"{name} is now sigma_vae\.evaluation\.\w+\.{name}"):
+        assert callable(getattr(module, name))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        module.nothing  # noqa: B018

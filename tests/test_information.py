@@ -8,7 +8,7 @@ import pytest
 import torch
 from linear_gaussian import batches_of, encoder_vae
 from scipy import special, stats
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from sigma_vae import VAE, Fixed, Gaussian, hierarchical, sequence
@@ -16,9 +16,11 @@ from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import evaluate
 from sigma_vae.evaluation import information as module
+from sigma_vae.evaluation.bounds import iwae
 from sigma_vae.evaluation.information import information
 from sigma_vae.networks.hierarchical import Diagonal, draw
-from sigma_vae.priors import GaussianPrior
+from sigma_vae.priors import GaussianPrior, StandardNormal
+from sigma_vae.types import Inference, Maps, Network, Prior
 from sigma_vae.vae import keyed_noise
 
 DIM = 5
@@ -192,6 +194,86 @@ def test_a_unit_is_active_where_its_mean_varies_by_a_hundredth(variance: float, 
     vae.calibrate([x])
     assert information(vae, batches_of(x), batches_of(x))["active_units"] == active
     assert evaluate(vae, batches_of(x, 33))["active_units"] == active
+
+
+# -- networks of a user ----------------------------------------------------------------------------------------------------
+
+
+class Own(Network):
+    """Latents as maps, and a prior that is a part of the network, N(0, I)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(DIM, 2 * 4)
+        self.decoder = nn.Linear(4, DIM)
+
+    @property
+    def latents(self) -> Maps:
+        return Maps(1, 2, 2)
+
+    def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
+        mean, log_std = self.encoder(x.flatten(1)).reshape(-1, 2, 1, 2, 2).unbind(1)
+        return Normal(mean, log_std.exp())
+
+    def decode(self, z: Any, condition: Tensor | None = None) -> Tensor:
+        features: Tensor = self.decoder(z.flatten(1))
+        return features
+
+    def infer(self, x: Tensor, *given: Any, noise: Any = None, **others: Any) -> Inference:
+        posterior = self.posterior(x)
+        unit = torch.randn_like(posterior.loc) if noise is None else noise(posterior.loc.shape)
+        z = posterior.loc + posterior.scale * unit
+        prior = Normal(0.0, 1.0)
+        log_ratio = (prior.log_prob(z) - posterior.log_prob(z)).flatten(1).sum(1)
+        return Inference(self.decode(z), x, kl_divergence(posterior, prior).flatten(1).sum(1, keepdim=True), log_ratio)
+
+    def generate(self, n: int, *given: Any, generator: Any = None, **others: Any) -> Tensor:
+        return self.decode(torch.randn(n, 4, generator=generator))
+
+
+class OwnWithPrior(Own):
+    """The same, with the prior where others find it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prior = Flattened(4)
+
+
+class Flattened(Prior):
+    """N(0, I) over maps."""
+
+    is_standard = True
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.inner = StandardNormal(size)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.inner.log_prob(z.flatten(1))
+
+    def kl(self, posterior: Normal, z: Tensor) -> Tensor:
+        return self.inner.kl(Normal(posterior.loc.flatten(1), posterior.scale.flatten(1)), z.flatten(1))
+
+    def sample(self, n: int, generator: Any = None, temperature: float = 1.0) -> Tensor:
+        return self.inner.sample(n, generator, temperature)
+
+
+def test_a_network_of_ones_own_has_information_whether_or_not_it_keeps_its_prior() -> None:
+    reports, x = [], gaussian_data(300)
+    for make in (Own, OwnWithPrior):
+        torch.manual_seed(0)
+        vae = VAE(make(), Gaussian(DIM, Fixed(0.3), spatial_dims=0, levels=None))
+        vae.calibrate([x])
+        evaluated = evaluate(vae, batches_of(x), batches_of(x))
+        report = information(vae, batches_of(x, 64), batches_of(x))
+        assert report.mean_kl_nats.mean == pytest.approx(evaluated.rate_nats.mean, rel=1e-5)
+        assert (report.latent_dim, report.active_units) == (4, evaluated.active_units)
+        assert iwae(vae, batches_of(x), draws=4, measures=["iwae_nats"]).iwae_nats.mean > evaluated.elbo_nats.mean - 0.5
+        reports.append(report)
+    assert reports[0].marginal_kl_moments_nats is None  # nobody knows that its prior is N(0, I)
+    assert reports[1].marginal_kl_moments_nats is not None
+    assert reports[0].marginal_kl_held_out_nats.mean == pytest.approx(reports[1].marginal_kl_held_out_nats.mean, abs=1e-4)
+    assert reports[0].log_sum_exp.to_json() == pytest.approx(reports[1].log_sum_exp.to_json(), abs=1e-5)
 
 
 # -- layers of latents -----------------------------------------------------------------------------------------------------

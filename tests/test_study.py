@@ -106,7 +106,7 @@ MISTAKES = {
     "no file of features": ({"evaluation": {"metrics": ["quality"], "features": ["inception:nowhere.pt"]}}, "no such file"),
     "calibration of an objective": (
         {"axes": {"model.likelihood": ["gaussian/optimal", "bernoulli"]}, "evaluation": {"metrics": ["calibration"]}},
-        "likelihood bernoulli cannot be done: calibration cannot be measured",
+        "likelihood bernoulli cannot be run: calibration cannot be measured",
     ),
     "oracle without σ": (
         {"axes": {"model.likelihood": ["categorical"]}, "evaluation": {"metrics": ["oracle"]}},
@@ -122,7 +122,7 @@ MISTAKES = {
         {"axes": {"how": {"plain": {}, "weighted": {"training.kl_weight": 1.0}}}},
         "same run twice: how plain, and how weighted",
     ),
-    "labels for seeds": ({"axes": {"seed": {"first": {"seed": 0}}}}, "is a list of numbers, got the labels first"),
+    "labels for seeds": ({"axes": {"seed": {"first": {"seed": 0}}}}, "as it pairs runs; got the labels first"),
     **{
         f"an axis called {name}": ({"axes": {name: {"a": {}}}}, f"the axis {name} has the name of a column")
         for name in (
@@ -196,7 +196,7 @@ def test_a_finished_study_has_a_report(finished, capsys):
     assert capsys.readouterr().out.strip() == str(finished / "report.html")
     for words in (
         "4 of 4 cells are done",
-        "a verdict takes 3 seeds",
+        "a verdict needs 3 seeds",
         "Learning curves",
         "Information in the latents",
         "Coverage",

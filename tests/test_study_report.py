@@ -260,7 +260,7 @@ def test_results_are_those_of_the_cells(spec, out, page):
     assert published[OPTIMAL, "standard"] == ("3333", "27.25")
     assert published[BETAS[0], "standard"] == ("–", "44.54")
     assert published[OPTIMAL, "mixture:3"] == published[SHARED, "standard"] == ("", "")
-    _, *others = page.tables["Rows of the paper that have none here beside them"]
+    _, *others = page.tables["Rows of the paper without a match in this study"]
     assert others == [["bernoulli", "−1.5 / 2", "32.22", "of two data sets"]]
 
 
@@ -280,7 +280,7 @@ def test_differences_are_paired(spec, out, page):
 
 
 def test_cost_compares_the_grid_with_one_run(spec, out, page):
-    _, whole, grid, one = page.tables["Cost, training and evaluation together, of all attempts"]
+    _, whole, grid, one = page.tables["Cost of training and evaluation, all attempts"]
     hours = measured(spec, out).drop_duplicates(["arm", "seed"]).groupby("arm")["hours"].agg(["sum", "count", "mean"])
     failed = 2 * 92.0 / 3600
     assert whole[0] == "the whole study, failed runs included"
@@ -299,7 +299,7 @@ def test_cost_is_per_seed_where_seeds_are_missing(spec, tmp_path):
 
     study.report(edit(spec, build(spec, tmp_path / "out", failed=missing), same))
     rows = Page((tmp_path / "out" / "report.html").read_text()).tables[
-        "Cost, training and evaluation together, of all attempts"
+        "Cost of training and evaluation, all attempts"
     ]
     assert [row[3] for row in rows[1:]] == ["", "4.0", "1"]
 

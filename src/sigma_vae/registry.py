@@ -295,10 +295,7 @@ class register:
 
 def _package_of(registered: Any) -> str:
     """The distribution that it comes from, or the name of its module where there is none (a script, a notebook)."""
-    module = (
-        getattr(registered, "__module__", type(registered).__module__) or "__main__"
-    )  # None in code that is executed from a text
-    top = module.partition(".")[0]
+    top = (getattr(registered, "__module__", None) or type(registered).__module__).partition(".")[0]
     if top == "sigma_vae":
         return OWN_PACKAGE
     found = packages_distributions().get(top)

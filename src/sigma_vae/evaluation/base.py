@@ -49,10 +49,10 @@ EVALUATION_BATCH = 256
 
 @dataclass(frozen=True, eq=False)
 class Record(Mapping[str, Any]):
-    """A result with fields: read them by attribute (``bounds.rate_nats.mean``) or by key (``bounds["rate_nats"]["mean"]``).
+    """A result with fields, read by attribute (``x.rate_nats.mean``) or by key (``x["rate_nats"]["mean"]``).
 
-    A subclass is a dataclass; its fields are numbers, words, lists, dictionaries and other records. Their names are the keys of its JSON;
-    a field with the default None is left out while it is None.
+    A subclass is a dataclass; its fields are numbers, words, lists, dictionaries and other records. Their names are the
+    keys of its JSON; a field with the default None is left out while it is None.
     """
 
     def __getitem__(self, key: str) -> Any:
@@ -94,7 +94,8 @@ def plain(value: Any) -> Any:
 
 
 Result = Record | Mapping[str, Record] | None
-"""Result of a metric: a record, a record for each of several names, or None where the metric has nothing to say of the model."""
+"""Result of a metric: a record, a record for each of several names, or None where the metric has nothing to say of the
+model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,8 +146,8 @@ class Column:
     """A column of a study's table.
 
     Args:
-        path: dotted place of the number in ``evaluation.json``; ``*`` stands for any name, such as that of a feature extractor. The
-            mean of an estimate has the path of the estimate.
+        path: dotted place of the number in ``evaluation.json``; ``*`` stands for any name, such as that of a feature
+            extractor. The mean of an estimate has the path of the estimate.
         title: heading, in words; ``{}`` is replaced by the name that ``*`` stands for.
         digits: decimal places.
 
@@ -192,8 +193,8 @@ def _whole(batches: Batches) -> Batches:
 class Metric(ABC):
     """A measurement of a model on held-out data.
 
-    To add one, write a subclass in a file of its own and register it. Its result is then a section of ``evaluation.json``; the
-    ``--metrics`` option, the terminal, ``compare`` and studies find it by its name::
+    To add one, write a subclass in a file of its own and register it. Its result is then a section of
+    ``evaluation.json``; the ``--metrics`` option, the terminal, ``compare`` and studies find it by its name::
 
         @register.metric("brightness")
         class Brightness(Metric):
@@ -256,9 +257,9 @@ class Metric(ABC):
         Returns:
             For each run the numbers to compare, by name: those of the metric's columns unless a metric defines others.
         """
-        places = [column.path.removeprefix(f"{self.name}.") for column in self.columns if "*" not in column.path]
+        places = [column.path.removeprefix(self.name).removeprefix(".") for column in self.columns if "*" not in column.path]
         known = [place for place in places if any(_at(result, place) is not None for result in results)]
-        return [{f"{self.name} {place}": _at(result, place) for place in known} for result in results]
+        return [{f"{self.name} {place}".rstrip(): _at(result, place) for place in known} for result in results]
 
     def draw_page(self, result: Any, path: Path, title: str) -> None:
         """Write a picture of the result."""
@@ -266,8 +267,8 @@ class Metric(ABC):
 
 
 def _at(result: Any, place: str) -> Any:
-    """The value at a dotted place; None where there is none."""
-    for name in place.split("."):
+    """The value at a dotted place, the whole result at none; None where there is no value."""
+    for name in filter(None, place.split(".")):
         result = result.get(name) if isinstance(result, Mapping) else None
     return result
 
@@ -286,8 +287,8 @@ Rows = Callable[[Batch], Tensor]
 def each_example(vae: VAE, batches: Batches, rows: Rows) -> Tensor:
     """Compute numbers of every example, in the order of the split, on the CPU in float64.
 
-    Where the batches are one process's share (``world_size`` above 1), the shares of all processes of the default group are gathered:
-    each must call this, and each gets everything.
+    Where the batches are one process's share (``world_size`` above 1), the shares of all processes of the default group
+    are gathered: each must call this, and each gets everything.
 
     Args:
         vae: the model; batches are moved to its device.
@@ -380,7 +381,7 @@ def spaced(n: int, most: int) -> Tensor:
 
 
 def subset(data: Splits, split: SplitName, n: int, batch: int, seed: int, device: torch.device) -> Batches:
-    """N examples of a split, chosen at random, as files may be sorted, and in their order; all where there are no more."""
+    """N examples of a split in their order, chosen at random as files may be sorted; all if there are no more."""
     store = data.store(split)
     if n < len(store):
         chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:n]

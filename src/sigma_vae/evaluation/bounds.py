@@ -19,7 +19,8 @@ from sigma_vae.vae import VAE, keyed_noise
 __all__ = ["Iwae", "IwaeMetric", "Measure", "iwae"]
 
 Measure = Literal["iwae_nats", "iwae_post_hoc_nats", "iwae_bits_per_dim", "iwae_bits_per_dim_post_hoc"]
-"""The observed quantity in nats, with the model's own σ and with the refitted one; the bins of the levels in bits, likewise."""
+"""The observed quantity in nats, with the model's own σ and with the refitted one; the bins of the levels in bits,
+likewise."""
 
 FEATURES = 2**18
 """Features decoded together on a CPU, where one draw of the batch has fewer: temporaries should stay in the caches."""
@@ -31,9 +32,9 @@ GPU_FEATURES = 2**24
 class Iwae(Record):
     r"""Importance-weighted bounds of ``draws`` draws, densities in the data's own units.
 
-    ``by_draws`` has the means after ``draws`` 1, 2, 4, ... k, which show whether a bound still rises. ``effective_sample_size`` is
-    :math:`(\sum w)^2 / \sum w^2`, between 1 and k, as a mean over examples; near 1, one draw has almost all the weight, and more draws
-    would raise the bound.
+    ``by_draws`` has the means after ``draws`` 1, 2, 4, ... k, which show whether a bound still rises.
+    ``effective_sample_size`` is :math:`(\sum w)^2 / \sum w^2`, between 1 and k, as a mean over examples; near 1, one
+    draw has almost all the weight, and more draws would raise the bound.
     """
 
     examples: int
@@ -84,21 +85,22 @@ class _Term(NamedTuple):
 
 @torch.no_grad()
 def iwae(vae: VAE, batches: Batches, draws: int = 64, seed: int = 0, measures: Collection[Measure] | None = None) -> Iwae:
-    r"""Compute the importance-weighted bound of k draws (Burda et al. 2016), which rises from the ELBO to log p(x) with k.
+    r"""Compute the importance-weighted bound of k draws (Burda et al. 2016), which rises with k to log p(x).
 
     .. math::
         \log p(x) \ge E \log \tfrac1k \sum_{i=1}^k w_i, \qquad w_i = \frac{p(x|z_i)\, p(z_i)}{q(z_i|x)}, \quad z_i \sim q(z|x)
 
-    The first draw of each example is the one from which :func:`~sigma_vae.evaluation.elbo.elbo` computes the ELBO with this seed. The
-    weights are summed as they come, in float64. All of them belong to their draw: with an analytic KL in place of the log-ratio, the sum
-    would bound nothing.
+    The first draw of each example is the one from which :func:`~sigma_vae.evaluation.elbo.elbo` computes the ELBO with
+    this seed. The weights are summed as they come, in float64. All of them belong to their draw: with an analytic KL in
+    place of the log-ratio, the sum would bound nothing.
 
     Args:
         vae: calibrated on training data; put into eval mode.
         batches: held-out examples, each counted once; of several processes, each gives its share.
         draws: k.
         seed: seed of the posterior's noise, which is keyed by example.
-        measures: bounds to compute; all that the model has by default. The bins of levels cost several times as much as densities.
+        measures: bounds to compute; all that the model has by default. The bins of levels cost several times as much as
+            densities.
 
     Raises:
         ValueError: the likelihood is an objective, draws is below 1, or the model does not have a measure.
@@ -159,7 +161,7 @@ def _terms(likelihood: Likelihood, measures: Collection[Measure] | None) -> dict
 def _summed_weights(
     vae: VAE, batch: Batch, terms: list[_Term], draws: int, seed: int, at: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bounds ``(terms, batch, at)`` after as many draws, effective sample sizes ``(terms, batch)``, and the values that are scored."""
+    """Bounds ``(terms, batch, at)`` after ``at`` draws, effective sample sizes ``(terms, batch)``, and numbers of values."""
     total = squares = torch.full((len(terms), len(batch.x)), -math.inf, dtype=torch.float64)
     bounds, done, dims = [], 0, torch.empty(0)
     for inference in _inferences(vae, batch, draws, seed):

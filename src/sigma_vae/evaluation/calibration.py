@@ -72,8 +72,8 @@ KINDS: dict[str, tuple[Observes, bool]] = {
 class Coverage(Record):
     """Coverage of the central intervals, by their nominal percentage, and PIT histogram.
 
-    ``coverage`` is a mean over values, with its standard error over examples; ``coverage_above_zero`` is about the values that are not
-    the least level. ``pit`` has the shares of 20 bins.
+    ``coverage`` is a mean over values, with its standard error over examples; ``coverage_above_zero`` is about the
+    values that are not the least level. ``pit`` has the shares of 20 bins.
     """
 
     coverage: dict[str, Estimate]
@@ -124,8 +124,8 @@ class Calibration(Record):
     """How often held-out values lie where the model says.
 
     ``density`` (of a model that observes it; not randomised) and ``level`` (of data with levels) use the model's own σ;
-    ``density_post_hoc`` and ``level_post_hoc`` the σ that ``calibrate`` solved, where it is another one. ``sigma`` is None for a likelihood
-    with an infinite variance, or without a formula for it (the logistic mixture).
+    ``density_post_hoc`` and ``level_post_hoc`` the σ that ``calibrate`` solved, where it is another one. ``sigma`` is
+    None for a likelihood with an infinite variance, or without a formula for it (the logistic mixture).
     """
 
     examples: int
@@ -180,14 +180,15 @@ class CalibrationMetric(Metric):
 def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
     r"""Measure how often held-out values lie where the model says, over posterior draws, in one pass.
 
-    If x has the distribution function F that the model predicts for it, its probability integral transform u = F(x) is uniform
-    (Dawid 1984; Gneiting, Balabdaoui & Raftery 2007). Levels have jumps in F: there u is drawn uniformly from
-    :math:`[F(x^-), F(x)]` (the randomised PIT; Czado, Gneiting & Held 2009). The central interval of probability p holds x
-    where :math:`|u - \tfrac12| \le \tfrac p2`. All draws belong to the example: no number depends on the batch size.
+    If x has the distribution function F that the model predicts for it, its probability integral transform u = F(x) is
+    uniform (Dawid 1984; Gneiting, Balabdaoui & Raftery 2007). Levels have jumps in F: there u is drawn uniformly from
+    :math:`[F(x^-), F(x)]` (the randomised PIT; Czado, Gneiting & Held 2009). The central interval of probability p
+    holds x where :math:`|u - \tfrac12| \le \tfrac p2`. All draws belong to the example: no number depends on the batch
+    size.
 
-    Predicted variances are set against squared errors in up to ten bins of equal counts. A model that observes levels has errors
-    σΦ⁻¹(u), as those of x end where the levels end. Residuals are (x − mean)/σ for a density, and the normal scores Φ⁻¹(u) for levels (Dunn
-    & Smyth 1996).
+    Predicted variances are set against squared errors in up to ten bins of equal counts. A model that observes levels
+    has errors σΦ⁻¹(u), as those of x end where the levels end. Residuals are (x − mean)/σ for a density, and the normal
+    scores Φ⁻¹(u) for levels (Dunn & Smyth 1996).
 
     Args:
         vae: calibrated on training data; put into eval mode.
@@ -195,8 +196,8 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
         seed: seed of the posterior's noise, and of the randomised PIT.
 
     Raises:
-        ValueError: the likelihood is an objective (Bernoulli on grey data), no σ is known yet, features are not finite, or the
-            batches are a share, and there is no group of as many processes.
+        ValueError: the likelihood is an objective (Bernoulli on grey data), no σ is known yet, features are not finite,
+            or the batches are a share, and there is no group of as many processes.
 
     >>> from sigma_vae import Fixed, Gaussian, mlp
     >>> from sigma_vae.data import Scaling
@@ -267,7 +268,7 @@ def _pits(likelihood: Likelihood, inference: Inference, uniform: Tensor) -> dict
 
 
 def _normal_scores(u: dict[str, Tensor]) -> Tensor:
-    """Φ⁻¹(u) with the model's own σ: standard normal where the model is right, whatever its family (Dunn & Smyth 1996)."""
+    """Φ⁻¹(u) with the model's own σ: standard normal where the model is right (Dunn & Smyth 1996)."""
     own = u["level"] if "level" in u else u["density"]
     scores: Tensor = torch.special.ndtri(own.double().clamp(LEAST_TAIL, 1 - LEAST_TAIL))
     return scores
@@ -326,7 +327,7 @@ class _Errors:
         self.values = AgainstError()
 
     def add(self, inference: Inference, pair: tuple[Tensor, Tensor] | None, likelihood: Likelihood) -> Tensor:
-        """Mean predicted variance and mean squared error of each example, ``(batch, 2)``; NaN where there is no variance."""
+        """Mean predicted variance and mean squared error of each example, ``(batch, 2)``; NaN without a variance."""
         if pair is None or not pair[0].isfinite().all():
             return torch.full((len(inference.kl), 2), math.nan, dtype=torch.float64)
         variance, square = pair[0].expand(pair[1].shape), pair[1]
@@ -353,7 +354,7 @@ def _correlation(x: Tensor, y: Tensor) -> float | None:
 
 @final
 class AgainstError:
-    """Predicted variance and squared error of all values, binned by the prediction, in memory that does not grow with them.
+    """Predicted variance and squared error of all values, binned by the prediction, in constant memory.
 
     >>> values = AgainstError()
     >>> values.add(torch.tensor([1.0, 4.0, 4.0]), torch.tensor([2.0, 3.0, 5.0]))
@@ -373,7 +374,7 @@ class AgainstError:
             row += torch.bincount(fine, weights, FINE_BINS).cpu()
 
     def bins(self) -> Bins:
-        """Means in bins of about equal counts, by growing prediction; fewer than ten where many predictions are the same."""
+        """Means in bins of about equal counts, by growing prediction; fewer than ten if many predictions are equal."""
         counts = self.totals[0]
         middle = counts.cumsum(0) - 0.5 * counts
         which = (middle * (BINS / counts.sum())).long().clamp_max(BINS - 1)
@@ -404,8 +405,8 @@ class Correlations:
 
     .. math:: \hat\rho_k = \frac{\overline{(r_i - m)(r_{i+k} - m)}}{\overline{(r_i - m)^2}}
 
-    with the mean m of all residuals, over all pairs of all examples and channels. Axes are named length (series), height and width
-    (images), and time (frames of clips).
+    with the mean m of all residuals, over all pairs of all examples and channels. Axes are named length (series),
+    height and width (images), and time (frames of clips).
 
     >>> correlations = Correlations(spatial_dims=1)
     >>> correlations.add(torch.tensor([[[1.0, -1.0, 1.0, -1.0]]]))

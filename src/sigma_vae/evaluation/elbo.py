@@ -43,10 +43,11 @@ __all__ = [
 class Bounds(Record):
     """Bounds on held-out data.
 
-    ``elbo_nats`` bounds the quantity that the likelihood ``observes`` (the log-density of the values, or the log-probability of their
-    levels' bins: never compare the two) with the model's own σ. ``elbo_post_hoc_nats`` uses the σ refitted on training data (the same
-    for optimal scales). ``bits_per_dim`` and ``bits_per_dim_post_hoc`` bound the log-probability of the bins. An objective that is no
-    likelihood (Bernoulli on grey data) bounds nothing: it has ``objective_nats`` in place of ``elbo_nats``, and no bits.
+    ``elbo_nats`` bounds the quantity that the likelihood ``observes`` (the log-density of the values, or the
+    log-probability of their levels' bins: never compare the two) with the model's own σ. ``elbo_post_hoc_nats`` uses
+    the σ refitted on training data (the same for optimal scales). ``bits_per_dim`` and ``bits_per_dim_post_hoc`` bound
+    the log-probability of the bins. An objective that is no likelihood (Bernoulli on grey data) bounds nothing: it has
+    ``objective_nats`` in place of ``elbo_nats``, and no bits.
     """
 
     elbo_nats: Estimate | None = None
@@ -62,10 +63,11 @@ class Bounds(Record):
 class ElboResult(Bounds):
     """Bounds on held-out data, and the numbers that explain them.
 
-    ``dims`` counts the values that are scored: for clips, those of the predicted frames, averaged over clips of unequal lengths.
-    ``kl_per_layer_nats`` has the mean KL of each layer, from the top down; its sum is the rate. ``sigma_post_hoc_...`` is the refitted
-    σ, as a geometric mean where there are many; ``factor_post_hoc_...`` the factor on predicted σ. ``standard_prior`` has the bounds with
-    N(0, I), from the same posterior draws, where the prior is a fitted one.
+    ``dims`` counts the values that are scored: for clips, those of the predicted frames, averaged over clips of unequal
+    lengths. ``kl_per_layer_nats`` has the mean KL of each layer, from the top down; its sum is the rate.
+    ``sigma_post_hoc_...`` is the refitted σ, as a geometric mean where there are many; ``factor_post_hoc_...`` the
+    factor on predicted σ. ``standard_prior`` has the bounds with N(0, I), from the same posterior draws, where the
+    prior is a fitted one.
     """
 
     examples: int
@@ -162,7 +164,8 @@ def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
 
     Densities are those of the data in their own units: for standardised data, the model's plus the Jacobian's term.
 
-    Of several processes, each calls this with its share of the split (``Batches(rank, world_size)``), and each gets all scores.
+    Of several processes, each calls this with its share of the split (``Batches(rank, world_size)``), and each gets all
+    scores.
 
     Raises:
         ValueError: the batches are a share, and there is no group of as many processes.
@@ -187,7 +190,7 @@ def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
 
 
 def _columns(scores: Scores) -> Tensor:
-    """All scores ``(batch, columns)`` in float64: five columns, the log-masses where there are any, the KL of each layer."""
+    """All scores ``(batch, columns)`` in float64: five columns, log-probabilities of bins if any, KL of each layer."""
     known = [mass for mass in (scores.log_mass, scores.log_mass_post_hoc) if mass is not None]
     single = (scores.rate, scores.log_likelihood, scores.log_likelihood_post_hoc, scores.dims, scores.log_ratio, *known)
     return torch.cat([torch.stack([column.cpu().double() for column in single], 1), scores.kl.cpu().double()], 1)

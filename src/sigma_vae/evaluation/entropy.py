@@ -32,7 +32,7 @@ class EntropyIdentity(Record):
 @register.metric("entropy_identity")
 @final
 class EntropyIdentityMetric(Metric):
-    """ELBO against the sum of three entropies on training data: a gap far from 0 means that training has not converged."""
+    """ELBO against the sum of three entropies on training data: a gap means that training has not converged."""
 
     result = EntropyIdentity
     measured = "always"
@@ -55,16 +55,18 @@ class EntropyIdentityMetric(Metric):
 
 @torch.no_grad()
 def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> EntropyIdentity | None:
-    r"""Compare the ELBO with the sum of three entropies, on *training* data (Damm et al. 2023, arXiv 2010.14860, theorem 2).
+    r"""Compare the ELBO with the sum of three entropies, on *training* data.
+
+    Damm et al. 2023, arXiv 2010.14860, theorem 2:
 
     .. math:: \text{ELBO} = \tfrac1N \sum_n H[q(z|x_n)] - H[p(z)] - \tfrac1N \sum_n H[p(x|z_n)]
 
-    The identity holds at every stationary point of the objective, without weight decay, on the data that the model was trained on. A gap
-    far from 0 means that training has not converged (or that σ does not fit these data).
+    The identity holds at every stationary point of the objective, without weight decay, on the data that the model was
+    trained on. A gap far from 0 means that training has not converged (or that σ does not fit these data).
 
     Returns:
-        None where the identity does not apply: several layers of latents, a prior other than N(0, I), or a likelihood whose density is
-        no exponential family (Student's t) or that has none.
+        None where the identity does not apply: several layers of latents, a prior other than N(0, I), or a likelihood
+        whose density is no exponential family (Student's t) or that has none.
     """
     vae.eval()
     if not _applies(vae, batches):
@@ -85,7 +87,7 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> EntropyIdenti
 
 
 def _applies(vae: VAE, batches: Batches) -> bool:
-    """Whether posterior and prior are known, N(0, I), and the density is an exponential family, as a first batch shows."""
+    """Whether there is one layer with the prior N(0, I), and the density of a first batch is an exponential family."""
     network = vae.network
     if not (network.has_posterior and network.has_prior and network.prior.is_standard):
         return False

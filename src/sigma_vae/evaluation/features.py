@@ -31,7 +31,8 @@ __all__ = [
 ]
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""SHA-256 of the published weights, which are in circulation as ``weights-inception-...`` and ``pt_inception-2015-12-05-6726825d.pth``."""
+"""SHA-256 of the published weights, which are in circulation as ``weights-inception-...`` and
+``pt_inception-2015-12-05-6726825d.pth``."""
 DINOV2 = "facebookresearch/dinov2"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -114,8 +115,8 @@ def dinov2(place: Path | None = None) -> Backbone:
     Oquab et al. 2023, https://arxiv.org/abs/2304.07193; Stein et al. 2023, https://arxiv.org/abs/2306.04675.
 
     Args:
-        place: a folder with its repository, or a TorchScript file; by default torch's hub. The weights of a repository come from
-            torch's hub folder, or are downloaded there.
+        place: a folder with its repository, or a TorchScript file; by default torch's hub. The weights of a repository
+            come from torch's hub folder, or are downloaded there.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -151,8 +152,9 @@ def _dinov2(model: str, place: Path | None) -> Backbone:
 def i3d(path: Path) -> Backbone:
     """I3D of the FVD, from the TorchScript file in circulation: 400 logits of clips of at least ten frames.
 
-    Unterthiner et al. 2018, https://arxiv.org/abs/1812.01717. The file reads clips ``(n, C, T, H, W)`` in [-1, 1] at 224×224
-    (https://github.com/universome/fvd-comparison/issues/4); its own rescaling, resizing and softmax are switched off.
+    Unterthiner et al. 2018, https://arxiv.org/abs/1812.01717. The file reads clips ``(n, C, T, H, W)`` in [-1, 1] at
+    224×224 (https://github.com/universome/fvd-comparison/issues/4); its own rescaling, resizing and softmax are
+    switched off.
 
     Raises:
         ValueError: the file cannot be read.
@@ -281,7 +283,8 @@ class Extractor:
     """Computes features of images or of clips: a network, how its input is prepared, and a record of both.
 
     Shapes:
-        images ``(n, C, H, W)`` or clips ``(n, T, C, H, W)``, clipped to [0, 1] as pictures are; features ``(n, d)`` in float32 on the CPU.
+        images ``(n, C, H, W)`` or clips ``(n, T, C, H, W)``, clipped to [0, 1] as pictures are; features ``(n, d)`` in
+        float32 on the CPU.
 
     >>> corners = load_extractor(nn.Flatten())
     >>> corners(torch.tensor([[[[0.0, 2.0], [0.5, -1.0]]]]))
@@ -299,7 +302,8 @@ class Extractor:
         """Compute the features of a batch.
 
         Raises:
-            ValueError: the network cannot read such images, or gives no features ``(n, d)``, or some that are not finite.
+            ValueError: the network cannot read such images, or gives no features ``(n, d)``, or some that are not
+                finite.
         """
         x = self.backbone.prepare(images.to(self.device).float().clamp(0, 1))
         try:
@@ -344,10 +348,10 @@ def load_extractor(source: str | Path | nn.Module, device: str | torch.device = 
     """Load a feature extractor for images.
 
     Args:
-        source: a registered name: ``"efficientnet"``; ``"inception"`` or ``"inception:WEIGHTS"``; ``"dinov2"`` (ViT-L/14) or ``"dinov2-b"``
-            (ViT-B/14), from torch's hub, or with ``":PATH"`` from a folder with its repository or a TorchScript file. Or the path of a
-            TorchScript file that reads images in [0, 1]; or a network that does. TorchScript files and repositories are programs: load
-            those you trust.
+        source: a registered name: ``"efficientnet"``; ``"inception"`` or ``"inception:WEIGHTS"``; ``"dinov2"``
+            (ViT-L/14) or ``"dinov2-b"`` (ViT-B/14), from torch's hub, or with ``":PATH"`` from a folder with its
+            repository or a TorchScript file. Or the path of a TorchScript file that reads images in [0, 1]; or a
+            network that does. TorchScript files and repositories are programs: load those you trust.
         device: where it runs; a given network is moved there and put into eval mode.
 
     Raises:

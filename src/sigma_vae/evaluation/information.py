@@ -55,7 +55,7 @@ CHUNK = 2**21
 
 @dataclass(frozen=True, eq=False)
 class LogSumExp(Record):
-    """A bracket of both parts with the mean over all latents, or over all others, in place of q(z); it saturates at log N."""
+    """Both parts, bracketed with the mean over all latents, or over all others, as q(z); it saturates at log N."""
 
     log_n_nats: float
     mutual_information_at_least_nats: float
@@ -68,9 +68,9 @@ class LogSumExp(Record):
 class Information(Record):
     """The parts of the rate of a network with one layer of latents.
 
-    ``marginal_kl_at_least_nats`` is the largest of its two bounds and of 0, and ``mutual_information_at_most_nats`` the rest of the mean
-    KL. The two bounds are ``marginal_kl_moments_nats`` (None where the prior is not N(0, I)) and ``marginal_kl_held_out_nats`` (None where
-    there are too few training latents).
+    ``marginal_kl_at_least_nats`` is the largest of its two bounds and of 0, and ``mutual_information_at_most_nats`` the
+    rest of the mean KL. The two bounds are ``marginal_kl_moments_nats`` (None where the prior is not N(0, I)) and
+    ``marginal_kl_held_out_nats`` (None where there are too few training latents).
     """
 
     examples: int
@@ -87,7 +87,7 @@ class Information(Record):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LayerInformation(Record):
-    """The rate of several layers of latents, from the top down; ``active_latents_per_layer`` counts mean KLs above 0.01 nats."""
+    """The rate of several layers of latents, from the top down; a latent with a mean KL above 0.01 nats is active."""
 
     examples: int
     noise_seed: int
@@ -127,7 +127,7 @@ def _lacks_latents(vae: VAE) -> str:
 
 
 class _Latents(NamedTuple):
-    """Posterior mean and std, the standard normal numbers and the draw that they give, each ``(n, latent_dim)``, in float64."""
+    """Posterior mean and std, standard normal numbers and the draw they give, each ``(n, latent_dim)``, in float64."""
 
     mean: Tensor
     std: Tensor
@@ -145,22 +145,25 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
 
     .. math:: E_x KL(q(z|x) \| p(z)) = I_q(x; z) + KL(q(z) \| p(z)), \qquad q(z) = E_x\, q(z|x)
 
-    q(z) can only be estimated. Putting the mean over N latents in its place, by a log-sum-exp, gives a bracket: with z's own example
-    among them the information is bounded from below, and can be no more than log N; without it, from above. The bracket says nothing
-    about good models (with 10 000 examples every one "has" 9.21 nats). Any density h says more, as
-    :math:`KL(q(z) \| p) \ge E_{q(z)} [\log h(z) - \log p(z)]`. Two are used: a mixture of at most 20 Gaussians fitted to *training*
-    latents, evaluated on test latents; and where p is N(0, I), the Gaussian g with the moments of the training latents, in closed form:
-    where test latents have the same moments it gives KL(g‖p). (With g's moments from the test latents it would bound nothing: d latents
-    of N examples overfit them by about d(d + 3)/4N nats.)
+    q(z) can only be estimated. Putting the mean over N latents in its place, by a log-sum-exp, gives a bracket: with
+    z's own example among them the information is bounded from below, and can be no more than log N; without it, from
+    above. The bracket says nothing about good models (with 10 000 examples every one "has" 9.21 nats). Any density h
+    says more, as :math:`KL(q(z) \| p) \ge E_{q(z)} [\log h(z) - \log p(z)]`. Two are used: a mixture of at most 20
+    Gaussians fitted to *training* latents, evaluated on test latents; and where p is N(0, I), the Gaussian g with the
+    moments of the training latents, in closed form: where test latents have the same moments it gives KL(g‖p). (With
+    g's moments from the test latents it would bound nothing: d latents of N examples overfit them by about d(d + 3)/4N
+    nats.)
 
     Args:
-        vae: the model; put into eval mode. A network with several layers of latents reports the KL of each layer instead.
+        vae: the model; put into eval mode. A network with several layers of latents reports the KL of each layer
+            instead.
         test: held-out examples; at most 10 000 are used, evenly spaced.
         training: examples for the two densities; at most 12 000 are used, evenly spaced.
         seed: seed of the posterior's noise, which is keyed by example.
 
     Raises:
-        ValueError: the network has neither a posterior of one layer nor the KL of each latent, or there is only one test example.
+        ValueError: the network has neither a posterior of one layer nor the KL of each latent, or there is only one
+            test example.
     """
     vae.eval()
     if not vae.network.has_posterior:
@@ -221,7 +224,7 @@ def _latents(vae: VAE, batches: Batches, seed: int) -> _Latents:
 
 
 def _kl_and_log_prior(vae: VAE, batch: Batch, posterior: Normal, unit: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q(z|x)‖p) and log p(z), from the prior; a network that keeps none says them by its draw from the same noise."""
+    """KL(q(z|x)‖p) and log p(z), from the prior, or from the network's own draw under the same noise."""
     if vae.network.has_prior:
         return vae.network.prior.kl(posterior, z), vae.network.prior.log_prob(z)
     inference = vae.network.infer(batch.x, noise=lambda shape: unit.reshape(shape))
@@ -276,7 +279,7 @@ def _log_densities(latents: _Latents) -> tuple[Tensor, Tensor]:
 
 
 def _moment_bound(latents: _Latents, training: _Latents) -> float:
-    """E log g(z) − log N(z; 0, I) over the test posteriors, where g has mean and covariance of the mixture of the training ones."""
+    """E log g(z) − log N(z; 0, I) over the test posteriors; g has the moments of the mixture of training posteriors."""
     mean = training.mean.mean(0)
     covariance = _second_moment(training, mean)
     quadratic = torch.linalg.solve(covariance, _second_moment(latents, mean)).trace()
@@ -291,7 +294,7 @@ def _second_moment(latents: _Latents, center: Tensor) -> Tensor:
 
 
 def _held_out(latents: _Latents, training: Tensor, seed: int) -> Estimate | None:
-    """Mean over test latents of log h(z) − log p(z), for a mixture h fitted to training latents; None where these are too few."""
+    """Mean over test latents of log h(z) − log p(z), for a mixture h fitted to training latents; None if they are few."""
     latent_dim = training.shape[1]
     components = min(COMPONENTS, len(training) // (latent_dim + 1))
     if components < 1:

@@ -23,9 +23,10 @@ __all__ = ["Oracle", "OracleMetric", "oracle"]
 class Oracle(Record):
     """Values with σ solved on the scored examples.
 
-    ``oracle_nats`` uses the σ that is best for the observed quantity, and ``leak_nats`` is its gain over the post-hoc value. Data with
-    levels have ``oracle_level_nats`` and ``leak_level_nats``, of the log-probability of the levels' bins. ``leak_formula_nats`` and
-    ``mse_over_variance``, r, are None where the formula does not apply to the likelihood, or where the solved σ lies at its floor.
+    ``oracle_nats`` uses the σ that is best for the observed quantity, and ``leak_nats`` is its gain over the post-hoc
+    value. Data with levels have ``oracle_level_nats`` and ``leak_level_nats``, of the log-probability of the levels'
+    bins. ``leak_formula_nats`` and ``mse_over_variance``, r, are None where the formula does not apply to the
+    likelihood, or where the solved σ lies at its floor.
     """
 
     examples: int
@@ -63,8 +64,9 @@ class OracleMetric(Metric):
 def oracle(vae: VAE, batches: Batches, seed: int = 0) -> Oracle:
     r"""Report what σ solved on the very examples that are scored would give.
 
-    Evaluations print such values when they take σ from the batch at hand; here it is solved for all examples together. σ and each x are
-    then not independent. Where the refit is one σ of a Gaussian, the difference to the post-hoc value, the leak, is
+    Evaluations print such values when they take σ from the batch at hand; here it is solved for all examples together.
+    σ and each x are then not independent. Where the refit is one σ of a Gaussian, the difference to the post-hoc value,
+    the leak, is
 
     .. math:: \tfrac D2 (r - 1 - \ln r), \qquad r = \text{MSE}_\text{eval} / \sigma^2_\text{train}.
 

@@ -51,7 +51,7 @@ def in_unit_range(x: Tensor) -> Tensor:
 
 
 def pairs(originals: Tensor, reconstructions: Tensor, columns: int) -> Tensor:
-    """Arrange rows of originals, each above the row of its reconstructions, for :func:`save_grid` with as many columns."""
+    """Arrange rows of originals above their reconstructions, for :func:`save_grid` with as many columns."""
     rows = zip(torch.split(originals, columns), torch.split(reconstructions, columns), strict=True)
     return torch.cat([image for row in rows for image in row])
 
@@ -68,7 +68,7 @@ def save_grid(path: Path, images: Tensor, columns: int | None = None, zoom: int 
 
 
 def save_clips(path: Path, clips: Tensor, columns: int | None = None) -> None:
-    """Write clips ``(n, T, C, H, W)``: as a .png with one clip per row, or as a .gif, a moving grid with this number of columns.
+    """Write clips ``(n, T, C, H, W)``: as a .png with one clip per row, or as a .gif, a moving grid of clips.
 
     Raises:
         ValueError: the channels are neither 1 nor 3.
@@ -131,8 +131,8 @@ STDS = 2.58
 def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:
     """Draw coverage, PIT histogram, σ against error and residual correlation on one page.
 
-    Grey bands hold 99 % of what a calibrated model with independent values would show; error bars are two standard errors over
-    examples, whose values depend on each other.
+    Grey bands hold 99 % of what a calibrated model with independent values would show; error bars are two standard
+    errors over examples, whose values depend on each other.
 
     Args:
         path: a .png, .pdf or .svg file.
@@ -265,7 +265,8 @@ def sampled(
         temperature: scale of the latents' spread: one number, or one for each layer.
 
     Raises:
-        ValueError: the test clips are no longer than the frames that are given, or the temperature has too many numbers.
+        ValueError: the test clips are no longer than the frames that are given, or the temperature has too many
+            numbers.
     """
     if not vae.network.reads_clips:
         return vae.sample(n, show, generator=generator, temperature=temperature)

@@ -1,4 +1,4 @@
-"""Sample quality: Fréchet and kernel distances, precision and recall, between features of samples and of real images or clips."""
+"""Sample quality: Fréchet and kernel distances, precision and recall, between features of samples and of real data."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,12 +43,13 @@ NEIGHBOURS = 5
 AT_ONCE = 2**22
 """Distances kept together."""
 SAMPLES_AT_ONCE = 100
-"""Number of samples whose random numbers are drawn together: fixed, so that no sample depends on how many are asked for."""
+"""Number of samples whose random numbers are drawn together: fixed, so that no sample depends on how many are asked
+for."""
 CLIPS_AT_ONCE = 16
 """The same for clips."""
 
 
-# -- results ---------------------------------------------------------------------------------------------------------------
+# -- results --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +117,9 @@ class Reconstructions(Record):
 class ImageQuality(Record):
     """Sample quality of images.
 
-    ``samples`` come from the prior, ``samples_standard_prior`` from N(0, I), where the prior is a fitted one. ``floor`` compares other real
-    images, of the training split. ``rank_deficient`` says that there are no more images than features, where Fréchet distances are
-    strongly biased upwards.
+    ``samples`` come from the prior, ``samples_standard_prior`` from N(0, I), where the prior is a fitted one. ``floor``
+    compares other real images, of the training split. ``rank_deficient`` says that there are no more images than
+    features, where Fréchet distances are strongly biased upwards.
     """
 
     examples: int
@@ -159,7 +160,7 @@ class VideoQuality(Record):
     frames: Features | None = None
 
 
-# -- the metric ------------------------------------------------------------------------------------------------------------
+# -- the metric -----------------------------------------------------------------------------------------------------
 
 
 @register.metric("quality")
@@ -278,7 +279,7 @@ def _digest(part: ImageQuality | VideoQuality) -> str:
     return "" if section is None else str(section.extractor["sha256"])
 
 
-# -- images ----------------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
 class _Reference(NamedTuple):
@@ -301,10 +302,10 @@ class _Reference(NamedTuple):
 def quality(
     vae: VAE, data: Splits, extractor: Extractor, n: int = 10_000, seed: int = 0, split: SplitName = "test", batch: int = 256
 ) -> ImageQuality:
-    """Measure Fréchet and kernel distance, precision and recall of samples, and the Fréchet distance of reconstructions.
+    """Measure the quality of samples, and the Fréchet distance of reconstructions.
 
-    All sets have n images and are compared with n images of a split; where the split has fewer, that many. Distances with another n,
-    split, extractor or size of images do not compare: these are part of the result.
+    All sets have n images and are compared with n images of a split; where the split has fewer, that many. Distances
+    with another n, split, extractor or size of images do not compare: these are part of the result.
 
     Args:
         vae: the model; put into eval mode.
@@ -316,7 +317,8 @@ def quality(
         batch: images encoded together; no number depends on it.
 
     Raises:
-        ValueError: the data are no images, or not in [0, 1], there are too few of them, or the extractor does not fit them.
+        ValueError: the data are no images, or not in [0, 1], there are too few of them, or the extractor does not fit
+            them.
     """
     _check(data, n)
     vae.eval()
@@ -388,7 +390,7 @@ def _check(data: Splits, n: int) -> None:
         )
 
 
-# -- video -----------------------------------------------------------------------------------------------------------------
+# -- video ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -406,8 +408,9 @@ def video_quality(
 ) -> VideoQuality:
     """Measure the Fréchet distance between predictions and what happened: of whole clips, and of single frames.
 
-    Each clip is predicted once. ``clips`` sees whole clips, predicted and true, each with the frames that are given; ``frames`` sees
-    every predicted frame, against the true frames of the same times: the FID of the paper's table for BAIR.
+    Each clip is predicted once. ``clips`` sees whole clips, predicted and true, each with the frames that are given;
+    ``frames`` sees every predicted frame, against the true frames of the same times: the FID of the paper's table for
+    BAIR.
 
     Args:
         vae: the model; put into eval mode.
@@ -421,7 +424,8 @@ def video_quality(
         context_frames: number of given frames; the network's own number by default.
 
     Raises:
-        ValueError: there is no extractor, the data are no clips of images, or too short, or the network predicts no frames.
+        ValueError: there is no extractor, the data are no clips of images, or too short, or the network predicts no
+            frames.
     """
     past = vae.network.context_frames if context_frames is None else context_frames
     if show not in ("mean", "draw"):
@@ -489,7 +493,7 @@ def _check_video(data: Splits, split: SplitName, past: int, clips: Extractor | N
         raise ValueError(f"at least one frame is given and one predicted; got {past} given of {length} frames")
 
 
-# -- distances between sets of features ------------------------------------------------------------------------------------
+# -- distances between sets of features -----------------------------------------------------------------------------
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
@@ -497,10 +501,11 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
     .. math:: \|\mu_x - \mu_y\|^2 + \text{tr}(\Sigma_x + \Sigma_y - 2 (\Sigma_x \Sigma_y)^{1/2})
 
-    Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6. With factors :math:`\Sigma = R^\top R` from a QR decomposition of the
-    centred features, the trace of the root is the sum of the singular values of :math:`R_x R_y^\top`: what
-    :math:`\Sigma_x^{1/2} \Sigma_y \Sigma_x^{1/2}` has for eigenvalues are their squares, and the roots of those would turn rounding of
-    1e-16 into 1e-8. Nothing is inverted, so sets of fewer examples than features have a distance too, but a strongly biased one.
+    Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6. With factors :math:`\Sigma = R^\top R` from a QR
+    decomposition of the centred features, the trace of the root is the sum of the singular values of :math:`R_x
+    R_y^\top`: what :math:`\Sigma_x^{1/2} \Sigma_y \Sigma_x^{1/2}` has for eigenvalues are their squares, and the roots
+    of those would turn rounding of 1e-16 into 1e-8. Nothing is inverted, so sets of fewer examples than features have a
+    distance too, but a strongly biased one.
 
     Shapes:
         x ``(n, d)``, y ``(m, d)``, of any floating dtype; covariances are unbiased.
@@ -520,10 +525,11 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> KernelDistance:
-    r"""Compute the kernel distance (KID): squared maximum mean discrepancy with the kernel :math:`(x \cdot y / d + 1)^3`, over subsets.
+    r"""Compute the kernel distance (KID), a mean over subsets.
 
-    Binkowski et al. 2018, https://arxiv.org/abs/1801.01401, section 4. The estimate is unbiased, so it may be below 0, and only its spread
-    depends on the number of examples.
+    It is the squared maximum mean discrepancy with the kernel :math:`(x \cdot y / d + 1)^3`.
+    Binkowski et al. 2018, https://arxiv.org/abs/1801.01401, section 4. The estimate is unbiased, so it may be below 0,
+    and only its spread depends on the number of examples.
 
     Args:
         x: features ``(n, d)``.
@@ -565,14 +571,15 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 def precision_recall(
     real: Tensor, made: Tensor, neighbours: int = NEIGHBOURS, real_radii: Tensor | None = None
 ) -> PrecisionRecall:
-    r"""Compute which shares of samples lie among the data, and of data among the samples, by balls to the k-th nearest neighbour.
+    r"""Compute the shares of samples among the data, and of data among the samples.
 
     With :math:`B(x)` the ball around x that reaches its k-th nearest neighbour in its own set:
 
     * precision: the share of samples that lie in the ball of any datum; recall: of data that lie in that of any sample
       (Kynkäänniemi et al. 2019, https://arxiv.org/abs/1904.06991);
-    * density: in how many balls of data a sample lies, over k; coverage: the share of data with a sample in their ball (Naeem et al.
-      2020, https://arxiv.org/abs/2002.09797). They mind outliers less. Density has no upper bound, and is 1 for equal distributions.
+    * density: in how many balls of data a sample lies, over k; coverage: the share of data with a sample in their ball
+      (Naeem et al. 2020, https://arxiv.org/abs/2002.09797). They mind outliers less. Density has no upper bound, and is
+      1 for equal distributions.
 
     Args:
         real: features of data ``(n, d)``.

@@ -25,8 +25,9 @@ ABOUT = ("data", "split", "network", "likelihood", "context_frames", "prior", "s
 class Evaluation(Mapping[str, Any]):
     """The results of an evaluation: bounds, and a section for each further metric.
 
-    Read it by attribute (``report.elbo_nats.mean``, ``report.iwae.iwae_nats.mean``) or by key (``report["elbo_nats"]["mean"]``). Its keys
-    are those of ``evaluation.json``: the bounds at the top, each other result under the name of its metric.
+    Read it by attribute (``report.elbo_nats.mean``, ``report.iwae.iwae_nats.mean``) or by key
+    (``report["elbo_nats"]["mean"]``). Its keys are those of ``evaluation.json``: the bounds at the top, each other
+    result under the name of its metric.
 
     Args:
         results: results by the names of metrics; ``elbo`` is always there.
@@ -115,14 +116,15 @@ def evaluate(
 
     Args:
         vae: calibrated on training data; put into eval mode.
-        data: :class:`~sigma_vae.data.Splits`, or a data set's name or path: its test split (or the split of the settings). Or held-out
-            examples alone, all of which are used: an array, a tensor, a data frame, a torch or Hugging Face data set, a loader, or
-            :class:`~sigma_vae.data.Batches`.
-        training: training examples, in any of these forms, for metrics that need them; the training split of ``Splits`` by default.
+        data: :class:`~sigma_vae.data.Splits`, or a data set's name or path: its test split (or the split of the
+            settings). Or held-out examples alone, all of which are used: an array, a tensor, a data frame, a torch or
+            Hugging Face data set, a loader, or :class:`~sigma_vae.data.Batches`.
+        training: training examples, in any of these forms, for metrics that need them; the training split of ``Splits``
+            by default.
         seed: seed of the posterior's noise, which is keyed by example.
         settings: further metrics, and how to measure them; their own ``seed`` is used.
-        like: the model's data, or their scaling, by which examples are scaled; by default, values are taken as they are, or as levels where
-            the likelihood has levels.
+        like: the model's data, or their scaling, by which examples are scaled; by default, values are taken as they
+            are, or as levels where the likelihood has levels.
 
     Raises:
         ValueError: the data do not fit the model, or a metric is named that does not apply.
@@ -138,7 +140,8 @@ def score(vae: VAE, data: object, seed: int = 0, *, like: Splits | Scaling | Non
 
     Densities are those of the data in their own units: for standardised data, the model's plus the Jacobian's term.
 
-    Of several processes, each calls this with its share of the split (``Batches(rank, world_size)``), and each gets all scores.
+    Of several processes, each calls this with its share of the split (``Batches(rank, world_size)``), and each gets all
+    scores.
 
     Args:
         vae: calibrated on training data, in eval mode.
@@ -147,7 +150,8 @@ def score(vae: VAE, data: object, seed: int = 0, *, like: Splits | Scaling | Non
         like: as for :func:`evaluate`.
 
     Raises:
-        ValueError: the data do not fit the model, or the batches are a share, and there is no group of as many processes.
+        ValueError: the data do not fit the model, or the batches are a share, and there is no group of as many
+            processes.
     """
     return _elbo.score(vae, _batches(vae, data, "test", like), seed)
 
@@ -186,9 +190,15 @@ def _batches(vae: VAE, data: object, split: SplitName, like: Splits | Scaling | 
         data = as_splits(data)
     if isinstance(data, Splits):
         return data.batches(split, evaluation_batch(data), device=vae.device)
-    made = as_batches(data, like or Scaling(vae.likelihood.levels), EVALUATION_BATCH, split=split)
+    made = as_batches(data, like or _as_they_are(vae), EVALUATION_BATCH, split=split)
     frames = made.store.shape[0] if vae.network.reads_clips else 1
     return Batches(made.store.to(vae.device), made.scaling, max(1, EVALUATION_BATCH // frames))
+
+
+def _as_they_are(vae: VAE) -> Scaling:
+    """Levels where the likelihood has them; else real values of any range, as they are."""
+    channels, levels = vae.likelihood.channels, vae.likelihood.levels
+    return Scaling(levels) if levels is not None else Scaling(mean=(0.0,) * channels, deviation=(1.0,) * channels)
 
 
 def chosen(vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> list[Metric]:

@@ -28,17 +28,17 @@ NORMAL_95 = NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True, eq=False)
 class ClipEstimate(Estimate):
-    """A mean over clips, its standard error, and the normal 95 % interval of the mean; ends are None for a single clip."""
+    """A mean over clips, its standard error, and its normal 95 % interval; the ends are None for a single clip."""
 
     interval_95: list[float | None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Predictions(Record):
-    """PSNR and SSIM of each clip's best sample, the one with the highest SSIM averaged over time, and how they were made.
+    """PSNR and SSIM of each clip's best sample, the one with the highest SSIM averaged over time.
 
-    ``psnr_db`` and ``ssim`` are means over time and clips; ``..._average_sample`` is the same for the average sample, and
-    ``..._per_frame`` has the best samples' means frame by frame.
+    ``psnr_db`` and ``ssim`` are means over time and clips; ``..._average_sample`` is the same for the average sample,
+    and ``..._per_frame`` has the best samples' means frame by frame.
     """
 
     samples: int
@@ -93,7 +93,7 @@ class PredictionsMetric(Metric):
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    r"""Compute the peak signal-to-noise ratio in dB, :math:`-10 \log_{10} \text{MSE}` of each channel, averaged over channels; at most 100.
+    r"""Compute the peak signal-to-noise ratio in dB: :math:`-10 \log_{10} \text{MSE}`, averaged over channels, at most 100.
 
     Shapes:
         x, y ``(*batch, C, H, W)`` with values in [0, 1], result ``(*batch,)`` in float64.
@@ -106,19 +106,20 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
-    r"""Compute the structural similarity (Wang et al. 2004) with uniform windows of 7×7, as scikit-image does; 1 for equal images.
+    r"""Compute the structural similarity (Wang et al. 2004) with uniform windows of 7×7; 1 for equal images.
 
     .. math::
         \frac{(2 \mu_x \mu_y + C_1)(2 \sigma_{xy} + C_2)}{(\mu_x^2 + \mu_y^2 + C_1)(\sigma_x^2 + \sigma_y^2 + C_2)},
         \quad C_i = (K_i R)^2
 
-    with K = 0.01 and 0.03 and unbiased (co)variances, averaged over all windows that lie in the image, and over channels.
+    with K = 0.01 and 0.03 and unbiased (co)variances, averaged over all windows that lie in the image, and over
+    channels.
 
     Args:
         x: images.
         y: images.
-        data_range: R, the range of the data. SVG's evaluation left it to scikit-image, which took 2 for floats: give 2 to compare with
-            numbers computed like that (they are nearer to 1).
+        data_range: R, the range of the data. SVG's evaluation left it to scikit-image, which took 2 for floats: give 2
+            to compare with numbers computed like that (they are nearer to 1).
 
     Shapes:
         x, y ``(*batch, C, H, W)``, result ``(*batch,)`` in float64.
@@ -144,7 +145,7 @@ def ssim(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
 
 
 def mean_over_clips(values: Tensor) -> ClipEstimate:
-    r"""Estimate the mean m over clips ``(clips,)``, its standard error s, and the normal 95 % interval :math:`m \pm 1.96 s`.
+    r"""Estimate the mean m over clips ``(clips,)``, its standard error s, and the interval :math:`m \pm 1.96 s`.
 
     >>> [round(end, 3) for end in mean_over_clips(torch.tensor([1.0, 3.0])).interval_95]
     [0.04, 3.96]
@@ -169,8 +170,8 @@ def predictions(
 ) -> Predictions:
     """Measure PSNR and SSIM of predictions, for the best of several samples of each clip.
 
-    Means of the likelihood are predicted and fed back, as in SVG, whose protocol on BAIR is 100 samples, 256 clips and 28 frames
-    after 2.
+    Means of the likelihood are predicted and fed back, as in SVG, whose protocol on BAIR is 100 samples, 256 clips and
+    28 frames after 2.
 
     Args:
         vae: the model; put into eval mode.
@@ -179,10 +180,12 @@ def predictions(
         seed: seed of their latents, which belong to the clip: no number depends on the batch size.
         context_frames: number of given frames; the network's own number by default.
         ssim_range: see :func:`ssim`.
-        batch_statistics: use the batch's statistics in batch norm, as the published evaluation does; numbers then depend on the batch.
+        batch_statistics: use the batch's statistics in batch norm, as the published evaluation does; numbers then
+            depend on the batch.
 
     Raises:
-        ValueError: the network predicts no frames, the clips are too short or not in [0, 1], or there is no sample to choose from.
+        ValueError: the network predicts no frames, the clips are too short or not in [0, 1], or there is no sample to
+            choose from.
     """
     if not vae.network.reads_clips:
         raise ValueError(f"{type(vae.network).__name__} predicts no frames; use a network for video, such as sequence")

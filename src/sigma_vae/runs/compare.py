@@ -20,13 +20,14 @@ SAME = ("data", "split", "examples", "levels", "dims")
 
 
 def compare(outs: Sequence[Path], *, paired: bool = False, device: str = "auto") -> list[dict[str, Any]]:
-    """Set finished runs side by side: a row for each run, from its ``evaluation.json``, with the numbers that every metric compares.
+    """Set finished runs side by side: a row for each run, with the numbers that its metrics compare.
 
-    Bits per dimension compare between all decoders; nats of a density do not compare with nats of levels, and are None unless all runs
-    observe the same. Both runs' means are over the same examples, so the standard error of each says little about their difference:
-    ``paired`` scores every example of each run anew, under noise of the example, and gives the mean difference to the first run, with
-    its own standard error. Fréchet distances are those of decoder means; different numbers of images have different rows. Where a run
-    has a fitted prior, those of N(0, I) stand beside them.
+    Bits per dimension compare between all decoders; nats of a density do not compare with nats of levels, and are None
+    unless all runs observe the same. Both runs' means are over the same examples, so the standard error of each says
+    little about their difference: ``paired`` scores every example of each run anew, under noise of the example, and
+    gives the mean difference to the first run, with its own standard error. Fréchet distances are those of decoder
+    means; different numbers of images have different rows. Where a run has a fitted prior, those of N(0, I) stand
+    beside them.
 
     Args:
         outs: folders of finished runs.
@@ -34,7 +35,8 @@ def compare(outs: Sequence[Path], *, paired: bool = False, device: str = "auto")
         device: device of the scoring.
 
     Raises:
-        ValueError: fewer than two runs, one that has no evaluation or one of other weights, or evaluations of different examples.
+        ValueError: fewer than two runs, one that has no evaluation or one of other weights, or evaluations of different
+            examples.
     """
     if len(outs) < 2:
         raise ValueError(f"compare sets runs side by side and needs at least 2, got {len(outs)}")

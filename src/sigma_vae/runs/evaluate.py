@@ -44,11 +44,11 @@ def evaluate_run(
     *,
     device: str = "auto",
 ) -> Evaluation:
-    """Evaluate a finished run, and write ``evaluation.json`` (for the validation split, ``evaluation-validation.json``).
+    """Evaluate a finished run, and write ``evaluation.json`` (or ``evaluation-validation.json``).
 
-    Each metric has its own section, which says how it was measured. Sections that are not asked for this time are kept, as long as they
-    are about the same weights. Under ``torchrun`` the processes share the work; some metrics (``quality``, ``predictions``) are measured by
-    the first one, while the others wait.
+    Each metric has its own section, which says how it was measured. Sections that are not asked for this time are kept,
+    as long as they are about the same weights. Under ``torchrun`` the processes share the work; some metrics
+    (``quality``, ``predictions``) are measured by the first one, while the others wait.
 
     Args:
         out: folder of the run.
@@ -78,7 +78,7 @@ def _store_with_pages(out: Path, report: Evaluation, title: str) -> Evaluation:
 
 
 def evaluation(out: Path, run: Run, settings: EvaluationSettings = BOUNDS_ALONE) -> Evaluation:
-    """Evaluate a run whose model is saved in this folder, and record what has to be the same for the numbers to be repeated."""
+    """Evaluate a run whose model is saved in this folder, and record the weights, data and versions."""
     config, vae, data = run
     size = evaluation_batch(data)
     held_out, training = (shared(data, split, size, vae.device) for split in (settings.split, "train"))
@@ -157,7 +157,7 @@ def _page(out: Path, name: str, split: SplitName) -> Path:
 
 
 def draw(out: Path, vae: VAE, data: Splits) -> None:
-    """Write pictures of samples and reconstructions, moving ones for clips; for a fitted prior, samples of N(0, I) as well."""
+    """Write pictures of samples and reconstructions, moving for clips; for a fitted prior, also samples of N(0, I)."""
     vae.eval()
     moving = data.frames is not None
     if has_fitted_prior(vae):

@@ -1,4 +1,4 @@
-"""Comparisons as data: a grid of runs, made by one command, that says what it found."""
+"""Studies: grids of runs as data, trained by one command, with a report of what they show."""
 
 from sigma_vae.study.grid import Cell, StudySpec, cells, read_spec
 from sigma_vae.study.report import keep, report, verdicts

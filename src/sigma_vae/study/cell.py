@@ -1,4 +1,4 @@
-"""One cell of a study: trained, evaluated with every prior, and written down, or the error that stopped it."""
+"""Train and evaluate one cell of a study, and record its results or the error that stopped it."""
 
 import csv
 import json
@@ -21,20 +21,20 @@ from sigma_vae.study.grid import Cell
 __all__ = ["CELLS", "counted", "do", "finished", "folder_of", "known", "record_of", "running_since", "seconds_in"]
 
 EVERY_SECONDS = 10.0
-"""What a killed attempt loses at most."""
+"""Longest time that the clock of a killed attempt can lose."""
 
 
 def seconds_in(path: Path) -> float:
-    """What the file says that was taken so far; 0 where there is none."""
+    """Read the seconds in a file; 0 where there is none."""
     return float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
 
 
 @contextmanager
 def counted(path: Path, before: float = 0.0) -> Iterator[None]:
-    """Add the time that this takes to the seconds in a file: when it ends, however it does, and on the way.
+    """Add the time of this block to the seconds in a file, while it runs and when it ends or raises.
 
     Args:
-        path: of the file.
+        path: the file.
         before: seconds to begin with where there is no file yet.
     """
     spent, start, ended = seconds_in(path) or before, monotonic(), Event()
@@ -44,7 +44,7 @@ def counted(path: Path, before: float = 0.0) -> Iterator[None]:
 
     def write_meanwhile() -> None:
         while not ended.wait(EVERY_SECONDS):
-            with suppress(OSError):  # the next, or the last, says what is wrong
+            with suppress(OSError):  # the next write or the last one raises
                 write()
 
     thread = Thread(target=write_meanwhile, daemon=True)
@@ -59,25 +59,25 @@ def counted(path: Path, before: float = 0.0) -> Iterator[None]:
 
 CELLS, RECORD = "cells", "cell.json"
 RUNNING = "running"
-"""A file that is there while a process works on the cell."""
+"""Name of a file that exists while a process works on the cell."""
 SECONDS, TRAINING_SECONDS = "seconds", "training-seconds"
-"""Files that are there until the cell is finished: what it has taken so far, of all attempts together."""
+"""Names of files with the time of all attempts so far; removed when the cell is finished."""
 OF_SAMPLES = ("iwae", "quality")
-"""What is measured again with each further prior; the rest is about codes and decoder."""
+"""Metrics to measure again with each further prior; others are about latents and decoder."""
 
 
 def folder_of(cell: Cell, out: Path) -> Path:
-    """Where a cell is kept."""
+    """The folder of a cell."""
     return out / CELLS / cell.key
 
 
 def record_of(cell: Cell, out: Path) -> Path:
-    """The file that says how it ended."""
+    """The file with the cell's record."""
     return folder_of(cell, out) / RECORD
 
 
 def known(cell: Cell, out: Path) -> dict[str, Any] | None:
-    """What is written of the cell; None where it has not ended."""
+    """Read the record of a cell; None where it has not ended."""
     path = record_of(cell, out)
     if not path.exists():
         return None
@@ -86,13 +86,13 @@ def known(cell: Cell, out: Path) -> dict[str, Any] | None:
 
 
 def finished(cell: Cell, out: Path) -> bool:
-    """Whether it has ended, and did not fail."""
+    """Whether the cell has ended and did not fail."""
     record = known(cell, out)
     return record is not None and record["status"] == "done"
 
 
 def running_since(cell: Cell, out: Path) -> float | None:
-    """When its work began, in seconds since 1970; None where none is going on."""
+    """When the work on a cell began, in seconds since 1970; None where nobody works on it."""
     try:
         return (folder_of(cell, out) / RUNNING).stat().st_mtime
     except FileNotFoundError:
@@ -100,10 +100,10 @@ def running_since(cell: Cell, out: Path) -> float | None:
 
 
 def do(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
-    """Train and evaluate a cell, unless it is finished; go on with it where a killed study left it.
+    """Train and evaluate a cell unless it is finished, and continue one that was killed.
 
-    Two processes never work on one cell: the second waits, and finds it finished. An error is written down and returned, not raised.
-    ``seconds`` and ``training_seconds`` are those of all attempts together, of killed ones too but for their last moments.
+    Two processes never work on one cell: the second waits, and finds it finished. An error is recorded and returned,
+    not raised. ``seconds`` and ``training_seconds`` count all attempts; of a killed attempt up to ten seconds are lost.
     """
     import torch
     from filelock import FileLock
@@ -122,8 +122,8 @@ def do(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
             with counted(folder / SECONDS, spent):
                 record |= {"status": "done", **_measured(cell, folder)}
         except Exception as error:
-            told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-            record |= {"status": "failed", "failures": failed + 1, **told}
+            failure = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+            record |= {"status": "failed", "failures": failed + 1, **failure}
         finally:
             (folder / RUNNING).unlink(missing_ok=True)
         record["seconds"] = seconds_in(folder / SECONDS)
@@ -132,12 +132,12 @@ def do(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
         if record["status"] == "done":
             for name in (SECONDS, TRAINING_SECONDS):
                 (folder / name).unlink(missing_ok=True)
-        told_again: dict[str, Any] = json.loads(written)
-        return told_again
+        as_read: dict[str, Any] = json.loads(written)
+        return as_read
 
 
 def _without_places(text: str, out: Path) -> str:
-    """Paths from the study's folder, the current one or the one of the package on: the same on every machine."""
+    """Make paths relative to the study's folder, the current one or the package's, so that they are equal on every machine."""
     places = {str(out), os.getcwd(), *filter(os.path.isabs, sys.path)} - {os.sep}
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place.rstrip(os.sep) + os.sep, "")
@@ -145,7 +145,7 @@ def _without_places(text: str, out: Path) -> str:
 
 
 def _measured(cell: Cell, folder: Path) -> dict[str, Any]:
-    """The reports of each prior on both splits, and how the training went."""
+    """Train a cell and evaluate it with each prior on both splits."""
     run = folder / "run"
     with counted(folder / TRAINING_SECONDS):
         if runs.has_checkpoint(run) and not (run / "model" / "model.json").exists():
@@ -168,7 +168,7 @@ def _measured(cell: Cell, folder: Path) -> dict[str, Any]:
 
 
 def _curve(metrics: Path) -> list[dict[str, float]]:
-    """Step and validation ELBO, where there is one."""
+    """Read steps and validation ELBO from a run's metrics."""
     with metrics.open(newline="", encoding="utf-8") as file:
         return [
             {"step": int(row["step"]), "elbo_nats": float(row["validation/elbo_nats"])}

@@ -1,4 +1,4 @@
-"""A study as comparisons: arms, which differ in their likelihood, in settings, which differ in all else but the seed."""
+"""A study as comparisons. Arms differ in their likelihood; settings differ in everything else but the seed."""
 
 import inspect
 import re
@@ -32,16 +32,16 @@ __all__ = [
 ]
 
 ARM = "arm"
-"""The column of the arm's label."""
+"""Name of the column with the arm."""
 BITS = "bits_per_dim_post_hoc"
 MARGINAL_KL = "information.marginal_kl_at_least_nats"
 PREDICTIONS = {"PSNR, dB": ("predictions.psnr_db", 2), "SSIM": ("predictions.ssim", 3)}
-"""Of the best of several predictions of each clip: columns, and how exactly they are shown."""
+"""Quality of the best of several predictions of each clip: columns and decimal places."""
 STANDARD, LEARNED = "standard", "learned"
 OPTIMAL = "gaussian/optimal"
 LIKELIHOOD = "model.likelihood"
 LEAST_GRID = 3
-"""A grid of fewer fixed σ is no tuning."""
+"""Fewer fixed σ are no grid to tune over."""
 FIXED = re.compile(r"gaussian/(fixed|beta):(.+)")
 FRECHET = re.compile(r"quality\.(.+)\.(samples\.means|frames|clips)\.frechet")
 
@@ -52,7 +52,7 @@ class Choice(NamedTuple):
     arm: str | None
     """None where there are too few to choose from."""
     left_out: str
-    """In words, which could not be chosen."""
+    """Words about the arms that could not be chosen."""
 
 
 class Ended(NamedTuple):
@@ -70,10 +70,10 @@ class Ended(NamedTuple):
         return self.error is None
 
 
-def deviation(likelihood: str) -> float | None:
-    """The σ that a Gaussian decoder is given; None of a decoder that finds its own.
+def given_sigma(likelihood: str) -> float | None:
+    """Return the σ that a Gaussian decoder is given; None where the decoder finds its own.
 
-    >>> deviation("gaussian/fixed:0.5"), deviation("gaussian/beta:2"), deviation("gaussian/optimal")
+    >>> given_sigma("gaussian/fixed:0.5"), given_sigma("gaussian/beta:2"), given_sigma("gaussian/optimal")
     (0.5, 1.0, None)
     """
     found = FIXED.fullmatch(likelihood)
@@ -84,22 +84,22 @@ def deviation(likelihood: str) -> float | None:
 
 
 def frechet_columns(table: "pd.DataFrame") -> dict[str, str]:
-    """Of each set of features, the column of the Fréchet distance of samples, shown as decoder means; of video, of its predictions."""
+    """Find the column of the Fréchet distance of samples or predictions, for each set of features."""
     return {found[1]: found[0] for name in table.columns if (found := FRECHET.fullmatch(name))}
 
 
 @final
 @dataclass(frozen=True)
 class Setting:
-    """Runs that are the same but for the arm and the seed."""
+    """Runs that differ only in the arm and the seed."""
 
     words: str
-    """What it is; empty where the study has one alone."""
+    """Its place in the grid, in words; empty where the study has one setting."""
     arms: dict[str, str]
     """The likelihood of each arm, by its label, in the order of the grid."""
     priors: tuple[str, ...]
     ended: dict[str, list[Ended]]
-    """By their arm."""
+    """Ended cells by arm."""
     table: "pd.DataFrame"
     """Rows of :func:`~sigma_vae.study.results.tabulate`, with the columns ``arm`` and ``seed``."""
 
@@ -110,8 +110,8 @@ class Setting:
 
     @cached_property
     def fixed(self) -> dict[str, float]:
-        """Arms with a given σ, from the least on."""
-        given = {arm: sigma for arm, name in self.arms.items() if (sigma := deviation(name)) is not None}
+        """Arms with a given σ, in rising order."""
+        given = {arm: sigma for arm, name in self.arms.items() if (sigma := given_sigma(name)) is not None}
         return dict(sorted(given.items(), key=lambda pair: pair[1]))
 
     def first(self, likelihood: str) -> str | None:
@@ -124,7 +124,7 @@ class Setting:
         return next((arm for arm, sigma in self.fixed.items() if sigma == 1), None)
 
     def values(self, arm: str | None, metric: str, prior: str, split: str = "test") -> "pd.Series[float]":
-        """The metric by seed; of no length where nothing is known."""
+        """The metric by seed; empty where nothing is known."""
         rows = self.table
         if metric not in rows.columns:
             return rows.iloc[:0]["seed"].astype(float)
@@ -139,13 +139,13 @@ class Setting:
         return paired_difference(self.table, metric, {ARM: ours, "prior": prior}, {ARM: theirs, "prior": prior})
 
     def complete(self, arms: Iterable[str], metric: str, prior: str, like: str | None, split: str = "test") -> list[str]:
-        """The arms with a number for every seed that another arm has one for: means over other seeds do not compare."""
+        """Keep the arms that have a number for every seed of another arm; means over different seeds do not compare."""
         seeds = set(self.values(like, metric, prior, split).index)
         found = {arm: set(self.values(arm, metric, prior, split).index) for arm in arms}
         return [arm for arm, has in found.items() if has and has >= seeds]
 
     def tuned(self) -> Choice:
-        """The fixed σ of three or more with the highest post-hoc ELBO on validation data: what somebody finds who tunes."""
+        """Choose the fixed σ, of three or more, with the highest ELBO on validation data, as in tuning."""
         there = self.complete(self.fixed, ELBO, self.plain, self.first(OPTIMAL), "validation")
         if len(there) < LEAST_GRID:
             return Choice(None, "")
@@ -153,12 +153,12 @@ class Setting:
         return self._chosen(str(chosen_on_validation(rows, ARM, there, ELBO, highest=True).place[ARM]), self.fixed, there)
 
     def best(self, metric: str, prior: str, *, highest: bool) -> Choice:
-        """The fixed σ of three or more with the highest, or the least, mean of a metric on the test split itself."""
+        """Choose the fixed σ, of three or more, with the best mean of a metric on the test split itself."""
         found = self.best_of(self.fixed, self.first(OPTIMAL), metric, prior, highest=highest)
         return found if len(self.complete(self.fixed, metric, prior, self.first(OPTIMAL))) >= LEAST_GRID else Choice(None, "")
 
     def best_of(self, arms: Iterable[str], like: str | None, metric: str, prior: str, *, highest: bool) -> Choice:
-        """The arm with the highest, or the least, mean on the test split, of those that have all the seeds of another arm."""
+        """Choose the arm with the best mean on the test split, among those with all seeds of another arm."""
         arms = list(arms)
         there = self.complete(arms, metric, prior, like)
         choose = max if highest else min
@@ -170,7 +170,7 @@ class Setting:
         return Choice(arm, f"; left out, as seeds are missing: {', '.join(lacking)}" if lacking else "")
 
     def called(self, prior: str) -> str:
-        """A prior's name: of a network that learned the one it is trained with, that is no N(0, I)."""
+        """Name a prior; "standard" is called learned where the network learns its prior."""
         return LEARNED if prior == STANDARD and self.learns_prior else prior
 
     def curves(self, arm: str) -> dict[int, list[tuple[int, float]]]:
@@ -178,7 +178,7 @@ class Setting:
         return {ended.cell.config.seed: ended.curve for ended in self.of(arm) if ended.done and ended.curve}
 
     def observes(self, arm: str) -> str | None:
-        """Whether the arm's ELBO is of a density or of levels; None of no likelihood, or where no run is finished."""
+        """Whether the arm's ELBO is of a density or of levels; None where it has none."""
         known = self.values(arm, "observes", self.plain)[self.values(arm, ELBO, self.plain).index]
         return str(known.iloc[0]) if len(known) else None
 
@@ -188,7 +188,7 @@ class Setting:
 
     @property
     def network(self) -> str:
-        """Its name, of the first run that has ended."""
+        """Name of the network of the first run that has ended."""
         return next((done.cell.config.model.network for dones in self.ended.values() for done in dones), "")
 
     @property
@@ -198,7 +198,7 @@ class Setting:
 
     @property
     def learns_prior(self) -> bool:
-        """Whether the network learns its prior in training; an argument such as ``-fixed`` in its name has the last word."""
+        """Whether the network learns its prior in training; an argument in its name may decide that."""
         if self.network not in register.network:
             return False
         chosen = inspect.signature(register.network.make(self.network)).parameters.get("learned_prior")
@@ -211,7 +211,7 @@ def _label(cell: Cell, axis: str | None) -> str:
 
 
 def settings(spec: StudySpec, out: Path) -> list[Setting]:
-    """The study's settings, in the order of the grid; what has not ended is not in them.
+    """Read the study's settings, in the order of the grid, from the cells that have ended.
 
     Raises:
         ValueError: no cell has ended.
@@ -255,7 +255,7 @@ def _words(cell: Cell, axis: str | None) -> str:
 
 
 def _axis(spec: StudySpec) -> str | None:
-    """The last that sets the likelihood: it has the last word."""
+    """The last axis that sets the likelihood."""
     setting = [
         name
         for name, values in spec.axes.items()

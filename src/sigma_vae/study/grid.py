@@ -1,4 +1,4 @@
-"""A grid of runs as data: what all of them share, and what varies."""
+"""A grid of runs as data: shared settings and varied ones."""
 
 import copy
 import hashlib
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def in_words(value: Any) -> str:
-    """A value of an axis, as a spec writes it.
+    """Format a value of an axis as a spec writes it.
 
     >>> in_words(None), in_words({"size": 8}), in_words(0.5), in_words("gaussian/optimal")
     ('null', '{"size": 8}', '0.5', 'gaussian/optimal')
@@ -41,7 +41,7 @@ def in_words(value: Any) -> str:
 
 
 def format_place(place: Mapping[str, Any]) -> str:
-    """A place in a grid.
+    """Format a place in a grid.
 
     >>> format_place({"model.likelihood": "gaussian/optimal", "training.max_steps": None, "seed": 0})
     'likelihood gaussian/optimal, max_steps null, seed 0'
@@ -50,7 +50,7 @@ def format_place(place: Mapping[str, Any]) -> str:
 
 
 def as_column(values: Sequence[Any]) -> dict[str, Any]:
-    """Of each value, by its words, what stands for it in a table's column, where all are numbers, or all are words.
+    """Map the words of each value to its entry in a table's column: numbers where all are numbers, else words.
 
     >>> as_column([16, 32]), as_column([None, 5]), as_column([{"size": 8}])
     ({'16': 16, '32': 32}, {'null': 'null', '5': '5'}, {'{"size": 8}': '{"size": 8}'})
@@ -63,43 +63,44 @@ SHIPPED = tuple(sorted(path.name.removesuffix(".yaml") for path in resources.fil
 """Names of the specs that come with the library."""
 
 TAKEN = re.compile(
-    "key|status|error|prior|split|observes|training_seconds|core_seconds|arm|seeds"
+    "key|status|error|failures|curve|prior|split|observes|training_seconds|core_seconds|arm|seeds"
     "|examples|dims|levels|noise_seed|latent_dim|active_units|bits_per_dim.*|.*_nats|(sigma|factor)_post_hoc_.*"
 )
-"""Columns of a study's table, which no axis can be called."""
+"""Names of columns of a study's table; no axis can have them."""
 SEED, STANDARD = "seed", "standard"
 
 Values = list[Any] | dict[str, dict[str, Any]]
-"""Of an axis: values of one setting, or settings that go together, by a label."""
+"""An axis: values of one setting, or labels with settings that go together."""
 
 
 @dataclass(frozen=True)
 class StudySpec:
-    """A study: every combination of the axes' values is a cell, trained once and evaluated with every prior."""
+    """A study. Every combination of the axes' values is a cell, trained once and evaluated with every prior."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     title: str
-    """What it is called."""
+    """Title of the report."""
     base: dict[str, Any]
-    """What all runs have in common: any part of a run's config."""
+    """Settings of all runs: any part of a run's config."""
     axes: dict[str, Values]
-    """What is varied. The name of a setting, as ``model.likelihood``, ``training.kl_weight`` or ``seed``, with its values; or a name of
-    your own, but of no column of the table, with, for each label, settings that go together: ``{mlp: {model.network: mlp, model.width:
-    400}}``."""
+    """Varied settings. Either the name of a setting (``model.likelihood``, ``training.kl_weight``, ``seed``) with its
+    values, or a name of your own with settings for each label: ``{mlp: {model.network: mlp, model.width: 400}}``. It
+    cannot be the name of a column."""
     about: str = ""
-    """What it is to show."""
+    """The question that the study answers."""
     priors: tuple[str, ...] = ("standard",)
-    """Fitted after the training, one after the other, to the same weights."""
+    """Priors to fit after training, one after the other, to the same weights."""
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    """What is measured of each on the test split, with further priors the samples and bounds alone; on the validation split the bounds."""
+    """Metrics on the test split; further priors get samples and bounds only, and the validation split bounds only."""
     sizes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Other sizes of the same study by name: what of ``base``, ``axes``, ``priors`` and ``evaluation`` they replace."""
+    """Other sizes of the study by name, with the parts of ``base``, ``axes``, ``priors`` and ``evaluation`` that they
+    replace."""
     published: dict[str, Any] = field(default_factory=dict)
-    """The paper's numbers, to stand beside ours."""
+    """The paper's numbers, to print beside ours."""
 
     def __post_init__(self) -> None:
-        """Refuse a grid without cells, and axes that would be taken for something else."""
+        """Refuse a grid without cells, and axes with names that mean something else."""
         for name, values in self.axes.items():
             if not values:
                 raise ValueError(f"the axis {name} has no values; give it some, or leave it out")
@@ -107,31 +108,31 @@ class StudySpec:
                 raise ValueError(f"the axis {name} has the name of a column of the study's table; call it something else")
             if name == SEED and not isinstance(values, list):
                 raise ValueError(
-                    f"the axis seed pairs runs, and is a list of numbers, got the labels {', '.join(values)}; give"
+                    f"the axis seed is a list of numbers, as it pairs runs; got the labels {', '.join(values)}; give"
                     " seed: [0, 1, 2], and call the labels' axis something else"
                 )
         if not self.priors:
-            raise ValueError("priors names at least one: standard")
+            raise ValueError("priors is empty; name at least one: standard")
 
 
 class Cell(NamedTuple):
     """One run of a study."""
 
     place: dict[str, Any]
-    """Its value, or label, on each axis."""
+    """Its value or label on each axis."""
     config: RunConfig
     priors: tuple[str, ...]
     evaluation: EvaluationSettings
 
     @property
     def key(self) -> str:
-        """Names the cell by what it is made of: the same in every study that has it, and where a later version has more settings."""
+        """Digest of the cell's settings: equal in every study with this cell, and in later versions."""
         made_of = {"config": _given(self.config), "priors": self.priors, "evaluation": _given(self.evaluation)}
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_spec(name: str, size: str | None = None) -> StudySpec:
-    """A study by its name or from a YAML file, in one of its sizes.
+    """Read a study by its name or from a YAML file, in one of its sizes.
 
     Raises:
         ValueError: there is no such study or size, or the file holds something else.
@@ -145,17 +146,17 @@ def read_spec(name: str, size: str | None = None) -> StudySpec:
     if size is None:
         return spec
     if size not in spec.sizes:
-        raise ValueError(f"{name} has no size {size!r}; it has: {', '.join(spec.sizes) or 'its own alone'}")
+        raise ValueError(f"{name} has no size {size!r}; known: {', '.join(spec.sizes) or 'none'}")
     whole = {key: value for key, value in asdict(spec).items() if key != "sizes"}
     return parse(_merged(whole, spec.sizes[size]), StudySpec, f"{name}, size {size}")
 
 
 def cells(spec: StudySpec) -> list[Cell]:
-    """Every combination of the axes' values, the last axis first.
+    """List every combination of the axes' values; the last axis varies fastest.
 
     Raises:
-        ValueError: a setting does not exist, or has no such value; a run is given a prior, which the study would fit anew; or two places
-            in the grid are the same run.
+        ValueError: a setting does not exist, or has no such value; a run is given a prior, which the study would fit
+            anew; or two places in the grid are the same run.
 
     >>> axes = {"model.likelihood": ["gaussian/optimal", "gaussian/fixed:1.0"], "seed": [0, 1]}
     >>> [cell.place["seed"] for cell in cells(StudySpec("two", {"data": {"source": "digits"}}, axes))]
@@ -167,14 +168,14 @@ def cells(spec: StudySpec) -> list[Cell]:
         cell = _cell(spec, {name: label for name, label, _ in chosen}, [settings for _, _, settings in chosen])
         if (same := found.setdefault(cell.key, cell)) is not cell:
             raise ValueError(
-                f"{spec.title} has the same run twice: {format_place(same.place)}, and {format_place(cell.place)}; leave one of them out,"
-                " or let them differ in a setting"
+                f"{spec.title} has the same run twice: {format_place(same.place)}, and {format_place(cell.place)}; leave one out, or"
+                " change a setting of one"
             )
     return list(found.values())
 
 
 def _cell(spec: StudySpec, place: dict[str, Any], chosen: Sequence[Mapping[str, Any]]) -> Cell:
-    """The settings of a place over those that all have in common."""
+    """Make the cell at a place: its own settings over the shared ones."""
     content = copy.deepcopy(spec.base)
     for settings in chosen:
         for path, value in settings.items():
@@ -182,14 +183,14 @@ def _cell(spec: StudySpec, place: dict[str, Any], chosen: Sequence[Mapping[str, 
     config = parse(content, RunConfig, f"{spec.title}, cell {place}")
     if config.model.prior != STANDARD:
         raise ValueError(
-            f"{spec.title}, cell {place}, is given the prior {config.model.prior}, and runs of a study are trained with N(0, I) and"
-            f" then given each of the study's priors; leave model.prior out, and write priors: [standard, {config.model.prior}]"
+            f"{spec.title}, cell {place}, sets the prior {config.model.prior}, but runs of a study are trained with N(0, I) and"
+            f" then get each of the study's priors; leave model.prior out, and write priors: [standard, {config.model.prior}]"
         )
     return Cell(place, config, spec.priors, spec.evaluation)
 
 
 def _given(config: Any) -> dict[str, Any]:
-    """What differs from the defaults, part by part."""
+    """The settings that differ from the defaults, part by part."""
     found: dict[str, Any] = {}
     for each in fields(config):
         value = getattr(config, each.name)
@@ -202,7 +203,7 @@ def _given(config: Any) -> dict[str, Any]:
 
 
 def _settings(name: str, values: Values) -> list[tuple[Any, Mapping[str, Any]]]:
-    """Label and settings of each value."""
+    """List the label and settings of each value."""
     if isinstance(values, dict):
         return list(values.items())
     return [(value, {name: value}) for value in values]
@@ -214,12 +215,12 @@ def _put(content: dict[str, Any], path: str, value: Any) -> None:
     for parent in parents:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
-            raise ValueError(f"{path} is no setting of a run: {parent} has a value, {content!r}, and no parts")
+            raise ValueError(f"{path} is no setting of a run: {parent} is a value ({content!r}) without parts")
     content[last] = value
 
 
 def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Theirs over ours; dictionaries part by part, but axes as a whole."""
+    """Put theirs over ours: dictionaries part by part, but axes as a whole."""
     merged = dict(ours)
     for key, value in theirs.items():
         whole = key == "axes" or not (isinstance(value, dict) and isinstance(ours.get(key), dict))
@@ -228,27 +229,27 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
 
 
 def network_facts(network: str) -> Mapping[str, Any]:
-    """Facts from the registry about a network; none for ``auto``, or where a package that registers it is not installed."""
+    """Look up facts about a network; none for ``auto``, or where its package is not installed."""
     return register.network.entry(network).facts if network in register.network else {}
 
 
 LEVELS = 256
-"""Of pictures, where a data set that has a name is not given another number; two levels would make an objective a likelihood."""
+"""Levels of pictures in a named data set, unless the config says otherwise."""
 
 
 def check(cells: Sequence[Cell]) -> None:
     """Refuse cells that would fail after minutes or hours.
 
     Raises:
-        ValueError: there is no such likelihood, network, prior or file of features, the prior is not for the network, or a metric does
-            not apply to the likelihood or the network; it says of which cell.
+        ValueError: a likelihood, network, prior or file of features does not exist, the network takes no such prior, or
+            a metric does not apply to the likelihood or the network. The message names the cell.
     """
     for cell in cells:
         try:
             _check(cell)
         except ValueError as error:
             raise ValueError(
-                f"the cell {format_place(cell.place)} cannot be done: {error}" if cell.place else str(error)
+                f"the cell {format_place(cell.place)} cannot be run: {error}" if cell.place else str(error)
             ) from error
 
 
@@ -267,7 +268,7 @@ def _check(cell: Cell) -> None:
     for metric in asked:
         register.metric.entry(metric)
         if obstacle := _obstacle(metric, model, made, known=data.levels is not None or data.source in names()):
-            raise ValueError(f"{metric} cannot be measured of it: {obstacle}; leave it out of the metrics")
+            raise ValueError(f"{metric} cannot be measured: {obstacle}; leave it out of the metrics")
     if "quality" in asked:
         _check_features(cell.evaluation)
     if cell.evaluation.best_of is not None and not facts.get("reads_clips", True):
@@ -275,10 +276,10 @@ def _check(cell: Cell) -> None:
 
 
 def _obstacle(metric: str, model: ModelConfig, likelihood: Likelihood, *, known: bool) -> str | None:
-    """Why a metric does not apply; ``known`` says whether the number of levels is."""
+    """Why a metric does not apply; ``known``: whether the number of levels is known before the data are read."""
     match metric:
         case "iwae" | "calibration" if known and not likelihood.normalised:
-            return f"{model.likelihood} is an objective of such data, and gives no probabilities"
+            return f"{model.likelihood} is only an objective on such data, and gives no probabilities"
         case "oracle" if not likelihood.has_scale:
             return f"{model.likelihood} has no σ"
         case "information" if network_facts(model.network).get("latents") == "frames":

@@ -1,4 +1,4 @@
-"""What each place of a grid reached, beside what the paper has: the table of a report, and of the terminal."""
+"""The results of each place of a grid beside the paper's figures, for the report and the terminal."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,11 +10,11 @@ from sigma_vae.study.statistics import shown, summary
 __all__ = ["PLOTS", "Card", "Picture", "Section", "Table", "failures", "how_far", "minus", "results"]
 
 PLOTS = "report-files"
-"""The folder of what a report draws."""
+"""Folder of the plots of a report in Markdown."""
 
 
 class Card(NamedTuple):
-    """A claim, with a line for each verdict: the word, and the finding."""
+    """A claim with its verdicts, each a word and a finding."""
 
     name: str
     sentence: str
@@ -23,20 +23,20 @@ class Card(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Words in rows; the first column says what a row is."""
+    """A table of words; the first column names the row."""
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     folded: bool = False
-    """In HTML it is shown when asked for."""
+    """Whether HTML shows it only on demand."""
 
 
 class Picture(NamedTuple):
-    """A file, what it shows in words, and what is written below it."""
+    """A picture with its alternative text and caption."""
 
     place: str
-    """From the study's folder on: of what the report draws, or of what a run has drawn."""
+    """Path relative to the study's folder, of a plot or of a run's picture."""
     content: bytes
     alt: str
     caption: str
@@ -53,7 +53,7 @@ class Picture(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A heading with what is below it."""
+    """A heading with its content."""
 
     title: str
     words: tuple[str, ...] = ()
@@ -61,16 +61,16 @@ class Section(NamedTuple):
     tables: tuple[Table, ...] = ()
     pictures: tuple[Picture, ...] = ()
     further: tuple[str, ...] = ()
-    """Words at the end."""
+    """Paragraphs at the end."""
 
     @property
     def empty(self) -> bool:
-        """Whether there are no data."""
+        """Whether there is nothing to show."""
         return not (self.cards or self.tables or self.pictures)
 
 
 def minus(number: str) -> str:
-    """With the sign that is as wide as a plus.
+    """Write a true minus sign, which is as wide as a plus.
 
     >>> minus("-1.5 ± 0.1")
     '−1.5 ± 0.1'
@@ -84,7 +84,7 @@ if TYPE_CHECKING:
 
 PAPER = ("paper: ELBO, nats (it prints −ELBO)", "paper: FID")
 LONGEST = 300
-"""Characters of an error in a table; all of it is in the cell's ``cell.json``."""
+"""Characters of an error that a table shows; ``results.parquet`` has all of them."""
 
 
 def how_far(spec: StudySpec, rows: "pd.DataFrame") -> str:
@@ -112,7 +112,7 @@ def _short(error: str) -> str:
 
 
 def results(spec: StudySpec, rows: "pd.DataFrame") -> Section:
-    """Mean ± standard deviation over seeds for each place and prior, the paper's figures beside.
+    """Show mean ± std over seeds for each place and prior, beside the paper's figures.
 
     Args:
         spec: the grid.
@@ -129,11 +129,11 @@ def results(spec: StudySpec, rows: "pd.DataFrame") -> Section:
         failed = f", {line['failed']} failed" if line["failed"] else ""
         ours = (*(in_words(line[name]) for name in by), line["prior"], f"{line['seeds']}{failed}")
         lines.append((*ours, *(minus(line[name]) for name in metrics), *(_published(spec, line) if published else ())))
-    words = "Test split, mean ± standard deviation over seeds. Fewer bits, more ELBO and smaller distances are better."
+    words = "Test split, mean ± std over seeds. Fewer bits, a higher ELBO and smaller distances are better."
     if f"{ELBO}.level" in metrics:
-        words += " The ELBO of a density and that of levels are of different things: they do not compare."
+        words += " The ELBO of densities and the ELBO of levels measure different things and do not compare."
     table = Table("Results", heads + (PAPER if published else ()), tuple(lines))
-    return Section("What each run reached", (words,), tables=(table, *_others(spec)), further=_about_published(spec))
+    return Section("Results of the runs", (words,), tables=(table, *_others(spec)), further=_about_published(spec))
 
 
 def _about_published(spec: StudySpec) -> tuple[str, ...]:
@@ -143,14 +143,14 @@ def _about_published(spec: StudySpec) -> tuple[str, ...]:
         if name in spec.published
     )
     if "columns" in spec.published:
-        words += (f"Where the paper's figures stand in one row, they are of {' / '.join(spec.published['columns'])}.",)
+        words += (f"Where one row has several of the paper's figures, they are for {' / '.join(spec.published['columns'])}.",)
     if spec.published.get("rows"):
-        words += ("The paper's figures are of its own data and networks: compare the order of rows, not numbers.",)
+        words += ("The paper's figures are for its own data and networks: compare the order of the rows, not the numbers.",)
     return words
 
 
 def _published(spec: StudySpec, line: Mapping[Any, Any]) -> tuple[str, str]:
-    """Of the row's likelihood, beside N(0, I) alone, which is the paper's prior."""
+    """The paper's figures for the row's likelihood; only beside N(0, I), which is the paper's prior."""
     known_rows = {str(name): row for name, row in spec.published["rows"].items()}
     row = next((known_rows[str(value)] for value in line.values() if str(value) in known_rows), None)
     if row is None or line["prior"] != STANDARD:
@@ -160,7 +160,7 @@ def _published(spec: StudySpec, line: Mapping[Any, Any]) -> tuple[str, str]:
 
 
 def _figures(row: Mapping[str, Any], at: int | None) -> tuple[str, str]:
-    """ELBO and FID of one of the paper's columns, or of all."""
+    """ELBO and FID from one of the paper's columns, or from all."""
 
     def words(value: Any, sign: int) -> str:
         if isinstance(value, list):
@@ -171,11 +171,11 @@ def _figures(row: Mapping[str, Any], at: int | None) -> tuple[str, str]:
 
 
 def _others(spec: StudySpec) -> tuple[Table, ...]:
-    """The paper's rows that no row of ours stands beside."""
+    """Rows of the paper that match no row of ours."""
     ours = {in_words(value) for values in spec.axes.values() for value in values} if STANDARD in spec.priors else set()
     others = {str(name): row for name, row in spec.published.get("rows", {}).items() if str(name) not in ours}
     noted = any("note" in row for row in others.values())
     notes = {name: (str(row.get("note", "")),) if noted else () for name, row in others.items()}
     rows = tuple((name, *_figures(row, None), *notes[name]) for name, row in others.items())
     heads = ("decoder", *PAPER, "note") if noted else ("decoder", *PAPER)
-    return (Table("Rows of the paper that have none here beside them", heads, rows),) if rows else ()
+    return (Table("Rows of the paper without a match in this study", heads, rows),) if rows else ()

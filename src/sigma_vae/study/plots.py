@@ -1,4 +1,4 @@
-"""A study's pictures: plots as SVG, one panel each so that a phone can show them, and small copies of sample grids."""
+"""Pictures of a study: plots as SVG with one panel each, which fits a phone, and small copies of sample grids."""
 
 import io
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sigma_vae.study.comparisons import ELBO, Setting, frechet_columns
+from sigma_vae.study.statistics import KINDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,31 +17,30 @@ if TYPE_CHECKING:
 __all__ = ["Plot", "coverage", "curves", "frechet", "information", "rate_distortion", "small"]
 
 WIDTH, HEIGHT = 4.6, 3.3
-"""Inches: on a phone text shrinks by a fifth alone."""
+"""Inches; on a phone the text shrinks by only a fifth."""
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
 LIGHTEST = 0.6
-"""Of the palette: any lighter would not have three times the contrast to white that lines need (WCAG 2.2, 1.4.11)."""
+"""Lightest place in the palette with three times the contrast to white that lines need (WCAG 2.2, 1.4.11)."""
 OWN = ("*", "P", "X", "D", "v", "^", "<", ">")
-"""Arms that find their own σ, where others are lines."""
+"""Markers of arms that find their own σ."""
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
-WHAT = {"density": "densities", "level": "levels"}
 NOMINAL = (50, 80, 90, 95)
 CLIP_PATH = re.compile(rb'(?<=<clipPath id=")[^"]+')
 THUMBNAIL, GREYS, COLOURS = 240, 16, 48
-"""Pixels and colours, at most, of the smaller copies."""
+"""Largest number of pixels, grey levels and colours of small copies."""
 Draw = Callable[["Axes"], None]
 
 
 class Plot(NamedTuple):
-    """An SVG file, and its numbers in words."""
+    """An SVG file with its numbers in words."""
 
     content: bytes
     alt: str
 
 
 def curves(setting: Setting, observes: str) -> Plot | None:
-    """Validation ELBO over steps, a line for each arm: mean and range over seeds, with the σ that the arm has itself."""
+    """Plot validation ELBO by step, a line for each arm: mean and range over seeds, with the arm's own σ."""
     known = {arm: found for arm in setting.arms if setting.observes(arm) == observes and (found := _over_seeds(setting, arm))}
     if not known:
         return None
@@ -60,11 +60,11 @@ def curves(setting: Setting, observes: str) -> Plot | None:
         )
 
     ends = (f"{arm} {rows[-1][1]:.1f}" for arm, rows in known.items())
-    return Plot(_svg(draw, len(known)), _alt(f"Validation ELBO of {WHAT[observes]} at the last step, nats", ends))
+    return Plot(_svg(draw, len(known)), _alt(f"Validation ELBO of {KINDS[observes]} at the last step, nats", ends))
 
 
 def rate_distortion(setting: Setting, observes: str) -> Plot | None:
-    """Distortion with the refitted σ against rate, a point for each seed; fixed σ joined in their order."""
+    """Plot distortion with refitted σ against rate, a point for each seed; fixed σ are joined by lines."""
     points = {arm: found for arm in setting.arms if setting.observes(arm) == observes and (found := _plane(setting, arm))}
     if not points:
         return None
@@ -83,7 +83,7 @@ def rate_distortion(setting: Setting, observes: str) -> Plot | None:
 
 
 def information(setting: Setting) -> Plot | None:
-    """Bounds on the mutual information and on the marginal KL along σ; arms that find their own σ by a sign where they have it."""
+    """Plot bounds on mutual information and marginal KL against σ, with a marker for each arm that finds its own σ."""
     kinds = {
         "mutual_information_at_most_nats": "mutual information, at most",
         "marginal_kl_at_least_nats": "marginal KL, at least",
@@ -105,7 +105,7 @@ def information(setting: Setting) -> Plot | None:
     def draw(axes: "Axes") -> None:
         for (kind, words), colour, marker in zip(kinds.items(), OKABE_ITO, MARKERS, strict=False):
             fixed = [(places[arm], there[arm, kind]) for arm in setting.fixed if (arm, kind) in there]
-            means, spread = [values.mean() for _, values in fixed], [_deviation(values) for _, values in fixed]
+            means, spread = [values.mean() for _, values in fixed], [_std(values) for _, values in fixed]
             dash = "-" if marker == "o" else "--"
             axes.errorbar(
                 [x for x, _ in fixed], means, spread, color=colour, marker=marker, linestyle=dash, capsize=3, label=words
@@ -142,7 +142,7 @@ def frechet(setting: Setting, features: str) -> Plot | None:
     def draw(axes: "Axes") -> None:
         for prior, colour, marker in zip(setting.priors, OKABE_ITO, MARKERS, strict=False):
             known = [(rows.index(arm), found) for (arm, of), found in there.items() if of == prior]
-            means, spread = [found.mean() for _, found in known], [_deviation(found) for _, found in known]
+            means, spread = [found.mean() for _, found in known], [_std(found) for _, found in known]
             axes.errorbar(
                 means,
                 [y for y, _ in known],
@@ -163,7 +163,7 @@ def frechet(setting: Setting, features: str) -> Plot | None:
 
 
 def coverage(setting: Setting) -> Plot | None:
-    """Share of test values inside central intervals against what the model says, with the σ that each arm has itself."""
+    """Plot the share of test values inside central intervals against the nominal share, with each arm's own σ."""
     found = {
         arm: [
             setting.values(arm, f"calibration.{setting.observes(arm)}.coverage.{percent}", setting.plain) for percent in NOMINAL
@@ -177,7 +177,7 @@ def coverage(setting: Setting) -> Plot | None:
     def draw(axes: "Axes") -> None:
         axes.plot([40, 100], [40, 100], color="0.5", linewidth=0.8)
         for arm, values in there.items():
-            means, spread = [100 * each.mean() for each in values], [100 * _deviation(each) for each in values]
+            means, spread = [100 * each.mean() for each in values], [100 * _std(each) for each in values]
             axes.errorbar(NOMINAL, means, spread, capsize=3, label=arm, **_style(setting, arm))
         axes.set(xlabel="nominal, %", ylabel="values inside, %", ylim=(-2, 102))
         axes.set_xticks(NOMINAL)
@@ -187,7 +187,7 @@ def coverage(setting: Setting) -> Plot | None:
 
 
 def small(path: Path) -> bytes:
-    """A picture as PNG of a few kilobytes, with few pixels and colours; of one that is so already, the same bytes."""
+    """Shrink a picture to a PNG of a few kilobytes; one that is small already keeps its bytes."""
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -202,7 +202,7 @@ def small(path: Path) -> bytes:
 
 
 def _grey(picture: "Image") -> bool:
-    """Whether its channels are equal."""
+    """Whether all channels are equal."""
     red, *others = picture.split()
     return all(red.tobytes() == other.tobytes() for other in others)
 
@@ -212,7 +212,7 @@ def _alt(what: str, numbers: Iterable[str]) -> str:
 
 
 def _svg(draw: Draw, entries: int, height: float = HEIGHT) -> bytes:
-    """The same bytes of the same numbers, whatever the user's style is."""
+    """Draw an SVG; the same numbers give the same bytes, whatever the user's style."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -238,7 +238,7 @@ def _svg(draw: Draw, entries: int, height: float = HEIGHT) -> bytes:
 
 
 def _with_plain_names(svg: bytes) -> bytes:
-    """Number the clip paths: matplotlib names them by digests of coordinates, whose last bits differ between processors."""
+    """Number the clip paths: matplotlib's names depend on the last bits of coordinates."""
     names = dict.fromkeys(CLIP_PATH.findall(svg))
     for number, name in enumerate(names):
         svg = svg.replace(name, b"clip-%d" % number)
@@ -246,7 +246,7 @@ def _with_plain_names(svg: bytes) -> bytes:
 
 
 def _style(setting: Setting, arm: str) -> dict[str, Any]:
-    """Fixed σ from dark to light in a palette that the colour-blind see as well, the others in Okabe and Ito's; markers and dashes too."""
+    """Style of an arm: fixed σ from dark to light in cividis, others in Okabe and Ito's colours."""
     from matplotlib import colormaps
 
     order = list(setting.arms).index(arm)
@@ -259,7 +259,7 @@ def _style(setting: Setting, arm: str) -> dict[str, Any]:
 
 
 def _over_seeds(setting: Setting, arm: str) -> list[tuple[int, float, float, float]]:
-    """Step, mean, least and most, at the steps that all seeds have."""
+    """Step, mean, lowest and highest, at the steps that all seeds have."""
     found = [dict(curve) for curve in setting.curves(arm).values()]
     if not found:
         return []
@@ -269,7 +269,7 @@ def _over_seeds(setting: Setting, arm: str) -> list[tuple[int, float, float, flo
 
 
 def _shown(rows: list[tuple[int, float, float, float]]) -> tuple[float, float]:
-    """From the best down by three times what the median is below it: lines far below are cut off, so that the others can be told apart."""
+    """Limits of the ELBO axis: from the best down to three times the distance of the median."""
     means = sorted(row[1] for row in rows)
     best, median = means[-1], means[len(means) // 2]
     low = max(min(row[2] for row in rows), best - 3 * (best - median))
@@ -288,11 +288,11 @@ def _middle(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _sigma(setting: Setting, arm: str) -> float | None:
-    """The σ that it is given, or the one that it has found."""
+    """The σ that the arm is given, or that it has found."""
     found = setting.values(arm, "sigma_post_hoc_density", setting.plain)
     return setting.fixed.get(arm, float(found.mean()) if len(found) else None)
 
 
-def _deviation(values: Any) -> float:
-    """Over seeds; 0 of one."""
+def _std(values: Any) -> float:
+    """Standard deviation over seeds; 0 for one seed."""
     return float(values.std(ddof=1)) if len(values) > 1 else 0.0

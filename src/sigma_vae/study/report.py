@@ -1,4 +1,4 @@
-"""A study's report as one HTML page and as Markdown: verdicts, tables, plots and samples."""
+"""The report of a study as one HTML page and as Markdown: verdicts, tables, plots and samples."""
 
 import base64
 import math
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 SIGNS = {"holds": "✓", "does not": "✗", "not shown": "?"}
-"""Words and signs, not colours alone."""
+"""Signs beside the words, so that nothing depends on colour alone."""
 
 
 def template(name: str, *, escape: bool) -> "Template":
-    """A template of this package; ``escape`` is for HTML."""
+    """Load a template of this package; ``escape`` is for HTML."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -43,7 +43,7 @@ def template(name: str, *, escape: bool) -> "Template":
 
 
 def _line(words: str) -> str:
-    """For Markdown: one line, in which nothing is a sign."""
+    """Escape a text for one line of Markdown."""
     for sign in ("\\", "`", "*", "|", "[", "_", "~"):
         words = words.replace(sign, "\\" + sign)
     return " ".join(words.replace("&", "&amp;").replace("<", "&lt;").split())
@@ -55,16 +55,16 @@ if TYPE_CHECKING:
 
 Draw = Callable[[Setting], plots.Plot | None]
 HOW = (
-    "An interval in brackets is the 95 % bootstrap interval of a mean of differences, which are paired by seed. A rule that compares holds"
-    " where the whole interval does as the rule says, does not where none of it does, and else is not shown, as with fewer than three"
-    " seeds. Of three seeds such an interval is the range of the three differences, and has the mean of normal ones in it in three cases"
-    " of four: a verdict on three seeds is an indication."
+    "Brackets hold the 95 % bootstrap interval of a mean of differences that are paired by seed. A claim holds where the whole interval"
+    " satisfies the rule, and does not where the whole interval violates it. Otherwise, and with fewer than three seeds, it is not shown."
+    " With three seeds the interval is the range of the three differences, which contains the mean of normal differences in three of"
+    " four cases. Take a verdict on three seeds as an indication."
 )
-"""Said above verdicts."""
+"""Explanation above the verdicts."""
 
 
 def judged(found: Sequence[Setting]) -> Section:
-    """A card for claim that the study's data speak of; the others in one table."""
+    """Judge each claim: a card where the study has the data, a row of one table where not."""
     cards, lacking = [], []
     for each in CLAIMS:
         verdicts = each.verdicts(found)
@@ -74,7 +74,7 @@ def judged(found: Sequence[Setting]) -> Section:
         else:
             lacking.append((each.name, each.sentence, f"{verdicts[0][1].word}: {verdicts[0][1].finding}", each.rule))
     caption = "Claims that this study cannot judge"
-    heads = ("claim", "what is claimed", "verdict", "rule")
+    heads = ("claim", "statement", "verdict", "rule")
     other = (Table(caption, heads, tuple(lacking), folded=True),) if lacking else ()
     return Section("Verdicts", (HOW,), tuple(cards), other)
 
@@ -105,7 +105,7 @@ def _named(setting: Setting, arm: str) -> str:
 
 
 def _cost(found: Sequence[Setting]) -> Table:
-    """Of the study; and per seed of the grid of fixed σ against the one calibrated run, where a setting has both."""
+    """Cost of the study, and of the grid of fixed σ against the one calibrated run where a setting has both."""
     import pandas as pd
 
     whole = pd.concat([setting.table for setting in found])
@@ -121,8 +121,8 @@ def _cost(found: Sequence[Setting]) -> Table:
             words = _named(setting, f"grid of {len(grid)} fixed σ")
             rows.append((words, *_runs_and_hours(done[done[ARM].isin(grid)]), f"{times:.1f}"))
             rows.append((_named(setting, OPTIMAL), *_runs_and_hours(done[done[ARM] == one]), "1"))
-    caption = "Cost, training and evaluation together, of all attempts"
-    return Table(caption, ("what", "runs", "core-hours", "per seed, times optimal"), tuple(rows))
+    caption = "Cost of training and evaluation, all attempts"
+    return Table(caption, ("runs of", "runs", "core-hours", "per seed, relative to optimal"), tuple(rows))
 
 
 def _runs_and_hours(table: "pd.DataFrame") -> tuple[str, str]:
@@ -131,7 +131,7 @@ def _runs_and_hours(table: "pd.DataFrame") -> tuple[str, str]:
 
 
 def differences(found: Sequence[Setting]) -> Section:
-    """Optimal minus every other arm, paired by seed; last the fixed σ that validation data choose."""
+    """Subtract every other arm from optimal, paired by seed; last the fixed σ that validation data choose."""
     tables = []
     for setting in found:
         ours, rows = setting.first(OPTIMAL), []
@@ -147,13 +147,13 @@ def differences(found: Sequence[Setting]) -> Section:
                     rows.append((words, prior, *shown))
         if rows:
             caption = f"{setting.words}: {ours} minus" if setting.words else f"{ours} minus"
-            tables.append(Table(caption, ("the other", "prior", "bits/dim, refitted σ", "ELBO, nats, refitted σ"), tuple(rows)))
-    words = "Paired by seed, test split, with 95 % bootstrap intervals. Bits below zero and nats above zero speak for optimal."
+            tables.append(Table(caption, ("other arm", "prior", "bits/dim, refitted σ", "ELBO, nats, refitted σ"), tuple(rows)))
+    words = "Paired by seed, test split, with 95 % bootstrap intervals. Bits below zero and nats above zero favour optimal."
     return Section("Differences", (words,), tables=tuple(tables))
 
 
 def figures(found: Sequence[Setting]) -> Section:
-    """Plots of what was measured, of each kind one for each setting."""
+    """Draw the plots: of each kind one for each setting."""
     names = dict.fromkeys(name for setting in found for name in frechet_columns(setting.table))
     drawn: list[tuple[str, Draw, str]] = [
         ("curves-density", lambda setting: plots.curves(setting, "density"), f"{CURVES} Likelihoods of densities."),
@@ -175,21 +175,18 @@ def figures(found: Sequence[Setting]) -> Section:
 
 
 CURVES = (
-    "Learning curves. Validation ELBO over steps, with each arm's own σ: mean and range over seeds. Lines far below the others are"
+    "Learning curves. Validation ELBO by step, with each arm's own σ: mean and range over seeds. Lines far below the others are"
     " cut off."
 )
-PLANE = (
-    "Rate and distortion on the test split, the latter with the refitted σ: a point for each seed, fixed σ joined. Lower and left is"
-    " better."
-)
+PLANE = "Rate and distortion on the test split, with refitted σ: a point for each seed, fixed σ joined by lines. Lower left is better."
 INFORMATION = (
-    "Information in the latents. Upper bound on the mutual information and lower bound on the marginal KL along the decoder's σ, mean"
-    " ± deviation over seeds; arms that find their own σ where they have it."
+    "Information in the latents. Upper bound on the mutual information and lower bound on the marginal KL by the decoder's σ: mean"
+    " ± std over seeds. Arms that find their own σ are drawn at that σ."
 )
-FRECHET = "Sample quality. Fréchet distance of samples, decoder means, by prior: mean ± deviation over seeds."
+FRECHET = "Sample quality. Fréchet distance of samples (decoder means) by prior: mean ± std over seeds."
 COVERS = (
-    "Coverage. Share of test values inside central intervals against their nominal share, with each arm's own σ. On the diagonal:"
-    " calibrated."
+    "Coverage. Share of test values inside central intervals by their nominal share, with each arm's own σ. The diagonal is perfect"
+    " calibration."
 )
 
 
@@ -218,7 +215,7 @@ def _pictures(setting: Setting, name: str, out: Path) -> Iterator[tuple[str, byt
 
 
 def _kinds(setting: Setting) -> dict[str, str]:
-    """What a run draws; the prior of its samples is the one that was fitted last."""
+    """Names of a run's pictures with their captions; samples are from the prior that was fitted last."""
     last = "N(0, I)" if setting.priors[-1] == STANDARD else setting.priors[-1]
     return {
         "samples-standard-prior.png": "samples, prior N(0, I)",
@@ -232,10 +229,11 @@ def _first(setting: Setting, arm: str) -> list[Ended]:
 
 
 def report(out: Path) -> None:
-    """Write ``report.html``, one page that needs no network and no other file, and ``report.md`` with its plots under ``report-files``.
+    """Write ``report.html``, a page in one file, and ``report.md`` with its plots under ``report-files``.
 
-    They are made from ``study.yaml``, the cells' ``cell.json`` and the pictures of their runs, the same bytes of the same data but for one
-    line with the date. What has not been measured has no section.
+    They are made from ``study.yaml`` and the cells, or of a kept study from ``results.parquet``. The same data give the
+    same bytes, except for the line with the date. Sections without data are left out. A kept study has no files of
+    plots: its Markdown has their numbers in words.
 
     Args:
         out: the study's folder.
@@ -265,18 +263,18 @@ def report(out: Path) -> None:
 
 
 def keep(out: Path, to: Path) -> None:
-    """Copy a study without its weights, as four files: ``study.yaml``, ``results.parquet`` and the report, in HTML and Markdown.
+    """Copy a study without its weights: ``study.yaml``, ``results.parquet`` and the report.
 
-    The table has, beside all numbers, small pictures of each arm's first finished run, so that the report can be made from it again.
-    Other files in the folder stay.
+    The table has, beside all numbers, small pictures of each arm's first finished run, so that the report can be made
+    from it again. Other files in the folder stay.
 
     Args:
         out: the study's folder.
         to: a new folder, or one that the same study was copied to before.
 
     Raises:
-        ValueError: ``out`` is no study's folder, no cell has ended, or ``to`` is the same folder, one with trained runs, which a copy
-            without weights would replace, or has finished cells of another grid.
+        ValueError: ``out`` is no study's folder, no cell has ended, or ``to`` is the same folder, one with trained
+            runs, which a copy without weights would replace, or has finished cells of another grid.
     """
     if to.resolve() == out.resolve():
         raise ValueError(f"a study is copied to another folder, got {to} twice")
@@ -317,7 +315,7 @@ def _write_plots(out: Path, pictures: list[Picture]) -> None:
 
 
 class Found(NamedTuple):
-    """One verdict: the study, and what in it."""
+    """A verdict with the study and the setting that it is from."""
 
     study: str
     setting: str
@@ -331,7 +329,7 @@ class Found(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A claim with all that was found."""
+    """A claim with the verdicts of all studies."""
 
     name: str
     sentence: str
@@ -339,11 +337,11 @@ class Judged(NamedTuple):
     found: tuple[Found, ...]
 
     def among(self, word: str) -> list[str]:
-        """The studies with this verdict, and in brackets their settings where they have several.
+        """Name the studies with this verdict, with their settings in brackets where they have several.
 
-        >>> found = (Found("a", "batch 16", "holds", ""), Found("a", "batch 64", "holds", ""), Found("b", "", "does not", ""))
+        >>> found = (Found("a", "small", "holds", ""), Found("a", "large", "holds", ""), Found("b", "", "does not", ""))
         >>> Judged("1", "", "", found).among("holds"), Judged("1", "", "", found).among("does not")
-        (['a (batch 16, batch 64)'], ['b'])
+        (['a (small, large)'], ['b'])
         """
         settings: dict[str, list[str]] = {}
         for found in self.found:
@@ -354,13 +352,13 @@ class Judged(NamedTuple):
 
 
 def verdicts(studies: Sequence[Path]) -> str:
-    """A page in Markdown: each claim with the studies in which it holds, does not, or is not shown, the numbers, and the rule.
+    """Write a page in Markdown: each claim with its rule, and the studies in which it holds, does not, or is not shown.
 
-    It is made from the same files as :func:`~sigma_vae.study.report`, and says nothing that their reports do not. Claims that no study has
-    measured are named at the end.
+    The page is made from the same files as :func:`~sigma_vae.study.report`. Claims that no study has measured are
+    listed at the end.
 
     Args:
-        studies: their folders; the page calls them by the folders' names.
+        studies: folders of studies; the page uses the folders' names.
 
     Raises:
         ValueError: none is given, one is no study's folder, or of one no cell has ended.

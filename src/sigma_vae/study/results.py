@@ -20,10 +20,11 @@ PICTURE = "picture."
 def collect(cells: Sequence[Cell], out: Path) -> "pd.DataFrame":
     """Gather what the cells have written in ``results.parquet``, and return it as a table.
 
-    Columns: ``key``, ``status``, ``error``, ``failures``, one for each axis, ``prior``, ``split``, ``observes`` (whether the bounds are
-    of a ``"density"`` or of a ``"level"``), ``training_seconds``, ``core_seconds``, ``curve`` (steps and validation ELBO), then each
-    value of the evaluation under its dotted name. A mean has its own name, and its error is at ``....standard_error``. An axis whose
-    values are not all numbers has them as words (null: ``"null"``). A cell that failed has one row; one that has not ended has none.
+    Columns: ``key``, ``status``, ``error``, ``failures``, one for each axis, ``prior``, ``split``, ``observes``
+    (whether the bounds are of a ``"density"`` or of a ``"level"``), ``training_seconds``, ``core_seconds``, ``curve``
+    (steps and validation ELBO), then each value of the evaluation under its dotted name. A mean has its own name, and
+    its error is at ``....standard_error``. An axis whose values are not all numbers has them as words (null:
+    ``"null"``). A cell that failed has one row; one that has not ended has none.
 
     The table of a kept study is read, not written.
     """
@@ -62,8 +63,8 @@ def leaves(report: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]
 
     Words at the top repeat the cell's configuration and are left out.
 
-    >>> dict(leaves({"elbo_nats": {"mean": 1.0, "standard_error": 0.5}, "how": {"n": 2, "name": "x"}, "data": "digits"}))
-    {'elbo_nats': 1.0, 'elbo_nats.standard_error': 0.5, 'how.n': 2, 'how.name': 'x'}
+    >>> dict(leaves({"data": "digits", "elbo_nats": {"mean": 1.0, "standard_error": 0.5}, "how": {"name": "x"}}))
+    {'elbo_nats': 1.0, 'elbo_nats.standard_error': 0.5, 'how.name': 'x'}
     """
     for name, value in report.items():
         path = f"{before}.{name}" if before else name

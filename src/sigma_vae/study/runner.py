@@ -1,4 +1,4 @@
-"""Cells go through joblib: on processes of this machine, a Dask cluster, or Ray, by the same command."""
+"""Run the cells of a study through joblib: in processes on this machine, on a Dask cluster, or on Ray."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from sigma_vae.config import read, write
 from sigma_vae.study.cell import do, finished, known
-from sigma_vae.study.grid import StudySpec, cells, check
+from sigma_vae.study.grid import StudySpec, cells, check, format_place
 from sigma_vae.study.results import collect, is_kept, tabulate
 
 __all__ = ["SPEC", "Backend", "claim", "run", "spec_of"]
@@ -19,21 +19,21 @@ SPEC = "study.yaml"
 
 
 def spec_of(out: Path) -> StudySpec:
-    """The grid that the folder is of.
+    """Read the grid of a study's folder.
 
     Raises:
-        ValueError: it is of none.
+        ValueError: the folder holds no study.
     """
     if not (out / SPEC).is_file():
-        raise ValueError(f"{out} holds no study (no {SPEC}); do one: sigma-vae study run SPEC --out {out}")
+        raise ValueError(f"{out} holds no study (no {SPEC}); run one: sigma-vae study run SPEC --out {out}")
     return read(out / SPEC, StudySpec)
 
 
 def claim(spec: StudySpec, out: Path) -> None:
-    """Make the folder one of this grid: a new one, or one of a grid of which this has all that is finished.
+    """Write the grid into a folder: a new one, or one whose finished cells are all in this grid.
 
     Raises:
-        ValueError: it has finished cells that this grid has not.
+        ValueError: the folder has finished cells that this grid has not.
     """
     keys = {cell.key for cell in cells(spec)}
     if (out / SPEC).exists():
@@ -43,7 +43,8 @@ def claim(spec: StudySpec, out: Path) -> None:
         lost = [cell for cell in cells(before) if cell.key in there - keys]
         if lost:
             raise ValueError(
-                f"{out} holds the study {before.title!r} with {len(lost)} finished cells that this grid has not, as {lost[0].place};"
+                f"{out} holds the study {before.title!r} with {len(lost)} finished cells that this grid has not, such as"
+                f" {format_place(lost[0].place)};"
                 " give another --out, or a grid that has them too"
             )
     out.mkdir(parents=True, exist_ok=True)
@@ -63,39 +64,39 @@ def run(
     retries: int = 1,
     tell: Callable[[dict[str, Any], int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Do every cell that is not finished, and write ``results.parquet`` with a row for each cell, prior and split.
+    """Run every cell that is not finished, and write ``results.parquet`` with a row for each cell, prior and split.
 
-    The folder says in ``study.yaml`` which grid it is of. Each cell has a folder under ``out/cells``, named by a digest of its
-    configuration, with its run and ``cell.json``, which is written when the cell ends. A study that was stopped, or killed, goes on where
-    it stood: finished cells are not repeated, one that was being trained is resumed from its checkpoint. A cell that raises is
-    written down as failed, with its error, and tried again: at once so many times, and once more whenever the study is run again.
+    ``study.yaml`` in the folder holds the grid. Each cell has a folder under ``out/cells``, named by a digest of its
+    configuration, with its run and ``cell.json``, which is written when the cell ends. A study that was stopped or
+    killed continues: finished cells are not repeated, and one that was in training is resumed from its checkpoint. A
+    cell that raises is recorded as failed, with its error, and tried again: ``retries`` times at once, and whenever the
+    study is run again.
 
     Args:
         spec: the grid.
-        out: folder of the study; of a cluster, one that all workers see.
+        out: folder of the study; on a cluster, one that all workers can write to.
         backend: ``"loky"`` (processes here), ``"dask"`` or ``"ray"``.
-        workers: how many cells are done at once (loky); as many as there are cores unless given, each with its share of them.
+        workers: number of cells at once (loky); one per core unless given, each with its share of the cores.
         address: of the Dask scheduler or the Ray cluster; a local one is started unless given.
-        retries: how often a failed cell is tried again.
-        tell: called with the record of each cell that ends (on Ray: when all have), how many have ended, and how many there are.
+        retries: number of further attempts at a failed cell.
+        tell: called with the record of each cell that ends (on Ray: when all have), the number of ended cells, and of
+            all.
 
     Returns:
         The records of all cells, in the order of the grid.
 
     Raises:
-        ValueError: a cell's configuration is not possible (what can be known of that without its data is told before anything is
-            trained), ``retries`` or ``workers`` is too small, the folder has finished cells of another grid, or the backend's package is
-            not installed.
-        ChildProcessError: a worker was killed; what is finished is kept.
+        ValueError: a cell's configuration is not possible (checked before anything is trained, as far as that goes
+            without the data), ``retries`` or ``workers`` is too small, the folder is a kept study or has finished cells
+            of another grid, or the backend's package is not installed.
+        ChildProcessError: a worker was killed; finished cells are kept.
     """
     from joblib import Parallel, cpu_count, delayed, effective_n_jobs
 
     if retries < 0:
-        raise ValueError(f"retries is how often a failed cell is tried again, at least 0, got {retries}")
+        raise ValueError(f"retries is how many further attempts a failed cell gets, at least 0, got {retries}")
     if workers is not None and workers < 1:
-        raise ValueError(
-            f"workers is how many cells are done at once, at least 1, got {workers}; leave it out for one on each core"
-        )
+        raise ValueError(f"workers is how many cells run at once, at least 1, got {workers}; leave it out for one on each core")
     if is_kept(out):
         raise ValueError(f"{out} holds a kept study, without the weights of its runs; give another --out")
     todo = cells(spec)
@@ -108,7 +109,7 @@ def run(
             left = [cell for cell in todo if not finished(cell, out)]
             if attempt == 0:
                 ended = len(todo) - len(left)
-            # Ray's backend gives results at the end alone.
+            # Ray's backend returns results only at the end.
             parallel = Parallel(n_jobs=workers or -1, return_as="list" if backend == "ray" else "generator_unordered")
             with _living(out):
                 for record in parallel(delayed(do)(cell, out.resolve(), threads) for cell in left):
@@ -121,24 +122,24 @@ def run(
 
 @contextmanager
 def _living(out: Path) -> Iterator[None]:
-    """Say what to do when a worker dies, of the system's hand when memory runs out say."""
+    """Say what to do when a worker dies, for example killed by the system when memory runs out."""
     try:
         yield
     except BrokenExecutor as error:
         raise ChildProcessError(
-            f"a worker of the study died, killed perhaps because memory ran out; what is finished in {out} is kept: run the study"
-            " again to go on, with fewer workers if memory ran out"
+            f"a worker of the study died, perhaps killed because memory ran out; what is finished in {out} is kept. Run the study"
+            " again to continue, with fewer workers if memory ran out"
         ) from error
 
 
 @contextmanager
 def _on(backend: Backend, workers: int | None, address: str | None) -> Iterator[None]:
-    """Joblib's backend; a local cluster where none is named."""
+    """Select joblib's backend, with a local cluster where none is named."""
     from joblib import parallel_config
 
     if backend == "loky":
         if address is not None:
-            raise ValueError("an address is that of a cluster: take backend dask or ray, or leave it out")
+            raise ValueError("an address belongs to a cluster: take backend dask or ray, or leave it out")
         with parallel_config(backend="loky"):
             yield
     elif backend == "dask":

@@ -1,4 +1,4 @@
-"""What a study's table says: spread over seeds, paired differences, the best of a grid chosen without looking at the test split."""
+"""Statistics of a study's table: spread over seeds, paired differences, and the best of a grid by validation."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -32,7 +32,7 @@ RESAMPLES = 10_000
 
 
 class Difference(NamedTuple):
-    """Mean over pairs, and the 95 % bootstrap interval of it; the ends are None where there is one pair."""
+    """A mean over pairs with its 95 % bootstrap interval; the ends are None for a single pair."""
 
     mean: float
     low: float | None
@@ -41,7 +41,7 @@ class Difference(NamedTuple):
 
     @property
     def seeds(self) -> str:
-        """How many pairs, in words.
+        """The number of pairs, in words.
 
         >>> Difference(1.0, None, None, 1).seeds, Difference(1.0, 0.5, 1.5, 2).seeds
         ('1 seed', '2 seeds')
@@ -50,24 +50,25 @@ class Difference(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """A place in a grid, by its mean on the validation split, and its numbers on the test split."""
+    """A place in a grid chosen by its mean on the validation split, with its numbers on the test split."""
 
     place: dict[str, Any]
     test: "pd.Series[float]"
 
 
 def summary(table: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
-    """Mean ± standard deviation over seeds on the test split, a row for each place of the grid and each prior.
+    """Format mean ± std over seeds on the test split, a row for each place of the grid and each prior.
 
-    A place whose cells have all failed has one row, of no prior. Where some bounds are of densities and some of levels, which do not
-    compare, each have a column.
+    A place whose cells have all failed has one row without a prior. Bounds of densities and of levels do not compare,
+    so they have columns of their own where a study has both.
 
     Args:
         table: of :func:`~sigma_vae.study.results.collect`.
         by: the axes that make a place: all but the seed.
 
     Returns:
-        Columns: the axes, ``prior``, ``seeds`` (how many are finished), ``failed`` (how many are not), and what was measured, in words.
+        Columns: the axes, ``prior``, ``seeds`` (how many are finished), ``failed`` (how many are
+        not), and the columns of the metrics, in words.
     """
     import pandas as pd
 
@@ -83,7 +84,7 @@ def summary(table: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
 
 
 def shown(names: Iterable[str]) -> dict[str, Column]:
-    """Columns that metrics show in studies, among the names of a table's columns; the ELBO of densities and of levels apart.
+    """Select the columns that metrics show in studies, with the ELBO of densities and of levels apart.
 
     >>> [column.title for column in shown(["elbo_post_hoc_nats.density", "elbo_post_hoc_nats.level"]).values()]
     ['ELBO of densities, nats, refitted σ', 'ELBO of levels, nats, refitted σ']
@@ -101,7 +102,7 @@ def shown(names: Iterable[str]) -> dict[str, Column]:
 
 
 def _observed_apart(table: "pd.DataFrame") -> "pd.DataFrame":
-    """The ELBO of densities and of levels in two columns, where there are both."""
+    """Put the ELBO of densities and of levels in two columns, where there are both."""
     there = {ELBO, "observes"} <= set(table.columns)
     kinds: set[str] = set(table.loc[table[ELBO].notna(), "observes"]) if there else set()
     if len(kinds) < 2:
@@ -113,7 +114,7 @@ def _observed_apart(table: "pd.DataFrame") -> "pd.DataFrame":
 def paired_difference(
     table: "pd.DataFrame", metric: str, ours: dict[str, Any], theirs: dict[str, Any], seed: int = 0
 ) -> Difference:
-    """Ours minus theirs on the test split, seed by seed: what the seeds have in common (data order, first weights) cancels.
+    """Subtract theirs from ours on the test split, seed by seed, so that the effect of the seed cancels.
 
     Args:
         table: of :func:`~sigma_vae.study.results.collect`.
@@ -132,9 +133,10 @@ def paired_difference(
 
 
 def bootstrapped(differences: Sequence[float], seed: int = 0) -> Difference:
-    """Mean of one number for each pair, with its 95 % interval by percentiles of means of resampled pairs (Efron 1979).
+    """Compute the mean over pairs and its 95 % percentile bootstrap interval (Efron 1979).
 
-    Of few pairs it is narrow: of three it is their range, which has the mean of normal differences in it in three of four cases.
+    With few pairs the interval is narrow. With three it is their range, which contains the mean of normal differences
+    in three of four cases.
 
     >>> bootstrapped([1.0, 3.0, 2.0])
     Difference(mean=2.0, low=1.0, high=3.0, pairs=3)
@@ -149,14 +151,14 @@ def bootstrapped(differences: Sequence[float], seed: int = 0) -> Difference:
 
 
 def chosen_on_validation(table: "pd.DataFrame", axis: str, candidates: Sequence[Any], metric: str, *, highest: bool) -> Chosen:
-    """The best of a grid, as somebody would choose it who tunes: by the mean over seeds on the validation split.
+    """Choose the best of a grid as in tuning: by the mean over seeds on the validation split.
 
     Args:
         table: of :func:`~sigma_vae.study.results.collect`, of one prior.
-        axis: what is tuned.
+        axis: the axis that is tuned.
         candidates: its values.
         metric: a column that both splits have.
-        highest: whether more of it is better.
+        highest: whether higher is better.
 
     Raises:
         ValueError: no candidate has a number on the validation split.
@@ -171,7 +173,7 @@ def chosen_on_validation(table: "pd.DataFrame", axis: str, candidates: Sequence[
 
 
 def cost(table: "pd.DataFrame") -> dict[str, float]:
-    """Runs and core-hours, training and evaluation together: of all that ended, those that failed as well."""
+    """Count runs and core-hours of training and evaluation, failed runs included."""
     runs = table.drop_duplicates("key")
     return {"runs": len(runs), "core_hours": float(runs["core_seconds"].sum()) / 3600}
 
@@ -196,5 +198,5 @@ def _spread(values: "pd.Series[float]", digits: int) -> str:
     known = values.dropna().to_numpy(dtype=float)
     if len(known) == 0:
         return ""
-    deviation = known.std(ddof=1) if len(known) > 1 else math.nan
-    return f"{known.mean():.{digits}f}" + (f" ± {deviation:.{digits}f}" if math.isfinite(deviation) else "")
+    std = known.std(ddof=1) if len(known) > 1 else math.nan
+    return f"{known.mean():.{digits}f}" + (f" ± {std:.{digits}f}" if math.isfinite(std) else "")

@@ -4,13 +4,25 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench study docs clean
+OLDEST := .venv-oldest
+
+.PHONY: demo test test-oldest lint bench study docs wheel clean
 
 demo: $(STAMP)  ## three minutes: a calibrated and a unit-variance VAE on mnist-5k, then look at demo/
 	$(PYTHON) -m examples.demo
 
 test: $(STAMP) lint  ## linters, types, layers, then all tests, each file on a core
 	$(PYTHON) -m pytest --numprocesses auto --dist loadfile
+
+test-oldest:  ## all tests on Python 3.11 with the oldest dependencies that pyproject.toml allows
+	python3.11 -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt torch
+	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	$(OLDEST)/bin/python -m pytest -W default --numprocesses auto --dist loadfile --ignore tests/test_studies_kept.py
+
+constraints-oldest.txt: pyproject.toml  ## the lowest version of each direct dependency
+	uv pip compile --quiet --resolution lowest-direct --python-version 3.11 --extra test --no-annotate \
+		--no-emit-package sigma-vae --custom-compile-command 'make $@' --output-file $@ $<
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
@@ -31,8 +43,15 @@ docs: $(STAMP)  ## the documentation as a site, under site/
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(VENV)/bin/sphinx-build --fail-on-warning --quiet docs site
 
+wheel: $(STAMP)  ## build the wheel, install it into an environment of its own without and with extras, and try it
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt build
+	rm -rf dist
+	$(PYTHON) -m build
+	.ci/smoke dist/*.whl
+	.ci/smoke dist/*.whl full
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST) dist
 
 # torch first and by its pinned version: an unpinned torch would fetch gigabytes of CUDA.
 $(STAMP): pyproject.toml constraints.txt

@@ -1,5 +1,6 @@
 """Docstrings of the package, and the code and commands of README and docs, are tests."""
 
+import builtins
 import os
 import shlex
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 from sigma_vae.cli import main
+from sigma_vae.registry import Registry, register
 
 # The tests' models are tiny: more threads only wait for each other. Processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -22,6 +24,7 @@ torch.set_num_threads(1)
 
 def run_commands(example: Example) -> None:
     """Run the `sigma-vae` commands of a console block; other commands install things and are not for a test."""
+    example.namespace["__builtins__"] = builtins  # Sybil removes it, but commands may call functions that a page defines
     for line in example.parsed.splitlines():
         words = shlex.split(line.removeprefix("$ "), comments=True)
         if words[:1] == ["sigma-vae"]:
@@ -37,6 +40,16 @@ def in_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     os.chdir(before)
 
 
+@pytest.fixture(scope="module")
+def names_of_the_page() -> Iterator[None]:
+    """Names that a page registers are gone after it."""
+    registries = [registry for registry in vars(register).values() if isinstance(registry, Registry)]
+    before = [list(registry) for registry in registries]  # looked up once, so that our own are there
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry._entries = {entry.name: entry for entry in entries}
+
+
 def seed(namespace: dict[str, object]) -> None:
     """Doctests see torch's names without importing them, and the same random numbers each time."""
     torch.manual_seed(0)
@@ -46,7 +59,7 @@ def seed(namespace: dict[str, object]) -> None:
 pages = Sybil(
     parsers=[PythonCodeBlockParser(), CodeBlockParser("console", run_commands)],
     patterns=["README.md", "CONTRIBUTING.md", "docs/*.md"],
-    fixtures=["in_temporary_folder"],
+    fixtures=["in_temporary_folder", "names_of_the_page"],
     setup=seed,
 )
 docstrings = Sybil(

@@ -35,7 +35,7 @@ RESULTS = Path("benchmarks/results")
 Part = Literal["plain", "images", "tiny", "elbo", "precision", "sooner", "gpu"]
 Measured = dict[str, Any]
 
-LEVERS = ("patient allocator", "fused optimiser", "bfloat16", "bfloat16, channels last")
+LEVERS = ("retaining allocator", "fused optimiser", "bfloat16", "bfloat16, channels last")
 IMAGES = ("pythae", "plain loop", "ours, nothing chosen", *(f"ours, {lever}" for lever in LEVERS), "ours, float32", "ours, all")
 TINY = (
     "pythae",

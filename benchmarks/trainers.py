@@ -159,7 +159,7 @@ OFF = HardwareConfig(precision="float32", memory_format="contiguous", fused_opti
 """None of what the library chooses."""
 OURS: dict[str, HardwareConfig] = {
     "ours, nothing chosen": OFF,
-    "ours, patient allocator": replace(OFF, allocator="patient"),
+    "ours, retaining allocator": replace(OFF, allocator="retain"),
     "ours, fused optimiser": replace(OFF, fused_optimiser="yes"),
     "ours, bfloat16": replace(OFF, precision="bfloat16"),
     "ours, bfloat16, channels last": replace(OFF, precision="bfloat16", memory_format="channels-last"),

@@ -14,8 +14,8 @@ CODE = '''
 import math
 
 import torch
-from sigma_vae.registry import Argument, register
-from sigma_vae.types import Flat, Network, Prior
+from sigma_vae.registry import Argument, number_above_zero, register
+from sigma_vae.types import DataDistribution, Likelihood, Network, Prior
 
 
 class Mirror(Network):
@@ -84,6 +84,56 @@ class Uniform(Prior):
         return temperature * unit * self.half_width
 
 
+class ByDistance(DataDistribution):
+    """Levels that are less probable the farther they are from the mean."""
+
+    arg_constraints = {}
+
+    def __init__(self, h, event_dims, levels, width):
+        super().__init__(h.shape[:-event_dims], h.shape[-event_dims:], validate_args=False)
+        self.grid = torch.linspace(0, 1, levels)
+        self.logits = (-(self.grid - h.sigmoid()[..., None]).abs() / width).log_softmax(-1)
+
+    @property
+    def mean(self):
+        return (self.logits.exp() * self.grid).sum(-1)
+
+    def sample(self, sample_shape=torch.Size()):
+        return self.grid[torch.distributions.Categorical(logits=self.logits).sample(sample_shape)]
+
+    def log_prob(self, value):
+        return self._of_value(self.logits, value).flatten(-len(self.event_shape)).sum(-1)
+
+    def element_cdf(self, value):
+        up_to = self._of_value(self.logits.exp().cumsum(-1), value)
+        return up_to - self._of_value(self.logits.exp(), value), up_to
+
+    def _of_value(self, of_levels, value):
+        level = (value * (len(self.grid) - 1)).round().long()
+        return of_levels.expand(*level.shape, -1).gather(-1, level[..., None]).squeeze(-1)
+
+
+class Distance(Likelihood):
+    """Levels by their distance from the mean, with a width of its own."""
+
+    observes = "level"
+
+    def __init__(self, channels, width=0.1, *, spatial_dims=2, levels=256):
+        super().__init__(channels, spatial_dims, levels)
+        self.width = width
+
+    @property
+    def in_channels(self):
+        return self.channels
+
+    def distribution(self, h, x=None, *, observes=None, refitted=False):
+        self.check_observes(observes)
+        return ByDistance(h, 1 + self.spatial_dims, self.levels, self.width)
+
+
+register.likelihood.add("distance", Distance, argument=Argument("width", number_above_zero("width", "of the peak"), "0.1"))
+
+
 def slack_of(prior):
     return f"{prior.slack:g}"
 
@@ -93,6 +143,9 @@ register.prior.add("uniform", Uniform, argument=Argument("slack", lambda text: {
 ENTRY_POINTS = """
 [sigma_vae.networks]
 mirror = stranger:mirror
+
+[sigma_vae.likelihoods]
+distance = stranger:Distance
 
 [sigma_vae.priors]
 uniform = stranger:Uniform
@@ -143,7 +196,7 @@ from sigma_vae.vae import keyed_noise
 warnings.simplefilter("ignore")  # of the engine's own
 torch.manual_seed(0)
 data = models.data(DataConfig("digits"))
-config = ModelConfig("mirror", "gaussian/optimal", latent_dim=4)
+config = ModelConfig("mirror", LIKELIHOOD, latent_dim=4)
 vae = models.vae(config, data.shape, data.scaling)
 fit(vae, data, TrainingConfig(max_steps=20, batch_size=64), progress=False)
 vae.eval()
@@ -168,10 +221,14 @@ print(json.dumps({
 """
 
 
-@pytest.fixture(scope="module")
-def trained(stranger: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+@pytest.fixture(scope="module", params=["gaussian/optimal", "distance:0.2"])
+def trained(
+    request: pytest.FixtureRequest, stranger: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
+    """A model of the stranger's network and prior, with our likelihood or theirs, and what it gave."""
     folder = tmp_path_factory.mktemp("strangers") / "model"
-    return folder, json.loads(python(f"OUT = {str(folder)!r}\n{TRAINED}", stranger).splitlines()[-1])
+    code = f"OUT, LIKELIHOOD = {str(folder)!r}, {request.param!r}\n{TRAINED}"
+    return folder, json.loads(python(code, stranger).splitlines()[-1])
 
 
 def test_a_strangers_network_and_prior_do_all_that_ours_do(trained: tuple[Path, dict]) -> None:
@@ -189,6 +246,9 @@ def test_a_strangers_network_and_prior_do_all_that_ours_do(trained: tuple[Path, 
 def test_a_saved_model_says_which_package_its_names_come_from(trained: tuple[Path, dict]) -> None:
     model = trained[1]["model"]
     assert model["packages"]["network"] == model["packages"]["prior"] == "strangers-package"
+    assert model["packages"]["likelihood"] == (
+        "sigma-vae" if "gaussian" in model["model"]["likelihood"] else "strangers-package"
+    )
     assert model["model"]["network"] == "mirror"
     assert model["model"]["prior"] == "uniform:2"
     assert trained[1]["slack"] == 2.0
@@ -215,6 +275,7 @@ def test_loading_imports_no_module_that_a_file_names(trained: tuple[Path, dict],
     (folder / "model.safetensors").write_bytes((trained[0] / "model.safetensors").read_bytes())
     code = f"""
 from sigma_vae import models
+
 try:
     models.load({str(folder)!r})
 except ValueError as error:

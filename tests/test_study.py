@@ -19,8 +19,10 @@ from rich.console import Console
 from sigma_vae import study
 from sigma_vae.cli import main
 from sigma_vae.cli.study import Live, live_or_lines
+from sigma_vae.registry import Entry, register
 from sigma_vae.study import cell as of_cells
 from sigma_vae.study.cell import do, folder_of, known
+from sigma_vae.study.comparisons import Ended, Setting
 from sigma_vae.study.grid import SHIPPED, check
 from sigma_vae.study.results import collect
 from sigma_vae.study.runner import claim
@@ -86,7 +88,10 @@ MISTAKES = {
     "unknown setting": ({"axes": {"model.colour": ["red"]}}, "model.colour"),
     "wrong value": ({"axes": {"seed": ["one"]}}, "seed"),
     "empty axis": ({"axes": {"seed": []}}, "the axis seed has no values"),
-    "a part of a value": ({"axes": {"seed.x": [1]}, "base": {"data": {"source": "digits"}, "seed": 1}}, "seed has a value"),
+    "a part of a value": (
+        {"axes": {"seed.x": [1]}, "base": {"data": {"source": "digits"}, "seed": 1}},
+        "seed is a value (1) without parts",
+    ),
     "unknown metric": ({"evaluation": {"metrics": ["beauty"]}}, "beauty"),
     "prior as an axis": ({"axes": {"model.prior": ["standard", "mixture:3"]}}, "write priors: [standard, mixture:3]"),
     "prior in the base": (
@@ -149,6 +154,26 @@ def test_a_mistake_in_a_spec_gets_a_sentence(mistake, tmp_path, capsys):
     assert main(["study", "run", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / "out")]) == 1
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_network_of_a_users_package_is_judged_by_what_its_registration_says(spec, monkeypatch):
+    def stack(shape, out_channels, latent_dim=None, width=None):
+        """A network that somebody else registers."""
+
+    facts = {"latents": "hierarchical", "reads_clips": False, "has_prior": False, "learns_prior": True}
+    register.network.names()  # registers ours first
+    monkeypatch.setitem(register.network._entries, "stack", Entry("stack", stack, "their-package", facts=facts))
+    base = {"data": {"source": "digits"}, "model": {"network": "stack"}}
+    theirs = replace(spec, base=base, priors=("standard",), evaluation=replace(spec.evaluation, metrics=("information",)))
+    grid = study.cells(theirs)
+    check(grid)
+    with pytest.raises(ValueError, match="stack has no prior that can be replaced"):
+        check(study.cells(replace(theirs, priors=("standard", "mixture:3"))))
+    with pytest.raises(ValueError, match="stack reads no clips"):
+        check(study.cells(replace(theirs, evaluation=replace(theirs.evaluation, best_of=2))))
+    setting = Setting("", {}, ("standard",), {"gaussian/optimal": [Ended(grid[0], None, [])]}, pd.DataFrame())
+    assert not setting.is_flat
+    assert setting.learns_prior
 
 
 @pytest.mark.parametrize("flag", ["--retries=-1", "--workers=0"])

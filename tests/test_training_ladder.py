@@ -151,7 +151,7 @@ def expected_objective(elbo, latents, free_bits=0.0, weight=1.0, balanced=False)
 def test_what_is_minimised_is_what_is_documented(options, step, arguments):
     vae = ladder()
     weighted, plain = both(vae, step, **options)
-    latents = np.array([np.prod(shape) for shape in vae.network.layer_shapes])
+    latents = np.array([np.prod(shape) for shape in vae.network.latents.shapes])
     kl = plain.elbo.kl.detach().mean(0)
     assert kl.min() < 2 < kl.max()  # the bounds of the rows above mean something
     assert float(weighted.minimised.detach().mean()) == pytest.approx(

@@ -1,4 +1,4 @@
-"""A VAE as a LightningModule, for a ``pytorch_lightning.Trainer`` of your own. Needs pytorch-lightning (extra ``lightning``)."""
+"""A VAE as a LightningModule, for a Trainer of your own; needs pytorch-lightning (extra ``lightning``)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,8 +19,9 @@ __all__ = ["VAEModule"]
 class VAEModule(pl.LightningModule):
     """Minimises ``-vae.elbo(x).total.mean()`` (or the objective that ``config`` weights) by automatic optimisation.
 
-    Under DDP the loss is the mean over the examples of all processes, and an optimal σ is solved for all of them. Everything else is the
-    trainer's: epochs, precision, checkpoints, accumulation. After training, call ``module.vae.calibrate(loader)`` once.
+    Under DDP the loss is the mean over the examples of all processes, and an optimal σ is solved for all of them.
+    Everything else is the trainer's: epochs, precision, checkpoints, accumulation. After training, call
+    ``module.vae.calibrate(loader)`` once.
 
     Args:
         vae: the model.
@@ -50,7 +51,7 @@ class VAEModule(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch | Tensor | Sequence[Tensor], index: int) -> None:
-        """The bound of held-out data, with the σ of the training batches so far, which a sanity check before training lacks."""
+        """The bound of held-out data, with the σ of the training so far; a sanity check comes before that."""
         if self.trainer.sanity_checking:
             return
         x, positions, mask = _batch(batch)

@@ -295,7 +295,8 @@ class register:
 
 def _package_of(registered: Any) -> str:
     """The distribution that it comes from, or the name of its module where there is none (a script, a notebook)."""
-    top = getattr(registered, "__module__", type(registered).__module__).partition(".")[0]
+    # None in code that is executed from a text
+    top = (getattr(registered, "__module__", type(registered).__module__) or "__main__").partition(".")[0]
     if top == "sigma_vae":
         return OWN_PACKAGE
     found = packages_distributions().get(top)

@@ -34,7 +34,6 @@ SEED_OFFSET = 2**20
 """Added to a seed, so that a density is fitted to latents with other noise than those that it is evaluated on.
 
 Where posteriors say little, latents are mostly noise: with shared noise, both sets would be nearly the same latents."""
-APART = SEED_OFFSET
 
 
 Show = Literal["mean", "draw"]

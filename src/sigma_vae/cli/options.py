@@ -31,7 +31,8 @@ def call(function: Callable[..., Any], options: list[str], program: str) -> None
 
 @contextmanager
 def _remarks(program: str) -> Iterator[None]:
-    """Print the warnings about renamed options as plain lines; other warnings are shown as before."""
+    """Print each warning about a renamed option once, as a plain line; other warnings are shown as before."""
+    said = set()
     with warnings.catch_warnings():
         warnings.simplefilter("always", RenamedWarning)
         show = warnings.showwarning
@@ -44,10 +45,11 @@ def _remarks(program: str) -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if issubclass(category, RenamedWarning):
-                print(f"{program}: {message}", file=sys.stderr)
-            else:
+            if not issubclass(category, RenamedWarning):
                 show(message, category, filename, lineno, file, line)
+            elif str(message) not in said:
+                said.add(str(message))
+                print(f"{program}: {message}", file=sys.stderr)
 
         warnings.showwarning = say
         yield

@@ -23,7 +23,7 @@ from sigma_vae.config import ClipConfig, DataConfig
 from sigma_vae.data.archives import Folder
 from sigma_vae.data.cache import file_stamp, remembered
 from sigma_vae.data.levels import Array
-from sigma_vae.data.pictures import PICTURES, PicturePlan, Probe, plan, probe
+from sigma_vae.data.pictures import PICTURE_OPTIONS, PICTURES, PicturePlan, Probe, plan, probe
 from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName, clip_lengths
 from sigma_vae.data.stores import Encoded, UnreadableError
 from sigma_vae.registry import register
@@ -304,7 +304,7 @@ class Windows:
 
 
 ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
-OPTIONS = frozenset({"cache", "crop", "size", "fit", "colour", "unreadable", "frames", "test_frames", "frame_step"})
+OPTIONS = PICTURE_OPTIONS | {"frames", "test_frames", "frame_step"}
 """Options that :func:`read_videos` reads."""
 
 _PICTURES = PICTURES - {".gif", ".pbm"}

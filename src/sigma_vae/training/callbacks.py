@@ -14,23 +14,18 @@ from sigma_vae.vae import VAE
 __all__ = ["Bar", "Callback", "Context", "Patience"]
 
 SECONDS_BETWEEN = 0.25
-"""Between two drawings of the bar. Drawing takes milliseconds: more often, it would slow the steps of small networks."""
+"""Between two drawings of the bar. Drawing takes milliseconds, which would slow the steps of small networks."""
 
 
 @dataclass
 class Context:
     """The state of a training, as callbacks see it.
 
-    Args:
-        vae: the model; during ``on_validation`` with the weights that were validated (the averaged ones, with ``ema_decay``).
-        config: of the training.
-        folder: of the run; None where nothing is kept.
-        total_steps: of the whole training, unless it is stopped before.
-        loggers: where rows are written; none on processes other than the first.
-        step: the number of steps taken.
-        epoch: the epoch at hand, counted from 0.
-        metrics: the newest values of everything that was logged.
-        stopping: whether the training ends after the next validation.
+    Args: vae: the model; during ``on_validation`` with the weights that were validated (the averaged ones, with
+        ``ema_decay``). config: of the training. folder: of the run; None where nothing is kept. total_steps: of the
+        whole training, unless it is stopped before. loggers: where rows are written; none on processes other than the
+        first. step: the number of steps taken. epoch: the epoch at hand, counted from 0. metrics: the newest values of
+        everything that was logged. stopping: whether the training ends after the next validation.
     """
 
     vae: VAE

@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or refused, the best weights among them, and the folder that one process writes at a time."""
+"""Checkpoint files that are whole or refused, the best weights, and the folder that one process writes at a time."""
 
 import errno
 import hashlib
@@ -42,7 +42,7 @@ FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 log = logging.getLogger(__name__)
 
 
-# -- the training's checkpoints --------------------------------------------------------------------------------------------
+# -- the training's checkpoints ----------------------------------------------------------------------------------------
 
 
 @final
@@ -51,9 +51,8 @@ class Checkpoints:
 
     Every process calls the methods; the first one writes.
 
-    Args:
-        folder: of the checkpoints.
-        resumed: the file that a resumed training goes on from. If it is not ``last.ckpt``, that one is damaged, and is kept as
+    Args: folder: of the checkpoints. resumed: the file that a resumed training goes on from. If it is not
+        ``last.ckpt``, that one is damaged, and is kept as
             ``last.ckpt.damaged`` in place of becoming ``previous.ckpt``.
     """
 
@@ -80,8 +79,8 @@ class Checkpoints:
 class BestWeights:
     """The weights with the best validation so far, in a file of their own.
 
-    A checkpoint names that file by its seal. So a training that goes on from an older checkpoint takes the weights that were best then, not
-    those found after it. The run folder may be moved between sessions.
+    A checkpoint names that file by its seal. So a training that goes on from an older checkpoint takes the weights that
+    were best then, not those found after it. The run folder may be moved between sessions.
     """
 
     def __init__(self, path: Path) -> None:
@@ -177,14 +176,14 @@ def _check_format(content: dict[str, Any], path: Path) -> None:
         raise ValueError(f"{path} is no checkpoint of this version: its format is {content.get('format')!r}, not {FORMAT!r}")
 
 
-# -- sealed files ----------------------------------------------------------------------------------------------------------
+# -- sealed files ------------------------------------------------------------------------------------------------------
 
 
 def write_sealed(content: dict[str, Any], path: Path, before: Path | None = None) -> None:
-    """Write a file so that at any moment a whole one bears its name or that of the one before, whatever is killed or switched off.
+    """Write a file so that, whenever the process is killed, a whole one bears its name or that of the one before.
 
-    The file is written aside, forced to the disk, and renamed. Its seal, a SHA-256 digest of all bytes before it, is the comment with which a
-    zip archive may end: :func:`torch.load` and ``unzip`` read the file as they read any other.
+    The file is written aside, forced to the disk, and renamed. Its seal, a SHA-256 digest of all bytes before it, is
+    the comment with which a zip archive may end: :func:`torch.load` and ``unzip`` read the file as they read any other.
 
     Args:
         content: tensors and plain values.
@@ -291,7 +290,7 @@ def _seal(path: Path) -> str | None:
 
 
 def _force_to_disk(folder: Path) -> None:
-    """Force the names in a folder to the disk, where the system can do that: only then do they survive a loss of power."""
+    """Force the names in a folder to the disk, if the system can: only then do they survive a loss of power."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -311,7 +310,7 @@ def _unpickled(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     return content
 
 
-# -- the folder ------------------------------------------------------------------------------------------------------------
+# -- the folder --------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

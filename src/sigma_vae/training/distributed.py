@@ -1,4 +1,4 @@
-"""Several processes: their group, what they agree on, shares of the data, sharded weights, batch statistics, noise, and Fabric."""
+"""Several processes: group, exchanges, shares of the data, sharded weights, batch statistics, noise, and Fabric."""
 
 import copy
 import os
@@ -66,7 +66,7 @@ __all__ = [
 Made = TypeVar("Made")
 
 PATIENCE = timedelta(days=1)
-"""How long a process waits for others, one of which may be measuring what only one can measure. Where one has died, none waits."""
+"""How long a process waits for others, one of which may be measuring alone. None waits for one that has died."""
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
@@ -195,7 +195,8 @@ def first_of_node_first() -> Iterator[None]:
 def fabric_for(vae: VAE, config: TrainingConfig, device: torch.device) -> Fabric:
     """Lightning Fabric for the processes that there are: one, or those of ``torchrun`` with DDP or FSDP.
 
-    The environment is named, so that variables which a cluster's scheduler left behind are not taken for other processes.
+    The environment is named, so that variables which a cluster's scheduler left behind are not taken for other
+    processes.
     """
 
     def sharded(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -227,12 +228,9 @@ def _launched() -> bool:
 def shared(data: Splits, split: SplitName, size: int, device: torch.device | str = "cpu", limit: int | None = None) -> Batches:
     """This process's share of a split, in its order, for a pass on which no number depends on the size of batches.
 
-    Args:
-        data: its splits.
-        split: which of them.
-        size: examples in a batch of all processes together; more where the last batch would leave a process without any.
-        device: where the batches are.
-        limit: the first so many examples alone.
+    Args: data: its splits. split: which of them. size: examples in a batch of all processes together; more where the
+        last batch would leave a process without any. device: where the batches are. limit: the first so many examples
+        alone.
 
     Raises:
         ValueError: there are fewer examples than processes.
@@ -317,8 +315,8 @@ def noise_states(device: torch.device) -> list[list[Tensor]]:
 def set_noise(states: list[list[Tensor]] | None, seed: int, step: int, device: torch.device) -> None:
     """Let each process draw its own posterior noise.
 
-    Resumed on as many processes, each goes on with its noise. On another number the training goes on with the same weights, the same data in
-    the same order, and other noise; a line on stderr says so.
+    Resumed on as many processes, each goes on with its noise. On another number the training goes on with the same
+    weights, the same data in the same order, and other noise; a line on stderr says so.
 
     Args:
         states: of :func:`noise_states`; None for a new training.
@@ -356,7 +354,7 @@ def is_sharded(config: TrainingConfig) -> bool:
 
 
 def to_be_trained(vae: VAE, config: TrainingConfig) -> VAE:
-    """The model itself; if its weights are to be sharded, a copy: the model stays whole, and takes the best weights at the end.
+    """The model itself, or a copy whose weights can be sharded: the model stays whole, and takes the best weights.
 
     Raises:
         ValueError: the network names no parts to shard, or weights are to be averaged as well.
@@ -456,7 +454,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 @torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> None:
-    """Shorten a gradient of this norm to the largest allowed, as torch does; torch itself stumbles over what is partly shared out."""
+    """Shorten a gradient of this norm to the largest allowed, as torch does where nothing is sharded."""
     parameters = [p for p in parameters if p.grad is not None]
     if not any(isinstance(p.grad, DTensor) for p in parameters):
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
@@ -472,23 +470,24 @@ KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @final
 class GlobalBatchNorm(nn.Module):
-    r"""Takes the place of ``nn.BatchNorm1d``, ``2d`` or ``3d`` where several processes train, each with its share of the batch.
+    r"""Batch normalisation over all processes, in place of ``nn.BatchNorm1d``, ``2d`` or ``3d``.
 
-    Process p has :math:`n_p` values of a channel, their mean :math:`m_p` and their squares' sum :math:`s_p` about it. In training
+    Process p has :math:`n_p` values of a channel, their mean :math:`m_p` and their squares' sum :math:`s_p` about it.
+    In training
 
     .. math::
         n = \sum_p n_p, \quad m = \sum_p \frac{n_p}{n} m_p, \quad v = \frac1n \sum_p \left( s_p + n_p (m_p - m)^2 \right), \quad
         \hat x = \frac{x - m}{\sqrt{v + \epsilon}}, \quad y = \gamma \hat x + \beta
 
-    (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance": nothing large cancels). With g what all processes
-    minimise together, differentiated in y, the gradient in x is
+    (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample variance": nothing large cancels). With g what
+    all processes minimise together, differentiated in y, the gradient in x is
 
     .. math::
         \frac{\gamma}{\sqrt{v + \epsilon}} \left( g - \frac1n \sum g - \frac{\hat x}n \sum g \hat x \right),
 
-    sums being over the values of all processes (Ioffe and Szegedy 2015, arXiv 1502.03167, section 3). The gradients of γ and β are
-    those of the share: data parallelism adds them up. Running statistics follow m and v n / (n − 1), alike on all processes. In eval
-    mode they are what is normalised by, and nothing is said between processes.
+    sums being over the values of all processes (Ioffe and Szegedy 2015, arXiv 1502.03167, section 3). The gradients of
+    γ and β are those of the share: data parallelism adds them up. Running statistics follow m and v n / (n − 1), alike
+    on all processes. In eval mode they are what is normalised by, and nothing is said between processes.
 
     Every process must call it as often as the others, forward and backward; a share may be empty.
 
@@ -541,7 +540,7 @@ class GlobalBatchNorm(nn.Module):
 
 @contextmanager
 def global_statistics(model: nn.Module) -> Iterator[None]:
-    """Where there are several processes, let batch normalisation take its statistics over all of them for as long as this lasts.
+    """Let batch normalisation take its statistics over all processes for as long as this lasts.
 
     Names and shapes of the model's state are those that it has without.
 
@@ -572,7 +571,8 @@ def global_statistics(model: nn.Module) -> Iterator[None]:
 def of_shares_alone(model: nn.Module) -> list[nn.Module]:
     """Batch normalisation that :func:`global_statistics` does not make that of all processes.
 
-    It is of another kind than ``nn.BatchNorm1d``, ``2d`` or ``3d``, or has no running statistics: validation, too, then takes the batch's.
+    It is of another kind than ``nn.BatchNorm1d``, ``2d`` or ``3d``, or has no running statistics: validation, too, then
+    takes the batch's.
 
     >>> [type(norm).__name__ for norm in of_shares_alone(nn.Sequential(nn.BatchNorm1d(2), nn.SyncBatchNorm(2)))]
     ['SyncBatchNorm']
@@ -584,8 +584,8 @@ def of_shares_alone(model: nn.Module) -> list[nn.Module]:
 def check_processes(vae: VAE) -> None:
     """Refuse a network that several processes would train differently from one.
 
-    Raises:
-        ValueError: it normalises by statistics of the batch in a way in which each process would use those of its share.
+    Raises: ValueError: it normalises by statistics of the batch in a way in which each process would use those of its
+        share.
     """
     norms = of_shares_alone(vae)
     if processes().world_size > 1 and norms:
@@ -601,7 +601,7 @@ def _replaceable(norm: _BatchNorm) -> bool:
 
 
 class _Moments(NamedTuple):
-    """Of the values of all processes: how many a channel has ``()``, their mean and variance ``(C,)``; in float32 at least."""
+    """Number ``()`` of a channel's values on all processes, their mean and variance ``(C,)``; in float32 at least."""
 
     number: Tensor
     mean: Tensor

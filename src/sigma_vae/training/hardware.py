@@ -21,7 +21,7 @@ from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 __all__ = ["Choices", "Machine", "Work", "applied", "choices_for", "choose", "keep_freed_memory", "machine_of", "work_of"]
 
 LEAST_FLOPS_OF_BFLOAT16 = 6e7
-"""Of a step's forward pass. Below, casting costs more than is won: an MLP on 28×28 breaks even at a width of 100 (docs/speed.md)."""
+"""Of a step's forward pass. Below, casting costs more than it gains: an MLP on 28×28 breaks even at a width of 100."""
 WIDE_KERNEL = 5
 """From here on channels last pay (docs/speed.md: the paper's network 1.2×); narrower kernels lose by them."""
 FLOPS_OF_A_CALL = {"cpu": 2e9, "cuda": 1e12}
@@ -33,7 +33,7 @@ MOST_STEPS_PER_CALL = 16
 @final
 @dataclass(frozen=True)
 class Machine:
-    """What a choice depends on: kind of device, bfloat16 instructions, glibc, torch's threads, share of processors."""
+    """Device, bfloat16 instructions, glibc, torch's threads, share of processors: choices depend on them."""
 
     device: Literal["cpu", "cuda"]
     name: str
@@ -46,10 +46,10 @@ class Machine:
 @final
 @dataclass(frozen=True)
 class Work:
-    """What a step is made of: operations of its forward pass (a multiplication and an addition are two), and its widest kernel.
+    """Operations of a step's forward pass (a multiplication and an addition are two), and its widest kernel.
 
-    ``measured`` is whether several seeds of this kind of network, on CPUs, ended at the same test ELBO in bfloat16 as in float32:
-    `python -m benchmarks.speed --part precision`.
+    ``measured`` is whether several seeds of this kind of network, on CPUs, ended at the same test ELBO in bfloat16 as
+    in float32: `python -m benchmarks.speed --part precision`.
     """
 
     flops: float
@@ -60,7 +60,7 @@ class Work:
 @final
 @dataclass(frozen=True)
 class Choices:
-    """What a run trains with."""
+    """The hardware settings that a run trains with."""
 
     device: Literal["cpu", "cuda"]
     name: str
@@ -91,7 +91,7 @@ class Choices:
 
 
 def choose(config: TrainingConfig, machine: Machine, work: Work) -> Choices:
-    """What the config asks for, and for what it leaves open, what is best on this machine for this work.
+    """Choose hardware settings: those of the config; where it says auto, the best ones here for this work.
 
     >>> machine = Machine("cpu", "a processor", bfloat16=True, glibc=True, threads=8, processors=2.0)
     >>> choices = choose(TrainingConfig(), machine, Work(flops=1e6, widest_kernel=0))
@@ -133,7 +133,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def choices_for(vae: VAE, data: Splits, config: TrainingConfig, device: torch.device) -> Choices:
-    """What :func:`sigma_vae.training.fit` trains with."""
+    """The settings that :func:`sigma_vae.training.fit` trains with."""
     return choose(config, machine_of(device), work_of(vae, data, config.batch_size))
 
 
@@ -162,7 +162,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _share_of_processors() -> float:
-    """What the control group allows of the processors that a container sees."""
+    """The number of processors that the control group allows a container."""
     quota, _, period = next(iter(_lines("/sys/fs/cgroup/cpu.max")), "max").partition(" ")
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else math.inf
 
@@ -176,7 +176,7 @@ def _lines(path: str) -> list[str]:
 
 @torch.no_grad()
 def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
-    """What the forward pass of a step costs, counted on one example (or clip) for each of the batch."""
+    """Count the cost of a step's forward pass on one example (or clip), times those of the batch."""
     device = next(vae.parameters()).device
     example = next(iter(data.batches("train", 1, limit=1)))
     mask = None if example.mask is None else example.mask.to(device)
@@ -227,9 +227,9 @@ def _arrange(vae: VAE, memory_format: torch.memory_format) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to give nothing back to the kernel, and to take no large block apart from the rest: faulting pages in costs more.
+    """Tell glibc to give no memory back to the kernel, and to keep large blocks with the rest.
 
-    Large blocks that come and go in each step are otherwise new pages each time. Measured: docs/speed.md.
+    Large blocks that come and go in each step are otherwise new pages each time, which cost more (docs/speed.md).
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)

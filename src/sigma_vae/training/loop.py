@@ -17,13 +17,14 @@ import numpy as np
 import torch
 
 from sigma_vae.config import LoggerName, TrainingConfig
-from sigma_vae.data import Splits
+from sigma_vae.data import Splits, as_splits
 from sigma_vae.training.callbacks import Bar, Callback, Context, Patience
 from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
 from sigma_vae.training.distributed import (
     check_processes,
     each_on_any,
     fabric_for,
+    first_of_node_first,
     from_first,
     global_statistics,
     joined,
@@ -72,7 +73,7 @@ class FitResult:
 
 
 class Terminated(SystemExit):
-    """SIGTERM came, as a cluster sends it before a job's time is over: the step was finished and a checkpoint written."""
+    """SIGTERM came, as clusters send it before a job's end; a checkpoint of the finished step was written."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
@@ -80,7 +81,7 @@ class Terminated(SystemExit):
 
 def fit(
     vae: VAE,
-    data: Splits,
+    data: object,
     config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     *,
     out: Path | None = None,
@@ -95,26 +96,22 @@ def fit(
 
     The model is left on the device that it was trained on, in eval mode.
 
-    Started by ``torchrun``, the processes train one model: each step's batch, validation and calibration are shared out, ``batch_size``
-    counts the examples of all, and the first process writes the files. Every process must call this with the same arguments.
+    Started by ``torchrun``, the processes train one model: each step's batch, validation and calibration are shared
+    out, ``batch_size`` counts the examples of all, and the first process writes the files. Every process must call this
+    with the same arguments.
 
-    Args:
-        vae: the model.
-        data: its splits; test is not touched.
-        config: how to train.
-        out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; nothing is kept unless given.
-        seed: of the order of the data and the noise (the weights are random since ``vae`` was made).
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-        resume: go on exactly where the newest whole checkpoint in ``out/checkpoints`` stands.
-        progress: show a bar.
-        callbacks: hooks; see :class:`Callback`.
-        loggers: names (``csv``, ``tensorboard``, ``wandb``, ``mlflow``, where ``out`` is given), or loggers of Lightning Fabric or
+    Args: vae: the model. data: its splits; test is not touched. config: how to train. out: folder for ``metrics.csv``,
+        TensorBoard events and ``checkpoints/``; nothing is kept unless given. seed: of the order of the data and the
+        noise (the weights are random since ``vae`` was made). device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
+        resume: go on exactly where the newest whole checkpoint in ``out/checkpoints`` stands. progress: show a bar.
+        callbacks: hooks; see :class:`Callback`. loggers: names (``csv``, ``tensorboard``, ``wandb``, ``mlflow``, where
+        ``out`` is given), or loggers of Lightning Fabric or
             pytorch-lightning; ``config.logger`` unless given.
 
-    Raises:
-        ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over than ``config`` has,
-            ``out`` has checkpoints that are not to be resumed, or another process writes there; the network reads clips and the data
-            are none, or the other way round.
+    Raises: ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over
+        than ``config`` has,
+            ``out`` has checkpoints that are not to be resumed, or another process writes there; the network reads clips
+            and the data are none, or the other way round.
         NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
         KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
         Terminated: after SIGTERM, likewise; not caught, it ends the process with the exit code 143.
@@ -122,29 +119,31 @@ def fit(
     """
     where = resolve_device(device)
     with joined(where), ExitStack() as stack:
+        with first_of_node_first():
+            splits = as_splits(data)
         check_processes(vae)
         check_weights(vae, config)
-        _check_clips(vae, data)
+        _check_clips(vae, splits)
         seed_generators(seed)
         folder = (out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))).absolute()
         stack.enter_context(exclusive(folder / "checkpoints"))
         resumed = _resumed(folder / "checkpoints", resume=resume)
         vae.train()
         if resumed is None:
-            _start_scales(vae, data, config)
+            _start_scales(vae, splits, config)
         model = to_be_trained(vae, config)
-        choices = choices_for(model, data, config, where)
+        choices = choices_for(model, splits, config, where)
         if progress and processes().first:
             print(choices)
             callbacks = [*callbacks, Bar()]
         named = config.logger if loggers is None else loggers
         keep = _loggers(named, out and folder, resumed) if processes().first else []
-        training = _Training(model, data, config, choices, where, seed, folder, resumed, out is not None, callbacks, keep)
+        training = _Training(model, splits, config, choices, where, seed, folder, resumed, out is not None, callbacks, keep)
         with applied(choices, model), global_statistics(model):
             training.run()
         if training.checkpoints.best.step is not None or model is not vae:
             vae.load_state_dict(training.checkpoints.newest_weights())
-        vae.to(where).eval().calibrate(shared(data, "train", _passing_batch(data), where))
+        vae.to(where).eval().calibrate(shared(splits, "train", _passing_batch(splits), where))
         return training.result()
 
 
@@ -270,7 +269,7 @@ class _Training:
         return over or (context.step % every == 0 if every else self.batches.state_dict()["position"] == 0)
 
     def _validate(self) -> None:
-        """Refit the scales on a fixed part of the training data, as an evaluation would; then measure, and keep the best weights."""
+        """Refit the scales on a fixed part of the training data, measure the bound, and keep the best weights."""
         context, average = self.context, self.stepper.average
         context.epoch = self._epoch()
         with average.in_place_of(self.vae) if average else nullcontext():
@@ -359,7 +358,7 @@ class _Training:
 
 @final
 class _Interrupts:
-    """Turns the first Ctrl-C, and SIGTERM, into a wish to stop after the step at hand; a second Ctrl-C stops at once."""
+    """Turns the first Ctrl-C, and SIGTERM, into a wish to stop after the step; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.asked: int | None = None
@@ -440,7 +439,7 @@ def _resumed(folder: Path, *, resume: bool) -> Path | None:
 
 
 def _loggers(wanted: Sequence[LoggerName | TrainingLogger], folder: Path | None, resumed: Path | None) -> list[TrainingLogger]:
-    """The loggers, those by name made where there is a folder; a resumed run keeps the rows up to the step that it resumes from."""
+    """Make the loggers given by name, if there is a folder; a resumed run keeps the rows of the steps before it."""
     names = [logger for logger in wanted if isinstance(logger, str)]
     given = [logger for logger in wanted if not isinstance(logger, str)]
     if folder is None:
@@ -461,7 +460,7 @@ def _start_scales(vae: VAE, data: Splits, config: TrainingConfig) -> None:
 
 
 def _part(data: Splits) -> int:
-    """How many training examples scales are refitted on before a validation."""
+    """Number of training examples that scales are refitted on before a validation."""
     least = max(2, processes().world_size)
     return min(max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), least), len(data.train))
 

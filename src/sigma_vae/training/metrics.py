@@ -1,4 +1,4 @@
-"""Loggers of the run's metrics: a CSV table that no kill can tear, TensorBoard's events of the same rows, Weights & Biases, MLflow."""
+"""Loggers of metrics: a CSV table that no kill can tear, TensorBoard's events, Weights & Biases, MLflow."""
 
 import csv
 import importlib
@@ -92,7 +92,7 @@ class _RunLogger(Logger):
 
 @final
 class MetricsTable(_RunLogger):
-    """``metrics.csv``: each row is added in one piece; for a row with new columns the table is written anew beside the old one.
+    """``metrics.csv``: each row is added in one piece; a row with new columns replaces the whole file by a new one.
 
     Args:
         path: of the table.
@@ -142,8 +142,9 @@ class MetricsTable(_RunLogger):
 class Events(_RunLogger):
     """TensorBoard's file of the same rows, each written when it is logged.
 
-    TensorBoard's own writer writes later, in a thread: rows that it has not yet written are lost with a killed process, rows that it has written stay
-    when a run goes on from before them, and on a full disk the thread dies with a traceback.
+    TensorBoard's own writer writes later, in a thread: rows that it has not yet written are lost with a killed process,
+    rows that it has written stay when a run goes on from before them, and on a full disk the thread dies with a
+    traceback.
 
     Args:
         folder: of the run; the file is made in a folder inside, where it replaces those that are there.
@@ -206,7 +207,7 @@ class WeightsAndBiases(_RunLogger):
 
 @final
 class MLflow(_RunLogger):
-    """A run of MLflow, named after the folder; a resumed training continues it. ``MLFLOW_TRACKING_URI`` says where it is kept.
+    """A run of MLflow (where ``MLFLOW_TRACKING_URI`` says), named after the folder; a resumed training continues it.
 
     Args:
         folder: of the run.

@@ -39,8 +39,8 @@ REMEDY = "Checkpoints written before are intact. Lower the learning rate, or cli
 class Suspect(NamedTuple):
     """A batch that is being trained on or validated.
 
-    ``rng`` is the state of torch's generator when the step began (a GPU's own, where there is one), empty in a validation, whose noise
-    belongs to the examples. ``here`` is whether a term of this process is not finite.
+    ``rng`` is the state of torch's generator when the step began (a GPU's own, where there is one), empty in a
+    validation, whose noise belongs to the examples. ``here`` is whether a term of this process is not finite.
     """
 
     step: int
@@ -80,16 +80,16 @@ def diagnosis(vae: VAE, suspect: Suspect, elbo: Elbo) -> NonFiniteLossError:
     )
 
 
-# -- keeping ---------------------------------------------------------------------------------------------------------------
+# -- keeping -----------------------------------------------------------------------------------------------------------
 
 
 class BrokenStep(NamedTuple):
     """The parts of a step that failed.
 
-    Shapes:
-        batch as the model saw it (of several processes the share of the first that has a broken term); rng ``(bytes,)`` the state of
-        the generator when the step began, empty in a validation; weights by their names in the model; about: ``step``, ``split``,
-        ``diagnosis``, the hardware ``choices``, ``shape`` of an example and ``scaling`` of the data.
+    Shapes: batch as the model saw it (of several processes the share of the first that has a broken term); rng
+        ``(bytes,)`` the state of the generator when the step began, empty in a validation; weights by their names in
+        the model; about: ``step``, ``split``, ``diagnosis``, the hardware ``choices``, ``shape`` of an example and
+        ``scaling`` of the data.
     """
 
     batch: Batch
@@ -155,7 +155,7 @@ def _packed(step: BrokenStep) -> bytes:
     return save(plain, metadata={"about": json.dumps(step.about)})
 
 
-# -- replaying -------------------------------------------------------------------------------------------------------------
+# -- replaying ---------------------------------------------------------------------------------------------------------
 
 
 def load_broken_step(path: Path) -> BrokenStep:
@@ -181,10 +181,10 @@ def load_broken_step(path: Path) -> BrokenStep:
 
 
 def first_broken(vae: VAE, step: BrokenStep, config: TrainingConfig = TrainingConfig()) -> list[str]:  # noqa: B008 (frozen)
-    """Replay a step, and name the modules whose output is not finite where their input was, in the order in which they run.
+    """Replay a step, and name the modules whose output is not finite although their input was, in their order.
 
-    The step is repeated with its weights, its noise (a GPU's on a GPU alone), its micro-batches and its precision, but uncompiled and on one
-    process. A parameter that is not finite itself is named first.
+    The step is repeated with its weights, its noise (a GPU's on a GPU alone), its micro-batches and its precision, but
+    uncompiled and on one process. A parameter that is not finite itself is named first.
 
     Args:
         vae: a model of the kind that failed; it takes the weights of the step.

@@ -25,12 +25,12 @@ __all__ = [
 
 
 def validated_total(vae: VAE) -> str:
-    """The name under which a validation logs what is maximised: a bound, or where there is no likelihood (grey Bernoulli) an objective."""
+    """Name of the metric that is maximised: a bound, or an objective where there is no likelihood (grey Bernoulli)."""
     return "validation/elbo_nats" if vae.likelihood.normalised else "validation/objective_nats"
 
 
 def current_sigma(vae: VAE) -> Tensor | None:
-    """The σ that training uses, where there is one: the geometric mean of several, the running one of an optimal scale."""
+    """The σ that training uses, if any: the geometric mean of several, the running one of an optimal scale."""
     log_sigma = vae.likelihood.log_sigma()
     return None if log_sigma is None else log_sigma.detach().mean().exp()
 
@@ -40,14 +40,14 @@ NO_KL = 1e-9
 
 
 class Losses(NamedTuple):
-    """The true bound of each example, and what is minimised of it, ``(*batch,)`` in nats."""
+    """The true bound of each example, and the objective to minimise, ``(*batch,)`` in nats."""
 
     elbo: Elbo
     minimised: Tensor
 
 
 def is_weighted(config: TrainingConfig) -> bool:
-    """Whether what is minimised differs from the negative ELBO."""
+    """Whether the objective differs from the negative ELBO."""
     return config.kl_weight != 1 or config.beta_nll != 0 or config.free_bits_nats != 0 or config.kl_balancing_steps != 0
 
 
@@ -74,11 +74,11 @@ def losses(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0, elbo_o
 
     .. math:: -\sum_i \sigma_i^{2 \beta} \log p(x_i|z) + w \sum_l \gamma_l \max(\lambda, KL_l)
 
-    with σ to the power 2β detached (Seitzer et al. 2022, β-NLL), w the ``kl_weight`` (Beta-Sigma VAE, arXiv 2409.09361, which puts
-    it on an optimal σ), λ the ``free_bits_nats`` (Kingma et al. 2016, arXiv 1606.04934, section 2.4: the batch's mean of
-    KL_l is what is compared, over all processes) and γ the balance over layers while ``step`` is below ``kl_balancing_steps``. With
-    β = λ = 0, w = 1 and no balance it is the negative ELBO, ``vae.elbo`` or a compiled ``elbo_of``. Under autocast the network alone is
-    in half precision.
+    with σ to the power 2β detached (Seitzer et al. 2022, β-NLL), w the ``kl_weight`` (Beta-Sigma VAE, arXiv 2409.09361,
+    which puts it on an optimal σ), λ the ``free_bits_nats`` (Kingma et al. 2016, arXiv 1606.04934, section 2.4: the
+    batch's mean of KL_l is what is compared, over all processes) and γ the balance over layers while ``step`` is below
+    ``kl_balancing_steps``. With β = λ = 0, w = 1 and no balance it is the negative ELBO, ``vae.elbo`` or a compiled
+    ``elbo_of``. Under autocast the network alone is in half precision.
     """
     if not is_weighted(config):
         elbo = (elbo_of or vae.elbo)(batch.x, mask=batch.mask)
@@ -110,9 +110,9 @@ def balance(kl_nats: Tensor, latents: Sequence[int]) -> Tensor:
     .. math:: \gamma_l \propto \overline{KL}_l / d_l, \qquad \sum_l \gamma_l = L
 
     where :math:`\overline{KL}_l` is the mean over the batch of all processes and :math:`d_l` the layer's number of
-    latents: a layer that uses each of its latents more than others do pays more for it, one that is switched off is nearly free (the
-    warm-up of NVAE, Vahdat and Kautz 2020, arXiv 2007.03898, appendix A; its released code has :math:`d_l` as the area of the layer's
-    map).
+    latents: a layer that uses each of its latents more than others do pays more for it, one that is switched off is
+    nearly free (the warm-up of NVAE, Vahdat and Kautz 2020, arXiv 2007.03898, appendix A; its released code has
+    :math:`d_l` as the area of the layer's map).
 
     Args:
         kl_nats: ``(*batch, layers)``.
@@ -127,7 +127,7 @@ def balance(kl_nats: Tensor, latents: Sequence[int]) -> Tensor:
 
 
 class StepLoss(NamedTuple):
-    """The bound of each of this process's examples, and the mean over all processes' examples of what is minimised, in nats."""
+    """The bound of each of this process's examples, and the mean objective of all processes' examples, in nats."""
 
     elbo: Elbo
     loss: Tensor
@@ -136,19 +136,20 @@ class StepLoss(NamedTuple):
 def step_loss(
     vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0, elbo_of: Callable[..., Elbo] | None = None
 ) -> StepLoss:
-    r"""What one step minimises: of the global batch, of which this process has its share, in ``config.accumulate`` micro-batches.
+    r"""Loss of a step on this process's share of the global batch, in ``config.accumulate`` micro-batches.
 
     With :math:`n_i` of all n examples in micro-batch i,
 
     .. math:: \text{loss} = \sum_i \frac{n_i}{n}\, L_i(\sigma_i), \qquad L_i = \text{mean over the micro-batch's examples}
 
-    A σ that is solved is that of its micro-batch (over all processes), and so are the batch means of free bits and of KL balancing. Where σ
-    is no statistic of the batch (fixed, learned, predicted) the gradient is that of the whole batch. Where it is one, the loss lies below
-    the whole batch's, as the mean of :math:`\log \sigma_i` lies below the logarithm of the root mean square, and the gradient is
-    that of this mean.
+    A σ that is solved is that of its micro-batch (over all processes), and so are the batch means of free bits and of
+    KL balancing. Where σ is no statistic of the batch (fixed, learned, predicted) the gradient is that of the whole
+    batch. Where it is one, the loss lies below the whole batch's, as the mean of :math:`\log \sigma_i` lies below the
+    logarithm of the root mean square, and the gradient is that of this mean.
 
-    All micro-batches but the last are differentiated here, and add to the gradients that are there; the loss returned has the gradient of
-    the last one. Gradients are scaled by the number of processes, as data parallelism takes their mean over processes.
+    All micro-batches but the last are differentiated here, and add to the gradients that are there; the loss returned
+    has the gradient of the last one. Gradients are scaled by the number of processes, as data parallelism takes their
+    mean over processes.
 
     Args:
         vae: the model, in training mode.

@@ -44,7 +44,7 @@ class _Unchecked(NamedTuple):
 
 
 def optimizer_for(vae: VAE, config: TrainingConfig, *, fused: bool = False) -> torch.optim.AdamW:
-    """Adam, or AdamW with weight decay; the likelihood's own parameters (a shared σ, a ν) have their own rate and no decay."""
+    """Adam(W); the likelihood's own parameters (a shared σ, a ν) have their own learning rate and no decay."""
     rate = config.learning_rate
     scales = {id(p): p for p in vae.likelihood.parameters()}
     weights = [p for p in vae.parameters() if id(p) not in scales]
@@ -59,13 +59,10 @@ def optimizer_for(vae: VAE, config: TrainingConfig, *, fused: bool = False) -> t
 class Stepper:
     """Takes optimiser steps, each down the gradient of a batch's mean negative ELBO (or weighted objective), in nats.
 
-    Args:
-        vae: the model, on its device.
-        config: of the training.
-        choices: of the hardware.
-        total_steps: of the whole training, which the cosine schedule ends with.
-        log_volume_nats: logged bounds are smaller by it than the model's log-density: the Jacobian of a standardisation.
-        fabric: runs the processes; it wraps the model where there are several.
+    Args: vae: the model, on its device. config: of the training. choices: of the hardware. total_steps: of the whole
+        training, which the cosine schedule ends with. log_volume_nats: logged bounds are smaller by it than the model's
+        log-density: the Jacobian of a standardisation. fabric: runs the processes; it wraps the model where there are
+        several.
     """
 
     def __init__(
@@ -130,7 +127,7 @@ class Stepper:
             raise diagnosis(self.vae, first.suspect, first.elbo)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights to evaluate and export (the averages, where there are any), whole; every process must call this."""
+        """The weights to evaluate and export, whole (the averages, if any); every process must call this."""
         return whole_state(self.vae) if self.average is None else self.average.module.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
@@ -165,7 +162,7 @@ class Stepper:
             average_gradients(self.vae.likelihood.parameters())
 
     def _handle_gradient(self, row: dict[str, Tensor | float] | None) -> bool:
-        """Skip the step if the gradient is too long, clip it if it is long, log its norm; return whether it was skipped."""
+        """Log the gradient's norm, clip it, or skip the step; return whether it was skipped."""
         limit, longest = self.config.skip_gradient_norm, self.config.gradient_clip_norm
         if limit is None and longest is None and row is None:
             return False
@@ -250,7 +247,7 @@ class Averaged:
 
     @contextmanager
     def in_place_of(self, vae: VAE) -> Iterator[None]:
-        """Let the model have the averages for as long as this lasts; changes made meanwhile are changes of the averages."""
+        """Let the model have the averages for as long as this lasts; changes meanwhile are kept as theirs."""
         self._swap(vae)
         try:
             yield

@@ -90,7 +90,10 @@ def test_a_network_at_hand_is_put_into_eval_mode_and_known_by_its_weights() -> N
 
 
 MISTAKES = {
-    "name": ("resnet", r"features come from dinov2\[:PATH\], dinov2-b\[:PATH\], efficientnet, inception\[:FILE\], a TorchScript file"),
+    "name": (
+        "resnet",
+        r"features come from dinov2\[:PATH\], dinov2-b\[:PATH\], efficientnet, inception\[:FILE\], a TorchScript file",
+    ),
     "missing file": ("nowhere/tiny.pt", "there is no such file"),
     "no TorchScript": ("TEXT", "is no TorchScript file"),
     "place": ("efficientnet:TEXT", "takes nothing after a colon"),

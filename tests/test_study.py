@@ -88,7 +88,10 @@ MISTAKES = {
     "unknown setting": ({"axes": {"model.colour": ["red"]}}, "model.colour"),
     "wrong value": ({"axes": {"seed": ["one"]}}, "seed"),
     "empty axis": ({"axes": {"seed": []}}, "the axis seed has no values"),
-    "a part of a value": ({"axes": {"seed.x": [1]}, "base": {"data": {"source": "digits"}, "seed": 1}}, "seed is a value (1) without parts"),
+    "a part of a value": (
+        {"axes": {"seed.x": [1]}, "base": {"data": {"source": "digits"}, "seed": 1}},
+        "seed is a value (1) without parts",
+    ),
     "unknown metric": ({"evaluation": {"metrics": ["beauty"]}}, "beauty"),
     "prior as an axis": ({"axes": {"model.prior": ["standard", "mixture:3"]}}, "write priors: [standard, mixture:3]"),
     "prior in the base": (

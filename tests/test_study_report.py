@@ -298,9 +298,7 @@ def test_cost_is_per_seed_where_seeds_are_missing(spec, tmp_path):
         record["seconds"] = 100.0
 
     study.report(edit(spec, build(spec, tmp_path / "out", failed=missing), same))
-    rows = Page((tmp_path / "out" / "report.html").read_text()).tables[
-        "Cost of training and evaluation, all attempts"
-    ]
+    rows = Page((tmp_path / "out" / "report.html").read_text()).tables["Cost of training and evaluation, all attempts"]
     assert [row[3] for row in rows[1:]] == ["", "4.0", "1"]
 
 

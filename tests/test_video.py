@@ -216,7 +216,7 @@ def test_the_network_of_choice_for_clips_is_one_that_predicts() -> None:
     data = splits()
     vae = models.vae(ModelConfig(latent_dim=3, width=4), data.shape, data.scaling, clips=data.clips)
     assert vae.network.context_frames == PAST
-    with pytest.raises(ValueError, match="has clips and needs a SequenceNetwork, got FlatNetwork"):
+    with pytest.raises(ValueError, match="has clips and needs a network that reads clips, got FlatNetwork"):
         fit(models.vae(ModelConfig(width=4), data.shape, data.scaling), data, device="cpu", progress=False)
 
 

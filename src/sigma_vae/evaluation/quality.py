@@ -427,6 +427,8 @@ def video_quality(
         ValueError: there is no extractor, the data are no clips of images, or too short, or the network predicts no
             frames.
     """
+    if not vae.network.reads_clips:
+        raise ValueError(f"{type(vae.network).__name__} predicts no frames; use a network for video, such as sequence")
     past = vae.network.context_frames if context_frames is None else context_frames
     if show not in ("mean", "draw"):
         raise ValueError(f'show is "mean" or "draw", got {show!r}')

@@ -319,8 +319,8 @@ def _position(setting: Setting) -> Iterator[Verdict]:
     more = bootstrapped([shares[1][seed] - shares[0][seed] for seed in seeds])
     where = setting.values(ours, "sigma_post_hoc_density", setting.plain)
     finding = f"σ = {where.mean():.3g}: " if len(where) else ""
-    finding += f"marginal KL at {signed(kl, 2)} of the grid's range"
-    further = f"mutual information higher in its range by {signed(more, 2)}"
+    finding += f"share of the grid's range: marginal KL {signed(kl, 2)}"
+    further = f"mutual information minus marginal KL {signed(more, 2)}"
     yield both(below(kl, 0.25, finding), above(more, 0.0, further))
 
 

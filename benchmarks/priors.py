@@ -27,7 +27,7 @@ from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.features import Extractor, load_extractor
 from sigma_vae.evaluation.information import information
 from sigma_vae.evaluation.quality import frechet_distance
-from sigma_vae.priors import FittedPrior, MixturePrior
+from sigma_vae.priors import MixturePrior
 from sigma_vae.vae import VAE, keyed_noise
 
 LIKELIHOODS = (
@@ -121,11 +121,11 @@ def samples(vae: VAE, data: Splits, measures: dict[str, Extractor]) -> dict[str,
         )
     fit = float(score(vae, data.batches("test", BATCH)).log_likelihood_post_hoc.mean())  # of the same draws with every prior
     for name in PRIORS:
-        prior = models.prior(name, vae.network.latent_dim)
-        if isinstance(prior, FittedPrior):
+        prior = models.prior(name, vae.network.latents.sizes[0])
+        if prior.needs_fit:
             vae.fit_prior(data.batches("train", BATCH), prior, data.batches("validation", BATCH))
         else:
-            vae.network.prior = prior
+            vae.network.replace_prior(prior)
         if isinstance(prior, MixturePrior):
             result["components"] = prior.components
         result[f"elbo_post_hoc_nats_{name}"] = fit - rate(vae, data)

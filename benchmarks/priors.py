@@ -121,7 +121,7 @@ def samples(vae: VAE, data: Splits, measures: dict[str, Extractor]) -> dict[str,
         )
     fit = float(score(vae, data.batches("test", BATCH)).log_likelihood_post_hoc.mean())  # of the same draws with every prior
     for name in PRIORS:
-        prior = models.prior(name, sum(vae.network.latents.sizes))
+        prior = models.prior(name, vae.network.latents.sizes[0])
         if prior.needs_fit:
             vae.fit_prior(data.batches("train", BATCH), prior, data.batches("validation", BATCH))
         else:

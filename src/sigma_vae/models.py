@@ -128,8 +128,8 @@ def likelihood(
     Either may have an argument after a colon: ``student-t:3/fixed:0.1``. ``mean`` is for families with a scale.
 
     Raises:
-        ValueError: the family or the scale does not exist (the nearest name is given), its argument means nothing, or the family takes
-            no scale, or cannot be trained on levels.
+        ValueError: the family or the scale does not exist (the nearest name is given), its argument means nothing, or
+            the family takes no scale, or cannot be trained on levels.
 
     >>> likelihood("gaussian/fixed:0.1", channels=3)
     Gaussian(channels=3, scale=Fixed(0.1))
@@ -297,14 +297,15 @@ class Saved(NamedTuple):
 def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[int], scaling: Scaling) -> None:
     """Write weights and scales (safetensors) and a description (JSON): enough to load the model without training code.
 
-    The prior is named after the model's own: a mixture whose number of components was chosen is saved with that number. An existing
-    file is kept until the new one is complete.
+    The prior is named after the model's own: a mixture whose number of components was chosen is saved with that number.
+    An existing file is kept until the new one is complete.
 
     Args:
         folder: made where it does not exist.
         model: the model.
-        config: names and sizes of its parts; None where network and likelihood are a user's own objects without a name. Either part
-            may also be called ``"unnamed"``. Such a model is loaded with ``load(folder, network=..., likelihood=...)``.
+        config: names and sizes of its parts; None where network and likelihood are a user's own objects without a name.
+            Either part may also be called ``"unnamed"``. Such a model is loaded with ``load(folder, network=...,
+            likelihood=...)``.
         shape: of one example, or of one frame.
         scaling: of the training data.
 
@@ -335,7 +336,8 @@ def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[i
 def load(folder: str | Path, network: Network | None = None, likelihood: Likelihood | None = None) -> Saved:
     """Read a model that :func:`save` wrote.
 
-    Nothing is unpickled, no module that a file names is imported, and no more memory is taken than the files have bytes.
+    Nothing is unpickled, no module that a file names is imported, and no more memory is taken than the files have
+    bytes.
 
     Args:
         folder: of the model, or of a run that has one.
@@ -343,8 +345,8 @@ def load(folder: str | Path, network: Network | None = None, likelihood: Likelih
         likelihood: likewise.
 
     Raises:
-        ValueError: the folder holds no model, a broken one, one of a newer format, one whose parts have no name and are not given, or
-            one made from a package that is not installed, which is named.
+        ValueError: the folder holds no model, a broken one, one of a newer format, one whose parts have no name and are
+            not given, or one made from a package that is not installed, which is named.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -56,8 +56,9 @@ class Inference(NamedTuple):
 
     Shapes:
         h ``(*batch, in_channels, *space)``, target ``(*batch, C, *space)``, kl ``(*batch, layers)`` in nats,
-        log_ratio ``(*batch,)``: log p(z) − log q(z|x) at the draw that gave h. Of a video the batch is that of its clips, h and target
-        are ``(*batch, frames, ...)``, and mask ``(*batch, frames)`` says which frames are valid, where not all of them are.
+        log_ratio ``(*batch,)``: log p(z) − log q(z|x) at the draw that gave h. Of a video the batch is that of its
+        clips, h and target are ``(*batch, frames, ...)``, and mask ``(*batch, frames)`` says which frames are valid,
+        where not all of them are.
     """
 
     h: Tensor
@@ -234,11 +235,13 @@ class Frames(Latents):
 class Network(nn.Module, ABC):
     """Encoder, latents and decoder.
 
-    A subclass defines :attr:`latents`, :meth:`infer` and :meth:`generate`. That is enough to train, evaluate, sample and save it.
+    A subclass defines :attr:`latents`, :meth:`infer` and :meth:`generate`. That is enough to train, evaluate, sample
+    and save it.
 
-    Everything else is optional. A subclass that defines one of the other methods has that capability: the rest of the package asks
-    :attr:`has_posterior`, :attr:`has_prior`, :attr:`has_draw`, :attr:`has_latent_kl`, :attr:`reads_clips` or :attr:`reads_condition`
-    before it calls, and never asks for a class. The base class refuses with the reason.
+    Everything else is optional. A subclass that defines one of the other methods has that capability: the rest of the
+    package asks
+    :attr:`has_posterior`, :attr:`has_prior`, :attr:`has_draw`, :attr:`has_latent_kl`, :attr:`reads_clips` or
+    :attr:`reads_condition` before it calls, and never asks for a class. The base class refuses with the reason.
 
     To allow :meth:`VAE.fit_prior`, keep a :class:`Prior` as ``self.prior`` and use it in ``infer`` and ``generate``.
     """
@@ -402,8 +405,8 @@ class Network(nn.Module, ABC):
 class DataDistribution(Distribution, ABC):
     """p(x|z): the distribution of one example's values, batch ``(*batch,)``, event ``(C, *space)``.
 
-    A subclass defines ``log_prob``, ``mean`` and ``sample`` as every torch distribution does, and :meth:`element_cdf`. Evaluation asks
-    the rest, which the base answers with "none".
+    A subclass defines ``log_prob``, ``mean`` and ``sample`` as every torch distribution does, and :meth:`element_cdf`.
+    Evaluation asks the rest, which the base answers with "none".
     """
 
     exponential_family: bool = False
@@ -433,9 +436,10 @@ class DataDistribution(Distribution, ABC):
 class Likelihood(nn.Module, ABC):
     """p(x|z): from decoder features to a distribution over data.
 
-    A subclass says how many feature channels it reads, :attr:`in_channels`, and makes the :meth:`distribution` of the data. Bin
-    probabilities and distribution functions are derived from that. What a subclass can do besides (σ, a calibration) it shows by
-    overriding; the base has no scale. The rest of the package asks :attr:`has_scale`, :attr:`predicts_scale` and so on, never the class.
+    A subclass says how many feature channels it reads, :attr:`in_channels`, and makes the :meth:`distribution` of the
+    data. Bin probabilities and distribution functions are derived from that. What a subclass can do besides (σ, a
+    calibration) it shows by overriding; the base has no scale. The rest of the package asks :attr:`has_scale`,
+    :attr:`predicts_scale` and so on, never the class.
     """
 
     takes_scale: bool = False
@@ -473,7 +477,8 @@ class Likelihood(nn.Module, ABC):
         Args:
             h: decoder features ``(*batch, in_channels, *space)``.
             x: data, which are checked. In training an optimal σ is solved for them; evaluation never takes σ from them.
-            observes: a density, or the probabilities of the levels' bins; what the likelihood is trained on unless given.
+            observes: a density, or the probabilities of the levels' bins; what the likelihood is trained on unless
+                given.
             refitted: with the σ that ``calibrate`` solved, whatever the scale.
         """
 
@@ -602,7 +607,8 @@ class Likelihood(nn.Module, ABC):
             observes: what of them is looked at.
 
         Raises:
-            ValueError: x has another shape, is off the levels that are observed, or outside [0, 1] where the family is bounded.
+            ValueError: x has another shape, is off the levels that are observed, or outside [0, 1] where the family is
+                bounded.
         """
         if x.shape != torch.Size(shape):
             raise ValueError(f"{self} was given data of shape {tuple(x.shape)} for features of shape {tuple(shape)}")

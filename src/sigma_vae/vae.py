@@ -44,11 +44,12 @@ class Scores(NamedTuple):
     """Terms of each example's bound from one posterior draw, ``(*batch,)``, in nats.
 
     * "Post-hoc" values use the σ that :meth:`VAE.calibrate` solved. For an optimal scale that is its own σ.
-    * The masses are log bin probabilities. They are None where the data have no levels or the likelihood is not normalised.
+    * The masses are log bin probabilities. They are None where the data have no levels or the likelihood is not
+      normalised.
     * ``kl`` ``(*batch, layers)`` is the rate of each layer.
     * ``dims`` counts the values that are scored; for a clip, those of the predicted frames.
-    * ``log_ratio`` is log p(z) − log q(z|x) at the draw. Log-likelihood plus log-ratio is a log importance weight, whose mean
-      estimates p(x). Log-likelihood minus rate is not, where the KL is in closed form.
+    * ``log_ratio`` is log p(z) − log q(z|x) at the draw. Log-likelihood plus log-ratio is a log importance weight,
+      whose mean estimates p(x). Log-likelihood minus rate is not, where the KL is in closed form.
     """
 
     rate: Tensor
@@ -144,8 +145,8 @@ class VAE(nn.Module):
         Args:
             n: number of samples.
             show: ``"mean"`` of p(x|z), or a ``"draw"`` from it.
-            context: for networks that read clips, conditioning frames ``(1 or n, frames, C, H, W)`` of one clip or n. The samples are then
-                the ten frames that follow; :meth:`predict` makes more.
+            context: for networks that read clips, conditioning frames ``(1 or n, frames, C, H, W)`` of one clip or n.
+                The samples are then the ten frames that follow; :meth:`predict` makes more.
             generator: source of the latents' randomness; a draw from p(x|z) uses torch's global one.
             temperature: scales the spread of the latents: one number, or one per layer from the top down.
         """
@@ -168,8 +169,8 @@ class VAE(nn.Module):
     ) -> Tensor:
         """Predict future frames from the start of clips, several samples per clip: ``(samples, batch, frames, C, H, W)``.
 
-        Each frame is predicted from the one shown before it. With ``"mean"`` this is SVG's way; with ``"draw"`` the samples are draws
-        from the model that the ELBO bounds. Call it in eval mode.
+        Each frame is predicted from the one shown before it. With ``"mean"`` this is SVG's way; with ``"draw"`` the
+        samples are draws from the model that the ELBO bounds. Call it in eval mode.
 
         Args:
             context: conditioning frames ``(batch, past, C, H, W)``.
@@ -224,11 +225,12 @@ class VAE(nn.Module):
     def calibrate(self, loader: "Iterable[Examples]", seed: int = 0) -> None:
         """Solve the likelihood's scales exactly on the loader's data; the weights do not change.
 
-        Each example is decoded from one posterior draw, the same in each pass. Use validation data, or training data where there are
-        many: a σ from a small training set is too narrow for new data.
+        Each example is decoded from one posterior draw, the same in each pass. Use validation data, or training data
+        where there are many: a σ from a small training set is too narrow for new data.
 
         Args:
-            loader: batches ``x`` or ``(x, ...)``. It is iterated more than once, so a generator does not work. Give it a fixed order, or
+            loader: batches ``x`` or ``(x, ...)``. It is iterated more than once, so a generator does not work. Give it
+                a fixed order, or
                 :class:`Batch` with positions.
             seed: seed of the posterior's noise.
         """
@@ -241,16 +243,20 @@ class VAE(nn.Module):
     ) -> None:
         """Fit a prior to one posterior draw of each example, and use it in place of the network's prior.
 
-        Nothing else changes: call it after training and :meth:`calibrate`. The ELBO is then the bound of the model with that prior, and
+        Nothing else changes: call it after training and :meth:`calibrate`. The ELBO is then the bound of the model with
+        that prior, and
         :meth:`sample` draws from it. Where the fit fails, the network keeps its prior.
 
         Args:
-            loader: batches ``x`` or ``(x, ...)`` of training data; only their latents are kept in memory. Give it a fixed order, or
+            loader: batches ``x`` or ``(x, ...)`` of training data; only their latents are kept in memory. Give it a
+                fixed order, or
                 :class:`Batch` with positions.
             prior: moved to the model's device and dtype, and fitted there.
-            validation: held-out data for a prior that has something to choose: :class:`MixturePrior` its number of components,
+            validation: held-out data for a prior that has something to choose: :class:`MixturePrior` its number of
+                components,
                 :class:`FlowPrior` when to stop.
-            seed: seed of the fit and of the posteriors' noise. The noise differs from that of an evaluation with this seed.
+            seed: seed of the fit and of the posteriors' noise. The noise differs from that of an evaluation with this
+                seed.
 
         Raises:
             ValueError: the network's prior cannot be replaced, or the prior cannot be fitted to these latents.

@@ -108,9 +108,10 @@ def _part(array: Array, path: Path, layout: str) -> Part:
 def read_hdf5(config: DataConfig) -> Raw:
     """Read data sets of an HDF5 file, channels first.
 
-    Without ``columns``, the keys train, validation (valid, val) and test are the splits; a single data set is used whatever its key.
-    ``columns`` can give a key (``group/name`` if it is nested): of one data set, or of one in each of the groups train, validation and
-    test. Data sets of uint8 or uint16 from 256 MiB on are copied into the cache, a slice at a time; others are read whole.
+    Without ``columns``, the keys train, validation (valid, val) and test are the splits; a single data set is used
+    whatever its key. ``columns`` can give a key (``group/name`` if it is nested): of one data set, or of one in each of
+    the groups train, validation and test. Data sets of uint8 or uint16 from 256 MiB on are copied into the cache, a
+    slice at a time; others are read whole.
 
     Raises:
         ValueError: the file is missing, damaged or not HDF5; there is no such key; or the data sets do not match.

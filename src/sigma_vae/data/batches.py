@@ -29,16 +29,17 @@ class BatchState(TypedDict):
 class Batches:
     """Iterate over stored examples in batches, any number of times.
 
-    ``batch_size`` counts the examples of all processes together. Each global batch is split over ``world_size`` ranks as evenly as
-    possible: every rank has the same number of batches, and the examples of a step do not depend on the number of processes. The last
-    batch may be smaller; no batch is dropped, and no example is repeated.
+    ``batch_size`` counts the examples of all processes together. Each global batch is split over ``world_size`` ranks
+    as evenly as possible: every rank has the same number of batches, and the examples of a step do not depend on the
+    number of processes. The last batch may be smaller; no batch is dropped, and no example is repeated.
 
-    The order of an epoch depends only on ``(seed, epoch)``. An epoch ends with its last batch, or when a new iteration starts before
-    that. ``state_dict`` gives the position of an iteration; after ``load_state_dict`` the next iteration starts with the next batch.
-    The state is the same on every rank, and may be loaded by another number of processes.
+    The order of an epoch depends only on ``(seed, epoch)``. An epoch ends with its last batch, or when a new iteration
+    starts before that. ``state_dict`` gives the position of an iteration; after ``load_state_dict`` the next iteration
+    starts with the next batch. The state is the same on every rank, and may be loaded by another number of processes.
 
     Shapes:
-        x ``(n, C, *space)``, or ``(n, T, C, *space)`` for clips: float32 on the store's device; positions ``(n,)`` int64 on the CPU.
+        x ``(n, C, *space)``, or ``(n, T, C, *space)`` for clips: float32 on the store's device; positions ``(n,)``
+        int64 on the CPU.
 
     >>> from sigma_vae.data.stores import InMemory
     >>> batches = Batches(InMemory(torch.tensor([[0], [1], [2]], dtype=torch.uint8)), Scaling(levels=3), batch_size=2)

@@ -31,9 +31,9 @@ PIECE_BYTES = 2**26
 def cached(encoded: Encoded, folder: Path | None = None) -> tuple[Mapped, list[str]]:
     """Return the decoded examples from the cache; if they are not in it yet, decode them into it first.
 
-    The cache is beside the data, or in ``folder``. Its name is the digest of everything that decides its content; in ``folder``, which
-    several data sets may share, that includes the place of the data. Only one process builds it while others wait. It is written aside
-    and renamed when it is whole.
+    The cache is beside the data, or in ``folder``. Its name is the digest of everything that decides its content; in
+    ``folder``, which several data sets may share, that includes the place of the data. Only one process builds it while
+    others wait. It is written aside and renamed when it is whole.
 
     Returns:
         The examples, and the names of unreadable ones that were left out.
@@ -261,7 +261,8 @@ def file_record(path: Path) -> dict[str, Any]:
 def file_stamp(path: Path) -> list[Any]:
     """Name, size and times of last change of content and of entry: they reveal a changed file without reading it.
 
-    No copying tool can set back the time of the entry's change, so that other content of the same size and date is noticed.
+    No copying tool can set back the time of the entry's change, so that other content of the same size and date is
+    noticed.
     """
     status = path.stat()
     return [path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -53,11 +53,12 @@ class HubPlace:
 def read_hub(config: DataConfig) -> Raw:
     """Read the images of ``hub:OWNER/NAME`` or ``hub:OWNER/NAME:CONFIG``.
 
-    The package ``datasets`` keeps their files. They are read one at a time, so that they are never all in memory; first their headers,
-    to find one shape for all.
+    The package ``datasets`` keeps their files. They are read one at a time, so that they are never all in memory; first
+    their headers, to find one shape for all.
 
     Raises:
-        ValueError: the hub does not have it; it has no column of images, or several; or the images have no common shape.
+        ValueError: the hub does not have it; it has no column of images, or several; or the images have no common
+            shape.
     """
     place = _place(config)
     try:

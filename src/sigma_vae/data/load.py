@@ -1,6 +1,7 @@
 """Data sets by name and files by path: find the registered reader, check its values, hold out the missing splits.
 
-A new kind of data is one function in one file. It is found when its module is in this package, or when an installed package names it in
+A new kind of data is one function in one file. It is found when its module is in this package, or when an installed
+package names it in
 the entry-point group ``sigma_vae.sources``::
 
     @register.source("zarr", options={"layout"}, endings=(".zarr.zip",))
@@ -40,8 +41,8 @@ CHUNK = 2**22
 class Source:
     """A registered kind of data: a data set with a name, or files of one kind.
 
-    ``register.source`` takes the last four as keywords, above the reader ``(DataConfig) -> Raw``. A kind without ``endings`` and
-    ``reads`` is a data set, and ``source`` gives its name.
+    ``register.source`` takes the last four as keywords, above the reader ``(DataConfig) -> Raw``. A kind without
+    ``endings`` and ``reads`` is a data set, and ``source`` gives its name.
 
     Args:
         name: the name that it is registered under.

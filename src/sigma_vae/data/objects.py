@@ -62,21 +62,23 @@ def as_splits(
 ) -> Splits:
     """Turn data of any kind into train, validation and test splits.
 
-    Values are read as from files: uint8 and uint16 are levels, floats in [0, 1] are kept as real values (or checked to be levels,
-    where ``levels`` is given), the columns of a data frame are standardised, and images may have their channels first or last. Splits
-    that the data do not have are held out; ``Splits.record`` says how. Arrays that need no conversion are not copied: leave them as
-    they are.
+    Values are read as from files: uint8 and uint16 are levels, floats in [0, 1] are kept as real values (or checked to
+    be levels, where ``levels`` is given), the columns of a data frame are standardised, and images may have their
+    channels first or last. Splits that the data do not have are held out; ``Splits.record`` says how. Arrays that need
+    no conversion are not copied: leave them as they are.
 
     Args:
         data: one of
 
             * a NumPy array, or a tensor on any device, with the examples along the first axis;
             * a pandas DataFrame, whose numeric columns are taken;
-            * a map-style torch ``Dataset``, or a list: of each item, the item itself, or the first of a tuple: a tensor, an array or a
-              PIL image. All are read once, into memory, or into a temporary file if they are more than 1 GiB; random transforms are
-              frozen by that;
-            * a finite torch ``DataLoader``: its data set if it goes over all of it with the default collation, else its batches;
-            * a Hugging Face ``Dataset`` or ``DatasetDict``: its column of images or arrays, or its numeric columns as a table;
+            * a map-style torch ``Dataset``, or a list: of each item, the item itself, or the first of a tuple: a
+              tensor, an array or a PIL image. All are read once, into memory, or into a temporary file if they are more
+              than 1 GiB; random transforms are frozen by that;
+            * a finite torch ``DataLoader``: its data set if it goes over all of it with the default collation, else its
+              batches;
+            * a Hugging Face ``Dataset`` or ``DatasetDict``: its column of images or arrays, or its numeric columns as a
+              table;
             * a tuple (train, validation) or (train, validation, test), or a dict with these keys, of any of the above;
             * a name or path, read as ``DataConfig(source=data)``; or a :class:`~sigma_vae.config.DataConfig`;
             * :class:`~sigma_vae.data.Splits`, which are returned as they are.
@@ -132,8 +134,8 @@ def as_batches(
     """Turn new data into batches for a model that exists: scaled and checked like the data that it was trained on.
 
     Args:
-        data: as for :func:`as_splits`. Nothing is held out: data without splits are taken whole. Of several splits, and of a name or
-            path, ``split`` is taken.
+        data: as for :func:`as_splits`. Nothing is held out: data without splits are taken whole. Of several splits, and
+            of a name or path, ``split`` is taken.
         like: the model's data, or only their scaling; with the data, shape and columns are checked as well.
         batch_size: examples per batch.
         split: the split to take.

@@ -190,8 +190,8 @@ class PicturePlan:
 def probe(file: Path | bytes | IO[bytes]) -> Probe:
     """Return width, height and mode of a picture file, from its header (for palettes: from the whole file).
 
-    The mode is Pillow's, with two exceptions: for palettes it is the mode of their colours, ``L``, ``RGB`` or ``RGBA``; for 16-bit
-    colours, of which Pillow reads the upper 8 bits, it is ``RGB;16`` and the like.
+    The mode is Pillow's, with two exceptions: for palettes it is the mode of their colours, ``L``, ``RGB`` or ``RGBA``;
+    for 16-bit colours, of which Pillow reads the upper 8 bits, it is ``RGB;16`` and the like.
 
     Raises:
         UnreadableError: it is not a picture, or broken.
@@ -227,7 +227,8 @@ def plan(sizes_and_modes: Iterable[Probe], images: ImageConfig, name: str) -> Pi
         name: name of the set, for messages.
 
     Raises:
-        ValueError: there are none; they differ in size or channels and no option resolves it; or their mode has no levels.
+        ValueError: there are none; they differ in size or channels and no option resolves it; or their mode has no
+            levels.
 
     >>> plan([(3, 3, "L"), (4, 4, "L")], ImageConfig(), "squares")
     Traceback (most recent call last):
@@ -468,12 +469,12 @@ def _may_hold_pictures(path: Path, config: DataConfig) -> bool:
 def read_pictures(config: DataConfig) -> Raw:
     """Read the pictures below a folder, in an archive, or in several archives (shards), as levels ``(N, C, H, W)``.
 
-    Folders train, validation (valid, val) and test are the splits; names of shards may also begin with these words. Pictures are sorted
-    by path. They are decoded once, into a cache.
+    Folders train, validation (valid, val) and test are the splits; names of shards may also begin with these words.
+    Pictures are sorted by path. They are decoded once, into a cache.
 
     Raises:
-        ValueError: there is no picture; some are broken, and ``unreadable`` does not allow that; their sizes or modes differ; or some
-            are outside the splits' folders.
+        ValueError: there is no picture; some are broken, and ``unreadable`` does not allow that; their sizes or modes
+            differ; or some are outside the splits' folders.
     """
     path = config.path
     room = Path(config.cache).expanduser() if config.cache else path.resolve().parent / FOLDER

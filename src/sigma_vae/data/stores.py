@@ -205,11 +205,12 @@ class Encoded:
         shape: shape of each decoded example, ``(C, H, W)`` or ``(T, C, H, W)``.
         dtype: ``"uint8"`` or ``"uint16"``.
         decode: decodes example i; called from several threads. Raises :class:`UnreadableError` if it is broken.
-        identity: everything that decides the result, as plain values: the files (by :func:`~sigma_vae.data.cache.file_stamp`) and the
-            preprocessing. The cache's key is its digest.
+        identity: everything that decides the result, as plain values: the files (by
+            :func:`~sigma_vae.data.cache.file_stamp`) and the preprocessing. The cache's key is its digest.
         home: the folder beside which the cache is kept.
         skip_unreadable: leave broken examples out, and report how many; otherwise they are an error.
-        videos: for clips, the number of the video that each example comes from: whole videos are held out if there are enough.
+        videos: for clips, the number of the video that each example comes from: whole videos are held out if there are
+            enough.
     """
 
     names: Sequence[str]

@@ -39,12 +39,13 @@ def holds_tables(path: Path, config: DataConfig) -> bool:
 def read_tables(config: DataConfig) -> Raw:
     """Read rows of numbers ``(N, C)``; with layout ``n-t``, series ``(N, 1, T)`` whose times are the columns.
 
-    In a folder, train.csv is read, and test.csv and validation.csv if they exist (or .tsv, .parquet, .csv.gz). All numeric columns (and
-    true/false ones, as 1 and 0) are read, or those in ``columns``. They are real values, standardised by default; with ``levels``,
-    integers 0..levels−1.
+    In a folder, train.csv is read, and test.csv and validation.csv if they exist (or .tsv, .parquet, .csv.gz). All
+    numeric columns (and true/false ones, as 1 and 0) are read, or those in ``columns``. They are real values,
+    standardised by default; with ``levels``, integers 0..levels−1.
 
     Raises:
-        ValueError: a file is missing or damaged; a column is missing or not numeric; values are missing; or no column is left.
+        ValueError: a file is missing or damaged; a column is missing or not numeric; values are missing; or no column
+            is left.
     """
     path = config.path
     files = _tables(path) if path.is_dir() else _one(path)

@@ -329,8 +329,8 @@ def holds_videos(path: Path, config: DataConfig) -> bool:
 def read_videos(config: DataConfig) -> Raw:
     """Cut videos into clips, 16 frames each by default, side by side; frames left over at the end of a video are dropped.
 
-    Folders train, validation (valid, val) and test are the splits; otherwise whole videos are held out. Frames in a folder of pictures
-    are sorted by the numbers in their names.
+    Folders train, validation (valid, val) and test are the splits; otherwise whole videos are held out. Frames in a
+    folder of pictures are sorted by the numbers in their names.
 
     Raises:
         ValueError: there are no videos; one is broken or too short; or their sizes differ and no option resolves it.

@@ -88,7 +88,8 @@ def iwae(vae: VAE, batches: Batches, draws: int = 64, seed: int = 0, measures: C
     r"""Compute the importance-weighted bound of k draws (Burda et al. 2016), which rises with k to log p(x).
 
     .. math::
-        \log p(x) \ge E \log \tfrac1k \sum_{i=1}^k w_i, \qquad w_i = \frac{p(x|z_i)\, p(z_i)}{q(z_i|x)}, \quad z_i \sim q(z|x)
+        \log p(x) \ge E \log \tfrac1k \sum_{i=1}^k w_i, \qquad w_i = \frac{p(x|z_i)\, p(z_i)}{q(z_i|x)}, \quad z_i \sim
+        q(z|x)
 
     The first draw of each example is the one from which :func:`~sigma_vae.evaluation.elbo.elbo` computes the ELBO with
     this seed. The weights are summed as they come, in float64. All of them belong to their draw: with an analytic KL in

@@ -31,12 +31,14 @@ class LocationScale(Likelihood):
         channels: the data's channels.
         scale: where σ comes from; :class:`Optimal` unless given.
         spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
-        levels: how many values a datum can take, at k/(levels − 1); None for real-valued data, which have no ``log_mass``.
+        levels: how many values a datum can take, at k/(levels − 1); None for real-valued data, which have no
+            ``log_mass``.
         mean: ``"identity"``: features are the mean; ``"unit"``: a sigmoid maps them onto [0, 1].
         observes: what is trained on: the ``"density"`` of the values or the probability of their ``"level"``.
 
     Shapes:
-        h ``(*batch, in_channels, *space)``: the mean's channels, then the scale's, then the family's own; x ``(*batch, channels, *space)``.
+        h ``(*batch, in_channels, *space)``: the mean's channels, then the scale's, then the family's own; x ``(*batch,
+        channels, *space)``.
 
     Raises:
         ValueError: an argument is out of range, or ``observes="level"`` without levels.
@@ -104,12 +106,13 @@ class LocationScale(Likelihood):
     def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Solve σ exactly for the density, and for the bin probabilities where the data have levels; store both.
 
-        An :class:`Optimal` scale reports with them from now on. The other scales keep their own σ, and hold these as *post-hoc*
-        values (predicted scales: one factor on all predictions). Under ``torch.distributed``, every process must call this with
-        its share of the data.
+        An :class:`Optimal` scale reports with them from now on. The other scales keep their own σ, and hold these as
+        *post-hoc* values (predicted scales: one factor on all predictions). Under ``torch.distributed``, every process
+        must call this with its share of the data.
 
         Args:
-            pairs: (h, x), gone through once for a closed form, and several times for the levels: a list, not a generator.
+            pairs: (h, x), gone through once for a closed form, and several times for the levels: a list, not a
+                generator.
         """
         observed = _Pairs(self, pairs)
         per, dims, floor = self.scale.refit_per, self._event_dims, self.log_floor
@@ -233,7 +236,8 @@ class Unscaled(Likelihood):
     Args:
         channels: the data's channels.
         spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
-        levels: how many values a datum can take, at k/(levels − 1); None for real-valued data, which have no ``log_mass``.
+        levels: how many values a datum can take, at k/(levels − 1); None for real-valued data, which have no
+            ``log_mass``.
 
     Shapes:
         h ``(*batch, in_channels, *space)``, x ``(*batch, channels, *space)``. A family's ``row_`` methods see h
@@ -272,7 +276,8 @@ class Unscaled(Likelihood):
         """p(x|h), the same when refitted: see :meth:`Likelihood.distribution`.
 
         Raises:
-            ValueError: h has not ``in_channels`` channels, x cannot be drawn by the family, or the family has no such probabilities.
+            ValueError: h has not ``in_channels`` channels, x cannot be drawn by the family, or the family has no such
+                probabilities.
         """
         observes = self.check_observes(observes)
         if observes == "density" and self.observes == "level":

@@ -20,8 +20,8 @@ class Bernoulli(Unscaled):
 
     .. math:: \log p(x \mid h) = \sum_i x_i \log \sigma(h_i) + (1 - x_i) \log \sigma(-h_i)
 
-    For 0 < x < 1 this is a negative cross-entropy: it neither sums nor integrates to one, its "ELBO" bounds nothing, and
-    ``log_mass`` raises. :class:`ContinuousBernoulli` is the same with its normaliser.
+    For 0 < x < 1 this is a negative cross-entropy: it neither sums nor integrates to one, its "ELBO" bounds nothing,
+    and ``log_mass`` raises. :class:`ContinuousBernoulli` is the same with its normaliser.
 
     Args:
         channels: the data's channels.
@@ -87,8 +87,8 @@ class ContinuousBernoulli(Unscaled):
 
     .. math:: \log p(x \mid h) = \sum_i h_i x_i - \log \frac{e^{h_i} - 1}{h_i}
 
-    In its logit h it is an exponential distribution cut to [0, 1], uniform at h = 0; only its digits need special care there. A
-    bin's probability is the density over the bin, which at both ends has half the width:
+    In its logit h it is an exponential distribution cut to [0, 1], uniform at h = 0; only its digits need special care
+    there. A bin's probability is the density over the bin, which at both ends has half the width:
     :math:`\log\int_a^b e^{hx}dx = ha + \log(b-a) + \log\frac{e^{h(b-a)}-1}{h(b-a)}`. Draws are :math:`\log(1 + u(e^h - 1))/h` of
     uniform u, with a gradient to h (``rsample``).
 
@@ -101,7 +101,8 @@ class ContinuousBernoulli(Unscaled):
         h and x ``(*batch, channels, *space)``.
 
     Raises:
-        ValueError: x is outside [0, 1], h has the wrong channels, or a bin probability is asked for where there are no levels.
+        ValueError: x is outside [0, 1], h has the wrong channels, or a bin probability is asked for where there are no
+            levels.
 
     >>> likelihood = ContinuousBernoulli(channels=1)
     >>> p = likelihood(torch.tensor([[0.0], [1e-4], [-1e4]])[..., None, None])
@@ -204,7 +205,8 @@ def _cdf(x: Tensor, h: Tensor) -> Tensor:
 def _quantile(u: Tensor, h: Tensor) -> Tensor:
     """The x in [0, 1] below which a mass u lies: log(1 + u(e^h - 1))/h, monotone in u and in h.
 
-    Its numerator is the cumulant generating function of a coin that shows 1 with probability u: near h = 0 the cumulants are the series.
+    Its numerator is the cumulant generating function of a coin that shows 1 with probability u: near h = 0 the
+    cumulants are the series.
     """
     small = h.clamp(-QUANTILE_SERIES_BELOW, QUANTILE_SERIES_BELOW)
     q, skew = u * (1 - u), 1 - 2 * u

@@ -87,27 +87,28 @@ class StudentT(LocationScale):
     .. math:: \log p(x \mid h) = \sum_i \log C_\nu - \log \sigma_i - \frac{\nu + 1}{2} \log\left(1 + \frac{z_i^2}{\nu}\right),
         \quad z_i = \frac{x_i - \mu_i}{\sigma_i}
 
-    Over any set of values the best shared σ solves :math:`\sigma^2 = \overline{(\nu + 1) r^2 / (\nu + r^2/\sigma^2)}`; the
-    log-density is concave in log σ, so there is one such σ, and Newton's method finds it. With :class:`PerPixel` and
-    ``df="predicted"`` this is the decoder of Takahashi et al. ("Student-t variational autoencoder for robust density estimation",
-    IJCAI 2018).
+    Over any set of values the best shared σ solves :math:`\sigma^2 = \overline{(\nu + 1) r^2 / (\nu + r^2/\sigma^2)}`;
+    the log-density is concave in log σ, so there is one such σ, and Newton's method finds it. With :class:`PerPixel`
+    and ``df="predicted"`` this is the decoder of Takahashi et al. ("Student-t variational autoencoder for robust
+    density estimation", IJCAI 2018).
 
     Args:
         channels: the data's channels.
         scale: where σ comes from; :class:`Optimal` unless given.
-        df: degrees of freedom ν from 1 to 1000; ``"learned"``: one parameter; ``"predicted"``: by the decoder, for each value.
+        df: degrees of freedom ν from 1 to 1000; ``"learned"``: one parameter; ``"predicted"``: by the decoder, for each
+            value.
         spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
         levels: how many values a datum can take; None for real-valued data.
         mean: ``"identity"`` or ``"unit"``.
         observes: ``"density"`` or ``"level"``; the level needs a ν that is a number.
 
     Shapes:
-        h ``(*batch, in_channels, *space)``: the mean's channels, the scale's, those of predicted ν; x ``(*batch, C, *space)``,
-        ``log_prob`` ``(*batch,)`` in nats.
+        h ``(*batch, in_channels, *space)``: the mean's channels, the scale's, those of predicted ν; x ``(*batch, C,
+        *space)``, ``log_prob`` ``(*batch,)`` in nats.
 
     Raises:
-        ValueError: df is out of range, or is not a number where the level is observed (the Student-t distribution function has no
-            gradient in ν).
+        ValueError: df is out of range, or is not a number where the level is observed (the Student-t distribution
+            function has no gradient in ν).
 
     >>> likelihood = StudentT(channels=1, df=3)
     >>> x_hat, x = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.1)
@@ -164,9 +165,9 @@ class Logistic(LocationScale):
 
     .. math:: \log p(x \mid h) = -\sum_i \left( z_i + 2 \log(1 + e^{-z_i}) + \log \sigma_i \right), \quad z_i = (x_i - \mu_i)/\sigma_i
 
-    With ``observes="level"`` it is the discretized logistic of Kingma et al. (2016, arXiv 1606.04934) with exact end bins. The
-    best shared σ solves :math:`\overline{z \tanh(z/2)} = 1`; the log-density is concave in log σ, so Newton's method finds it. (σ is the
-    scale parameter; the std is πσ/√3.)
+    With ``observes="level"`` it is the discretized logistic of Kingma et al. (2016, arXiv 1606.04934) with exact end
+    bins. The best shared σ solves :math:`\overline{z \tanh(z/2)} = 1`; the log-density is concave in log σ, so Newton's
+    method finds it. (σ is the scale parameter; the std is πσ/√3.)
 
     Shapes:
         h ``(*batch, in_channels, *space)``, x ``(*batch, C, *space)``, ``log_prob`` ``(*batch,)`` in nats.

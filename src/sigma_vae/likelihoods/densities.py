@@ -190,8 +190,9 @@ def student_t_entropy(df: Df) -> Df:
 def student_t_log_cdf(z: Tensor, df: Df) -> Tensor:
     r"""Log of the mass below z, differentiable (twice) in z alone.
 
-    Below −3 it is the regularised incomplete beta function :math:`\tfrac12 I_x(\tfrac\nu2, \tfrac12)`, :math:`x = \nu/(\nu + z^2)`, by its
-    continued fraction (`DLMF 8.17.22 <https://dlmf.nist.gov/8.17.v>`_); nearer to 0, half less the integral of the density.
+    Below −3 it is the regularised incomplete beta function :math:`\tfrac12 I_x(\tfrac\nu2, \tfrac12)`, :math:`x =
+    \nu/(\nu + z^2)`, by its continued fraction (`DLMF 8.17.22 <https://dlmf.nist.gov/8.17.v>`_); nearer to 0, half less
+    the integral of the density.
 
     Raises:
         ValueError: on a backward pass that asks for the gradient in df.
@@ -206,8 +207,8 @@ def student_t_log_cdf(z: Tensor, df: Df) -> Tensor:
 def student_t_interval_log_prob(center: Tensor, width: Tensor, df: Df) -> Tensor:
     """Log of the mass on [center − width/2, center + width/2].
 
-    Narrow bins (on which the log-density changes by less than ½) by Gauss-Legendre quadrature of the density, where a difference of
-    two nearly equal masses would cancel; wide ones by that difference.
+    Narrow bins (on which the log-density changes by less than ½) by Gauss-Legendre quadrature of the density, where a
+    difference of two nearly equal masses would cancel; wide ones by that difference.
 
     Shapes: center and width broadcast to the result.
 
@@ -282,7 +283,8 @@ def _central(z: Tensor, df: Df) -> Tensor:
 def _log_tail(z: Tensor, df: Df) -> Tensor:
     """Log of the mass above z ≥ 3: log f(z) + log(z/ν), less the log of a continued fraction.
 
-    Its steps d are taken two by two: with 1 + d·x as (1 + d) − d·y nothing cancels where x is near 1, at many degrees of freedom.
+    Its steps d are taken two by two: with 1 + d·x as (1 + d) − d·y nothing cancels where x is near 1, at many degrees
+    of freedom.
     """
     a, b = 0.5 * df, 0.5
     radius = _radius(z, df)
@@ -300,7 +302,8 @@ def _log_tail(z: Tensor, df: Df) -> Tensor:
 def _log_normaliser(df: Df) -> Df:
     r""":math:`\log C_\nu = \log\Gamma(\tfrac{\nu + 1}2) - \log\Gamma(\tfrac\nu2) - \tfrac12 \log \nu\pi`.
 
-    Two large log-gammas would leave nothing in float32: for a tensor their difference is its asymptotic series, eight steps up.
+    Two large log-gammas would leave nothing in float32: for a tensor their difference is its asymptotic series, eight
+    steps up.
     """
     if not isinstance(df, Tensor):
         return math.lgamma(0.5 * (df + 1)) - math.lgamma(0.5 * df) - 0.5 * math.log(df * math.pi)
@@ -350,12 +353,13 @@ OTHER_FEATURES = 2**24
 def in_chunks(formula: Formula, h: Tensor, x: Tensor, gradient: Gradient | None = None, features: int | None = None) -> Tensor:
     """``formula(h, x)``, for as many rows at a time as hold so many features; the gradient to h is computed part by part, too.
 
-    Plain autograd keeps every temporary of a formula until the backward pass: tens of times the features. Here nothing is kept
-    but h and x, and the formula is evaluated again for its gradient. Where a family knows its gradient by hand, the forward
-    pass writes it next to the values, and the backward pass only scales it: no second evaluation, for one more tensor kept.
+    Plain autograd keeps every temporary of a formula until the backward pass: tens of times the features. Here nothing
+    is kept but h and x, and the formula is evaluated again for its gradient. Where a family knows its gradient by hand,
+    the forward pass writes it next to the values, and the backward pass only scales it: no second evaluation, for one
+    more tensor kept.
 
-    The formula is called as it is for a single part without such a gradient, under ``torch.compile`` and ``torch.export``, and where
-    a graph of the gradient is asked for (``create_graph=True``).
+    The formula is called as it is for a single part without such a gradient, under ``torch.compile`` and
+    ``torch.export``, and where a graph of the gradient is asked for (``create_graph=True``).
 
     Shapes:
         h ``(rows, ...)``, x ``(rows, ...)``, result ``(rows,)``.

@@ -112,8 +112,8 @@ def _class_moments(logits: Tensor, _: Tensor) -> Tensor:
 def _class_gradient(logits: Tensor, k: Tensor, out: Tensor) -> Tensor:
     """One where the class is, minus the softmax.
 
-    In powers of two: torch takes three of them in the time of one power of e. The largest logit's rounding is the same for all
-    classes, and cancels.
+    In powers of two: torch takes three of them in the time of one power of e. The largest logit's rounding is the same
+    for all classes, and cancels.
     """
     classes = k[:, None]
     largest = logits.amax(1, keepdim=True)

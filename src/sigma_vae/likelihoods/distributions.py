@@ -54,8 +54,8 @@ class _LocatedAndScaled(DataDistribution):
     def weighted_log_prob(self, value: Tensor, beta: float) -> Tensor:
         r"""The β-NLL objective (Seitzer et al. 2022), with its sign: :math:`\sum_i \sigma_i^{2\beta} \log p(x_i)`, weights detached.
 
-        It lessens the pull of the best predicted elements, on which a predicted σ otherwise spends the training. For β ≠ 0 it is an
-        objective, not a likelihood.
+        It lessens the pull of the best predicted elements, on which a predicted σ otherwise spends the training. For β
+        ≠ 0 it is an objective, not a likelihood.
         """
         return self._sum(self.element_log_prob(value) * torch.exp(2 * beta * self.log_scale.detach()))
 

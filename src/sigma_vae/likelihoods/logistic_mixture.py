@@ -32,15 +32,18 @@ class LogisticMixture(Discrete):
     With y = 2x − 1 in [−1, 1], and the end bins reaching to ±∞,
 
     .. math::
-        P(x) = \prod_{\text{pixels}} \sum_k \pi_k \prod_c \left[ \sigma\left(\frac{y_c - \mu_{kc} + \delta}{s_{kc}}\right)
+        P(x) = \prod_{\text{pixels}} \sum_k \pi_k \prod_c \left[ \sigma\left(\frac{y_c - \mu_{kc} +
+        \delta}{s_{kc}}\right)
             - \sigma\left(\frac{y_c - \mu_{kc} - \delta}{s_{kc}}\right) \right], \qquad \delta = \frac{1}{L-1}
 
-    The channels of a pixel share its component. Of three channels the later means follow the earlier values, linearly, with
-    predicted coefficients: :math:`\mu_G = m_G + a\,y_R, \mu_B = m_B + b\,y_R + c\,y_G`; a, b, c = tanh of features. Bin probabilities
-    are exact in the far tails and for the narrowest bins, where the usual implementation takes the density at the bin's centre.
+    The channels of a pixel share its component. Of three channels the later means follow the earlier values, linearly,
+    with predicted coefficients: :math:`\mu_G = m_G + a\,y_R, \mu_B = m_B + b\,y_R + c\,y_G`; a, b, c = tanh of
+    features. Bin probabilities are exact in the far tails and for the narrowest bins, where the usual implementation
+    takes the density at the bin's centre.
 
     ``mean`` is exact for other channel counts and for the first of three. For the later ones it puts the component's
-    expected y in place of the drawn ones: exact but for the cut at the ends of the range, where a sum over all colours would be needed.
+    expected y in place of the drawn ones: exact but for the cut at the ends of the range, where a sum over all colours
+    would be needed.
 
     Args:
         channels: the data's channels.
@@ -49,8 +52,8 @@ class LogisticMixture(Discrete):
         levels: how many values a datum can take.
 
     Shapes:
-        h ``(*batch, in_channels, *space)``: K logits, then channels × K means, then log-scales (kept within [−7, 20]), then of three
-        channels 3 × K coefficients (a, b, c); x ``(*batch, channels, *space)``.
+        h ``(*batch, in_channels, *space)``: K logits, then channels × K means, then log-scales (kept within [−7, 20]),
+        then of three channels 3 × K coefficients (a, b, c); x ``(*batch, channels, *space)``.
 
     Raises:
         ValueError: x is off the levels, h has the wrong channels, or there is no component.

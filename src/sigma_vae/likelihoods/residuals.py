@@ -25,9 +25,10 @@ __all__ = ["LAPLACE", "LOGISTIC", "NORMAL", "RESIDUALS", "ResidualDistribution",
 class ResidualDistribution(Protocol):
     r"""The distribution of a residual at scale 1: a density symmetric about 0.
 
-    ``statistic`` and ``power`` say how a scale is solved. At the best σ the mean of ``statistic(r/σ)`` is 1. Where ``closed_form`` is
-    true, multiplying σ by :math:`\overline{\text{statistic}}^{1/\text{power}}` leads there at once; elsewhere Newton's method does, which
-    needs a log-density that is concave in log σ. :data:`RESIDUALS` makes the distribution again from ``name`` and ``parameters``.
+    ``statistic`` and ``power`` say how a scale is solved. At the best σ the mean of ``statistic(r/σ)`` is 1. Where
+    ``closed_form`` is true, multiplying σ by :math:`\overline{\text{statistic}}^{1/\text{power}}` leads there at once;
+    elsewhere Newton's method does, which needs a log-density that is concave in log σ. :data:`RESIDUALS` makes the
+    distribution again from ``name`` and ``parameters``.
     """
 
     name: str

@@ -30,8 +30,8 @@ MOMENTUM = 0.01
 class Scale(nn.Module, ABC):
     """A source of log σ, with two stored values that ``calibrate`` solves: one for the density, one for the bin probabilities.
 
-    A stored value is log σ; for predicted scales it is the log of one factor on all predictions. It is empty until solved, and its
-    shape travels with the ``state_dict``.
+    A stored value is log σ; for predicted scales it is the log of one factor on all predictions. It is empty until
+    solved, and its shape travels with the ``state_dict``.
     """
 
     extra_per_channel = 0
@@ -177,8 +177,8 @@ register.scale.add(
 class Shared(Scale):
     """One learned σ (the paper's "shared σ-VAE").
 
-    Adam moves a parameter by at most its learning rate a step, so a log σ that starts far from its optimum lags. ``start`` puts it at
-    the spread of the data, and training gives it a learning rate of its own.
+    Adam moves a parameter by at most its learning rate a step, so a log σ that starts far from its optimum lags.
+    ``start`` puts it at the spread of the data, and training gives it a learning rate of its own.
     """
 
     def __init__(self, sigma: float | None = None, floor: float = FLOOR) -> None:
@@ -250,16 +250,18 @@ class PerPixel(Scale):
 class Optimal(Scale):
     r"""The σ that is best for the data at hand: not learned but solved (the paper's "optimal σ-VAE", equation 5).
 
-    For a Gaussian :math:`\sigma^2 = \text{MSE}`. It is detached: at the optimum the gradient through σ vanishes (envelope theorem), so
+    For a Gaussian :math:`\sigma^2 = \text{MSE}`. It is detached: at the optimum the gradient through σ vanishes
+    (envelope theorem), so
 
     :math:`\nabla \tfrac D2 \log \text{MSE} = \nabla \tfrac{D}{2\sigma^2} \text{MSE}`.
     Under ``torch.distributed`` it is the optimum of the global batch.
 
-    In training σ comes from the batch. In eval mode it is a stored value, never one that has seen the example: a running mean
-    over training until ``calibrate`` solves it exactly. ``per="image"`` then uses the batch-wide one, as a σ chosen from
-    the example that it scores gives no normalised density.
+    In training σ comes from the batch. In eval mode it is a stored value, never one that has seen the example: a
+    running mean over training until ``calibrate`` solves it exactly. ``per="image"`` then uses the batch-wide one, as a
+    σ chosen from the example that it scores gives no normalised density.
 
-    The floor is hard, for degenerate data alone: a soft clip at −6, as in the paper's code, widens σ by 13 % at log σ = −4.
+    The floor is hard, for degenerate data alone: a soft clip at −6, as in the paper's code, widens σ by 13 % at log σ =
+    −4.
     """
 
     solved = True
@@ -321,7 +323,8 @@ class RunningMinimum(Scale):
 
     .. math:: \sigma^2 \leftarrow \min(\sigma^2,\; 0.99\,\sigma^2 + 0.01\,\text{MSE of the batch})
 
-    σ is fed as a constant, the same in training and evaluation: a calibration leaves it alone and stores post-hoc values. It lags
+    σ is fed as a constant, the same in training and evaluation: a calibration leaves it alone and stores post-hoc
+    values. It lags
     :class:`Optimal` while the fit improves, and never follows where the fit gets worse.
     """
 

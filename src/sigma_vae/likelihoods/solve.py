@@ -47,7 +47,8 @@ def best_log_scale(
         start: where the search for levels begins; at the density's optimum unless given.
 
     Shapes:
-        result (event-shaped, 1 where shared), or ``(*batch, 1, ...)`` for ``per="image"``; in the precision of the data.
+        result (event-shaped, 1 where shared), or ``(*batch, 1, ...)`` for ``per="image"``; in the precision of the
+        data.
 
     Raises:
         ValueError: there are no data.
@@ -66,7 +67,8 @@ def best_batch_log_scale(observed: Observed, per: Per, event_dims: int, log_floo
     """:func:`best_log_scale` of one batch; compiled without a graph break.
 
     Raises:
-        ValueError: under ``torch.compile``, the scale has to be solved by iteration and the residual distribution is not in
+        ValueError: under ``torch.compile``, the scale has to be solved by iteration and the residual distribution is
+            not in
             :data:`RESIDUALS`.
     """
     residual, loc, _, x = observed
@@ -218,7 +220,8 @@ def _slope_of_density(observed: Observed, log_scale: Tensor) -> Tensor:
 def _slope_and_curvature(observed: Observed, log_scale: Tensor, levels: int) -> Tensor:
     r"""First and second derivative of each element's log-probability of its bin in its log σ, in two rows.
 
-    With a and b the edges of the bin in units of σ, P its probability, f the density and s = −z (log f)' the residual's statistic:
+    With a and b the edges of the bin in units of σ, P its probability, f the density and s = −z (log f)' the residual's
+    statistic:
 
     .. math:: \frac{a f(a) - b f(b)}{P}, \qquad \frac{b f(b) (1 - s(b)) - a f(a) (1 - s(a))}{P} - \text{slope}^2
     """

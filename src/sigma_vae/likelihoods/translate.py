@@ -38,8 +38,9 @@ def explain(
 ) -> Explanation:
     r"""Translate ``reduction(squared error) + beta · kl_reduction(KL)``.
 
-    With a factor a on the summed error and b on the KL, the objective is a multiple of :math:`\|x - \hat x\|^2 + (b/a) KL`, which is the
-    negative ELBO of a Gaussian decoder with :math:`\sigma^2 = \beta/2`, up to a factor and a constant.
+    With a factor a on the summed error and b on the KL, the objective is a multiple of :math:`\|x - \hat x\|^2 + (b/a)
+    KL`, which is the negative ELBO of a Gaussian decoder with :math:`\sigma^2 = \beta/2`, up to a factor and a
+    constant.
 
     Args:
         shape: of one example, as ``(3, 64, 64)``.

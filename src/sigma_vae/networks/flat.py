@@ -21,7 +21,8 @@ class FlatNetwork(Network):
 
     Args:
         encoder: x ``(batch, C, *space)`` to ``(batch, 2·latent_dim)``: the posterior's mean, then its log-variance.
-        decoder: z ``(batch, latent_dim)`` to features ``(batch, in_channels, *space)``; the likelihood says how many channels.
+        decoder: z ``(batch, latent_dim)`` to features ``(batch, in_channels, *space)``; the likelihood says how many
+            channels.
         latent_dim: size of z.
         prior: p(z); N(0, I) unless given.
 

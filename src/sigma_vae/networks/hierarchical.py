@@ -49,9 +49,10 @@ class DecoderBlock(NamedTuple):
 class HierarchyPlan:
     """The blocks of a hierarchical network, in the order in which data pass through them.
 
-    The notation is that of Very Deep VAEs (Child 2021, arXiv 2011.10650). Encoder tokens are ``32x11`` (eleven blocks at 32×32),
-    ``32d2`` (one block there, then average pooling by 2) and ``32`` (one block). Decoder tokens are ``8x5`` (five layers of latents at
-    8×8), ``8m4`` (one layer, the first at 8×8, which mixes in the 4×4 features) and ``8`` (one layer).
+    The notation is that of Very Deep VAEs (Child 2021, arXiv 2011.10650). Encoder tokens are ``32x11`` (eleven blocks
+    at 32×32), ``32d2`` (one block there, then average pooling by 2) and ``32`` (one block). Decoder tokens are ``8x5``
+    (five layers of latents at 8×8), ``8m4`` (one layer, the first at 8×8, which mixes in the 4×4 features) and ``8``
+    (one layer).
 
     Args:
         encoder: blocks from the image down.
@@ -315,9 +316,10 @@ class HierarchicalNetwork(Network):
 
     .. math:: p(z) = \prod_l p(z_l | z_{<l}), \qquad q(z|x) = \prod_l q(z_l | z_{<l}, x)
 
-    Both are diagonal Gaussians over a map ``(latent_dim, resolution, resolution)``. At initialisation every prior is N(0, 1), and the
-    output of a block is scaled by 1/√blocks, so that depth does not matter (Child 2021, section 3). Blocks are pre-activation bottlenecks
-    with GELU and no batch statistics. Where the highest resolution is a fraction of the image's, squares of pixels become channels.
+    Both are diagonal Gaussians over a map ``(latent_dim, resolution, resolution)``. At initialisation every prior is
+    N(0, 1), and the output of a block is scaled by 1/√blocks, so that depth does not matter (Child 2021, section 3).
+    Blocks are pre-activation bottlenecks with GELU and no batch statistics. Where the highest resolution is a fraction
+    of the image's, squares of pixels become channels.
 
     Args:
         shape: of one example, ``(C, H, W)``.
@@ -525,8 +527,9 @@ def hierarchical(
 ) -> HierarchicalNetwork:
     """Layers of latents from coarse to fine (VDVAE): by a preset (tiny, cifar10), or by a plan.
 
-    ``tiny`` runs on a CPU, for images of any size: it has layers of latents at 1×1 and at most 8×8. ``cifar10`` has the published
-    sizes: 43 layers of latents, 39 million parameters. A plan of your own, such as ``28x2,28d4,7,7d7/1,7m1,7,28m7,28``, is read by
+    ``tiny`` runs on a CPU, for images of any size: it has layers of latents at 1×1 and at most 8×8. ``cifar10`` has the
+    published sizes: 43 layers of latents, 39 million parameters. A plan of your own, such as
+    ``28x2,28d4,7,7d7/1,7m1,7,28m7,28``, is read by
     :meth:`HierarchyPlan.parse`.
 
     Args:

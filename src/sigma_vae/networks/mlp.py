@@ -19,8 +19,8 @@ START_LOG_VARIANCE = -4.0
 def mlp(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 400) -> FlatNetwork:
     """A multilayer perceptron for data of any shape: two hidden layers each way, with ReLU.
 
-    The untrained posterior is narrow, with a log-variance around −4. A solved or learned σ is large at first; latents that start as wide
-    as the prior then go unused, and are seldom used again (``benchmarks/posterior_start.py``).
+    The untrained posterior is narrow, with a log-variance around −4. A solved or learned σ is large at first; latents
+    that start as wide as the prior then go unused, and are seldom used again (``benchmarks/posterior_start.py``).
 
     Args:
         shape: of one example, ``(C, *space)``: a table's row, a series, an image.

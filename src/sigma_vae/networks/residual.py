@@ -36,27 +36,28 @@ _Weighted = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn
 def residual(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 16) -> FlatNetwork:
     r"""Pre-activation residual blocks, most of them at low resolution, for images and series.
 
-    The size is halved until it is at most 8, with residual blocks below the first level. Dense layers follow. The decoder mirrors it.
+    The size is halved until it is at most 8, with residual blocks below the first level. Dense layers follow. The
+    decoder mirrors it.
 
-    A block adds two convolutions of its input to it, with activations a = SiLU before them (He et al. 2016, arXiv 1603.05027,
-    figure 1b):
+    A block adds two convolutions of its input to it, with activations a = SiLU before them (He et al. 2016, arXiv
+    1603.05027, figure 1b):
 
     .. math:: x + W_2\, a(W_1\, a(x))
 
-    There are no batch statistics. Instead, initial weights keep the mean square from layer to layer (He et al. 2015, arXiv 1502.01852,
-    with the gain of SiLU). Those of :math:`W_2` are divided by the root of the number of blocks, so that activations do not grow with
-    depth (in the manner of Zhang et al. 2019, arXiv 1901.09321). Those of the last layers are divided by twenty, so that an untrained
-    decoder gives features near 0 for every z.
+    There are no batch statistics. Instead, initial weights keep the mean square from layer to layer (He et al. 2015,
+    arXiv 1502.01852, with the gain of SiLU). Those of :math:`W_2` are divided by the root of the number of blocks, so
+    that activations do not grow with depth (in the manner of Zhang et al. 2019, arXiv 1901.09321). Those of the last
+    layers are divided by twenty, so that an untrained decoder gives features near 0 for every z.
 
-    With 28×28×1 data a pass costs a tenth of the multiply-adds of :func:`conv`. There are more weights, most of them in the dense
-    layers.
+    With 28×28×1 data a pass costs a tenth of the multiply-adds of :func:`conv`. There are more weights, most of them in
+    the dense layers.
 
     Args:
         shape: of one example: an image ``(C, H, W)`` or a series ``(C, T)``.
         out_channels: ``likelihood.in_channels``.
         latent_dim: size of z.
-        width: channels of the first level, at half the data's size. They double from level to level, up to eightfold. The dense layers
-            have 32 times as many units.
+        width: channels of the first level, at half the data's size. They double from level to level, up to eightfold.
+            The dense layers have 32 times as many units.
 
     Raises:
         ValueError: the data are neither images nor series, or an axis is shorter than 4.

@@ -82,7 +82,8 @@ class Steps(NamedTuple):
 class Recurrence(nn.Module):
     """Three recurrences: posterior and prior give a frame's latents, the predictor gives the next frame's code.
 
-    Each begins with a linear layer; posterior and prior have one LSTM layer, the predictor has two. The state is passed in and returned.
+    Each begins with a linear layer; posterior and prior have one LSTM layer, the predictor has two. The state is passed
+    in and returned.
 
     Args:
         code_dim: size of a frame's code, the encoder's vector for it.
@@ -115,7 +116,8 @@ class Recurrence(nn.Module):
 
         Args:
             before: codes ``(batch, steps, code_dim)`` of the frames to step from.
-            after: codes of the frames that follow, from which the posterior draws the latents; None: the prior draws them.
+            after: codes of the frames that follow, from which the posterior draws the latents; None: the prior draws
+                them.
             draw: source of standard normal numbers, asked for ``(batch, latent_dim)`` once per step.
             state: state to continue from.
         """
@@ -235,8 +237,9 @@ class FrameDecoder(nn.Module):
 def dcgan(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: int = 128) -> Backbone:
     """SVG's DCGAN: 4×4 convolutions of stride 2 that double the width each time, up to eightfold, and their mirror image.
 
-    Frames of 64×64 pass four such stages (64, 128, 256, 512 channels), of 32×32 three, of 128×128 five; a 4×4 convolution then gives the
-    code, through batch norm and tanh. The decoder's last layer gives features; the original's sigmoid belongs to the likelihood.
+    Frames of 64×64 pass four such stages (64, 128, 256, 512 channels), of 32×32 three, of 128×128 five; a 4×4
+    convolution then gives the code, through batch norm and tanh. The decoder's last layer gives features; the
+    original's sigmoid belongs to the likelihood.
 
     Args:
         shape: of a frame, ``(C, H, W)``.
@@ -269,8 +272,8 @@ def dcgan(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: in
 def vgg(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: int = 128) -> Backbone:
     """SVG's VGG: two or three 3×3 convolutions per stage, with pooling and upsampling between stages.
 
-    Frames of 64×64 pass stages of 2, 2, 3 and 3 convolutions (64, 128, 256, 512 channels), of 32×32 the first three. Arguments, errors,
-    first and last layers are those of :func:`dcgan`.
+    Frames of 64×64 pass stages of 2, 2, 3 and 3 convolutions (64, 128, 256, 512 channels), of 32×32 the first three.
+    Arguments, errors, first and last layers are those of :func:`dcgan`.
 
     Raises:
         ValueError: the frames are not square with a side of 8, 16, 32, 64, ...
@@ -401,20 +404,22 @@ class SequenceNetwork(Network):
         q(z_t|x_{\le t}) = N(\mu_\phi(c_{1:t}), \sigma^2_\phi(c_{1:t})), \quad p(z_t|x_{<t}) = N(\mu_\psi(c_{1:t-1}),
         \sigma^2_\psi(c_{1:t-1})), \quad h_t = \text{decoder}(g(c_{t-1}, z_t, \dots), \text{skips})
 
-    (the fixed prior is N(0, I)). The skip connections are those of the last conditioning frame (in the published code, of the one before).
+    (the fixed prior is N(0, I)). The skip connections are those of the last conditioning frame (in the published code,
+    of the one before).
 
     The first frames of a clip are given and not modelled: the bound is
 
     .. math::
-        \log p(x_{c+1:T}|x_{1:c}) \ge E_q \sum_{t>c} \left[ \log p(x_t|x_{<t}, z_{\le t}) - KL(q(z_t|x_{\le t}) \| p(z_t|x_{<t})) \right],
+        \log p(x_{c+1:T}|x_{1:c}) \ge E_q \sum_{t>c} \left[ \log p(x_t|x_{<t}, z_{\le t}) - KL(q(z_t|x_{\le t}) \|
+        p(z_t|x_{<t})) \right],
 
-    a sum over *predicted* frames; SVG's loss also counts the conditioning frames, from the second on, and weights the KL. Latents of the
-    conditioning frames are drawn from their posterior, which sees only these frames. Prediction draws them in the same way, so they are
-    part of the conditional model and cost nothing.
+    a sum over *predicted* frames; SVG's loss also counts the conditioning frames, from the second on, and weights the
+    KL. Latents of the conditioning frames are drawn from their posterior, which sees only these frames. Prediction
+    draws them in the same way, so they are part of the conditional model and cost nothing.
 
-    Frames are encoded all at once. In training, batch norm takes its statistics over all valid frames of the batch (the published code:
-    over one time step). In eval mode it uses the running statistics, so that no number depends on the batch. No state is kept between
-    calls.
+    Frames are encoded all at once. In training, batch norm takes its statistics over all valid frames of the batch (the
+    published code: over one time step). In eval mode it uses the running statistics, so that no number depends on the
+    batch. No state is kept between calls.
 
     Args:
         encoder: of frames, to codes and skip connections.
@@ -423,8 +428,8 @@ class SequenceNetwork(Network):
         context_frames: number of given frames at the start of a clip, where they do not come separately.
 
     Shapes:
-        x ``(batch, T, C, H, W)`` with values in [0, 1]; h ``(batch, T − context, in_channels, H, W)``; kl ``(batch, 1)``, log_ratio
-        ``(batch,)``, both summed over the predicted frames that are valid.
+        x ``(batch, T, C, H, W)`` with values in [0, 1]; h ``(batch, T − context, in_channels, H, W)``; kl ``(batch,
+        1)``, log_ratio ``(batch,)``, both summed over the predicted frames that are valid.
 
     Raises:
         ValueError: ``context_frames`` is below 1.
@@ -466,12 +471,15 @@ class SequenceNetwork(Network):
         Args:
             x: whole clips; or, with ``context``, the frames that follow it.
             context: the conditioning frames ``(batch, frames, C, H, W)``.
-            mask: ``(batch, T)``, True for the valid frames of x, which come first in each clip. The other frames change no number.
-            noise: source of standard normal numbers, asked for ``(batch, latent_dim)`` once per frame from the second on.
+            mask: ``(batch, T)``, True for the valid frames of x, which come first in each clip. The other frames change
+                no number.
+            noise: source of standard normal numbers, asked for ``(batch, latent_dim)`` once per frame from the second
+                on.
             condition: refused.
 
         Raises:
-            ValueError: shapes do not fit, no frame is left to predict, or the mask has gaps or leaves out conditioning frames.
+            ValueError: shapes do not fit, no frame is left to predict, or the mask has gaps or leaves out conditioning
+                frames.
         """
         self.refuse_unread(condition=condition)
         clip, mask, past = self._clip(x, context, mask)
@@ -530,16 +538,16 @@ class SequenceNetwork(Network):
         Args:
             context: conditioning frames ``(n, past, C, H, W)``, at least one.
             frames: number of frames to predict; a longer prediction begins as a shorter one does.
-            show: turns features ``(n, in_channels, H, W)`` into frames ``(n, C, H, W)``. With the likelihood's mean, it predicts as SVG
-                does; with draws, the predictions are draws from the model that the ELBO bounds.
+            show: turns features ``(n, in_channels, H, W)`` into frames ``(n, C, H, W)``. With the likelihood's mean, it
+                predicts as SVG does; with draws, the predictions are draws from the model that the ELBO bounds.
             noise: source of standard normal numbers, asked for ``(n, latent_dim)`` once per frame from the second on.
             temperature: scales the spread of all latents; at 0 a prediction is deterministic unless ``show`` draws.
-            batch_statistics: let batch norm use the statistics of the frames at hand in any mode, as the published evaluation does.
-                Predictions then depend on each other. Running statistics do not change.
+            batch_statistics: let batch norm use the statistics of the frames at hand in any mode, as the published
+                evaluation does. Predictions then depend on each other. Running statistics do not change.
 
         Raises:
-            ValueError: context is not a batch of clips or has no frame, ``frames`` is below 1, or the temperature is negative or not
-                finite.
+            ValueError: context is not a batch of clips or has no frame, ``frames`` is below 1, or the temperature is
+                negative or not finite.
         """
         _check_clip("context", context)
         if frames < 1:
@@ -668,8 +676,8 @@ def sequence(
 ) -> SequenceNetwork:
     """Stochastic video generation (SVG): one vector of latents per frame, with a learned prior.
 
-    At width 64 codes have 128 numbers and LSTMs 256, as published; both scale with the width. Published are Stochastic Moving MNIST with
-    ``dcgan``, 10 latents and 5 conditioning frames, and BAIR with ``vgg``, 64 latents and 2.
+    At width 64 codes have 128 numbers and LSTMs 256, as published; both scale with the width. Published are Stochastic
+    Moving MNIST with ``dcgan``, 10 latents and 5 conditioning frames, and BAIR with ``vgg``, 64 latents and 2.
 
     Args:
         shape: of a frame, ``(C, H, W)``: square, with a side of 8, 16, 32, 64 or 128.

@@ -15,11 +15,12 @@ class FittedPrior(Prior):
 
     .. math:: q(z) = \tfrac1N \sum_n q(z|x_n), \qquad E_x KL(q(z|x) \| p(z)) = I_q(x; z) + KL(q(z) \| p(z))
 
-    The prior with the highest mean log-density of the latents has the smallest KL(q(z)‖p(z)). This term separates the ELBO from the best
-    bound that encoder and decoder allow (Hoffman and Johnson 2016, "ELBO surgery"). With the fitted prior the ELBO is still a bound.
+    The prior with the highest mean log-density of the latents has the smallest KL(q(z)‖p(z)). This term separates the
+    ELBO from the best bound that encoder and decoder allow (Hoffman and Johnson 2016, "ELBO surgery"). With the fitted
+    prior the ELBO is still a bound.
 
-    A subclass keeps its fit in buffers (NaN before) and in parameters without gradients, so that it is saved with the model. Loading
-    them makes the prior a fitted one.
+    A subclass keeps its fit in buffers (NaN before) and in parameters without gradients, so that it is saved with the
+    model. Loading them makes the prior a fitted one.
 
     Args:
         latent_dim: size of z.
@@ -46,7 +47,8 @@ class FittedPrior(Prior):
 
         Args:
             latents: posterior draws ``(n, latent_dim)``, ``least_latents`` or more.
-            held_out: other draws ``(m, latent_dim)``, for choices such as the number of components; unused where there is no choice.
+            held_out: other draws ``(m, latent_dim)``, for choices such as the number of components; unused where there
+                is no choice.
             seed: seed of the fit's randomness.
 
         Raises:

@@ -31,8 +31,9 @@ class FlowPrior(FittedPrior):
     .. math:: \log p(z) = \log N(f(u); 0, I) + \log \left| \det \frac{\partial f}{\partial u} \right| - \tfrac12 \log |\Sigma|,
         \qquad u = \Sigma^{-1/2} (z - \mu)
 
-    with the moments μ, Σ of the latents, and f three autoregressive maps of monotonic rational-quadratic splines on [−5, 5], the identity
-    outside. It has gradients only inside :meth:`fit`. KL(q‖p) has no closed form and is estimated from the draw z.
+    with the moments μ, Σ of the latents, and f three autoregressive maps of monotonic rational-quadratic splines on
+    [−5, 5], the identity outside. It has gradients only inside :meth:`fit`. KL(q‖p) has no closed form and is estimated
+    from the draw z.
 
     Args:
         latent_dim: size of z.

@@ -54,7 +54,8 @@ class GaussianPrior(FittedPrior):
     r"""N(μ, Σ) with full covariance: mean and covariance of the latents, which maximise their density.
 
     .. math:: KL(N(m, S) \| N(\mu, \Sigma))
-        = \tfrac12 \left( \operatorname{tr} \Sigma^{-1} S + (m-\mu)^T \Sigma^{-1} (m-\mu) - d + \log |\Sigma| - \log |S| \right)
+        = \tfrac12 \left( \operatorname{tr} \Sigma^{-1} S + (m-\mu)^T \Sigma^{-1} (m-\mu) - d + \log |\Sigma| - \log |S|
+        \right)
 
     Args:
         latent_dim: size of z.
@@ -143,7 +144,7 @@ def drawn_kl(prior: Prior, moments: GaussianPrior, posterior: Normal, z: Tensor)
 
     .. math:: KL(q \| G) + \log G(z) - \log p(z)
 
-    Its expectation is the KL, like that of log q(z) − log p(z), but it lacks the noise of log q(z), about half a nat² per latent. Where p
-    is G, it has no noise.
+    Its expectation is the KL, like that of log q(z) − log p(z), but it lacks the noise of log q(z), about half a nat²
+    per latent. Where p is G, it has no noise.
     """
     return moments.kl(posterior, z) + moments.log_prob(z) - prior.log_prob(z)

@@ -44,11 +44,13 @@ class MixturePrior(FittedPrior):
 
     Args:
         latent_dim: size of z.
-        components: number of Gaussians. None: :meth:`fit` raises it from 1 for as long as held-out latents gain, and sets it.
+        components: number of Gaussians. None: :meth:`fit` raises it from 1 for as long as held-out latents gain, and
+            sets it.
 
     Shapes:
         z ``(*batch, latent_dim)``, log_prob and kl ``(*batch,)`` in nats; log_weights ``(components,)``,
-        means ``(components, latent_dim)``, scale_trils (Cholesky factors of the covariances) ``(components, latent_dim, latent_dim)``.
+        means ``(components, latent_dim)``, scale_trils (Cholesky factors of the covariances) ``(components, latent_dim,
+        latent_dim)``.
 
     Raises:
         ValueError: components is below 1.
@@ -84,8 +86,8 @@ class MixturePrior(FittedPrior):
     def fit(self, latents: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
         """Fit by expectation-maximisation from a k-means start, to at most 12 000 of the latents.
 
-        Where the number of components is chosen, it rises for as long as the mean log-density of the held-out latents rises by more than
-        the standard error of the gain.
+        Where the number of components is chosen, it rises for as long as the mean log-density of the held-out latents
+        rises by more than the standard error of the gain.
 
         Raises:
             ValueError: the latents are too few, not finite or of another size, or held-out ones are needed and missing.

@@ -217,7 +217,8 @@ def check_latents(prior: str, vae: VAE, data: Splits) -> None:
 def take_prior(prior: str, vae: VAE, data: Splits, seed: int) -> None:
     """Put the named prior into the model, fitted to the latents of the training split.
 
-    The validation split makes its choices. Where several processes train, the first one fits it and the others take it over.
+    The validation split makes its choices. Where several processes train, the first one fits it and the others take it
+    over.
     """
     (latent_dim,) = vae.network.latents.sizes
     made = models.prior(prior, latent_dim)

@@ -44,8 +44,9 @@ class _Files(NamedTuple):
 def read_celeba(config: DataConfig) -> Raw:
     """Read the official 162 770 train, 19 867 validation and 19 962 test pictures of CelebA.
 
-    They are cropped to the central square of ``crop`` pixels (default 148) and resized to ``size`` (default 64). Both change every
-    measured number. Work on VAEs mostly crops 148; ``crop=128`` is rows 45 to 172 and columns 25 to 152 of Dai & Wipf (2019).
+    They are cropped to the central square of ``crop`` pixels (default 148) and resized to ``size`` (default 64). Both
+    change every measured number. Work on VAEs mostly crops 148; ``crop=128`` is rows 45 to 172 and columns 25 to 152 of
+    Dai & Wipf (2019).
 
     Raises:
         ValueError: the files are missing, incomplete, damaged, or not the published ones.

@@ -24,8 +24,8 @@ __all__ = ["read_cifar10", "read_plain_pickle"]
 def read_plain_pickle(content: bytes, name: str) -> Any:
     """Load a pickle of dicts, lists, strings, numbers and uint8 arrays; strings of Python 2 become ``bytes``.
 
-    A pickle names functions that rebuild its objects. Here it may only name the three of a NumPy array, and gets stand-ins that can
-    build nothing but an array of uint8.
+    A pickle names functions that rebuild its objects. Here it may only name the three of a NumPy array, and gets
+    stand-ins that can build nothing but an array of uint8.
 
     Raises:
         ValueError: it is no such pickle, names other functions, or is damaged.

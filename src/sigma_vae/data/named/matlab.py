@@ -35,8 +35,8 @@ _FREY_COUNTS: dict[SplitName, int] = {"train": 1965}
 def read_svhn(config: DataConfig) -> Raw:
     """Read the official 73 257 train and 26 032 test images of SVHN's cropped digits.
 
-    They are resized to 28×28, the paper's size; ``size=32`` keeps them as published. The 531 131 easier "extra" images are not read (the
-    hub's copy includes them: 1 GB more to download).
+    They are resized to 28×28, the paper's size; ``size=32`` keeps them as published. The 531 131 easier "extra" images
+    are not read (the hub's copy includes them: 1 GB more to download).
 
     Raises:
         ValueError: the files are missing, incomplete, damaged, or not the published ones.

@@ -1,7 +1,7 @@
 """Digits and clothes: MNIST and Fashion-MNIST in their official files, and small sets that installed packages bring along.
 
-MNIST: LeCun, Bottou, Bengio & Haffner 1998, http://yann.lecun.com/exdb/mnist. Fashion-MNIST: Xiao, Rasul & Vollgraf 2017,
-https://arxiv.org/abs/1708.07747.
+MNIST: LeCun, Bottou, Bengio & Haffner 1998, http://yann.lecun.com/exdb/mnist. Fashion-MNIST: Xiao, Rasul & Vollgraf
+2017, https://arxiv.org/abs/1708.07747.
 """
 
 from pathlib import Path

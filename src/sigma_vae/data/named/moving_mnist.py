@@ -38,10 +38,11 @@ _SIDE = 64
 class BouncingDigits:
     """Generate clips of two digits that move over a black square.
 
-    On a canvas of 64×64, digits are 32×32, start at 0 to 31 from the top and the left, and move by −4 to 4 pixels per frame in each
-    direction, all uniform. A digit that would leave is put at that edge (0 or 31); its velocity across the edge is drawn again from 1 to
-    4 inwards, and the one along it from −4 to 4. Top and bottom are checked before left and right. Levels of overlapping digits add up,
-    to 255 at most. On canvases of other sides, all of these numbers are scaled in proportion.
+    On a canvas of 64×64, digits are 32×32, start at 0 to 31 from the top and the left, and move by −4 to 4 pixels per
+    frame in each direction, all uniform. A digit that would leave is put at that edge (0 or 31); its velocity across
+    the edge is drawn again from 1 to 4 inwards, and the one along it from −4 to 4. Top and bottom are checked before
+    left and right. Levels of overlapping digits add up, to 255 at most. On canvases of other sides, all of these
+    numbers are scaled in proportion.
 
     Args:
         images: images of digits ``(N, H, W)``, resized to half the side (Pillow, bilinear with antialiasing).
@@ -101,9 +102,10 @@ def _bounce(position: int, limit: int, fastest: int, generator: np.random.Genera
 def read_moving_mnist(config: DataConfig) -> Raw:
     """Generate 10 000 new clips of 15 frames per epoch, and 1 000 fixed ones each for validation (15 frames) and test (30).
 
-    The three splits use different images of digits. If MNIST's official files are in ``root``, or in the folder of SIGMA_VAE_DATA or its
-    subfolder mnist, test uses the test images, and validation a share of the training images. Otherwise all use shares of the 5 000
-    images of ``mnist-5k``. Files of the same kind, such as Fashion-MNIST's, work as well.
+    The three splits use different images of digits. If MNIST's official files are in ``root``, or in the folder of
+    SIGMA_VAE_DATA or its subfolder mnist, test uses the test images, and validation a share of the training images.
+    Otherwise all use shares of the 5 000 images of ``mnist-5k``. Files of the same kind, such as Fashion-MNIST's, work
+    as well.
 
     Raises:
         ValueError: a file is missing in ``root``, or damaged; or a size or fraction is out of range.

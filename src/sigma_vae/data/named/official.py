@@ -72,8 +72,8 @@ class Official:
 def read_official(official: Official, config: DataConfig, in_folder: Callable[[Path], Raw | None]) -> Raw:
     """Read the data set from the first place that has it.
 
-    If ``root`` is given, only that folder is searched; otherwise the folder of the data set's name in the folder of SIGMA_VAE_DATA,
-    that folder itself, those of installed packages, and the hub.
+    If ``root`` is given, only that folder is searched; otherwise the folder of the data set's name in the folder of
+    SIGMA_VAE_DATA, that folder itself, those of installed packages, and the hub.
 
     Args:
         official: the data set.

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 FORMAT = "sigma-vae training 1"
-"""What a checkpoint of this version says of itself."""
+"""Value of ``format`` in checkpoints of this version."""
 SEAL = b"sha256:"
 SEAL_BYTES = len(SEAL) + 64
 BEFORE = {"last.ckpt": "previous.ckpt", "best.ckpt": "best-before.ckpt"}

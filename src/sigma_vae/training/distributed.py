@@ -131,7 +131,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Which of a machine's GPUs is this process's, where ``torchrun`` has started several.
+    """The GPU of this process among those of the machine, if ``torchrun`` has started several processes.
 
     Raises:
         ValueError: one GPU is asked for by all of them, or there are fewer GPUs than processes.
@@ -147,9 +147,9 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def from_first(make: Callable[[], Made]) -> Made:
-    """What the first process makes, on every process; meanwhile it is alone, and the others wait.
+    """Let the first process make something, and give it to all; meanwhile it is alone, and the others wait.
 
-    For what is not shared out: files, and metrics of one process.
+    Use it for work that is not shared: files, and metrics of one process.
 
     Raises:
         ElsewhereError: on the others, where it fails.
@@ -261,7 +261,7 @@ def sum_over_all(values: Tensor) -> Tensor:
 
 
 def rows_of_all(values: Tensor) -> Tensor:
-    """What each process has, ``(processes, ...)``, in float64, detached; the same on each of them.
+    """Collect a tensor of each process, ``(processes, ...)``, in float64, detached; the same result on all.
 
     >>> rows_of_all(torch.ones(2))
     tensor([[1., 1.]], dtype=torch.float64)
@@ -353,7 +353,7 @@ def first_where(here: bool) -> int:
 
 
 def is_sharded(config: TrainingConfig) -> bool:
-    """Whether weights are shared out: on one process there is nobody to share with."""
+    """Whether weights are sharded, which takes several processes."""
     return config.shard_weights and processes().world_size > 1
 
 
@@ -430,7 +430,7 @@ def _like(target: Tensor, value: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """The mean over processes, of parameters that are not shared out."""
+    """Average the gradients of parameters that are not sharded over processes."""
     for parameter in parameters:
         if parameter.grad is not None:
             distributed.all_reduce(parameter.grad)
@@ -438,7 +438,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Of all gradients together, of which some may be shared out.
+    """Norm of all gradients together, of which some may be sharded.
 
     >>> weight = nn.Parameter(torch.zeros(2))
     >>> weight.grad = torch.tensor([3.0, 4.0])
@@ -491,7 +491,7 @@ class GlobalBatchNorm(nn.Module):
 
     sums being over the values of all processes (Ioffe and Szegedy 2015, arXiv 1502.03167, section 3). The gradients of
     γ and β are those of the share: data parallelism adds them up. Running statistics follow m and v n / (n − 1), alike
-    on all processes. In eval mode they are what is normalised by, and nothing is said between processes.
+    on all processes. In eval mode it normalises by the running statistics, without communication.
 
     Every process must call it as often as the others, forward and backward; a share may be empty.
 

@@ -21,9 +21,9 @@ from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 __all__ = ["Choices", "Machine", "Work", "applied", "choices_for", "choose", "keep_freed_memory", "machine_of", "work_of"]
 
 LEAST_FLOPS_OF_BFLOAT16 = 6e7
-"""Of a step's forward pass. Below, casting costs more than it gains: an MLP on 28×28 breaks even at a width of 100."""
+"""Operations of a step's forward pass from which bfloat16 pays; an MLP on 28×28 breaks even at a width of 100."""
 WIDE_KERNEL = 5
-"""From here on channels last pay (docs/speed.md: the paper's network 1.2×); narrower kernels lose by them."""
+"""Kernel size from which channels last pay (docs/speed.md: the paper's network 1.2×)."""
 FLOPS_OF_A_CALL = {"cpu": 2e9, "cuda": 1e12}
 """Between two looks: a few hundredths of a second of arithmetic, with the backward pass."""
 MOST_STEPS_PER_CALL = 16

@@ -340,7 +340,7 @@ class _Training:
             raise with_saved_step(error, self.folder, step, problem) from error
 
     def _seconds(self) -> float:
-        """Of training, those before a resumption included."""
+        """Seconds of training, those before a resumption included."""
         return self.seconds_before + time.monotonic() - self.began
 
     def _time_is_over(self) -> bool:
@@ -356,7 +356,7 @@ class _Training:
         return found
 
     def result(self) -> FitResult:
-        """What was done."""
+        """Steps, validations, and the best weights."""
         best = self.checkpoints.best
         return FitResult(self.context.step, tuple(self.history), best.step, best.score, self.folder if self.kept else None)
 

@@ -76,7 +76,7 @@ def losses(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0, elbo_o
 
     with σ to the power 2β detached (Seitzer et al. 2022, β-NLL), w the ``kl_weight`` (Beta-Sigma VAE, arXiv 2409.09361,
     which puts it on an optimal σ), λ the ``free_bits_nats`` (Kingma et al. 2016, arXiv 1606.04934, section 2.4: the
-    batch's mean of KL_l is what is compared, over all processes) and γ the balance over layers while ``step`` is below
+    mean of KL_l over the batch of all processes is compared) and γ the balance over layers while ``step`` is below
     ``kl_balancing_steps``. With β = λ = 0, w = 1 and no balance it is the negative ELBO, ``vae.elbo`` or a compiled
     ``elbo_of``. Under autocast the network alone is in half precision.
     """

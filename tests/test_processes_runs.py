@@ -98,7 +98,7 @@ def test_a_refusal_is_one_on_every_process(tmp_path, digits_run):
 
 
 def alone_only(_: Path) -> str:
-    with pytest.raises(SystemExit, match="is for one process"):
+    with pytest.raises(SystemExit, match="runs on one process"):
         main(["sample", "runs/any"])
     return "refused"
 

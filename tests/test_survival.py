@@ -397,7 +397,7 @@ def test_a_full_disk_stops_a_run_that_resumes_to_the_very_same(whole, command, s
     assert ended(process) == 1
     said = (tmp_path / "told").read_text()
     assert "no room" in said
-    assert f"make room, then go on: sigma-vae resume {out}" in said
+    assert f"make room, then continue: sigma-vae resume {out}" in said
     assert "Traceback" not in said
     assert newest(out / "checkpoints") is not None
     ballast.unlink()

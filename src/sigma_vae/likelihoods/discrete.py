@@ -24,11 +24,6 @@ class Categorical(Discrete):
 
     .. math:: \log p(x \mid h) = \sum_i h_{i,k_i} - \log \sum_k e^{h_{i,k}}, \qquad x_i = k_i / (L-1)
 
-    Args:
-        channels: the data's channels.
-        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
-        levels: how many values a datum can take.
-
     Shapes:
         h ``(*batch, channels * levels, *space)``: the logits of the first channel's levels, then the next channel's; x
         ``(*batch, channels, *space)``.
@@ -69,14 +64,16 @@ class Categorical(Discrete):
     def row_mean(self, h: Tensor) -> Tensor:
         """Σ k P(k)/(L−1)."""
         values = torch.linspace(0, 1, self.levels, dtype=h.dtype, device=h.device)
-        logits = h.reshape(len(h), self.channels, self.levels, h.shape[-1])
-        return (torch.softmax(logits, 2) * values[:, None]).sum(2)
+        return (self._masses(h) * values[:, None]).sum(2)
 
     def row_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """Levels, by their cumulative probabilities."""
-        masses = torch.softmax(h.reshape(len(h), self.channels, self.levels, h.shape[-1]), 2).movedim(2, -1)
+        masses = self._masses(h).movedim(2, -1)
         k = torch.multinomial(masses.flatten(0, -2), 1, generator=generator)
         return k.reshape(masses.shape[:-1]).to(h.dtype) / (self.levels - 1)
+
+    def _masses(self, h: Tensor) -> Tensor:
+        return torch.softmax(h.reshape(len(h), self.channels, self.levels, h.shape[-1]), 2)
 
     def _logits(self, h: Tensor) -> Tensor:
         """One row a channel, ``(rows * channels, levels, n)``."""
@@ -133,11 +130,6 @@ class BitwiseCategorical(Discrete):
 
     The bits are independent given the features, so that P(127) and P(128), which share no bit, cannot both be large
     without other levels being so.
-
-    Args:
-        channels: the data's channels.
-        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
-        levels: how many values a datum can take: a power of two.
 
     Shapes:
         h ``(*batch, channels * log2(levels), *space)``: the bits of the first channel, then the next channel's; x

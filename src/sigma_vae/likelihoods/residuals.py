@@ -238,4 +238,4 @@ def student_t(df: float | Tensor) -> ResidualDistribution:
 RESIDUALS: dict[str, Callable[..., ResidualDistribution]] = {
     kind.name: kind for kind in (_Normal, _Laplace, _Logistic, _StudentT)
 }
-"""From a residual distribution's name and parameters to the distribution: a compiled graph's solver cannot hold the object."""
+"""Classes by name: a compiled graph's solver makes the distribution again from name and parameters."""

@@ -3,11 +3,11 @@
 import inspect
 import json
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -80,12 +80,7 @@ def prior_name(prior: Prior) -> str:
 
 
 def check_prior(name: str, network_name: str, network: Network | None = None) -> None:
-    """Refuse before training a prior that the network could not take after it.
-
-    Args:
-        name: of the prior.
-        network_name: of the network; its registration says whether it takes a fitted prior, where no network is given.
-        network: asked itself, where given.
+    """Refuse before training a prior that the network, or its registration where none is given, could not take after it.
 
     Raises:
         ValueError: there is no such prior, or the network has no flat latents to fit it to.
@@ -276,6 +271,7 @@ def data(source: object) -> Splits:
     return data_sources.as_splits(source)
 
 
+Made = TypeVar("Made")
 FORMAT = 2
 MODEL = "model"
 """Name of the model's folder in a run."""
@@ -438,7 +434,7 @@ def sized(
     return model
 
 
-def _named(make: Any, config: ModelConfig) -> Any:
+def _named(make: Callable[[], Made], config: ModelConfig) -> Made:
     try:
         return make()
     except ValueError:

@@ -38,31 +38,24 @@ class ResidualDistribution(Protocol):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Elementwise log-density."""
-        ...
 
     def log_cdf(self, z: Tensor) -> Tensor:
         """Elementwise log of the mass below z."""
-        ...
 
     def interval_log_prob(self, center: Tensor, width: Tensor) -> Tensor:
         """Elementwise log of the mass on center ± width/2."""
-        ...
 
     def statistic(self, z: Tensor) -> Tensor:
         """Elementwise; its mean is 1 at the best scale."""
-        ...
 
     def variance(self) -> float | Tensor:
         """Variance at scale 1; infinite where there is none."""
-        ...
 
     def entropy(self) -> float | Tensor:
         """Differential entropy of one residual, in nats; a tensor broadcasts to the event."""
-        ...
 
     def sample(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draws of the shape, type and device of ``like``."""
-        ...
 
 
 class _Normal:

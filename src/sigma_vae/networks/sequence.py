@@ -87,7 +87,7 @@ class Recurrence(nn.Module):
     in and returned.
 
     Args:
-        code_dim: size of a frame's code, the encoder's vector for it.
+        code_dim: size of a frame's code.
         latent_dim: size of each frame's latents.
         rnn_size: width of the LSTMs.
         learned_prior: whether the prior depends on the frames before; otherwise it is N(0, I).
@@ -241,14 +241,8 @@ def dcgan(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: in
     convolution then gives the code, through batch norm and tanh. The decoder's last layer gives features; the
     original's sigmoid belongs to the likelihood.
 
-    Args:
-        shape: of a frame, ``(C, H, W)``.
-        out_channels: ``likelihood.in_channels``.
-        width: channels of the first stage.
-        code_dim: size of a code.
-
     Raises:
-        ValueError: the frames are not square with a side of 8, 16, 32, 64, ...
+        ValueError: the frames ``(C, H, W)`` are not square with a side of 8, 16, 32, 64, ...
 
     >>> encoder, decoder = dcgan((1, 64, 64), out_channels=1)
     >>> code, skips = encoder(torch.zeros(6, 1, 64, 64))
@@ -481,16 +475,9 @@ class SequenceNetwork(Network):
         frames: int = FRAMES,
         show: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Features ``(n, frames, in_channels, H, W)`` of predictions; see :meth:`predict`.
+        """Features ``(n, frames, in_channels, H, W)`` of predictions from the context of one clip, or of n clips.
 
-        Args:
-            n: number of predictions.
-            context: conditioning frames, of one clip for all or of n clips, ``(1 or n, frames, C, H, W)``.
-            generator: source of the latents' randomness.
-            temperature: scales the latents' spread.
-            condition: refused.
-            frames: number of frames to predict.
-            show: turns features into the frame from which the next one is predicted: ``lambda h: likelihood(h).mean``.
+        See :meth:`predict`; ``show`` is for example ``lambda h: likelihood(h).mean``.
 
         Raises:
             ValueError: context or show is missing, or does not fit.

@@ -80,7 +80,7 @@ def prior_name(prior: Prior) -> str:
 
 
 def check_prior(name: str, network_name: str, network: Network | None = None) -> None:
-    """Refuse before training a prior that the network, or its registration where none is given, could not take after it.
+    """Refuse, before training, a prior that the network (or one of this name, where none is given) could not take.
 
     Raises:
         ValueError: there is no such prior, or the network has no flat latents to fit it to.

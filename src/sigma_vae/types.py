@@ -118,7 +118,7 @@ class Elbo(NamedTuple):
 
 
 class Prior(nn.Module, ABC):
-    """p(z) over flat latents ``(*batch, latent_dim)``; a fitted one sets :attr:`needs_fit` and :attr:`least_latents`."""
+    """p(z) over flat latents ``(*batch, latent_dim)``; one that is fitted sets :attr:`needs_fit` and defines :meth:`fit`."""
 
     is_standard: bool = False
     """Whether it is N(0, I)."""
@@ -387,14 +387,14 @@ class DataDistribution(Distribution, ABC):
 
     @abstractmethod
     def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """F(x−) and F(x) of each value, of the data's shape; of values that depend on each other, given those before."""
+        """F(x−) and F(x) of each value, of the data's shape; of dependent values, given those before."""
 
     def standardised(self, value: Tensor) -> Tensor | None:
         """Residuals in units of σ, of the data's shape; None unless it is a density with a location and a scale."""
         return None
 
     def squared_errors(self, value: Tensor, scores: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Predicted variance of each value, and a square whose mean it is if the prediction is right; None where costly.
+        """Predicted variance of each value, and a square of that mean where the prediction is right; None if costly.
 
         ``scores`` are the values' normal scores, Φ⁻¹ of a randomised F.
         """
@@ -405,7 +405,7 @@ class Likelihood(nn.Module, ABC):
     """p(x|z): from decoder features to a distribution over data.
 
     A subclass says how many feature channels it reads, :attr:`in_channels`, and makes the :meth:`distribution`, from
-    which bin probabilities and distribution functions are derived. The base has no scale; one that has overrides
+    which bin probabilities and distribution functions are derived. The base has no scale; a subclass with one overrides
     :attr:`has_scale`, :meth:`calibrate` and so on.
     """
 

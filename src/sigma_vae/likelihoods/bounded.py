@@ -149,8 +149,8 @@ class ContinuousBernoulli(Unscaled):
         return torch.round(x * (self.levels - 1)), self.levels - 1
 
 
-# With t = |h| and x mirrored where h > 0, all of it is the exponential distribution on [0, 1], p(x) = e^{-tx} / ∫ e^{-tx}dx. Near t = 0 the
-# closed forms cancel (their gradients in float32 from t = 0.01 on), and a power series keeps the digits.
+# With t = |h| and x mirrored where h > 0, all of it is the exponential distribution on [0, 1], p(x) = e^{-tx} / ∫ e^{-tx}dx.
+# Near t = 0 the closed forms cancel (their gradients in float32 from t = 0.01 on); a power series keeps the digits.
 SERIES_BELOW = 0.5
 QUANTILE_SERIES_BELOW = 0.1
 

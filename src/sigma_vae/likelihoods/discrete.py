@@ -163,19 +163,16 @@ class BitwiseCategorical(Discrete):
         return in_chunks(self._bits_log_mass, h, x)
 
     def _bits_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
-        k = torch.round(x * (self.levels - 1)).long()
-        signs = 2 * (k[:, :, None] >> self._places(h) & 1).to(h.dtype) - 1
+        signs = 2 * self._bits(x).to(h.dtype) - 1
         return logsigmoid(signs * self._logits(h)).sum((1, 2, 3))
 
     def row_cdf(self, h: Tensor, x: Tensor, observes: Observes) -> tuple[Tensor, Tensor]:
         """A level is below another where it has a zero at the first bit in which they differ, and the other a one."""
-        k = torch.round(x * (self.levels - 1)).long()
-        one = (k[:, :, None] >> self._places(h) & 1).bool()
-        logits = self._logits(h)
+        one, logits = self._bits(x).bool(), self._logits(h)
         alike = torch.sigmoid(torch.where(one, logits, -logits)).cumprod(2)  # the mass of the levels with the same first bits
         before = torch.cat([torch.ones_like(alike[:, :, :1]), alike[:, :, :-1]], 2)
         below = (before * torch.sigmoid(-logits) * one).sum(2)
-        return below.clamp_max(1), (below + alike[:, :, -1]).clamp_max(1).masked_fill(k == self.levels - 1, 1)
+        return below.clamp_max(1), (below + alike[:, :, -1]).clamp_max(1).masked_fill(one.all(2), 1)
 
     def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the bits, which are independent."""
@@ -193,6 +190,9 @@ class BitwiseCategorical(Discrete):
 
     def _logits(self, h: Tensor) -> Tensor:
         return h.reshape(len(h), self.channels, self.bits, h.shape[-1])
+
+    def _bits(self, x: Tensor) -> Tensor:
+        return torch.round(x * (self.levels - 1)).long()[:, :, None] >> self._places(x) & 1
 
     def _worth(self, h: Tensor) -> Tensor:
         """The value that each bit adds to x where it is one."""

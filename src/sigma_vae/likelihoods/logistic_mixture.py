@@ -42,14 +42,7 @@ class LogisticMixture(Discrete):
     takes the density at the bin's centre.
 
     ``mean`` is exact for other channel counts and for the first of three. For the later ones it puts the component's
-    expected y in place of the drawn ones: exact but for the cut at the ends of the range, where a sum over all colours
-    would be needed.
-
-    Args:
-        channels: the data's channels.
-        components: K.
-        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
-        levels: how many values a datum can take.
+    expected y in place of the drawn ones: exact but for the cut at the ends of the range.
 
     Shapes:
         h ``(*batch, in_channels, *space)``: K logits, then channels × K means, then log-scales (kept within [−7, 20]),
@@ -94,7 +87,7 @@ class LogisticMixture(Discrete):
         share = torch.exp(joint - values[:, None])
         torch.sub(share, torch.exp(features.logits - total[:, None]), out=to.logits)
         share = share[:, None]
-        # With u, l the bin's ends in units of the scale: ∂ log mass/∂u = σ(−u) + w, ∂/∂l = −σ(l) − w, w = 1/(e^{u−l} − 1).
+        # With the bin's ends u, l in scales: ∂ log mass/∂u = σ(−u) + w, ∂/∂l = −σ(l) − w, w = 1/(e^{u−l} − 1).
         above, below = torch.sigmoid(-bins.upper).mul_(bins.not_last), torch.sigmoid(bins.lower).mul_(bins.not_first)
         half_levels = 0.5 * (self.levels - 1)
         torch.mul(torch.sub(below, above).mul_(bins.rate).mul_(half_levels), share, out=to.means)
@@ -142,7 +135,7 @@ class LogisticMixture(Discrete):
         return torch.stack([below, upto.masked_fill(last, 1)], 1).clamp_max(1)  # a sum of weights may be 1 + a rounding error
 
     def _locations(self, features: "_Features", level: Tensor) -> Tensor:
-        """Means ``(rows, channels, K, n)`` given all channels' levels ``(rows, channels, 1 or K, n)``, in their units."""
+        """Means ``(rows, channels, K, n)`` given all channels' levels ``(rows, channels, 1 or K, n)``, in levels."""
         means = features.means
         if self.channels == 3:
             y, (a, b, c) = self._centred(level), _tanh(features.coefficients).unbind(1)

@@ -225,7 +225,7 @@ def _slope_and_curvature(observed: Observed, log_scale: Tensor, levels: int) -> 
     tail = residual.log_cdf(torch.where(first, upper, -lower))
     log_mass = torch.where(first | last, tail, residual.interval_log_prob(center, width))
     at_lower, at_upper = (residual.statistic(edge) for edge in (lower, upper))
-    # No density is a larger part of its bin's mass than this; without the bound, rounding far out in the tails is exponentiated.
+    # The density's largest part of its bin's mass: otherwise rounding far out in the tails is exponentiated.
     most = torch.log(1 / width + 1 + (at_lower + at_upper) / torch.minimum(lower.abs(), upper.abs()).clamp_min(0.1))
     below, above = (
         torch.where(open_end, 0.0, edge * torch.exp(torch.minimum(residual.log_prob(edge) - log_mass, most)))

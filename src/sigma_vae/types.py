@@ -220,8 +220,9 @@ class Network(nn.Module, ABC):
     """Encoder, latents and decoder.
 
     A subclass defines :attr:`latents`, :meth:`infer` and :meth:`generate`: enough to train, evaluate, sample and save
-    it. Each other method is a capability, which :attr:`has_posterior` and its like report; the base class refuses with
-    the reason. To allow :meth:`VAE.fit_prior`, keep a :class:`Prior` as ``self.prior`` and use it in both methods.
+    it. Each other method is a capability, which :attr:`has_posterior` and its like report; that of the base class
+    raises ValueError with the reason. To allow :meth:`VAE.fit_prior`, keep a :class:`Prior` as ``self.prior`` and use
+    it in both methods.
     """
 
     reads_clips: bool = False
@@ -291,19 +292,11 @@ class Network(nn.Module, ABC):
         return self._defines("latent_kl")
 
     def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
-        """q(z|x) of a network with one layer of latents; its parameters have the shape of z.
-
-        Raises:
-            ValueError: the network has no such posterior.
-        """
+        """q(z|x) of a network with one layer of latents; its parameters have the shape of z."""
         raise self._lacks("no single layer of flat latents", "posterior(x)")
 
     def decode(self, z: Tensor | Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
-        """Features of given latents.
-
-        Raises:
-            ValueError: the network cannot decode given latents.
-        """
+        """Features of given latents."""
         raise self._lacks("no way to decode given latents", "decode(z)")
 
     def draw(self, x: Tensor, posterior: Normal, unit: Tensor) -> Inference:
@@ -312,28 +305,17 @@ class Network(nn.Module, ABC):
         Shapes:
             unit ``(*draws, batch, *shape of z)``, standard normal numbers; h ``(*draws, batch, in_channels, *space)``,
             kl ``(*draws, batch, layers)`` and so on.
-
-        Raises:
-            ValueError: the network can only :meth:`infer`.
         """
         raise self._lacks("no way to decode several draws at once", "draw(x, posterior, unit)")
 
     def replace_prior(self, prior: Prior) -> None:
-        """Use this prior from now on, for sampling and for the KL.
-
-        Raises:
-            ValueError: the network's prior is a part of it.
-        """
+        """Use this prior from now on; ValueError unless :attr:`has_prior`."""
         if not self.has_prior:
             raise self._lacks("no replaceable prior", "a Prior as self.prior")
         self.prior = prior
 
     def latent_kl(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
-        """KL(q‖p) of each latent, ``(batch, *shape)`` for each layer, in nats.
-
-        Raises:
-            ValueError: the network does not report it.
-        """
+        """KL(q‖p) of each latent, ``(batch, *shape)`` for each layer, in nats."""
         raise self._lacks("no report of the KL of single latents", "latent_kl(x)")
 
     def predict(
@@ -346,11 +328,7 @@ class Network(nn.Module, ABC):
         *,
         batch_statistics: bool = False,
     ) -> Prediction:
-        """Continue clips frame by frame; ``show`` turns features into the frame that the next one is predicted from.
-
-        Raises:
-            ValueError: the network reads no clips.
-        """
+        """Continue clips frame by frame; ``show`` turns features into the frame that the next one is predicted from."""
         raise ValueError(f"{type(self).__name__} predicts no frames: it reads single examples, not clips")
 
     def shards(self) -> Sequence[nn.Module]:
@@ -358,11 +336,7 @@ class Network(nn.Module, ABC):
         return ()
 
     def refuse_unread(self, context: Tensor | None = None, mask: Tensor | None = None, condition: Tensor | None = None) -> None:
-        """Refuse arguments that this network does not read, by :attr:`reads_clips` and :attr:`reads_condition`.
-
-        Raises:
-            ValueError: one is given.
-        """
+        """Raise ValueError for arguments that are given and not read: see :attr:`reads_clips`, :attr:`reads_condition`."""
         for name, value in (("context", context), ("mask", mask)):
             if value is not None and not self.reads_clips:
                 raise ValueError(f"{name} is for video networks; {type(self).__name__} reads single examples and takes none")

@@ -192,19 +192,11 @@ class VAE(nn.Module):
         return _shown(self.likelihood, self.network.infer(x, noise=noise).h, show)
 
     def encode(self, x: Tensor) -> Normal:
-        """q(z|x), parameters ``(batch, latent_dim)``.
-
-        Raises:
-            ValueError: the network has no single layer of latents.
-        """
+        """q(z|x), parameters ``(batch, latent_dim)``; ValueError unless ``network.has_posterior``."""
         return self.network.posterior(x)
 
     def decode(self, z: Tensor, show: Show = "mean") -> Tensor:
-        """Data of given latents ``(batch, *shape of z)``: the mean of p(x|z), or a draw from it.
-
-        Raises:
-            ValueError: the network cannot decode given latents.
-        """
+        """Data of given latents ``(batch, *shape of z)``: the mean of p(x|z), or a draw; ValueError if the network cannot."""
         return _shown(self.likelihood, self.network.decode(z), show)
 
     @property

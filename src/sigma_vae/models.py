@@ -151,7 +151,6 @@ def likelihood(
 
 
 def _unknown_likelihood(name: str) -> str:
-    """The sentence about a name with an unknown family or scale."""
     scaled = [entry for entry in register.likelihood if _takes_scale(entry)]
     others = [entry for entry in register.likelihood if not _takes_scale(entry)]
     names = [f"{family.example}/{scale.example}" for family in scaled for scale in register.scale]

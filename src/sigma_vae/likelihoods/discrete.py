@@ -195,7 +195,7 @@ class BitwiseCategorical(Discrete):
         return torch.round(x * (self.levels - 1)).long()[:, :, None] >> self._places(x) & 1
 
     def _worth(self, h: Tensor) -> Tensor:
-        """The value that each bit adds to x where it is one."""
+        """The value of each bit that is one."""
         return (1 << self._places(h)).to(h.dtype) / (self.levels - 1)
 
     def _places(self, h: Tensor) -> Tensor:

@@ -70,17 +70,14 @@ class _Normal:
 
     @staticmethod
     def variance() -> float:
-        """1."""
         return 1.0
 
     @staticmethod
     def entropy() -> float:
-        """½ log 2πe."""
         return 0.5 * math.log(2 * math.pi * math.e)
 
     @staticmethod
     def sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Standard normal draws."""
         return torch.empty_like(like, memory_format=torch.contiguous_format).normal_(generator=generator)
 
 
@@ -111,12 +108,10 @@ class _Laplace:
 
     @staticmethod
     def variance() -> float:
-        """2."""
         return 2.0
 
     @staticmethod
     def entropy() -> float:
-        """1 + log 2."""
         return 1 + math.log(2)
 
     @staticmethod
@@ -151,12 +146,10 @@ class _Logistic:
 
     @staticmethod
     def variance() -> float:
-        """π²/3."""
         return math.pi**2 / 3
 
     @staticmethod
     def entropy() -> float:
-        """2 nats."""
         return 2.0
 
     @staticmethod

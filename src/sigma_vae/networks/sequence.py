@@ -568,7 +568,6 @@ class SequenceNetwork(Network):
         return _put(code, mask), [skip[last] for skip in skips]
 
     def _decode(self, codes: Tensor, shares: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        """Features ``(batch, T, in_channels, H, W)`` of codes ``(batch, T, code_dim)``."""
         batch, length = codes.shape[:2]
         if mask is None:
             features: Tensor = self.decoder(codes.flatten(0, 1), shares, lambda share: share.repeat_interleave(length, 0))
@@ -613,12 +612,10 @@ def _put(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sum_over(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum ``(batch,)`` over the valid frames."""
     return values.sum(1) if mask is None else values.masked_fill(~mask, 0).sum(1)
 
 
 def _variant(text: str) -> dict[str, object]:
-    """Keyword arguments for ``dcgan``, ``vgg``, ``dcgan-fixed`` or ``vgg-fixed``."""
     backbone, fixed, rest = text.partition("-fixed")
     if backbone not in BACKBONES or rest:
         raise ValueError(f"the backbone is one of {', '.join(BACKBONES)}, with -fixed for the prior N(0, I); got {text!r}")

@@ -113,8 +113,8 @@ class Calibration(Record):
     """How often held-out values lie where the model says.
 
     ``density`` (of a model that observes it; not randomised) and ``level`` (of data with levels) use the model's own σ;
-    ``density_post_hoc`` and ``level_post_hoc`` the σ that ``calibrate`` solved, where it is another one. ``sigma`` is
-    None for a likelihood with an infinite variance, or without a formula for it (the logistic mixture).
+    ``density_post_hoc`` and ``level_post_hoc`` the refitted σ, where it is another one. ``sigma`` is None for a
+    likelihood with an infinite variance, or without a formula for it (the logistic mixture).
     """
 
     examples: int
@@ -179,10 +179,7 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
     has errors σΦ⁻¹(u), as those of x end where the levels end. Residuals are (x − mean)/σ for a density, and the normal
     scores Φ⁻¹(u) for levels (Dunn & Smyth 1996).
 
-    Args:
-        vae: calibrated on training data; put into eval mode.
-        batches: held-out examples, each counted once; of several processes, each gives its share.
-        seed: seed of the posterior's noise, and of the randomised PIT.
+    The arguments are those of :func:`~sigma_vae.evaluation.elbo.elbo`; the seed is also that of the randomised PIT.
 
     Raises:
         ValueError: the likelihood is an objective (Bernoulli on grey data), no σ is known yet, features are not finite,

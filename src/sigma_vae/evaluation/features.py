@@ -31,8 +31,7 @@ __all__ = [
 ]
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""SHA-256 of the published weights, which are in circulation as ``weights-inception-...`` and
-``pt_inception-2015-12-05-6726825d.pth``."""
+"""SHA-256 of the published weights, ``pt_inception-2015-12-05-6726825d.pth``."""
 DINOV2 = "facebookresearch/dinov2"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -149,9 +148,8 @@ def _dinov2(model: str, place: Path | None) -> Backbone:
 def i3d(path: Path) -> Backbone:
     """I3D of the FVD, from the TorchScript file in circulation: 400 logits of clips of at least ten frames.
 
-    Unterthiner et al. 2018, https://arxiv.org/abs/1812.01717. The file reads clips ``(n, C, T, H, W)`` in [-1, 1] at
-    224×224 (https://github.com/universome/fvd-comparison/issues/4); its own rescaling, resizing and softmax are
-    switched off.
+    Unterthiner et al. 2018, https://arxiv.org/abs/1812.01717. The file's own rescaling, resizing and softmax are
+    switched off (https://github.com/universome/fvd-comparison/issues/4).
 
     Raises:
         ValueError: the file cannot be read.
@@ -333,10 +331,9 @@ def load_extractor(source: str | Path | nn.Module, device: str | torch.device = 
     """Load a feature extractor for images.
 
     Args:
-        source: a registered name: ``"efficientnet"``; ``"inception"`` or ``"inception:WEIGHTS"``; ``"dinov2"``
-            (ViT-L/14) or ``"dinov2-b"`` (ViT-B/14), from torch's hub, or with ``":PATH"`` from a folder with its
-            repository or a TorchScript file. Or the path of a TorchScript file that reads images in [0, 1]; or a
-            network that does. TorchScript files and repositories are programs: load those you trust.
+        source: a registered name: ``"efficientnet"``, ``"inception[:WEIGHTS]"``, ``"dinov2[:PATH]"`` or
+            ``"dinov2-b[:PATH]"``. Or the path of a TorchScript file that reads images in [0, 1]; or a network that
+            does. TorchScript files and repositories are programs: load those you trust.
         device: where it runs; a given network is moved there and put into eval mode.
 
     Raises:

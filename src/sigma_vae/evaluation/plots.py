@@ -24,6 +24,25 @@ WIDTH = 500
 MILLISECONDS = 250
 """Time that a GIF shows each frame."""
 ROUNDING = 1e-6
+ENDINGS = (".png", ".pdf", ".svg")
+
+# Okabe and Ito's palette; markers and dashes tell the lines apart without colour.
+STYLES: dict[str, dict[str, Any]] = {
+    "density": {"label": "density", "color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "density_post_hoc": {"label": "density, σ refitted", "color": "#56B4E9", "marker": "s", "linestyle": "--"},
+    "level": {"label": "levels", "color": "#D55E00", "marker": "^", "linestyle": "-"},
+    "level_post_hoc": {"label": "levels, σ refitted", "color": "#E69F00", "marker": "v", "linestyle": "--"},
+}
+AXIS_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    {"color": "#D55E00", "marker": "^", "linestyle": "--"},
+    {"color": "#009E73", "marker": "s", "linestyle": ":"},
+)
+BAND: dict[str, Any] = {"color": "0.75", "alpha": 0.6, "linewidth": 0}
+TICKS = ((1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0,))
+"""Ticks of each decade, on axes with one, two or more decades."""
+STDS = 2.58
+"""Half the width of bands, in stds: they hold 99 % of what a calibrated model with independent values would show."""
 
 
 def drawable(shape: tuple[int, ...]) -> bool:
@@ -100,40 +119,45 @@ def _grid(images: Tensor, columns: int | None, zoom: int | None) -> "Image":
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
-ENDINGS = (".png", ".pdf", ".svg")
+@torch.no_grad()
+def sampled(
+    vae: VAE, data: Splits | None, n: int, generator: torch.Generator, show: Show = "mean", temperature: Temperature = 1.0
+) -> Tensor:
+    """Draw n samples; a video model continues the first frames of its test clips, to the length of these clips.
 
-# Okabe and Ito's palette; markers and dashes tell the lines apart where there is no colour.
-STYLES: dict[str, dict[str, Any]] = {
-    "density": {"label": "density", "color": "#0072B2", "marker": "o", "linestyle": "-"},
-    "density_post_hoc": {"label": "density, σ refitted", "color": "#56B4E9", "marker": "s", "linestyle": "--"},
-    "level": {"label": "levels", "color": "#D55E00", "marker": "^", "linestyle": "-"},
-    "level_post_hoc": {"label": "levels, σ refitted", "color": "#E69F00", "marker": "v", "linestyle": "--"},
-}
-AXIS_STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    {"color": "#D55E00", "marker": "^", "linestyle": "--"},
-    {"color": "#009E73", "marker": "s", "linestyle": ":"},
-)
-BAND: dict[str, Any] = {"color": "0.75", "alpha": 0.6, "linewidth": 0}
-TICKS = ((1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0,))
-"""Ticks of each decade, on axes with one, two or more decades."""
-STDS = 2.58
-"""Half the width of bands, in stds: they hold 99 % of what a calibrated model with independent values would show."""
+    Only a video model needs the data; if there are fewer than n test clips, they are repeated. ``show`` and
+    ``temperature`` are those of :meth:`~sigma_vae.vae.VAE.sample`.
+
+    Raises:
+        ValueError: the test clips are no longer than the frames that are given, or the temperature has too many
+            numbers.
+    """
+    if not vae.network.reads_clips:
+        return vae.sample(n, show, generator=generator, temperature=temperature)
+    assert data is not None
+    past, (single,) = vae.network.context_frames, per_layer(temperature, 1)
+    clips = next(iter(data.batches("test", min(n, len(data.test)), device=generator.device))).x
+    given = clips[torch.arange(n) % len(clips), :past]
+    predicted = vae.predict(given, clips.shape[1] - past, 1, show, generator=generator, temperature=single)[0]
+    return torch.cat([given, predicted], 1)
+
+
+@torch.no_grad()
+def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0) -> Tensor:
+    """Reconstruct a batch, in its own shape; the given first frames of clips stay as they are."""
+    again = vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed))
+    return torch.cat([batch.x[:, : vae.network.context_frames], again], 1) if vae.network.reads_clips else again
 
 
 def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:
     """Draw coverage, PIT histogram, σ against error and residual correlation on one page.
 
     Grey bands hold 99 % of what a calibrated model with independent values would show; error bars are two standard
-    errors over examples, whose values depend on each other.
-
-    Args:
-        path: a .png, .pdf or .svg file.
-        report: result of :func:`sigma_vae.evaluation.calibration.calibration`, or its JSON.
-        title: title above the plots.
+    errors over examples, whose values depend on each other. The report is the result of
+    :func:`sigma_vae.evaluation.calibration.calibration`, or its JSON.
 
     Raises:
-        ValueError: the file's ending is none of these.
+        ValueError: the file is no .png, .pdf or .svg.
     """
     if path.suffix not in ENDINGS:
         raise ValueError(f"{path} should end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which sets the format of the page")
@@ -238,38 +262,3 @@ def _residuals(axes: "Axes", residuals: Mapping[str, Any]) -> None:
 
 def _say(axes: "Axes", words: str) -> None:
     axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes, color="0.4")
-
-
-@torch.no_grad()
-def sampled(
-    vae: VAE, data: Splits | None, n: int, generator: torch.Generator, show: Show = "mean", temperature: Temperature = 1.0
-) -> Tensor:
-    """Draw n samples; a video model continues the first frames of its test clips, to the length of these clips.
-
-    Args:
-        vae: the model, in eval mode.
-        data: needed by a video model only; if it has fewer than n test clips, they are repeated.
-        n: number of samples.
-        generator: generator of the latents.
-        show: the mean of p(x|z), or a draw from it.
-        temperature: scale of the latents' spread: one number, or one for each layer.
-
-    Raises:
-        ValueError: the test clips are no longer than the frames that are given, or the temperature has too many
-            numbers.
-    """
-    if not vae.network.reads_clips:
-        return vae.sample(n, show, generator=generator, temperature=temperature)
-    assert data is not None
-    past, (single,) = vae.network.context_frames, per_layer(temperature, 1)
-    clips = next(iter(data.batches("test", min(n, len(data.test)), device=generator.device))).x
-    given = clips[torch.arange(n) % len(clips), :past]
-    predicted = vae.predict(given, clips.shape[1] - past, 1, show, generator=generator, temperature=single)[0]
-    return torch.cat([given, predicted], 1)
-
-
-@torch.no_grad()
-def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0) -> Tensor:
-    """Reconstruct a batch, in its own shape; the given first frames of clips stay as they are."""
-    again = vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed))
-    return torch.cat([batch.x[:, : vae.network.context_frames], again], 1) if vae.network.reads_clips else again

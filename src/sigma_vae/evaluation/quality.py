@@ -160,12 +160,15 @@ class VideoQuality(Record):
         return {name: section for name, section in known.items() if section is not None}
 
 
+Quality = ImageQuality | VideoQuality
+
+
 @register.metric("quality")
 @final
 class QualityMetric(Metric):
     """Fréchet and kernel distance, precision and recall of samples; for video, Fréchet distance of predictions."""
 
-    result = dict[str, ImageQuality | VideoQuality]
+    result = dict[str, Quality]
     on_one_process = True
     columns = (
         Column("quality.*.samples.means.frechet", "Fréchet distance ({})", 2),
@@ -188,33 +191,33 @@ class QualityMetric(Metric):
             return str(error)
         return None
 
-    def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> dict[str, ImageQuality | VideoQuality]:
+    def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> dict[str, Quality]:
         """With each feature extractor of the settings."""
         assert data.splits is not None
-        found: dict[str, ImageQuality | VideoQuality] = {}
+        found: dict[str, Quality] = {}
         n, seed, split = settings.samples, settings.seed, settings.split
-        for extractor in _extractors(vae, settings):
+        for each in _extractors(vae, settings):
             if vae.network.reads_clips:
-                clips, frames = (extractor, None) if extractor.of_clips else (None, extractor)
-                found[extractor.name] = video_quality(vae, data.splits, clips=clips, frames=frames, n=n, seed=seed, split=split)
+                clips, frames = (each, None) if each.of_clips else (None, each)
+                found[each.name] = video_quality(vae, data.splits, clips=clips, frames=frames, n=n, seed=seed, split=split)
             else:
-                found[extractor.name] = quality(vae, data.splits, extractor, n, seed, split)
+                found[each.name] = quality(vae, data.splits, each, n, seed, split)
         return found
 
-    def rows(self, result: Mapping[str, ImageQuality | VideoQuality]) -> Iterator[Row]:
+    def rows(self, result: Mapping[str, Quality]) -> Iterator[Row]:
         """Distances, each with the images that it is about."""
         for features, part in result.items():
             yield from _image_rows(features, part) if isinstance(part, ImageQuality) else _video_rows(features, part)
 
-    def notes(self, result: Mapping[str, ImageQuality | VideoQuality]) -> Iterator[str]:
-        """How images were cut and resized before they were compared, which is a part of what a distance means."""
+    def notes(self, result: Mapping[str, Quality]) -> Iterator[str]:
+        """How images were cut and resized: distances compare only where it is the same."""
         for features, part in result.items():
             for section in (part,) if isinstance(part, ImageQuality) else part.sections.values():
                 how = section.extractor
                 size = "×".join(map(str, how["input"]))
                 yield f"{features}: data {part.data['preprocessing']}; features of {size}, preprocessing {how['preprocessing']}"
 
-    def compared(self, results: Sequence[Mapping[str, ImageQuality | VideoQuality] | None]) -> list[dict[str, Any]]:
+    def compared(self, results: Sequence[Mapping[str, Quality] | None]) -> list[dict[str, Any]]:
         """Fréchet distances, each under a name that says what has to be the same for it to compare."""
         known = [result or {} for result in results]
         return [dict(_compared(result, known)) for result in known]
@@ -251,9 +254,7 @@ def _video_rows(features: str, part: VideoQuality) -> Iterator[Row]:
         yield Row(f"Fréchet distance, {name} ({features}, {section.examples} of {part.split})", f"{section.frechet:.3f}")
 
 
-def _compared(
-    result: Mapping[str, ImageQuality | VideoQuality], every: Sequence[Mapping[str, ImageQuality | VideoQuality]]
-) -> Iterator[tuple[str, float]]:
+def _compared(result: Mapping[str, Quality], every: Sequence[Mapping[str, Quality]]) -> Iterator[tuple[str, float]]:
     """Labels and distances of one run among several."""
     for name, part in result.items():
         others = [each[name] for each in every if name in each]
@@ -268,14 +269,14 @@ def _compared(
             yield f"{label}, N(0, I)", (part.samples_standard_prior or part.samples).means.frechet
 
 
-def _digest(part: ImageQuality | VideoQuality) -> str:
+def _digest(part: Quality) -> str:
     """SHA-256 of the extractor's weights."""
     section = part if isinstance(part, ImageQuality) else next(iter(part.sections.values()), None)
     return "" if section is None else str(section.extractor["sha256"])
 
 
 class _Reference(NamedTuple):
-    """Features of real images, and what of them every comparison needs."""
+    """Features of real images, with their radii, which every comparison needs."""
 
     features: Tensor
     radii: Tensor
@@ -498,12 +499,8 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int =
     Binkowski et al. 2018, https://arxiv.org/abs/1801.01401, section 4. The estimate is unbiased, so it may be below 0,
     and only its spread depends on the number of examples.
 
-    Args:
-        x: features ``(n, d)``.
-        y: features ``(m, d)``.
-        subsets: number of pairs of subsets; one, where a subset is all of both sets.
-        subset_size: examples of each subset; for smaller sets, as many as both have.
-        seed: seed of the choice of subsets.
+    The features are ``(n, d)`` and ``(m, d)``. Smaller sets have subsets of as many examples as both have; there is one
+    pair of subsets, where they are all of both sets.
 
     Raises:
         ValueError: the sets have features of other sizes, or fewer than two examples.
@@ -547,11 +544,7 @@ def precision_recall(
       (Naeem et al. 2020, https://arxiv.org/abs/2002.09797). They mind outliers less. Density has no upper bound, and is
       1 for equal distributions.
 
-    Args:
-        real: features of data ``(n, d)``.
-        made: features of samples ``(m, d)``.
-        neighbours: k.
-        real_radii: :func:`radii` of the data, if they are already known.
+    The features are ``(n, d)`` and ``(m, d)``; ``real_radii`` are the :func:`radii` of the data, if already known.
 
     Raises:
         ValueError: the sets have features of other sizes, or no more than k examples.

@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[Observes, bool]] = {
     "level": ("level", False),
     "level_post_hoc": ("level", True),
 }
-"""The quantity that coverage is about, and whether with the refitted σ."""
+"""The quantity that coverage is about, and whether σ is the refitted one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +268,6 @@ class _Pit:
         self.histogram = torch.zeros(PIT_BINS, dtype=torch.int64)
         self.above_zero = torch.zeros(1 + len(INTERVALS), dtype=torch.int64)
         """How many values are not the least level; of these, how many lie in each interval."""
-
         self.sums = [self.histogram, self.above_zero]
 
     def add(self, inference: Inference, u: Tensor, likelihood: Likelihood) -> Tensor:

@@ -24,7 +24,8 @@ WIDTH = 500
 MILLISECONDS = 250
 """Time that a GIF shows each frame."""
 ROUNDING = 1e-6
-ENDINGS = (".png", ".pdf", ".svg")
+UNDATED: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+"""Formats of the page, with metadata without a date: equal reports give equal files."""
 
 # Okabe and Ito's palette; markers and dashes tell the lines apart without colour.
 STYLES: dict[str, dict[str, Any]] = {
@@ -159,8 +160,8 @@ def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:
     Raises:
         ValueError: the file is no .png, .pdf or .svg.
     """
-    if path.suffix not in ENDINGS:
-        raise ValueError(f"{path} should end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which sets the format of the page")
+    if path.suffix not in UNDATED:
+        raise ValueError(f"{path} should end in .png, .pdf or .svg, which sets the format of the page")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 8.5), layout="constrained")  # no pyplot: the caller's figures and back end stay as they are
@@ -170,8 +171,7 @@ def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:
     _error(error, report["sigma"])
     _residuals(residuals, report["residuals"])
     figure.suptitle(title or f"{report['values']} values of {report['examples']} examples")
-    dates: dict[str, Any] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-    figure.savefig(path, dpi=150, metadata=dates[path.suffix])  # no date: equal reports give equal files
+    figure.savefig(path, dpi=150, metadata=UNDATED[path.suffix])
 
 
 def _kinds(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

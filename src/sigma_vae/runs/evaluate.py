@@ -44,16 +44,11 @@ def evaluate_run(
     *,
     device: str = "auto",
 ) -> Evaluation:
-    """Evaluate a finished run, and write ``evaluation.json`` (or ``evaluation-validation.json``).
+    """Evaluate a finished run on a device, and write ``evaluation.json`` (or ``evaluation-validation.json``).
 
     Each metric has its own section, which says how it was measured. Sections that are not asked for this time are kept,
     as long as they are about the same weights. Under ``torchrun`` the processes share the work; some metrics
     (``quality``, ``predictions``) are measured by the first one, while the others wait.
-
-    Args:
-        out: folder of the run.
-        settings: metrics beside the bounds, and how to measure them.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
 
     Raises:
         ValueError: there is no such run, a metric does not apply to it, or another process is working in its folder.

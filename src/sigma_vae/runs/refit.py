@@ -150,14 +150,8 @@ def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> Eva
     together: after a failure the run is as it was. The run is then the one that training with ``prior=...`` would have
     made.
 
-    Args:
-        out: folder of the run.
-        prior: name of the prior: ``mixture`` (number of components chosen on the validation split), ``mixture:20``,
-            ``gaussian``, ``flow``; ``standard`` goes back to N(0, I).
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-
-    Returns:
-        The evaluation, as in ``evaluation.json``.
+    The prior is ``mixture`` (number of components chosen on the validation split), ``mixture:20``, ``gaussian`` or
+    ``flow``; ``standard`` goes back to N(0, I). The result is the evaluation, as in ``evaluation.json``.
 
     Raises:
         ValueError: there is no such run or prior, the run's network has no single layer of flat latents, or another

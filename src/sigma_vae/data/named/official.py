@@ -13,17 +13,18 @@ from sigma_vae.data.pictures import PicturePlan, plan, probe
 from sigma_vae.data.splits import Raw, SplitName
 from sigma_vae.data.stores import Encoded, Part, UnreadableError
 
-__all__ = ["VARIABLE", "Official", "check_counts", "find", "folders", "read_official"]
+__all__ = ["VARIABLE", "Official", "check_counts", "find", "find_splits", "folders", "read_official"]
 
 VARIABLE = "SIGMA_VAE_DATA"
 
 
 def folders(name: str, root: str | None) -> list[Path]:
-    """List where to look: ``root`` if it is given, else NAME in the folder of SIGMA_VAE_DATA, and that folder itself."""
+    """List the folders to search: ``root`` if given, else the folder of SIGMA_VAE_DATA, its subfolder ``name`` first."""
     if root:
         return [Path(root).expanduser()]
-    named = os.environ.get(VARIABLE)
-    return [Path(named).expanduser() / name, Path(named).expanduser()] if named else []
+    if not (named := os.environ.get(VARIABLE)):
+        return []
+    return [Path(named).expanduser() / name, Path(named).expanduser()]
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,19 @@ def find(folder: Path, *names: str) -> Path | None:
                 f"{path} needs to lead to a file or folder, got a link to {path.readlink()}, which is missing; mend it"
             )
     return None
+
+
+def find_splits(folder: Path, files: Mapping[SplitName, str], name: str) -> dict[SplitName, Path]:
+    """Find the file of each split of the data set ``name``; an ending in brackets is optional. Empty if there is none.
+
+    Raises:
+        ValueError: only one of the files is there.
+    """
+    found = {split: find(folder, file.removesuffix("[.gz]"), file.replace("[.gz]", ".gz")) for split, file in files.items()}
+    present = {split: path for split, path in found.items() if path is not None}
+    if present and (missing := [file for split, file in files.items() if split not in present]):
+        raise ValueError(f"{name} needs {' and '.join(files.values())} in {folder}, got no {missing[0]}; put both files there")
+    return present
 
 
 def _from_hub(official: Official, place: HubPlace, config: DataConfig, places: list[Path]) -> Raw:

@@ -1,7 +1,6 @@
 """CelebA: aligned faces, 178×218 (Liu, Luo, Wang & Tang 2015, https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -62,11 +61,11 @@ def _in_folder(folder: Path, official: Official, chosen: PicturePlan) -> Raw | N
         )
     stamp, record = _stamp_and_record(pictures, list(members.values()))
 
-    def decode(name: str) -> Array:
+    def decode(part: list[str], i: int) -> Array:
         try:
-            content = pictures.read(members[name])
+            content = pictures.read(members[part[i]])
         except (KeyError, *DAMAGED) as error:
-            raise UnreadableError(f"{name}: {type(error).__name__}: {error}") from error
+            raise UnreadableError(f"{part[i]}: {type(error).__name__}: {error}") from error
         return official.decode(chosen, content)
 
     parts = {
@@ -74,7 +73,7 @@ def _in_folder(folder: Path, official: Official, chosen: PicturePlan) -> Raw | N
             part,
             chosen.shape,
             chosen.dtype,
-            _by_number(part, decode),
+            partial(decode, part),
             {"files": [stamp, file_stamp(partition)], "split": split, "plan": asdict(chosen)},
             folder,
         )
@@ -96,10 +95,6 @@ def _stamp_and_record(pictures: Container, names: list[str]) -> tuple[list[Any],
         return file_stamp(pictures.path), file_record(pictures.path)
     digest = hashlib.sha256(repr(pictures.stamp(names)).encode()).hexdigest()
     return [pictures.path.name, digest], {"path": str(pictures.path.resolve()), "count": len(names)}
-
-
-def _by_number(names: list[str], decode: Callable[[str], Array]) -> Callable[[int], Array]:
-    return lambda i: decode(names[i])
 
 
 def _splits(partition: Path) -> dict[SplitName, list[str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data.hub import HubError, HubPlace, fetch, pictures_of
 from sigma_vae.data.levels import Array
-from sigma_vae.data.pictures import PicturePlan, plan, probe
+from sigma_vae.data.pictures import PicturePlan, Probe, plan, probe
 from sigma_vae.data.splits import Raw, SplitName
 from sigma_vae.data.stores import Encoded, Part, UnreadableError
 
@@ -29,23 +29,16 @@ def folders(name: str, root: str | None) -> list[Path]:
 
 @dataclass(frozen=True)
 class Official:
-    """A published data set.
-
-    Args:
-        name: the name that users give.
-        files: the expected files, in words.
-        counts: number of examples of each split.
-        picture: width, height and mode of all pictures.
-        hub: a copy on the hub, if there is one.
-        system: further folders that may have the files.
-    """
+    """A published data set, with the number of examples of each split, and maybe a copy on the hub."""
 
     name: str
     files: str
+    """The expected files, in words."""
     counts: Mapping[SplitName, int]
-    picture: tuple[int, int, str]
+    picture: Probe
     hub: HubPlace | None = None
     system: tuple[Path, ...] = ()
+    """Further folders that may have the files."""
 
     def places(self, root: str | None) -> list[Path]:
         """List the folders to search, in order.
@@ -74,12 +67,8 @@ def read_official(official: Official, config: DataConfig, in_folder: Callable[[P
     """Read the data set from the first place that has it.
 
     If ``root`` is given, only that folder is searched; otherwise the folder of the data set's name in the folder of
-    SIGMA_VAE_DATA, that folder itself, those of installed packages, and the hub.
-
-    Args:
-        official: the data set.
-        config: with ``root`` and the options for pictures.
-        in_folder: reads the published files in a folder; returns None if it has none of them.
+    SIGMA_VAE_DATA, that folder itself, those of installed packages, and the hub. ``in_folder`` reads the published
+    files in a folder, and returns None if it has none of them.
 
     Raises:
         ValueError: no place has the data set, or the files are damaged or not the published ones.

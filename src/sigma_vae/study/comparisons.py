@@ -114,25 +114,30 @@ class Setting:
         given = {arm: sigma for arm, name in self.arms.items() if (sigma := given_sigma(name)) is not None}
         return dict(sorted(given.items(), key=lambda pair: pair[1]))
 
-    def first(self, likelihood: str) -> str | None:
-        """The first arm with this likelihood."""
-        return next((arm for arm, name in self.arms.items() if name == likelihood), None)
+    def first(self, *likelihoods: str) -> str | None:
+        """The first arm with the first of these likelihoods that the study has."""
+        return next((arm for likelihood in likelihoods for arm, name in self.arms.items() if name == likelihood), None)
 
     @property
     def unit(self) -> str | None:
         """The arm with σ = 1."""
         return next((arm for arm, sigma in self.fixed.items() if sigma == 1), None)
 
-    def values(self, arm: str | None, metric: str, prior: str, split: str = "test") -> "pd.Series[float]":
-        """The metric by seed; empty where nothing is known."""
+    def values(self, arm: str | None, metric: str, prior: str | None = None, split: str = "test") -> "pd.Series[float]":
+        """The metric by seed, with the plain prior unless given; empty where nothing is known."""
         rows = self.table
         if metric not in rows.columns:
             return rows.iloc[:0]["seed"].astype(float)
-        chosen = rows[(rows[ARM] == arm) & (rows["prior"] == prior) & (rows["split"] == split)]
+        chosen = rows[(rows[ARM] == arm) & (rows["prior"] == (prior or self.plain)) & (rows["split"] == split)]
         return chosen.set_index("seed")[metric].dropna()
 
-    def difference(self, metric: str, ours: str | None, theirs: str | None, prior: str) -> Difference | None:
-        """Ours minus theirs, paired by seed; None where no seed has both."""
+    def mean(self, arm: str | None, metric: str, prior: str | None = None) -> float:
+        """The mean of the metric over seeds, on the test split."""
+        return float(self.values(arm, metric, prior).mean())
+
+    def difference(self, metric: str, ours: str | None, theirs: str | None, prior: str | None = None) -> Difference | None:
+        """Ours minus theirs, paired by seed, with the plain prior unless given; None where no seed has both."""
+        prior = prior or self.plain
         both = (self.values(arm, metric, prior).index for arm in (ours, theirs))
         if not set.intersection(*map(set, both)):
             return None
@@ -162,7 +167,7 @@ class Setting:
         arms = list(arms)
         there = self.complete(arms, metric, prior, like)
         choose = max if highest else min
-        best = choose(there, key=lambda arm: float(self.values(arm, metric, prior).mean())) if there else None
+        best = choose(there, key=lambda arm: self.mean(arm, metric, prior)) if there else None
         return self._chosen(best, arms, there)
 
     def _chosen(self, arm: str | None, of: Iterable[str], there: Sequence[str]) -> Choice:
@@ -179,7 +184,7 @@ class Setting:
 
     def observes(self, arm: str) -> str | None:
         """Whether the arm's ELBO is of a density or of levels; None where it has none."""
-        known = self.values(arm, "observes", self.plain)[self.values(arm, ELBO, self.plain).index]
+        known = self.values(arm, "observes")[self.values(arm, ELBO).index]
         return str(known.iloc[0]) if len(known) else None
 
     def of(self, arm: str) -> list[Ended]:

@@ -24,8 +24,8 @@ from sigma_vae.study.statistics import cost
 __all__ = ["HOW", "SIGNS", "differences", "ended", "figures", "judged", "keep", "report", "samples", "template", "verdicts"]
 
 if TYPE_CHECKING:
+    import pandas as pd
     from jinja2 import Template
-
 
 SIGNS = {"holds": "✓", "does not": "✗", "not shown": "?"}
 """Signs beside the words, so that nothing depends on colour alone."""
@@ -47,10 +47,6 @@ def _line(words: str) -> str:
     for sign in ("\\", "`", "*", "|", "[", "_", "~"):
         words = words.replace(sign, "\\" + sign)
     return " ".join(words.replace("&", "&amp;").replace("<", "&lt;").split())
-
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 Draw = Callable[[Setting], plots.Plot | None]

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -155,7 +155,7 @@ class Setting:
         if len(there) < LEAST_GRID:
             return Choice(None, "")
         rows = self.table[self.table["prior"] == self.plain]
-        return self._chosen(str(chosen_on_validation(rows, ARM, there, ELBO, highest=True).place[ARM]), self.fixed, there)
+        return _choice(str(chosen_on_validation(rows, ARM, there, ELBO, highest=True).place[ARM]), self.fixed, there)
 
     def best(self, metric: str, prior: str, *, highest: bool) -> Choice:
         """Choose the fixed σ, of three or more, with the best mean of a metric on the test split itself."""
@@ -168,11 +168,7 @@ class Setting:
         there = self.complete(arms, metric, prior, like)
         choose = max if highest else min
         best = choose(there, key=lambda arm: self.mean(arm, metric, prior)) if there else None
-        return self._chosen(best, arms, there)
-
-    def _chosen(self, arm: str | None, of: Iterable[str], there: Sequence[str]) -> Choice:
-        lacking = [name for name in of if name not in there]
-        return Choice(arm, f"; left out, as seeds are missing: {', '.join(lacking)}" if lacking else "")
+        return _choice(best, arms, there)
 
     def called(self, prior: str) -> str:
         """Name a prior; "standard" is called learned where the network learns its prior."""
@@ -210,6 +206,11 @@ class Setting:
         return bool(network_facts(self.network).get("learns_prior", False) if chosen is None else chosen.default)
 
 
+def _choice(arm: str | None, of: Iterable[str], there: Sequence[str]) -> Choice:
+    left_out = ", ".join(name for name in of if name not in there)
+    return Choice(arm, f"; left out, as seeds are missing: {left_out}" if left_out else "")
+
+
 def _label(cell: Cell, axis: str | None) -> str:
     """The arm of a cell."""
     return cell.config.model.likelihood if axis is None else in_words(cell.place[axis])
@@ -232,7 +233,9 @@ def settings(spec: StudySpec, out: Path) -> list[Setting]:
     table[ARM] = [_label(by_key[key], axis) for key in table["key"]]
     table["seed"] = [by_key[key].config.seed for key in table["key"]]
     found = []
-    for words, arms, there in _grouped(todo, ended, axis):
+    for words in dict.fromkeys(_words(cell, axis) for cell in todo):
+        arms = {_label(cell, axis): cell.config.model.likelihood for cell in todo if _words(cell, axis) == words}
+        there = [done for done in ended if _words(done.cell, axis) == words]
         by_arm = {arm: [done for done in there if _label(done.cell, axis) == arm] for arm in arms}
         rows = table[table["key"].isin([done.cell.key for done in there])]
         found.append(Setting(words, arms, spec.priors, by_arm, rows))
@@ -245,14 +248,6 @@ def _ended(cell: Cell, row: Mapping[Any, Any]) -> Ended:
         return Ended(cell, row["error"], [])
     points = row["curve"]
     return Ended(cell, None, [] if points is None else [(int(point["step"]), float(point["elbo_nats"])) for point in points])
-
-
-def _grouped(
-    todo: Sequence[Cell], ended: Sequence[Ended], axis: str | None
-) -> Iterator[tuple[str, dict[str, str], list[Ended]]]:
-    for words in dict.fromkeys(_words(cell, axis) for cell in todo):
-        arms = {_label(cell, axis): cell.config.model.likelihood for cell in todo if _words(cell, axis) == words}
-        yield words, arms, [done for done in ended if _words(done.cell, axis) == words]
 
 
 def _words(cell: Cell, axis: str | None) -> str:

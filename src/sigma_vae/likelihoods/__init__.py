@@ -1,4 +1,4 @@
-"""Likelihoods: a family (what the residual looks like) and a scale (where its σ comes from), or a family that needs no scale.
+"""Likelihoods: a family (the shape of the residual), with a scale (the source of its σ) or without.
 
 Each name is imported when it is first used, so that ``translate`` needs no torch.
 """

@@ -115,7 +115,7 @@ class BestWeights:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint to go on from, if any; where the last one is damaged, log that and take the one before.
+    """The newest whole checkpoint, if any; where the last one is damaged, log that and take the one before.
 
     Raises:
         ValueError: there are some, and all are damaged.

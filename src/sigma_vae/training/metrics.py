@@ -188,7 +188,10 @@ class WeightsAndBiases(_RunLogger):
 
 @final
 class MLflow(_RunLogger):
-    """A run of MLflow (at ``MLFLOW_TRACKING_URI``), named after the run folder; a resumed training continues it."""
+    """A run of MLflow (at ``MLFLOW_TRACKING_URI``), named after the run folder; a resumed training continues it.
+
+    MLflow 3.17 refuses a plain folder there: take ``sqlite:///mlflow.db``, or set ``MLFLOW_ALLOW_FILE_STORE=true``.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()

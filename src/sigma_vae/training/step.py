@@ -90,7 +90,7 @@ class Stepper:
         """The newest step."""
         self._unchecked: list[_Unchecked] = []
         self._broken: Tensor | None = None
-        # Reading a loss would wait for the GPU: `check` reads several, and until then the device itself keeps the weights.
+        # Reading a loss waits for the GPU: `check` reads several, and until then the device itself protects the weights.
         self._checks_later = choices.device == "cuda" and choices.fused_optimiser and not is_sharded(config)
 
     def step(self, batch: Batch, number: int) -> dict[str, float] | None:

@@ -180,6 +180,30 @@ def test_a_residual_and_a_scale_of_ones_own_meet_all_others():
         models.likelihood("cauchi/twice", 1)
 
 
+@pytest.mark.usefixtures("own_names")
+def test_a_function_is_a_family_too_with_a_scale_if_it_takes_one():
+    @register.likelihood("wide")
+    def wide(channels, scale, **options):
+        """A Gaussian."""
+        return sigma_vae.Gaussian(channels, scale, **options)
+
+    @register.likelihood("coin")
+    def coin(channels, *, spatial_dims, levels):
+        """A coin for each value."""
+        return sigma_vae.Bernoulli(channels, spatial_dims=spatial_dims, levels=levels)
+
+    made = models.likelihood("wide/fixed:0.5", 3)
+    assert str(made) == "Gaussian(channels=3, scale=Fixed(0.5))"
+    assert str(models.likelihood("coin", 1, levels=2)) == "Bernoulli(channels=1, levels=2)"
+    for name, words in (
+        ("wide", "did you mean 'wide/optimal'"),
+        ("coin/optimal", "takes no scale"),
+        ("coim", "did you mean 'coin'.* without a scale .*coin"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            models.likelihood(name, 1)
+
+
 def test_an_unknown_network_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'conv'"):
         models.network("convv", (1, 28, 28), 1, 20)

@@ -298,6 +298,12 @@ def test_the_list_of_commands_imports_nothing_heavy():
     assert own - {"sigma_vae"} <= sys.stdlib_module_names
 
 
+def test_a_translation_of_a_loss_imports_no_torch():
+    command = "from sigma_vae.cli import main; main(['explain', '--shape', '3,64,64', '--json'])"
+    script = f"import sys; {command}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 0
+
+
 def test_a_wrong_command_gets_the_nearest_one(capsys):
     for words, near in ((["trian"], "'train'"), (["fit_prior"], "'fit-prior'"), (["study", "verdict"], "'verdicts'")):
         with pytest.raises(SystemExit):

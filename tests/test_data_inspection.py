@@ -10,8 +10,7 @@ from scipy import stats
 
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig
-from sigma_vae.data import Scaling, Splits, load
-from sigma_vae.data import inspect as inspection
+from sigma_vae.data import Scaling, Splits, load, scaling
 from sigma_vae.data.inspect import inspect
 from sigma_vae.data.stores import InMemory
 
@@ -31,7 +30,7 @@ def noise(n, *shape):
 @pytest.fixture
 def taken(monkeypatch):
     """How many values are looked at together, where that is at most 1000."""
-    monkeypatch.setattr(inspection, "CHUNK", 1000)
+    monkeypatch.setattr(scaling, "CHUNK", 1000)
     sizes, take = [], InMemory.take
 
     def counted(store, positions, epoch=0):

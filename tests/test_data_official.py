@@ -425,7 +425,12 @@ DAMAGE = {
         lambda folder: (folder / "img_align_celeba/000003.jpg").write_bytes(encoded(np.zeros((218, 179, 3), np.uint8), "JPEG")),
         r"1 of \d+ examples cannot be decoded \(000003.jpg\)",
     ),
-    "zip cut": ("celeba", {"zipped": True}, lambda folder: cut(folder / "img_align_celeba.zip"), "cannot be read as a zip"),
+    "zip cut": (
+        "celeba",
+        {"zipped": True},
+        lambda folder: cut(folder / "img_align_celeba.zip"),
+        "cannot be read as zip archive",
+    ),
     "partition of 3": (
         "celeba",
         {},

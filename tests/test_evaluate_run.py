@@ -12,7 +12,7 @@ from torch import nn
 
 from sigma_vae import runs
 from sigma_vae.cli import main
-from sigma_vae.cli.tables import print_evaluation
+from sigma_vae.cli.runs import print_evaluation
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.evaluation import Estimate, Evaluation, score
 from sigma_vae.evaluation.bounds import IwaeMetric

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import stats
 
 from sigma_vae import VAE, Gaussian, StudentT, mlp, runs
-from sigma_vae.cli.tables import print_evaluation
+from sigma_vae.cli.runs import print_evaluation
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Scaling
 from sigma_vae.evaluation import Column, Estimate, Evaluation, Metric, Row, calibrate, evaluate, score

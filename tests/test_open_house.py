@@ -1,4 +1,4 @@
-"""A stranger's package: its network, likelihood and prior train, evaluate, save and load by their names, without a change of ours."""
+"""A stranger's package: its networks, likelihood and prior work by their names everywhere, without a change of ours."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from sigma_vae.registry import Argument, number_above_zero, register
 from sigma_vae.types import DataDistribution, Likelihood, Network, Prior
 
 
-class Mirror(Network):
-    """A network that delegates to mlp, and sees each example from its other end."""
+class Bare(Network):
+    """A network that delegates to mlp, sees each example from its other end, and only trains and generates."""
 
     def __init__(self, inner):
         super().__init__()
@@ -29,13 +29,6 @@ class Mirror(Network):
     def latents(self):
         return self.inner.latents
 
-    @property
-    def prior(self):
-        return self.inner.prior
-
-    def replace_prior(self, prior):
-        self.inner.replace_prior(prior)
-
     def infer(self, x, context=None, mask=None, noise=None, condition=None):
         inference = self.inner.infer(x.flip(-1), context, mask, noise, condition)
         return inference._replace(h=inference.h.flip(-1), target=x)
@@ -43,19 +36,44 @@ class Mirror(Network):
     def generate(self, n, context=None, generator=None, temperature=1.0, condition=None):
         return self.inner.generate(n, context, generator, temperature, condition).flip(-1)
 
+
+class Whole(Bare):
+    """A network that also encodes, decodes and takes another prior."""
+
     def posterior(self, x, condition=None):
         return self.inner.posterior(x.flip(-1), condition)
 
     def decode(self, z, condition=None):
         return self.inner.decode(z, condition).flip(-1)
 
+    @property
+    def prior(self):
+        return self.inner.prior
+
+    def replace_prior(self, prior):
+        self.inner.replace_prior(prior)
+
+
+def inner(shape, out_channels, latent_dim, width=16):
+    from sigma_vae import mlp
+
+    return mlp(shape, out_channels, latent_dim, width=width)
+
+
+def bare(shape, out_channels, latent_dim=4, width=16):
+    """A network of a test that keeps its latents to itself."""
+    return Bare(inner(shape, out_channels, latent_dim, width))
+
+
+def whole(shape, out_channels, latent_dim=4, width=16):
+    """A network of a test with a posterior and a prior."""
+    return Whole(inner(shape, out_channels, latent_dim, width))
+
 
 @register.network("mirror", latents="flat", reads_clips=False, has_prior=True)
 def mirror(shape, out_channels, latent_dim=3):
     """An mlp that reads its data mirrored."""
-    from sigma_vae import mlp
-
-    return Mirror(mlp(shape, out_channels, latent_dim, width=16))
+    return Whole(inner(shape, out_channels, latent_dim))
 
 
 class Uniform(Prior):
@@ -142,7 +160,9 @@ register.prior.add("uniform", Uniform, argument=Argument("slack", lambda text: {
 '''
 ENTRY_POINTS = """
 [sigma_vae.networks]
+bare = stranger:bare
 mirror = stranger:mirror
+whole = stranger:whole
 
 [sigma_vae.likelihoods]
 distance = stranger:Distance
@@ -150,6 +170,7 @@ distance = stranger:Distance
 [sigma_vae.priors]
 uniform = stranger:Uniform
 """
+STRICT = ("-W", "error")
 METADATA = "Metadata-Version: 2.1\nName: strangers-package\nVersion: 1.0\n"
 
 
@@ -172,13 +193,13 @@ def installed(*paths: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *(path for path in sys.path if path)]), "OMP_NUM_THREADS": "1"}
 
 
-def python(code: str, env: dict[str, str]) -> str:
-    """What the code prints in a process of its own, in which warnings are errors."""
+def python(code: str, env: dict[str, str], *options: str, folder: Path | None = None) -> tuple[str, str]:
+    """What the code prints on both streams in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, *options, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return done.stdout, done.stderr
 
 
 TRAINED = """
@@ -228,7 +249,7 @@ def trained(
     """A model of the stranger's network and prior, with our likelihood or theirs, and what it gave."""
     folder = tmp_path_factory.mktemp("strangers") / "model"
     code = f"OUT, LIKELIHOOD = {str(folder)!r}, {request.param!r}\n{TRAINED}"
-    return folder, json.loads(python(code, stranger).splitlines()[-1])
+    return folder, json.loads(python(code, stranger, *STRICT)[0].splitlines()[-1])
 
 
 def test_a_strangers_network_and_prior_do_all_that_ours_do(trained: tuple[Path, dict]) -> None:
@@ -281,12 +302,85 @@ try:
 except ValueError as error:
     print(error)
 """
-    assert "comes from the package evil" in python(code, installed(str(tmp_path)))
+    assert "comes from the package evil" in python(code, installed(str(tmp_path)), *STRICT)[0]
     assert not (tmp_path / "trace").exists()
 
 
 def test_help_texts_know_the_name(stranger: dict[str, str]) -> None:
     code = "from sigma_vae.registry import register; print(register.network.names(), register.network.entry('mirror').summary)"
-    assert python(code, stranger) == (
-        "['conv', 'hierarchical', 'mlp', 'residual', 'sequence', 'mirror'] An mlp that reads its data mirrored\n"
+    assert python(code, stranger, *STRICT)[0] == (
+        "['conv', 'hierarchical', 'mlp', 'residual', 'sequence', 'bare', 'mirror', 'whole'] An mlp that reads its data mirrored\n"
     )
+
+
+SHORT = ("--epochs", "1", "--batch-size", "64", "--device", "cpu")
+README = [
+    ["inspect", "digits"],
+    ["train", "digits", "--network", "NETWORK", *SHORT, "--prior", "PRIOR", "--out", "first"],
+    ["evaluate", "first"],
+    ["evaluate", "first", "--metrics", "iwae", "oracle", "--draws", "3"],
+    ["sample", "first", "--n", "10", "--out", "samples.png"],
+    ["reconstruct", "first"],
+    ["encode", "first", "--split", "train"],
+    ["score", "first", "--out", "scores.csv"],
+    ["train", "digits", "--network", "NETWORK", *SHORT, "--likelihood", "gaussian/fixed:1.0", "--out", "second"],
+    ["calibrate", "second"],
+    ["fit-prior", "second", "--prior", "gaussian"],
+    ["evaluate", "second"],
+    ["compare", "first", "second", "--paired"],
+    ["resume", "second", "--epochs", "2"],
+    ["replay", "first/config.yaml", "--out", "again"],
+]
+SCRIPT = """
+import json, os, torch
+from sigma_vae.cli import main
+torch.set_num_threads(1)
+codes = [main(words) for words in json.loads(os.environ["COMMANDS"])]
+print(json.dumps(codes))
+"""
+
+
+def run(env: dict[str, str], folder: Path, commands: list[list[str]]) -> tuple[list[int], str]:
+    """Exit codes of these commands, run in this folder by one process; and all that they printed."""
+    out, err = python(SCRIPT, env | {"COMMANDS": json.dumps(commands)}, folder=folder)
+    return json.loads(out.splitlines()[-1]), out + err
+
+
+def named(network: str, prior: str) -> list[list[str]]:
+    return [[{"NETWORK": network, "PRIOR": prior}.get(word, word) for word in words] for words in README]
+
+
+def test_a_whole_network_passes_every_command(stranger: dict[str, str], tmp_path: Path) -> None:
+    codes, said = run(stranger, tmp_path, named("whole", "mixture"))
+    assert codes == [0] * len(README), said
+    first, again = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("first", "again"))
+    assert first["prior"].startswith("mixture:")
+    assert again["elbo_nats"] == first["elbo_nats"]
+    assert first["information"]
+    model = json.loads((tmp_path / "first" / "model" / "model.json").read_text())
+    assert model["packages"]["network"] == "strangers-package"
+
+
+def test_a_bare_network_passes_every_command_but_those_of_its_latents(stranger: dict[str, str], tmp_path: Path) -> None:
+    codes, said = run(stranger, tmp_path, named("bare", "standard"))
+    refused = [words[0] for words, code in zip(README, codes, strict=True) if code]
+    assert refused == ["encode", "fit-prior"], said
+    assert "does not define posterior(x)" in said
+    assert "single layer of flat latents" in said
+
+
+def test_help_and_errors_know_the_networks_of_packages(stranger: dict[str, str], tmp_path: Path) -> None:
+    told, _ = python("from sigma_vae.cli import main; main(['train', '--help'])", stranger | {"COLUMNS": "200"})
+    assert "- whole: A network of a test with a posterior" in told
+    _, said = run(stranger, tmp_path, [["train", "digits", "--network", "whle"]])
+    assert "did you mean 'whole'?" in said
+    _, said = run(installed(), tmp_path, [["train", "digits", "--network", "whole"]])
+    assert "there is no network 'whole'" in said
+
+
+def test_a_run_names_the_package_that_is_missing(stranger: dict[str, str], tmp_path: Path) -> None:
+    commands = [["train", "digits", "--network", "whole", "--max-steps", "2", "--out", "run"]]
+    assert run(stranger, tmp_path, commands)[0] == [0]
+    codes, said = run(installed(), tmp_path, [["sample", "run"], ["evaluate", "run"]])
+    assert codes == [1, 1]
+    assert "comes from the package strangers-package" in said

@@ -144,7 +144,7 @@ def test_predicted_degrees_of_freedom_are_scipys(space: tuple[int, ...]) -> None
     lower, upper = np.where(mirrored, -upper, lower), np.where(mirrored, -lower, upper)
     mass = np.log(stats.t.cdf(upper, df) - stats.t.cdf(lower, df))
     inner = (x > 0) & (x < 1)
-    elements = likelihood._distribution(*likelihood._split(torch.from_numpy(h))[:2], distribution.log_scale, "level")
+    elements = likelihood.distribution(torch.from_numpy(h), observes="level")
     np.testing.assert_allclose(elements.element_log_prob(torch.from_numpy(x)).numpy()[inner], mass[inner], rtol=1e-8)
 
 

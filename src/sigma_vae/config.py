@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 Layout = Literal["auto", "n-h-w", "n-h-w-c", "n-c-h-w", "n-c-t", "n-t", "n-c", "n-t-c-h-w", "n-t-h-w-c", "n-t-h-w"]
-
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 MOST_MINUTES = 1e9
 """Largest time limit of a training: two thousand years, which clocks can count."""
@@ -45,6 +45,18 @@ class RenamedWarning(DeprecationWarning):
 
 class _Strict:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    def _require(self, least: float, words: str, *names: str) -> None:
+        """Refuse fields that are given and below the least value."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} is {words}, got {value}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is a number from 0 to 2³² − 1, got {seed}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,10 @@ class ImageConfig(_Strict):
     unreadable: Literal["refuse", "skip"] = "refuse"
     """Broken files: refuse the data set, or skip them; they are listed and counted either way."""
 
+    def __post_init__(self) -> None:
+        """Refuse sizes below 1."""
+        self._require(1, "at least 1", "crop", "size")
+
 
 @dataclass(frozen=True)
 class ClipConfig(_Strict):
@@ -75,6 +91,10 @@ class ClipConfig(_Strict):
     """Frames per clip in test; default as in training (bair and moving-mnist: 30 if neither option is given)."""
     frame_step: int = 1
     """Keep every k-th frame."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers below 1."""
+        self._require(1, "at least 1", "frames", "test_frames", "frame_step")
 
 
 @dataclass(frozen=True)
@@ -105,14 +125,6 @@ class DataConfig(_Strict):
     """Share of the examples held out for test, if the data have no test split."""
     split_seed: int = 0
     """Seed that decides which examples are held out, and the content of generated data."""
-
-    def __post_init__(self) -> None:
-        """Refuse sizes below 1."""
-        sizes = {name: getattr(self.images, name) for name in ("crop", "size")}
-        sizes |= {name: getattr(self.clips, name) for name in ("frames", "test_frames", "frame_step")}
-        for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is at least 1, got {value}")
 
     @property
     def path(self) -> Path:
@@ -172,9 +184,6 @@ class ModelConfig(_Strict):
     """Name of the prior."""
 
 
-LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
-
-
 @dataclass(frozen=True)
 class HardwareConfig(_Strict):
     """Hardware settings; auto picks what benchmarks favour. Training starts by printing the choices."""
@@ -200,10 +209,7 @@ class HardwareConfig(_Strict):
 
     def __post_init__(self) -> None:
         """Refuse counts that mean nothing."""
-        for name in ("threads", "steps_per_call"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is at least 1, got {value}")
+        self._require(1, "at least 1", "threads", "steps_per_call")
         if self.allocator == "patient":
             warnings.warn("allocator='patient' is called 'retain' now; write that", RenamedWarning, stacklevel=3)
             object.__setattr__(self, "allocator", "retain")
@@ -273,25 +279,12 @@ class TrainingConfig(_Strict):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
-        at_least_one = ("epochs", "max_steps", "batch_size", "accumulate", "patience", "validate_every", "log_every")
-        above_zero = ("max_minutes", "scale_learning_rate_factor", "gradient_clip_norm", "skip_gradient_norm")
-        at_least_zero = (
-            "learning_rate",
-            "weight_decay",
-            "warmup_steps",
-            "free_bits_nats",
-            "kl_balancing_steps",
-            "checkpoint_minutes",
-        )
-        for names, least, says in (
-            (at_least_one, 1, "at least 1"),
-            (at_least_zero, 0, "at least 0"),
-            (above_zero, 1e-300, "above 0"),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not value >= least:
-                    raise ValueError(f"{name} is {says}, got {value}")
+        counts = ("epochs", "max_steps", "batch_size", "accumulate", "patience", "validate_every", "log_every")
+        self._require(1, "at least 1", *counts)
+        weights = ("learning_rate", "weight_decay", "free_bits_nats", "checkpoint_minutes")
+        self._require(0, "at least 0", *weights, "warmup_steps", "kl_balancing_steps")
+        limits = ("max_minutes", "gradient_clip_norm", "skip_gradient_norm")
+        self._require(1e-300, "above 0", *limits, "scale_learning_rate_factor")
         if self.max_minutes is not None and not self.max_minutes <= MOST_MINUTES:
             raise ValueError(
                 f"max_minutes is at most {MOST_MINUTES:g}, got {self.max_minutes}; leave it out to train all epochs"
@@ -318,15 +311,12 @@ class RunConfig(_Strict):
 
     def __post_init__(self) -> None:
         """Refuse a seed that no generator takes."""
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is a number from 0 to 2³² − 1, got {self.seed}")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(_Strict):
     """Metrics of an evaluation, and how to measure them."""
-
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     metrics: Annotated[
         tuple[str, ...] | None,
@@ -359,12 +349,8 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be measured."""
-        for name in ("draws", "samples", "best_of"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is at least 1, got {value}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is a number from 0 to 2³² − 1, got {self.seed}")
+        self._require(1, "at least 1", "draws", "samples", "best_of")
+        _check_seed(self.seed)
         if not self.features:
             raise ValueError("features names at least one extractor, got none; efficientnet is one")
         if self.batch_statistics and self.best_of is None:

@@ -3,11 +3,11 @@
 import inspect
 import json
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 UNNAMED = "unnamed"
-"""Stands for a network or likelihood that has no registered name: the model can then be loaded only into given objects."""
+"""Name of a part that is not registered: the model can be loaded only into a given object."""
 
 
 def prior(name: str, latent_dim: int, package: str | None = None) -> Prior:
@@ -80,12 +80,7 @@ def prior_name(prior: Prior) -> str:
 
 
 def check_prior(name: str, network_name: str, network: Network | None = None) -> None:
-    """Refuse before training a prior that the network could not take after it.
-
-    Args:
-        name: of the prior.
-        network_name: of the network; its registration says whether it takes a fitted prior, where no network is given.
-        network: asked itself, where given.
+    """Refuse, before training, a prior that the network (or one of this name, where none is given) could not take.
 
     Raises:
         ValueError: there is no such prior, or the network has no flat latents to fit it to.
@@ -139,7 +134,7 @@ def likelihood(
     head, slash, tail = name.partition("/")
     if head not in register.likelihood:
         raise ValueError(_unknown_likelihood(name))
-    if register.likelihood.entry(head).object.takes_scale:
+    if _takes_scale(register.likelihood.entry(head)):
         if not slash:
             raise ValueError(f"{name} takes a scale, one of {_patterns(register.scale)}; did you mean '{name}/optimal'?")
         if tail not in register.scale:
@@ -156,18 +151,21 @@ def likelihood(
 
 
 def _unknown_likelihood(name: str) -> str:
-    """The sentence about a name with an unknown family or scale."""
-    names: list[str] = []
-    for family in register.likelihood:
-        scales = [f"/{scale.example}" for scale in register.scale] if family.object.takes_scale else [""]
-        names += [family.example + scale for scale in scales]
-    (near,) = get_close_matches(name, names, n=1, cutoff=0.0)
-    scaled = _patterns(entry for entry in register.likelihood if entry.object.takes_scale)
-    others = _patterns(entry for entry in register.likelihood if not entry.object.takes_scale)
+    scaled = [entry for entry in register.likelihood if _takes_scale(entry)]
+    others = [entry for entry in register.likelihood if not _takes_scale(entry)]
+    names = [f"{family.example}/{scale.example}" for family in scaled for scale in register.scale]
+    (near,) = get_close_matches(name, names + [family.example for family in others], n=1, cutoff=0.0)
     return (
-        f"there is no likelihood {name!r}; did you mean {near!r}? Known: FAMILY/SCALE, where FAMILY is one of {scaled}, and SCALE one of"
-        f" {_patterns(register.scale)}; and without a scale {others}"
+        f"there is no likelihood {name!r}; did you mean {near!r}? Known: FAMILY/SCALE, where FAMILY is one of {_patterns(scaled)},"
+        f" and SCALE one of {_patterns(register.scale)}; and without a scale {_patterns(others)}"
     )
+
+
+def _takes_scale(entry: Entry) -> bool:
+    """Whether a likelihood is made with a scale: its class says so, or its function has a parameter ``scale``."""
+    if isinstance(entry.object, type) and issubclass(entry.object, Likelihood):
+        return entry.object.takes_scale
+    return "scale" in inspect.signature(entry.object).parameters
 
 
 def _patterns(entries: Iterable[Entry]) -> str:
@@ -183,15 +181,15 @@ def network(
     context_frames: int | None = None,
     package: str | None = None,
 ) -> Network:
-    """Make a network by its name.
+    """Make a network by its name; sizes that are not given are its own defaults.
 
     Args:
         name: such as ``residual`` or ``hierarchical:tiny``.
         shape: of one example ``(C, *space)``, or of one frame for networks that read clips.
         out_channels: the feature channels that the likelihood reads.
-        latent_dim: size of the latents; the network's own default unless given.
-        width: likewise.
-        context_frames: number of given frames at the start of a clip, likewise.
+        latent_dim: size of the latents.
+        width: of its layers.
+        context_frames: number of given frames at the start of a clip.
         package: where a saved model says that the name comes from.
 
     Raises:
@@ -228,12 +226,7 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: b
     """Make the model that a config names.
 
     Its prior is the one for training, N(0, I) where latents are flat: :meth:`VAE.fit_prior` comes after training.
-
-    Args:
-        config: names and sizes.
-        shape: of one example ``(C, *space)``, or of one frame of a clip.
-        scaling: of the data.
-        clips: whether examples are clips, for ``network="auto"``.
+    ``shape`` is that of one example ``(C, *space)``, or of one frame where examples are ``clips``.
 
     Raises:
         ValueError: a name is unknown, or a part does not fit the data or the other options.
@@ -255,15 +248,15 @@ def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) 
 
 
 def network_name(config: ModelConfig, shape: Sequence[int], *, clips: bool = False) -> str:
-    """The network's name, where ``auto`` is replaced by the default for data of this shape."""
+    """The network's name, or the default one for data of this shape where it is ``auto``."""
     return config.network if config.network != "auto" else default_network(shape, clips=clips)
 
 
 def _network_of(config: ModelConfig, shape: Sequence[int], out_channels: int, *, clips: bool = False) -> Network:
     name = network_name(config, shape, clips=clips)
     takes_frames = "context_frames" in inspect.signature(register.network.make(name)).parameters
-    context_frames = config.context_frames if takes_frames else None
-    made = network(name, shape, out_channels, config.latent_dim, config.width, context_frames)
+    frames = config.context_frames if takes_frames else None
+    made = network(name, shape, out_channels, config.latent_dim, config.width, frames)
     check_prior(config.prior, name, made)
     return made
 
@@ -277,6 +270,7 @@ def data(source: object) -> Splits:
     return data_sources.as_splits(source)
 
 
+Made = TypeVar("Made")
 FORMAT = 2
 MODEL = "model"
 """Name of the model's folder in a run."""
@@ -303,9 +297,8 @@ def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[i
     Args:
         folder: made where it does not exist.
         model: the model.
-        config: names and sizes of its parts; None where network and likelihood are a user's own objects without a name.
-            Either part may also be called ``"unnamed"``. Such a model is loaded with ``load(folder, network=...,
-            likelihood=...)``.
+        config: names and sizes of its parts. A user's own network or likelihood is called ``"unnamed"``; None: both.
+            Such a model is loaded with ``load(folder, network=..., likelihood=...)``.
         shape: of one example, or of one frame.
         scaling: of the training data.
 
@@ -324,9 +317,11 @@ def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[i
         "model": asdict(config),
         "shape": list(shape),
         "scaling": asdict(scaling),
-        "packages": _packages(config),
-        **_unnamed(model, config),
+        "packages": {kind: registry.entry(name).package for kind, registry, name in _registered(config)},
     }
+    parts = (("network", config.network, model.network), ("likelihood", config.likelihood, model.likelihood))
+    if unnamed := {kind: type(part).__name__ for kind, name, part in parts if name == UNNAMED}:
+        description["unnamed"] = unnamed  # for the person who has to give them
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "model.safetensors", packed(state))
@@ -337,11 +332,11 @@ def load(folder: str | Path, network: Network | None = None, likelihood: Likelih
     """Read a model that :func:`save` wrote.
 
     Nothing is unpickled, no module that a file names is imported, and no more memory is taken than the files have
-    bytes.
+    bytes. A network or likelihood of your own takes the weights in place of the named one.
 
     Args:
         folder: of the model, or of a run that has one.
-        network: a network of your own that takes the weights, in place of the named one.
+        network: of your own.
         likelihood: likewise.
 
     Raises:
@@ -351,7 +346,9 @@ def load(folder: str | Path, network: Network | None = None, likelihood: Likelih
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = _of_model(Path(folder))
+    folder = Path(folder)
+    if not (folder / "model.json").exists() and (folder / MODEL).is_dir():
+        folder /= MODEL
     path = folder / "model.json"
     description = _description(path)
     config = parse(description["model"], ModelConfig, str(path))
@@ -367,10 +364,6 @@ def load(folder: str | Path, network: Network | None = None, likelihood: Likelih
     return Saved(model.eval(), config, shape, scaling)
 
 
-def _of_model(folder: Path) -> Path:
-    return folder / MODEL if not (folder / "model.json").exists() and (folder / MODEL).is_dir() else folder
-
-
 def _registered(config: ModelConfig) -> Iterator[tuple[str, Registry, str]]:
     """Kind, registry and name of each part that has a name."""
     family, _, scale = config.likelihood.partition("/")
@@ -381,18 +374,6 @@ def _registered(config: ModelConfig) -> Iterator[tuple[str, Registry, str]]:
         ("prior", register.prior, config.prior),
     )
     return ((kind, registry, name) for kind, registry, name in parts if name not in ("", UNNAMED, "auto"))
-
-
-def _packages(config: ModelConfig) -> dict[str, str]:
-    """The distribution that each named part comes from."""
-    return {kind: registry.entry(name).package for kind, registry, name in _registered(config)}
-
-
-def _unnamed(model: VAE, config: ModelConfig) -> dict[str, dict[str, str]]:
-    """A description of the parts without a name, for the person who has to give them."""
-    parts = {"network": (config.network, model.network), "likelihood": (config.likelihood, model.likelihood)}
-    found = {kind: type(part).__name__ for kind, (name, part) in parts.items() if name == UNNAMED}
-    return {"unnamed": found} if found else {}
 
 
 def _check_named(
@@ -423,15 +404,9 @@ def sized(
     network: Network | None = None,
     likelihood: Likelihood | None = None,
 ) -> VAE:
-    """Make a new model, after comparing its sizes with those of stored weights: before that, no memory is taken.
+    """Make a new model, after comparing its sizes with those of ``stored`` weights: before that, no memory is taken.
 
-    Args:
-        config: names and sizes of its parts.
-        shape: of one example.
-        scaling: of the training data.
-        stored: shape of each stored tensor.
-        network: used in place of the named one.
-        likelihood: likewise.
+    A given network or likelihood is used in place of the named one.
 
     Raises:
         ValueError: the config describes no model.
@@ -458,7 +433,7 @@ def sized(
     return model
 
 
-def _named(make: Any, config: ModelConfig) -> Any:
+def _named(make: Callable[[], Made], config: ModelConfig) -> Made:
     try:
         return make()
     except ValueError:

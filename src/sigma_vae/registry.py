@@ -39,14 +39,14 @@ Registered = TypeVar("Registered")
 
 @dataclass(frozen=True)
 class Argument:
-    """What may follow a name after a colon, as in ``fixed:0.1``.
+    """The text after a name's colon, as in ``fixed:0.1``.
 
     Args:
         hint: how help texts write it: ``"σ"``.
-        parse: from the text to keyword arguments of what is registered; raises ValueError where the text means nothing.
+        parse: makes keyword arguments of it; raises ValueError where it means nothing.
         example: a text that works: ``"0.1"``.
         required: whether the name alone means nothing.
-        of: from an object that was made back to the text after the colon; None where the name alone makes it.
+        of: gives the text back for an object that was made; None where the name alone makes it.
     """
 
     hint: str
@@ -65,8 +65,7 @@ class Entry:
         object: what was registered: a class, a function, or an instance.
         package: the distribution that it comes from.
         argument: what may follow the name after a colon.
-        facts: what is known before an object is made, such as ``{"latents": "flat"}`` for a network. A registration may
-            leave facts out.
+        facts: what is known before an object is made, such as ``{"latents": "flat"}`` for a network; optional.
     """
 
     name: str
@@ -138,8 +137,7 @@ class Registry:
 
     def listing(self) -> str:
         """All names with their summaries, a line each; an entry that reads files is listed by their endings."""
-        heads = (", ".join(entry.facts.get("endings", ())) or entry.pattern for entry in self)
-        return "\n".join(f"- {head}: {entry.summary}" for head, entry in zip(heads, self, strict=True))
+        return "\n".join(f"- {', '.join(entry.facts.get('endings', ())) or entry.pattern}: {entry.summary}" for entry in self)
 
     def __iter__(self) -> Iterator[Entry]:
         self._load()
@@ -154,16 +152,14 @@ class Registry:
 
         Args:
             name: ``"student-t:3"`` finds ``student-t``.
-            package: the distribution that it should come from, where a saved file says so: it is named in the error.
+            package: where a saved file says that it comes from; named in the error.
 
         Raises:
             ValueError: nobody registered it.
         """
-        self._load()
-        head = name.partition(":")[0]
-        if head not in self._entries:
+        if name not in self:
             raise ValueError(self._unknown(name, package))
-        return self._entries[head]
+        return self._entries[name.partition(":")[0]]
 
     def make(self, name: str, package: str | None = None) -> Callable[..., Any]:
         """What a name stands for, with the argument after its colon bound to it.
@@ -193,8 +189,7 @@ class Registry:
 
     def table(self) -> str:
         """All names with their summaries, as a Markdown table."""
-        patterns = (entry.pattern.replace("|", "\\|") for entry in self)
-        rows = (f"| `{pattern}` | {entry.summary} |" for pattern, entry in zip(patterns, self, strict=True))
+        rows = ("| `{}` | {} |".format(entry.pattern.replace("|", "\\|"), entry.summary) for entry in self)
         return "\n".join(("| name | meaning |", "| --- | --- |", *rows))
 
     def _unknown(self, name: str, package: str | None) -> str:
@@ -240,14 +235,10 @@ class Registry:
 
 
 class Names(Doc):
-    """Help text of an option that takes a registered name; it ends with the names and their summaries.
+    """Help text of an option that takes a name of these registries; it ends with the names and their summaries.
 
     It annotates the option: ``network: Annotated[str, Names("Name of the network.", register.network)]``. The
     registries are read when the text is, not before.
-
-    Args:
-        text: what the option is.
-        registries: of the names that it takes.
     """
 
     def __init__(self, text: str, *registries: Registry) -> None:

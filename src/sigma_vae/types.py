@@ -40,11 +40,11 @@ Temperature = float | Sequence[float]
 """Scales the spread of latents drawn from the prior: one number, or one for each layer, from the top down."""
 
 Observes = Literal["density", "level"]
-"""Which probability: of the real value (a density), or of the observed level (the mass of its bin)."""
+"""Probability of the real value (a density), or of the observed level (the mass of its bin)."""
 
 
 class Batch(NamedTuple):
-    """Examples and their positions in the split they come from; clips of unequal lengths with the mask of their valid frames."""
+    """Examples, their positions in their split, and for clips of unequal lengths the mask of valid frames."""
 
     x: Tensor
     positions: Tensor
@@ -52,13 +52,12 @@ class Batch(NamedTuple):
 
 
 class Inference(NamedTuple):
-    """What a network says of a batch.
+    """A network's result for a batch.
 
     Shapes:
         h ``(*batch, in_channels, *space)``, target ``(*batch, C, *space)``, kl ``(*batch, layers)`` in nats,
-        log_ratio ``(*batch,)``: log p(z) − log q(z|x) at the draw that gave h. Of a video the batch is that of its
-        clips, h and target are ``(*batch, frames, ...)``, and mask ``(*batch, frames)`` says which frames are valid,
-        where not all of them are.
+        log_ratio ``(*batch,)``: log p(z) − log q(z|x) at the draw that gave h. For clips h and target are
+        ``(*batch, frames, ...)``; mask ``(*batch, frames)`` marks valid frames, None where all are.
     """
 
     h: Tensor
@@ -68,11 +67,11 @@ class Inference(NamedTuple):
     mask: Tensor | None = None
 
     def scored(self) -> tuple[Tensor, Tensor]:
-        """Features and target of what the likelihood is asked about: all there is, or of all clips the valid frames, in one row."""
+        """Features and target for the likelihood: all, or the valid frames of all clips in one row."""
         return (self.h, self.target) if self.mask is None else (self.h[self.mask], self.target[self.mask])
 
     def per_example(self, log_likelihood: Tensor) -> Tensor:
-        """Sum the likelihood of what is :meth:`scored` over each example, ``(*batch,)``: over the valid frames of a clip."""
+        """Sum the log-likelihood of what is :meth:`scored` over each example or clip, ``(*batch,)``."""
         if self.mask is not None:
             frames = log_likelihood.new_zeros(self.mask.shape)
             return frames.index_put((self.mask,), log_likelihood).sum(-1)
@@ -80,7 +79,7 @@ class Inference(NamedTuple):
         return log_likelihood.flatten(batch_axes).sum(-1) if log_likelihood.dim() > batch_axes else log_likelihood
 
     def dims(self) -> Tensor:
-        """How many values are scored in each example, ``(*batch,)``: what a number per dimension is divided by."""
+        """Number of scored values in each example, ``(*batch,)``."""
         batch = self.kl.shape[:-1]
         values = self.target.shape[len(batch) :].numel()
         if self.mask is None:
@@ -119,10 +118,7 @@ class Elbo(NamedTuple):
 
 
 class Prior(nn.Module, ABC):
-    """p(z) over flat latents ``(*batch, latent_dim)``.
-
-    A prior that is fitted to latents sets :attr:`needs_fit` and :attr:`least_latents`, and defines :meth:`fit`.
-    """
+    """p(z) over flat latents ``(*batch, latent_dim)``; one that is fitted sets :attr:`needs_fit` and defines :meth:`fit`."""
 
     is_standard: bool = False
     """Whether it is N(0, I)."""
@@ -144,12 +140,12 @@ class Prior(nn.Module, ABC):
         """N draws ``(n, latent_dim)``; the temperature scales their spread."""
 
     def fit(self, latents: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
-        """Fit the density to posterior draws ``(n, latent_dim)``.
+        """Fit the density to posterior draws ``(n, latent_dim)``, :attr:`least_latents` or more.
 
         Args:
-            latents: posterior draws, :attr:`least_latents` or more.
+            latents: posterior draws.
             held_out: other draws ``(m, latent_dim)``, for choices such as the number of components.
-            seed: seed of the fit's randomness.
+            seed: of the fit's randomness.
 
         Raises:
             ValueError: the prior has nothing to fit, or cannot be fitted to these latents.
@@ -158,7 +154,7 @@ class Prior(nn.Module, ABC):
 
 
 class Prediction(NamedTuple):
-    """Predicted frames: features ``(n, frames, in_channels, H, W)``, and the frames shown for them ``(n, frames, C, H, W)``."""
+    """Features ``(n, frames, in_channels, H, W)`` of predicted frames, and the frames ``(n, frames, C, H, W)``."""
 
     h: Tensor
     frames: Tensor
@@ -166,11 +162,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Latents:
-    """Shape of a network's latents.
-
-    Args:
-        shapes: shape of one example's latents in each layer, from the top down.
-    """
+    """Shapes of one example's latents in each layer, from the top down."""
 
     shapes: tuple[tuple[int, ...], ...]
 
@@ -185,14 +177,7 @@ class Latents:
         return tuple(math.prod(shape) for shape in self.shapes)
 
 
-@final
-class Flat(Latents):
-    """One vector per example: z ``(*batch, dim)``.
-
-    >>> Flat(20).sizes
-    (20,)
-    """
-
+class _Vectors(Latents):
     __match_args__ = ("dim",)
 
     def __init__(self, dim: int) -> None:
@@ -200,13 +185,27 @@ class Flat(Latents):
 
     @property
     def dim(self) -> int:
-        """Size of z."""
+        """Size of a vector."""
         return self.shapes[0][0]
 
 
 @final
+class Flat(_Vectors):
+    """One vector per example: z ``(*batch, dim)``.
+
+    >>> Flat(20).sizes
+    (20,)
+    """
+
+
+@final
+class Frames(_Vectors):
+    """One vector per frame of a clip: z ``(*batch, frames, dim)``."""
+
+
+@final
 class Maps(Latents):
-    """One feature map per example: z ``(*batch, channels, *space)``, where ``space`` belongs to the training data's size."""
+    """One feature map per example: z ``(*batch, channels, *space)``, with ``space`` for data of the training size."""
 
     def __init__(self, channels: int, *space: int) -> None:
         super().__init__(((channels, *space),))
@@ -217,33 +216,13 @@ class Hierarchy(Latents):
     """Several layers, each conditioned on those above it."""
 
 
-@final
-class Frames(Latents):
-    """One vector per frame of a clip: z ``(*batch, frames, dim)``."""
-
-    __match_args__ = ("dim",)
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(((dim,),))
-
-    @property
-    def dim(self) -> int:
-        """Size of one frame's z."""
-        return self.shapes[0][0]
-
-
 class Network(nn.Module, ABC):
     """Encoder, latents and decoder.
 
-    A subclass defines :attr:`latents`, :meth:`infer` and :meth:`generate`. That is enough to train, evaluate, sample
-    and save it.
-
-    Everything else is optional. A subclass that defines one of the other methods has that capability: the rest of the
-    package asks
-    :attr:`has_posterior`, :attr:`has_prior`, :attr:`has_draw`, :attr:`has_latent_kl`, :attr:`reads_clips` or
-    :attr:`reads_condition` before it calls, and never asks for a class. The base class refuses with the reason.
-
-    To allow :meth:`VAE.fit_prior`, keep a :class:`Prior` as ``self.prior`` and use it in ``infer`` and ``generate``.
+    A subclass defines :attr:`latents`, :meth:`infer` and :meth:`generate`: enough to train, evaluate, sample and save
+    it. Each other method is a capability, which :attr:`has_posterior` and its like report; that of the base class
+    raises ValueError with the reason. To allow :meth:`VAE.fit_prior`, keep a :class:`Prior` as ``self.prior`` and use
+    it in both methods.
     """
 
     reads_clips: bool = False
@@ -275,10 +254,10 @@ class Network(nn.Module, ABC):
 
         Args:
             x: data ``(batch, C, *space)``, or clips ``(batch, frames, C, H, W)``.
-            context: conditioning frames, for networks that read clips.
-            mask: valid frames ``(batch, frames)``, for networks that read clips.
+            context: conditioning frames of clips.
+            mask: valid frames of clips, ``(batch, frames)``.
             noise: source of the posterior's standard normal numbers; torch's global generator unless given.
-            condition: labels or covariates, for networks that read a condition.
+            condition: labels or covariates.
         """
 
     @abstractmethod
@@ -294,7 +273,7 @@ class Network(nn.Module, ABC):
 
     @property
     def has_posterior(self) -> bool:
-        """Whether there is one layer of latents, with :meth:`posterior` and :meth:`decode`."""
+        """Whether one layer of latents has a :meth:`posterior` and a :meth:`decode`."""
         return self._defines("posterior") and self._defines("decode")
 
     @property
@@ -313,53 +292,30 @@ class Network(nn.Module, ABC):
         return self._defines("latent_kl")
 
     def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
-        """q(z|x) of a network with one layer of latents; its parameters have the shape of z.
-
-        Raises:
-            ValueError: the network has no such posterior.
-        """
+        """q(z|x) of a network with one layer of latents; its parameters have the shape of z."""
         raise self._lacks("no single layer of flat latents", "posterior(x)")
 
     def decode(self, z: Tensor | Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
-        """Features of given latents.
-
-        Raises:
-            ValueError: the network cannot decode given latents.
-        """
+        """Features of given latents."""
         raise self._lacks("no way to decode given latents", "decode(z)")
 
     def draw(self, x: Tensor, posterior: Normal, unit: Tensor) -> Inference:
         """Do what :meth:`infer` does, for several draws of each example from a posterior that is already computed.
 
-        Args:
-            x: data ``(batch, C, *space)``.
-            posterior: q(z|x), from :meth:`posterior`.
-            unit: standard normal numbers ``(*draws, batch, *shape of z)``.
-
         Shapes:
-            h ``(*draws, batch, in_channels, *space)``, kl ``(*draws, batch, layers)`` and so on.
-
-        Raises:
-            ValueError: the network can only :meth:`infer`.
+            unit ``(*draws, batch, *shape of z)``, standard normal numbers; h ``(*draws, batch, in_channels, *space)``,
+            kl ``(*draws, batch, layers)`` and so on.
         """
         raise self._lacks("no way to decode several draws at once", "draw(x, posterior, unit)")
 
     def replace_prior(self, prior: Prior) -> None:
-        """Use this prior from now on, for sampling and for the KL.
-
-        Raises:
-            ValueError: the network's prior is a part of it.
-        """
+        """Use this prior from now on; ValueError unless :attr:`has_prior`."""
         if not self.has_prior:
             raise self._lacks("no replaceable prior", "a Prior as self.prior")
         self.prior = prior
 
     def latent_kl(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
-        """KL(q‖p) of each latent, ``(batch, *shape)`` for each layer, in nats.
-
-        Raises:
-            ValueError: the network does not report it.
-        """
+        """KL(q‖p) of each latent, ``(batch, *shape)`` for each layer, in nats."""
         raise self._lacks("no report of the KL of single latents", "latent_kl(x)")
 
     def predict(
@@ -372,23 +328,15 @@ class Network(nn.Module, ABC):
         *,
         batch_statistics: bool = False,
     ) -> Prediction:
-        """Continue clips frame by frame; each frame is predicted from the last one's features, turned into a frame by ``show``.
-
-        Raises:
-            ValueError: the network reads no clips.
-        """
+        """Continue clips frame by frame; ``show`` turns features into the frame that the next one is predicted from."""
         raise ValueError(f"{type(self).__name__} predicts no frames: it reads single examples, not clips")
 
     def shards(self) -> Sequence[nn.Module]:
-        """Blocks whose weights can be sharded across processes one by one (FSDP); empty unless the network names some."""
+        """Blocks whose weights can be sharded across processes one by one (FSDP)."""
         return ()
 
     def refuse_unread(self, context: Tensor | None = None, mask: Tensor | None = None, condition: Tensor | None = None) -> None:
-        """Refuse arguments that this network does not read, by :attr:`reads_clips` and :attr:`reads_condition`.
-
-        Raises:
-            ValueError: one is given.
-        """
+        """Raise ValueError for arguments that are given and not read: see :attr:`reads_clips`, :attr:`reads_condition`."""
         for name, value in (("context", context), ("mask", mask)):
             if value is not None and not self.reads_clips:
                 raise ValueError(f"{name} is for video networks; {type(self).__name__} reads single examples and takes none")
@@ -406,29 +354,23 @@ class DataDistribution(Distribution, ABC):
     """p(x|z): the distribution of one example's values, batch ``(*batch,)``, event ``(C, *space)``.
 
     A subclass defines ``log_prob``, ``mean`` and ``sample`` as every torch distribution does, and :meth:`element_cdf`.
-    Evaluation asks the rest, which the base answers with "none".
     """
 
     exponential_family: bool = False
-    """Whether it is a density of an exponential family with an ``entropy()``, as the sum of three entropies needs (Damm et al. 2023)."""
+    """Whether it is a density of an exponential family with an ``entropy()`` (for Damm et al. 2023)."""
 
     @abstractmethod
     def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """F(x−) and F(x) of each value, of the data's shape: the probability of less than x, and of x or less.
-
-        For a density both are the same. Where values depend on each other, F is that of each given those before it.
-        """
+        """F(x−) and F(x) of each value, of the data's shape; of dependent values, given those before."""
 
     def standardised(self, value: Tensor) -> Tensor | None:
-        """Residuals in units of σ, of the data's shape; None where the distribution is no density with a location and a scale."""
+        """Residuals in units of σ, of the data's shape; None unless it is a density with a location and a scale."""
         return None
 
     def squared_errors(self, value: Tensor, scores: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Predicted variance of each value, and a square that has this mean where the prediction is right; None where costly.
+        """Predicted variance of each value, and a square of that mean where the prediction is right; None if costly.
 
-        Args:
-            value: data ``(*batch, C, *space)``.
-            scores: their normal scores, Φ⁻¹ of a randomised F.
+        ``scores`` are the values' normal scores, Φ⁻¹ of a randomised F.
         """
         return None
 
@@ -436,10 +378,9 @@ class DataDistribution(Distribution, ABC):
 class Likelihood(nn.Module, ABC):
     """p(x|z): from decoder features to a distribution over data.
 
-    A subclass says how many feature channels it reads, :attr:`in_channels`, and makes the :meth:`distribution` of the
-    data. Bin probabilities and distribution functions are derived from that. What a subclass can do besides (σ, a
-    calibration) it shows by overriding; the base has no scale. The rest of the package asks :attr:`has_scale`,
-    :attr:`predicts_scale` and so on, never the class.
+    A subclass says how many feature channels it reads, :attr:`in_channels`, and makes the :meth:`distribution`, from
+    which bin probabilities and distribution functions are derived. The base has no scale; a subclass with one overrides
+    :attr:`has_scale`, :meth:`calibrate` and so on.
     """
 
     takes_scale: bool = False
@@ -447,9 +388,9 @@ class Likelihood(nn.Module, ABC):
     unit_interval: bool = False
     """Whether data must lie in [0, 1]."""
     observes: Observes = "density"
-    """What it is trained on: the density of the values, or the probability of their levels' bins."""
+    """Objective of training: the density of the values, or the probability of their levels' bins."""
     normalised: bool = True
-    """Whether ``log_prob`` is the logarithm of a probability; where not, it is an objective, and there is no ``log_mass``."""
+    """Whether ``log_prob`` is the logarithm of a probability; otherwise it is an objective, without ``log_mass``."""
 
     def __init__(self, channels: int, spatial_dims: int, levels: int | None) -> None:
         super().__init__()
@@ -477,23 +418,18 @@ class Likelihood(nn.Module, ABC):
         Args:
             h: decoder features ``(*batch, in_channels, *space)``.
             x: data, which are checked. In training an optimal σ is solved for them; evaluation never takes σ from them.
-            observes: a density, or the probabilities of the levels' bins; what the likelihood is trained on unless
-                given.
+            observes: ``self.observes`` unless given.
             refitted: with the σ that ``calibrate`` solved, whatever the scale.
         """
 
     def forward(self, h: Tensor, x: Tensor | None = None) -> DataDistribution:
-        """:meth:`distribution` of what the likelihood is trained on."""
+        """Call :meth:`distribution`."""
         return self.distribution(h, x)
 
     def log_mass(self, h: Tensor, x: Tensor, *, refitted: bool = False, post_hoc: bool | None = None) -> Tensor:
         """Log-probability ``(*batch,)`` of the observed levels' bins, in nats: the number that compares all families.
 
-        Args:
-            h: decoder features ``(*batch, in_channels, *space)``.
-            x: data on their levels.
-            refitted: with the σ that ``calibrate`` solved.
-            post_hoc: deprecated name of ``refitted``.
+        ``post_hoc`` is the deprecated name of ``refitted``.
 
         Raises:
             ValueError: the data have no levels, x is off them, or no σ is known yet.
@@ -507,12 +443,7 @@ class Likelihood(nn.Module, ABC):
     ) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each value, of the data's shape: see :meth:`DataDistribution.element_cdf`.
 
-        Args:
-            h: decoder features ``(*batch, in_channels, *space)``.
-            x: data.
-            observes: of the density, or of the probabilities of the levels' bins.
-            refitted: with the σ that ``calibrate`` solved.
-            post_hoc: deprecated name of ``refitted``.
+        ``post_hoc`` is the deprecated name of ``refitted``.
 
         Raises:
             ValueError: the likelihood has no such probabilities, x cannot be drawn from them, or no σ is known yet.
@@ -540,7 +471,7 @@ class Likelihood(nn.Module, ABC):
 
     @property
     def has_post_hoc(self) -> bool:
-        """Whether ``calibrate`` solves a σ apart from the likelihood's own, so that values with ``refitted=True`` differ."""
+        """Whether ``calibrate`` solves a σ apart from the likelihood's own, for ``refitted=True``."""
         return False
 
     @property
@@ -556,9 +487,7 @@ class Likelihood(nn.Module, ABC):
     def log_sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
         """Log σ in evaluation, broadcastable to the data's event; None where there is no σ, or the decoder predicts it.
 
-        Args:
-            observes: best for the density or for the bin probabilities; what the likelihood is trained on unless given.
-            refitted: the σ that ``calibrate`` solved, whatever the scale.
+        Arguments are those of :meth:`distribution`: the best σ for a density is not the best for bin probabilities.
         """
         return None
 
@@ -568,11 +497,11 @@ class Likelihood(nn.Module, ABC):
         return None if log_sigma is None else log_sigma.exp()
 
     def refitted_log_scales(self) -> dict[Observes, Tensor]:
-        """Log σ that ``calibrate`` solved, by what it is best for; a log factor where the decoder predicts σ. Empty before."""
+        """Log σ that ``calibrate`` solved, for each objective; a log factor where the decoder predicts σ."""
         return {}
 
     def start(self, std: float) -> None:
-        """Start a learned σ from the std of the data, unless it was given or learned before; other scales have no start."""
+        """Start a learned σ from the std of the data, unless it was given or learned before."""
 
     def post_hoc(self, h: Tensor) -> DataDistribution:
         """Deprecated: write ``distribution(h, refitted=True)``."""
@@ -580,7 +509,7 @@ class Likelihood(nn.Module, ABC):
         return self.distribution(h, refitted=True)
 
     def check_observes(self, observes: Observes | None) -> Observes:
-        """What a distribution is asked for, by default what is trained on.
+        """Return what is asked for, ``self.observes`` unless given.
 
         Raises:
             ValueError: it is levels, and there are none, or their probabilities would not sum to one.
@@ -601,14 +530,9 @@ class Likelihood(nn.Module, ABC):
     def check_data(self, x: Tensor, shape: Sequence[int], observes: Observes) -> None:
         """Refuse data that the distribution cannot have drawn.
 
-        Args:
-            x: data.
-            shape: what the features are of.
-            observes: what of them is looked at.
-
         Raises:
-            ValueError: x has another shape, is off the levels that are observed, or outside [0, 1] where the family is
-                bounded.
+            ValueError: x has another shape, is off its levels where they are observed, or outside [0, 1] where the
+                family is bounded.
         """
         if x.shape != torch.Size(shape):
             raise ValueError(f"{self} was given data of shape {tuple(x.shape)} for features of shape {tuple(shape)}")
@@ -632,7 +556,7 @@ class Likelihood(nn.Module, ABC):
     def _of_data(
         self, h: Tensor, x: Tensor, observes: Observes, refitted: bool, post_hoc: bool | None
     ) -> tuple[DataDistribution, Tensor]:
-        """The distribution of evaluation, which has not seen x, and x as it is compared with it: checked, in full precision."""
+        """The distribution of evaluation, which has not seen x, and x: checked, in full precision."""
         if post_hoc is not None:
             warnings.warn("post_hoc= is now refitted=", DeprecationWarning, stacklevel=3)
             refitted = post_hoc
@@ -643,7 +567,6 @@ class Likelihood(nn.Module, ABC):
 
 
 def _check_levels(x: Tensor, levels: int) -> None:
-    """Refuse values that are not levels k/(levels − 1): the probability of a bin between two levels would mean nothing."""
     top = levels - 1
     off = (x * top - torch.round(x * top).clamp(0, top)).abs().max() if x.numel() else 0.0
     if not float(off) <= 0.01:
@@ -656,7 +579,7 @@ def _check_levels(x: Tensor, levels: int) -> None:
 
 
 def standard_normal(like: Tensor, noise: Noise | None) -> Tensor:
-    """Standard normal numbers of this tensor's shape, type and device, from ``noise`` or else torch's global generator."""
+    """Standard normal numbers like this tensor, from ``noise`` or else torch's global generator."""
     return torch.randn_like(like) if noise is None else noise(like.shape).to(like)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sigma_vae.networks.sequence import FRAMES, starts
-from sigma_vae.types import Batch, Elbo, Likelihood, Network, Noise, Prior, Temperature, per_layer
+from sigma_vae.types import Batch, Elbo, Likelihood, Network, Noise, Prior, Temperature, per_layer, standard_normal
 
 __all__ = [
     "SEED_OFFSET",
@@ -31,25 +31,19 @@ Examples = Batch | Tensor | Sequence[Tensor]
 CACHE_BYTES = 2**30
 
 SEED_OFFSET = 2**20
-"""Added to a seed, so that a density is fitted to latents with other noise than those that it is evaluated on.
-
-Where posteriors say little, latents are mostly noise: with shared noise, both sets would be nearly the same latents."""
-
+"""Added to a seed, so that a density is fitted to latents with other noise than those that it is evaluated on."""
 
 Show = Literal["mean", "draw"]
 """How p(x|z) is shown: by its mean, or by a draw."""
 
 
 class Scores(NamedTuple):
-    """Terms of each example's bound from one posterior draw, ``(*batch,)``, in nats.
+    """Terms of each example's bound from one posterior draw, ``(*batch,)``, in nats; ``kl`` ``(*batch, layers)``.
 
-    * "Post-hoc" values use the σ that :meth:`VAE.calibrate` solved. For an optimal scale that is its own σ.
-    * The masses are log bin probabilities. They are None where the data have no levels or the likelihood is not
-      normalised.
-    * ``kl`` ``(*batch, layers)`` is the rate of each layer.
-    * ``dims`` counts the values that are scored; for a clip, those of the predicted frames.
-    * ``log_ratio`` is log p(z) − log q(z|x) at the draw. Log-likelihood plus log-ratio is a log importance weight,
-      whose mean estimates p(x). Log-likelihood minus rate is not, where the KL is in closed form.
+    "Post-hoc" values use the σ that :meth:`VAE.calibrate` solved. The masses are log bin probabilities, None where the
+    data have no levels or the likelihood is not normalised. ``dims`` counts the scored values. ``log_ratio`` is
+    log p(z) − log q(z|x) at the draw: added to the log-likelihood it gives a log importance weight, which the rate,
+    where in closed form, does not.
     """
 
     rate: Tensor
@@ -95,16 +89,13 @@ class VAE(nn.Module):
     def elbo(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None) -> Elbo:
         """Log-likelihood and KL of each example (each clip for video), in nats, from one posterior draw.
 
+        Under ``torch.autocast`` only the network is in half precision; the likelihood of its features is in float32.
+
         Args:
             x: data ``(*batch, C, *space)``.
             context: conditioning frames of clips, where x does not begin with them.
             mask: valid frames of clips ``(batch, frames)``; the other frames do not count.
             noise: source of the posterior's standard normal numbers; torch's global generator unless given.
-
-        Under ``torch.autocast`` only the network is in half precision; the likelihood of its features is in float32.
-
-        Shapes:
-            log_likelihood ``(*batch,)``, kl ``(*batch, layers)``.
         """
         inference = self.network.infer(x, context, mask, noise)
         h, target = inference.scored()
@@ -145,8 +136,8 @@ class VAE(nn.Module):
         Args:
             n: number of samples.
             show: ``"mean"`` of p(x|z), or a ``"draw"`` from it.
-            context: for networks that read clips, conditioning frames ``(1 or n, frames, C, H, W)`` of one clip or n.
-                The samples are then the ten frames that follow; :meth:`predict` makes more.
+            context: of networks that read clips, conditioning frames ``(1 or n, frames, C, H, W)``. The samples are
+                then the ten frames that follow; :meth:`predict` makes more.
             generator: source of the latents' randomness; a draw from p(x|z) uses torch's global one.
             temperature: scales the spread of the latents: one number, or one per layer from the top down.
         """
@@ -167,7 +158,7 @@ class VAE(nn.Module):
         temperature: float = 1.0,
         batch_statistics: bool = False,
     ) -> Tensor:
-        """Predict future frames from the start of clips, several samples per clip: ``(samples, batch, frames, C, H, W)``.
+        """Continue clips, with several samples per clip: ``(samples, batch, frames, C, H, W)``.
 
         Each frame is predicted from the one shown before it. With ``"mean"`` this is SVG's way; with ``"draw"`` the
         samples are draws from the model that the ELBO bounds. Call it in eval mode.
@@ -176,8 +167,8 @@ class VAE(nn.Module):
             context: conditioning frames ``(batch, past, C, H, W)``.
             frames: number of frames to predict.
             samples: number of predictions per clip.
-            show: ``"mean"`` of p(x|z), or a ``"draw"`` from it.
-            generator: source of the latents' randomness; a draw from p(x|z) uses torch's global one.
+            show: as in :meth:`sample`.
+            generator: likewise.
             temperature: scales the spread of the latents.
             batch_statistics: use batch norm as SVG's own evaluation does; see :meth:`SequenceNetwork.predict`.
 
@@ -197,23 +188,15 @@ class VAE(nn.Module):
         return predicted.frames.reshape(samples, len(context), *predicted.frames.shape[1:])
 
     def reconstruct(self, x: Tensor, show: Show = "mean", *, noise: Noise | None = None) -> Tensor:
-        """Encode x, draw its latents and decode them, to the shape of x; for clips, the frames after the conditioning frames."""
+        """Encode x, draw its latents and decode them; for clips, to the frames after the conditioning frames."""
         return _shown(self.likelihood, self.network.infer(x, noise=noise).h, show)
 
     def encode(self, x: Tensor) -> Normal:
-        """q(z|x), parameters ``(batch, latent_dim)``.
-
-        Raises:
-            ValueError: the network has no single layer of latents.
-        """
+        """q(z|x), parameters ``(batch, latent_dim)``; ValueError unless ``network.has_posterior``."""
         return self.network.posterior(x)
 
     def decode(self, z: Tensor, show: Show = "mean") -> Tensor:
-        """Data of given latents ``(batch, *shape of z)``: the mean of p(x|z), or a draw from it.
-
-        Raises:
-            ValueError: the network cannot decode given latents.
-        """
+        """Data of given latents ``(batch, *shape of z)``: the mean of p(x|z), or a draw; ValueError if the network cannot."""
         return _shown(self.likelihood, self.network.decode(z), show)
 
     @property
@@ -229,10 +212,8 @@ class VAE(nn.Module):
         where there are many: a σ from a small training set is too narrow for new data.
 
         Args:
-            loader: batches ``x`` or ``(x, ...)``. It is iterated more than once, so a generator does not work. Give it
-                a fixed order, or
-                :class:`Batch` with positions.
-            seed: seed of the posterior's noise.
+            loader: batches ``x`` or ``(x, ...)`` in a fixed order, or :class:`Batch` with positions; no generator.
+            seed: of the posterior's noise.
         """
         with in_eval_mode(self):
             self.likelihood.calibrate(FeaturePairs(self.network, loader, seed, self.device))
@@ -244,19 +225,14 @@ class VAE(nn.Module):
         """Fit a prior to one posterior draw of each example, and use it in place of the network's prior.
 
         Nothing else changes: call it after training and :meth:`calibrate`. The ELBO is then the bound of the model with
-        that prior, and
-        :meth:`sample` draws from it. Where the fit fails, the network keeps its prior.
+        that prior, and :meth:`sample` draws from it. Where the fit fails, the network keeps its prior.
 
         Args:
-            loader: batches ``x`` or ``(x, ...)`` of training data; only their latents are kept in memory. Give it a
-                fixed order, or
-                :class:`Batch` with positions.
+            loader: training data, as for :meth:`calibrate`; only their latents are kept in memory.
             prior: moved to the model's device and dtype, and fitted there.
-            validation: held-out data for a prior that has something to choose: :class:`MixturePrior` its number of
-                components,
+            validation: held-out data, by which :class:`MixturePrior` chooses its number of components and
                 :class:`FlowPrior` when to stop.
-            seed: seed of the fit and of the posteriors' noise. The noise differs from that of an evaluation with this
-                seed.
+            seed: of the fit and of the noise, which differs from that of an evaluation with this seed.
 
         Raises:
             ValueError: the network's prior cannot be replaced, or the prior cannot be fitted to these latents.
@@ -300,11 +276,7 @@ class VAE(nn.Module):
 
 
 def keyed_noise(positions: Tensor, seed: int = 0) -> Noise:
-    """Standard normal numbers that depend on an example's position and the seed, but not on its batch.
-
-    Args:
-        positions: ``(batch,)``; the shapes asked for have ``batch`` as their first axis.
-        seed: another seed gives other numbers.
+    """Standard normal numbers that depend on an example's position ``(batch,)`` and the seed, but not on its batch.
 
     >>> torch.equal(keyed_noise(torch.tensor([3, 5]))(torch.Size([2, 4]))[1], keyed_noise(torch.tensor([5]))(torch.Size([1, 4]))[0])
     True
@@ -353,17 +325,17 @@ class FeaturePairs:
 
     def _decoded(self) -> Iterator[tuple[Tensor, Tensor]]:
         cache: list[tuple[Tensor, Tensor]] = []
-        held = 0
+        size = 0
         for x, positions, mask in _examples(self.loader):
             mask = None if mask is None else mask.to(self.device)
             pair = self.network.infer(x.to(self.device), mask=mask, noise=keyed_noise(positions, self.seed)).scored()
-            held += sum(t.numel() * t.element_size() for t in pair)
-            if held <= CACHE_BYTES:
+            size += sum(t.nbytes for t in pair)
+            if size <= CACHE_BYTES:
                 cache.append(pair)
             else:
                 cache.clear()
             yield pair
-        if held <= CACHE_BYTES:
+        if size <= CACHE_BYTES:
             self.cache = cache
 
 
@@ -377,8 +349,7 @@ def latents_of(network: Network, loader: Iterable[Examples], seed: int) -> Tenso
     draws = []
     for x, positions, _ in _examples(loader):
         posterior = network.posterior(x.to(device))
-        mean, std = posterior.loc, posterior.scale
-        draws.append(mean + std * keyed_noise(positions, seed)(mean.shape).to(mean))
+        draws.append(posterior.loc + posterior.scale * standard_normal(posterior.loc, keyed_noise(positions, seed)))
     if not draws:
         raise ValueError("the loader gave no batch, so there are no latents")
     return torch.cat(draws)

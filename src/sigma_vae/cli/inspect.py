@@ -82,14 +82,13 @@ def _clips(found: "Inspection") -> str:
 
 
 def _print_channels(found: "Inspection", console: "Console") -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     columns = ("column" if found.columns else "channel", "mean", "std", "lowest", "highest", "excess kurtosis")
     table = Table(*columns, title="training split")
     names = found.columns or [str(i) for i in range(len(found.channels))]
     for name, channel in zip(names[:ROWS], found.channels, strict=False):
-        table.add_row(escape(name), *(f"{value:.5g}" for value in asdict(channel).values()))
+        table.add_row(name, *(f"{value:.5g}" for value in asdict(channel).values()))
     console.print(table)
     if len(found.channels) > ROWS:
         console.print(f"... and {len(found.channels) - ROWS} more channels (--json prints all)")

@@ -1,7 +1,7 @@
 """Commands that train runs, evaluate, refit and compare them."""
 
 import json as json_module
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +10,12 @@ import tyro
 from sigma_vae import runs
 from sigma_vae.cli.options import RunFolder, RunFolders
 from sigma_vae.cli.outputs import Split
-from sigma_vae.cli.tables import print_comparison, print_evaluation
 from sigma_vae.config import EvaluationSettings, RunConfig, read
 from sigma_vae.evaluation import Evaluation
+from sigma_vae.evaluation.base import metrics
 from sigma_vae.registry import Names, register
 
-__all__ = ["calibrate", "compare", "evaluate", "fit_prior", "replay", "rerun", "resume", "train"]
+__all__ = ["calibrate", "compare", "evaluate", "fit_prior", "print_evaluation", "replay", "rerun", "resume", "train"]
 
 
 def train(
@@ -34,7 +34,7 @@ def train(
     network = "" if config.model.network == "auto" else f"-{config.model.network}"
     name = f"{Path(config.data.source).stem}{network}-{config.model.likelihood}-{config.seed}"
     folder = Path(out) if out is not None else Path("runs") / name.replace("/", "-").replace(":", "")
-    _print_evaluation(runs.train(config, folder, progress=not json), json)
+    _show(runs.train(config, folder, progress=not json), json)
     _say(f"run folder: {folder}", json)
 
 
@@ -48,7 +48,7 @@ def replay(
         out: Folder of the new run, never overwritten.
         json: Print the evaluation as JSON only.
     """
-    _print_evaluation(runs.train(read(Path(config), RunConfig), Path(out), progress=not json), json)
+    _show(runs.train(read(Path(config), RunConfig), Path(out), progress=not json), json)
 
 
 def resume(run: RunFolder, *, epochs: int | None = None, json: bool = False) -> None:
@@ -61,7 +61,7 @@ def resume(run: RunFolder, *, epochs: int | None = None, json: bool = False) -> 
         epochs: Total number of epochs, in place of the run's own.
         json: Print the evaluation as JSON only.
     """
-    _print_evaluation(runs.resume(Path(run), epochs=epochs, progress=not json), json)
+    _show(runs.resume(Path(run), epochs=epochs, progress=not json), json)
 
 
 def rerun(run: RunFolder, *, json: bool = False) -> None:
@@ -91,14 +91,42 @@ def evaluate(run: RunFolder, settings: EvaluationSettings, *, device: str = "aut
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
-    _print_evaluation(runs.evaluate_run(Path(run), settings, device=device), json)
+    _show(runs.evaluate_run(Path(run), settings, device=device), json)
 
 
-def _print_evaluation(report: Evaluation, as_json: bool) -> None:
+def _show(report: Evaluation, as_json: bool) -> None:
     if as_json:
         print(json_module.dumps(report.to_json(), ensure_ascii=False))
     else:
         print_evaluation(report)
+
+
+def print_evaluation(report: Evaluation) -> None:
+    """Print the bounds, then the section of each further metric, and the notes below."""
+    from rich.console import Console
+    from rich.table import Table
+
+    about = report.about
+    prior = "" if about.get("prior", "standard") == "standard" else f" · prior {about['prior']}"
+    examples = f"{report.bounds.examples} {about['split']} examples"
+    table = Table(title=f"{about['data']} · {about['network']} · {about['likelihood']}{prior} · {examples}")
+    table.add_column("")
+    table.add_column("mean", justify="right")
+    table.add_column("± s.e.", justify="right")
+    notes: list[str] = []
+    for name, metric in metrics().items():
+        result = report.results.get(name)
+        if result is None:
+            continue
+        if metric.measured != "always":
+            table.add_section()
+        for row in metric.rows(result):
+            table.add_row(*row)
+        notes += metric.notes(result)
+    console = Console(markup=False, emoji=False)  # names of files may look like either
+    console.print(table)
+    for line in notes:
+        console.print(line)
 
 
 def _say(text: str, quiet: bool) -> None:
@@ -183,13 +211,8 @@ def _print_side_by_side(report: Evaluation) -> None:
         table.add_column(name, justify="right")
     for key in ("elbo_nats", "elbo_post_hoc_nats", "objective_nats", "rate_nats", "bits_per_dim", "bits_per_dim_post_hoc"):
         if key in standard:
-            table.add_row(key, *(_with_error(values[key]) for values in columns.values()))
+            table.add_row(key, *(_cell(values[key]) for values in columns.values()))
     Console().print(table)
-
-
-def _with_error(value: Mapping[str, Any]) -> str:
-    error = value["standard_error"]
-    return f"{value['mean']:.4f}" if error is None else f"{value['mean']:.4f} ± {error:.4f}"
 
 
 def compare(
@@ -215,4 +238,30 @@ def compare(
     if json:
         print(json_module.dumps(rows, ensure_ascii=False))
     else:
-        print_comparison(rows)
+        _print_comparison(rows)
+
+
+def _print_comparison(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a column for each run, and a row for each number that any of them has."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("")
+    for row in rows:
+        table.add_column(row["run"], justify="right", overflow="fold")
+    for name in dict.fromkeys(name for row in rows for name in row):
+        if name != "run" and any(row.get(name) is not None for row in rows):
+            table.add_row(name, *(_cell(row.get(name)) for row in rows))
+    Console(markup=False, emoji=False).print(table)
+
+
+def _cell(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case {"mean": mean, "standard_error": error}:
+            return f"{mean:.4f}" if error is None else f"{mean:.4f} ± {error:.4f}"
+        case float():
+            return f"{value:.4f}"
+        case _:
+            return str(value)

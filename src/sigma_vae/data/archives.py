@@ -10,7 +10,7 @@ import weakref
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -37,7 +37,11 @@ class Container(ABC):
 
     @abstractmethod
     def read(self, name: str, most: int = -1) -> bytes:
-        """Read the first ``most`` bytes of a file, or all; safe in several threads. Raises one of ``DAMAGED`` for a broken file."""
+        """Read the first ``most`` bytes of a file, or all; safe in several threads.
+
+        Raises:
+            DAMAGED: one of these errors, for a broken file.
+        """
 
     @abstractmethod
     def stamp(self, names: list[str]) -> Any:
@@ -60,7 +64,7 @@ class Folder(Container):
     @cached_property
     def names(self) -> list[str]:
         """Names of all files, dangling links included."""
-        return sorted((os.path.relpath(path, self.path) for path in _walk(self.path, frozenset())), key=_by_folder)
+        return _visible(os.path.relpath(path, self.path) for path in _walk(self.path, frozenset()))
 
     def read(self, name: str, most: int = -1) -> bytes:
         """Read one file."""
@@ -74,11 +78,7 @@ class Folder(Container):
 
 @final
 class Zip(Container):
-    """A zip archive.
-
-    Args:
-        path: the archive.
-    """
+    """A zip archive."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,8 +87,7 @@ class Zip(Container):
     @cached_property
     def names(self) -> list[str]:
         """Names of all files in it."""
-        names = [info.filename for info in self._archive.infolist() if not info.is_dir()]
-        return sorted((name for name in names if not _is_hidden(name)), key=_by_folder)
+        return _visible(info.filename for info in self._archive.infolist() if not info.is_dir())
 
     def read(self, name: str, most: int = -1) -> bytes:
         """Read one file; reading it whole verifies its checksum."""
@@ -110,11 +109,7 @@ class Zip(Container):
 class Tar(Container):
     """A tar archive, whose files are located once, then read in place.
 
-    A gzipped one is unpacked into a temporary file first, as gzip can only be read from the start.
-
-    Args:
-        path: the archive.
-        room: the folder for the temporary file.
+    A gzipped one is unpacked into a temporary file in ``room`` first, as gzip can only be read from the start.
     """
 
     def __init__(self, path: Path, room: Path) -> None:
@@ -125,7 +120,7 @@ class Tar(Container):
     @cached_property
     def names(self) -> list[str]:
         """Names of all files in it, without links and devices."""
-        return sorted((name for name in self._places if not _is_hidden(name)), key=_by_folder)
+        return _visible(self._places)
 
     def read(self, name: str, most: int = -1) -> bytes:
         """Read one file."""
@@ -218,8 +213,8 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def _by_folder(name: str) -> list[str]:
-    return name.split("/")
+def _visible(names: Iterable[str]) -> list[str]:
+    return sorted((name for name in names if not _is_hidden(name)), key=lambda name: name.split("/"))
 
 
 def _stamp(path: Path) -> list[Any]:

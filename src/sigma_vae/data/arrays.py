@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,32 +18,13 @@ import numpy.typing as npt
 from sigma_vae.config import DataConfig, Layout
 from sigma_vae.data.cache import digest_of, file_record, file_stamp, piece_of
 from sigma_vae.data.levels import Array
-from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName
+from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName
 from sigma_vae.data.stores import Encoded, Mapped, Part, UnreadableError
 from sigma_vae.registry import register
 
-__all__ = [
-    "CLIPS",
-    "LARGE",
-    "arranged",
-    "layout_like",
-    "parts_by_key",
-    "read_arrays",
-    "read_hdf5",
-    "read_images",
-]
+__all__ = ["CLIPS", "LARGE", "arranged", "layout_like", "parts_by_key", "read_arrays", "read_hdf5", "read_images"]
 
-_AXES: dict[Layout, int] = {
-    "n-h-w": 3,
-    "n-h-w-c": 4,
-    "n-c-h-w": 4,
-    "n-c-t": 3,
-    "n-t": 2,
-    "n-c": 2,
-    "n-t-h-w": 4,
-    "n-t-h-w-c": 5,
-    "n-t-c-h-w": 5,
-}
+_AXES: dict[Layout, int] = {layout: layout.count("-") + 1 for layout in get_args(Layout) if layout != "auto"}
 _ONE_CHANNEL = {"n-h-w": 1, "n-t": 1, "n-t-h-w": 2}
 CLIPS = frozenset(("n-t-h-w", "n-t-h-w-c", "n-t-c-h-w"))
 """Layouts of clips, whose examples are ``(T, C, H, W)``."""
@@ -251,7 +232,6 @@ def arranged(arrays: Mapping[SplitName, Array], layout: Layout, name: str) -> tu
 
 
 def _check_dtypes(dtypes: Mapping[SplitName, str], name: str) -> None:
-    """Refuse splits of several dtypes."""
     if len(set(dtypes.values())) > 1:
         raise ValueError(f"{name} needs one dtype for all splits, got {dict(dtypes)}; save them alike")
 
@@ -278,9 +258,8 @@ def parts_by_key(content: Mapping[str, _Content], name: str) -> tuple[dict[Split
             f"{name} needs the key train (with validation and test, or split at random), or one array alone, got the keys "
             f"{', '.join(content) or 'of an empty archive'}; rename them"
         )
-    return {split: parts[split] for split in dict.fromkeys(SPLIT_WORDS.values()) if split in parts}, [
-        key for key in content if key not in SPLIT_WORDS
-    ]
+    ignored = [key for key in content if key not in SPLIT_WORDS]
+    return {split: parts[split] for split in SPLITS if split in parts}, ignored
 
 
 def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:

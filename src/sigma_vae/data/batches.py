@@ -14,15 +14,18 @@ from sigma_vae.types import Batch
 __all__ = ["BatchState", "Batches"]
 
 
-class BatchState(TypedDict):
-    """The position of an iteration, and the settings that define the order of examples."""
-
-    epoch: int
-    position: int
+class _Identity(TypedDict):
     examples: int
     batch_size: int
     shuffle: bool
     seed: int
+
+
+class BatchState(_Identity):
+    """The position of an iteration, and the settings that define the order of examples."""
+
+    epoch: int
+    position: int
 
 
 @final
@@ -124,15 +127,8 @@ class Batches:
         self._epoch, self._position = state_dict["epoch"], state_dict["position"]
         self._resuming = True
 
-    def _identity(self) -> "_Identity":
+    def _identity(self) -> _Identity:
         return _Identity(examples=len(self.store), batch_size=self.batch_size, shuffle=self.shuffle, seed=self.seed)
-
-
-class _Identity(TypedDict):
-    examples: int
-    batch_size: int
-    shuffle: bool
-    seed: int
 
 
 def _check(examples: int, batch_size: int, seed: int, rank: int, world_size: int) -> None:

@@ -71,7 +71,7 @@ def key_of(identity: Mapping[str, Any], home: Path | None) -> str:
 
 
 def _videos(encoded: Encoded, skipped: set[str]) -> Tensor | None:
-    """The video of each remaining clip."""
+    """Return the video of each remaining clip."""
     if encoded.videos is None:
         return None
     return torch.tensor([video for name, video in zip(encoded.names, encoded.videos, strict=True) if name not in skipped])
@@ -83,12 +83,8 @@ def _build(encoded: Encoded, place: Path) -> None:
     try:
         aside.mkdir()
         skipped = _decode_all(encoded, aside / "examples.npy")
-        record = {
-            "format": FORMAT,
-            "identity": dict(encoded.identity),
-            "skipped": skipped,
-            "blocks": _digests(aside / "examples.npy"),
-        }
+        blocks = _digests(aside / "examples.npy")
+        record = {"format": FORMAT, "identity": dict(encoded.identity), "skipped": skipped, "blocks": blocks}
         (aside / "cache.json").write_text(json.dumps(record), encoding="utf-8")
         aside.rename(place)
     except BaseException:
@@ -106,7 +102,7 @@ def piece_of(example_bytes: int) -> int:
 
 
 def _decode_all(encoded: Encoded, path: Path) -> list[str]:
-    """Write all readable examples in order, with several threads (decoders release the GIL); return the names of the others."""
+    """Write all readable examples in order, and return the names of the others. Decoders release the GIL: threads pay."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -225,13 +221,13 @@ def _writing(home: Path) -> Iterator[None]:
 
 
 def remembered(home: Path, cache: str | None, identity: Mapping[str, Any], find: Callable[[], Any]) -> Any:
-    """Return the result of ``find``, kept on disk as long as the files are the same.
+    """Return the result of ``find``, plain values for JSON, kept on disk as long as the files are the same.
 
     Args:
         home: the folder of the files.
         cache: the user's folder for results; default: a folder inside ``home``.
         identity: everything that decides the result, as plain values: files by :func:`file_stamp`.
-        find: reads the files; returns plain values, for JSON.
+        find: reads the files.
 
     >>> import tempfile
     >>> home = Path(tempfile.mkdtemp())

@@ -19,15 +19,8 @@ ORDER: tuple[SplitName, ...] = ("test", "validation")
 def hold_out(parts: dict[SplitName, Store], config: DataConfig, name: str) -> tuple[dict[SplitName, Store], list[str]]:
     """Hold out the missing splits from the training examples: first test, then validation.
 
-    Clips are held out by whole videos, if there is at least one for each split.
-
-    Args:
-        parts: train, and the splits that the data have.
-        config: with the fractions and the seed.
-        name: name of the data, for messages.
-
-    Returns:
-        The three splits, and the hold-out in words.
+    Clips are held out by whole videos, if there is at least one for each split. Return the three splits, and the
+    hold-out in words.
 
     Raises:
         ValueError: there are too few examples, or a fraction or the seed is out of range.

@@ -11,7 +11,7 @@ from sigma_vae.data.cache import file_stamp
 from sigma_vae.data.levels import Array
 from sigma_vae.data.pictures import PICTURE_OPTIONS, PicturePlan, plan, probe
 from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName
-from sigma_vae.data.stores import Encoded, UnreadableError
+from sigma_vae.data.stores import Encoded, Part, UnreadableError
 from sigma_vae.registry import Argument, register
 
 if TYPE_CHECKING:
@@ -29,12 +29,7 @@ class HubError(ValueError):
 
 @dataclass(frozen=True)
 class HubPlace:
-    """The place of images on the hub.
-
-    Args:
-        repository: ``OWNER/NAME``.
-        config: the configuration, if the repository has several.
-        column: the column of images; None if there is only one.
+    """The place of images on the hub: ``OWNER/NAME``, a configuration, and a column; None if there is only one.
 
     >>> str(HubPlace("ufldl-stanford/svhn", "cropped_digits"))
     'hub:ufldl-stanford/svhn:cropped_digits'
@@ -96,36 +91,24 @@ def pictures_of(
 ) -> Raw:
     """Turn tables from :func:`fetch` into examples that are decoded once.
 
-    Args:
-        tables: the table of each split.
-        place: their place on the hub.
-        chosen: the shape of the images.
-        decode: turns the bytes of an image into an array; raises :class:`~sigma_vae.data.stores.UnreadableError`.
-        skip_unreadable: leave broken images out.
+    ``decode`` turns the bytes of an image into an array, and raises :class:`~sigma_vae.data.stores.UnreadableError`.
     """
-    parts = {
-        split: Encoded(
+    from datasets import config
+
+    parts, files = dict[SplitName, Part](), []
+    for split, table in tables.items():
+        origin = {"hub": str(place), "split": split, "column": _column(table)}
+        files.append(origin | {"version": _version(table)})
+        parts[split] = Encoded(
             names=[f"{split} {i}" for i in range(len(table))],
             shape=chosen.shape,
             dtype=chosen.dtype,
             decode=_decoder(table, decode),
-            identity={
-                "hub": str(place),
-                "split": split,
-                "column": _column(table),
-                "files": _stamps(table),
-                "plan": asdict(chosen),
-            },
-            home=_home(),
+            identity=origin | {"files": _stamps(table), "plan": asdict(chosen)},
+            home=Path(config.HF_DATASETS_CACHE),
             skip_unreadable=skip_unreadable,
         )
-        for split, table in tables.items()
-    }
     words = ["pictures from the hub", *chosen.words]
-    files = [
-        {"hub": str(place), "split": split, "column": _column(table), "version": _version(table)}
-        for split, table in tables.items()
-    ]
     return Raw(str(place), parts, files, words, 2 if chosen.levels == 2 else None)
 
 
@@ -191,17 +174,15 @@ def _content(picture: Mapping[str, Any] | None) -> bytes:
 
 def _headers(table: "Dataset") -> Iterator[tuple[int, int, str]]:
     """Yield width, height and mode of each image with a readable header; ``map`` caches them."""
+    from datasets import Features, Value
+
     column = [_column(table)]
-    headers = table.map(
-        _header, input_columns=column, remove_columns=column, features=_header_features(), desc="reading headers, once"
-    )
+    features = Features({"width": Value("int32"), "height": Value("int32"), "mode": Value("string")})
+    headers = table.map(_header, input_columns=column, remove_columns=column, features=features, desc="reading headers, once")
     for first in range(0, len(headers), 4096):
         rows = headers[first : first + 4096]
-        yield from (
-            (width, height, mode)
-            for width, height, mode in zip(rows["width"], rows["height"], rows["mode"], strict=True)
-            if mode
-        )
+        seen = zip(rows["width"], rows["height"], rows["mode"], strict=True)
+        yield from ((width, height, mode) for width, height, mode in seen if mode)
 
 
 def _header(picture: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -212,22 +193,10 @@ def _header(picture: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"width": width, "height": height, "mode": mode}
 
 
-def _header_features() -> Any:
-    from datasets import Features, Value
-
-    return Features({"width": Value("int32"), "height": Value("int32"), "mode": Value("string")})
-
-
 def _stamps(table: "Dataset") -> list[Any]:
     return [[_version(table), *file_stamp(Path(file["filename"]))] for file in table.cache_files]
 
 
 def _version(table: "Dataset") -> str:
-    """The commit on the hub (for a local copy: a digest), which names the folder in which ``datasets`` keeps the table."""
+    """Return the commit on the hub (for a local copy: a digest): ``datasets`` names the table's folder after it."""
     return Path(table.cache_files[0]["filename"]).parent.name
-
-
-def _home() -> Path:
-    from datasets import config
-
-    return Path(config.HF_DATASETS_CACHE)

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sigma_vae.data.splits import SplitName, Splits
+from sigma_vae.data.scaling import chunks
+from sigma_vae.data.splits import SPLITS, SplitName, Splits
 
 __all__ = ["ChannelStatistics", "Duplicates", "Inspection", "inspect"]
 
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-CHUNK = 2**22
-"""Values processed together, unless an example has more; several float64 copies of them exist."""
 HEAVY_TAILS = 6.0
 """Excess kurtosis above which residuals probably have heavy tails too: twice that of a Laplace distribution."""
 MANY_AT_THE_ENDS = 0.2
@@ -81,7 +79,7 @@ def inspect(data: Splits) -> Inspection:
     'bernoulli'
     """
     passed = _Pass(data)
-    for stored in _chunks(data, "train"):
+    for stored in chunks(data.train):
         passed.add(stored)
     scaling = data.scaling
     channels = passed.channels()
@@ -162,19 +160,13 @@ class _Pass:
         return float(self.used[0] / self.used.sum()), float(self.used[-1] / self.used.sum())
 
 
-def _chunks(data: Splits, split: SplitName) -> Iterator[Tensor]:
-    store = data.store(split)
-    for positions in torch.split(torch.arange(len(store)), max(1, CHUNK // math.prod(store.shape))):
-        yield store.take(positions)
-
-
 def _duplicates(data: Splits) -> tuple[Duplicates, ...]:
     """Count duplicates by digests, so that only these are kept in memory."""
     frames = min(data.store(split).shape[0] for split in SPLITS) if data.clips else None
     digests: dict[SplitName, list[bytes]] = {
         split: [
             hashlib.blake2b(example[:frames].numpy().tobytes(), digest_size=16).digest()
-            for chunk in _chunks(data, split)
+            for chunk in chunks(data.store(split))
             for example in chunk
         ]
         for split in SPLITS

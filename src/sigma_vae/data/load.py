@@ -1,8 +1,7 @@
 """Data sets by name and files by path: find the registered reader, check its values, hold out the missing splits.
 
 A new kind of data is one function in one file. It is found when its module is in this package, or when an installed
-package names it in
-the entry-point group ``sigma_vae.sources``::
+package names it in the entry-point group ``sigma_vae.sources``::
 
     @register.source("zarr", options={"layout"}, endings=(".zarr.zip",))
     def read_zarr(config: DataConfig) -> Raw: ...
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-from torch import Tensor
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import cached
 from sigma_vae.data.holdout import hold_out
-from sigma_vae.data.levels import Array, encode, native_levels, real_values
+from sigma_vae.data.levels import encode, native_levels, real_values
 from sigma_vae.data.scaling import Scaling, standardisation
 from sigma_vae.data.splits import Raw, SplitName, Splits, fingerprint
 from sigma_vae.data.stores import Encoded, Generated, InMemory, Mapped, Part, Store
@@ -145,11 +143,7 @@ def _sources() -> list[Source]:
 
 
 def refuse_unread(config: DataConfig, options: Set[str]) -> None:
-    """Refuse an option that would have no effect: it is a mistake.
-
-    Args:
-        config: the user's.
-        options: the options that the reader reads, beyond those that all data have.
+    """Refuse an option that would have no effect: the reader reads only ``options`` and those that all data have.
 
     Raises:
         ValueError: another option differs from its default.
@@ -212,16 +206,16 @@ def _checked(mapped: Mapped, levels: int | None, standardise: bool, name: str) -
     if native is None:
         rows = max(1, CHUNK // math.prod(mapped.shape))
         for start in range(0, len(mapped.array), rows):
-            (real_values if standardise else _unit)(mapped.array[start : start + rows], name)
+            some = mapped.array[start : start + rows]
+            if standardise:
+                real_values(some, name)
+            else:
+                encode(some, None, name)
     elif levels is not None and levels < native and (greatest := int(mapped.array.max())) >= levels:
         raise ValueError(
             f"{name} needs levels 0..{levels - 1} for levels={levels}, but its values go up to {greatest}; give the right --levels"
         )
     return mapped
-
-
-def _unit(array: Array, name: str) -> Tensor:
-    return encode(array, None, name)
 
 
 def _standardise(config: DataConfig, raw: Raw) -> bool:
@@ -237,10 +231,9 @@ def _standardise(config: DataConfig, raw: Raw) -> bool:
 def _levels(raw: Raw, asked: int | None) -> int | None:
     if raw.levels is not None and asked not in (None, raw.levels):
         raise ValueError(f"{raw.name} has {raw.levels} levels, got levels={asked}; leave levels out")
-    if asked is not None:
-        return asked
-    if raw.levels is not None:
-        return raw.levels
+    known = raw.levels if asked is None else asked
+    if known is not None:
+        return known
     train = raw.parts["train"]
     assert not isinstance(train, Generated), "what is generated has known levels"
     if isinstance(train, Encoded):

@@ -32,7 +32,7 @@ from sigma_vae.data.levels import Array
 from sigma_vae.data.load import load, names, refuse_unread, splits_from, store_of
 from sigma_vae.data.pictures import PICTURE_OPTIONS, PicturePlan, Probe, plan, probe_image
 from sigma_vae.data.scaling import Scaling
-from sigma_vae.data.splits import Raw, SplitName, Splits
+from sigma_vae.data.splits import SPLITS, Raw, SplitName, Splits
 from sigma_vae.data.stores import Mapped, Part, Store
 from sigma_vae.data.tables import from_frames
 
@@ -253,8 +253,7 @@ def _by_split(data: object, name: str) -> tuple[dict[SplitName, object], list[st
         raise ValueError(
             f"a tuple of data is (train, validation) or (train, validation, test), got {len(data)} items; give one of these"
         )
-    order: tuple[SplitName, ...] = ("train", "validation", "test")
-    return dict(zip(order, data, strict=False)), []
+    return dict(zip(SPLITS, data, strict=False)), []
 
 
 def _from_arrays(found: Mapping[SplitName, _Found], config: DataConfig, like: Splits | None) -> Raw:
@@ -302,7 +301,7 @@ def _found(data: object, config: DataConfig, name: str) -> _Found:
 
 
 def _is_a(thing: object, package: str, kind: str) -> bool:
-    """Whether an object is of a class in a package, without importing the package: it is loaded if there are such objects."""
+    """Whether an object is of a class in a package, without importing it: if there is such an object, it is loaded."""
     found = getattr(sys.modules.get(package), kind, None)
     return isinstance(found, type) and isinstance(thing, found)
 
@@ -328,9 +327,7 @@ def _first(item: object, name: str) -> object:
         return item[0]
     if not isinstance(item, Mapping):
         return item
-    arrays = [
-        value for value in item.values() if _is_picture(value) or (isinstance(value, Tensor | np.ndarray) and value.ndim > 0)
-    ]
+    arrays = [v for v in item.values() if _is_picture(v) or (isinstance(v, Tensor | np.ndarray) and v.ndim > 0)]
     if len(arrays) != 1:
         raise ValueError(
             f"{name} needs items with one tensor, array or PIL image, got {len(arrays)} in a dict of {', '.join(map(str, item))};"

@@ -6,13 +6,13 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, final
+from typing import IO, TYPE_CHECKING, Any, Literal, final
 
 import numpy as np
 
@@ -20,22 +20,11 @@ from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data.archives import ARCHIVES, DAMAGED, Container, Folder, container
 from sigma_vae.data.cache import FOLDER, file_record, remembered
 from sigma_vae.data.levels import Array
-from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName
+from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName
 from sigma_vae.data.stores import Encoded, UnreadableError
 from sigma_vae.registry import register
 
-__all__ = [
-    "PICTURES",
-    "PICTURE_OPTIONS",
-    "Colour",
-    "Fit",
-    "PicturePlan",
-    "Probe",
-    "plan",
-    "probe",
-    "probe_image",
-    "read_pictures",
-]
+__all__ = ["PICTURES", "PICTURE_OPTIONS", "PicturePlan", "Probe", "plan", "probe", "probe_image", "read_pictures"]
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,7 +45,6 @@ _KINDS: dict[str, tuple[Colour, int]] = {
     "RGB": ("rgb", 8),
     "RGBA": ("rgba", 8),
 }
-_Thing = TypeVar("_Thing")
 _ORIENTATION = 0x0112  # the EXIF tag; values of 5 and more exchange width and height
 _MODES: dict[Colour, str] = {"grey": "L", "grey+alpha": "LA", "rgb": "RGB", "rgba": "RGBA"}
 
@@ -74,8 +62,7 @@ class PicturePlan:
         fit: without ``crop``, the window: ``crop`` and ``pad`` make it square.
         colour: the channels.
         bits: bits per value: 1, 8 or 16.
-        height: height of the result.
-        width: width of the result.
+        height, width: size of the result.
         remarks: losses of some pictures, in words.
 
     >>> from PIL import Image
@@ -114,15 +101,10 @@ class PicturePlan:
     def words(self) -> list[str]:
         """The steps in words, for the record of a run."""
         kept = f"pictures as {self.colour}, {self.bits} bit{'s' * (self.bits > 1)}, upright by their EXIF orientation"
-        window = self._window_words()
+        fits = {"crop": "cut to the largest central square", "pad": "padded with black to squares", "stretch": "stretched"}
+        window = f"cut to the central {self.crop}×{self.crop}" if self.crop else fits.get(self.fit, "")
         resized = f"resized to {self.size}×{self.size} (Pillow, bilinear with antialiasing)" if self.size else ""
         return [word for word in (kept, *self.remarks, window, resized) if word]
-
-    def _window_words(self) -> str:
-        if self.crop:
-            return f"cut to the central {self.crop}×{self.crop}"
-        words = {"crop": "cut to the largest central square", "pad": "padded with black to squares", "stretch": "stretched"}
-        return words.get(self.fit, "")
 
     def read(self, file: Path | bytes | IO[bytes]) -> Array:
         """Decode a file.
@@ -148,8 +130,10 @@ class PicturePlan:
         Raises:
             UnreadableError: it is broken, or has another size than its header says.
         """
+        from PIL import ImageOps
+
         try:
-            shaped = self._resized(self._windowed(self._converted(_upright(image))))
+            shaped = self._resized(self._windowed(self._converted(ImageOps.exif_transpose(image))))
             array = self._array(np.asarray(shaped))
         except Exception as error:  # Pillow's decoders raise many unrelated kinds; all of them mean: broken
             raise _unreadable(error) from error
@@ -219,12 +203,7 @@ def probe_image(image: "Image") -> Probe:
 
 
 def plan(sizes_and_modes: Iterable[Probe], images: ImageConfig, name: str) -> PicturePlan:
-    """Find one shape for all pictures.
-
-    Args:
-        sizes_and_modes: each picture's :func:`probe`.
-        images: the user's options.
-        name: name of the set, for messages.
+    """Find one shape for all pictures, given each picture's :func:`probe` and the user's options.
 
     Raises:
         ValueError: there are none; they differ in size or channels and no option resolves it; or their mode has no
@@ -264,12 +243,6 @@ def _is_grey(image: "Image") -> bool:
     return bool((palette == palette[:, :1]).all())
 
 
-def _upright(image: "Image") -> "Image":
-    from PIL import ImageOps
-
-    return ImageOps.exif_transpose(image)
-
-
 def _as_float(image: "Image") -> "Image":
     """Convert 16-bit grey to float32, which is exact: Pillow resizes its own 16-bit modes through 8 bits."""
     from PIL import Image
@@ -301,9 +274,6 @@ def _common_size(sizes: Counter[tuple[int, int]], images: ImageConfig, name: str
 
     >>> _common_size(Counter({(5, 3): 2, (3, 3): 1}), ImageConfig(fit="crop"), "some")
     (3, 3)
-
-    Raises:
-        ValueError: sizes differ and no option resolves it; a crop is larger than a picture; or ``fit`` has no effect.
     """
     _check_fit(images, name)
     if images.crop is not None:
@@ -315,7 +285,7 @@ def _common_size(sizes: Counter[tuple[int, int]], images: ImageConfig, name: str
         oblong = Counter({size: count for size, count in windows.items() if size[0] != size[1]})
         if oblong and images.fit == "refuse":
             raise ValueError(
-                f"{name}: size {images.size} needs square pictures, got {_most_common(oblong, _times)} (width×height); cut the central"
+                f"{name}: size {images.size} needs square pictures, got {_sizes(oblong)}; cut the central"
                 " square (--fit crop), stretch (--fit stretch) or pad with black (--fit pad)"
             )
         return images.size, images.size
@@ -323,7 +293,7 @@ def _common_size(sizes: Counter[tuple[int, int]], images: ImageConfig, name: str
         least = min(min(size) for size in sizes)
         fit = "" if images.fit != "refuse" or all(w == h for w, h in windows) else " with --fit crop, stretch or pad"
         raise ValueError(
-            f"{name}: pictures need one size, got {len(windows)}: {_most_common(windows, _times)} (width×height); resize them"
+            f"{name}: pictures need one size, got {len(windows)}: {_sizes(windows)}; resize them"
             f" (--size {least}, say{fit}), or cut the same square from each (--crop {least})"
         )
     return next(iter(windows))
@@ -339,7 +309,7 @@ def _check_fit(images: ImageConfig, name: str) -> None:
 def _check_crop(sizes: Counter[tuple[int, int]], crop: int, name: str) -> None:
     if small := Counter({size: count for size, count in sizes.items() if min(size) < crop}):
         raise ValueError(
-            f"{name}: crop {crop} needs pictures of at least {crop}×{crop}, got {_most_common(small, _times)} (width×height); crop at most"
+            f"{name}: crop {crop} needs pictures of at least {crop}×{crop}, got {_sizes(small)}; crop at most"
             f" {min(min(size) for size in sizes)}"
         )
 
@@ -349,13 +319,10 @@ def _channels(modes: Counter[str], images: ImageConfig, name: str) -> tuple[Colo
 
     >>> _channels(Counter({"1": 2, "L": 1}), ImageConfig(), "some")
     ('grey', 8)
-
-    Raises:
-        ValueError: modes differ and no option resolves it; or a mode has no levels.
     """
     if unknown := Counter({mode: count for mode, count in modes.items() if mode not in _CANONICAL}):
         raise ValueError(
-            f"{name}: pictures need modes {', '.join(dict.fromkeys(_CANONICAL.values()))} or palettes, got {_most_common(unknown, str)};"
+            f"{name}: pictures need modes {', '.join(dict.fromkeys(_CANONICAL.values()))} or palettes, got {_listed(unknown)};"
             " convert them, or save floats as .npy"
         )
     kinds = {_CANONICAL[mode] for mode in modes}
@@ -364,14 +331,14 @@ def _channels(modes: Counter[str], images: ImageConfig, name: str) -> tuple[Colo
     kinds = {"L" if kind == "1" else kind for kind in kinds}  # black and white are two of the greys
     if "I;16" in kinds and (len(kinds) > 1 or images.colour not in ("auto", "grey")):
         raise ValueError(
-            f"{name}: 16-bit grey pictures cannot be mixed with others or get colours, got {_most_common(modes, str)} and colour"
+            f"{name}: 16-bit grey pictures cannot be mixed with others or get colours, got {_listed(modes)} and colour"
             f" {images.colour}; convert them to one kind"
         )
     if "I;16" in kinds or (images.colour == "auto" and len(kinds) == 1):
         return _KINDS[kinds.pop()]
     if images.colour == "auto":
         raise ValueError(
-            f"{name}: pictures need the same channels, got modes {_most_common(modes, str)}; say which to keep: --colour grey, rgb or rgba"
+            f"{name}: pictures need the same channels, got modes {_listed(modes)}; say which to keep: --colour grey, rgb or rgba"
         )
     return images.colour, 8
 
@@ -396,13 +363,13 @@ def _remarks(modes: Counter[str], colour: Colour) -> tuple[str, ...]:
     )
 
 
-def _times(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"
+def _sizes(counts: Counter[tuple[int, int]]) -> str:
+    return _listed(Counter({f"{width}×{height}": count for (width, height), count in counts.items()})) + " (width×height)"
 
 
-def _most_common(counts: Counter[_Thing], say: Callable[[_Thing], str]) -> str:
-    most = [f"{say(thing)} ({count})" for thing, count in counts.most_common(5)]
-    return ", ".join(most) + (f" and {len(counts) - 5} more" if len(counts) > 5 else "")
+def _listed(counts: Counter[str]) -> str:
+    most = ", ".join(f"{thing} ({count})" for thing, count in counts.most_common(5))
+    return most + (f" and {len(counts) - 5} more" if len(counts) > 5 else "")
 
 
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".gif"))
@@ -411,15 +378,17 @@ PICTURE_OPTIONS = frozenset({"cache", "crop", "size", "fit", "colour", "unreadab
 """Options of the config that decide how pictures are read."""
 _ANIMATED = (".gif", ".webp", ".tif", ".tiff")
 _HEADER = 2**16  # bytes: enough for the size and mode of nearly every picture
+_SHARD = re.compile(r"[-_.\d]")
+"""The end of the first word in the name of a shard."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """A file, and the folders that contain it, which decide its split."""
+    """A file, and the name of the outermost folder or of the shard that contains it, if it names a split."""
 
     holder: Container
     name: str
-    folders: tuple[str, ...]
+    word: str
 
     @property
     def label(self) -> str:
@@ -461,7 +430,7 @@ def _is_glob(path: Path) -> bool:
 
 
 def _may_hold_pictures(path: Path, config: DataConfig) -> bool:
-    """Whether a path is a pattern for archives, or a folder: those that no other kind reads are taken for pictures."""
+    """Whether a path is a pattern for archives, or a folder, which holds pictures if no other kind reads it."""
     return path.is_dir() or _is_glob(path)
 
 
@@ -495,9 +464,7 @@ def read_pictures(config: DataConfig) -> Raw:
     readable, unreadable = _readable(found, stamps, path, config)
     how = plan([(width, height, mode) for _, (width, height, mode) in readable], config.images, str(path))
     splits = _splits([picture for picture, _ in readable], str(path))
-    parts = {
-        split: _encoded(pictures, how, {"files": stamps, "split": split}, path, config) for split, pictures in splits.items()
-    }
+    parts = {split: _encoded(group, how, {"files": stamps, "split": split}, path, config) for split, group in splits.items()}
     words = [*how.words, *unreadable, *_words(found, others)]
     return Raw(str(path), parts, [_record(holder, found) for holder in holders], words, levels=2 if how.levels == 2 else None)
 
@@ -526,25 +493,23 @@ def _pictures(holders: list[Container]) -> tuple[list[_Picture], Counter[str]]:
     for holder in holders:
         names = [name for name in holder.names if _is_picture(name)]
         others.update(PurePosixPath(name).suffix or name for name in holder.names if not _is_picture(name))
-        folders = [PurePosixPath(name).parts[:-1] for name in names]
-        shard = () if isinstance(holder, Folder) else _of_shard(holder.path)
-        folders = [shard or parts for parts in _below_common(folders)]
-        found += [_Picture(holder, name, parts) for name, parts in zip(names, folders, strict=True)]
+        shard = "" if isinstance(holder, Folder) else _split_word(_SHARD.split(holder.path.name)[0], holder.path.parent.name)
+        found += [
+            _Picture(holder, name, shard or _split_word(folder)) for name, folder in zip(names, _outer(names), strict=True)
+        ]
     return found, others
 
 
-def _below_common(folders: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Drop a single outer folder, which often contains everything: the splits are below it."""
+def _outer(names: list[str]) -> list[str]:
+    """Return the outermost folder of each file, below folders that contain everything; "" for files in no folder."""
+    folders = [PurePosixPath(name).parts[:-1] for name in names]
     while folders and all(parts and parts[0] == folders[0][0] and parts[0].lower() not in SPLIT_WORDS for parts in folders):
         folders = [parts[1:] for parts in folders]
-    return folders
+    return [parts[0] if parts else "" for parts in folders]
 
 
-def _of_shard(path: Path) -> tuple[str, ...]:
-    for word in (re.split(r"[-_.\d]", path.name)[0], path.parent.name):
-        if word.lower() in SPLIT_WORDS:
-            return (word,)
-    return ()
+def _split_word(*words: str) -> str:
+    return next((word for word in words if word.lower() in SPLIT_WORDS), "")
 
 
 def _is_picture(name: str) -> bool:
@@ -579,13 +544,10 @@ def _readable(
 
 def _splits(pictures: list[_Picture], name: str) -> dict[SplitName, list[_Picture]]:
     """Split pictures by their folders; all are for training if no folder names a split."""
-    split_words = [
-        picture.folders[0] if picture.folders and picture.folders[0].lower() in SPLIT_WORDS else None for picture in pictures
-    ]
-    words = Counter(word for word in split_words if word)
+    words = Counter(picture.word for picture in pictures if picture.word)
     if not words:
         return {"train": pictures}
-    outside = [picture.label for picture, word in zip(pictures, split_words, strict=True) if word is None]
+    outside = [picture.label for picture in pictures if not picture.word]
     splits = [SPLIT_WORDS[word.lower()] for word in words]
     if outside or "train" not in splits or len(set(splits)) < len(splits):
         raise ValueError(
@@ -593,22 +555,24 @@ def _splits(pictures: list[_Picture], name: str) -> dict[SplitName, list[_Pictur
             f" {_listed(words)}{f' and {len(outside)} elsewhere ({outside[0]}, say)' if outside else ''}; move or rename them"
         )
     return {
-        split: [
-            picture for picture, word in zip(pictures, split_words, strict=True) if word and SPLIT_WORDS[word.lower()] == split
-        ]
-        for split in dict.fromkeys(SPLIT_WORDS.values())
+        split: [picture for picture in pictures if SPLIT_WORDS[picture.word.lower()] == split]
+        for split in SPLITS
         if split in splits
     }
 
 
 def _encoded(pictures: list[_Picture], how: PicturePlan, identity: dict[str, Any], path: Path, config: DataConfig) -> Encoded:
-    def decode(i: int) -> Array:
-        return pictures[i].decode(how)
-
     names = [picture.label for picture in pictures]
     identity |= {"plan": asdict(how), "names": _digest(names)}
-    skip = config.images.unreadable == "skip"
-    return Encoded(names, how.shape, how.dtype, decode, identity, path.resolve().parent, skip)
+    return Encoded(
+        names,
+        how.shape,
+        how.dtype,
+        decode=lambda i: pictures[i].decode(how),
+        identity=identity,
+        home=path.resolve().parent,
+        skip_unreadable=config.images.unreadable == "skip",
+    )
 
 
 def _words(found: list[_Picture], others: Counter[str]) -> list[str]:
@@ -632,7 +596,3 @@ def _record(holder: Container, found: list[_Picture]) -> dict[str, Any]:
 
 def _digest(stamps: list[Any]) -> str:
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
-
-
-def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{thing} ({count})" for thing, count in counts.most_common(5)) + (", ..." if len(counts) > 5 else "")

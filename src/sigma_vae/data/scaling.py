@@ -1,7 +1,7 @@
 """Scaling from stored values to a model's input, and back."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sigma_vae.data.stores import Store
 
-__all__ = ["Scaling", "standardisation"]
+__all__ = ["Scaling", "chunks", "standardisation"]
 
 CHUNK = 2**22
-"""Values processed together, unless an example has more."""
+"""Values processed together, unless an example has more; several float64 copies of them exist."""
 
 
 @final
@@ -61,7 +61,7 @@ class Scaling:
         return x * self._column(self.deviation, x) + self._column(self.mean, x)
 
     def log_volume_nats(self, shape: Sequence[int]) -> float:
-        """Return Σ log s over an example ``(C, *space)``: the log-density of the model's input minus that of the data."""
+        """Return Σ log s over an example ``(C, *space)``: log-density of the model's input minus that of the data."""
         if self.deviation is None:
             return 0.0
         return math.prod(shape[1:]) * sum(math.log(s) for s in self.deviation)
@@ -92,6 +92,12 @@ def standardisation(train: Store, name: str, columns: Sequence[str] = ()) -> Sca
 def _mean(train: Store, of: Callable[[Tensor], Tensor]) -> Tensor:
     """Average over all values of each channel, in float64, a few examples at a time."""
     total = torch.zeros(train.shape[0], dtype=torch.float64)
-    for positions in torch.split(torch.arange(len(train)), max(1, CHUNK // math.prod(train.shape))):
-        total += of(train.take(positions).double().transpose(0, 1).flatten(1)).sum(1)
+    for stored in chunks(train):
+        total += of(stored.double().transpose(0, 1).flatten(1)).sum(1)
     return total / (len(train) * math.prod(train.shape[1:]))
+
+
+def chunks(store: Store) -> Iterator[Tensor]:
+    """Yield all examples in stored form and in order, a few at a time."""
+    for positions in torch.split(torch.arange(len(store)), max(1, CHUNK // math.prod(store.shape))):
+        yield store.take(positions)

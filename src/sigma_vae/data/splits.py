@@ -13,7 +13,7 @@ from sigma_vae.data.batches import Batches
 from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.stores import Part, Store
 
-__all__ = ["SPLIT_WORDS", "Raw", "SplitName", "Splits", "clip_lengths", "fingerprint"]
+__all__ = ["SPLITS", "SPLIT_WORDS", "Raw", "SplitName", "Splits", "clip_lengths", "fingerprint"]
 
 
 SplitName = Literal["train", "validation", "test"]
@@ -26,6 +26,7 @@ SPLIT_WORDS: Mapping[str, SplitName] = {
     "test": "test",
 }
 """Names of keys, folders and files, and the split that each stands for."""
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 
 
 @final
@@ -112,20 +113,18 @@ class Splits:
         """
         if limit is not None and limit < 1:
             raise ValueError(f"limit counts the examples to use and is at least 1, got {limit}")
-        store = self._moved(split, torch.device(device))
+        place = split, torch.device(device)
+        if place not in self._on_device:
+            self._on_device[place] = self.store(split).to(place[1])
+        store = self._on_device[place]
         if limit is not None and limit < len(store):
             store = store.select(torch.arange(limit))
         return Batches(store, self.scaling, batch_size, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size)
 
-    def _moved(self, split: SplitName, device: torch.device) -> Store:
-        if (split, device) not in self._on_device:
-            self._on_device[split, device] = self.store(split).to(device)
-        return self._on_device[split, device]
-
 
 @dataclass(frozen=True, eq=False)
 class Raw:
-    """The output of a reader: the splits that the source has (at least train), before values are checked and splits held out.
+    """The output of a reader: the splits that the source has, at least train, with values as they are.
 
     Arrays are ``(N, C, *space)``, or ``(N, T, C, *space)`` for clips.
     """

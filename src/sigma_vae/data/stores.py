@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -121,11 +121,11 @@ class Mapped(Store):
 
     def select(self, rows: Tensor) -> "Mapped":
         """Return a subset without reading anything."""
-        return Mapped(self.array, self.digest, rows if self.rows is None else self.rows[rows], self.device, self.videos)
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
 
     def to(self, device: torch.device) -> "Mapped":
         """Deliver batches on that device."""
-        return Mapped(self.array, self.digest, self.rows, device, self.videos)
+        return replace(self, device=device)
 
     def fingerprint(self) -> str:
         """SHA-256 of the content's digest and the rows."""
@@ -174,12 +174,11 @@ class Generated(Store):
 
     def select(self, rows: Tensor) -> "Generated":
         """Return a subset without generating anything."""
-        chosen = rows if self.rows is None else self.rows[rows]
-        return Generated(self.make, self.count, self.seed, self.identity, self.fresh, chosen, self.device)
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
 
     def to(self, device: torch.device) -> "Generated":
         """Deliver batches on that device."""
-        return Generated(self.make, self.count, self.seed, self.identity, self.fresh, self.rows, device)
+        return replace(self, device=device)
 
     def fingerprint(self) -> str:
         """SHA-256 of the recipe and the count."""

@@ -48,24 +48,22 @@ def read_tables(config: DataConfig) -> Raw:
             is left.
     """
     path = config.path
-    files = _tables(path) if path.is_dir() else _one(path)
+    if not path.exists():
+        raise ValueError(f"expected a table at {path}, got no such file; check the path")
+    files: dict[SplitName, Path] = _tables(path) if path.is_dir() else {"train": path}
     raw = from_frames({split: _read(file) for split, file in files.items()}, config, {s: str(f) for s, f in files.items()})
     return replace(raw, name=str(path), files=[file_record(file) for file in files.values()])
 
 
 def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, names: Mapping[SplitName, str]) -> Raw:
-    """Read rows of data frames as :func:`read_tables` does those of files.
-
-    Args:
-        frames: one for each split, at least for train.
-        config: with ``columns``, ``levels`` and ``layout``.
-        names: names of the frames, for messages.
+    """Read the rows of data frames, at least one for train, as :func:`read_tables` reads files.
 
     Raises:
         ValueError: a column is missing or not numeric; values are missing; or no column is left.
     """
     if config.layout not in ("auto", "n-c", "n-t"):
         raise ValueError(f"{config.source}: a table has layout n-c or n-t, got {config.layout}; give one of these, or none")
+    frames = {split: frame.set_axis([str(name) for name in frame.columns], axis=1) for split, frame in frames.items()}
     columns, left_out = _columns(frames["train"], config.columns, names["train"])
     parts = {split: _numbers(frame, columns, config, names[split]) for split, frame in frames.items()}
     kinds = {split: "integers" if part.dtype.kind == "i" else "fractions" for split, part in parts.items()}
@@ -76,14 +74,7 @@ def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, 
     return Raw(config.source, parts, preprocessing=words, standardise=True, columns=tuple(columns))
 
 
-def _one(path: Path) -> dict[SplitName, Path]:
-    if not path.is_file():
-        raise ValueError(f"expected a table at {path}, got no such file; check the path")
-    return {"train": path}
-
-
 def _tables(folder: Path) -> dict[SplitName, Path]:
-    """Find the file of each split."""
     found: dict[SplitName, Path] = {}
     for word, split in SPLIT_WORDS.items():
         for path in (folder / f"{word}{ending}" for ending in TABLES):
@@ -112,10 +103,8 @@ def _read(path: Path) -> "pd.DataFrame":
 
 
 def _header(path: Path, sign: str) -> list[str]:
-    opened = (
-        gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig", newline="")
-    )
-    with opened as file:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         return next(csv.reader(file, delimiter=sign), [])
 
 
@@ -133,8 +122,7 @@ def _check_header(names: Sequence[str], path: Path) -> None:
 
 def _columns(frame: "pd.DataFrame", asked: Sequence[str], path: str) -> tuple[list[str], list[str]]:
     """Choose the columns to read, and list the others."""
-    names = [str(name) for name in frame.columns]
-    frame = frame.set_axis(names, axis=1)
+    names = list(frame.columns)
     if asked:
         _check_columns(frame, asked, path)
         return list(asked), [name for name in names if name not in asked]
@@ -166,7 +154,6 @@ def _is_numeric(frame: "pd.DataFrame", name: str) -> bool:
 
 
 def _numbers(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path: str) -> Array:
-    frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
     _check_columns(frame, columns, path)
     chosen = frame[columns]
     if not len(chosen):

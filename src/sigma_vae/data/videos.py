@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
 
 import numpy as np
 
@@ -53,7 +53,7 @@ Frame = Callable[[PicturePlan], Array]
 _Result = TypeVar("_Result")
 
 MARKS_APART = 256
-"""Frames between two entry points of a video: decoding wastes at most this many, plus those up to the next key frame."""
+"""Frames between two entry points of a video: decoding skips at most these and those up to the next key frame."""
 _MISSING = 0.1
 """Share of a file's duration that may be missing at its end; with more, it counts as cut off."""
 
@@ -132,9 +132,8 @@ class Film(Video):
         """Decode all frames: the count in the header is often wrong."""
         count, latest, probes, marks = 0, -math.inf, dict[Probe, None](), list[tuple[int, int]]()
         for frame in self._decoded(check=True):
-            if (
-                frame.pts is not None and frame.pts > latest
-            ):  # a seek finds a mark by its time stamp: no earlier frame may have it
+            # A seek finds a mark by its time stamp: no earlier frame may have it.
+            if frame.pts is not None and frame.pts > latest:
                 latest = frame.pts
                 if frame.key_frame and count - (marks[-1][0] if marks else -MARKS_APART) >= MARKS_APART:
                     marks.append((count, frame.pts))
@@ -236,9 +235,8 @@ def starts(video_frames: int, clip_frames: int, step: int) -> list[int]:
     return [number * clip_frames * step for number in range(taken // clip_frames)]
 
 
-@dataclass(frozen=True)
-class Window:
-    """The start of a clip."""
+class Window(NamedTuple):
+    """The start of a clip: number of the video, and of the first frame."""
 
     video: int
     start: int
@@ -253,6 +251,7 @@ class _Reel(threading.local):
 
 
 @final
+@dataclass(frozen=True, eq=False)
 class Windows:
     """Decode windows of videos into clips ``(frames, C, H, W)``.
 
@@ -264,15 +263,12 @@ class Windows:
         plan: turns a frame into an array ``(C, H, W)``.
     """
 
-    def __init__(
-        self, videos: Sequence[tuple[Video, Survey]], windows: Sequence[Window], frames: int, step: int, plan: PicturePlan
-    ) -> None:
-        self.videos = videos
-        self.windows = windows
-        self.frames = frames
-        self.step = step
-        self.plan = plan
-        self._reel = _Reel()
+    videos: Sequence[tuple[Video, Survey]]
+    windows: Sequence[Window]
+    frames: int
+    step: int
+    plan: PicturePlan
+    _reel: _Reel = field(default_factory=_Reel, init=False, repr=False)
 
     def __call__(self, number: int) -> Array:
         """Decode one clip.
@@ -280,11 +276,11 @@ class Windows:
         Raises:
             UnreadableError: a frame is broken, or missing.
         """
-        window = self.windows[number]
+        video, start = self.windows[number]
         clip = np.empty((self.frames, *self.plan.shape), self.plan.dtype)
         try:
             for i in range(self.frames):
-                clip[i] = self._frame(window.video, window.start + i * self.step)(self.plan)
+                clip[i] = self._frame(video, start + i * self.step)(self.plan)
         except UnreadableError:
             self._reel.video = None
             raise
@@ -305,8 +301,6 @@ class Windows:
 
 ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 OPTIONS = PICTURE_OPTIONS | {"frames", "test_frames", "frame_step"}
-"""Options that :func:`read_videos` reads."""
-
 _PICTURES = PICTURES - {".gif", ".pbm"}
 _FRAMES = 16
 
@@ -321,13 +315,13 @@ class _Found:
 
 
 def holds_videos(path: Path, config: DataConfig) -> bool:
-    """Whether a path is a folder of videos: it has a video file, or clips are asked for and it has a GIF or pictures (frames)."""
+    """Whether a path is a folder with a video file; if clips are asked for, GIFs and folders of frames count as well."""
     return path.is_dir() and next(_videos(path, config.clips), None) is not None
 
 
 @register.source("videos", options=OPTIONS, endings=ENDINGS, reads=holds_videos, rank=2)
 def read_videos(config: DataConfig) -> Raw:
-    """Cut videos into clips, 16 frames each by default, side by side; frames left over at the end of a video are dropped.
+    """Cut videos into clips side by side, 16 frames each by default; the rest of a video is dropped.
 
     Folders train, validation (valid, val) and test are the splits; otherwise whole videos are held out. Frames in a
     folder of pictures are sorted by the numbers in their names.
@@ -343,7 +337,8 @@ def read_videos(config: DataConfig) -> Raw:
     listed = list(chain.from_iterable(found.values()))
     shared = plan([each for item in listed for each in item.survey.probes], config.images, str(path))
     parts = {split: _encoded(items, lengths[split], shared, path, config) for split, items in found.items()}
-    files = [{"path": str(path.resolve()), "videos": len(listed), "bytes": _size(listed)}]
+    size = sum(file.stat().st_size for item in listed for file in item.video.files)
+    files = [{"path": str(path.resolve()), "videos": len(listed), "bytes": size}]
     every = f", keeping every {step}-th frame" if step > 1 else ""
     test = f" (test: {lengths['test']})" if lengths["test"] != lengths["train"] else ""
     left = sum(item.survey.frames - _used(item, lengths[split], step) for split, items in found.items() for item in items)
@@ -430,14 +425,14 @@ def _encoded(found: list[_Found], frames: int, shared: PicturePlan, path: Path, 
     windows = [Window(number, start) for number, item in enumerate(found) for start in starts(item.survey.frames, frames, step)]
     videos = {item.name: _stamp(item.video) for item in found}
     return Encoded(
-        names=[f"{found[window.video].name} from frame {window.start}" for window in windows],
+        names=[f"{found[video].name} from frame {start}" for video, start in windows],
         shape=(frames, *shared.shape),
         dtype=shared.dtype,
         decode=Windows([(item.video, item.survey) for item in found], windows, frames, step, shared),
         identity={"videos": videos, "reader": "videos-1", "plan": asdict(shared), "frames": frames, "step": step},
         home=_home(path),
         skip_unreadable=config.images.unreadable == "skip",
-        videos=[window.video for window in windows],
+        videos=[video for video, _ in windows],
     )
 
 
@@ -457,10 +452,6 @@ def _ignored(path: Path, clips: ClipConfig) -> list[str]:
     others = Counter(suffix for name in names if (suffix := PurePath(name).suffix.lower()) not in read)
     listed = ", ".join(f"{suffix or 'without ending'} ({count})" for suffix, count in others.most_common(5))
     return [f"ignored files that are not videos: {listed}"] if others else []
-
-
-def _size(found: Sequence[_Found]) -> int:
-    return sum(file.stat().st_size for item in found for file in item.video.files)
 
 
 def _stamp(video: Video) -> str:

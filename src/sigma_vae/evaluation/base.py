@@ -94,8 +94,7 @@ def plain(value: Any) -> Any:
 
 
 Result = Record | Mapping[str, Record] | None
-"""Result of a metric: a record, a record for each of several names, or None where the metric has nothing to say of the
-model."""
+"""Result of a metric: a record, records by name, or None where the metric does not apply to the model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,12 +181,12 @@ class EvaluationData:
 
     def on_one_process(self) -> "EvaluationData":
         """The same data, all of them on this process."""
-        training = None if self.training is None else _whole(self.training)
-        return replace(self, held_out=_whole(self.held_out), training=training)
 
+        def whole(batches: Batches) -> Batches:
+            return Batches(batches.store, batches.scaling, batches.batch_size)
 
-def _whole(batches: Batches) -> Batches:
-    return Batches(batches.store, batches.scaling, batches.batch_size)
+        training = None if self.training is None else whole(self.training)
+        return replace(self, held_out=whole(self.held_out), training=training)
 
 
 class Metric(ABC):
@@ -207,10 +206,8 @@ class Metric(ABC):
             def rows(self, result):
                 yield Row("brightness of samples", f"{result.mean:.3f}")
 
-    An installed package registers its metrics by entry points in the group ``sigma_vae.metrics``.
-
-    Args:
-        name: name that it is registered under.
+    An installed package registers its metrics by entry points in the group ``sigma_vae.metrics``. The registry makes
+    the metric, with the name that it is registered under.
     """
 
     result: ClassVar[Any]
@@ -249,13 +246,9 @@ class Metric(ABC):
         return ()
 
     def compared(self, results: Sequence[Any]) -> list[dict[str, Any]]:
-        """Set runs side by side.
+        """For each run the numbers to compare, by name: by default those of the metric's columns.
 
-        Args:
-            results: the result of each run; None where a run has none.
-
-        Returns:
-            For each run the numbers to compare, by name: those of the metric's columns unless a metric defines others.
+        A result is None where the run has none.
         """
         places = [column.path.removeprefix(self.name).removeprefix(".") for column in self.columns if "*" not in column.path]
         known = [place for place in places if any(_at(result, place) is not None for result in results)]
@@ -287,13 +280,8 @@ Rows = Callable[[Batch], Tensor]
 def each_example(vae: VAE, batches: Batches, rows: Rows) -> Tensor:
     """Compute numbers of every example, in the order of the split, on the CPU in float64.
 
-    Where the batches are one process's share (``world_size`` above 1), the shares of all processes of the default group
-    are gathered: each must call this, and each gets everything.
-
-    Args:
-        vae: the model; batches are moved to its device.
-        batches: batches of the split.
-        rows: computes the numbers of a batch.
+    Batches are moved to the model's device. Where they are one process's share (``world_size`` above 1), the shares of
+    all processes of the default group are gathered: each must call this, and each gets everything.
 
     Shapes:
         result ``(examples, columns)``, or ``(examples,)``.
@@ -312,10 +300,7 @@ def each_example(vae: VAE, batches: Batches, rows: Rows) -> Tensor:
 
 @torch.no_grad()
 def sum_over_examples(vae: VAE, batches: Batches, rows: Rows) -> Tensor:
-    """Sum numbers over all examples, ``(columns,)``, where keeping those of each would take too much memory.
-
-    See :func:`each_example`.
-    """
+    """Sum numbers over all examples, ``(columns,)``: :func:`each_example` for more numbers than memory holds."""
     _check_group(batches)
     sums = (rows(batch).cpu().double().sum(0) for batch in _on(vae.device, batches))
     total = sum(sums, torch.zeros((), dtype=torch.float64))

@@ -19,8 +19,7 @@ from sigma_vae.vae import VAE, keyed_noise
 __all__ = ["Iwae", "IwaeMetric", "Measure", "iwae"]
 
 Measure = Literal["iwae_nats", "iwae_post_hoc_nats", "iwae_bits_per_dim", "iwae_bits_per_dim_post_hoc"]
-"""The observed quantity in nats, with the model's own σ and with the refitted one; the bins of the levels in bits,
-likewise."""
+"""The observed quantity in nats, or the bins of the levels in bits; with the model's own σ, or the refitted one."""
 
 FEATURES = 2**18
 """Features decoded together on a CPU, where one draw of the batch has fewer: temporaries should stay in the caches."""
@@ -88,20 +87,14 @@ def iwae(vae: VAE, batches: Batches, draws: int = 64, seed: int = 0, measures: C
     r"""Compute the importance-weighted bound of k draws (Burda et al. 2016), which rises with k to log p(x).
 
     .. math::
-        \log p(x) \ge E \log \tfrac1k \sum_{i=1}^k w_i, \qquad w_i = \frac{p(x|z_i)\, p(z_i)}{q(z_i|x)}, \quad z_i \sim
-        q(z|x)
+        \log p(x) \ge E \log \tfrac1k \sum_{i=1}^k w_i, \qquad w_i = \frac{p(x|z_i)\, p(z_i)}{q(z_i|x)}, \quad
+        z_i \sim q(z|x), \quad k = \text{draws}
 
     The first draw of each example is the one from which :func:`~sigma_vae.evaluation.elbo.elbo` computes the ELBO with
-    this seed. The weights are summed as they come, in float64. All of them belong to their draw: with an analytic KL in
-    place of the log-ratio, the sum would bound nothing.
+    this seed. The weights are summed in float64.
 
-    Args:
-        vae: calibrated on training data; put into eval mode.
-        batches: held-out examples, each counted once; of several processes, each gives its share.
-        draws: k.
-        seed: seed of the posterior's noise, which is keyed by example.
-        measures: bounds to compute; all that the model has by default. The bins of levels cost several times as much as
-            densities.
+    By default all ``measures`` that the model has are computed; the bins of levels cost several times as much as
+    densities. The other arguments are those of :func:`~sigma_vae.evaluation.elbo.elbo`.
 
     Raises:
         ValueError: the likelihood is an objective, draws is below 1, or the model does not have a measure.
@@ -127,8 +120,8 @@ def iwae(vae: VAE, batches: Batches, draws: int = 64, seed: int = 0, measures: C
 
     found = each_example(vae, batches, rows)  # (examples, terms, a column for each of `at`, size and dims)
     last: dict[str, Estimate] = {}
-    by_draws: dict[str, list[int] | list[float]] = {"draws": at}
     sizes: dict[str, Estimate] = {}
+    by_draws: dict[str, list[int] | list[float]] = {"draws": at}
     for measure, term in terms.items():
         values = found[:, distinct.index(term)]
         bounds = values[:, :-2] - batches.log_volume_nats
@@ -162,7 +155,7 @@ def _terms(likelihood: Likelihood, measures: Collection[Measure] | None) -> dict
 def _summed_weights(
     vae: VAE, batch: Batch, terms: list[_Term], draws: int, seed: int, at: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Bounds ``(terms, batch, at)`` after ``at`` draws, effective sample sizes ``(terms, batch)``, and numbers of values."""
+    """Bounds ``(terms, batch, at)``, effective sample sizes ``(terms, batch)``, numbers of values ``(batch,)``."""
     total = squares = torch.full((len(terms), len(batch.x)), -math.inf, dtype=torch.float64)
     bounds, done, dims = [], 0, torch.empty(0)
     for inference in _inferences(vae, batch, draws, seed):

@@ -11,17 +11,7 @@ from torch import Tensor
 
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
-from sigma_vae.evaluation.base import (
-    Column,
-    Estimate,
-    EvaluationData,
-    Metric,
-    Record,
-    Row,
-    add_up,
-    each_example,
-    estimate_rows,
-)
+from sigma_vae.evaluation.base import Column, Estimate, EvaluationData, Metric, Record, Row, add_up, each_example, estimate_rows
 from sigma_vae.evaluation.plots import save_page
 from sigma_vae.registry import register
 from sigma_vae.types import Batch, DataDistribution, Inference, Likelihood, Observes
@@ -48,14 +38,13 @@ INTERVALS = (0.5, 0.8, 0.9, 0.95)
 PIT_BINS = 20
 LEAST_TAIL = 1e-7
 """Beyond it a normal score (5.2) is rounding, or infinite."""
-BINS = 10
-LAGS = 8
+BINS, LAGS = 10, 8
 LARGEST_MATRIX = 16
 """Number of channels (columns) up to which all their correlations are reported."""
 ROUNDING = 1e-12
-"""A variance that is no larger a part of the mean square is the rounding error of a constant."""
+"""A variance below this part of the mean square is the rounding error of a constant."""
 FINE_BINS, WIDEST = 2**14, 20.0
-"""Bins of log σ between −20 and 20, which are joined to ten of about equal counts in the end."""
+"""Bins of log σ between −20 and 20, joined to ten of about equal counts in the end."""
 
 AXES = {0: (), 1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
@@ -65,7 +54,7 @@ KINDS: dict[str, tuple[Observes, bool]] = {
     "level": ("level", False),
     "level_post_hoc": ("level", True),
 }
-"""The quantity that coverage is about, and whether with the refitted σ."""
+"""The quantity that coverage is about, and whether σ is the refitted one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +113,8 @@ class Calibration(Record):
     """How often held-out values lie where the model says.
 
     ``density`` (of a model that observes it; not randomised) and ``level`` (of data with levels) use the model's own σ;
-    ``density_post_hoc`` and ``level_post_hoc`` the σ that ``calibrate`` solved, where it is another one. ``sigma`` is
-    None for a likelihood with an infinite variance, or without a formula for it (the logistic mixture).
+    ``density_post_hoc`` and ``level_post_hoc`` the refitted σ, where it is another one. ``sigma`` is None for a
+    likelihood with an infinite variance, or without a formula for it (the logistic mixture).
     """
 
     examples: int
@@ -168,8 +157,8 @@ class CalibrationMetric(Metric):
 
     def compared(self, results: Sequence[Calibration | None]) -> list[dict[str, Any]]:
         """Coverage of the 90 % interval."""
-        known = [None if result is None or result.density is None else result.density for result in results]
-        return [{"coverage_90": None if density is None else density.coverage.get("90")} for density in known]
+        densities = [None if result is None else result.density for result in results]
+        return [{"coverage_90": None if density is None else density.coverage.get("90")} for density in densities]
 
     def draw_page(self, result: Calibration, path: Path, title: str) -> None:
         """Coverage, PIT, σ against error, residuals."""
@@ -190,10 +179,7 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
     has errors σΦ⁻¹(u), as those of x end where the levels end. Residuals are (x − mean)/σ for a density, and the normal
     scores Φ⁻¹(u) for levels (Dunn & Smyth 1996).
 
-    Args:
-        vae: calibrated on training data; put into eval mode.
-        batches: held-out examples, each counted once; of several processes, each gives its share.
-        seed: seed of the posterior's noise, and of the randomised PIT.
+    The arguments are those of :func:`~sigma_vae.evaluation.elbo.elbo`; the seed is also that of the randomised PIT.
 
     Raises:
         ValueError: the likelihood is an objective (Bernoulli on grey data), no σ is known yet, features are not finite,
@@ -214,7 +200,7 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
         )
     vae.eval()
     tallies = {name: _Pit() for name in _asked(vae.likelihood)}
-    errors, correlations = _Errors(), Correlations(vae.likelihood.spatial_dims)
+    errors, correlations = AgainstError(), Correlations(vae.likelihood.spatial_dims)
 
     def rows(batch: Batch) -> Tensor:
         noise = keyed_noise(batch.positions, seed)
@@ -222,16 +208,18 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
         uniform = torch.special.ndtr(noise(inference.target.shape).to(inference.target.device))  # the same generators go on
         u = _pits(vae.likelihood, inference, uniform if inference.mask is None else uniform[inference.mask])
         h, target = inference.scored()
-        distribution, scores = vae.likelihood.distribution(h), _normal_scores(u)
+        distribution = vae.likelihood.distribution(h)
         assert isinstance(distribution, DataDistribution)
+        own = u["level"] if "level" in u else u["density"]
+        scores: Tensor = torch.special.ndtri(own.double().clamp(LEAST_TAIL, 1 - LEAST_TAIL))
         residuals = distribution.standardised(target)
         correlations.add(scores if residuals is None else residuals)
-        of_errors = errors.add(inference, distribution.squared_errors(target, scores), vae.likelihood)
+        of_errors = _errors(errors, inference, distribution.squared_errors(target, scores), vae.likelihood)
         inside = [tallies[name].add(inference, values, vae.likelihood) for name, values in u.items()]
         return torch.cat([inference.dims().cpu().double()[:, None], of_errors, *inside], 1)
 
     found = each_example(vae, batches, rows)  # (examples, values of each, two columns of errors, for each kind one an interval)
-    sums = [errors.values.totals, *correlations.sums, *(total for tally in tallies.values() for total in tally.sums)]
+    sums = [errors.totals, *correlations.sums, *(total for tally in tallies.values() for total in tally.sums)]
     add_up(vae, batches, sums)
     dims, inside = found[:, 0], dict(zip(tallies, torch.split(found[:, 3:], len(INTERVALS), 1), strict=True))
     coverage = {name: tallies[name].report(inside[name], dims) if name in tallies else None for name in KINDS}
@@ -240,7 +228,7 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
         values=int(dims.sum()),
         noise_seed=seed,
         **coverage,
-        sigma=errors.report(found[:, 1:3]),
+        sigma=_sigma_errors(errors, *found[:, 1:3].unbind(1)),
         residuals=correlations.report(),
     )
 
@@ -267,13 +255,6 @@ def _pits(likelihood: Likelihood, inference: Inference, uniform: Tensor) -> dict
     return found
 
 
-def _normal_scores(u: dict[str, Tensor]) -> Tensor:
-    """Φ⁻¹(u) with the model's own σ: standard normal where the model is right (Dunn & Smyth 1996)."""
-    own = u["level"] if "level" in u else u["density"]
-    scores: Tensor = torch.special.ndtri(own.double().clamp(LEAST_TAIL, 1 - LEAST_TAIL))
-    return scores
-
-
 def _sums(inference: Inference, values: Tensor, likelihood: Likelihood) -> Tensor:
     """Sum values over each example, ``(batch,)`` in float64 on the CPU."""
     return inference.per_example(values.double().flatten(-1 - likelihood.spatial_dims).sum(-1)).cpu()
@@ -287,11 +268,7 @@ class _Pit:
         self.histogram = torch.zeros(PIT_BINS, dtype=torch.int64)
         self.above_zero = torch.zeros(1 + len(INTERVALS), dtype=torch.int64)
         """How many values are not the least level; of these, how many lie in each interval."""
-
-    @property
-    def sums(self) -> list[Tensor]:
-        """What is added up over examples."""
-        return [self.histogram, self.above_zero]
+        self.sums = [self.histogram, self.above_zero]
 
     def add(self, inference: Inference, u: Tensor, likelihood: Likelihood) -> Tensor:
         """How many values of each example lie in each interval, ``(batch, intervals)``."""
@@ -319,28 +296,21 @@ class _Pit:
         )
 
 
-@final
-class _Errors:
-    """Predicted variance against squared error, of values and of examples."""
+def _errors(values: "AgainstError", inference: Inference, pair: tuple[Tensor, Tensor] | None, likelihood: Likelihood) -> Tensor:
+    """Count a batch's predicted variances and squared errors; their means in each example ``(batch, 2)``, or NaN."""
+    if pair is None or not pair[0].isfinite().all():
+        return torch.full((len(inference.kl), 2), math.nan, dtype=torch.float64)
+    variance, square = pair[0].expand(pair[1].shape), pair[1]
+    values.add(variance, square)
+    sums = torch.stack([_sums(inference, one, likelihood) for one in (variance, square)], 1)
+    return sums / inference.dims().cpu()[:, None]
 
-    def __init__(self) -> None:
-        self.values = AgainstError()
 
-    def add(self, inference: Inference, pair: tuple[Tensor, Tensor] | None, likelihood: Likelihood) -> Tensor:
-        """Mean predicted variance and mean squared error of each example, ``(batch, 2)``; NaN without a variance."""
-        if pair is None or not pair[0].isfinite().all():
-            return torch.full((len(inference.kl), 2), math.nan, dtype=torch.float64)
-        variance, square = pair[0].expand(pair[1].shape), pair[1]
-        self.values.add(variance, square)
-        sums = torch.stack([_sums(inference, one, likelihood) for one in (variance, square)], 1)
-        return sums / inference.dims().cpu()[:, None]
-
-    def report(self, of_examples: Tensor) -> SigmaErrors | None:
-        """Summarise the errors of all examples ``(examples, 2)``."""
-        if not of_examples.isfinite().all():
-            return None
-        variance, square = of_examples.unbind(1)
-        return SigmaErrors(self.values.bins(), deciles(variance, square), _correlation(variance.log(), square.log()))
+def _sigma_errors(values: "AgainstError", variance: Tensor, square: Tensor) -> SigmaErrors | None:
+    """Summarise predicted variances and squared errors, given the means of all examples."""
+    if not (variance.isfinite() & square.isfinite()).all():
+        return None
+    return SigmaErrors(values.bins(), deciles(variance, square), _correlation(variance.log(), square.log()))
 
 
 def _correlation(x: Tensor, y: Tensor) -> float | None:
@@ -358,7 +328,6 @@ class AgainstError:
 
     >>> values = AgainstError()
     >>> values.add(torch.tensor([1.0, 4.0, 4.0]), torch.tensor([2.0, 3.0, 5.0]))
-
     """
 
     def __init__(self) -> None:
@@ -426,7 +395,7 @@ class Correlations:
     def add(self, residuals: Tensor) -> None:
         """Count residuals ``(batch, [time,] C, *space)``."""
         r = residuals.double()
-        self.one += torch.stack([_count(r), r.sum().cpu(), r.square().sum().cpu()])
+        self.one += torch.tensor([r.numel(), r.sum(), r.square().sum()], dtype=torch.float64)
         names = AXES[self.spatial_dims]
         axes = dict(zip(names, range(-len(names), 0), strict=True))
         if r.dim() > self.spatial_dims + 2:
@@ -435,7 +404,8 @@ class Correlations:
             self.pairs[name] = self.pairs.get(name, 0) + _pairs(r, axis)
         values = r.movedim(-1 - self.spatial_dims, 0).flatten(1)
         if 1 < len(values) <= LARGEST_MATRIX:
-            sums = [_count(values[0]), values.sum(1).cpu(), (values @ values.T).cpu()]
+            count = torch.tensor(values.shape[1], dtype=torch.float64)
+            sums = [count, values.sum(1).cpu(), (values @ values.T).cpu()]
             self.channels = [old + new for old, new in zip(self.channels, sums, strict=True)] if self.channels else sums
 
     @property
@@ -477,16 +447,12 @@ class Correlations:
         return Residuals(self.along_axes(), self.between_channels(), int(self.one[0]))
 
 
-def _count(values: Tensor) -> Tensor:
-    return torch.tensor(values.numel(), dtype=torch.float64)
-
-
 def _pairs(r: Tensor, axis: int) -> Tensor:
     """Count, sums and sum of products of all pairs at each lag, ``(4, lags)``."""
     size = r.shape[axis]
     columns = []
     for lag in range(1, min(LAGS, size - 1) + 1):
         first, second = r.narrow(axis, 0, size - lag), r.narrow(axis, lag, size - lag)
-        sums = [first.sum(), second.sum(), (first * second).sum()]
-        columns.append(torch.stack([_count(first), *(total.cpu() for total in sums)]))
+        sums = [first.numel(), first.sum(), second.sum(), (first * second).sum()]
+        columns.append(torch.tensor(sums, dtype=torch.float64))
     return torch.stack(columns, 1) if columns else torch.zeros(4, 0, dtype=torch.float64)

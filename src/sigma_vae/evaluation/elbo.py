@@ -11,20 +11,11 @@ from torch import Tensor
 
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
-from sigma_vae.evaluation.base import (
-    Column,
-    Estimate,
-    EvaluationData,
-    Metric,
-    Record,
-    Row,
-    each_example,
-    estimate_rows,
-)
+from sigma_vae.evaluation.base import Column, Estimate, EvaluationData, Metric, Record, Row, each_example, estimate_rows
 from sigma_vae.evaluation.information import active_units
 from sigma_vae.priors import StandardNormal
 from sigma_vae.registry import register
-from sigma_vae.types import Batch
+from sigma_vae.types import Batch, Likelihood
 from sigma_vae.vae import VAE, Scores, keyed_noise
 
 __all__ = [
@@ -33,6 +24,7 @@ __all__ = [
     "ElboResult",
     "elbo",
     "has_fitted_prior",
+    "refitted_scales",
     "score",
     "scores_under_standard_prior",
     "standard_prior",
@@ -133,28 +125,26 @@ class ElboMetric(Metric):
 def elbo(vae: VAE, batches: Batches, seed: int = 0) -> ElboResult:
     """Compute single-sample bounds on held-out data, and the numbers that explain them.
 
-    Args:
-        vae: calibrated on training data; put into eval mode.
-        batches: held-out examples, each counted once; of several processes, each gives its share.
-        seed: seed of the posterior's noise, which is keyed by example.
+    The model, calibrated on training data, is put into eval mode. Of several processes, each gives its share of the
+    examples. The seed is that of the posterior's noise, which is keyed by example.
     """
     vae.eval()
     scores, latents = score(vae, batches, seed), vae.network.latents
-    about_latents: dict[str, Any] = {}
-    if scores.kl.shape[-1] > 1:
-        about_latents["kl_per_layer_nats"] = scores.kl.mean(0).tolist()
-    if vae.network.has_posterior:
-        about_latents |= {"latent_dim": sum(latents.sizes), "active_units": active_units(vae, batches)}
+    kind = "factor_post_hoc" if vae.likelihood.predicts_scale else "sigma_post_hoc"
+    refitted: dict[str, Any] = {f"{kind}_{name}": value for name, value in refitted_scales(vae.likelihood).items()}
+    dims = float(scores.dims.mean())  # all equal, but for clips of unequal lengths
     return ElboResult(
         **_bounds(vae, scores),
         examples=len(scores.rate),
-        dims=_number(scores.dims),
+        dims=int(dims) if dims.is_integer() else dims,
         levels=vae.likelihood.levels,
         observes=vae.likelihood.observes,
         noise_seed=seed,
         distortion_nats=Estimate.of(-scores.log_likelihood),
-        **about_latents,
-        **_refitted_scales(vae),
+        kl_per_layer_nats=scores.kl.mean(0).tolist() if scores.kl.shape[-1] > 1 else None,
+        latent_dim=sum(latents.sizes) if vae.network.has_posterior else None,
+        active_units=active_units(vae, batches) if vae.network.has_posterior else None,
+        **refitted,
         standard_prior=scores_under_standard_prior(vae, batches, seed) if has_fitted_prior(vae) else None,
     )
 
@@ -162,21 +152,18 @@ def elbo(vae: VAE, batches: Batches, seed: int = 0) -> ElboResult:
 def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
     """Score every example, in the split's order and independent of the batch size, on the CPU in float64.
 
-    Densities are those of the data in their own units: for standardised data, the model's plus the Jacobian's term.
-
-    Of several processes, each calls this with its share of the split (``Batches(rank, world_size)``), and each gets all
-    scores.
-
-    Raises:
-        ValueError: the batches are a share, and there is no group of as many processes.
+    See :func:`sigma_vae.evaluation.score`, which takes data of any kind.
     """
+    masses = vae.likelihood.levels is not None and vae.likelihood.normalised
 
     def rows(batch: Batch) -> Tensor:
-        return _columns(vae.score(batch.x, keyed_noise(batch.positions, seed), batch.mask))
+        scores = vae.score(batch.x, keyed_noise(batch.positions, seed), batch.mask)
+        columns = [scores.rate, scores.log_likelihood, scores.log_likelihood_post_hoc, scores.dims, scores.log_ratio]
+        columns += [mass for mass in (scores.log_mass, scores.log_mass_post_hoc) if mass is not None]
+        return torch.cat([torch.stack([each.cpu().double() for each in columns], 1), scores.kl.cpu().double()], 1)
 
     columns = each_example(vae, batches, rows)
     rate, log_likelihood, post_hoc, dims, log_ratio = columns[:, :5].unbind(1)
-    masses = vae.likelihood.levels is not None and vae.likelihood.normalised
     return Scores(
         rate=rate,
         log_likelihood=log_likelihood - batches.log_volume_nats,
@@ -187,13 +174,6 @@ def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
         dims=dims,
         log_ratio=log_ratio,
     )
-
-
-def _columns(scores: Scores) -> Tensor:
-    """All scores ``(batch, columns)`` in float64: five columns, log-probabilities of bins if any, KL of each layer."""
-    known = [mass for mass in (scores.log_mass, scores.log_mass_post_hoc) if mass is not None]
-    single = (scores.rate, scores.log_likelihood, scores.log_likelihood_post_hoc, scores.dims, scores.log_ratio, *known)
-    return torch.cat([torch.stack([column.cpu().double() for column in single], 1), scores.kl.cpu().double()], 1)
 
 
 def _bounds(vae: VAE, scores: Scores) -> dict[str, Any]:
@@ -210,17 +190,9 @@ def _bounds(vae: VAE, scores: Scores) -> dict[str, Any]:
     return found
 
 
-def _number(counts: Tensor) -> float:
-    """The count that all examples share, as a whole number; for clips of unequal lengths, the mean."""
-    mean = float(counts.mean())
-    return int(mean) if mean.is_integer() else mean
-
-
-def _refitted_scales(vae: VAE) -> dict[str, Any]:
-    """The refitted σ for density and levels, as a geometric mean where there are many."""
-    kind = "factor" if vae.likelihood.predicts_scale else "sigma"
-    scales = vae.likelihood.refitted_log_scales()
-    return {f"{kind}_post_hoc_{name}": float(value.mean().exp()) for name, value in scales.items()}
+def refitted_scales(likelihood: Likelihood) -> dict[str, float]:
+    """The refitted σ (or factor on predicted σ) for density and levels; the geometric mean where there are many."""
+    return {name: float(value.mean().exp()) for name, value in likelihood.refitted_log_scales().items()}
 
 
 def has_fitted_prior(vae: VAE) -> bool:

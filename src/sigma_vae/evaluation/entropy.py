@@ -69,7 +69,13 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> EntropyIdenti
         whose density is no exponential family (Student's t) or that has none.
     """
     vae.eval()
-    if not _applies(vae, batches):
+    network = vae.network
+    if not (network.has_posterior and network.has_prior and network.prior.is_standard):
+        return None
+    x = next(iter(batches)).x[:1].to(vae.device)
+    density = vae.likelihood.distribution(network.infer(x, noise=torch.zeros).h, refitted=True)
+    assert isinstance(density, DataDistribution)
+    if not density.exponential_family:
         return None
 
     def rows(batch: Batch) -> Tensor:
@@ -84,14 +90,3 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> EntropyIdenti
     prior = 0.5 * sum(vae.network.latents.sizes) * math.log(2 * math.pi * math.e)
     entropies -= prior + batches.log_volume_nats
     return EntropyIdentity(elbo, entropies, gap_nats_per_dim=(elbo - entropies) / math.prod(batches.store.shape))
-
-
-def _applies(vae: VAE, batches: Batches) -> bool:
-    """Whether there is one layer with the prior N(0, I), and the density of a first batch is an exponential family."""
-    network = vae.network
-    if not (network.has_posterior and network.has_prior and network.prior.is_standard):
-        return False
-    x = next(iter(batches)).x[:1].to(vae.device)
-    distribution = vae.likelihood.distribution(network.infer(x, noise=torch.zeros).h, refitted=True)
-    assert isinstance(distribution, DataDistribution)
-    return distribution.exponential_family

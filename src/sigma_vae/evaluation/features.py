@@ -31,8 +31,7 @@ __all__ = [
 ]
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""SHA-256 of the published weights, which are in circulation as ``weights-inception-...`` and
-``pt_inception-2015-12-05-6726825d.pth``."""
+"""SHA-256 of the published weights, ``pt_inception-2015-12-05-6726825d.pth``."""
 DINOV2 = "facebookresearch/dinov2"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -78,17 +77,15 @@ def efficientnet() -> Backbone:
     network = EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(path, weights_only=True))
     words = "bilinear to the nearest multiple of 32 (at least 32, at most 224), grey repeated to RGB, (x - 0.5) / 0.5"
-    return Backbone(_Pooled(network), _for_efficientnet, words, _file_digest(path))
+    return Backbone(_Adapted(network, _pooled), _for_efficientnet, words, _file_digest(path))
 
 
 @register.features("inception", argument=_path("weights", "FILE", "pt_inception-2015-12-05-6726825d.pth"), clips=False)
 def inception(weights: Path | None = None) -> Backbone:
     """InceptionV3 of the FID, 2 048 features, from torch-fidelity, with the original's resizing and weights.
 
-    Heusel et al. 2017, https://arxiv.org/abs/1706.08500; https://github.com/toshas/torch-fidelity.
-
-    Args:
-        weights: the published file; by default torch-fidelity's download, kept in torch's hub folder.
+    Heusel et al. 2017, https://arxiv.org/abs/1706.08500; https://github.com/toshas/torch-fidelity. By default the
+    weights are downloaded to torch's hub folder.
 
     Raises:
         ValueError: torch-fidelity cannot be imported, or the weights are missing or not the published ones.
@@ -105,7 +102,7 @@ def inception(weights: Path | None = None) -> Backbone:
         raise ValueError(f"{path} needs the SHA-256 of the published weights, {INCEPTION_SHA256}, got {digest}; fetch it again")
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
     words = "rounded to 8 bits, grey repeated to RGB; 299×299 as TensorFlow 1 resizes, (x - 128) / 128"
-    return Backbone(_First(network), _for_inception, words, digest)
+    return Backbone(_Adapted(network, _first), _for_inception, words, digest)
 
 
 @register.features("dinov2", argument=_path("place", "PATH", "dinov2/"), clips=False)
@@ -114,9 +111,8 @@ def dinov2(place: Path | None = None) -> Backbone:
 
     Oquab et al. 2023, https://arxiv.org/abs/2304.07193; Stein et al. 2023, https://arxiv.org/abs/2306.04675.
 
-    Args:
-        place: a folder with its repository, or a TorchScript file; by default torch's hub. The weights of a repository
-            come from torch's hub folder, or are downloaded there.
+    It is loaded from a folder with its repository or a TorchScript file; by default from torch's hub. The weights of a
+    repository come from torch's hub folder, or are downloaded there.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -152,16 +148,15 @@ def _dinov2(model: str, place: Path | None) -> Backbone:
 def i3d(path: Path) -> Backbone:
     """I3D of the FVD, from the TorchScript file in circulation: 400 logits of clips of at least ten frames.
 
-    Unterthiner et al. 2018, https://arxiv.org/abs/1812.01717. The file reads clips ``(n, C, T, H, W)`` in [-1, 1] at
-    224×224 (https://github.com/universome/fvd-comparison/issues/4); its own rescaling, resizing and softmax are
-    switched off.
+    Unterthiner et al. 2018, https://arxiv.org/abs/1812.01717. The file's own rescaling, resizing and softmax are
+    switched off (https://github.com/universome/fvd-comparison/issues/4).
 
     Raises:
         ValueError: the file cannot be read.
     """
     read = torchscript(path)
     words = "bilinear to 224×224, grey repeated to RGB, 2x - 1, (n, C, T, H, W)"
-    return Backbone(_Unscaled(read.network), _for_i3d, words, read.sha256)
+    return Backbone(_Adapted(read.network, _logits), _for_i3d, words, read.sha256)
 
 
 def torchscript(path: Path) -> Backbone:
@@ -187,36 +182,30 @@ def given(network: nn.Module) -> Backbone:
 
 
 @final
-class _Pooled(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
+class _Adapted(nn.Module):
+    """A network whose features are computed by a function of it and of its input."""
+
+    def __init__(self, network: nn.Module, compute: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.compute = network, compute
 
     def forward(self, x: Tensor) -> Tensor:
-        features: Tensor = self.network.extract_features(x)  # type: ignore[operator]
-        return features.mean((-2, -1))
+        return self.compute(self.network, x)
 
 
-@final
-class _First(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        first: Tensor = self.network(x)[0]
-        return first
+def _pooled(network: nn.Module, x: Tensor) -> Tensor:
+    features: Tensor = network.extract_features(x)  # type: ignore[operator]
+    return features.mean((-2, -1))
 
 
-@final
-class _Unscaled(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
+def _first(network: nn.Module, x: Tensor) -> Tensor:
+    first: Tensor = network(x)[0]
+    return first
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(x, rescale=False, resize=False, return_features=True)
-        return logits
+
+def _logits(network: nn.Module, x: Tensor) -> Tensor:
+    logits: Tensor = network(x, rescale=False, resize=False, return_features=True)
+    return logits
 
 
 def _as_they_are(x: Tensor) -> Tensor:
@@ -224,7 +213,6 @@ def _as_they_are(x: Tensor) -> Tensor:
 
 
 def _rgb(x: Tensor) -> Tensor:
-    """Red, green and blue ``(..., 3, H, W)``."""
     return x.expand(*x.shape[:-3], 3, *x.shape[-2:])
 
 
@@ -239,8 +227,8 @@ def _for_inception(x: Tensor) -> Tensor:
 
 def _for_dinov2(x: Tensor) -> Tensor:
     resized = functional.interpolate(x, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, deviation = (torch.tensor(values, device=x.device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (_rgb(resized) - mean) / deviation
+    mean, std = (torch.tensor(values, device=x.device).reshape(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (_rgb(resized) - mean) / std
 
 
 def _for_i3d(x: Tensor) -> Tensor:
@@ -302,8 +290,7 @@ class Extractor:
         """Compute the features of a batch.
 
         Raises:
-            ValueError: the network cannot read such images, or gives no features ``(n, d)``, or some that are not
-                finite.
+            ValueError: the network cannot read it, or gives no features ``(n, d)``, or some that are not finite.
         """
         x = self.backbone.prepare(images.to(self.device).float().clamp(0, 1))
         try:
@@ -326,11 +313,7 @@ class Extractor:
         return torch.cat([self(batch) for batch in batches])
 
     def record(self, shape: tuple[int, ...], dim: int) -> dict[str, Any]:
-        """Describe the extractor and its input: two numbers compare only where this is the same.
-
-        Args:
-            shape: shape of one example.
-            dim: number of its features.
+        """Describe the extractor, for examples of a shape with ``dim`` features: numbers compare only where it is the same.
 
         >>> load_extractor(nn.Flatten()).record((1, 8, 8), 64)["input"]
         [1, 8, 8]
@@ -348,10 +331,9 @@ def load_extractor(source: str | Path | nn.Module, device: str | torch.device = 
     """Load a feature extractor for images.
 
     Args:
-        source: a registered name: ``"efficientnet"``; ``"inception"`` or ``"inception:WEIGHTS"``; ``"dinov2"``
-            (ViT-L/14) or ``"dinov2-b"`` (ViT-B/14), from torch's hub, or with ``":PATH"`` from a folder with its
-            repository or a TorchScript file. Or the path of a TorchScript file that reads images in [0, 1]; or a
-            network that does. TorchScript files and repositories are programs: load those you trust.
+        source: a registered name: ``"efficientnet"``, ``"inception[:WEIGHTS]"``, ``"dinov2[:PATH]"`` or
+            ``"dinov2-b[:PATH]"``. Or the path of a TorchScript file that reads images in [0, 1]; or a network that
+            does. TorchScript files and repositories are programs: load those you trust.
         device: where it runs; a given network is moved there and put into eval mode.
 
     Raises:
@@ -364,15 +346,10 @@ def load_extractor(source: str | Path | nn.Module, device: str | torch.device = 
 
 
 def load_clip_extractor(source: str | Path | nn.Module, device: str | torch.device = "cpu") -> Extractor:
-    """Load a feature extractor for clips.
+    """Load a feature extractor for clips, as :func:`load_extractor` does for images.
 
-    Args:
-        source: ``"i3d:PATH"``, the TorchScript file of the FVD; or a TorchScript file, or a network, that reads clips
-            ``(n, T, C, H, W)`` in [0, 1] as they are.
-        device: where it runs; a given network is moved there and put into eval mode.
-
-    Raises:
-        ValueError: it cannot be loaded.
+    The source is ``"i3d:PATH"``, the TorchScript file of the FVD; or a TorchScript file, or a network, that reads clips
+    ``(n, T, C, H, W)`` in [0, 1] as they are.
 
     >>> load_clip_extractor(nn.Flatten())(torch.rand(2, 5, 1, 8, 8)).shape
     torch.Size([2, 320])
@@ -397,14 +374,11 @@ def _loaded(source: str | Path | nn.Module, device: str | torch.device, *, clips
     else:
         path = Path(source).expanduser()
         if not path.is_file():
+            known = ", ".join(entry.pattern for entry in register.features if bool(entry.facts.get("clips")) == clips)
             raise ValueError(
-                f"features come from {', '.join(_names(clips))}, a TorchScript file or an nn.Module; got {str(source)!r}, and there is"
+                f"features come from {known}, a TorchScript file or an nn.Module; got {str(source)!r}, and there is"
                 " no such file"
             )
         name, backbone = path.name, torchscript(path)
     backbone.network.to(device).eval()
     return Extractor(name, backbone, torch.device(device), clips)
-
-
-def _names(clips: bool) -> list[str]:
-    return [entry.pattern for entry in register.features if bool(entry.facts.get("clips")) == clips]

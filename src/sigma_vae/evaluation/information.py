@@ -48,7 +48,7 @@ MOST_LATENTS = 10_000
 COMPONENTS = 20
 """Components, at most, of the mixture that is fitted to training latents."""
 MOST_TRAINING_LATENTS = 12_000
-"""Training latents that it is fitted to at most; more change it little."""
+"""Training latents used at most; more change the mixture little."""
 CHUNK = 2**21
 """Log-densities kept together: 16 MB."""
 
@@ -145,21 +145,15 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
 
     .. math:: E_x KL(q(z|x) \| p(z)) = I_q(x; z) + KL(q(z) \| p(z)), \qquad q(z) = E_x\, q(z|x)
 
-    q(z) can only be estimated. Putting the mean over N latents in its place, by a log-sum-exp, gives a bracket: with
-    z's own example among them the information is bounded from below, and can be no more than log N; without it, from
-    above. The bracket says nothing about good models (with 10 000 examples every one "has" 9.21 nats). Any density h
-    says more, as :math:`KL(q(z) \| p) \ge E_{q(z)} [\log h(z) - \log p(z)]`. Two are used: a mixture of at most 20
-    Gaussians fitted to *training* latents, evaluated on test latents; and where p is N(0, I), the Gaussian g with the
-    moments of the training latents, in closed form: where test latents have the same moments it gives KL(g‖p). (With
-    g's moments from the test latents it would bound nothing: d latents of N examples overfit them by about d(d + 3)/4N
-    nats.)
+    q(z) can only be estimated. The mean over N latents in its place, by a log-sum-exp, gives a bracket: with z's own
+    example among them it bounds the information from below, by log N at most; without it, from above. For good models
+    it says little (with 10 000 examples every one "has" 9.21 nats). Any density h says more, as
+    :math:`KL(q(z) \| p) \ge E_{q(z)} [\log h(z) - \log p(z)]`. Two are used: a mixture of at most 20 Gaussians fitted
+    to *training* latents, evaluated on test latents; and where p is N(0, I), the Gaussian with the moments of the
+    training latents, in closed form. (Moments of the test latents would overfit them.)
 
-    Args:
-        vae: the model; put into eval mode. A network with several layers of latents reports the KL of each layer
-            instead.
-        test: held-out examples; at most 10 000 are used, evenly spaced.
-        training: examples for the two densities; at most 12 000 are used, evenly spaced.
-        seed: seed of the posterior's noise, which is keyed by example.
+    At most 10 000 test examples are used, and 12 000 training examples for the two densities, evenly spaced. A network
+    with several layers of latents reports the KL of each layer instead. The model is put into eval mode.
 
     Raises:
         ValueError: the network has neither a posterior of one layer nor the KL of each latent, or there is only one
@@ -175,12 +169,13 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
         raise ValueError("information is about the spread of latents and needs at least two test examples, got one")
     latents = _Latents(*(values[spaced(len(whole.z), MOST_LATENTS)] for values in whole))
     mean_kl = float(latents.kl.mean())
-    fitted_to = _latents(vae, _few(training), seed + SEED_OFFSET)
+    n = len(training.store)
+    few = training if n <= MOST_TRAINING_LATENTS else part(training, spaced(n, MOST_TRAINING_LATENTS))
+    fitted_to = _latents(vae, few, seed + SEED_OFFSET)
     held_out = _held_out(latents, fitted_to.z, seed)
     standard = vae.network.has_prior and vae.network.prior.is_standard
     moments = _moment_bound(latents, fitted_to) if standard else None
-    bounds = [moments, None if held_out is None else held_out.mean]
-    marginal = max([0.0, *(bound for bound in bounds if bound is not None)])
+    marginal = max(0.0, -math.inf if moments is None else moments, -math.inf if held_out is None else held_out.mean)
     return Information(
         examples=len(latents.z),
         noise_seed=seed,
@@ -228,34 +223,17 @@ def _kl_and_log_prior(vae: VAE, batch: Batch, posterior: Normal, unit: Tensor, z
     if vae.network.has_prior:
         return vae.network.prior.kl(posterior, z), vae.network.prior.log_prob(z)
     inference = vae.network.infer(batch.x, noise=lambda shape: unit.reshape(shape))
-    return inference.kl.sum(-1), inference.log_ratio + _log_prob(posterior, z)
-
-
-def _log_prob(posterior: Normal, z: Tensor) -> Tensor:
-    each: Tensor = posterior.log_prob(z)  # type: ignore[no-untyped-call]
-    return each.flatten(1).sum(-1)
-
-
-def _few(training: Batches) -> Batches:
-    """At most so many examples, evenly spaced, as the densities need."""
-    n = len(training.store)
-    return training if n <= MOST_TRAINING_LATENTS else part(training, spaced(n, MOST_TRAINING_LATENTS))
+    log_q: Tensor = posterior.log_prob(z)  # type: ignore[no-untyped-call]
+    return inference.kl.sum(-1), inference.log_ratio + log_q.flatten(1).sum(-1)
 
 
 def _bracket(latents: _Latents, mean_kl: float) -> LogSumExp:
     """Both parts with the mean over all latents, or over all others, in place of q(z)."""
     own, others = _log_densities(latents)
     n = len(own)
-    at_least = own - torch.logaddexp(own, others) + math.log(n)
-    at_most = own - others + math.log(n - 1)
-    information = float(at_least.mean()), float(at_most.mean())
-    return LogSumExp(
-        log_n_nats=math.log(n),
-        mutual_information_at_least_nats=information[0],
-        mutual_information_at_most_nats=information[1],
-        marginal_kl_at_least_nats=mean_kl - information[1],
-        marginal_kl_at_most_nats=mean_kl - information[0],
-    )
+    at_least = float((own - torch.logaddexp(own, others) + math.log(n)).mean())
+    at_most = float((own - others + math.log(n - 1)).mean())
+    return LogSumExp(math.log(n), at_least, at_most, mean_kl - at_most, mean_kl - at_least)
 
 
 def _log_densities(latents: _Latents) -> tuple[Tensor, Tensor]:
@@ -294,7 +272,7 @@ def _second_moment(latents: _Latents, center: Tensor) -> Tensor:
 
 
 def _held_out(latents: _Latents, training: Tensor, seed: int) -> Estimate | None:
-    """Mean over test latents of log h(z) − log p(z), for a mixture h fitted to training latents; None if they are few."""
+    """Mean of log h(z) − log p(z) over test latents, h a mixture fitted to training latents; None if they are few."""
     latent_dim = training.shape[1]
     components = min(COMPONENTS, len(training) // (latent_dim + 1))
     if components < 1:

@@ -1,4 +1,4 @@
-"""What σ chosen on the scored data would pretend: no bound, but the most that a choice of σ could give."""
+"""The gain from solving σ on the scored data: no bound, but the most that a choice of σ could give."""
 
 import copy
 import math
@@ -65,15 +65,12 @@ def oracle(vae: VAE, batches: Batches, seed: int = 0) -> Oracle:
     r"""Report what σ solved on the very examples that are scored would give.
 
     Evaluations print such values when they take σ from the batch at hand; here it is solved for all examples together.
-    σ and each x are then not independent. Where the refit is one σ of a Gaussian, the difference to the post-hoc value,
-    the leak, is
+    Where the refit is one σ of a Gaussian, the difference to the post-hoc value, the leak, is
 
     .. math:: \tfrac D2 (r - 1 - \ln r), \qquad r = \text{MSE}_\text{eval} / \sigma^2_\text{train}.
 
-    Args:
-        vae: calibrated on training data; put into eval mode, and left with the σ that it has.
-        batches: held-out examples, each counted once; of several processes, each gives its share.
-        seed: seed of the posterior's noise, which is keyed by example.
+    The model is put into eval mode, and left with the σ that it has; the arguments are those of
+    :func:`~sigma_vae.evaluation.elbo.elbo`.
 
     Raises:
         ValueError: the likelihood has no scale, or none is stored yet.

@@ -24,6 +24,26 @@ WIDTH = 500
 MILLISECONDS = 250
 """Time that a GIF shows each frame."""
 ROUNDING = 1e-6
+UNDATED: dict[str, dict[str, Any]] = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+"""Formats of the page, with metadata without a date: equal reports give equal files."""
+
+# Okabe and Ito's palette; markers and dashes tell the lines apart without colour.
+STYLES: dict[str, dict[str, Any]] = {
+    "density": {"label": "density", "color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "density_post_hoc": {"label": "density, σ refitted", "color": "#56B4E9", "marker": "s", "linestyle": "--"},
+    "level": {"label": "levels", "color": "#D55E00", "marker": "^", "linestyle": "-"},
+    "level_post_hoc": {"label": "levels, σ refitted", "color": "#E69F00", "marker": "v", "linestyle": "--"},
+}
+AXIS_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    {"color": "#D55E00", "marker": "^", "linestyle": "--"},
+    {"color": "#009E73", "marker": "s", "linestyle": ":"},
+)
+BAND: dict[str, Any] = {"color": "0.75", "alpha": 0.6, "linewidth": 0}
+TICKS = ((1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0,))
+"""Ticks of each decade, on axes with one, two or more decades."""
+STDS = 2.58
+"""Half the width of bands, in stds: they hold 99 % of what a calibrated model with independent values would show."""
 
 
 def drawable(shape: tuple[int, ...]) -> bool:
@@ -89,8 +109,7 @@ def _grid(images: Tensor, columns: int | None, zoom: int | None) -> "Image":
         )
     n, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    gap = 1
+    rows, gap = math.ceil(n / columns), 1
     canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, dtype=np.uint8)
     values = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     for i, image in enumerate(values):
@@ -101,49 +120,48 @@ def _grid(images: Tensor, columns: int | None, zoom: int | None) -> "Image":
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
-ENDINGS = (".png", ".pdf", ".svg")
+@torch.no_grad()
+def sampled(
+    vae: VAE, data: Splits | None, n: int, generator: torch.Generator, show: Show = "mean", temperature: Temperature = 1.0
+) -> Tensor:
+    """Draw n samples; a video model continues the first frames of its test clips, to the length of these clips.
 
-# Okabe and Ito's palette; markers and dashes tell the lines apart where there is no colour.
-STYLES: dict[str, dict[str, Any]] = {
-    "density": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    "density_post_hoc": {"color": "#56B4E9", "marker": "s", "linestyle": "--"},
-    "level": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
-    "level_post_hoc": {"color": "#E69F00", "marker": "v", "linestyle": "--"},
-}
-WORDS = {
-    "density": "density",
-    "density_post_hoc": "density, σ refitted",
-    "level": "levels",
-    "level_post_hoc": "levels, σ refitted",
-}
-AXIS_STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    {"color": "#D55E00", "marker": "^", "linestyle": "--"},
-    {"color": "#009E73", "marker": "s", "linestyle": ":"},
-)
-BAND: dict[str, Any] = {"color": "0.75", "alpha": 0.6, "linewidth": 0}
-TICKS = ((1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0,))
-"""Ticks of each decade, on axes with one, two or more decades."""
-STDS = 2.58
-"""Half the width of bands, in stds: they hold 99 % of what a calibrated model with independent values would show."""
+    Only a video model needs the data; if there are fewer than n test clips, they are repeated. ``show`` and
+    ``temperature`` are those of :meth:`~sigma_vae.vae.VAE.sample`.
+
+    Raises:
+        ValueError: the test clips are no longer than the frames that are given, or the temperature has too many
+            numbers.
+    """
+    if not vae.network.reads_clips:
+        return vae.sample(n, show, generator=generator, temperature=temperature)
+    assert data is not None
+    past, (single,) = vae.network.context_frames, per_layer(temperature, 1)
+    clips = next(iter(data.batches("test", min(n, len(data.test)), device=generator.device))).x
+    given = clips[torch.arange(n) % len(clips), :past]
+    predicted = vae.predict(given, clips.shape[1] - past, 1, show, generator=generator, temperature=single)[0]
+    return torch.cat([given, predicted], 1)
+
+
+@torch.no_grad()
+def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0) -> Tensor:
+    """Reconstruct a batch, in its own shape; the given first frames of clips stay as they are."""
+    again = vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed))
+    return torch.cat([batch.x[:, : vae.network.context_frames], again], 1) if vae.network.reads_clips else again
 
 
 def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:
     """Draw coverage, PIT histogram, σ against error and residual correlation on one page.
 
     Grey bands hold 99 % of what a calibrated model with independent values would show; error bars are two standard
-    errors over examples, whose values depend on each other.
-
-    Args:
-        path: a .png, .pdf or .svg file.
-        report: result of :func:`sigma_vae.evaluation.calibration.calibration`, or its JSON.
-        title: title above the plots.
+    errors over examples, whose values depend on each other. The report is the result of
+    :func:`sigma_vae.evaluation.calibration.calibration`, or its JSON.
 
     Raises:
-        ValueError: the file's ending is none of these.
+        ValueError: the file is no .png, .pdf or .svg.
     """
-    if path.suffix not in ENDINGS:
-        raise ValueError(f"{path} should end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}, which sets the format of the page")
+    if path.suffix not in UNDATED:
+        raise ValueError(f"{path} should end in .png, .pdf or .svg, which sets the format of the page")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 8.5), layout="constrained")  # no pyplot: the caller's figures and back end stay as they are
@@ -153,9 +171,7 @@ def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:
     _error(error, report["sigma"])
     _residuals(residuals, report["residuals"])
     figure.suptitle(title or f"{report['values']} values of {report['examples']} examples")
-    figure.savefig(
-        path, dpi=150, metadata={} if path.suffix == ".png" else {"CreationDate" if path.suffix == ".pdf" else "Date": None}
-    )
+    figure.savefig(path, dpi=150, metadata=UNDATED[path.suffix])
 
 
 def _kinds(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -163,17 +179,15 @@ def _kinds(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _coverage(axes: "Axes", report: Mapping[str, Any]) -> None:
-    grid = [i / 200 for i in range(80, 201)]
-    width = [STDS * math.sqrt(p * (1 - p) / report["values"]) for p in grid]
-    axes.fill_between(
-        grid, [p - w for p, w in zip(grid, width, strict=True)], [p + w for p, w in zip(grid, width, strict=True)], **BAND
-    )
+    grid = np.arange(80, 201) / 200
+    width = STDS * np.sqrt(grid * (1 - grid) / report["values"])
+    axes.fill_between(grid, grid - width, grid + width, **BAND)
     axes.plot(grid, grid, color="0.4", linewidth=0.8)
     for name, kind in _kinds(report).items():
         nominal = [float(percent) / 100 for percent in kind["coverage"]]
         found = list(kind["coverage"].values())
         errors = [2 * (one["standard_error"] or 0.0) for one in found]
-        axes.errorbar(nominal, [one["mean"] for one in found], errors, capsize=3, label=WORDS[name], **STYLES[name])
+        axes.errorbar(nominal, [one["mean"] for one in found], errors, capsize=3, **STYLES[name])
     axes.set(title="Coverage of central intervals", xlabel="nominal, %", ylabel="share of values inside", xlim=(0.4, 1))
     axes.set_xticks([0.5, 0.8, 0.9, 0.95], ["50", "80", "90", "95"])
     axes.legend(loc="lower right", title="diagonal: calibrated", frameon=False)
@@ -184,10 +198,10 @@ def _pit(axes: "Axes", report: Mapping[str, Any]) -> None:
     half = STDS * math.sqrt((bins - 1) / report["values"])
     axes.fill_between([0, 1], 1 - half, 1 + half, **BAND)
     axes.axhline(1, color="0.4", linewidth=0.8)
-    edges = [i / bins for i in range(bins + 1)]
+    edges = np.arange(bins + 1) / bins
     for name, kind in _kinds(report).items():
         style = {key: value for key, value in STYLES[name].items() if key != "marker"}
-        axes.stairs([bins * share for share in kind["pit"]], edges, label=WORDS[name], linewidth=1.5, baseline=None, **style)
+        axes.stairs([bins * share for share in kind["pit"]], edges, linewidth=1.5, baseline=None, **style)
     axes.set(title="PIT histogram", xlabel="u = F(x)", ylabel="density (1: calibrated)", xlim=(0, 1))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
@@ -232,8 +246,8 @@ def _residuals(axes: "Axes", residuals: Mapping[str, Any]) -> None:
         axes.figure.colorbar(shown, ax=axes)
         return
     longest = max(along.values(), key=lambda axis: len(axis["pairs"]))["pairs"]
-    half = [STDS / math.sqrt(pairs) for pairs in longest[1:]]
-    axes.fill_between(range(1, len(longest)), [-value for value in half], half, **BAND)
+    half = STDS / np.sqrt(longest[1:])
+    axes.fill_between(range(1, len(longest)), -half, half, **BAND)
     axes.axhline(0, color="0.4", linewidth=0.8)
     for (name, axis), style in zip(along.items(), AXIS_STYLES, strict=False):
         axes.plot(range(len(axis["autocorrelation"])), axis["autocorrelation"], label=f"along {name}", **style)
@@ -248,38 +262,3 @@ def _residuals(axes: "Axes", residuals: Mapping[str, Any]) -> None:
 
 def _say(axes: "Axes", words: str) -> None:
     axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes, color="0.4")
-
-
-@torch.no_grad()
-def sampled(
-    vae: VAE, data: Splits | None, n: int, generator: torch.Generator, show: Show = "mean", temperature: Temperature = 1.0
-) -> Tensor:
-    """Draw n samples; a video model continues the first frames of its test clips, to the length of these clips.
-
-    Args:
-        vae: the model, in eval mode.
-        data: needed by a video model only; if it has fewer than n test clips, they are repeated.
-        n: number of samples.
-        generator: generator of the latents.
-        show: the mean of p(x|z), or a draw from it.
-        temperature: scale of the latents' spread: one number, or one for each layer.
-
-    Raises:
-        ValueError: the test clips are no longer than the frames that are given, or the temperature has too many
-            numbers.
-    """
-    if not vae.network.reads_clips:
-        return vae.sample(n, show, generator=generator, temperature=temperature)
-    assert data is not None
-    past, (single,) = vae.network.context_frames, per_layer(temperature, 1)
-    clips = next(iter(data.batches("test", min(n, len(data.test)), device=generator.device))).x
-    given = clips[torch.arange(n) % len(clips), :past]
-    predicted = vae.predict(given, clips.shape[1] - past, 1, show, generator=generator, temperature=single)[0]
-    return torch.cat([given, predicted], 1)
-
-
-@torch.no_grad()
-def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0) -> Tensor:
-    """Reconstruct a batch, in its own shape; the given first frames of clips stay as they are."""
-    again = vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed))
-    return torch.cat([batch.x[:, : vae.network.context_frames], again], 1) if vae.network.reads_clips else again

@@ -42,14 +42,8 @@ NEIGHBOURS = 5
 """The k of precision, recall, density and coverage, as Naeem et al. (2020) set it."""
 AT_ONCE = 2**22
 """Distances kept together."""
-SAMPLES_AT_ONCE = 100
-"""Number of samples whose random numbers are drawn together: fixed, so that no sample depends on how many are asked
-for."""
-CLIPS_AT_ONCE = 16
-"""The same for clips."""
-
-
-# -- results --------------------------------------------------------------------------------------------------------
+SAMPLES_AT_ONCE, CLIPS_AT_ONCE = 100, 16
+"""Examples whose random numbers are drawn together: fixed, so that no sample depends on how many are asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,8 +153,14 @@ class VideoQuality(Record):
     clips: Features | None = None
     frames: Features | None = None
 
+    @property
+    def sections(self) -> dict[str, Features]:
+        """The parts that were measured, by name."""
+        known = {"clips": self.clips, "frames": self.frames}
+        return {name: section for name, section in known.items() if section is not None}
 
-# -- the metric -----------------------------------------------------------------------------------------------------
+
+Quality = ImageQuality | VideoQuality
 
 
 @register.metric("quality")
@@ -168,7 +168,7 @@ class VideoQuality(Record):
 class QualityMetric(Metric):
     """Fréchet and kernel distance, precision and recall of samples; for video, Fréchet distance of predictions."""
 
-    result = dict[str, ImageQuality | VideoQuality]
+    result = dict[str, Quality]
     on_one_process = True
     columns = (
         Column("quality.*.samples.means.frechet", "Fréchet distance ({})", 2),
@@ -191,33 +191,33 @@ class QualityMetric(Metric):
             return str(error)
         return None
 
-    def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> dict[str, ImageQuality | VideoQuality]:
+    def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> dict[str, Quality]:
         """With each feature extractor of the settings."""
         assert data.splits is not None
-        found: dict[str, ImageQuality | VideoQuality] = {}
+        found: dict[str, Quality] = {}
         n, seed, split = settings.samples, settings.seed, settings.split
-        for extractor in _extractors(vae, settings):
+        for each in _extractors(vae, settings):
             if vae.network.reads_clips:
-                clips, frames = (extractor, None) if extractor.of_clips else (None, extractor)
-                found[extractor.name] = video_quality(vae, data.splits, clips=clips, frames=frames, n=n, seed=seed, split=split)
+                clips, frames = (each, None) if each.of_clips else (None, each)
+                found[each.name] = video_quality(vae, data.splits, clips=clips, frames=frames, n=n, seed=seed, split=split)
             else:
-                found[extractor.name] = quality(vae, data.splits, extractor, n, seed, split)
+                found[each.name] = quality(vae, data.splits, each, n, seed, split)
         return found
 
-    def rows(self, result: Mapping[str, ImageQuality | VideoQuality]) -> Iterator[Row]:
+    def rows(self, result: Mapping[str, Quality]) -> Iterator[Row]:
         """Distances, each with the images that it is about."""
         for features, part in result.items():
             yield from _image_rows(features, part) if isinstance(part, ImageQuality) else _video_rows(features, part)
 
-    def notes(self, result: Mapping[str, ImageQuality | VideoQuality]) -> Iterator[str]:
-        """How images were cut and resized before they were compared, which is a part of what a distance means."""
+    def notes(self, result: Mapping[str, Quality]) -> Iterator[str]:
+        """How images were cut and resized: distances compare only where it is the same."""
         for features, part in result.items():
-            sections = (part,) if isinstance(part, ImageQuality) else (part.clips, part.frames)
-            for how in (section.extractor for section in sections if section is not None):
+            for section in (part,) if isinstance(part, ImageQuality) else part.sections.values():
+                how = section.extractor
                 size = "×".join(map(str, how["input"]))
                 yield f"{features}: data {part.data['preprocessing']}; features of {size}, preprocessing {how['preprocessing']}"
 
-    def compared(self, results: Sequence[Mapping[str, ImageQuality | VideoQuality] | None]) -> list[dict[str, Any]]:
+    def compared(self, results: Sequence[Mapping[str, Quality] | None]) -> list[dict[str, Any]]:
         """Fréchet distances, each under a name that says what has to be the same for it to compare."""
         known = [result or {} for result in results]
         return [dict(_compared(result, known)) for result in known]
@@ -250,22 +250,18 @@ def _image_rows(features: str, part: ImageQuality) -> Iterator[Row]:
 
 
 def _video_rows(features: str, part: VideoQuality) -> Iterator[Row]:
-    for name, section in (("clips", part.clips), ("frames", part.frames)):
-        if section is not None:
-            yield Row(f"Fréchet distance, {name} ({features}, {section.examples} of {part.split})", f"{section.frechet:.3f}")
+    for name, section in part.sections.items():
+        yield Row(f"Fréchet distance, {name} ({features}, {section.examples} of {part.split})", f"{section.frechet:.3f}")
 
 
-def _compared(
-    result: Mapping[str, ImageQuality | VideoQuality], every: Sequence[Mapping[str, ImageQuality | VideoQuality]]
-) -> Iterator[tuple[str, float]]:
+def _compared(result: Mapping[str, Quality], every: Sequence[Mapping[str, Quality]]) -> Iterator[tuple[str, float]]:
     """Labels and distances of one run among several."""
     for name, part in result.items():
         others = [each[name] for each in every if name in each]
         digest = "" if len({_digest(other) for other in others}) == 1 else f" {_digest(part)[:8]}"
         if isinstance(part, VideoQuality):
-            for kind, section in (("clips", part.clips), ("frames", part.frames)):
-                if section is not None:
-                    yield f"frechet {name}{digest}, {section.examples} {kind}", section.frechet
+            for kind, section in part.sections.items():
+                yield f"frechet {name}{digest}, {section.examples} {kind}", section.frechet
             continue
         label = f"frechet {name}{digest}, {part.examples} images"
         yield label, part.samples.means.frechet
@@ -273,17 +269,14 @@ def _compared(
             yield f"{label}, N(0, I)", (part.samples_standard_prior or part.samples).means.frechet
 
 
-def _digest(part: ImageQuality | VideoQuality) -> str:
+def _digest(part: Quality) -> str:
     """SHA-256 of the extractor's weights."""
-    section = part if isinstance(part, ImageQuality) else part.clips or part.frames
+    section = part if isinstance(part, ImageQuality) else next(iter(part.sections.values()), None)
     return "" if section is None else str(section.extractor["sha256"])
 
 
-# -- images ---------------------------------------------------------------------------------------------------------
-
-
 class _Reference(NamedTuple):
-    """Features of real images, and what of them every comparison needs."""
+    """Features of real images, with their radii, which every comparison needs."""
 
     features: Tensor
     radii: Tensor
@@ -320,20 +313,31 @@ def quality(
         ValueError: the data are no images, or not in [0, 1], there are too few of them, or the extractor does not fit
             them.
     """
-    _check(data, n)
+    if data.clips or not drawable(data.shape):
+        kind = "clips" if data.clips else "examples"
+        raise ValueError(
+            f"sample quality is about images with 1 or 3 channels, got {kind} of {data.name} with shape {data.shape};"
+            " for clips, use video_quality"
+        )
+    if n <= NEIGHBOURS:
+        raise ValueError(
+            f"n counts the images of each kind and is more than {NEIGHBOURS}, the neighbours that are looked at; got {n}"
+        )
     vae.eval()
     images = subset(data, split, n, batch, seed, vae.device)
     count = len(images.store)
-    reference = extractor.of(_pictures(images))
+    reference = _real(extractor, images)
     compare = _Reference(reference, radii(reference), seed)
     other: SplitName = "test" if split == "train" else "train"
     floor = subset(data, other, count, batch, seed, vae.device)
-    compared_floor = compare.against(extractor.of(_pictures(floor)))
+    compared_floor = compare.against(_real(extractor, floor))
     samples, standard = _samples(vae, data, extractor, compare), None
     if has_fitted_prior(vae):
         with standard_prior(vae):
             standard = _samples(vae, data, extractor, compare)
-    again = extractor.of(_reconstructions(vae, data, images, seed))
+    again = extractor.of(
+        data.scaling.undo(vae.reconstruct(batch.x, noise=keyed_noise(batch.positions, seed))) for batch in images
+    )
     return ImageQuality(
         examples=count,
         split=split,
@@ -350,47 +354,21 @@ def quality(
     )
 
 
+def _real(extractor: Extractor, images: Batches) -> Tensor:
+    return extractor.of(in_unit_range(images.scaling.undo(batch.x)) for batch in images)
+
+
 def _samples(vae: VAE, data: Splits, extractor: Extractor, compare: _Reference) -> Samples:
-    """Compare decoder means, and draws."""
+    """Compare decoder means and draws of p(x|z), made in chunks of one size, each with a seed of its own."""
+    means, draws = [], []
     count = len(compare.features)
-    pairs = [[extractor(data.scaling.undo(x)) for x in shown] for shown in _shown(vae, count, compare.seed)]
-    means, draws = (torch.cat(features)[:count] for features in zip(*pairs, strict=True))
-    return Samples(Comparison(**compare.against(means)), Comparison(**compare.against(draws)))
-
-
-def _shown(vae: VAE, n: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Mean and draw of p(x|z) for at least n latents, in chunks of one size with random numbers of their own."""
-    for start in range(0, n, SAMPLES_AT_ONCE):
-        with seeded(seed, start, vae.device):
+    for start in range(0, count, SAMPLES_AT_ONCE):
+        with seeded(compare.seed, start, vae.device):
             distribution = vae.likelihood.distribution(vae.network.generate(SAMPLES_AT_ONCE))
-            shown = distribution.mean, distribution.sample()
-        yield shown
-
-
-def _reconstructions(vae: VAE, data: Splits, images: Batches, seed: int) -> Iterator[Tensor]:
-    for batch in images:
-        yield data.scaling.undo(vae.reconstruct(batch.x, noise=keyed_noise(batch.positions, seed)))
-
-
-def _pictures(images: Batches) -> Iterator[Tensor]:
-    for batch in images:
-        yield in_unit_range(images.scaling.undo(batch.x))
-
-
-def _check(data: Splits, n: int) -> None:
-    if data.clips or not drawable(data.shape):
-        kind = "clips" if data.clips else "examples"
-        raise ValueError(
-            f"sample quality is about images with 1 or 3 channels, got {kind} of {data.name} with shape {data.shape};"
-            " for clips, use video_quality"
-        )
-    if n <= NEIGHBOURS:
-        raise ValueError(
-            f"n counts the images of each kind and is more than {NEIGHBOURS}, the neighbours that are looked at; got {n}"
-        )
-
-
-# -- video ----------------------------------------------------------------------------------------------------------
+            mean, draw = distribution.mean, distribution.sample()
+        means.append(extractor(data.scaling.undo(mean)))
+        draws.append(extractor(data.scaling.undo(draw)))
+    return Samples(*(Comparison(**compare.against(torch.cat(features)[:count])) for features in (means, draws)))
 
 
 @torch.no_grad()
@@ -432,7 +410,17 @@ def video_quality(
     past = vae.network.context_frames if context_frames is None else context_frames
     if show not in ("mean", "draw"):
         raise ValueError(f'show is "mean" or "draw", got {show!r}')
-    _check_video(data, split, past, clips, frames)
+    if clips is None and frames is None:
+        raise ValueError(
+            "video quality needs an extractor, for clips or for frames, such as load_extractor('efficientnet') for frames"
+        )
+    if not data.clips or not drawable(data.shape):
+        raise ValueError(
+            f"video quality is about clips of images with 1 or 3 channels, got examples of {data.name} with shape {data.shape}"
+        )
+    length = data.store(split).shape[0]
+    if not 0 < past < length:
+        raise ValueError(f"at least one frame is given and one predicted; got {past} given of {length} frames")
     vae.eval()
     chosen = subset(data, split, n, CLIPS_AT_ONCE, seed, vae.device)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {"clips": [], "frames": []}
@@ -445,19 +433,15 @@ def video_quality(
             found["clips"].append((clips(true), clips(torch.cat([true[:, :past], made], 1))))
         if frames is not None:
             found["frames"].append((frames(true[:, past:].flatten(0, 1)), frames(made.flatten(0, 1))))
-    made_of = {
-        name: _features(found[name], extractor, shape)
-        for name, extractor, shape in (("clips", clips, chosen.store.shape), ("frames", frames, data.shape))
-        if extractor is not None
-    }
     return VideoQuality(
         split=split,
         seed=seed,
         show=show,
         context_frames=past,
-        predicted_frames=chosen.store.shape[0] - past,
+        predicted_frames=length - past,
         data=about(data),
-        **made_of,
+        clips=None if clips is None else _features(found["clips"], clips, chosen.store.shape),
+        frames=None if frames is None else _features(found["frames"], frames, data.shape),
     )
 
 
@@ -481,33 +465,15 @@ def _features(pairs: list[tuple[Tensor, Tensor]], extractor: Extractor, shape: t
     )
 
 
-def _check_video(data: Splits, split: SplitName, past: int, clips: Extractor | None, frames: Extractor | None) -> None:
-    if clips is None and frames is None:
-        raise ValueError(
-            "video quality needs an extractor, for clips or for frames, such as load_extractor('efficientnet') for frames"
-        )
-    if not data.clips or not drawable(data.shape):
-        raise ValueError(
-            f"video quality is about clips of images with 1 or 3 channels, got examples of {data.name} with shape {data.shape}"
-        )
-    length = data.store(split).shape[0]
-    if not 0 < past < length:
-        raise ValueError(f"at least one frame is given and one predicted; got {past} given of {length} frames")
-
-
-# -- distances between sets of features -----------------------------------------------------------------------------
-
-
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     r"""Compute the Fréchet distance (squared Wasserstein-2) of the Gaussians with the moments of two sets of features.
 
     .. math:: \|\mu_x - \mu_y\|^2 + \text{tr}(\Sigma_x + \Sigma_y - 2 (\Sigma_x \Sigma_y)^{1/2})
 
     Heusel et al. 2017, https://arxiv.org/abs/1706.08500, equation 6. With factors :math:`\Sigma = R^\top R` from a QR
-    decomposition of the centred features, the trace of the root is the sum of the singular values of :math:`R_x
-    R_y^\top`: what :math:`\Sigma_x^{1/2} \Sigma_y \Sigma_x^{1/2}` has for eigenvalues are their squares, and the roots
-    of those would turn rounding of 1e-16 into 1e-8. Nothing is inverted, so sets of fewer examples than features have a
-    distance too, but a strongly biased one.
+    decomposition of the centred features, the trace of the root is the sum of the singular values of
+    :math:`R_x R_y^\top`, which loses no digits to a matrix root. Nothing is inverted, so sets of fewer examples than
+    features have a distance too, but a strongly biased one.
 
     Shapes:
         x ``(n, d)``, y ``(m, d)``, of any floating dtype; covariances are unbiased.
@@ -520,7 +486,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     4.0
     """
     x, y = _checked(x, y, at_least=2)
-    root_x, root_y = _root(x), _root(y)
+    root_x, root_y = (torch.linalg.qr((each - each.mean(0)) / (len(each) - 1) ** 0.5, mode="r").R for each in (x, y))
     means = (x.mean(0) - y.mean(0)).square().sum()
     shared = torch.linalg.svdvals(root_x @ root_y.T).sum()
     return max(0.0, float(means + root_x.square().sum() + root_y.square().sum() - 2 * shared))
@@ -533,12 +499,8 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int =
     Binkowski et al. 2018, https://arxiv.org/abs/1801.01401, section 4. The estimate is unbiased, so it may be below 0,
     and only its spread depends on the number of examples.
 
-    Args:
-        x: features ``(n, d)``.
-        y: features ``(m, d)``.
-        subsets: number of pairs of subsets; one, where a subset is all of both sets.
-        subset_size: examples of each subset; for smaller sets, as many as both have.
-        seed: seed of the choice of subsets.
+    The features are ``(n, d)`` and ``(m, d)``. Smaller sets have subsets of as many examples as both have; there is one
+    pair of subsets, where they are all of both sets.
 
     Raises:
         ValueError: the sets have features of other sizes, or fewer than two examples.
@@ -550,13 +512,12 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int =
     size = min(subset_size, len(x), len(y))
     count = 1 if size == len(x) == len(y) else subsets
     generator = torch.Generator().manual_seed(seed)
-    values = [_discrepancy(*(_chosen(features, size, generator) for features in (x, y))) for _ in range(count)]
-    scores = torch.stack(values)
+
+    def chosen(features: Tensor) -> Tensor:
+        return features[torch.randperm(len(features), generator=generator)[:size]]
+
+    scores = torch.stack([_discrepancy(chosen(x), chosen(y)) for _ in range(count)])
     return KernelDistance(float(scores.mean()), float(scores.std(correction=0)), count, size)
-
-
-def _chosen(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    return features[torch.randperm(len(features), generator=generator)[:size]]
 
 
 def _discrepancy(x: Tensor, y: Tensor) -> Tensor:
@@ -583,11 +544,7 @@ def precision_recall(
       (Naeem et al. 2020, https://arxiv.org/abs/2002.09797). They mind outliers less. Density has no upper bound, and is
       1 for equal distributions.
 
-    Args:
-        real: features of data ``(n, d)``.
-        made: features of samples ``(m, d)``.
-        neighbours: k.
-        real_radii: :func:`radii` of the data, if they are already known.
+    The features are ``(n, d)`` and ``(m, d)``; ``real_radii`` are the :func:`radii` of the data, if already known.
 
     Raises:
         ValueError: the sets have features of other sizes, or no more than k examples.
@@ -625,13 +582,6 @@ def radii(features: Tensor, neighbours: int = NEIGHBOURS) -> Tensor:
     features, _ = _checked(features, features, at_least=neighbours + 1)
     rows = torch.split(features, max(1, AT_ONCE // len(features)))
     return torch.cat([torch.cdist(some, features).kthvalue(neighbours + 1).values for some in rows])  # the first is itself
-
-
-def _root(features: Tensor) -> Tensor:
-    """R with RᵀR the covariance: ``(min(n, d), d)``."""
-    centred = (features - features.mean(0)) / (len(features) - 1) ** 0.5
-    root: Tensor = torch.linalg.qr(centred, mode="r").R
-    return root
 
 
 def _checked(x: Tensor, y: Tensor, at_least: int) -> tuple[Tensor, Tensor]:

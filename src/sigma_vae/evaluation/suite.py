@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -55,8 +56,7 @@ class Evaluation(Mapping[str, Any]):
         merged = dict(self.results)
         for name, result in results.items():
             before = merged.get(name)
-            parts = type(before) is type(result) is dict
-            merged[name] = {**before, **result} if parts and before is not None and result is not None else result
+            merged[name] = {**before, **result} if isinstance(before, dict) and isinstance(result, dict) else result
         return Evaluation(merged, self.about)
 
     def to_json(self) -> dict[str, Any]:
@@ -92,12 +92,12 @@ class Evaluation(Mapping[str, Any]):
         return len(self._values())
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("_") and name not in ("results", "about"):  # these are missing only while it is unpickled
-            values = self._values()
-            if name in values:
-                return values[name]
+        if name.startswith("_") or name in ("results", "about"):  # these are missing only while it is unpickled
+            raise AttributeError(name)
+        values = self._values()
+        if name not in values:
             raise AttributeError(f"this evaluation has no {name!r}; it has {', '.join(values)}")
-        raise AttributeError(name)
+        return values[name]
 
     def __repr__(self) -> str:
         return f"Evaluation({self.to_json()})"
@@ -116,9 +116,9 @@ def evaluate(
 
     Args:
         vae: calibrated on training data; put into eval mode.
-        data: :class:`~sigma_vae.data.Splits`, or a data set's name or path: its test split (or the split of the
-            settings). Or held-out examples alone, all of which are used: an array, a tensor, a data frame, a torch or
-            Hugging Face data set, a loader, or :class:`~sigma_vae.data.Batches`.
+        data: :class:`~sigma_vae.data.Splits`, or a data set's name or path, of which the split of the settings is used
+            (test by default). Or held-out examples: an array, a tensor, a data frame, a torch or Hugging Face data set,
+            a loader, or :class:`~sigma_vae.data.Batches`.
         training: training examples, in any of these forms, for metrics that need them; the training split of ``Splits``
             by default.
         seed: seed of the posterior's noise, which is keyed by example.
@@ -141,13 +141,7 @@ def score(vae: VAE, data: object, seed: int = 0, *, like: Splits | Scaling | Non
     Densities are those of the data in their own units: for standardised data, the model's plus the Jacobian's term.
 
     Of several processes, each calls this with its share of the split (``Batches(rank, world_size)``), and each gets all
-    scores.
-
-    Args:
-        vae: calibrated on training data, in eval mode.
-        data: as for :func:`evaluate`.
-        seed: seed of the posterior's noise, which is keyed by example.
-        like: as for :func:`evaluate`.
+    scores. The model is calibrated on training data and in eval mode; the arguments are those of :func:`evaluate`.
 
     Raises:
         ValueError: the data do not fit the model, or the batches are a share, and there is no group of as many
@@ -159,11 +153,7 @@ def score(vae: VAE, data: object, seed: int = 0, *, like: Splits | Scaling | Non
 def calibrate(vae: VAE, data: object, seed: int = 0, *, like: Splits | Scaling | None = None) -> None:
     """Solve the likelihood's scales exactly on training data, with the weights as they are: see :meth:`VAE.calibrate`.
 
-    Args:
-        vae: the model.
-        data: as for :func:`evaluate`; of ``Splits`` and names, the training split.
-        seed: seed of the posterior's noise, which is keyed by example.
-        like: as for :func:`evaluate`.
+    The arguments are those of :func:`evaluate`; of ``Splits`` and names, the training split is used.
     """
     vae.calibrate(_batches(vae, data, "train", like), seed)
 
@@ -174,12 +164,10 @@ def evaluation_data(
     """The examples to measure on, on the model's device; see :func:`evaluate`."""
     if isinstance(data, str | Path | DataConfig):
         data = as_splits(data)
-    if not isinstance(data, Splits):
-        given = None if training is None else _batches(vae, training, "train", like)
-        return EvaluationData(_batches(vae, data, settings.split, like), given)
-    return EvaluationData(
-        _batches(vae, data, settings.split, like), _batches(vae, data if training is None else training, "train", like), data
-    )
+    splits = data if isinstance(data, Splits) else None
+    training = splits if training is None else training
+    held_out = _batches(vae, data, settings.split, like)
+    return EvaluationData(held_out, None if training is None else _batches(vae, training, "train", like), splits)
 
 
 def _batches(vae: VAE, data: object, split: SplitName, like: Splits | Scaling | None) -> Batches:
@@ -228,58 +216,42 @@ def measure(
     wanted: Iterable[Metric],
     from_first: Callable[[Callable[[], Result]], Result] = lambda make: make(),
 ) -> dict[str, Result]:
-    """Measure metrics one after the other.
+    """Measure metrics of a model in eval mode, one after the other, by name.
 
-    Args:
-        vae: the model, in eval mode.
-        data: the examples; of several processes, each has its share.
-        settings: how to measure.
-        wanted: the metrics.
-        from_first: of several processes, lets the first one measure and hands its result to all.
+    Of several processes, each has its share of the data; ``from_first`` lets the first one measure, and hands its
+    result to all.
     """
-    return {metric.name: _measured(metric, vae, data, settings, from_first) for metric in wanted}
-
-
-def _measured(
-    metric: Metric,
-    vae: VAE,
-    data: EvaluationData,
-    settings: EvaluationSettings,
-    from_first: Callable[[Callable[[], Result]], Result],
-) -> Result:
-    if metric.on_one_process:
-        return from_first(lambda: metric.measure(vae, data.on_one_process(), settings))
-    return metric.measure(vae, data, settings)
+    found: dict[str, Result] = {}
+    for metric in wanted:
+        if metric.on_one_process:
+            found[metric.name] = from_first(partial(metric.measure, vae, data.on_one_process(), settings))
+        else:
+            found[metric.name] = metric.measure(vae, data, settings)
+    return found
 
 
 def columns(paths: Iterable[str]) -> dict[str, Column]:
-    """The columns of a study's table among the numbers of evaluations, in the order of the metrics.
+    """The columns of a study's table for dotted places in ``evaluation.json``, in the order of the metrics.
 
-    Args:
-        paths: dotted places of numbers in ``evaluation.json``.
-
-    Returns:
-        For each place that is a column of a metric, the column with its own path and title.
+    Each column has its own path and title; places that no metric has a column for are left out.
 
     >>> [column.title for column in columns(["examples", "rate_nats", "quality.mine.pt.clips.frechet"]).values()]
     ['rate, nats', 'Fréchet distance (mine.pt)']
     """
-    known, paths = [column for metric in metrics().values() for column in metric.columns], list(paths)
+    paths = list(paths)
     return {
         path: Column(path, title, column.digits)
-        for column in known
+        for metric in metrics().values()
+        for column in metric.columns
         for path in paths
         if (title := column.title_of(path)) is not None
     }
 
 
 def __getattr__(name: str) -> Any:
-    moved = {
-        "entropy_identity": _entropy,
-        "scores_under_standard_prior": _elbo,
-        "has_fitted_prior": _elbo,
-        "standard_prior": _elbo,
-    }
+    moved = {"entropy_identity": _entropy} | dict.fromkeys(
+        ("scores_under_standard_prior", "has_fitted_prior", "standard_prior"), _elbo
+    )
     if name not in moved:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(f"{__name__}.{name} is now {moved[name].__name__}.{name}", DeprecationWarning, stacklevel=2)

@@ -93,7 +93,7 @@ class PredictionsMetric(Metric):
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    r"""Compute the peak signal-to-noise ratio in dB: :math:`-10 \log_{10} \text{MSE}`, averaged over channels, at most 100.
+    r"""Compute the peak signal-to-noise ratio in dB, averaged over channels: :math:`-10 \log_{10} \text{MSE}`, at most 100.
 
     Shapes:
         x, y ``(*batch, C, H, W)`` with values in [0, 1], result ``(*batch,)`` in float64.
@@ -112,14 +112,9 @@ def ssim(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
         \frac{(2 \mu_x \mu_y + C_1)(2 \sigma_{xy} + C_2)}{(\mu_x^2 + \mu_y^2 + C_1)(\sigma_x^2 + \sigma_y^2 + C_2)},
         \quad C_i = (K_i R)^2
 
-    with K = 0.01 and 0.03 and unbiased (co)variances, averaged over all windows that lie in the image, and over
-    channels.
-
-    Args:
-        x: images.
-        y: images.
-        data_range: R, the range of the data. SVG's evaluation left it to scikit-image, which took 2 for floats: give 2
-            to compare with numbers computed like that (they are nearer to 1).
+    with K = 0.01 and 0.03, R the ``data_range`` and unbiased (co)variances, averaged over all windows that lie in the
+    image, and over channels. SVG's evaluation left R to scikit-image, which took 2 for floats: give 2 to compare with
+    its numbers (they are nearer to 1).
 
     Shapes:
         x, y ``(*batch, C, H, W)``, result ``(*batch,)`` in float64.
@@ -197,19 +192,17 @@ def predictions(
             f"the best of at least 1 sample is taken, of clips longer than the frames that are given; got {samples} samples and"
             f" {past} of {length} frames"
         )
+
+    def mean(h: Tensor) -> Tensor:
+        return vae.likelihood.distribution(h).mean
+
     found: list[Tensor] = []
     for batch in batches:
         x = in_unit_range(batch.x.to(vae.device))
         each = []
         for sample in range(samples):
             noise = keyed_noise(batch.positions, seed * samples + sample)
-            shown = vae.network.predict(
-                x[:, :past],
-                length - past,
-                lambda h: vae.likelihood.distribution(h).mean,
-                noise,
-                batch_statistics=batch_statistics,
-            ).frames
+            shown = vae.network.predict(x[:, :past], length - past, mean, noise, batch_statistics=batch_statistics).frames
             each.append(torch.stack([psnr(shown, x[:, past:]), ssim(shown, x[:, past:], ssim_range)]).cpu())
         found.append(torch.stack(each, 2))
     values = torch.cat(found, 1)  # (2, clips, samples, frames)
@@ -223,8 +216,10 @@ def predictions(
         context_frames=past,
         ssim_range=ssim_range,
         batch_statistics=batch_statistics,
-        **_both("", chosen.mean(-1)),
-        **_both("_average_sample", values.mean((-2, -1))),
+        psnr_db=mean_over_clips(chosen[0].mean(-1)),
+        ssim=mean_over_clips(chosen[1].mean(-1)),
+        psnr_db_average_sample=mean_over_clips(values[0].mean((-2, -1))),
+        ssim_average_sample=mean_over_clips(values[1].mean((-2, -1))),
         **_per_frame("psnr_db", chosen[0]),
         **_per_frame("ssim", chosen[1]),
     )
@@ -234,11 +229,6 @@ def _windows(x: Tensor) -> Tensor:
     """Mean over each window."""
     means = functional.avg_pool2d(x.reshape(-1, *x.shape[-3:]), WINDOW, stride=1)
     return means.reshape(*x.shape[:-2], *means.shape[-2:])
-
-
-def _both(name: str, values: Tensor) -> dict[str, Any]:
-    """Estimates of both, from values ``(2, clips)``."""
-    return {f"{kind}{name}": mean_over_clips(value) for kind, value in zip(("psnr_db", "ssim"), values, strict=True)}
 
 
 def _per_frame(kind: str, values: Tensor) -> dict[str, Any]:

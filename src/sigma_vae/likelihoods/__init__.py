@@ -1,10 +1,17 @@
-"""Likelihoods: a family (what the residual looks like) and a scale (where its σ comes from), or a family that needs no scale."""
+"""Likelihoods: a family (the shape of the residual), with a scale (the source of its σ) or without.
 
-from sigma_vae.likelihoods.bounded import Bernoulli, ContinuousBernoulli
-from sigma_vae.likelihoods.continuous import Gaussian, Laplace, Logistic, StudentT
-from sigma_vae.likelihoods.discrete import BitwiseCategorical, Categorical
-from sigma_vae.likelihoods.logistic_mixture import LogisticMixture
-from sigma_vae.likelihoods.scales import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Scale, Shared
+Each name is imported when it is first used, so that ``translate`` needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sigma_vae.likelihoods.bounded import Bernoulli, ContinuousBernoulli
+    from sigma_vae.likelihoods.continuous import Gaussian, Laplace, Logistic, StudentT
+    from sigma_vae.likelihoods.discrete import BitwiseCategorical, Categorical
+    from sigma_vae.likelihoods.logistic_mixture import LogisticMixture
+    from sigma_vae.likelihoods.scales import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Scale, Shared
 
 __all__ = [
     "Bernoulli",
@@ -24,3 +31,13 @@ __all__ = [
     "Shared",
     "StudentT",
 ]
+
+_HOMES = ("bounded", "continuous", "discrete", "logistic_mixture", "scales")
+
+
+def __getattr__(name: str) -> Any:
+    for home in _HOMES if name in __all__ else ():
+        module = import_module(f"{__name__}.{home}")
+        if name in module.__all__:
+            return globals().setdefault(name, getattr(module, name))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ MeanMap = Literal["identity", "unit"]
 """From features to the mean: themselves, or a sigmoid onto [0, 1]."""
 
 LEAST_LOG_FACTOR = -12.0
-"""Least log factor on predicted σ: where predictions are perfect, no factor is small enough."""
+"""Least log factor on predicted σ: for perfect predictions, no factor is small enough."""
 
 
 class LocationScale(Likelihood):
@@ -108,25 +108,22 @@ class LocationScale(Likelihood):
 
         An :class:`Optimal` scale reports with them from now on. The other scales keep their own σ, and hold these as
         *post-hoc* values (predicted scales: one factor on all predictions). Under ``torch.distributed``, every process
-        must call this with its share of the data.
-
-        Args:
-            pairs: (h, x), gone through once for a closed form, and several times for the levels: a list, not a
-                generator.
+        must call this with its share of the data. ``pairs`` (h, x) are a list or a loader, not a generator: levels go
+        through them several times.
         """
         observed = _Pairs(self, pairs)
-        per, dims, floor = self.scale.refit_per, self._event_dims, self.log_floor
-        density = best_log_scale(observed, per, dims, floor, None)
+        how = self.scale.refit_per, self._event_dims, self.log_floor
+        density = best_log_scale(observed, *how, None)
         if not torch.isfinite(density).all():
             raise ValueError("calibrate found no finite σ: the decoder's features are not finite (have its weights diverged?)")
-        level = None if self.levels is None else best_log_scale(observed, per, dims, floor, self.levels, start=density)
+        level = None if self.levels is None else best_log_scale(observed, *how, self.levels, start=density)
         self.scale.store("density", density)
         if level is not None:
             self.scale.store("level", level)
 
     @property
     def has_scale(self) -> bool:
-        """True: these likelihoods are about σ."""
+        """True."""
         return True
 
     @property
@@ -183,7 +180,6 @@ class LocationScale(Likelihood):
         return 1 + self.spatial_dims
 
     def _fit(self, observed: Observed) -> Fit:
-        """Solves the present batch, for what is trained on."""
         levels = self.levels if self.observes == "level" else None
 
         def fit(per: Per) -> Tensor:
@@ -193,9 +189,8 @@ class LocationScale(Likelihood):
 
     def _split(self, h: Tensor) -> tuple[ResidualDistribution, Tensor, Tensor]:
         """Residual distribution, mean and scale features."""
-        h = _checked_features(self, h)
         sizes = [self.channels, self._scale_channels, self.own_channels]
-        loc, raw, own = torch.split(h, sizes, dim=-self._event_dims)
+        loc, raw, own = torch.split(_checked_features(self, h), sizes, dim=-self._event_dims)
         return self.residual(own), (torch.sigmoid(loc) if self.mean == "unit" else loc), raw
 
     def _observed(self, residual: ResidualDistribution, loc: Tensor, x: Tensor) -> Observed:
@@ -233,11 +228,7 @@ class _Pairs:
 class Unscaled(Likelihood):
     """A likelihood without a scale: a family gives features their meaning, for rows of flattened space.
 
-    Args:
-        channels: the data's channels.
-        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
-        levels: how many values a datum can take, at k/(levels − 1); None for real-valued data, which have no
-            ``log_mass``.
+    Arguments are those of :class:`LocationScale`.
 
     Shapes:
         h ``(*batch, in_channels, *space)``, x ``(*batch, channels, *space)``. A family's ``row_`` methods see h
@@ -267,7 +258,7 @@ class Unscaled(Likelihood):
         """Draws ``(rows, channels, n)``."""
 
     def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Mean and variance, ``(rows, channels, n)`` each; None where no formula is worth its time."""
+        """Mean and variance, ``(rows, channels, n)`` each; None where costly."""
         return None
 
     def distribution(
@@ -276,8 +267,7 @@ class Unscaled(Likelihood):
         """p(x|h), the same when refitted: see :meth:`Likelihood.distribution`.
 
         Raises:
-            ValueError: h has not ``in_channels`` channels, x cannot be drawn by the family, or the family has no such
-                probabilities.
+            ValueError: h has the wrong channels, x cannot be drawn, or the family has no such probabilities.
         """
         observes = self.check_observes(observes)
         if observes == "density" and self.observes == "level":
@@ -289,7 +279,7 @@ class Unscaled(Likelihood):
 
 
 class Discrete(Unscaled):
-    """An :class:`Unscaled` likelihood over the levels k/(L − 1), which alone it draws.
+    """An :class:`Unscaled` likelihood that draws only the levels k/(L − 1).
 
     Raises:
         ValueError: ``levels`` is None.
@@ -309,7 +299,7 @@ class Discrete(Unscaled):
 
 @final
 class FromFeatures(DataDistribution):
-    """The distribution that an :class:`Unscaled` likelihood returns: batch ``(*batch,)``, event ``(channels, *space)``."""
+    """The distribution of an :class:`Unscaled` likelihood: batch ``(*batch,)``, event ``(channels, *space)``."""
 
     arg_constraints = {}  # noqa: RUF012 (torch's own interface)
     support = constraints.unit_interval
@@ -335,12 +325,12 @@ class FromFeatures(DataDistribution):
         return below.reshape(value.shape), upto.reshape(value.shape)
 
     def squared_errors(self, value: Tensor, scores: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Variance, and the squared distance from the mean; None where the family has no formula that is worth its time."""
+        """Variance, and the squared distance from the mean; None where costly."""
         moments = self.moments()
         return None if moments is None else (moments[1], (value - moments[0]).square())
 
     def moments(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and variance of each element, of the shape of the data; None where the family has no formula that is worth its time."""
+        """Mean and variance of each element, of the data's shape; None where costly."""
         moments = None if self._in_bins else self._likelihood.row_moments(self._expanded(torch.Size()))
         if moments is None:
             return None

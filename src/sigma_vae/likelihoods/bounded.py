@@ -16,17 +16,12 @@ __all__ = ["Bernoulli", "ContinuousBernoulli"]
 @register.likelihood("bernoulli")
 @final
 class Bernoulli(Unscaled):
-    r"""A coin for each value: a likelihood of binary data; for grey data, taken as probabilities, an objective (as in the paper).
+    r"""A coin for each value: a likelihood of binary data; of grey data an objective (as in the paper).
 
     .. math:: \log p(x \mid h) = \sum_i x_i \log \sigma(h_i) + (1 - x_i) \log \sigma(-h_i)
 
     For 0 < x < 1 this is a negative cross-entropy: it neither sums nor integrates to one, its "ELBO" bounds nothing,
-    and ``log_mass`` raises. :class:`ContinuousBernoulli` is the same with its normaliser.
-
-    Args:
-        channels: the data's channels.
-        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
-        levels: how many values a datum can take: 2 makes it a likelihood.
+    and ``log_mass`` raises. With ``levels=2`` it is a likelihood. :class:`ContinuousBernoulli` has the normaliser.
 
     Shapes:
         h and x ``(*batch, channels, *space)``.
@@ -92,11 +87,6 @@ class ContinuousBernoulli(Unscaled):
     :math:`\log\int_a^b e^{hx}dx = ha + \log(b-a) + \log\frac{e^{h(b-a)}-1}{h(b-a)}`. Draws are :math:`\log(1 + u(e^h - 1))/h` of
     uniform u, with a gradient to h (``rsample``).
 
-    Args:
-        channels: the data's channels.
-        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
-        levels: how many values a datum can take; None for real-valued data, which have no ``log_mass``.
-
     Shapes:
         h and x ``(*batch, channels, *space)``.
 
@@ -159,8 +149,8 @@ class ContinuousBernoulli(Unscaled):
         return torch.round(x * (self.levels - 1)), self.levels - 1
 
 
-# With t = |h| and x mirrored where h > 0, all of it is the exponential distribution on [0, 1], p(x) = e^{-tx} / ∫ e^{-tx}dx. Near t = 0 the
-# closed forms cancel (their gradients in float32 from t = 0.01 on), and a power series keeps the digits.
+# With t = |h| and x mirrored where h > 0, all of it is the exponential distribution on [0, 1], p(x) = e^{-tx} / ∫ e^{-tx}dx.
+# Near t = 0 the closed forms cancel (their gradients in float32 from t = 0.01 on); a power series keeps the digits.
 SERIES_BELOW = 0.5
 QUANTILE_SERIES_BELOW = 0.1
 

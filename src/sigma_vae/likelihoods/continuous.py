@@ -92,15 +92,8 @@ class StudentT(LocationScale):
     and ``df="predicted"`` this is the decoder of Takahashi et al. ("Student-t variational autoencoder for robust
     density estimation", IJCAI 2018).
 
-    Args:
-        channels: the data's channels.
-        scale: where σ comes from; :class:`Optimal` unless given.
-        df: degrees of freedom ν from 1 to 1000; ``"learned"``: one parameter; ``"predicted"``: by the decoder, for each
-            value.
-        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
-        levels: how many values a datum can take; None for real-valued data.
-        mean: ``"identity"`` or ``"unit"``.
-        observes: ``"density"`` or ``"level"``; the level needs a ν that is a number.
+    The degrees of freedom ν, ``df``, are a number from 1 to 1000; ``"learned"``, one parameter; or ``"predicted"`` by
+    the decoder for each value. The other arguments are those of :class:`LocationScale`.
 
     Shapes:
         h ``(*batch, in_channels, *space)``: the mean's channels, the scale's, those of predicted ν; x ``(*batch, C,

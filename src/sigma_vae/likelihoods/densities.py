@@ -55,7 +55,7 @@ def log1mexp(t: Tensor) -> Tensor:
 
 
 class _LogNdtr(torch.autograd.Function):
-    """``torch.special.log_ndtr`` with a gradient that holds in the tail: its own is 955 at −1e3 in float32, 0 at −1e6."""
+    """``torch.special.log_ndtr`` with a right gradient in the tail: its own is 955 at −1e3 in float32, 0 at −1e6."""
 
     generate_vmap_rule = True
 
@@ -72,8 +72,8 @@ class _LogNdtr(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
         (grad,) = grads
-        # φ(x)/Φ(x), the inverse Mills ratio: erfcx neither under- nor overflows where the quotient matters. Where it would
-        # overflow, the ratio is 0 all the same, but its own derivative (the solver's curvature) would be 0·∞.
+        # The inverse Mills ratio φ(x)/Φ(x). Where erfcx would overflow the ratio is 0 all the same, but its own derivative
+        # (the solver's curvature) would be 0·∞.
         x = x.clamp(max=13 if x.dtype == torch.float32 else 37)
         return grad * math.sqrt(2 / math.pi) / _erfcx_root(x)
 
@@ -106,8 +106,7 @@ def normal_interval_log_prob(center: Tensor, width: Tensor) -> Tensor:
     """
     center = -center.abs()
     narrow = width * center.abs().clamp_min(1) < 1
-    # Of 256 levels nearly every bin is: where an evaluation may look, it is spared what it would not take. A GPU would have to be
-    # waited for, and a gradient needs no branch.
+    # Of 256 levels nearly every bin is narrow: evaluation on a CPU looks, and skips the other form.
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or narrow.is_cuda) and narrow.all():
         return _narrow(center, width)
     return torch.where(
@@ -128,7 +127,7 @@ def _narrow(center: Tensor, width: Tensor) -> Tensor:
 def _wide(center: Tensor, width: Tensor) -> Tensor:
     upper, lower = center + 0.5 * width, center - 0.5 * width
     tail = upper < 0
-    # In the tail Φ(l)/Φ(u) = exp(center·width)·erfcx(−l/√2)/erfcx(−u/√2): the large squares have been cancelled by hand.
+    # In the tail Φ(l)/Φ(u) = exp(center·width)·erfcx(−l/√2)/erfcx(−u/√2): the large squares are cancelled by hand.
     upper_tail = torch.where(tail, upper, 0)
     ratio = torch.exp(center * width) * (_erfcx_root(lower) / _erfcx_root(upper_tail))
     in_tail = log_ndtr(upper_tail) + torch.log1p(-torch.where(tail, ratio, 0.5))
@@ -177,7 +176,7 @@ def student_t_log_prob(z: Tensor, df: Df) -> Tensor:
 
 
 def student_t_entropy(df: Df) -> Df:
-    r"""Differential entropy: :math:`\frac{\nu + 1}{2} (\psi(\frac{\nu + 1}{2}) - \psi(\frac\nu2)) - \log C_\nu`, in nats.
+    r"""Entropy in nats, :math:`\frac{\nu + 1}{2} (\psi(\frac{\nu + 1}{2}) - \psi(\frac\nu2)) - \log C_\nu`.
 
     >>> round(student_t_entropy(1.0), 4)  # log 4π
     2.531
@@ -339,27 +338,24 @@ def _exp(x: Df) -> Df:
 
 
 Formula = Callable[[Tensor, Tensor], Tensor]
-"""(features ``(rows, ...)``, data ``(rows, ...)``) to log-probabilities ``(rows,)``: each row by itself, differentiable."""
+"""From features and data ``(rows, ...)`` to log-probabilities ``(rows,)``, each row by itself; differentiable."""
 
 Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(features, data, out): what the formula returns, with its gradient to the features written into ``out``."""
 
 CPU_FEATURES = 2**17
-"""Features a part: its temporaries stay in the second-level cache, and are recycled instead of given back to the kernel."""
+"""Features in a part, whose temporaries then stay in the second-level cache."""
 OTHER_FEATURES = 2**24
-"""Of a GPU, which needs larger pieces to be busy."""
+"""The same for a GPU, which needs larger parts to be busy."""
 
 
 def in_chunks(formula: Formula, h: Tensor, x: Tensor, gradient: Gradient | None = None, features: int | None = None) -> Tensor:
-    """``formula(h, x)``, for as many rows at a time as hold so many features; the gradient to h is computed part by part, too.
+    """``formula(h, x)`` and its gradient to h, for as many rows at a time as hold so many features.
 
-    Plain autograd keeps every temporary of a formula until the backward pass: tens of times the features. Here nothing
-    is kept but h and x, and the formula is evaluated again for its gradient. Where a family knows its gradient by hand,
-    the forward pass writes it next to the values, and the backward pass only scales it: no second evaluation, for one
-    more tensor kept.
-
-    The formula is called as it is for a single part without such a gradient, under ``torch.compile`` and
-    ``torch.export``, and where a graph of the gradient is asked for (``create_graph=True``).
+    Plain autograd keeps every temporary of a formula: tens of times the features. Here only h and x are kept, and the
+    formula is evaluated again for its gradient. A ``gradient`` by hand is written in the forward pass, and only scaled
+    in the backward pass. The formula is called as it is for a single part without one, in compiled graphs, and for
+    ``create_graph=True``.
 
     Shapes:
         h ``(rows, ...)``, x ``(rows, ...)``, result ``(rows,)``.

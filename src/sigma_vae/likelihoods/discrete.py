@@ -24,11 +24,6 @@ class Categorical(Discrete):
 
     .. math:: \log p(x \mid h) = \sum_i h_{i,k_i} - \log \sum_k e^{h_{i,k}}, \qquad x_i = k_i / (L-1)
 
-    Args:
-        channels: the data's channels.
-        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
-        levels: how many values a datum can take.
-
     Shapes:
         h ``(*batch, channels * levels, *space)``: the logits of the first channel's levels, then the next channel's; x
         ``(*batch, channels, *space)``.
@@ -69,14 +64,16 @@ class Categorical(Discrete):
     def row_mean(self, h: Tensor) -> Tensor:
         """Σ k P(k)/(L−1)."""
         values = torch.linspace(0, 1, self.levels, dtype=h.dtype, device=h.device)
-        logits = h.reshape(len(h), self.channels, self.levels, h.shape[-1])
-        return (torch.softmax(logits, 2) * values[:, None]).sum(2)
+        return (self._masses(h) * values[:, None]).sum(2)
 
     def row_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """Levels, by their cumulative probabilities."""
-        masses = torch.softmax(h.reshape(len(h), self.channels, self.levels, h.shape[-1]), 2).movedim(2, -1)
+        masses = self._masses(h).movedim(2, -1)
         k = torch.multinomial(masses.flatten(0, -2), 1, generator=generator)
         return k.reshape(masses.shape[:-1]).to(h.dtype) / (self.levels - 1)
+
+    def _masses(self, h: Tensor) -> Tensor:
+        return torch.softmax(h.reshape(len(h), self.channels, self.levels, h.shape[-1]), 2)
 
     def _logits(self, h: Tensor) -> Tensor:
         """One row a channel, ``(rows * channels, levels, n)``."""
@@ -134,11 +131,6 @@ class BitwiseCategorical(Discrete):
     The bits are independent given the features, so that P(127) and P(128), which share no bit, cannot both be large
     without other levels being so.
 
-    Args:
-        channels: the data's channels.
-        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
-        levels: how many values a datum can take: a power of two.
-
     Shapes:
         h ``(*batch, channels * log2(levels), *space)``: the bits of the first channel, then the next channel's; x
         ``(*batch, channels, *space)``.
@@ -171,19 +163,16 @@ class BitwiseCategorical(Discrete):
         return in_chunks(self._bits_log_mass, h, x)
 
     def _bits_log_mass(self, h: Tensor, x: Tensor) -> Tensor:
-        k = torch.round(x * (self.levels - 1)).long()
-        signs = 2 * (k[:, :, None] >> self._places(h) & 1).to(h.dtype) - 1
+        signs = 2 * self._bits(x).to(h.dtype) - 1
         return logsigmoid(signs * self._logits(h)).sum((1, 2, 3))
 
     def row_cdf(self, h: Tensor, x: Tensor, observes: Observes) -> tuple[Tensor, Tensor]:
         """A level is below another where it has a zero at the first bit in which they differ, and the other a one."""
-        k = torch.round(x * (self.levels - 1)).long()
-        one = (k[:, :, None] >> self._places(h) & 1).bool()
-        logits = self._logits(h)
+        one, logits = self._bits(x).bool(), self._logits(h)
         alike = torch.sigmoid(torch.where(one, logits, -logits)).cumprod(2)  # the mass of the levels with the same first bits
         before = torch.cat([torch.ones_like(alike[:, :, :1]), alike[:, :, :-1]], 2)
         below = (before * torch.sigmoid(-logits) * one).sum(2)
-        return below.clamp_max(1), (below + alike[:, :, -1]).clamp_max(1).masked_fill(k == self.levels - 1, 1)
+        return below.clamp_max(1), (below + alike[:, :, -1]).clamp_max(1).masked_fill(one.all(2), 1)
 
     def row_moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the bits, which are independent."""
@@ -202,8 +191,11 @@ class BitwiseCategorical(Discrete):
     def _logits(self, h: Tensor) -> Tensor:
         return h.reshape(len(h), self.channels, self.bits, h.shape[-1])
 
+    def _bits(self, x: Tensor) -> Tensor:
+        return torch.round(x * (self.levels - 1)).long()[:, :, None] >> self._places(x) & 1
+
     def _worth(self, h: Tensor) -> Tensor:
-        """The value that each bit adds to x where it is one."""
+        """The value of each bit that is one."""
         return (1 << self._places(h)).to(h.dtype) / (self.levels - 1)
 
     def _places(self, h: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Distributions that location-scale likelihoods return: a residual distribution, moved, scaled, and perhaps put in bins."""
+"""Distributions of location-scale likelihoods: a residual distribution, moved, scaled, and perhaps put in bins."""
 
 import math
 import warnings
@@ -48,16 +48,19 @@ class _LocatedAndScaled(DataDistribution):
 
     @property
     def residual_variance(self) -> Tensor:
-        """Variance of x − loc, broadcastable to the event; for levels, before they are put in bins and cut at the ends."""
+        """Variance of x − loc, broadcastable to the event; of levels, before they are rounded and cut."""
         return torch.exp(2 * self.log_scale) * self.residual.variance()
 
     def weighted_log_prob(self, value: Tensor, beta: float) -> Tensor:
-        r"""The β-NLL objective (Seitzer et al. 2022), with its sign: :math:`\sum_i \sigma_i^{2\beta} \log p(x_i)`, weights detached.
+        r"""The β-NLL objective (Seitzer et al. 2022) :math:`\sum_i \sigma_i^{2\beta} \log p(x_i)`, weights detached.
 
-        It lessens the pull of the best predicted elements, on which a predicted σ otherwise spends the training. For β
-        ≠ 0 it is an objective, not a likelihood.
+        It lessens the pull of the best predicted elements. For β ≠ 0 it is no likelihood.
         """
         return self._sum(self.element_log_prob(value) * torch.exp(2 * beta * self.log_scale.detach()))
+
+    def _draw(self, sample_shape: Shape, generator: torch.Generator | None) -> Tensor:
+        like = self.loc.expand(*sample_shape, *self.loc.shape)
+        return like + self.scale * self.residual.sample(like, generator)
 
     def _check_event(self, value: Tensor) -> None:
         event_dims = len(self._event_axes)
@@ -127,8 +130,7 @@ class Continuous(_LocatedAndScaled):
 
     def rsample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
         """Draws with a gradient to loc and scale."""
-        like = self.loc.expand(*sample_shape, *self.loc.shape)
-        return like + self.scale * self.residual.sample(like, generator)
+        return self._draw(sample_shape, generator)
 
     @torch.no_grad()
     def sample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
@@ -142,7 +144,7 @@ class Continuous(_LocatedAndScaled):
 
 @final
 class Discretized(_LocatedAndScaled):
-    r"""Bin probabilities of the levels k/(L−1): the density's mass on the bin around each, the end bins taking the tails.
+    r"""Bin probabilities of the levels k/(L−1): the density's mass around each; the end bins take the tails.
 
     .. math:: P(k) = F\left(\frac{(k + ½)/(L-1) - \mu}{\sigma}\right) - F\left(\frac{(k - ½)/(L-1) - \mu}{\sigma}\right)
 
@@ -190,9 +192,7 @@ class Discretized(_LocatedAndScaled):
     @torch.no_grad()
     def sample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
         """Draws of levels in [0, 1]."""
-        like = self.loc.expand(*sample_shape, *self.loc.shape)
-        top = self.levels - 1
-        draw = like + self.scale * self.residual.sample(like, generator)
+        draw, top = self._draw(sample_shape, generator), self.levels - 1
         return torch.round(draw * top).clamp(0, top) / top
 
     def _in_levels(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -27,7 +27,7 @@ def _components(text: str) -> dict[str, Any]:
 @register.likelihood("logistic-mixture", argument=Argument("K", _components, "10"))
 @final
 class LogisticMixture(Discrete):
-    r"""A mixture of K logistic distributions for each pixel, in the bins of the levels (Salimans et al. 2017; as in VDVAE).
+    r"""A mixture of K logistic distributions for each pixel, in bins (Salimans et al. 2017; as in VDVAE).
 
     With y = 2x − 1 in [−1, 1], and the end bins reaching to ±∞,
 
@@ -42,14 +42,7 @@ class LogisticMixture(Discrete):
     takes the density at the bin's centre.
 
     ``mean`` is exact for other channel counts and for the first of three. For the later ones it puts the component's
-    expected y in place of the drawn ones: exact but for the cut at the ends of the range, where a sum over all colours
-    would be needed.
-
-    Args:
-        channels: the data's channels.
-        components: K.
-        spatial_dims: 0 for tables, 1 for series, 2 for images and clips.
-        levels: how many values a datum can take.
+    expected y in place of the drawn ones: exact but for the cut at the ends of the range.
 
     Shapes:
         h ``(*batch, in_channels, *space)``: K logits, then channels × K means, then log-scales (kept within [−7, 20]),
@@ -94,7 +87,7 @@ class LogisticMixture(Discrete):
         share = torch.exp(joint - values[:, None])
         torch.sub(share, torch.exp(features.logits - total[:, None]), out=to.logits)
         share = share[:, None]
-        # With u, l the bin's ends in units of the scale: ∂ log mass/∂u = σ(−u) + w, ∂/∂l = −σ(l) − w, w = 1/(e^{u−l} − 1).
+        # With the bin's ends u, l in scales: ∂ log mass/∂u = σ(−u) + w, ∂/∂l = −σ(l) − w, w = 1/(e^{u−l} − 1).
         above, below = torch.sigmoid(-bins.upper).mul_(bins.not_last), torch.sigmoid(bins.lower).mul_(bins.not_first)
         half_levels = 0.5 * (self.levels - 1)
         torch.mul(torch.sub(below, above).mul_(bins.rate).mul_(half_levels), share, out=to.means)
@@ -109,7 +102,7 @@ class LogisticMixture(Discrete):
         return (values - total).sum(-1)
 
     def _bins(self, h: Tensor, x: Tensor) -> "_Bins":
-        """Probabilities of the observed levels in each component; in units of levels, so that means are rounded once for all bins."""
+        # In units of levels, so that means are rounded once for all bins.
         features, top = self._split(h), self.levels - 1
         level = torch.round(x * top)[:, :, None]
         rate = torch.exp(-features.log_scales.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)) * (2 / top)
@@ -127,7 +120,7 @@ class LogisticMixture(Discrete):
         return _Bins(log_mass, level, upper, lower, rate, inner, not_first, not_last)
 
     def row_cdf(self, h: Tensor, x: Tensor, observes: Observes) -> tuple[Tensor, Tensor]:
-        """F of each channel given the true values of those before it, whose likelihood weighs the components (Rosenblatt 1952)."""
+        """F of each channel given the true values of those before it, which weigh the components (Rosenblatt 1952)."""
         below, upto = in_chunks(self._cdf, h, x).unbind(1)
         return below, upto
 
@@ -142,7 +135,7 @@ class LogisticMixture(Discrete):
         return torch.stack([below, upto.masked_fill(last, 1)], 1).clamp_max(1)  # a sum of weights may be 1 + a rounding error
 
     def _locations(self, features: "_Features", level: Tensor) -> Tensor:
-        """Means in units of levels, ``(rows, channels, K, n)``, given all channels' levels ``(rows, channels, 1 or K, n)``."""
+        """Means ``(rows, channels, K, n)`` given all channels' levels ``(rows, channels, 1 or K, n)``, in levels."""
         means = features.means
         if self.channels == 3:
             y, (a, b, c) = self._centred(level), _tanh(features.coefficients).unbind(1)
@@ -169,7 +162,7 @@ class LogisticMixture(Discrete):
         return total
 
     def row_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
-        """A component by the Gumbel trick, then channel after channel; each is on a level before the next looks at it."""
+        """A component by the Gumbel trick, then channel after channel, each rounded to its level before the next."""
         features = self._split(h)
         tiny = torch.finfo(h.dtype).tiny
         uniform = torch.rand(features.logits.shape, dtype=h.dtype, device=h.device, generator=generator).clamp_min(tiny)
@@ -212,7 +205,7 @@ class _Features(NamedTuple):
 
 
 class _Bins(NamedTuple):
-    """Bins of the observed levels in each component, ``(rows, channels, K, n)``: ends and width (rate) in units of the scale."""
+    """Bins of the observed levels in each component, ``(rows, channels, K, n)``; ends and width (rate) in scales."""
 
     log_mass: Tensor
     level: Tensor

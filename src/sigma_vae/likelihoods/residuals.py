@@ -38,31 +38,24 @@ class ResidualDistribution(Protocol):
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Elementwise log-density."""
-        ...
 
     def log_cdf(self, z: Tensor) -> Tensor:
         """Elementwise log of the mass below z."""
-        ...
 
     def interval_log_prob(self, center: Tensor, width: Tensor) -> Tensor:
         """Elementwise log of the mass on center ± width/2."""
-        ...
 
     def statistic(self, z: Tensor) -> Tensor:
         """Elementwise; its mean is 1 at the best scale."""
-        ...
 
     def variance(self) -> float | Tensor:
         """Variance at scale 1; infinite where there is none."""
-        ...
 
     def entropy(self) -> float | Tensor:
         """Differential entropy of one residual, in nats; a tensor broadcasts to the event."""
-        ...
 
     def sample(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         """Draws of the shape, type and device of ``like``."""
-        ...
 
 
 class _Normal:
@@ -77,17 +70,14 @@ class _Normal:
 
     @staticmethod
     def variance() -> float:
-        """1."""
         return 1.0
 
     @staticmethod
     def entropy() -> float:
-        """½ log 2πe."""
         return 0.5 * math.log(2 * math.pi * math.e)
 
     @staticmethod
     def sample(like: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Standard normal draws."""
         return torch.empty_like(like, memory_format=torch.contiguous_format).normal_(generator=generator)
 
 
@@ -118,12 +108,10 @@ class _Laplace:
 
     @staticmethod
     def variance() -> float:
-        """2."""
         return 2.0
 
     @staticmethod
     def entropy() -> float:
-        """1 + log 2."""
         return 1 + math.log(2)
 
     @staticmethod
@@ -158,12 +146,10 @@ class _Logistic:
 
     @staticmethod
     def variance() -> float:
-        """π²/3."""
         return math.pi**2 / 3
 
     @staticmethod
     def entropy() -> float:
-        """2 nats."""
         return 2.0
 
     @staticmethod
@@ -238,4 +224,4 @@ def student_t(df: float | Tensor) -> ResidualDistribution:
 RESIDUALS: dict[str, Callable[..., ResidualDistribution]] = {
     kind.name: kind for kind in (_Normal, _Laplace, _Logistic, _StudentT)
 }
-"""From a residual distribution's name and parameters to the distribution: a compiled graph's solver cannot hold the object."""
+"""Classes by name: a compiled graph's solver makes the distribution again from name and parameters."""

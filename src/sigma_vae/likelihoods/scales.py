@@ -28,7 +28,7 @@ MOMENTUM = 0.01
 
 
 class Scale(nn.Module, ABC):
-    """A source of log σ, with two stored values that ``calibrate`` solves: one for the density, one for the bin probabilities.
+    """A source of log σ, with two stored values that ``calibrate`` solves: for the density and for bin probabilities.
 
     A stored value is log σ; for predicted scales it is the log of one factor on all predictions. It is empty until
     solved, and its shape travels with the ``state_dict``.
@@ -85,15 +85,14 @@ class Scale(nn.Module, ABC):
         return {observes: self._buffer(observes) for observes in kinds if self._buffer(observes).numel()}
 
     def stored(self, observes: Observes) -> Tensor:
-        """The stored value; before a calibration, levels are given the density's (a valid scale, though not their best).
+        """The stored value; for levels the density's, where theirs is not solved.
 
         Raises:
             ValueError: nothing is stored yet.
         """
-        value = self._buffer(observes)
-        if value.numel() == 0:
-            value = self.density_log_scale
-        if value.numel() == 0:
+        known = self.all_stored()
+        value = known.get(observes, known.get("density"))
+        if value is None:
             raise ValueError(
                 f"{self} has no stored σ yet; train for a step, or fit it on training data by"
                 " `likelihood.calibrate(pairs)` or `vae.calibrate(loader)`"
@@ -196,23 +195,30 @@ class Shared(Scale):
         self.started = True
 
     def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
-        """The parameter; training puts it back onto the floor when a step went below (a clamp would cut its gradient)."""
+        """The parameter; training puts it back onto the floor (a clamp of the value would cut its gradient)."""
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 self.log_scale.clamp_(min=self.log_floor)
         return self.log_scale.to(raw.dtype)
 
 
+class _Predicted(Scale):
+    predicted = True
+
+    def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
+        """The prediction."""
+        return self.base(raw)
+
+
 @register.scale("per-image")
 @final
-class PerImage(Scale):
+class PerImage(_Predicted):
     """One predicted σ for each example: the mean over space of one extra feature channel.
 
     Clipped softly to [floor, 1/floor]: without a clip, predicted scales diverge within a few hundred steps.
     """
 
     extra = 1
-    predicted = True
 
     def base(self, raw: Tensor) -> Tensor:
         """The prediction, ``(*batch, 1, ...)``."""
@@ -220,29 +226,20 @@ class PerImage(Scale):
         pooled = raw.mean(space, keepdim=True) if space else raw
         return soft_clip(pooled, self.log_floor, -self.log_floor)
 
-    def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
-        """The prediction."""
-        return self.base(raw)
-
 
 @register.scale("per-pixel")
 @final
-class PerPixel(Scale):
+class PerPixel(_Predicted):
     """One predicted σ for each value of the data, clipped softly to [floor, 1/floor].
 
     The likelihood improves at the pixels that are easiest to predict, and samples get worse (paper, Table 2).
     """
 
     extra_per_channel = 1
-    predicted = True
 
     def base(self, raw: Tensor) -> Tensor:
         """The prediction, of the data's shape."""
         return soft_clip(raw, self.log_floor, -self.log_floor)
-
-    def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
-        """The prediction."""
-        return self.base(raw)
 
 
 @register.scale("optimal")
@@ -251,10 +248,7 @@ class Optimal(Scale):
     r"""The σ that is best for the data at hand: not learned but solved (the paper's "optimal σ-VAE", equation 5).
 
     For a Gaussian :math:`\sigma^2 = \text{MSE}`. It is detached: at the optimum the gradient through σ vanishes
-    (envelope theorem), so
-
-    :math:`\nabla \tfrac D2 \log \text{MSE} = \nabla \tfrac{D}{2\sigma^2} \text{MSE}`.
-    Under ``torch.distributed`` it is the optimum of the global batch.
+    (envelope theorem). Under ``torch.distributed`` it is the optimum of the global batch.
 
     In training σ comes from the batch. In eval mode it is a stored value, never one that has seen the example: a
     running mean over training until ``calibrate`` solves it exactly. ``per="image"`` then uses the batch-wide one, as a
@@ -319,12 +313,11 @@ def _optimal_pixel() -> Optimal:
 @register.scale("running-minimum")
 @final
 class RunningMinimum(Scale):
-    r"""A running mean of the batch's best σ² that never rises: the baseline of Asperti & Trentin (2020, arXiv 2002.07514).
+    r"""A running mean of the batch's best σ² that never rises (Asperti & Trentin 2020, arXiv 2002.07514).
 
     .. math:: \sigma^2 \leftarrow \min(\sigma^2,\; 0.99\,\sigma^2 + 0.01\,\text{MSE of the batch})
 
-    σ is fed as a constant, the same in training and evaluation: a calibration leaves it alone and stores post-hoc
-    values. It lags
+    σ is a constant, the same in training and evaluation: a calibration stores post-hoc values. It lags
     :class:`Optimal` while the fit improves, and never follows where the fit gets worse.
     """
 

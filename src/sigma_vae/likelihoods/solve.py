@@ -13,6 +13,7 @@ from sigma_vae.likelihoods.scales import Per
 
 __all__ = ["Observed", "best_batch_log_scale", "best_log_scale", "shared_shape"]
 
+HEAD = 2**18  # values
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-6
 LARGEST_LOG_SCALE = 12.0  # where the mean lies at the wrong end, an end level has its largest probability at σ = ∞
@@ -67,9 +68,7 @@ def best_batch_log_scale(observed: Observed, per: Per, event_dims: int, log_floo
     """:func:`best_log_scale` of one batch; compiled without a graph break.
 
     Raises:
-        ValueError: under ``torch.compile``, the scale has to be solved by iteration and the residual distribution is
-            not in
-            :data:`RESIDUALS`.
+        ValueError: a compiled solver has to iterate for a residual distribution that is not in :data:`RESIDUALS`.
     """
     residual, loc, _, x = observed
     iterates = levels is not None or not residual.closed_form
@@ -98,14 +97,13 @@ def shared_shape(shape: Sequence[int], per: Per, event_dims: int) -> list[int]:
 
 
 def _shared_axes(dims: int, per: Per, event_dims: int) -> tuple[int, ...]:
-    batch = range(-dims, -event_dims)
-    channel = -event_dims
-    space = range(1 - event_dims, 0)
-    shared: dict[Per, list[int]] = {
-        "batch": [*batch, channel, *space],
-        "image": [channel, *space],
+    axes = range(-dims, 0)
+    batch, space = axes[:-event_dims], axes[len(axes) - event_dims + 1 :]
+    shared: dict[Per, Sequence[int]] = {
+        "batch": axes,
+        "image": axes[-event_dims:],
         "channel": [*batch, *space],
-        "pixel": [*batch],
+        "pixel": batch,
     }
     return tuple(shared[per])
 
@@ -153,12 +151,12 @@ def _best_for_density(data: Iterable[Observed], per: Per, event_dims: int, log_f
 def _maximum(
     slopes: Slopes, data: Iterable[Observed], per: Per, event_dims: int, log_floor: float, log_scale: Tensor
 ) -> Tensor:
-    """Where the slopes add up to 0. First steps are made on the first data alone; two passes over all of them then are enough."""
-    for part in (_Head(data), data):
+    """Where the slopes add up to 0. After steps on the first data alone, two passes over all of them are enough."""
+    for part in (_head, iter):
         search = _Newton(log_scale, log_floor)
         for _ in range(MAX_ITERATIONS):
             sums = _Sums(per, event_dims)
-            for observed in part:
+            for observed in part(data):
                 sums.add(slopes(observed, search.at))
             if search.step(*sums.means()):
                 break
@@ -166,8 +164,18 @@ def _maximum(
     return log_scale
 
 
+def _head(data: Iterable[Observed]) -> Iterator[Observed]:
+    """The first data, enough of them to come near the optimum."""
+    seen = 0
+    for observed in data:
+        yield observed
+        seen += observed.x.numel()
+        if seen >= HEAD:
+            return
+
+
 class _Newton:
-    """Newton's method for maxima of many functions of one variable, kept between points where the slope is known to turn."""
+    """Newton's method for maxima of many functions, kept between points where the slope is known to turn."""
 
     def __init__(self, start: Tensor, floor: float) -> None:
         self.at = start
@@ -190,25 +198,8 @@ class _Newton:
         return moved < math.sqrt(TOLERANCE)
 
 
-class _Head:
-    """The first data, enough of them to come near the optimum."""
-
-    elements = 2**18
-
-    def __init__(self, data: Iterable[Observed]) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[Observed]:
-        seen = 0
-        for observed in self.data:
-            yield observed
-            seen += observed.x.numel()
-            if seen >= self.elements:
-                return
-
-
 def _slope_of_density(observed: Observed, log_scale: Tensor) -> Tensor:
-    """First and second derivative of each element's log-density in its log σ, in two rows; the first is statistic − 1."""
+    """:data:`Slopes` of the density; the first is statistic − 1."""
     residual, loc, base, x = observed
     with torch.enable_grad():
         variable = (base + log_scale.to(loc.dtype)).expand(loc.shape).detach().requires_grad_()
@@ -218,7 +209,7 @@ def _slope_of_density(observed: Observed, log_scale: Tensor) -> Tensor:
 
 
 def _slope_and_curvature(observed: Observed, log_scale: Tensor, levels: int) -> Tensor:
-    r"""First and second derivative of each element's log-probability of its bin in its log σ, in two rows.
+    r""":data:`Slopes` of the bin probabilities.
 
     With a and b the edges of the bin in units of σ, P its probability, f the density and s = −z (log f)' the residual's
     statistic:
@@ -234,7 +225,7 @@ def _slope_and_curvature(observed: Observed, log_scale: Tensor, levels: int) -> 
     tail = residual.log_cdf(torch.where(first, upper, -lower))
     log_mass = torch.where(first | last, tail, residual.interval_log_prob(center, width))
     at_lower, at_upper = (residual.statistic(edge) for edge in (lower, upper))
-    # No density is a larger part of its bin's mass than this; without the bound, rounding far out in the tails is exponentiated.
+    # The density's largest part of its bin's mass: otherwise rounding far out in the tails is exponentiated.
     most = torch.log(1 / width + 1 + (at_lower + at_upper) / torch.minimum(lower.abs(), upper.abs()).clamp_min(0.1))
     below, above = (
         torch.where(open_end, 0.0, edge * torch.exp(torch.minimum(residual.log_prob(edge) - log_mass, most)))

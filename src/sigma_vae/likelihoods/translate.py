@@ -8,7 +8,7 @@ from typing import Literal
 __all__ = ["Explanation", "Reduction", "explain"]
 
 Reduction = Literal["sum", "batch-mean", "mean"]
-"""``sum``: over examples and all else; ``batch-mean``: a sum for each example, averaged over them; ``mean``: over everything."""
+"""``sum``: over everything; ``batch-mean``: a sum for each example, averaged over them; ``mean``: over everything."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Explanation:
     effective_beta: float
     """Weight of the KL against the summed squared error."""
     implied_sigma: float
-    """Standard deviation of the Gaussian decoder whose negative ELBO this objective is, up to a factor and a constant."""
+    """Std of the Gaussian decoder whose negative ELBO this objective is, up to a factor and a constant."""
     dims: int
     """Values in one example."""
     advice: str

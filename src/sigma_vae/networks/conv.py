@@ -15,7 +15,7 @@ SMALLEST = 4
 
 @register.network("conv", latents="flat", reads_clips=False, has_prior=True)
 def conv(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 32) -> FlatNetwork:
-    """The paper's released network for SVHN: three convolutions down to a quarter of the size, three transposed ones back.
+    """The paper's released network for SVHN: three convolutions down to a quarter of the size, and three back.
 
     With 28×28×1 data, 20 latents and width 32 it has the reference's 990 249 parameters. Where 4 does not divide a
     size, the decoder's output is cropped from the next multiple.

@@ -1,9 +1,10 @@
-"""Hierarchical latents for images, from coarse to fine: Very Deep VAEs (Child 2021, arXiv 2011.10650), of any size and depth."""
+"""Hierarchical latents for images, from coarse to fine: Very Deep VAEs (Child 2021, arXiv 2011.10650)."""
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple, final
 
 import torch
@@ -93,8 +94,8 @@ class HierarchyPlan:
         return cls(down, up)
 
     def __str__(self) -> str:
-        down = _written([(block.resolution, None if block.pool == 1 else f"d{block.pool}") for block in self.encoder])
-        up = _written([(block.resolution, None if block.mix_in is None else f"m{block.mix_in}") for block in self.decoder])
+        down = _written((block.resolution, "" if block.pool == 1 else f"d{block.pool}") for block in self.encoder)
+        up = _written((block.resolution, "" if block.mix_in is None else f"m{block.mix_in}") for block in self.decoder)
         return f"{down}/{up}"
 
     @property
@@ -129,7 +130,7 @@ class HierarchyPlan:
 
 
 def _tokens(text: str, letter: str, examples: str) -> Iterator[tuple[int, int | None]]:
-    """Yield the resolution of each block, and the number after its letter; tokens with an x stand for several blocks."""
+    """Yield the resolution of each block, and the number after its letter."""
     left = LARGEST_PLAN
     for token in text.split(","):
         match = re.fullmatch(rf"([1-9]\d*)(?:([x{letter}])([1-9]\d*))?", token.strip(), re.ASCII)
@@ -145,16 +146,15 @@ def _tokens(text: str, letter: str, examples: str) -> Iterator[tuple[int, int | 
             yield from [(resolution, None)] * number
 
 
-def _written(blocks: list[tuple[int, str | None]]) -> str:
+def _written(blocks: Iterable[tuple[int, str]]) -> str:
     """Write blocks, given as resolution and suffix, as the shortest tokens."""
     tokens: list[str] = []
-    while blocks:
-        resolution, rest = blocks[0]
-        same = 1
-        while rest is None and same < len(blocks) and blocks[same] == blocks[0]:
-            same += 1
-        tokens.append(f"{resolution}{rest or (f'x{same}' if same > 1 else '')}")
-        blocks = blocks[same:]
+    for (resolution, suffix), same in groupby(blocks):
+        count = len(list(same))
+        if suffix:
+            tokens += [f"{resolution}{suffix}"] * count
+        else:
+            tokens.append(f"{resolution}x{count}" if count > 1 else f"{resolution}")
     return ",".join(tokens)
 
 
@@ -187,21 +187,20 @@ def _check_decoder(blocks: tuple[DecoderBlock, ...], encoder: tuple[EncoderBlock
                 f"the decoder's first block at a resolution, and no other, mixes in the one before: {block.resolution} after"
                 f" {resolution} is written {block.resolution}{'' if expected is None else f'm{expected}'}; got {block}"
             )
-        resolution = _checked_step(resolution, block.resolution, has)
+        if block.resolution not in has:
+            raise ValueError(
+                f"the decoder works at {block.resolution}, where the encoder has no features: it has {sorted(has)}"
+            )
+        if block.resolution % resolution:
+            raise ValueError(
+                f"{block.resolution}m{resolution} cannot be upsampled by a whole factor; let each resolution be a multiple of"
+                " the last"
+            )
+        resolution = block.resolution
     if resolution != max(has):
         raise ValueError(
             f"the decoder ends at the encoder's highest resolution, {max(has)}, got {resolution}; add {max(has)}m…"
         )
-
-
-def _checked_step(below: int, resolution: int, has: set[int]) -> int:
-    if resolution not in has:
-        raise ValueError(f"the decoder works at {resolution}, where the encoder has no features: it has {sorted(has)}")
-    if resolution % below:
-        raise ValueError(
-            f"{resolution}m{below} cannot be upsampled by a whole factor; let each resolution be a multiple of the last"
-        )
-    return resolution
 
 
 class Diagonal(NamedTuple):
@@ -212,7 +211,7 @@ class Diagonal(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """Latents, KL(q‖p) of each ``(batch, latent_dim, rows, columns)``, and log p(z) − log q(z) of each example, in nats."""
+    """Latents and KL(q‖p) ``(batch, latent_dim, rows, columns)``; log p(z) − log q(z) of each example; in nats."""
 
     z: Tensor
     latent_kl: Tensor
@@ -243,12 +242,12 @@ class HierarchyLayer(nn.Module):
 
     def enter(self, state: Tensor | None, n: int) -> Tensor:
         """Features at this layer's resolution."""
-        if state is not None and self.factor > 1:
+        if state is None:
+            assert self.bias_map is not None
+            return self.bias_map.expand(n, -1, -1, -1)
+        if self.factor > 1:
             state = functional.interpolate(state, scale_factor=self.factor, mode="nearest")
-        if self.bias_map is None:
-            assert state is not None
-            return state
-        return self.bias_map.expand(n, -1, -1, -1) if state is None else state + self.bias_map
+        return state if self.bias_map is None else state + self.bias_map
 
     def prior_of(self, state: Tensor) -> tuple[Diagonal, Tensor]:
         """p(z_l | z_<l), and the features that the layer adds independently of the draw."""
@@ -267,7 +266,6 @@ class HierarchyLayer(nn.Module):
 
 
 def _diagonal(raw: Tensor) -> Diagonal:
-    """Mean and log-std, in float32 at least."""
     return Diagonal(*at_least_float32(raw).chunk(2, 1))
 
 
@@ -285,16 +283,13 @@ def bottleneck(in_channels: int, out_channels: int, resolution: int, width: int,
     """Four convolutions, each after a GELU, through fewer channels; at resolutions 1 and 2 the kernels are 1×1."""
     within = max(int(width * BOTTLENECK), 1)
     kernel = 3 if resolution > 2 else 1
-    return nn.Sequential(
-        nn.GELU(),
+    convolutions = (
         conv_same(in_channels, within),
-        nn.GELU(),
         conv_same(within, within, kernel),
-        nn.GELU(),
         conv_same(within, within, kernel),
-        nn.GELU(),
         conv_same(within, out_channels, scale=last_scale),
     )
+    return nn.Sequential(*(module for convolution in convolutions for module in (nn.GELU(), convolution)))
 
 
 def conv_same(in_channels: int, out_channels: int, kernel: int = 1, scale: float = 1.0) -> nn.Conv2d:
@@ -372,7 +367,7 @@ class HierarchicalNetwork(Network):
         noise: Noise | None = None,
         condition: Tensor | None = None,
     ) -> Inference:
-        """Decode one posterior draw of every layer, from the top down; the KL is in closed form, summed over each layer's map."""
+        """Decode one posterior draw of every layer, from the top down; KL in closed form, summed over each layer."""
         self.refuse_unread(context, mask, condition)
         h, draws = self._infer(x, noise)
         return Inference(
@@ -399,7 +394,7 @@ class HierarchicalNetwork(Network):
         return [draw.z for draw in self._infer(x, noise)[1]]
 
     def latent_kl(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
-        """KL(q‖p) of each latent, given a draw of the layers above: ``(batch, latent_dim, rows, columns)`` each, in nats."""
+        """KL(q‖p) of each latent, given a draw of the layers above: ``(batch, latent_dim, rows, columns)`` each."""
         return [draw.latent_kl for draw in self._infer(x, noise)[1]]
 
     def decode(
@@ -412,11 +407,7 @@ class HierarchicalNetwork(Network):
     ) -> Tensor:
         """Features of latents; the layers below the last one given are drawn from their priors.
 
-        Args:
-            z: latents of the top layer, or more, ``(batch, latent_dim, rows, columns)`` each.
-            condition: refused.
-            generator: for the layers that are drawn.
-            temperature: for the layers that are drawn.
+        ``z`` are those of the top layer or more, ``(batch, latent_dim, rows, columns)`` each.
 
         Raises:
             ValueError: none or too many are given, or one does not have its layer's shape.
@@ -474,7 +465,7 @@ class HierarchicalNetwork(Network):
         return features
 
     def _descend(self, n: int, choose: Choose) -> Tensor:
-        """Go through the layers from the top down; inference and generation differ in how a layer's latents are chosen."""
+        """Go through the layers from the top down."""
         state: Tensor | None = None
         for layer in self.decoder:
             assert isinstance(layer, HierarchyLayer)
@@ -487,26 +478,20 @@ class HierarchicalNetwork(Network):
         return functional.pixel_shuffle(features, self.patch)[..., : self.rows, : self.columns]
 
 
-class _Preset(NamedTuple):
-    plan: Callable[[int], HierarchyPlan]
-    """Makes the plan from the image's longer side."""
-    width: int
-    latent_dim: int
-
-
-def _plan_of(text: str) -> Callable[[int], HierarchyPlan]:
-    """The plan for an image's longer side, from a preset's name or a plan."""
-    if text in PRESETS:
-        return PRESETS[text].plan
+def _plan_of(text: str, size: int) -> HierarchyPlan:
+    """The plan that a preset's name or a text stands for, where images have this longer side."""
+    if text == "tiny":  # two resolutions: 1, and at most 8, where convolutions cost little
+        top = -(-size // -(-size // 8))
+        return HierarchyPlan.parse(f"{top}x2,{top}d{top},1/1,{top}m1,{top}x2")
+    if text == "cifar10":
+        return HierarchyPlan.parse(CIFAR10)
     if "/" not in text:
-        raise ValueError(f"a plan is one of {', '.join(PRESETS)}, or ENCODER/DECODER as in 14,14d14/1,14m1; got {text!r}")
-    plan = HierarchyPlan.parse(text)
-    return lambda size: plan
+        raise ValueError(f"a plan is one of tiny, cifar10, or ENCODER/DECODER as in 14,14d14/1,14m1; got {text!r}")
+    return HierarchyPlan.parse(text)
 
 
 def _checked_plan(text: str) -> dict[str, str]:
-    """Keyword arguments for the text after the colon."""
-    _plan_of(text)
+    _plan_of(text, SMALLEST)
     return {"plan": text}
 
 
@@ -529,14 +514,13 @@ def hierarchical(
 
     ``tiny`` runs on a CPU, for images of any size: it has layers of latents at 1×1 and at most 8×8. ``cifar10`` has the
     published sizes: 43 layers of latents, 39 million parameters. A plan of your own, such as
-    ``28x2,28d4,7,7d7/1,7m1,7,28m7,28``, is read by
-    :meth:`HierarchyPlan.parse`.
+    ``28x2,28d4,7,7d7/1,7m1,7,28m7,28``, is read by :meth:`HierarchyPlan.parse`.
 
     Args:
         shape: of one example, ``(C, H, W)``.
         out_channels: ``likelihood.in_channels``.
-        latent_dim: channels of each layer of latents; the preset's unless given (for a plan of your own, tiny's).
-        width: channels between blocks; likewise.
+        latent_dim: channels of each layer of latents; 16 for cifar10, else 8, unless given.
+        width: channels between blocks; 384 for cifar10, else 128, unless given.
         plan: tiny, cifar10, or ``ENCODER/DECODER``.
 
     Raises:
@@ -551,20 +535,11 @@ def hierarchical(
             f"the hierarchical network reads images (C, H, W) of at least {SMALLEST}×{SMALLEST}, got an example of shape"
             f" {tuple(shape)}; use the mlp network for tables, series and tiny images"
         )
-    preset = PRESETS.get(plan, PRESETS["tiny"])
+    default_latents, default_width = (16, 384) if plan == "cifar10" else (8, 128)
     return HierarchicalNetwork(
         shape,
         out_channels,
-        _plan_of(plan)(max(shape[1:])),
-        preset.latent_dim if latent_dim is None else latent_dim,
-        preset.width if width is None else width,
+        _plan_of(plan, max(shape[1:])),
+        default_latents if latent_dim is None else latent_dim,
+        default_width if width is None else width,
     )
-
-
-def _tiny(size: int) -> HierarchyPlan:
-    """Two resolutions: 1, and at most 8, where convolutions cost little."""
-    top = -(-size // -(-size // 8))
-    return HierarchyPlan.parse(f"{top}x2,{top}d{top},1/1,{top}m1,{top}x2")
-
-
-PRESETS = {"tiny": _Preset(_tiny, 128, 8), "cifar10": _Preset(lambda size: HierarchyPlan.parse(CIFAR10), 384, 16)}

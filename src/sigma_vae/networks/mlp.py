@@ -12,7 +12,7 @@ from sigma_vae.registry import register
 __all__ = ["mlp"]
 
 START_LOG_VARIANCE = -4.0
-"""The untrained posterior's log-variance. At 0 its N(0, 1) noise hides every latent, and latents are lost while σ is still large."""
+"""The untrained posterior's log-variance: at 0 its noise hides every latent, while σ is still large."""
 
 
 @register.network("mlp", latents="flat", reads_clips=False, has_prior=True)

@@ -49,15 +49,12 @@ def residual(shape: Sequence[int], out_channels: int, latent_dim: int = 20, widt
     that activations do not grow with depth (in the manner of Zhang et al. 2019, arXiv 1901.09321). Those of the last
     layers are divided by twenty, so that an untrained decoder gives features near 0 for every z.
 
-    With 28×28×1 data a pass costs a tenth of the multiply-adds of :func:`conv`. There are more weights, most of them in
-    the dense layers.
-
     Args:
         shape: of one example: an image ``(C, H, W)`` or a series ``(C, T)``.
         out_channels: ``likelihood.in_channels``.
         latent_dim: size of z.
-        width: channels of the first level, at half the data's size. They double from level to level, up to eightfold.
-            The dense layers have 32 times as many units.
+        width: channels at half the data's size; they double with each level, up to eightfold. Dense layers have 32
+            times as many units.
 
     Raises:
         ValueError: the data are neither images nor series, or an axis is shorter than 4.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -40,7 +41,7 @@ Spread = Callable[[Tensor], Tensor]
 
 
 class State(NamedTuple):
-    """State of the three recurrences, each ``(hidden, cell)`` of ``(layers, batch, rnn_size)``; None before the first step."""
+    """State of each recurrence, ``(hidden, cell)`` of ``(layers, batch, rnn_size)``; None before the first step."""
 
     posterior: LstmState | None = None
     prior: LstmState | None = None
@@ -60,7 +61,7 @@ class Moments(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Result of several steps: predicted codes ``(batch, steps, code_dim)``, latents, and the Gaussians behind the latents."""
+    """Predicted codes ``(batch, steps, code_dim)``, and latents with their Gaussian and their prior."""
 
     codes: Tensor
     z: Tensor
@@ -68,13 +69,13 @@ class Steps(NamedTuple):
     prior: Moments
 
     def kl(self) -> Tensor:
-        """KL of the drawn-from Gaussian to the prior in closed form, ``(batch, steps)``, in nats."""
+        """KL(q‖p) in closed form, ``(batch, steps)``, in nats."""
         q, p = self.drawn_from, self.prior
         spread = (torch.exp(q.log_variance) + (q.mean - p.mean).square()) * torch.exp(-p.log_variance)
         return 0.5 * (p.log_variance - q.log_variance + spread - 1).sum(-1)
 
     def log_ratio(self) -> Tensor:
-        """Log-density of the latents under the prior, minus that under the Gaussian they were drawn from, ``(batch, steps)``."""
+        """Log p(z) − log q(z), ``(batch, steps)``, in nats."""
         return self.prior.log_prob(self.z) - self.drawn_from.log_prob(self.z)
 
 
@@ -86,7 +87,7 @@ class Recurrence(nn.Module):
     in and returned.
 
     Args:
-        code_dim: size of a frame's code, the encoder's vector for it.
+        code_dim: size of a frame's code.
         latent_dim: size of each frame's latents.
         rnn_size: width of the LSTMs.
         learned_prior: whether the prior depends on the frames before; otherwise it is N(0, I).
@@ -116,10 +117,9 @@ class Recurrence(nn.Module):
 
         Args:
             before: codes ``(batch, steps, code_dim)`` of the frames to step from.
-            after: codes of the frames that follow, from which the posterior draws the latents; None: the prior draws
-                them.
+            after: codes of the next frames, from which the posterior draws the latents; None: the prior draws them.
             draw: source of standard normal numbers, asked for ``(batch, latent_dim)`` once per step.
-            state: state to continue from.
+            state: to continue from.
         """
         batch, length = before.shape[:2]
         if self.prior is not None:
@@ -207,7 +207,7 @@ class FrameEncoder(nn.Module):
 
 @final
 class FrameDecoder(nn.Module):
-    """Decode codes ``(frames, code_dim)``, with the skip connections of their clips, to features ``(frames, out_channels, H, W)``.
+    """Decode codes ``(frames, code_dim)``, with skip connections, to features ``(frames, out_channels, H, W)``.
 
     Args:
         stem: from a code ``(frames, code_dim, 1, 1)`` to the smallest map.
@@ -222,7 +222,7 @@ class FrameDecoder(nn.Module):
         self.stages = nn.ModuleList(stages)
 
     def shares(self, skips: Sequence[Tensor]) -> list[Tensor]:
-        """Contribution of skip connections ``(clips, ...)``, finest first, to each stage: the same in all frames of a clip."""
+        """Share of skip connections ``(clips, ...)``, finest first, in each stage: the same in all frames of a clip."""
         stages = [stage for stage in self.stages if isinstance(stage, _Join)]
         return [stage.share(skip) for stage, skip in zip(stages, reversed(skips), strict=True)]
 
@@ -235,20 +235,14 @@ class FrameDecoder(nn.Module):
 
 
 def dcgan(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: int = 128) -> Backbone:
-    """SVG's DCGAN: 4×4 convolutions of stride 2 that double the width each time, up to eightfold, and their mirror image.
+    """SVG's DCGAN: 4×4 convolutions of stride 2 that double the width, up to eightfold, and their mirror image.
 
     Frames of 64×64 pass four such stages (64, 128, 256, 512 channels), of 32×32 three, of 128×128 five; a 4×4
     convolution then gives the code, through batch norm and tanh. The decoder's last layer gives features; the
     original's sigmoid belongs to the likelihood.
 
-    Args:
-        shape: of a frame, ``(C, H, W)``.
-        out_channels: ``likelihood.in_channels``.
-        width: channels of the first stage.
-        code_dim: size of a code.
-
     Raises:
-        ValueError: the frames are not square with a side of 8, 16, 32, 64, ...
+        ValueError: the frames ``(C, H, W)`` are not square with a side of 8, 16, 32, 64, ...
 
     >>> encoder, decoder = dcgan((1, 64, 64), out_channels=1)
     >>> code, skips = encoder(torch.zeros(6, 1, 64, 64))
@@ -260,13 +254,9 @@ def dcgan(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: in
     widths = _widths(shape, width)
     inputs = [shape[0], *widths[:-1]]
     stages = [_block(nn.Conv2d(i, o, 4, 2, 1)) for i, o in zip(inputs, widths, strict=True)]
-    joins = [
-        _Join(nn.ConvTranspose2d(2 * widths[i], widths[i - 1], 4, 2, 1), [_normed(widths[i - 1])])
-        for i in range(len(widths) - 1, 0, -1)
-    ]
+    joins = [_Join(nn.ConvTranspose2d(2 * i, o, 4, 2, 1), [_normed(o)]) for o, i in reversed(list(pairwise(widths)))]
     joins.append(_Join(nn.ConvTranspose2d(2 * widths[0], out_channels, 4, 2, 1), []))
-    encoder = FrameEncoder(stages, nn.Identity(), _head(widths[-1], code_dim))
-    return _initialised(Backbone(encoder, FrameDecoder(_stem(code_dim, widths[-1]), nn.Identity(), joins)))
+    return _backbone(stages, nn.Identity(), nn.Identity(), joins, widths[-1], code_dim)
 
 
 def vgg(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: int = 128) -> Backbone:
@@ -294,9 +284,7 @@ def vgg(shape: Sequence[int], out_channels: int, width: int = 64, code_dim: int 
         joins.append(_Join(nn.Conv2d(2 * widths[i], widths[i], 3, 1, 1), [_normed(widths[i]), *rest]))
     last = [_normed(width), nn.ConvTranspose2d(width, out_channels, 3, 1, 1)]
     joins.append(_Join(nn.Conv2d(2 * width, width, 3, 1, 1), last))
-    encoder = FrameEncoder(stages, nn.MaxPool2d(2), _head(widths[-1], code_dim))
-    upsample = nn.Upsample(scale_factor=2, mode="nearest")
-    return _initialised(Backbone(encoder, FrameDecoder(_stem(code_dim, widths[-1]), upsample, joins)))
+    return _backbone(stages, nn.MaxPool2d(2), nn.Upsample(scale_factor=2, mode="nearest"), joins, widths[-1], code_dim)
 
 
 @contextmanager
@@ -370,24 +358,19 @@ def _layer(inputs: int, outputs: int) -> nn.Sequential:
     return _block(nn.Conv2d(inputs, outputs, 3, 1, 1))
 
 
-def _head(inputs: int, code_dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, code_dim, 4), nn.BatchNorm2d(code_dim), nn.Tanh())
-
-
-def _stem(code_dim: int, outputs: int) -> nn.Sequential:
-    return _block(nn.ConvTranspose2d(code_dim, outputs, 4))
-
-
-def _initialised(backbone: Backbone) -> Backbone:
-    """Draw weights from N(0, 0.02²) and gains from N(1, 0.02²), and set biases to 0, as published."""
-    with torch.no_grad():
-        for part in backbone:
-            for module in part.modules():
-                if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
-                    assert module.bias is not None
-                    mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
-                    module.weight.normal_(mean, INITIAL_STD)
-                    module.bias.zero_()
+@torch.no_grad()
+def _backbone(
+    stages: Sequence[nn.Module], down: nn.Module, up: nn.Module, joins: "Sequence[_Join]", width: int, code_dim: int
+) -> Backbone:
+    """Add first and last layers; draw weights from N(0, 0.02²) and gains from N(1, 0.02²), as published."""
+    head = nn.Sequential(nn.Conv2d(width, code_dim, 4), nn.BatchNorm2d(code_dim), nn.Tanh())
+    stem = _block(nn.ConvTranspose2d(code_dim, width, 4))
+    backbone = Backbone(FrameEncoder(stages, down, head), FrameDecoder(stem, up, joins))
+    for module in (module for part in backbone for module in part.modules()):
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
+            assert module.bias is not None
+            module.weight.normal_(1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, INITIAL_STD)
+            module.bias.zero_()
     return backbone
 
 
@@ -405,21 +388,16 @@ class SequenceNetwork(Network):
         \sigma^2_\psi(c_{1:t-1})), \quad h_t = \text{decoder}(g(c_{t-1}, z_t, \dots), \text{skips})
 
     (the fixed prior is N(0, I)). The skip connections are those of the last conditioning frame (in the published code,
-    of the one before).
-
-    The first frames of a clip are given and not modelled: the bound is
+    of the one before). The first frames of a clip are given and not modelled: the bound is
 
     .. math::
         \log p(x_{c+1:T}|x_{1:c}) \ge E_q \sum_{t>c} \left[ \log p(x_t|x_{<t}, z_{\le t}) - KL(q(z_t|x_{\le t}) \|
         p(z_t|x_{<t})) \right],
 
     a sum over *predicted* frames; SVG's loss also counts the conditioning frames, from the second on, and weights the
-    KL. Latents of the conditioning frames are drawn from their posterior, which sees only these frames. Prediction
-    draws them in the same way, so they are part of the conditional model and cost nothing.
-
-    Frames are encoded all at once. In training, batch norm takes its statistics over all valid frames of the batch (the
-    published code: over one time step). In eval mode it uses the running statistics, so that no number depends on the
-    batch. No state is kept between calls.
+    KL. Latents of the conditioning frames are drawn from their posterior, which sees only these frames, in prediction
+    too: they cost nothing. In training, batch norm takes its statistics over all valid frames of the batch (the
+    published code: over one time step). No state is kept between calls.
 
     Args:
         encoder: of frames, to codes and skip connections.
@@ -430,9 +408,6 @@ class SequenceNetwork(Network):
     Shapes:
         x ``(batch, T, C, H, W)`` with values in [0, 1]; h ``(batch, T − context, in_channels, H, W)``; kl ``(batch,
         1)``, log_ratio ``(batch,)``, both summed over the predicted frames that are valid.
-
-    Raises:
-        ValueError: ``context_frames`` is below 1.
 
     >>> network = sequence((1, 32, 32), out_channels=2, latent_dim=4, width=4, context_frames=2)
     >>> inference = network.infer(torch.rand(3, 7, 1, 32, 32))
@@ -471,10 +446,8 @@ class SequenceNetwork(Network):
         Args:
             x: whole clips; or, with ``context``, the frames that follow it.
             context: the conditioning frames ``(batch, frames, C, H, W)``.
-            mask: ``(batch, T)``, True for the valid frames of x, which come first in each clip. The other frames change
-                no number.
-            noise: source of standard normal numbers, asked for ``(batch, latent_dim)`` once per frame from the second
-                on.
+            mask: ``(batch, T)``, True for the valid frames of x, which come first. Others change no number.
+            noise: asked for ``(batch, latent_dim)`` once per frame from the second on.
             condition: refused.
 
         Raises:
@@ -502,16 +475,9 @@ class SequenceNetwork(Network):
         frames: int = FRAMES,
         show: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Features ``(n, frames, in_channels, H, W)`` of predictions; see :meth:`predict`.
+        """Features ``(n, frames, in_channels, H, W)`` of predictions from the context of one clip, or of n clips.
 
-        Args:
-            n: number of predictions.
-            context: conditioning frames, of one clip for all or of n clips, ``(1 or n, frames, C, H, W)``.
-            generator: source of the latents' randomness.
-            temperature: scales the latents' spread.
-            condition: refused.
-            frames: number of frames to predict.
-            show: turns features into the frame from which the next one is predicted: ``lambda h: likelihood(h).mean``.
+        See :meth:`predict`; ``show`` is for example ``lambda h: likelihood(h).mean``.
 
         Raises:
             ValueError: context or show is missing, or does not fit.
@@ -538,16 +504,14 @@ class SequenceNetwork(Network):
         Args:
             context: conditioning frames ``(n, past, C, H, W)``, at least one.
             frames: number of frames to predict; a longer prediction begins as a shorter one does.
-            show: turns features ``(n, in_channels, H, W)`` into frames ``(n, C, H, W)``. With the likelihood's mean, it
-                predicts as SVG does; with draws, the predictions are draws from the model that the ELBO bounds.
-            noise: source of standard normal numbers, asked for ``(n, latent_dim)`` once per frame from the second on.
-            temperature: scales the spread of all latents; at 0 a prediction is deterministic unless ``show`` draws.
+            show: turns features ``(n, in_channels, H, W)`` into frames: the likelihood's mean (SVG's way), or draws.
+            noise: asked for ``(n, latent_dim)`` once per frame from the second on.
+            temperature: scales the spread of all latents.
             batch_statistics: let batch norm use the statistics of the frames at hand in any mode, as the published
-                evaluation does. Predictions then depend on each other. Running statistics do not change.
+                evaluation does. Predictions then depend on each other.
 
         Raises:
-            ValueError: context is not a batch of clips or has no frame, ``frames`` is below 1, or the temperature is
-                negative or not finite.
+            ValueError: context is no batch of clips with frames, or a number is out of range.
         """
         _check_clip("context", context)
         if frames < 1:
@@ -604,7 +568,6 @@ class SequenceNetwork(Network):
         return _put(code, mask), [skip[last] for skip in skips]
 
     def _decode(self, codes: Tensor, shares: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        """Features ``(batch, T, in_channels, H, W)`` of codes ``(batch, T, code_dim)``."""
         batch, length = codes.shape[:2]
         if mask is None:
             features: Tensor = self.decoder(codes.flatten(0, 1), shares, lambda share: share.repeat_interleave(length, 0))
@@ -649,12 +612,10 @@ def _put(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sum_over(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum ``(batch,)`` over the valid frames."""
     return values.sum(1) if mask is None else values.masked_fill(~mask, 0).sum(1)
 
 
 def _variant(text: str) -> dict[str, object]:
-    """Keyword arguments for ``dcgan``, ``vgg``, ``dcgan-fixed`` or ``vgg-fixed``."""
     backbone, fixed, rest = text.partition("-fixed")
     if backbone not in BACKBONES or rest:
         raise ValueError(f"the backbone is one of {', '.join(BACKBONES)}, with -fixed for the prior N(0, I); got {text!r}")
@@ -684,7 +645,7 @@ def sequence(
         out_channels: ``likelihood.in_channels``.
         latent_dim: size of each frame's latents.
         width: channels of the first stage; 16 makes a model for a CPU.
-        backbone: ``"dcgan"`` or ``"vgg"``.
+        backbone: a name.
         context_frames: number of given frames at the start of a clip.
         learned_prior: SVG-LP; False for SVG-FP, whose prior is N(0, I).
 

@@ -43,17 +43,7 @@ class FittedPrior(Prior):
 
     @abstractmethod
     def fit(self, latents: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
-        """Fit the density in float64 on the CPU, and store it with this module's dtype and device.
-
-        Args:
-            latents: posterior draws ``(n, latent_dim)``, ``least_latents`` or more.
-            held_out: other draws ``(m, latent_dim)``, for choices such as the number of components; unused where there
-                is no choice.
-            seed: seed of the fit's randomness.
-
-        Raises:
-            ValueError: the latents are too few, not finite, or of another size.
-        """
+        """Fit as :meth:`Prior.fit` says: in float64 on the CPU, stored in this module's dtype and device."""
 
     def checked(self, latents: Tensor, least: int | None = None) -> Tensor:
         """Check shape and number of the latents, and convert them to float64 on the CPU."""

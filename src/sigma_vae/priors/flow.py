@@ -56,7 +56,7 @@ class FlowPrior(FittedPrior):
         self.transform = _transform(latent_dim, seed=0)
 
     def fit(self, latents: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
-        """Maximise the density of the latents by Adam, stop when that of the held-out ones no longer rises, and keep the best.
+        """Maximise the density of the latents by Adam, and keep the weights that are best for held-out ones.
 
         Without held-out latents, a tenth of the latents is held out.
 
@@ -126,7 +126,7 @@ def _maximise(transform: nn.Module, latents: Tensor, held_out: Tensor, generator
 
 
 def _transform(latent_dim: int, seed: int) -> nn.Module:
-    """Zuko's transform with seeded weights; the global generator stays, and so do torch's checks, which zuko switches off."""
+    """Zuko's transform with seeded weights; keeps the global generator, and torch's checks, which zuko switches off."""
     checks = Distribution._validate_args, Distribution.__dict__["arg_constraints"]
     try:
         from zuko.flows import NSF  # type: ignore[import-untyped]

@@ -52,9 +52,6 @@ class MixturePrior(FittedPrior):
         means ``(components, latent_dim)``, scale_trils (Cholesky factors of the covariances) ``(components, latent_dim,
         latent_dim)``.
 
-    Raises:
-        ValueError: components is below 1.
-
     >>> latents = torch.randn(400, 2, generator=torch.Generator().manual_seed(0)) + 10 * (torch.arange(400) % 2)[:, None]
     >>> prior = MixturePrior(latent_dim=2)
     >>> prior.fit(latents[:300], held_out=latents[300:])
@@ -103,12 +100,9 @@ class MixturePrior(FittedPrior):
             fitted = _chosen(some, _some(self.checked(held_out, least=1), seed), seed)
         self.moments.fit(some)
         self.components = len(fitted.weights_)
-        for name, values in (("log_weights", fitted.weights_), ("means", fitted.means_), ("scale_trils", fitted.covariances_)):
-            stored = torch.from_numpy(values)
-            stored = (
-                stored.log() if name == "log_weights" else torch.linalg.cholesky(stored) if name == "scale_trils" else stored
-            )
-            setattr(self, name, stored.to(getattr(self, name)))
+        self.log_weights = torch.from_numpy(fitted.weights_).log().to(self.log_weights)
+        self.means = torch.from_numpy(fitted.means_).to(self.means)
+        self.scale_trils = torch.linalg.cholesky(torch.from_numpy(fitted.covariances_)).to(self.scale_trils)
         self.fitted = True
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -127,7 +121,7 @@ class MixturePrior(FittedPrior):
         return drawn_kl(self, self.moments, posterior, z)
 
     def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        """Draw n components, and one latent vector of each; the temperature scales the Gaussians' spread, not the weights."""
+        """Draw n components, and one latent vector of each; the temperature scales the Gaussians' spread."""
         self.require_fitted()
         which = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
         unit = torch.empty(n, self.latent_dim, device=self.means.device, dtype=self.means.dtype).normal_(generator=generator)

@@ -23,16 +23,10 @@ def compare(outs: Sequence[Path], *, paired: bool = False, device: str = "auto")
     """Set finished runs side by side: a row for each run, with the numbers that its metrics compare.
 
     Bits per dimension compare between all decoders; nats of a density do not compare with nats of levels, and are None
-    unless all runs observe the same. Both runs' means are over the same examples, so the standard error of each says
-    little about their difference: ``paired`` scores every example of each run anew, under noise of the example, and
-    gives the mean difference to the first run, with its own standard error. Fréchet distances are those of decoder
-    means; different numbers of images have different rows. Where a run has a fitted prior, those of N(0, I) stand
-    beside them.
-
-    Args:
-        outs: folders of finished runs.
-        paired: whether to score examples anew, for differences.
-        device: device of the scoring.
+    unless all runs observe the same. The means of runs are over the same examples, so their standard errors say little
+    about their difference: ``paired`` scores every example of each run anew, on the device, and gives the mean
+    difference to the first run, with its own standard error. Fréchet distances are those of decoder means; where a run
+    has a fitted prior, those of N(0, I) stand beside them.
 
     Raises:
         ValueError: fewer than two runs, one that has no evaluation or one of other weights, or evaluations of different

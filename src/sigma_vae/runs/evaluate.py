@@ -44,16 +44,11 @@ def evaluate_run(
     *,
     device: str = "auto",
 ) -> Evaluation:
-    """Evaluate a finished run, and write ``evaluation.json`` (or ``evaluation-validation.json``).
+    """Evaluate a finished run on a device, and write ``evaluation.json`` (or ``evaluation-validation.json``).
 
     Each metric has its own section, which says how it was measured. Sections that are not asked for this time are kept,
     as long as they are about the same weights. Under ``torchrun`` the processes share the work; some metrics
     (``quality``, ``predictions``) are measured by the first one, while the others wait.
-
-    Args:
-        out: folder of the run.
-        settings: metrics beside the bounds, and how to measure them.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
 
     Raises:
         ValueError: there is no such run, a metric does not apply to it, or another process is working in its folder.
@@ -73,7 +68,7 @@ def evaluate_anew(out: Path, settings: EvaluationSettings, device: str) -> Evalu
 def _store_with_pages(out: Path, report: Evaluation, title: str) -> Evaluation:
     for name, metric in metrics().items():
         if metric.draws_page and name in report.results:
-            metric.draw_page(report.results[name], _page(out, name, report.about["split"]), title)
+            metric.draw_page(report.results[name], _file(out, name, ".png", report.about["split"]), title)
     return store(out, report)
 
 
@@ -112,7 +107,7 @@ def evaluation(out: Path, run: Run, settings: EvaluationSettings = BOUNDS_ALONE)
 def store(out: Path, report: Evaluation) -> Evaluation:
     """Write the report, with the sections that are kept, and return the whole."""
     report = with_kept(out, report)
-    write_json(_path(out, report.about["split"]), report.to_json())
+    write_json(_file(out, "evaluation", ".json", report.about["split"]), report.to_json())
     remove_stale_pages(out, report)
     return report
 
@@ -132,7 +127,7 @@ def remove_stale_pages(out: Path, report: Evaluation) -> None:
     """Remove pages of results that the report does not have: they are about other weights."""
     for name, metric in metrics().items():
         if metric.draws_page and name not in report.results:
-            _page(out, name, report.about["split"]).unlink(missing_ok=True)
+            _file(out, name, ".png", report.about["split"]).unlink(missing_ok=True)
 
 
 def read_evaluation(out: Path, split: SplitName = "test") -> Evaluation:
@@ -141,19 +136,15 @@ def read_evaluation(out: Path, split: SplitName = "test") -> Evaluation:
     Raises:
         ValueError: it is missing or broken.
     """
-    path = _path(out, split)
+    path = _file(out, "evaluation", ".json", split)
     try:
         return Evaluation.from_json(read_json(path))
     except ValueError as error:
         raise ValueError(f"{path} does not hold what an evaluation writes ({error}); evaluate the run anew") from error
 
 
-def _path(out: Path, split: SplitName) -> Path:
-    return out / ("evaluation.json" if split == "test" else f"evaluation-{split}.json")
-
-
-def _page(out: Path, name: str, split: SplitName) -> Path:
-    return out / (f"{name}.png" if split == "test" else f"{name}-{split}.png")
+def _file(out: Path, name: str, ending: str, split: SplitName) -> Path:
+    return out / (name + ("" if split == "test" else f"-{split}") + ending)
 
 
 def draw(out: Path, vae: VAE, data: Splits) -> None:

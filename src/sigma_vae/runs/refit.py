@@ -10,7 +10,7 @@ from sigma_vae.config import DataConfig, EvaluationSettings, RunConfig, read, wr
 from sigma_vae.data import Splits, names
 from sigma_vae.data.splits import SplitName
 from sigma_vae.evaluation import Evaluation
-from sigma_vae.evaluation.elbo import has_fitted_prior
+from sigma_vae.evaluation.elbo import has_fitted_prior, refitted_scales
 from sigma_vae.evaluation.plots import drawable
 from sigma_vae.runs.evaluate import draw, evaluate_anew, evaluation, remove_stale_pages, with_kept
 from sigma_vae.runs.folder import (
@@ -139,9 +139,8 @@ def _kind(data: Splits) -> str:
 
 
 def _sigma(likelihood: Likelihood) -> dict[str, float | None]:
-    """The refitted σ (or factor) for each measure; the geometric mean where there are many."""
-    log_scales = likelihood.refitted_log_scales()
-    return {name: float(log_scales[name].mean().exp()) if name in log_scales else None for name in ("density", "level")}
+    known = refitted_scales(likelihood)
+    return {name: known.get(name) for name in ("density", "level")}
 
 
 def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> Evaluation:
@@ -151,14 +150,8 @@ def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> Eva
     together: after a failure the run is as it was. The run is then the one that training with ``prior=...`` would have
     made.
 
-    Args:
-        out: folder of the run.
-        prior: name of the prior: ``mixture`` (number of components chosen on the validation split), ``mixture:20``,
-            ``gaussian``, ``flow``; ``standard`` goes back to N(0, I).
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-
-    Returns:
-        The evaluation, as in ``evaluation.json``.
+    The prior is ``mixture`` (number of components chosen on the validation split), ``mixture:20``, ``gaussian`` or
+    ``flow``; ``standard`` goes back to N(0, I). The result is the evaluation, as in ``evaluation.json``.
 
     Raises:
         ValueError: there is no such run or prior, the run's network has no single layer of flat latents, or another

@@ -89,10 +89,7 @@ def _begin(config: RunConfig, out: Path, environment: dict[str, Any]) -> None:
 def resume(out: Path, *, epochs: int | None = None, progress: bool = True) -> Evaluation:
     """Continue a run exactly where it stopped; from the beginning, if it has no checkpoint yet.
 
-    Args:
-        out: folder of the run.
-        epochs: total number of epochs, in place of the run's own.
-        progress: whether a progress bar is shown.
+    ``epochs`` is the total number of epochs, in place of the run's own.
 
     Raises:
         ValueError: the folder holds no run, its data have changed, it has more than these epochs behind it, all its
@@ -139,13 +136,7 @@ def rerun(out: Path) -> dict[str, Any]:
     try:
         vae = models.sized(replace(config.model, prior="standard"), tuple(shape), scaling, sizes)
         begins = first_broken(vae, step, config.training)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-    ) as error:  # tensors of any kind and size
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:  # tensors of any kind and size
         raise ValueError(f"{out / FILE} does not fit the model of {out}: {error}") from error
     return {name: step.about.get(name) for name in ("step", "split", "diagnosis")} | {"begins_in": begins}
 

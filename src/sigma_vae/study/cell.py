@@ -137,7 +137,7 @@ def do(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
 
 
 def _without_places(text: str, out: Path) -> str:
-    """Make paths relative to the study's folder, the current one or the package's, so that they are equal on every machine."""
+    """Shorten paths in the study's folder, the current one or the package's, so that they are equal on every machine."""
     places = {str(out), os.getcwd(), *filter(os.path.isabs, sys.path)} - {os.sep}
     for place in sorted(places, key=len, reverse=True):
         text = text.replace(place.rstrip(os.sep) + os.sep, "")

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,25 +114,30 @@ class Setting:
         given = {arm: sigma for arm, name in self.arms.items() if (sigma := given_sigma(name)) is not None}
         return dict(sorted(given.items(), key=lambda pair: pair[1]))
 
-    def first(self, likelihood: str) -> str | None:
-        """The first arm with this likelihood."""
-        return next((arm for arm, name in self.arms.items() if name == likelihood), None)
+    def first(self, *likelihoods: str) -> str | None:
+        """The first arm with the first of these likelihoods that the study has."""
+        return next((arm for likelihood in likelihoods for arm, name in self.arms.items() if name == likelihood), None)
 
     @property
     def unit(self) -> str | None:
         """The arm with σ = 1."""
         return next((arm for arm, sigma in self.fixed.items() if sigma == 1), None)
 
-    def values(self, arm: str | None, metric: str, prior: str, split: str = "test") -> "pd.Series[float]":
-        """The metric by seed; empty where nothing is known."""
+    def values(self, arm: str | None, metric: str, prior: str | None = None, split: str = "test") -> "pd.Series[float]":
+        """The metric by seed, with the plain prior unless given; empty where nothing is known."""
         rows = self.table
         if metric not in rows.columns:
             return rows.iloc[:0]["seed"].astype(float)
-        chosen = rows[(rows[ARM] == arm) & (rows["prior"] == prior) & (rows["split"] == split)]
+        chosen = rows[(rows[ARM] == arm) & (rows["prior"] == (prior or self.plain)) & (rows["split"] == split)]
         return chosen.set_index("seed")[metric].dropna()
 
-    def difference(self, metric: str, ours: str | None, theirs: str | None, prior: str) -> Difference | None:
-        """Ours minus theirs, paired by seed; None where no seed has both."""
+    def mean(self, arm: str | None, metric: str, prior: str | None = None) -> float:
+        """The mean of the metric over seeds, on the test split."""
+        return float(self.values(arm, metric, prior).mean())
+
+    def difference(self, metric: str, ours: str | None, theirs: str | None, prior: str | None = None) -> Difference | None:
+        """Ours minus theirs, paired by seed, with the plain prior unless given; None where no seed has both."""
+        prior = prior or self.plain
         both = (self.values(arm, metric, prior).index for arm in (ours, theirs))
         if not set.intersection(*map(set, both)):
             return None
@@ -150,7 +155,7 @@ class Setting:
         if len(there) < LEAST_GRID:
             return Choice(None, "")
         rows = self.table[self.table["prior"] == self.plain]
-        return self._chosen(str(chosen_on_validation(rows, ARM, there, ELBO, highest=True).place[ARM]), self.fixed, there)
+        return _choice(str(chosen_on_validation(rows, ARM, there, ELBO, highest=True).place[ARM]), self.fixed, there)
 
     def best(self, metric: str, prior: str, *, highest: bool) -> Choice:
         """Choose the fixed σ, of three or more, with the best mean of a metric on the test split itself."""
@@ -162,12 +167,8 @@ class Setting:
         arms = list(arms)
         there = self.complete(arms, metric, prior, like)
         choose = max if highest else min
-        best = choose(there, key=lambda arm: float(self.values(arm, metric, prior).mean())) if there else None
-        return self._chosen(best, arms, there)
-
-    def _chosen(self, arm: str | None, of: Iterable[str], there: Sequence[str]) -> Choice:
-        lacking = [name for name in of if name not in there]
-        return Choice(arm, f"; left out, as seeds are missing: {', '.join(lacking)}" if lacking else "")
+        best = choose(there, key=lambda arm: self.mean(arm, metric, prior)) if there else None
+        return _choice(best, arms, there)
 
     def called(self, prior: str) -> str:
         """Name a prior; "standard" is called learned where the network learns its prior."""
@@ -179,7 +180,7 @@ class Setting:
 
     def observes(self, arm: str) -> str | None:
         """Whether the arm's ELBO is of a density or of levels; None where it has none."""
-        known = self.values(arm, "observes", self.plain)[self.values(arm, ELBO, self.plain).index]
+        known = self.values(arm, "observes")[self.values(arm, ELBO).index]
         return str(known.iloc[0]) if len(known) else None
 
     def of(self, arm: str) -> list[Ended]:
@@ -205,6 +206,11 @@ class Setting:
         return bool(network_facts(self.network).get("learns_prior", False) if chosen is None else chosen.default)
 
 
+def _choice(arm: str | None, of: Iterable[str], there: Sequence[str]) -> Choice:
+    left_out = ", ".join(name for name in of if name not in there)
+    return Choice(arm, f"; left out, as seeds are missing: {left_out}" if left_out else "")
+
+
 def _label(cell: Cell, axis: str | None) -> str:
     """The arm of a cell."""
     return cell.config.model.likelihood if axis is None else in_words(cell.place[axis])
@@ -227,7 +233,9 @@ def settings(spec: StudySpec, out: Path) -> list[Setting]:
     table[ARM] = [_label(by_key[key], axis) for key in table["key"]]
     table["seed"] = [by_key[key].config.seed for key in table["key"]]
     found = []
-    for words, arms, there in _grouped(todo, ended, axis):
+    for words in dict.fromkeys(_words(cell, axis) for cell in todo):
+        arms = {_label(cell, axis): cell.config.model.likelihood for cell in todo if _words(cell, axis) == words}
+        there = [done for done in ended if _words(done.cell, axis) == words]
         by_arm = {arm: [done for done in there if _label(done.cell, axis) == arm] for arm in arms}
         rows = table[table["key"].isin([done.cell.key for done in there])]
         found.append(Setting(words, arms, spec.priors, by_arm, rows))
@@ -240,14 +248,6 @@ def _ended(cell: Cell, row: Mapping[Any, Any]) -> Ended:
         return Ended(cell, row["error"], [])
     points = row["curve"]
     return Ended(cell, None, [] if points is None else [(int(point["step"]), float(point["elbo_nats"])) for point in points])
-
-
-def _grouped(
-    todo: Sequence[Cell], ended: Sequence[Ended], axis: str | None
-) -> Iterator[tuple[str, dict[str, str], list[Ended]]]:
-    for words in dict.fromkeys(_words(cell, axis) for cell in todo):
-        arms = {_label(cell, axis): cell.config.model.likelihood for cell in todo if _words(cell, axis) == words}
-        yield words, arms, [done for done in ended if _words(done.cell, axis) == words]
 
 
 def _words(cell: Cell, axis: str | None) -> str:

@@ -7,6 +7,9 @@ from sigma_vae.study.comparisons import ELBO, STANDARD
 from sigma_vae.study.grid import StudySpec, cells, format_place, in_words
 from sigma_vae.study.statistics import shown, summary
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = ["PLOTS", "Card", "Picture", "Section", "Table", "failures", "how_far", "minus", "results"]
 
 PLOTS = "report-files"
@@ -78,10 +81,6 @@ def minus(number: str) -> str:
     return number.replace("-", "−")
 
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
 PAPER = ("paper: ELBO, nats (it prints −ELBO)", "paper: FID")
 LONGEST = 300
 """Characters of an error that a table shows; ``results.parquet`` has all of them."""
@@ -103,12 +102,9 @@ def failures(spec: StudySpec, rows: "pd.DataFrame") -> tuple[Table, ...]:
     """List the cells that failed, with the error of each; nothing where none did."""
     place = {cell.key: format_place(cell.place) for cell in cells(spec)}
     failed = rows[rows["status"] == "failed"].to_dict("records")
-    lines = tuple((place[row["key"]], _short(row["error"]), f"{row['failures']:.0f}") for row in failed)
+    short = [f"{error[:LONGEST]} …" if len(error) > LONGEST else error for error in (row["error"] for row in failed)]
+    lines = tuple((place[row["key"]], error, f"{row['failures']:.0f}") for row, error in zip(failed, short, strict=True))
     return (Table("Cells that failed", ("cell", "error", "times"), lines),) if lines else ()
-
-
-def _short(error: str) -> str:
-    return error if len(error) <= LONGEST else f"{error[:LONGEST]} …"
 
 
 def results(spec: StudySpec, rows: "pd.DataFrame") -> Section:

@@ -89,10 +89,7 @@ def information(setting: Setting) -> Plot | None:
         "marginal_kl_at_least_nats": "marginal KL, at least",
     }
     there = {
-        (arm, kind): found
-        for arm in setting.arms
-        for kind in kinds
-        if len(found := setting.values(arm, f"information.{kind}", setting.plain))
+        (arm, kind): found for arm in setting.arms for kind in kinds if len(found := setting.values(arm, f"information.{kind}"))
     }
     places = {arm: sigma for arm, _ in there if (sigma := _sigma(setting, arm)) is not None}
     if len(places) < 2:
@@ -127,7 +124,7 @@ def information(setting: Setting) -> Plot | None:
 
 
 def frechet(setting: Setting, features: str) -> Plot | None:
-    """Fréchet distance of samples, a row for each arm, a marker for each prior: mean and deviation over seeds."""
+    """Plot the Fréchet distance of samples, a row for each arm, a marker for each prior: mean ± std over seeds."""
     metric = frechet_columns(setting.table)[features]
     there = {
         (arm, prior): found
@@ -165,9 +162,7 @@ def frechet(setting: Setting, features: str) -> Plot | None:
 def coverage(setting: Setting) -> Plot | None:
     """Plot the share of test values inside central intervals against the nominal share, with each arm's own σ."""
     found = {
-        arm: [
-            setting.values(arm, f"calibration.{setting.observes(arm)}.coverage.{percent}", setting.plain) for percent in NOMINAL
-        ]
+        arm: [setting.values(arm, f"calibration.{setting.observes(arm)}.coverage.{percent}") for percent in NOMINAL]
         for arm in setting.arms
     }
     there = {arm: values for arm, values in found.items() if all(map(len, values))}
@@ -279,7 +274,7 @@ def _shown(rows: list[tuple[int, float, float, float]]) -> tuple[float, float]:
 
 def _plane(setting: Setting, arm: str) -> list[tuple[float, float]]:
     """Rate and distortion of each seed."""
-    rate, elbo = (setting.values(arm, metric, setting.plain) for metric in ("rate_nats", ELBO))
+    rate, elbo = (setting.values(arm, metric) for metric in ("rate_nats", ELBO))
     return [(float(rate[seed]), float(-elbo[seed] - rate[seed])) for seed in rate.index if seed in elbo.index]
 
 
@@ -289,7 +284,7 @@ def _middle(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 def _sigma(setting: Setting, arm: str) -> float | None:
     """The σ that the arm is given, or that it has found."""
-    found = setting.values(arm, "sigma_post_hoc_density", setting.plain)
+    found = setting.values(arm, "sigma_post_hoc_density")
     return setting.fixed.get(arm, float(found.mean()) if len(found) else None)
 
 

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, NamedTuple
 from sigma_vae import __version__
 from sigma_vae.study import outcomes, plots
 from sigma_vae.study.cell import CELLS
-from sigma_vae.study.claims import CLAIMS, Verdict, Word, diverges, signed
-from sigma_vae.study.comparisons import ARM, BITS, ELBO, LEARNED, OPTIMAL, STANDARD, Ended, Setting, frechet_columns, settings
+from sigma_vae.study.claims import CLAIMS, Word, diverges, signed
+from sigma_vae.study.comparisons import ARM, BITS, ELBO, LEARNED, OPTIMAL, STANDARD, Setting, frechet_columns, settings
 from sigma_vae.study.grid import StudySpec, cells
 from sigma_vae.study.outcomes import PLOTS, Card, Picture, Section, Table, failures, how_far
 from sigma_vae.study.results import PICTURE, is_kept, tabulate, write_table
 from sigma_vae.study.runner import claim, spec_of
 from sigma_vae.study.statistics import cost
 
-__all__ = ["HOW", "SIGNS", "differences", "ended", "figures", "judged", "keep", "report", "samples", "template", "verdicts"]
+__all__ = ["keep", "report", "verdicts"]
 
 if TYPE_CHECKING:
+    import pandas as pd
     from jinja2 import Template
-
 
 SIGNS = {"holds": "✓", "does not": "✗", "not shown": "?"}
 """Signs beside the words, so that nothing depends on colour alone."""
@@ -49,10 +49,6 @@ def _line(words: str) -> str:
     return " ".join(words.replace("&", "&amp;").replace("<", "&lt;").split())
 
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-
 Draw = Callable[[Setting], plots.Plot | None]
 HOW = (
     "Brackets hold the 95 % bootstrap interval of a mean of differences that are paired by seed. A claim holds where the whole interval"
@@ -68,7 +64,7 @@ def judged(found: Sequence[Setting]) -> Section:
     cards, lacking = [], []
     for each in CLAIMS:
         verdicts = each.verdicts(found)
-        there = tuple((verdict.word, _finding(words, verdict)) for words, verdict in verdicts if not verdict.lacks)
+        there = tuple((verdict.word, _titled(words, verdict.finding)) for words, verdict in verdicts if not verdict.lacks)
         if there:
             cards.append(Card(each.name, each.sentence, there, each.rule))
         else:
@@ -79,8 +75,8 @@ def judged(found: Sequence[Setting]) -> Section:
     return Section("Verdicts", (HOW,), tuple(cards), other)
 
 
-def _finding(words: str, verdict: Verdict) -> str:
-    return f"{words}: {verdict.finding}" if words else verdict.finding
+def _titled(setting: str, words: str) -> str:
+    return f"{setting}: {words}" if setting else words
 
 
 def ended(spec: StudySpec, rows: "pd.DataFrame", found: Sequence[Setting]) -> Section:
@@ -146,8 +142,13 @@ def differences(found: Sequence[Setting]) -> Section:
                 if any(shown):
                     rows.append((words, prior, *shown))
         if rows:
-            caption = f"{setting.words}: {ours} minus" if setting.words else f"{ours} minus"
-            tables.append(Table(caption, ("other arm", "prior", "bits/dim, refitted σ", "ELBO, nats, refitted σ"), tuple(rows)))
+            tables.append(
+                Table(
+                    _titled(setting.words, f"{ours} minus"),
+                    ("other arm", "prior", "bits/dim, refitted σ", "ELBO, nats, refitted σ"),
+                    tuple(rows),
+                )
+            )
     words = "Paired by seed, test split, with 95 % bootstrap intervals. Bits below zero and nats above zero favour optimal."
     return Section("Differences", (words,), tables=tuple(tables))
 
@@ -169,8 +170,8 @@ def figures(found: Sequence[Setting]) -> Section:
         for number, setting in enumerate(found):
             plot = draw(setting)
             if plot is not None:
-                words = f"{setting.words}: {caption}" if setting.words else caption
-                pictures.append(Picture(f"{PLOTS}/{name}-{number}.svg", plot.content, plot.alt, words))
+                place = f"{PLOTS}/{name}-{number}.svg"
+                pictures.append(Picture(place, plot.content, plot.alt, _titled(setting.words, caption)))
     return Section("Plots", pictures=tuple(pictures))
 
 
@@ -205,13 +206,15 @@ def _pictures(setting: Setting, name: str, out: Path) -> Iterator[tuple[str, byt
     """Arm, content and place: from the run's folder, or from the table of a kept study."""
     table, column = setting.table, f"{PICTURE}{name}"
     for arm in setting.arms:
-        for first in _first(setting, arm):
-            place = f"{CELLS}/{first.cell.key}/run/{name}"
-            if (out / place).is_file():
-                yield arm, plots.small(out / place), place
-            elif column in table:
-                kept = table.loc[table["key"] == first.cell.key, column].dropna()
-                yield from ((arm, content, place) for content in kept)
+        first = next((ended for ended in setting.of(arm) if ended.done), None)
+        if first is None:
+            continue
+        place = f"{CELLS}/{first.cell.key}/run/{name}"
+        if (out / place).is_file():
+            yield arm, plots.small(out / place), place
+        elif column in table:
+            kept = table.loc[table["key"] == first.cell.key, column].dropna()
+            yield from ((arm, content, place) for content in kept)
 
 
 def _kinds(setting: Setting) -> dict[str, str]:
@@ -222,10 +225,6 @@ def _kinds(setting: Setting) -> dict[str, str]:
         "samples.png": f"samples, {LEARNED} prior" if setting.learns_prior else f"samples, prior {last}",
         "reconstructions.png": "test images above their reconstructions",
     }
-
-
-def _first(setting: Setting, arm: str) -> list[Ended]:
-    return [ended for ended in setting.of(arm) if ended.done][:1]
 
 
 def report(out: Path) -> None:

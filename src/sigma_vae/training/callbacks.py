@@ -14,7 +14,14 @@ from sigma_vae.vae import VAE
 __all__ = ["Bar", "Callback", "Context", "Patience"]
 
 SECONDS_BETWEEN = 0.25
-"""Between two drawings of the bar. Drawing takes milliseconds, which would slow the steps of small networks."""
+"""Time between two drawings of the bar. Drawing takes milliseconds, which would slow the steps of small networks."""
+SHOWN = {
+    "train/loss_nats": "loss",
+    "validation/elbo_nats": "elbo_nats",
+    "validation/objective_nats": "objective_nats",
+    "validation/bits_per_dim": "bits_per_dim",
+}
+"""The values beside the bar, and their names there."""
 
 
 @dataclass
@@ -24,13 +31,13 @@ class Context:
     Args:
         vae: the model; during ``on_validation`` with the weights that were validated (the averaged ones, with
             ``ema_decay``).
-        config: of the training.
-        folder: of the run; None where nothing is kept.
-        total_steps: of the whole training, unless it is stopped before.
-        loggers: where rows are written; none on processes other than the first.
-        step: the number of steps taken.
-        epoch: the epoch at hand, counted from 0.
-        metrics: the newest values of everything that was logged.
+        config: training settings.
+        folder: run folder; None where nothing is kept.
+        total_steps: number of steps of the whole training, unless it is stopped before.
+        loggers: receive the rows of metrics; empty on processes other than the first.
+        step: number of steps taken.
+        epoch: current epoch, counted from 0.
+        metrics: newest value of everything that was logged.
         stopping: whether the training ends after the next validation.
     """
 
@@ -51,7 +58,7 @@ class Context:
             logger.log_metrics(dict(metrics), self.step - 1)
 
     def stop(self) -> None:
-        """End the training soon, after a last validation; of several processes one that calls this ends all."""
+        """End the training soon, after a last validation; a call on one process ends all."""
         self.stopping = True
 
 
@@ -88,12 +95,7 @@ class Callback:
 
 @final
 class Patience(Callback):
-    """Stops a training whose validations no longer improve.
-
-    Args:
-        metric: more of it is better.
-        patience: the number of validations without improvement after which training stops.
-    """
+    """Stop a training after ``patience`` validations without an improvement; more of ``metric`` is better."""
 
     def __init__(self, metric: str, patience: int) -> None:
         self.metric = metric
@@ -123,7 +125,7 @@ class Patience(Callback):
 
 @final
 class Bar(Callback):
-    """Draws epoch, steps, time left, and the newest values, a few times a second."""
+    """Draw epoch, steps, time left, and the newest values, a few times a second."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -153,13 +155,9 @@ class Bar(Callback):
         self.progress.stop()
 
     def _draw(self, context: Context) -> None:
-        shown = {"train/loss_nats": "loss", **dict.fromkeys(("validation/elbo_nats", "validation/objective_nats"), "")}
-        numbers = []
-        for name, value in context.metrics.items():
-            if name in shown or name == "validation/bits_per_dim":
-                numbers.append(f"{shown.get(name) or name.removeprefix('validation/')} {value:.5g}")
+        numbers = " ".join(f"{SHOWN[name]} {value:.5g}" for name, value in context.metrics.items() if name in SHOWN)
         epochs = context.config.epochs
         description = f"epoch {min(context.epoch + 1, epochs)}/{epochs}"
-        self.progress.update(self.task, description=description, completed=context.step, numbers=" ".join(numbers))
+        self.progress.update(self.task, description=description, completed=context.step, numbers=numbers)
         self.progress.refresh()
         self.drawn_at = time.monotonic()

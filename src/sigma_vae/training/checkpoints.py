@@ -33,9 +33,9 @@ FORMAT = "sigma-vae training 1"
 SEAL = b"sha256:"
 SEAL_BYTES = len(SEAL) + 64
 BEFORE = {"last.ckpt": "previous.ckpt", "best.ckpt": "best-before.ckpt"}
-"""The name that a file gets when another takes its own."""
+"""New name of a file when another replaces it."""
 LOCK = ".lock"
-"""Name of the file that is locked. It stays behind; its being there means nothing."""
+"""Name of the locked file. It stays in the folder; only its lock means something."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -49,16 +49,13 @@ log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints of one training: ``last.ckpt`` to go on from, ``previous.ckpt`` before it, and the best weights.
 
-    Every process calls the methods; the first one writes.
-
-    Args:
-        folder: of the checkpoints.
-        resumed: the file that a resumed training goes on from. If it is not ``last.ckpt``, that one is damaged, and is
-            kept as ``last.ckpt.damaged`` in place of becoming ``previous.ckpt``.
+    Every process calls the methods; the first one writes. If ``resumed``, the file that a training goes on from, is not
+    ``last.ckpt``, that one is damaged, and is kept as ``last.ckpt.damaged`` in place of becoming ``previous.ckpt``.
     """
 
-    def __init__(self, folder: Path, resumed: Path | None = None) -> None:
+    def __init__(self, folder: Path, resumed: Path | None) -> None:
         self.last = folder / "last.ckpt"
+        self.resumed = resumed
         self.best = BestWeights(folder / "best.ckpt")
         self._damaged = resumed is not None and resumed != self.last
 
@@ -80,8 +77,8 @@ class Checkpoints:
 class BestWeights:
     """The weights with the best validation so far, in a file of their own.
 
-    A checkpoint names that file by its seal. So a training that goes on from an older checkpoint takes the weights that
-    were best then, not those found after it. The run folder may be moved between sessions.
+    A checkpoint names that file by its seal: a training that goes on from an older checkpoint takes the weights that
+    were best then, not those found after it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,12 +99,12 @@ class BestWeights:
         return {"score": self.score, "step": self.step, "seal": None if self.step is None else _seal(self.path)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take score and step over if the weights are still there."""
+        """Take back what :meth:`state_dict` gave, if the weights are still there."""
         if state["step"] is not None and from_first(lambda: self._find(state["seal"])):
             self.score, self.step = state["score"], state["step"]
 
     def _find(self, seal: str) -> bool:
-        """Give the whole file with this seal its name back, if there is one."""
+        """Whether an undamaged file with this seal is there; give it its name back."""
         for path in (self.path, self.path.with_name(BEFORE[self.path.name])):
             if path.exists() and _seal(path) == seal and damage(path) is None:
                 if path != self.path:
@@ -118,10 +115,7 @@ class BestWeights:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint to go on from; where the last one is damaged, log that and take the one before.
-
-    Returns:
-        None where there is none.
+    """The newest whole checkpoint, if any; where the last one is damaged, log that and take the one before.
 
     Raises:
         ValueError: there are some, and all are damaged.
@@ -143,7 +137,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of this version: tensors and plain values, no code is run.
+    """Read a checkpoint: tensors and plain values, no code is run.
 
     Raises:
         ValueError: it is missing or damaged, or another version or program wrote it.
@@ -154,7 +148,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def step_of(path: Path) -> int:
-    """The number of steps before a checkpoint; its tensors are not read.
+    """The number of steps before a checkpoint, without reading its tensors.
 
     Raises:
         ValueError: it is no checkpoint of this version.
@@ -181,15 +175,11 @@ def _check_format(content: dict[str, Any], path: Path) -> None:
 
 
 def write_sealed(content: dict[str, Any], path: Path, before: Path | None = None) -> None:
-    """Write a file so that, whenever the process is killed, a whole one bears its name or that of the one before.
+    """Write tensors and plain values so that, whenever the process is killed, a whole file is left.
 
-    The file is written aside, forced to the disk, and renamed. Its seal, a SHA-256 digest of all bytes before it, is
-    the comment with which a zip archive may end: :func:`torch.load` and ``unzip`` read the file as they read any other.
-
-    Args:
-        content: tensors and plain values.
-        path: where to; its folder is made.
-        before: the name that the file which has this name now gets.
+    The file is written aside, forced to the disk, and renamed; the one it replaces gets the name ``before``. Its seal, a
+    SHA-256 digest of all bytes before it, is the comment at the end of the zip archive: :func:`torch.load` and
+    ``unzip`` still read the file.
 
     Raises:
         OSError: it cannot be written, for lack of space say; the files that were there are unchanged.
@@ -214,7 +204,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """Read a sealed file: tensors and plain values, no code is run.
 
     Raises:
-        ValueError: it is missing, damaged, or something else.
+        ValueError: it is missing, damaged, or no such file.
     """
     problem = damage(path)
     if problem is not None:
@@ -236,7 +226,7 @@ def damage(path: Path) -> str | None:
 
 
 class _Recorder:
-    """A file that remembers why it could not be written: torch raises an error of its own instead."""
+    """A file that remembers why it could not be written, since torch raises an error of its own instead."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -257,7 +247,7 @@ def _write(content: dict[str, Any], path: Path) -> None:
     with path.open("w+b") as file:
         recorder = _Recorder(file)
         try:
-            torch.save(content, recorder)  # type: ignore[arg-type]  # it needs no more of a file
+            torch.save(content, recorder)  # type: ignore[arg-type]  # it calls only write and flush
         except RuntimeError:
             if recorder.error is not None:
                 raise recorder.error from None
@@ -291,7 +281,7 @@ def _seal(path: Path) -> str | None:
 
 
 def _force_to_disk(folder: Path) -> None:
-    """Force the names in a folder to the disk, if the system can: only then do they survive a loss of power."""
+    """Force the names in a folder to the disk, if the system can, so that they survive a loss of power."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -316,7 +306,7 @@ def _unpickled(path: Path, *, mmap: bool = False) -> dict[str, Any]:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other processes from writing into it; the system ends the lock of a killed process.
+    """Make the folder, and lock it against other processes; a killed process's lock ends with it.
 
     If several processes train together, the first one holds the lock.
 
@@ -345,21 +335,14 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def with_remedy(folder: Path, remedy: str) -> Iterator[None]:
-    """Add what to do to the error of a file in this folder that cannot be written.
-
-    Raises:
-        OSError: as it came, with the remedy.
-    """
+    """Add what to do to the :class:`OSError` of a file in this folder that cannot be written."""
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
             says = f"there is no room for the files of {folder}; files written before are whole"
             raise OSError(f"{says}; make room, then {remedy} ({error})") from error
-        if error.errno in FORBIDDEN and (error.filename is None or _lies_in(folder, error.filename)):
+        file = None if error.filename is None else Path(error.filename).absolute()
+        if error.errno in FORBIDDEN and (file is None or file.is_relative_to(folder.absolute())):
             raise OSError(f"{folder} cannot be written ({error}); take a folder that can, then {remedy}") from error
         raise
-
-
-def _lies_in(folder: Path, file: str) -> bool:
-    return folder.absolute() in [path := Path(file).absolute(), *path.parents]

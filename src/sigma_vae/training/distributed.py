@@ -39,7 +39,6 @@ __all__ = [
     "each_on_any",
     "fabric_for",
     "first_of_node_first",
-    "first_where",
     "from_first",
     "global_statistics",
     "gradient_norm",
@@ -49,7 +48,6 @@ __all__ = [
     "load_whole_state",
     "mean_over_all",
     "noise_states",
-    "of_shares_alone",
     "on_any",
     "own_device",
     "processes",
@@ -76,7 +74,7 @@ class ElsewhereError(RuntimeError):
 
 
 class Processes(NamedTuple):
-    """This process among those that work together; alone where nothing else is known."""
+    """This process among those that train together; the default is one process alone."""
 
     rank: int = 0
     world_size: int = 1
@@ -91,26 +89,22 @@ class Processes(NamedTuple):
 
 
 def processes() -> Processes:
-    """Who works together now: the members of torch's default group, or this process alone.
+    """This process among those of torch's default group, or alone.
 
     >>> processes()
     Processes(rank=0, world_size=1, local_rank=0, per_node=1)
     """
     if _alone.get() or not (distributed.is_available() and distributed.is_initialized()):
         return Processes()
-    rank, count = distributed.get_rank(), distributed.get_world_size()
-    environment = os.environ
-    return Processes(rank, count, int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", count)))
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    return Processes(rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
     """Form a group with the processes that ``torchrun`` has started, and leave it at the end.
 
-    Where there are no others, or a group is there already, nothing is formed and nothing is left.
-
-    Args:
-        device: what this process computes on: on GPUs they talk by NCCL, else by gloo.
+    A single process, or one that is in a group already, stays as it is. GPUs talk by NCCL, CPUs by gloo.
 
     >>> with joined(torch.device("cpu")) as us:
     ...     us.world_size
@@ -131,28 +125,26 @@ def joined(device: torch.device) -> Iterator[Processes]:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The GPU of this process among those of the machine, if ``torchrun`` has started several processes.
+    """This process's own GPU where ``torchrun`` has started several processes; any other device as it is.
 
     Raises:
         ValueError: one GPU is asked for by all of them, or there are fewer GPUs than processes.
     """
     if device.type != "cuda" or not _launched():
         return device
-    mine, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device.index is not None:
         raise ValueError(f"each process takes a GPU of its own, got device {str(device)!r} for all of them; ask for cuda")
-    if mine >= there:
-        raise ValueError(f"each process takes a GPU of its own, and this machine has {there}; start as many processes")
-    return torch.device("cuda", mine)
+    if local_rank >= gpus:
+        raise ValueError(f"each process takes a GPU of its own, and this machine has {gpus}; start as many processes")
+    return torch.device("cuda", local_rank)
 
 
 def from_first(make: Callable[[], Made]) -> Made:
-    """Let the first process make something, and give it to all; meanwhile it is alone, and the others wait.
-
-    Use it for work that is not shared: files, and metrics of one process.
+    """Let the first process alone make something (files, say), and give it to all; the others wait.
 
     Raises:
-        ElsewhereError: on the others, where it fails.
+        ElsewhereError: on the others, where the first one fails.
 
     >>> from_first(lambda: 1 + 1)
     2
@@ -160,7 +152,7 @@ def from_first(make: Callable[[], Made]) -> Made:
     us = processes()
     if us.world_size == 1:
         return make()
-    message: list[Any] = [None, None]
+    message: list[Any] = [None, None]  # what was made, why it was not
     failure: BaseException | None = None
     if us.first:
         token = _alone.set(True)
@@ -181,7 +173,7 @@ def from_first(make: Callable[[], Made]) -> Made:
 
 @contextmanager
 def first_of_node_first() -> Iterator[None]:
-    """Let one process of each machine do it before the others: it fills the caches on disk that they read."""
+    """Let one process of each machine run the block before the others, so that they find its caches on disk."""
     us = processes()
     if us.local_rank:
         distributed.barrier()
@@ -193,10 +185,9 @@ def first_of_node_first() -> Iterator[None]:
 
 
 def fabric_for(vae: VAE, config: TrainingConfig, device: torch.device) -> Fabric:
-    """Lightning Fabric for the processes that there are: one, or those of ``torchrun`` with DDP or FSDP.
+    """Lightning Fabric for one process, or for those of ``torchrun`` with DDP or FSDP.
 
-    The environment is named, so that variables which a cluster's scheduler left behind are not taken for other
-    processes.
+    The environment is given explicitly: Fabric must not mistake a cluster scheduler's variables for other processes.
     """
 
     def sharded(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -226,15 +217,10 @@ def _launched() -> bool:
 
 
 def shared(data: Splits, split: SplitName, size: int, device: torch.device | str = "cpu", limit: int | None = None) -> Batches:
-    """This process's share of a split, in its order, for a pass on which no number depends on the size of batches.
+    """This process's share of a split, in order, for passes whose results do not depend on the batch size.
 
-    Args:
-        data: its splits.
-        split: which of them.
-        size: examples in a batch of all processes together; more where the last batch would leave a process without
-            any.
-        device: where the batches are.
-        limit: the first so many examples alone.
+    ``size`` examples are in a batch of all processes together; more where the last batch would leave a process without
+    any. With ``limit``, only the first so many examples are read.
 
     Raises:
         ValueError: there are fewer examples than processes.
@@ -285,12 +271,12 @@ def mean_over_all(values: Tensor) -> Tensor:
 
 
 def on_any(flag: bool) -> bool:
-    """Whether it is so on any process; the same answer on all.
+    """Whether the flag is true on any process; the same answer on all.
 
     >>> on_any(False)
     False
     """
-    return flag if processes().world_size == 1 else bool(sum_over_all(torch.tensor(float(flag))))
+    return each_on_any(flag)[0]
 
 
 def each_on_any(*flags: bool) -> list[bool]:
@@ -299,13 +285,13 @@ def each_on_any(*flags: bool) -> list[bool]:
     >>> each_on_any(False, True)
     [False, True]
     """
-    return (
-        list(flags) if processes().world_size == 1 else sum_over_all(torch.tensor(flags, dtype=torch.float64)).bool().tolist()
-    )
+    if processes().world_size == 1:
+        return list(flags)
+    return sum_over_all(torch.tensor(flags, dtype=torch.float64)).bool().tolist()
 
 
 def noise_states(device: torch.device) -> list[list[Tensor]]:
-    """The states of the generators of all processes, CPU first: each must call this."""
+    """The states of every process's generators, CPU first; each process must call this."""
     mine = [torch.get_rng_state()]
     if device.type == "cuda":
         mine.append(torch.cuda.get_rng_state(device))
@@ -317,16 +303,10 @@ def noise_states(device: torch.device) -> list[list[Tensor]]:
 
 
 def set_noise(states: list[list[Tensor]] | None, seed: int, step: int, device: torch.device) -> None:
-    """Let each process draw its own posterior noise.
+    """Restore each process's noise from :func:`noise_states`, or seed it if there is none (a new training).
 
-    Resumed on as many processes, each goes on with its noise. On another number the training goes on with the same
-    weights, the same data in the same order, and other noise; a line on stderr says so.
-
-    Args:
-        states: of :func:`noise_states`; None for a new training.
-        seed: of the training.
-        step: the number of steps taken.
-        device: which the noise is drawn on.
+    Resumed on another number of processes, the training goes on with the same weights, the same data in the same order,
+    and other noise; a line on stderr says so.
     """
     us = processes()
     known = 1 if states is None else len(states)
@@ -336,20 +316,11 @@ def set_noise(states: list[list[Tensor]] | None, seed: int, step: int, device: t
         if cuda and device.type == "cuda":
             torch.cuda.set_rng_state(cuda[0], device)
     elif us.world_size > 1:
-        entropy = (seed, step, us.world_size, us.rank)
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+        own = np.random.SeedSequence((seed, step, us.world_size, us.rank))
+        torch.manual_seed(int(own.generate_state(1, np.uint64)[0]))
     if known != us.world_size and step and us.first:
         says = f"begun on {known} and going on with {us.world_size} processes: same weights and data, other noise from here on"
         print(says, file=sys.stderr)
-
-
-def first_where(here: bool) -> int:
-    """The lowest rank where it is so, 0 where it is so nowhere; the same answer on all processes.
-
-    >>> first_where(True)
-    0
-    """
-    return int(rows_of_all(torch.tensor(float(here))).argmax())
 
 
 def is_sharded(config: TrainingConfig) -> bool:
@@ -387,7 +358,7 @@ def shard(vae: VAE, mesh: DeviceMesh) -> None:
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state, sharded tensors put together: each process must call this."""
+    """The module's state with sharded tensors put together; each process must call this."""
     return {name: _whole(value) for name, value in module.state_dict().items()}
 
 
@@ -399,7 +370,7 @@ def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state, sharded tensors put together: each process must call this."""
+    """The optimiser's state with sharded tensors put together; each process must call this."""
     state = optimizer.state_dict()
     moments = {number: {name: _whole(value) for name, value in kept.items()} for number, kept in state["state"].items()}
     return {**state, "state": moments}
@@ -416,10 +387,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def _whole(value: Tensor) -> Tensor:
-    if not isinstance(value, DTensor):
-        return value
-    together: Tensor = value.full_tensor()
-    return together
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _like(target: Tensor, value: Tensor) -> Tensor:
@@ -438,7 +406,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Norm of all gradients together, of which some may be sharded.
+    """Norm of all gradients together; some may be sharded.
 
     >>> weight = nn.Parameter(torch.zeros(2))
     >>> weight.grad = torch.tensor([3.0, 4.0])
@@ -446,19 +414,18 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     tensor(5.)
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    if len(whole) == len(gradients):
+    if not sharded:
         return torch.nn.utils.get_total_norm(whole)
-    parts = torch.nn.utils.get_total_norm([gradient for gradient in gradients if isinstance(gradient, DTensor)])
-    assert isinstance(parts, DTensor)
-    norms = [parts.full_tensor(), *(gradient.norm() for gradient in whole)]
+    norms = [_whole(torch.nn.utils.get_total_norm(sharded)), *(gradient.norm() for gradient in whole)]
     total: Tensor = torch.stack(norms).norm()
     return total
 
 
 @torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> None:
-    """Shorten a gradient of this norm to the largest allowed, as torch does where nothing is sharded."""
+    """Scale gradients of this norm down to the largest norm allowed."""
     parameters = [p for p in parameters if p.grad is not None]
     if not any(isinstance(p.grad, DTensor) for p in parameters):
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
@@ -467,9 +434,6 @@ def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> No
     for parameter in parameters:
         assert parameter.grad is not None
         parameter.grad.mul_(factor)
-
-
-KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @final
@@ -491,12 +455,10 @@ class GlobalBatchNorm(nn.Module):
 
     sums being over the values of all processes (Ioffe and Szegedy 2015, arXiv 1502.03167, section 3). The gradients of
     γ and β are those of the share: data parallelism adds them up. Running statistics follow m and v n / (n − 1), alike
-    on all processes. In eval mode it normalises by the running statistics, without communication.
+    on all processes. In eval mode it normalises by them, without communication.
 
-    Every process must call it as often as the others, forward and backward; a share may be empty.
-
-    Args:
-        norm: whose parameters and running statistics are taken, the tensors themselves; it has running statistics.
+    It shares the tensors of ``norm``, which has running statistics. Every process must call it as often as the others,
+    forward and backward; a share may be empty.
 
     Shapes:
         x and result ``(n, C, *space)``, n of this process.
@@ -546,7 +508,7 @@ class GlobalBatchNorm(nn.Module):
 def global_statistics(model: nn.Module) -> Iterator[None]:
     """Let batch normalisation take its statistics over all processes for as long as this lasts.
 
-    Names and shapes of the model's state are those that it has without.
+    The model's state keeps its names and shapes.
 
     >>> network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     >>> with global_statistics(network):
@@ -556,8 +518,8 @@ def global_statistics(model: nn.Module) -> Iterator[None]:
     if processes().world_size == 1:
         yield
         return
-    found = ((path, module) for path, module in model.named_modules(remove_duplicate=False) if isinstance(module, _BatchNorm))
-    norms = {path: norm for path, norm in found if _replaceable(norm)}
+    modules = model.named_modules(remove_duplicate=False)
+    norms = {path: norm for path, norm in modules if isinstance(norm, _BatchNorm) and _replaceable(norm)}
     instead = {norm: GlobalBatchNorm(norm) for norm in norms.values()}  # one that is used in two places stays one
     for path, norm in norms.items():
         model.set_submodule(path, instead[norm])
@@ -572,27 +534,14 @@ def global_statistics(model: nn.Module) -> Iterator[None]:
             model.set_submodule(path, norm)
 
 
-def of_shares_alone(model: nn.Module) -> list[nn.Module]:
-    """Batch normalisation that :func:`global_statistics` does not make that of all processes.
-
-    It is of another kind than ``nn.BatchNorm1d``, ``2d`` or ``3d``, or has no running statistics: validation, too, then
-    takes the batch's.
-
-    >>> [type(norm).__name__ for norm in of_shares_alone(nn.Sequential(nn.BatchNorm1d(2), nn.SyncBatchNorm(2)))]
-    ['SyncBatchNorm']
-    """
-    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
-    return [norm for norm in norms if not _replaceable(norm)]
-
-
 def check_processes(vae: VAE) -> None:
-    """Refuse a network that several processes would train differently from one.
+    """Refuse a network whose batch normalisation :func:`global_statistics` cannot share between several processes.
 
     Raises:
-        ValueError: it normalises by statistics of the batch in a way in which each process would use those of its
-            share.
+        ValueError: it is of another kind than ``nn.BatchNorm1d``, ``2d`` or ``3d``, or has no running statistics:
+            validation, too, then takes the batch's.
     """
-    norms = of_shares_alone(vae)
+    norms = [module for module in vae.modules() if isinstance(module, _BatchNorm) and not _replaceable(module)]
     if processes().world_size > 1 and norms:
         raise ValueError(
             f"{type(vae.network).__name__} normalises by the statistics of a batch with {norms[0]}, and each process would take"
@@ -602,7 +551,7 @@ def check_processes(vae: VAE) -> None:
 
 
 def _replaceable(norm: _BatchNorm) -> bool:
-    return type(norm) in KINDS and norm.track_running_stats
+    return type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and norm.track_running_stats
 
 
 class _Moments(NamedTuple):

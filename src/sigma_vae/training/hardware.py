@@ -21,19 +21,21 @@ from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 __all__ = ["Choices", "Machine", "Work", "applied", "choices_for", "choose", "keep_freed_memory", "machine_of", "work_of"]
 
 LEAST_FLOPS_OF_BFLOAT16 = 6e7
-"""Operations of a step's forward pass from which bfloat16 pays; an MLP on 28×28 breaks even at a width of 100."""
+"""bfloat16 pays from this many operations in a step's forward pass; an MLP on 28×28 breaks even at a width of 100."""
 WIDE_KERNEL = 5
-"""Kernel size from which channels last pay (docs/speed.md: the paper's network 1.2×)."""
+"""Channels last pays from this kernel size (docs/speed.md: the paper's network 1.2×)."""
 FLOPS_OF_A_CALL = {"cpu": 2e9, "cuda": 1e12}
-"""Between two looks: a few hundredths of a second of arithmetic, with the backward pass."""
+"""Operations between two looks at the loss, backward passes included: a few hundredths of a second."""
 MOST_STEPS_PER_CALL = 16
 """More would save nothing: a look then costs a hundredth of the smallest network's steps."""
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+"""Names of glibc's ``mallopt``."""
 
 
 @final
 @dataclass(frozen=True)
 class Machine:
-    """Device, bfloat16 instructions, glibc, torch's threads, share of processors: choices depend on them."""
+    """What the choices depend on: device, bfloat16 instructions, glibc, torch's threads, processors allowed."""
 
     device: Literal["cpu", "cuda"]
     name: str
@@ -48,8 +50,8 @@ class Machine:
 class Work:
     """Operations of a step's forward pass (a multiplication and an addition are two), and its widest kernel.
 
-    ``measured`` is whether several seeds of this kind of network, on CPUs, ended at the same test ELBO in bfloat16 as
-    in float32: `python -m benchmarks.speed --part precision`.
+    ``measured``: this kind of network reached the same test ELBO in bfloat16 as in float32, over several seeds on CPUs
+    (`python -m benchmarks.speed --part precision`).
     """
 
     flops: float
@@ -91,7 +93,7 @@ class Choices:
 
 
 def choose(config: TrainingConfig, machine: Machine, work: Work) -> Choices:
-    """Choose hardware settings: those of the config; where it says auto, the best ones here for this work.
+    """Choose hardware settings: the config's; where it says auto, the best ones for this machine and work.
 
     >>> machine = Machine("cpu", "a processor", bfloat16=True, glibc=True, threads=8, processors=2.0)
     >>> choices = choose(TrainingConfig(), machine, Work(flops=1e6, widest_kernel=0))
@@ -123,13 +125,9 @@ def choose(config: TrainingConfig, machine: Machine, work: Work) -> Choices:
 
 
 def _steps_per_call(machine: Machine, work: Work) -> int:
-    """A power of two."""
+    """The largest power of two that is affordable."""
     affordable = FLOPS_OF_A_CALL[machine.device] / max(3 * work.flops, 1.0)
-    return 1 << max(0, min(int(math.log2(MOST_STEPS_PER_CALL)), math.floor(math.log2(affordable))))
-
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-"""Names of glibc's ``mallopt``."""
+    return 1 << math.floor(math.log2(min(max(affordable, 1), MOST_STEPS_PER_CALL)))
 
 
 def choices_for(vae: VAE, data: Splits, config: TrainingConfig, device: torch.device) -> Choices:
@@ -162,7 +160,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _share_of_processors() -> float:
-    """The number of processors that the control group allows a container."""
+    """The number of processors that the control group allows this container."""
     quota, _, period = next(iter(_lines("/sys/fs/cgroup/cpu.max")), "max").partition(" ")
     return int(quota) / int(period) if quota.isdigit() and period.isdigit() else math.inf
 
@@ -191,7 +189,7 @@ def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
 
 
 class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts as torch's own counter does, which also follows modules and stumbles over those that are recomputed."""
+    """Counts operations as torch's own counter does, which also tracks modules and fails on recomputed ones."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -206,7 +204,7 @@ class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def applied(choices: Choices, vae: VAE) -> Iterator[None]:
-    """Threads and memory format for as long as the context lasts, and an allocator for as long as the process does."""
+    """Set threads and memory format for as long as the context lasts, and the allocator for the rest of the process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(choices.threads)
     if choices.allocator == "retain":
@@ -227,10 +225,7 @@ def _arrange(vae: VAE, memory_format: torch.memory_format) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to give no memory back to the kernel, and to keep large blocks with the rest.
-
-    Large blocks that come and go in each step are otherwise new pages each time, which cost more (docs/speed.md).
-    """
+    """Tell glibc to give no memory back to the kernel, which costs new pages in each step (docs/speed.md)."""
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
     libc.mallopt(M_TRIM_THRESHOLD, -1)

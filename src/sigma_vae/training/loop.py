@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 from types import FrameType
 from typing import Any, final
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sigma_vae.config import LoggerName, TrainingConfig
-from sigma_vae.data import Splits, as_splits
+from sigma_vae.data import Batches, Splits, as_splits
 from sigma_vae.training.callbacks import Bar, Callback, Context, Patience
 from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
 from sigma_vae.training.distributed import (
@@ -47,9 +47,9 @@ from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 __all__ = ["FitResult", "Terminated", "fit", "resolve_device"]
 
 CALIBRATION_VALUES = 2**18
-"""Numbers that the refit before a validation looks at: a fraction of a second's work, whatever the data."""
+"""Values in the refit before a validation: a fraction of a second's work, whatever the data."""
 BATCH_VALUES = 2**17
-"""Numbers in a batch where nothing is trained: enough to keep the cores busy, few enough to stay in the cache."""
+"""Values in a batch where nothing is trained: enough to keep the cores busy, few enough to stay in the cache."""
 
 
 @final
@@ -58,11 +58,11 @@ class FitResult:
     """The outcome of :func:`fit`.
 
     Args:
-        steps: the number of optimiser steps, those before a resumption included.
-        history: of each validation ``step`` (the last one before it, from 0), ``epoch`` and the metrics.
-        best_step: of the weights that the model has now; None where there was no validation.
+        steps: number of optimiser steps, those before a resumption included.
+        history: the metrics of each validation, with ``step`` (the last one before it, from 0) and ``epoch``.
+        best_step: step of the weights that the model has now; None where there was no validation.
         best_score: their validation ELBO (or objective), in nats.
-        folder: of metrics and checkpoints; None where nothing is kept.
+        folder: run folder with metrics and checkpoints; None where nothing is kept.
     """
 
     steps: int
@@ -96,34 +96,33 @@ def fit(
 
     The model is left on the device that it was trained on, in eval mode.
 
-    Started by ``torchrun``, the processes train one model: each step's batch, validation and calibration are shared
-    out, ``batch_size`` counts the examples of all, and the first process writes the files. Every process must call this
-    with the same arguments.
+    Processes started by ``torchrun`` train one model together: they share each step's batch (``batch_size`` examples in
+    all), validation and calibration, and the first one writes the files. Call this with the same arguments on each.
 
     Args:
-        vae: the model.
-        data: splits, or whatever :func:`sigma_vae.data.as_splits` reads; test is not touched.
-        config: how to train.
-        out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; nothing is kept unless given.
-        seed: of the order of the data and the noise (the weights are random since ``vae`` was made).
-        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
-        resume: go on exactly where the newest whole checkpoint in ``out/checkpoints`` stands.
-        progress: show a bar.
+        vae: model to train.
+        data: splits, or anything that :func:`sigma_vae.data.as_splits` reads; the test split is not used.
+        config: training settings.
+        out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; without it nothing is kept.
+        seed: seed of the data's order and of the noise. The weights were drawn when ``vae`` was made.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        resume: continue exactly from the newest undamaged checkpoint in ``out/checkpoints``.
+        progress: show a progress bar.
         callbacks: hooks; see :class:`Callback`.
-        loggers: names (``csv``, ``tensorboard``, ``wandb``, ``mlflow``, where ``out`` is given), or loggers of
-            Lightning Fabric or pytorch-lightning; ``config.logger`` unless given.
+        loggers: ``csv``, ``tensorboard``, ``wandb``, ``mlflow`` (these write where ``out`` is given), or loggers of
+            Lightning Fabric or pytorch-lightning. Default: ``config.logger``.
 
     Raises:
-        ValueError: the device does not exist, there is nothing (or nothing whole) to resume, more epochs are over than
-            ``config`` has, ``out`` has checkpoints that are not to be resumed, or another process writes there; the
-            network reads clips and the data are none, or the other way round.
-        NonFiniteLossError: with step, term, σ and the batch's range; checkpoints stay.
-        KeyboardInterrupt: after Ctrl-C, when the step was finished and a checkpoint written.
-        Terminated: after SIGTERM, likewise; not caught, it ends the process with the exit code 143.
-        OSError: a file cannot be written, for lack of space say; those written before are whole.
+        ValueError: the device does not exist; there is nothing undamaged to resume, or more epochs are over than
+            ``config`` has; ``out`` has checkpoints although ``resume`` is off, or another process writes there; the
+            network reads clips and the data have none, or the other way round.
+        NonFiniteLossError: the loss is NaN or infinite; the error names step, term, σ and the batch's range.
+        KeyboardInterrupt: Ctrl-C, after the step was finished and a checkpoint written.
+        Terminated: SIGTERM, likewise; if not caught, it ends the process with exit code 143.
+        OSError: a file cannot be written (a full disk, say); those written before are whole.
     """
     where = resolve_device(device)
-    with joined(where), ExitStack() as stack:
+    with joined(where) as us, ExitStack() as stack:
         with first_of_node_first():
             splits = as_splits(data)
         check_processes(vae)
@@ -137,19 +136,25 @@ def fit(
         if resumed is None:
             _start_scales(vae, splits, config)
         model = to_be_trained(vae, config)
+        batches = splits.batches(
+            "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
+        )
+        total_steps = _total_steps(config, len(batches), resumed)
         choices = choices_for(model, splits, config, where)
-        if progress and processes().first:
+        if progress and us.first:
             print(choices)
             callbacks = [*callbacks, Bar()]
+        kept = out and folder
         named = config.logger if loggers is None else loggers
-        keep = _loggers(named, out and folder, resumed) if processes().first else []
-        training = _Training(model, splits, config, choices, where, seed, folder, resumed, out is not None, callbacks, keep)
+        context = Context(model, config, kept, total_steps, _loggers(named, kept, resumed) if us.first else [])
+        checkpoints = Checkpoints(folder / "checkpoints", resumed)
+        training = _Training(context, splits, batches, checkpoints, choices, where, callbacks)
         with applied(choices, model), global_statistics(model):
             training.run()
-        if training.checkpoints.best.step is not None or model is not vae:
-            vae.load_state_dict(training.checkpoints.newest_weights())
+        if checkpoints.best.step is not None or model is not vae:
+            vae.load_state_dict(checkpoints.newest_weights())
         vae.to(where).eval().calibrate(shared(splits, "train", _passing_batch(splits), where))
-        return training.result()
+        return FitResult(context.step, tuple(training.history), checkpoints.best.step, checkpoints.best.score, kept)
 
 
 @final
@@ -158,52 +163,37 @@ class _Training:
 
     def __init__(
         self,
-        vae: VAE,
+        context: Context,
         data: Splits,
-        config: TrainingConfig,
+        batches: Batches,
+        checkpoints: Checkpoints,
         choices: Choices,
         where: torch.device,
-        seed: int,
-        folder: Path,
-        resumed: Path | None,
-        kept: bool,
         callbacks: Sequence[Callback],
-        loggers: Sequence[TrainingLogger],
     ) -> None:
-        us = processes()
-        self.vae = vae
-        self.config = config
+        self.context = context
+        self.vae, self.config = context.vae, context.config
+        self.batches = batches
+        self.checkpoints = checkpoints
         self.choices = choices
         self.where = where
-        self.seed = seed
-        self.folder = folder
-        self.kept = kept
-        self.resumed = resumed
-        self.loggers = loggers
-        self.batches = data.batches(
-            "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
-        )
-        self.part = shared(data, "train", _passing_batch(data), where, _part(data))
-        self.validation = Validation(vae, shared(data, "validation", _passing_batch(data), where), self.batches.log_volume_nats)
         self.about = {"shape": list(data.shape), "scaling": asdict(data.scaling), "choices": asdict(choices)}
-        whole = config.epochs * len(self.batches)
-        if resumed is not None and step_of(resumed) > whole:
-            raise ValueError(f"{resumed} cannot be resumed up to {config.epochs} epochs, it has more of them behind it")
-        total = whole if config.max_steps is None else min(config.max_steps, whole)
-        self.context = Context(vae, config, folder if kept else None, total, loggers)
-        self.checkpoints = Checkpoints(folder / "checkpoints", resumed)
+        self.part = shared(data, "train", _passing_batch(data), where, _part(data))
+        held_out = shared(data, "validation", _passing_batch(data), where)
+        self.validation = Validation(self.vae, held_out, batches.log_volume_nats)
         self.history: list[dict[str, float]] = []
         self.seconds_before = 0.0
-        patience = [] if config.patience is None else [Patience(validated_total(vae), config.patience)]
-        self.callbacks = [*patience, *callbacks]
+        patience = self.config.patience
+        early = [] if patience is None else [Patience(validated_total(self.vae), patience)]
+        self.callbacks = [*early, *callbacks]
         self.after_steps = [c for c in self.callbacks if type(c).on_step is not Callback.on_step]
 
     def run(self) -> None:
         """Train, validate and write checkpoints until the last step, or until something ends it before."""
         self.vae.to(self.where)
         fabric = fabric_for(self.vae, self.config, self.where)
-        context, log_volume = self.context, self.batches.log_volume_nats
-        self.stepper = Stepper(self.vae, self.config, self.choices, context.total_steps, log_volume, fabric)
+        context = self.context
+        self.stepper = Stepper(self.vae, self.config, self.choices, context.total_steps, self.batches.log_volume_nats, fabric)
         self._restore()
         status = "failed"
         with _Interrupts() as self.interrupts, self._keeping_broken_steps():
@@ -215,29 +205,25 @@ class _Training:
             finally:
                 for callback in self.callbacks:
                     callback.on_fit_end(context)
-                for logger in self.loggers:
+                for logger in context.loggers:
                     logger.finalize(status)
         self.interrupts.check()
 
     def _steps(self) -> None:
         self.began = self.written = time.monotonic()
-        context, batches = self.context, self._endless_batches()
-        (context.stopping,) = each_on_any(context.stopping or self._time_is_over())
+        context, batches = self.context, chain.from_iterable(repeat(self.batches))
+        context.stopping = on_any(context.stopping or self._time_is_over())
         while context.step < context.total_steps and not context.stopping:
             for batch in islice(batches, self._steps_until_look()):
                 self._step(batch)
             self.stepper.check()
             self._look()
 
-    def _endless_batches(self) -> Iterator[Batch]:
-        while True:
-            yield from self.batches
-
     def _steps_until_look(self) -> int:
         """Steps before the next look at clock, interrupts and whether a validation is due."""
-        every, context = self.config.validate_every, self.context
-        until_validation = every - context.step % every if every else len(self.batches) - self.batches.state_dict()["position"]
-        return min(self.choices.steps_per_call, until_validation, context.total_steps - context.step)
+        every, step = self.config.validate_every, self.context.step
+        until_validation = every - step % every if every else len(self.batches) - self.batches.state_dict()["position"]
+        return min(self.choices.steps_per_call, until_validation, self.context.total_steps - step)
 
     def _step(self, batch: Batch) -> None:
         context = self.context
@@ -255,7 +241,7 @@ class _Training:
         return state["epoch"] - (state["position"] == 0)
 
     def _look(self) -> None:
-        """Validate if it is due, write a checkpoint if one is due or an interrupt came, and stop after an interrupt."""
+        """Validate and write a checkpoint where they are due or an interrupt came, and stop after an interrupt."""
         context = self.context
         old = time.monotonic() - self.written >= 60 * self.config.checkpoint_minutes
         stopping = context.stopping or self._time_is_over()
@@ -293,10 +279,10 @@ class _Training:
         self.checkpoints.best.offer(score, context.step - 1, self.stepper.weights)
 
     def _write_checkpoint(self) -> None:
-        """Write the state from which a run goes on; nothing of a step is open."""
+        """Write the state after a finished step, from which a run goes on."""
         if on_any(not all(bool(torch.isfinite(p).all()) for p in self.stepper.parameters)):
             raise NonFiniteLossError(f"after step {self.context.step - 1} weights are not finite. {REMEDY}")
-        for logger in self.loggers:  # the rows are on the disk before the state that comes after them
+        for logger in self.context.loggers:  # rows are on the disk before the state that comes after them
             logger.save()
         state = self.stepper.state_dict() | {
             "step": self.context.step,
@@ -312,8 +298,8 @@ class _Training:
     def _restore(self) -> None:
         """Take back the state of the checkpoint that training is resumed from, the noise last."""
         state: dict[str, Any] = {"step": 0, "noise": None}
-        if self.resumed is not None:
-            state = read_checkpoint(self.resumed)
+        if self.checkpoints.resumed is not None:
+            state = read_checkpoint(self.checkpoints.resumed)
             self.stepper.load_state_dict(state)
             self.batches.load_state_dict(state["data"])
             self.checkpoints.best.load_state_dict(state["best"])
@@ -323,7 +309,7 @@ class _Training:
             for name, callback in self._named_callbacks().items():
                 if name in state["callbacks"]:
                     callback.load_state_dict(state["callbacks"][name])
-        set_noise(state["noise"], self.seed, state["step"], self.where)
+        set_noise(state["noise"], self.batches.seed, state["step"], self.where)
 
     @contextmanager
     def _keeping_broken_steps(self) -> Iterator[None]:
@@ -331,13 +317,13 @@ class _Training:
         try:
             yield
         except NonFiniteLossError as error:
-            if not self.kept:
+            folder = self.context.folder
+            if folder is None:
                 raise
-            suspect = error.suspect or self.stepper.suspect
             about = self.about | {"diagnosis": str(error)}
-            problem = keep_broken_step(self.folder, self.vae, suspect, about)
+            problem = keep_broken_step(folder, self.vae, error.suspect or self.stepper.suspect, about)
             step = self.context.step if error.suspect is None else error.suspect.step
-            raise with_saved_step(error, self.folder, step, problem) from error
+            raise with_saved_step(error, folder, step, problem) from error
 
     def _seconds(self) -> float:
         """Seconds of training, those before a resumption included."""
@@ -348,22 +334,17 @@ class _Training:
         return minutes is not None and self._seconds() >= 60 * minutes
 
     def _named_callbacks(self) -> dict[str, Callback]:
-        """By class and, of several of one class, their number: the names of their states in a checkpoint."""
+        """Callbacks by the names of their states in a checkpoint: the class, and a number within the class."""
         found: dict[str, Callback] = {}
         for callback in self.callbacks:
             same = sum(type(other) is type(callback) for other in found.values())
             found[f"{type(callback).__qualname__} {same}"] = callback
         return found
 
-    def result(self) -> FitResult:
-        """Steps, validations, and the best weights."""
-        best = self.checkpoints.best
-        return FitResult(self.context.step, tuple(self.history), best.step, best.score, self.folder if self.kept else None)
-
 
 @final
 class _Interrupts:
-    """Turns the first Ctrl-C, and SIGTERM, into a wish to stop after the step; a second Ctrl-C stops at once."""
+    """Turns the first Ctrl-C, and SIGTERM, into a request to stop after the step; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.asked: int | None = None
@@ -382,14 +363,15 @@ class _Interrupts:
             signal.signal(*self._previous.popitem())
 
     def check(self) -> None:
-        """Stop in the way that the signal means, on all processes, whichever of them got it.
+        """Stop all processes if one of them got a signal.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C.
             Terminated: after SIGTERM.
         """
-        if on_any(self.asked is not None):
-            raise KeyboardInterrupt if on_any(self.asked == signal.SIGINT) else Terminated
+        asked, by_ctrl_c = each_on_any(self.asked is not None, self.asked == signal.SIGINT)
+        if asked:
+            raise KeyboardInterrupt if by_ctrl_c else Terminated
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked == number == signal.SIGINT:
@@ -398,7 +380,7 @@ class _Interrupts:
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that a word means: ``auto`` is a GPU where there is one.
+    """The device of this name; ``auto`` is a GPU where there is one.
 
     Raises:
         ValueError: the device is unknown or not there.
@@ -424,10 +406,15 @@ def seed_generators(seed: int) -> None:
 
 def _check_clips(vae: VAE, data: Splits) -> None:
     if vae.network.reads_clips != data.clips:
-        have, need = (
-            ("clips", "a network that reads clips") if data.clips else ("no clips", "a network that reads single examples")
-        )
-        raise ValueError(f"{data.name} has {have} and needs {need}, got {type(vae.network).__name__}")
+        have, reads = ("clips", "clips") if data.clips else ("no clips", "single examples")
+        raise ValueError(f"{data.name} has {have} and needs a network that reads {reads}, got {type(vae.network).__name__}")
+
+
+def _total_steps(config: TrainingConfig, steps_per_epoch: int, resumed: Path | None) -> int:
+    steps = config.epochs * steps_per_epoch
+    if resumed is not None and step_of(resumed) > steps:
+        raise ValueError(f"{resumed} cannot be resumed up to {config.epochs} epochs, it has more of them behind it")
+    return steps if config.max_steps is None else min(config.max_steps, steps)
 
 
 def _resumed(folder: Path, *, resume: bool) -> Path | None:
@@ -454,13 +441,13 @@ def _loggers(wanted: Sequence[LoggerName | TrainingLogger], folder: Path | None,
 
 
 def _start_scales(vae: VAE, data: Splits, config: TrainingConfig) -> None:
-    """Give every scale a sane first value: a learned σ the data's spread, and the stored ones a first fit."""
+    """Start a learned σ at the data's spread, and fit the stored scales a first time."""
     first = next(iter(data.batches("train", _passing_batch(data), limit=_part(data))))  # the same on every process
     if config.scale_start == "data":
         vae.likelihood.start(float(first.x.std()))
     x = first.x.to(next(vae.parameters()).device)
     vae.calibrate([x])
-    with torch.no_grad():  # a scale that remembers its batches remembers one: averaged weights need every buffer in its shape
+    with torch.no_grad():  # averaged weights need every buffer in its final shape, a running scale's too
         vae.elbo(x, noise=keyed_noise(first.positions))
 
 

@@ -36,9 +36,9 @@ def make_loggers(names: Sequence[LoggerName], folder: Path, kept_rows: Sequence[
     """Loggers by name, for the run in this folder.
 
     Args:
-        names: of ``csv``, ``tensorboard``, ``wandb``, ``mlflow``.
-        folder: of the run.
-        kept_rows: rows of the steps before a resumed training; the files in the folder are made to hold these alone.
+        names: ``csv``, ``tensorboard``, ``wandb``, ``mlflow``.
+        folder: run folder.
+        kept_rows: rows of the steps before a resumption; they replace those in the folder's files.
 
     Raises:
         ValueError: a name is not known, or what it needs is not installed.
@@ -55,7 +55,7 @@ def make_loggers(names: Sequence[LoggerName], folder: Path, kept_rows: Sequence[
 
 
 def rows_before(table: Path, step: int) -> list[dict[str, str]]:
-    """The rows of the steps before this one; a row that was being written when the run was killed is of a later step.
+    """The rows of the steps before this one; a row half-written when the run was killed belongs to a later step.
 
     Raises:
         ValueError: the file is no such table.
@@ -74,29 +74,19 @@ def rows_before(table: Path, step: int) -> list[dict[str, str]]:
 
 
 class _RunLogger(Logger):
-    """A logger whose folder is the run's, and which leaves the configuration to the run's own files."""
+    """A logger in the run folder, without name or version; it logs no settings, as ``config.yaml`` has them."""
 
-    @property
-    def name(self) -> str:
-        """None."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """None."""
-        return ""
+    name = version = ""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: ``config.yaml`` has them."""
+        """Do nothing."""
 
 
 @final
 class MetricsTable(_RunLogger):
     """``metrics.csv``: each row is added in one piece; a row with new columns replaces the whole file by a new one.
 
-    Args:
-        path: of the table.
-        kept: rows to begin with; the file's old content is replaced.
+    The table begins with the rows ``kept``; older content of the file is replaced.
     """
 
     def __init__(self, path: Path, kept: Sequence[Row] = ()) -> None:
@@ -140,15 +130,10 @@ class MetricsTable(_RunLogger):
 
 @final
 class Events(_RunLogger):
-    """TensorBoard's file of the same rows, each written when it is logged.
+    """TensorBoard's file of the same rows, each written when it is logged; it replaces the files of earlier sessions.
 
-    TensorBoard's own writer writes later, in a thread: rows that it has not yet written are lost with a killed process,
-    rows that it has written stay when a run goes on from before them, and on a full disk the thread dies with a
-    traceback.
-
-    Args:
-        folder: of the run; the file is made in a folder inside, where it replaces those that are there.
-        kept: rows to begin with.
+    TensorBoard's own writer works in a thread: a killed process loses rows, a resumed run keeps rows of later steps,
+    and a full disk ends the thread with a traceback.
     """
 
     def __init__(self, folder: Path, kept: Sequence[Row] = ()) -> None:
@@ -177,23 +162,19 @@ class Events(_RunLogger):
 
 
 PROJECT = "sigma-vae"
-"""Project of Weights & Biases and experiment of MLflow, unless their environment variables name another."""
+"""Weights & Biases project and MLflow experiment, unless their environment variables name another."""
 
 
 @final
 class WeightsAndBiases(_RunLogger):
-    """A run of Weights & Biases, named after the folder; a resumed training continues it.
-
-    Args:
-        folder: of the run.
-    """
+    """A run of Weights & Biases, named after the run folder; a resumed training continues it."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         wandb = _installed("wandb")
         project, known = os.environ.get("WANDB_PROJECT", PROJECT), _kept_id(folder, "wandb")
         self.run = wandb.init(project=project, name=folder.name, dir=str(folder), id=known, resume="allow")
-        self.run.define_metric("*", step_metric="step")  # steps that a resumed training repeats are steps of the past
+        self.run.define_metric("*", step_metric="step")  # W&B's own step cannot go back, as a resumed training may
         _keep_id(folder, "wandb", self.run.id)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -207,10 +188,9 @@ class WeightsAndBiases(_RunLogger):
 
 @final
 class MLflow(_RunLogger):
-    """A run of MLflow (where ``MLFLOW_TRACKING_URI`` says), named after the folder; a resumed training continues it.
+    """A run of MLflow (at ``MLFLOW_TRACKING_URI``), named after the run folder; a resumed training continues it.
 
-    Args:
-        folder: of the run.
+    MLflow 3.17 refuses a plain folder there: take ``sqlite:///mlflow.db``, or set ``MLFLOW_ALLOW_FILE_STORE=true``.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -219,9 +199,8 @@ class MLflow(_RunLogger):
         if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
             mlflow.set_experiment(PROJECT)
         known = _kept_id(folder, "mlflow")
-        name = folder.name if known is None else None
         self.client = mlflow.MlflowClient()
-        self.id: str = mlflow.start_run(run_id=known, run_name=name).info.run_id
+        self.id: str = mlflow.start_run(run_id=known, run_name=None if known else folder.name).info.run_id
         mlflow.end_run()
         self.client.update_run(self.id, status="RUNNING")
         _keep_id(folder, "mlflow", self.id)

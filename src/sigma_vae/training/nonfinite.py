@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sigma_vae.config import TrainingConfig, parse, write_whole
 from sigma_vae.training.checkpoints import damage, step_of
-from sigma_vae.training.distributed import first_where, on_any, processes, whole_state
+from sigma_vae.training.distributed import on_any, processes, rows_of_all, whole_state
 from sigma_vae.training.hardware import Choices, applied
 from sigma_vae.training.objective import current_sigma, step_loss
 from sigma_vae.types import Batch, Elbo
@@ -31,16 +31,16 @@ __all__ = [
 ]
 
 FILE = "non-finite.safetensors"
-"""Its name in the run folder."""
+"""Name of the saved step in the run folder."""
 WEIGHTS = "weights."
 REMEDY = "Checkpoints written before are intact. Lower the learning rate, or clip gradients (gradient_clip_norm)"
 
 
 class Suspect(NamedTuple):
-    """A batch that is being trained on or validated.
+    """A batch in training or validation.
 
-    ``rng`` is the state of torch's generator when the step began (a GPU's own, where there is one), empty in a
-    validation, whose noise belongs to the examples. ``here`` is whether a term of this process is not finite.
+    ``rng`` is the generator's state when the step began (a GPU's own, where there is one); empty in a validation, whose
+    noise belongs to the examples. ``here``: a term of this process is not finite.
     """
 
     step: int
@@ -51,12 +51,7 @@ class Suspect(NamedTuple):
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the last checkpoint holds the state before.
-
-    Args:
-        message: the diagnosis.
-        suspect: the batch whose loss is not finite, where it is known.
-    """
+    """The loss became NaN or infinite; the last checkpoint holds the state before."""
 
     def __init__(self, message: str, suspect: Suspect | None = None) -> None:
         super().__init__(message)
@@ -64,7 +59,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def diagnosis(vae: VAE, suspect: Suspect, elbo: Elbo) -> NonFiniteLossError:
-    """The error for a batch with this bound: step, broken term, σ, range of the batch, weights that are not finite."""
+    """The error for this batch: step, broken term, σ, range of the batch, weights that are not finite."""
     terms = {"log-likelihood": elbo.log_likelihood, "KL": elbo.rate}
     broken = [name for name, term in terms.items() if not torch.isfinite(term).all()]
     weights = [name for name, p in vae.named_parameters() if not torch.isfinite(p).all()]
@@ -84,13 +79,10 @@ def diagnosis(vae: VAE, suspect: Suspect, elbo: Elbo) -> NonFiniteLossError:
 
 
 class BrokenStep(NamedTuple):
-    """The parts of a step that failed.
+    """A step that failed: the batch as the model saw it, the generator's state, and the weights by name.
 
-    Shapes:
-        batch as the model saw it (of several processes the share of the first that has a broken term); rng ``(bytes,)``
-        the state of the generator when the step began, empty in a validation; weights by their names in the model;
-        about: ``step``, ``split``, ``diagnosis``, the hardware ``choices``, ``shape`` of an example and ``scaling`` of
-        the data.
+    ``about`` has ``step``, ``split``, ``diagnosis``, the hardware ``choices``, an example's ``shape``, and the data's
+    ``scaling``. If several processes train, the batch is the share of the first one with a broken term.
     """
 
     batch: Batch
@@ -100,23 +92,20 @@ class BrokenStep(NamedTuple):
 
 
 def keep_broken_step(folder: Path, vae: VAE, suspect: Suspect | None, about: Mapping[str, Any]) -> str | None:
-    """Write the step whose loss is not finite. Every process calls this; the first one with a broken term writes.
+    """Write the step whose loss is not finite into the run folder.
 
-    Args:
-        folder: of the run.
-        vae: the model with the weights of the step.
-        suspect: the batch; None before the first step.
-        about: ``diagnosis``, ``choices``, ``shape`` and ``scaling``, plain values.
+    Every process calls this; the first one with a broken term writes. ``suspect`` is None before the first step.
 
     Returns:
-        What went wrong if it could not be written: that must not hide the loss that is not finite.
+        The problem if it could not be written: that must not hide the loss that is not finite.
     """
     if suspect is None:
         return "it was before the first one"
     problem = None
     try:
         weights = {name: value.cpu() for name, value in whole_state(vae).items()}
-        if processes().rank == first_where(suspect.here):
+        first = rows_of_all(torch.tensor(float(suspect.here))).argmax()  # the lowest rank, if it is so nowhere
+        if processes().rank == first:
             about = {**about, "step": suspect.step, "split": suspect.split}
             write_whole(folder / FILE, _packed(BrokenStep(suspect.batch, suspect.rng, weights, about)))
     except Exception as error:  # whatever it is, the other processes wait to hear of it
@@ -127,13 +116,9 @@ def keep_broken_step(folder: Path, vae: VAE, suspect: Suspect | None, about: Map
 
 
 def with_saved_step(error: NonFiniteLossError, folder: Path, step: int, problem: str | None = None) -> NonFiniteLossError:
-    """Add to the error which checkpoint is good, and where the step is kept.
+    """Add to the error which checkpoint is good, and where the step is kept (or the problem in keeping it).
 
-    Args:
-        error: of the step.
-        folder: of the run.
-        step: the number of steps before it: a checkpoint after as many has the weights that failed.
-        problem: why the step could not be kept.
+    ``step`` is the number of steps before it: a checkpoint after as many has the weights that failed.
     """
     found = [folder / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt")]
     steps = {path: step_of(path) for path in found if damage(path) is None}
@@ -170,7 +155,7 @@ def load_broken_step(path: Path) -> BrokenStep:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["about"])
-            # Copies: as they lie in the file they are not aligned, and sums may then be rounded otherwise than in the step.
+            # Copied: tensors in the file are not aligned, and their sums may be rounded differently than in the step.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
         weights = {name.removeprefix(WEIGHTS): value for name, value in tensors.items() if name.startswith(WEIGHTS)}
         if tensors["rng"].dtype != torch.uint8 or tensors["rng"].dim() != 1:
@@ -184,13 +169,8 @@ def load_broken_step(path: Path) -> BrokenStep:
 def first_broken(vae: VAE, step: BrokenStep, config: TrainingConfig = TrainingConfig()) -> list[str]:  # noqa: B008 (frozen)
     """Replay a step, and name the modules whose output is not finite although their input was, in their order.
 
-    The step is repeated with its weights, its noise (a GPU's on a GPU alone), its micro-batches and its precision, but
-    uncompiled and on one process. A parameter that is not finite itself is named first.
-
-    Args:
-        vae: a model of the kind that failed; it takes the weights of the step.
-        step: as it was kept.
-        config: of the run's training.
+    Weights (which ``vae`` takes over), noise (a GPU's on a GPU alone), micro-batches and precision are the step's; the
+    replay is not compiled and takes one process. A parameter that is not finite itself is named first.
     """
     known = step.about.get("choices")
     choices = parse(known | {"allocator": "default"} if isinstance(known, dict) else known, Choices, FILE)

@@ -24,23 +24,23 @@ __all__ = [
 ]
 
 
+NO_KL = 1e-9
+"""KL in nats per latent that counts as none."""
+
+
 def validated_total(vae: VAE) -> str:
-    """Name of the metric that is maximised: a bound, or an objective where there is no likelihood (grey Bernoulli)."""
+    """Name of the metric that is maximised: the ELBO, or an objective where there is no likelihood (grey Bernoulli)."""
     return "validation/elbo_nats" if vae.likelihood.normalised else "validation/objective_nats"
 
 
 def current_sigma(vae: VAE) -> Tensor | None:
-    """The σ that training uses, if any: the geometric mean of several, the running one of an optimal scale."""
+    """The σ that training uses, if any: the geometric mean of several, or an optimal scale's running one."""
     log_sigma = vae.likelihood.log_sigma()
     return None if log_sigma is None else log_sigma.detach().mean().exp()
 
 
-NO_KL = 1e-9
-"""Nats a latent that count as none."""
-
-
 class Losses(NamedTuple):
-    """The true bound of each example, and the objective to minimise, ``(*batch,)`` in nats."""
+    """The ELBO of each example, and the objective to minimise, ``(*batch,)`` in nats."""
 
     elbo: Elbo
     minimised: Tensor
@@ -52,7 +52,7 @@ def is_weighted(config: TrainingConfig) -> bool:
 
 
 def check_weights(vae: VAE, config: TrainingConfig) -> None:
-    """Refuse weights that mean nothing to this model.
+    """Refuse weights of the objective that do not apply to this model.
 
     Raises:
         ValueError: β-NLL is asked for where no σ is predicted, or a balance where there is one layer.
@@ -110,13 +110,12 @@ def balance(kl_nats: Tensor, latents: Sequence[int]) -> Tensor:
     .. math:: \gamma_l \propto \overline{KL}_l / d_l, \qquad \sum_l \gamma_l = L
 
     where :math:`\overline{KL}_l` is the mean over the batch of all processes and :math:`d_l` the layer's number of
-    latents: a layer that uses each of its latents more than others do pays more for it, one that is switched off is
-    nearly free (the warm-up of NVAE, Vahdat and Kautz 2020, arXiv 2007.03898, appendix A; its released code has
-    :math:`d_l` as the area of the layer's map).
+    latents. A layer with more KL per latent than others pays more for it; one that is switched off is nearly free (the
+    warm-up of NVAE, Vahdat and Kautz 2020, arXiv 2007.03898, appendix A; in its released code :math:`d_l` is the area
+    of the layer's map).
 
-    Args:
-        kl_nats: ``(*batch, layers)``.
-        latents: of each layer.
+    Shapes:
+        kl_nats ``(*batch, layers)``; latents: the number of each layer's.
 
     >>> balance(torch.tensor([[1.0, 8.0], [3.0, 8.0]]), latents=[1, 4])
     tensor([1., 1.])
@@ -142,21 +141,14 @@ def step_loss(
 
     .. math:: \text{loss} = \sum_i \frac{n_i}{n}\, L_i(\sigma_i), \qquad L_i = \text{mean over the micro-batch's examples}
 
-    A σ that is solved is that of its micro-batch (over all processes), and so are the batch means of free bits and of
-    KL balancing. Where σ is no statistic of the batch (fixed, learned, predicted) the gradient is that of the whole
-    batch. Where it is one, the loss lies below the whole batch's, as the mean of :math:`\log \sigma_i` lies below the
-    logarithm of the root mean square, and the gradient is that of this mean.
+    An optimal σ is solved for each micro-batch (over all processes), and so are the batch means of free bits and KL
+    balancing. Where σ is fixed, learned or predicted, the gradient is that of the whole batch. Where it is optimal, the
+    loss lies below the whole batch's, as the mean of :math:`\log \sigma_i` lies below the logarithm of the root mean
+    square, and the gradient is that of this mean.
 
-    All micro-batches but the last are differentiated here, and add to the gradients that are there; the loss returned
-    has the gradient of the last one. Gradients are scaled by the number of processes, as data parallelism takes their
-    mean over processes.
-
-    Args:
-        vae: the model, in training mode.
-        batch: this process's share, at least one example.
-        config: its weights of the objective, and how many micro-batches; never more than each process has examples.
-        step: how many steps were taken.
-        elbo_of: ``vae.elbo``, perhaps compiled.
+    All micro-batches but the last are differentiated here, which adds to the gradients; the loss returned has the
+    gradient of the last one. Gradients are scaled by the number of processes, as data parallelism averages them over
+    processes. There are never more micro-batches than each process has examples, which is at least one.
 
     >>> from sigma_vae import Fixed, Gaussian, mlp
     >>> vae = VAE(mlp((1, 4, 4), 1, latent_dim=2, width=8), Gaussian(1, Fixed(0.5)))

@@ -44,7 +44,7 @@ class _Unchecked(NamedTuple):
 
 
 def optimizer_for(vae: VAE, config: TrainingConfig, *, fused: bool = False) -> torch.optim.AdamW:
-    """Adam(W); the likelihood's own parameters (a shared σ, a ν) have their own learning rate and no decay."""
+    """AdamW; the likelihood's own parameters (a shared σ, a ν) have their own learning rate and no decay."""
     rate = config.learning_rate
     scales = {id(p): p for p in vae.likelihood.parameters()}
     weights = [p for p in vae.parameters() if id(p) not in scales]
@@ -60,13 +60,12 @@ class Stepper:
     """Takes optimiser steps, each down the gradient of a batch's mean negative ELBO (or weighted objective), in nats.
 
     Args:
-        vae: the model, on its device.
-        config: of the training.
-        choices: of the hardware.
-        total_steps: of the whole training, which the cosine schedule ends with.
-        log_volume_nats: logged bounds are smaller by it than the model's log-density: the Jacobian of a
-            standardisation.
-        fabric: runs the processes; it wraps the model where there are several.
+        vae: model, on its device.
+        config: training settings.
+        choices: hardware settings.
+        total_steps: length of the training; the cosine schedule ends there.
+        log_volume_nats: subtracted from the model's log-density in logged bounds (the Jacobian of a standardisation).
+        fabric: Lightning Fabric, which wraps the model where there are several processes.
     """
 
     def __init__(
@@ -79,7 +78,11 @@ class Stepper:
         self.log_volume_nats = log_volume_nats
         self.fabric = fabric
         self.average = None if config.ema_decay is None else Averaged(vae, config.ema_decay)
-        self._loss = _wrapped(vae, config, torch.compile(vae.elbo) if choices.compile else None, fabric)
+        module = _Loss(vae, config, torch.compile(vae.elbo) if choices.compile else None)
+        self._loss: Callable[[Batch, int], StepLoss] = module.forward
+        if processes().world_size > 1:
+            wrapped = fabric.setup_module(module)  # which shards the module itself
+            self._loss = module.forward if is_sharded(config) else wrapped
         self.parameters = list(vae.parameters())
         self.optimizer = optimizer_for(vae, config, fused=choices.fused_optimiser)
         self.skipped_steps = 0
@@ -87,18 +90,11 @@ class Stepper:
         """The newest step."""
         self._unchecked: list[_Unchecked] = []
         self._broken: Tensor | None = None
-        # On a GPU a look at the loss waits for it: losses are looked at in `check`, and until then the device itself holds the weights.
+        # Reading a loss waits for the GPU: `check` reads several, and until then the device itself protects the weights.
         self._checks_later = choices.device == "cuda" and choices.fused_optimiser and not is_sharded(config)
 
     def step(self, batch: Batch, number: int) -> dict[str, float] | None:
-        """Take one step.
-
-        Args:
-            batch: this process's share of the global batch.
-            number: of the step, from 0.
-
-        Returns:
-            The row of metrics, where one is due.
+        """Take step ``number`` (from 0) on this process's share of the batch; return a row of metrics where one is due.
 
         Raises:
             NonFiniteLossError: the loss is not finite; on a GPU :meth:`check` raises it later.
@@ -120,7 +116,7 @@ class Stepper:
             group["lr"] = group["full_lr"] * rate
         self.optimizer.step()
         if self.average is not None and not skipped:
-            self.average.update(self.vae)
+            self.average.update_parameters(self.vae)
         return None if row is None else {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
 
     def check(self) -> None:
@@ -140,7 +136,7 @@ class Stepper:
         return {
             "model": self.weights(),
             "current": None if average is None else self.vae.state_dict(),
-            "averaged_steps": None if average is None else int(average.model.n_averaged),
+            "averaged_steps": None if average is None else int(average.n_averaged),
             "optimizer": whole_optimizer_state(self.optimizer),
             "skipped_steps": self.skipped_steps,
         }
@@ -150,12 +146,12 @@ class Stepper:
         load_whole_state(self.vae, state["model"] if state["current"] is None else state["current"])
         if self.average is not None:
             self.average.module.load_state_dict(state["model"])
-            self.average.model.n_averaged.fill_(state["averaged_steps"] or 0)
+            self.average.n_averaged.fill_(state["averaged_steps"] or 0)
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.skipped_steps = state["skipped_steps"]
 
     def _hold_where_broken(self, loss: Tensor) -> None:
-        """Leave weights and moments as they are from a loss that is not finite until :meth:`check`."""
+        """From a loss that is not finite until :meth:`check`, leave weights and moments unchanged."""
         broken = 1.0 - loss.isfinite().float()
         self._broken = broken if self._broken is None else torch.maximum(self._broken, broken)
         self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells a fused optimiser
@@ -216,42 +212,16 @@ class _Loss(nn.Module):
         return step_loss(self.vae, batch, self.config, number, self.elbo_of)
 
 
-def _wrapped(
-    vae: VAE, config: TrainingConfig, elbo_of: Callable[..., Elbo] | None, fabric: Fabric
-) -> Callable[[Batch, int], StepLoss]:
-    loss = _Loss(vae, config, elbo_of)
-    if processes().world_size == 1:
-        return loss.forward
-    wrapped: Callable[[Batch, int], StepLoss] = fabric.setup_module(loss)
-    return loss.forward if is_sharded(config) else wrapped
-
-
 @final
-class Averaged:
-    """An exponential moving average of weights and buffers.
-
-    Args:
-        vae: the model.
-        decay: weight of the past.
-    """
+class Averaged(AveragedModel):
+    """An exponential moving average of weights and buffers; ``decay`` is the weight of the past."""
 
     def __init__(self, vae: VAE, decay: float) -> None:
-        average = get_ema_avg_fn(decay)  # type: ignore[no-untyped-call]
-        self.model = AveragedModel(vae, avg_fn=average, use_buffers=True)
-
-    @property
-    def module(self) -> nn.Module:
-        """The model with the averages."""
-        module: nn.Module = self.model.module
-        return module
-
-    def update(self, vae: VAE) -> None:
-        """Follow the model; the first update copies it."""
-        self.model.update_parameters(vae)
+        super().__init__(vae, avg_fn=get_ema_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def in_place_of(self, vae: VAE) -> Iterator[None]:
-        """Let the model have the averages for as long as this lasts; changes meanwhile are kept as theirs."""
+        """Let the model have the averages for as long as this lasts; changes to the model are changes to them."""
         self._swap(vae)
         try:
             yield
@@ -269,12 +239,9 @@ class Averaged:
 
 @final
 class Validation:
-    """Bounds on held-out data. The noise belongs to the example, so no number depends on the batch size.
+    """Bounds on held-out data: ``batches`` are this process's share of them, in a fixed order.
 
-    Args:
-        vae: the model.
-        batches: this process's share of the validation split, in a fixed order.
-        log_volume_nats: as of :class:`Stepper`.
+    The noise belongs to the example, so no number depends on the batch size. ``log_volume_nats`` as in :class:`Stepper`.
     """
 
     def __init__(self, vae: VAE, batches: Batches, log_volume_nats: float) -> None:
@@ -285,7 +252,7 @@ class Validation:
 
     @torch.no_grad()
     def measure(self, step: int) -> dict[str, float]:
-        """The means over all examples; call it in eval mode, after ``step`` steps.
+        """Means over all examples, in eval mode, after ``step`` steps.
 
         Raises:
             NonFiniteLossError: the bound is not finite.
@@ -327,7 +294,7 @@ class Validation:
 
 
 class _RememberedNoise:
-    """Gives the numbers that it drew before, call by call."""
+    """Replays the numbers that it drew before, call by call."""
 
     def __init__(self, fresh: Noise) -> None:
         self.fresh = fresh

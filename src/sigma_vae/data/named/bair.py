@@ -1,4 +1,4 @@
-"""BAIR robot pushing, 64×64 (Ebert et al. 2017, https://arxiv.org/abs/1710.05268): official TFRecord files, unpacked or in their tar."""
+"""BAIR robot pushing, 64×64 (Ebert et al. 2017, https://arxiv.org/abs/1710.05268), from its official TFRecord files."""
 
 import struct
 import tarfile
@@ -123,7 +123,12 @@ def _archived(archive: Path) -> _Pieces:
 def _encoded(split: SplitName, pieces: Sequence[_Piece], place: Path, frames: int, config: DataConfig) -> Encoded:
     files = [[*file_stamp(piece.path), piece.name, piece.start, piece.end] for piece in pieces]
     identity = {"files": files, "reader": "bair-1"}
-    found = remembered(place, config.cache, identity | {"of": "records"}, lambda: list(_index(pieces)))
+
+    def index() -> list[tuple[int, int, int]]:
+        found = ((number, find_records(piece.path, piece.start, piece.end)) for number, piece in enumerate(pieces))
+        return [(number, record.offset, record.length) for number, records in found for record in records]
+
+    found = remembered(place, config.cache, identity | {"of": "records"}, index)
     records = [Record(pieces[number].path, offset, length) for number, offset, length in found]
     if len(records) != _COUNTS[split]:
         raise ValueError(
@@ -139,12 +144,6 @@ def _encoded(split: SplitName, pieces: Sequence[_Piece], place: Path, frames: in
         home=place,
         skip_unreadable=config.images.unreadable == "skip",
     )
-
-
-def _index(pieces: Sequence[_Piece]) -> Iterator[tuple[int, int, int]]:
-    for number, piece in enumerate(pieces):
-        for record in find_records(piece.path, piece.start, piece.end):
-            yield number, record.offset, record.length
 
 
 def _clip(record: Record, frames: int) -> Array:
@@ -176,12 +175,7 @@ _VARINT, _EIGHT_BYTES, _DELIMITED, _FOUR_BYTES = 0, 1, 2, 5  # protobuf's wire t
 
 
 def find_records(path: Path, start: int = 0, end: int | None = None) -> Iterator[Record]:
-    """Find the records between two offsets, reading and checking only their headers.
-
-    Args:
-        path: the file, or an archive that holds it uncompressed.
-        start: offset of the first record.
-        end: offset behind the last record; default: the end of the file.
+    """Find the records between two offsets of a file, or of an archive, reading and checking only their headers.
 
     Raises:
         ValueError: a header is damaged, or the last record is cut off.
@@ -226,9 +220,9 @@ def read_record(record: Record) -> bytes:
 
 
 def bytes_features(message: bytes, names: Collection[str]) -> dict[str, bytes]:
-    r"""Extract features with a single value from a ``tf.train.Example`` (or the context of a ``SequenceExample``: same encoding).
+    r"""Extract features with a single value from a ``tf.train.Example``.
 
-    Missing features and numeric ones are left out.
+    The context of a ``SequenceExample`` has the same encoding. Missing features and numeric ones are left out.
 
     >>> feature = b"\x0a\x03" + b"\x0a\x01!"
     >>> entry = b"\x0a\x01k" + b"\x12\x05" + feature
@@ -246,7 +240,7 @@ def bytes_features(message: bytes, names: Collection[str]) -> dict[str, bytes]:
 
 
 def _bytes_values(message: memoryview) -> Iterator[tuple[bytes, memoryview]]:
-    """Yield each name with each of its values. Field 1 is the wanted one everywhere but in a map's entry: 1 is its key, 2 its value."""
+    """Yield each name with each of its values: field 1 of each message, but in a map's entry the key is 1, the value 2."""
     for features in _fields(message, 1):
         for entry in _fields(features, 1):
             name = bytes(next(_fields(entry, 1), b""))
@@ -289,7 +283,7 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
 
 
 def _masked(data: bytes) -> int:
-    """CRC32C (RFC 3720) as TFRecord stores it, rotated and shifted, so that checksums of data with checksums stay random."""
+    """CRC32C (RFC 3720), rotated and shifted as in TFRecord: checksums of data with checksums stay random."""
     import google_crc32c
 
     checksum = int(google_crc32c.value(data))

@@ -1,16 +1,13 @@
-"""CelebA (Liu, Luo, Wang & Tang 2015, https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html): aligned faces, 178×218 JPEGs."""
+"""CelebA: aligned faces, 178×218 (Liu, Luo, Wang & Tang 2015, https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)."""
 
 import hashlib
-import threading
-import zipfile
-import zlib
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from sigma_vae.config import DataConfig
+from sigma_vae.data.archives import DAMAGED, Container, Folder, container
 from sigma_vae.data.cache import file_record, file_stamp
 from sigma_vae.data.hub import HubPlace
 from sigma_vae.data.levels import Array
@@ -28,16 +25,6 @@ _PARTITION_FILES = ("list_eval_partition.txt", "list_eval_partition.csv")
 _PICTURES = "img_align_celeba"
 _FILES = f"{_PICTURES}.zip or the folder {_PICTURES} that it holds, with list_eval_partition.txt (or .csv)"
 _CROP, _SIZE = 148, 64
-
-
-class _Files(NamedTuple):
-    """The files of the pictures, in a folder or a zip."""
-
-    path: Path
-    total: int
-    read: Callable[[str], bytes]
-    stamp: list[Any]
-    """Plain values that change when one of the files does."""
 
 
 @register.source("celeba", options={"root", "cache", "crop", "size"})
@@ -67,52 +54,47 @@ def _in_folder(folder: Path, official: Official, chosen: PicturePlan) -> Raw | N
         raise ValueError(f"celeba needs {_FILES} in {folder}, got no {missing}; put both there")
     names = _splits(partition)
     check_counts(official, {split: len(part) for split, part in names.items()}, str(partition))
-    if pictures.total != sum(_COUNTS.values()):
+    members = {PurePosixPath(name).name: name for name in pictures.names if name.endswith(".jpg")}
+    if len(members) != sum(_COUNTS.values()):
         raise ValueError(
-            f"{pictures.path} needs {sum(_COUNTS.values())} pictures, got {pictures.total}; take the official files, whole"
+            f"{pictures.path} needs {sum(_COUNTS.values())} pictures, got {len(members)}; take the official files, whole"
         )
+    stamp, record = _stamp_and_record(pictures, list(members.values()))
+
+    def decode(part: list[str], i: int) -> Array:
+        try:
+            content = pictures.read(members[part[i]])
+        except (KeyError, *DAMAGED) as error:
+            raise UnreadableError(f"{part[i]}: {type(error).__name__}: {error}") from error
+        return official.decode(chosen, content)
+
     parts = {
         split: Encoded(
             part,
             chosen.shape,
             chosen.dtype,
-            _decoder(part, pictures, official, chosen),
-            {"files": [pictures.stamp, file_stamp(partition)], "split": split, "plan": asdict(chosen)},
+            partial(decode, part),
+            {"files": [stamp, file_stamp(partition)], "split": split, "plan": asdict(chosen)},
             folder,
         )
         for split, part in names.items()
     }
     words = ["official train, validation and test pictures", *chosen.words]
-    return Raw("celeba", parts, [_record(pictures), file_record(partition)], words, levels=256)
+    return Raw("celeba", parts, [record, file_record(partition)], words, levels=256)
 
 
-def _pictures(folder: Path) -> _Files | None:
+def _pictures(folder: Path) -> Container | None:
     inner = find(folder, f"{_PICTURES}/{_PICTURES}", _PICTURES)  # Kaggle's copy has a folder within the folder
-    if inner is not None and inner.is_dir():
-        return _unzipped(inner)
-    archive = find(folder, f"{_PICTURES}.zip")
-    return None if archive is None else _zipped(archive)
+    path = inner if inner is not None and inner.is_dir() else find(folder, f"{_PICTURES}.zip")
+    return None if path is None else container(path, folder)
 
 
-def _unzipped(folder: Path) -> _Files:
-    stamps = [file_stamp(path) for path in sorted(folder.glob("*.jpg"))]
-    digest = hashlib.sha256(repr(stamps).encode()).hexdigest()
-    return _Files(folder, len(stamps), lambda name: (folder / name).read_bytes(), [folder.name, digest])
-
-
-def _zipped(path: Path) -> _Files:
-    try:
-        archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as a zip: {error}; fetch the file again") from error
-    members = {name.rsplit("/", 1)[-1]: name for name in archive.namelist() if name.endswith(".jpg") and "__MACOSX" not in name}
-    lock = threading.Lock()
-
-    def read(name: str) -> bytes:
-        with lock:
-            return archive.read(members[name])
-
-    return _Files(path, len(members), read, file_stamp(path))
+def _stamp_and_record(pictures: Container, names: list[str]) -> tuple[list[Any], dict[str, Any]]:
+    """Return values that change when a picture does, and the origin of the pictures for the record of a run."""
+    if not isinstance(pictures, Folder):
+        return file_stamp(pictures.path), file_record(pictures.path)
+    digest = hashlib.sha256(repr(pictures.stamp(names)).encode()).hexdigest()
+    return [pictures.path.name, digest], {"path": str(pictures.path.resolve()), "count": len(names)}
 
 
 def _splits(partition: Path) -> dict[SplitName, list[str]]:
@@ -127,20 +109,3 @@ def _splits(partition: Path) -> dict[SplitName, list[str]]:
         if words:
             splits[_PARTITIONS[words[1]]].append(words[0])
     return splits
-
-
-def _decoder(names: list[str], files: _Files, official: Official, chosen: PicturePlan) -> Callable[[int], Array]:
-    def decode(i: int) -> Array:
-        try:
-            content = files.read(names[i])
-        except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise UnreadableError(f"{names[i]}: {type(error).__name__}: {error}") from error
-        return official.decode(chosen, content)
-
-    return decode
-
-
-def _record(files: _Files) -> dict[str, object]:
-    if files.path.is_file():
-        return file_record(files.path)
-    return {"path": str(files.path.resolve()), "count": files.total}

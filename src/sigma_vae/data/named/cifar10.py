@@ -1,10 +1,10 @@
-"""CIFAR-10 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html): its Python or binary version, unpacked or as an archive."""
+"""CIFAR-10 (Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html), from its Python or binary version."""
 
 import io
 import pickle
 import tarfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -129,19 +129,18 @@ def _in_folder(folder: Path) -> Raw | None:
     for inner in (folder / name for name in _FOLDERS):
         for ending in ("", ".bin"):
             if found := {name: path for name in _BATCHES if (path := find(inner, name + ending))}:
-                return _raw(
-                    {name: _batch(path.read_bytes(), path.name, str(path)) for name, path in found.items()}, inner, found
-                )
+                batches = {name: _batch(path.read_bytes(), path.name, str(path)) for name, path in found.items()}
+                return _raw(batches, inner, found.values())
     if archive := find(folder, *_ARCHIVES):
-        return _raw(_unpacked(archive), archive, {"": archive})
+        return _raw(_unpacked(archive), archive, [archive])
     return None
 
 
-def _raw(batches: Mapping[str, Images], where: Path, files: Mapping[str, Path]) -> Raw:
+def _raw(batches: Mapping[str, Images], where: Path, files: Iterable[Path]) -> Raw:
     if missing := [name for name in _BATCHES if name not in batches]:
         raise ValueError(f"cifar10 needs {', '.join(_BATCHES)} in {where}, got no {', '.join(missing)}; put all of them there")
     train = np.concatenate([batches[name] for name in _BATCHES[:-1]])
-    records = [file_record(path) for path in files.values()]
+    records = [file_record(path) for path in files]
     words = ["official train and test images"]
     return Raw("cifar10", {"train": train, "test": batches[_BATCHES[-1]]}, records, words, levels=256)
 

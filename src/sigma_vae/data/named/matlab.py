@@ -14,7 +14,7 @@ import numpy.typing as npt
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import file_record
 from sigma_vae.data.hub import HubPlace
-from sigma_vae.data.named.official import Official, find, read_official
+from sigma_vae.data.named.official import Official, find, find_splits, read_official
 from sigma_vae.data.pictures import PicturePlan
 from sigma_vae.data.splits import Raw, SplitName
 from sigma_vae.registry import register
@@ -59,14 +59,9 @@ def read_frey_faces(config: DataConfig) -> Raw:
 
 
 def _svhn_in(folder: Path, chosen: PicturePlan) -> Raw | None:
-    found = {split: find(folder, name) for split, name in _SVHN_FILES.items()}
-    files = {split: path for split, path in found.items() if path is not None}
+    files = find_splits(folder, _SVHN_FILES, "svhn")
     if not files:
         return None
-    if missing := [name for split, name in _SVHN_FILES.items() if split not in files]:
-        raise ValueError(
-            f"svhn needs {' and '.join(_SVHN_FILES.values())} in {folder}, got no {missing[0]}; put both files there"
-        )
     # MATLAB's order: rows, columns, colours, examples.
     parts = {split: _resized(np.moveaxis(_array(path, "X", (32, 32, 3)), -1, 0), chosen) for split, path in files.items()}
     words = ["official train and test images, without extra", *chosen.words]

@@ -1,4 +1,4 @@
-"""Digits and clothes: MNIST and Fashion-MNIST in their official files, and small sets that installed packages bring along.
+"""MNIST and Fashion-MNIST from their official files, and small sets of digits from installed packages.
 
 MNIST: LeCun, Bottou, Bengio & Haffner 1998, http://yann.lecun.com/exdb/mnist. Fashion-MNIST: Xiao, Rasul & Vollgraf
 2017, https://arxiv.org/abs/1708.07747.
@@ -13,14 +13,13 @@ from sigma_vae.config import DataConfig
 from sigma_vae.data.arrays import read_images
 from sigma_vae.data.cache import file_record
 from sigma_vae.data.hub import HubPlace
-from sigma_vae.data.named.official import Official, find, read_official
+from sigma_vae.data.named.official import Official, find_splits, read_official
 from sigma_vae.data.splits import Raw, SplitName
 from sigma_vae.registry import register
 
-__all__ = ["digits", "mnist_5k", "read_fashion_mnist", "read_mnist", "whose"]
+__all__ = ["FILES", "digits", "mnist_5k", "read_fashion_mnist", "read_mnist", "whose"]
 
-_STEMS: dict[SplitName, str] = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
-_FILES = " and ".join(f"{stem}[.gz]" for stem in _STEMS.values())
+FILES: dict[SplitName, str] = {"train": "train-images-idx3-ubyte[.gz]", "test": "t10k-images-idx3-ubyte[.gz]"}
 _COUNTS: dict[SplitName, int] = {"train": 60000, "test": 10000}
 _PICTURE = (28, 28, "L")
 _PREFIXES = (Path("/usr"), Path("/usr/local"))
@@ -56,32 +55,32 @@ def read_mnist(config: DataConfig) -> Raw:
     Raises:
         ValueError: the files are missing, incomplete, damaged, or those of another data set.
     """
-    return _read(Official("mnist", _FILES, _COUNTS, _PICTURE, HubPlace("ylecun/mnist", column="image")), config)
+    return _read("mnist", HubPlace("ylecun/mnist", column="image"), (), config)
 
 
 @register.source("fashion-mnist", options={"root", "cache"})
 def read_fashion_mnist(config: DataConfig) -> Raw:
-    """Read the official 60 000 train and 10 000 test images of Fashion-MNIST, also from Debian's package dataset-fashion-mnist.
+    """Read the official 60 000 train and 10 000 test images of Fashion-MNIST.
+
+    They may come from Debian's package dataset-fashion-mnist.
 
     Raises:
         ValueError: the files are missing, incomplete, damaged, or those of another data set.
     """
     place = HubPlace("zalando-datasets/fashion_mnist", column="image")
     debian = tuple(prefix / "share" / "datasets" / "fashion-mnist" for prefix in _PREFIXES)
-    return _read(Official("fashion-mnist", _FILES, _COUNTS, _PICTURE, place, debian), config)
+    return _read("fashion-mnist", place, debian, config)
 
 
-def _read(official: Official, config: DataConfig) -> Raw:
-    return read_official(official, config, lambda folder: _in_folder(folder, official.name))
+def _read(name: str, hub: HubPlace, system: tuple[Path, ...], config: DataConfig) -> Raw:
+    official = Official(name, " and ".join(FILES.values()), _COUNTS, _PICTURE, hub, system)
+    return read_official(official, config, lambda folder: _in_folder(folder, name))
 
 
 def _in_folder(folder: Path, name: str) -> Raw | None:
-    found = {split: find(folder, stem, f"{stem}.gz") for split, stem in _STEMS.items()}
-    files = {split: path for split, path in found.items() if path is not None}
+    files = find_splits(folder, FILES, name)
     if not files:
         return None
-    if missing := [f"{stem}[.gz]" for split, stem in _STEMS.items() if split not in files]:
-        raise ValueError(f"{name} needs {_FILES} in {folder}, got no {missing[0]}; put both files there")
     parts = {split: _checked(read_images(path), path)[:, np.newaxis] for split, path in files.items()}
     _check_mean(parts["train"], name, files["train"])
     return Raw(name, parts, [file_record(path) for path in files.values()], ["official train and test images"], levels=256)

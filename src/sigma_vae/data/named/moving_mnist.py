@@ -7,7 +7,6 @@ https://github.com/edenton/svg). It is not the fixed, deterministic file mnist_t
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -17,8 +16,8 @@ from sigma_vae.config import DataConfig
 from sigma_vae.data.arrays import read_images
 from sigma_vae.data.cache import file_record
 from sigma_vae.data.holdout import ORDER, count_of, shuffled
-from sigma_vae.data.named.mnist import mnist_5k, whose
-from sigma_vae.data.named.official import folders
+from sigma_vae.data.named.mnist import FILES, mnist_5k, whose
+from sigma_vae.data.named.official import find_splits, folders
 from sigma_vae.data.splits import Raw, SplitName, clip_lengths
 from sigma_vae.data.stores import Generated
 from sigma_vae.registry import register
@@ -27,7 +26,6 @@ __all__ = ["BouncingDigits", "read_moving_mnist"]
 
 Images = npt.NDArray[np.uint8]
 
-_STEMS: dict[SplitName, str] = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 _CLIPS: dict[SplitName, int] = {"train": 10_000, "validation": 1_000, "test": 1_000}
 _FRAMES, _TEST_FRAMES = 15, 30
 _SIDE = 64
@@ -100,7 +98,7 @@ def _bounce(position: int, limit: int, fastest: int, generator: np.random.Genera
 
 @register.source("moving-mnist", options={"root", "size", "frames", "test_frames"})
 def read_moving_mnist(config: DataConfig) -> Raw:
-    """Generate 10 000 new clips of 15 frames per epoch, and 1 000 fixed ones each for validation (15 frames) and test (30).
+    """Generate 10 000 new training clips per epoch (15 frames), and 1 000 fixed ones for validation (15) and test (30).
 
     The three splits use different images of digits. If MNIST's official files are in ``root``, or in the folder of
     SIGMA_VAE_DATA or its subfolder mnist, test uses the test images, and validation a share of the training images.
@@ -140,30 +138,18 @@ def _digits(config: DataConfig) -> tuple[dict[SplitName, Images], str, list[dict
     """Return train images, and test images if there are any; their name; their files."""
     places = folders("mnist", config.root)
     for folder in places:
-        files = {name: path for name, stem in _STEMS.items() if (path := _file(folder, stem))}
-        if len(files) == 1:
-            raise ValueError(
-                f"moving-mnist needs {_expected()} in {folder}, got {next(iter(files.values())).name} alone; put both there"
-            )
-        if files:
+        if files := find_splits(folder, FILES, "moving-mnist"):
             images = {name: read_images(path) for name, path in files.items()}
             return images, whose(images["train"]) or f"the files in {folder}", [file_record(path) for path in files.values()]
     if config.root:
         raise ValueError(
-            f"moving-mnist needs {_expected()} in {places[0]}, got no such file; give the folder, or none for mnist-5k"
+            f"moving-mnist needs {' and '.join(FILES.values())} in {places[0]}, got no such file; give the folder, or none for"
+            " mnist-5k"
         )
     raw = mnist_5k(config)
     train = raw.parts["train"]
     assert isinstance(train, np.ndarray), "the package has an array"
     return {"train": train[:, 0].astype(np.uint8)}, "mnist-5k", raw.files
-
-
-def _file(folder: Path, stem: str) -> Path | None:
-    return next((path for path in (folder / stem, folder / f"{stem}.gz") if path.is_file()), None)
-
-
-def _expected() -> str:
-    return " and ".join(f"{stem}[.gz]" for stem in _STEMS.values())
 
 
 def _without_overlap(images: dict[SplitName, Images], config: DataConfig) -> dict[SplitName, Images]:

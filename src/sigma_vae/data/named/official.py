@@ -9,42 +9,36 @@ from pathlib import Path
 from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data.hub import HubError, HubPlace, fetch, pictures_of
 from sigma_vae.data.levels import Array
-from sigma_vae.data.pictures import PicturePlan, plan, probe
+from sigma_vae.data.pictures import PicturePlan, Probe, plan, probe
 from sigma_vae.data.splits import Raw, SplitName
 from sigma_vae.data.stores import Encoded, Part, UnreadableError
 
-__all__ = ["VARIABLE", "Official", "check_counts", "find", "folders", "read_official"]
+__all__ = ["VARIABLE", "Official", "check_counts", "find", "find_splits", "folders", "read_official"]
 
 VARIABLE = "SIGMA_VAE_DATA"
 
 
 def folders(name: str, root: str | None) -> list[Path]:
-    """List where to look: ``root`` if it is given, else NAME in the folder of SIGMA_VAE_DATA, and that folder itself."""
+    """List the folders to search: ``root`` if given, else the folder of SIGMA_VAE_DATA, its subfolder ``name`` first."""
     if root:
         return [Path(root).expanduser()]
-    named = os.environ.get(VARIABLE)
-    return [Path(named).expanduser() / name, Path(named).expanduser()] if named else []
+    if not (named := os.environ.get(VARIABLE)):
+        return []
+    return [Path(named).expanduser() / name, Path(named).expanduser()]
 
 
 @dataclass(frozen=True)
 class Official:
-    """A published data set.
-
-    Args:
-        name: the name that users give.
-        files: the expected files, in words.
-        counts: number of examples of each split.
-        picture: width, height and mode of all pictures.
-        hub: a copy on the hub, if there is one.
-        system: further folders that may have the files.
-    """
+    """A published data set, with the number of examples of each split, and maybe a copy on the hub."""
 
     name: str
     files: str
+    """The expected files, in words."""
     counts: Mapping[SplitName, int]
-    picture: tuple[int, int, str]
+    picture: Probe
     hub: HubPlace | None = None
     system: tuple[Path, ...] = ()
+    """Further folders that may have the files."""
 
     def places(self, root: str | None) -> list[Path]:
         """List the folders to search, in order.
@@ -73,12 +67,8 @@ def read_official(official: Official, config: DataConfig, in_folder: Callable[[P
     """Read the data set from the first place that has it.
 
     If ``root`` is given, only that folder is searched; otherwise the folder of the data set's name in the folder of
-    SIGMA_VAE_DATA, that folder itself, those of installed packages, and the hub.
-
-    Args:
-        official: the data set.
-        config: with ``root`` and the options for pictures.
-        in_folder: reads the published files in a folder; returns None if it has none of them.
+    SIGMA_VAE_DATA, that folder itself, those of installed packages, and the hub. ``in_folder`` reads the published
+    files in a folder, and returns None if it has none of them.
 
     Raises:
         ValueError: no place has the data set, or the files are damaged or not the published ones.
@@ -125,6 +115,19 @@ def find(folder: Path, *names: str) -> Path | None:
                 f"{path} needs to lead to a file or folder, got a link to {path.readlink()}, which is missing; mend it"
             )
     return None
+
+
+def find_splits(folder: Path, files: Mapping[SplitName, str], name: str) -> dict[SplitName, Path]:
+    """Find the file of each split of the data set ``name``; an ending in brackets is optional. Empty if there is none.
+
+    Raises:
+        ValueError: only one of the files is there.
+    """
+    found = {split: find(folder, file.removesuffix("[.gz]"), file.replace("[.gz]", ".gz")) for split, file in files.items()}
+    present = {split: path for split, path in found.items() if path is not None}
+    if present and (missing := [file for split, file in files.items() if split not in present]):
+        raise ValueError(f"{name} needs {' and '.join(files.values())} in {folder}, got no {missing[0]}; put both files there")
+    return present
 
 
 def _from_hub(official: Official, place: HubPlace, config: DataConfig, places: list[Path]) -> Raw:

@@ -365,7 +365,7 @@ def test_a_cell_that_raises_is_written_down_and_tried_again(spec, tmp_path, caps
     (tmp_path / "spec.yaml").write_text(json.dumps(content))
     words = ["study", "run", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert main(words) == 1
-    assert "1 cells failed" in capsys.readouterr().err
+    assert "1 run failed" in capsys.readouterr().err
     assert "broken.npz" in (tmp_path / "out" / "report.html").read_text()
     good, bad = study.cells(study.read_spec(str(tmp_path / "spec.yaml")))
     record = known(bad, tmp_path / "out")

@@ -116,11 +116,11 @@ BANNED = {
 
 
 OWN_MODULES = {
-    "registry.py": {"importlib.import_module(self.home)", "importlib.import_module(f'{self.home}.{module.name}')",
-                    "importlib.import_module(module.name)"},
+    "registry.py": {"importlib.import_module(self.home)", "importlib.import_module(module.name)"},
     "training/metrics.py": {"importlib.import_module(package)"},
     "__init__.py": {"import_module(f'{__name__}.{home}')", "import_module(f'{__name__}.{name}')"},
     "cli/__init__.py": {"import_module(f'{__name__}.{module}')"},
+    "likelihoods/__init__.py": {"import_module(f'{__name__}.{home}')"},
 }  # fmt: skip
 """Imports when a module is first needed, of names that stand in the sources: the package's own modules, and packages of loggers."""
 

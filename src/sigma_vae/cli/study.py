@@ -137,7 +137,8 @@ def run(
         print(f"table: {Path(out) / 'results.parquet'}; report: {Path(out) / 'report.html'}")
     if failed:
         errors = "; ".join(dict.fromkeys(record["error"] for record in failed))
-        raise ValueError(f"{len(failed)} runs failed; the same command tries them again: {errors}")
+        runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+        raise ValueError(f"{runs} failed; the same command tries again: {errors}")
 
 
 def _print_summary(out: Path) -> None:

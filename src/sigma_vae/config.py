@@ -273,7 +273,7 @@ class TrainingConfig(_Strict):
     log_every: int = 50
     """Steps between rows of the metrics."""
     logger: tuple[LoggerName, ...] = ("csv", "tensorboard")
-    """Where metrics are written: csv, tensorboard, wandb, mlflow; several at once. The last two need the package of
+    """Loggers that write the metrics: csv, tensorboard, wandb, mlflow; several at once. The last two need the package of
     that name."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 

@@ -148,7 +148,7 @@ class Registry:
         return name.partition(":")[0] in self._entries
 
     def entry(self, name: str, package: str | None = None) -> Entry:
-        """What a name stands for, whatever follows its colon.
+        """Return the entry of a name, whatever follows its colon.
 
         Args:
             name: ``"student-t:3"`` finds ``student-t``.
@@ -162,7 +162,7 @@ class Registry:
         return self._entries[name.partition(":")[0]]
 
     def make(self, name: str, package: str | None = None) -> Callable[..., Any]:
-        """What a name stands for, with the argument after its colon bound to it.
+        """Return the object that a name stands for, with the argument after the colon bound to it.
 
         Raises:
             ValueError: nobody registered it, or the argument is missing, not taken, or means nothing.

@@ -132,7 +132,7 @@ class Raw:
     name: str
     parts: Mapping[SplitName, Part]
     files: list[dict[str, Any]] = field(default_factory=list)
-    """Where the examples come from: plain values, for JSON."""
+    """Origin of the examples: plain values, for JSON."""
     preprocessing: list[str] = field(default_factory=list)
     """Everything that was done to the examples, in words."""
     levels: int | None = None

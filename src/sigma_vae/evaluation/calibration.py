@@ -410,7 +410,7 @@ class Correlations:
 
     @property
     def sums(self) -> list[Tensor]:
-        """What is added up over examples."""
+        """The running sums over examples."""
         return [self.one, *self.pairs.values(), *self.channels]
 
     def along_axes(self) -> dict[str, Autocorrelation] | None:

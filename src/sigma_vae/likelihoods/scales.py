@@ -15,7 +15,7 @@ from sigma_vae.types import Observes
 __all__ = ["FLOOR", "Fit", "Fixed", "Optimal", "Per", "PerImage", "PerPixel", "RunningMinimum", "Scale", "Shared"]
 
 Per = Literal["batch", "image", "channel", "pixel"]
-"""What has a σ of its own: the whole batch, each example, each channel, or each place of each channel."""
+"""The unit that has a σ of its own: the whole batch, each example, each channel, or each place of each channel."""
 
 Fit = Callable[[Per], Tensor]
 """Solves the log-scale that is best for the present batch, shared as asked."""
@@ -69,7 +69,7 @@ class Scale(nn.Module, ABC):
         """
 
     def base(self, raw: Tensor) -> Tensor:
-        """What a stored value is added to: 0, or the prediction."""
+        """The log σ that a stored value is added to: 0, or the prediction."""
         return raw.new_zeros(())
 
     def start(self, std: float) -> None:

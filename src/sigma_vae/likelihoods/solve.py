@@ -151,7 +151,7 @@ def _best_for_density(data: Iterable[Observed], per: Per, event_dims: int, log_f
 def _maximum(
     slopes: Slopes, data: Iterable[Observed], per: Per, event_dims: int, log_floor: float, log_scale: Tensor
 ) -> Tensor:
-    """Where the slopes add up to 0. After steps on the first data alone, two passes over all of them are enough."""
+    """Find where the slopes add up to 0. After steps on the first data alone, two passes over all of them are enough."""
     for part in (_head, iter):
         search = _Newton(log_scale, log_floor)
         for _ in range(MAX_ITERATIONS):

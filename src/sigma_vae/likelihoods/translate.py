@@ -22,7 +22,7 @@ class Explanation:
     dims: int
     """Values in one example."""
     advice: str
-    """What that means, in words."""
+    """Advice in words."""
 
 
 def explain(

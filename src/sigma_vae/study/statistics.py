@@ -27,7 +27,7 @@ __all__ = [
 
 ELBO = "elbo_post_hoc_nats"
 KINDS = {"density": "densities", "level": "levels"}
-"""What an ELBO may be of, and its plural."""
+"""The two kinds of ELBO, and their plurals."""
 RESAMPLES = 10_000
 
 

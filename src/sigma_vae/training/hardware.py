@@ -35,7 +35,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 @final
 @dataclass(frozen=True)
 class Machine:
-    """What the choices depend on: device, bfloat16 instructions, glibc, torch's threads, processors allowed."""
+    """The machine that the choices depend on: device, bfloat16 instructions, glibc, torch's threads, processors allowed."""
 
     device: Literal["cpu", "cuda"]
     name: str

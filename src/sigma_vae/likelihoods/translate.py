@@ -83,16 +83,16 @@ def explain(
 
 def _advice(beta: float, sigma: float, relative: float) -> str:
     meaning = (
-        f"The objective is ‖x − x̂‖² + {beta:.4g}·KL, so the decoder is taken to be wrong by σ = {sigma:.4g} a value,"
+        f"The objective is ‖x − x̂‖² + {beta:.4g}·KL, which assumes a decoder noise std of σ = {sigma:.4g} per value,"
         f" {100 * relative:.3g} % of the data's range."
     )
     if relative > 0.2:
         verdict = (
-            "That is far more than a trained network errs on images (3 to 15 %), so the KL outweighs detail:"
-            " reconstructions blur, latents collapse."
+            "The errors of trained networks on images are far smaller (3 to 15 %), so the KL outweighs detail:"
+            " reconstructions blur, and latents collapse."
         )
     elif relative < 0.02:
-        verdict = "That is less than most networks reach, so detail is bought with rate and samples from the prior suffer."
+        verdict = "Most networks have larger errors, so detail costs a high rate, and samples from the prior get worse."
     else:
-        verdict = "That is in the range that trained networks reach on images, but only the data can tell the right value."
-    return f"{meaning} {verdict} With gaussian/optimal σ is solved from the data, and there is no weight to choose."
+        verdict = "Trained networks have errors in this range on images, but only the data give the right value."
+    return f"{meaning} {verdict} With gaussian/optimal, σ is solved from the data, and there is no weight to choose."

@@ -379,7 +379,8 @@ def read(path: Path, kind: type[Config]) -> Config:
         _check_plain(text)
         content = yaml.safe_load(text)
     except Exception as error:  # on foreign bytes the reader raises nearly anything: YAMLError, KeyError, RecursionError, ...
-        raise ValueError(f"{path} cannot be read as YAML ({type(error).__name__}): {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read as YAML ({type(error).__name__}): {reason}") from error
     return parse(content, kind, str(path))
 
 

@@ -107,7 +107,7 @@ def _answer(words: list[str], speaker: str) -> int:
     except ModuleNotFoundError as error:
         return _say(f"{speaker}: this command needs {error.name}: pip install 'sigma-vae[full]'", FAILED)
     except (ValueError, OSError) as error:
-        return _say(f"{speaker}: {error}", FAILED)
+        return _say(f"{speaker}: {_line(error)}", FAILED)
     except RuntimeError as error:
         return _say_if_known(error, speaker)
     finally:
@@ -149,6 +149,11 @@ def _unknown(name: str, commands: Mapping[str, Command]) -> str:
     return f"there is no command {name!r}; did you mean {near[0]!r}? All {known}"
 
 
+def _line(error: Exception) -> str:
+    """Return the error's text as one line: those of other libraries may have several."""
+    return " ".join(line.strip() for line in str(error).splitlines())
+
+
 def _say(text: str, code: int) -> int:
     print(text, file=sys.stderr)
     return code
@@ -162,7 +167,7 @@ def _say_if_known(error: RuntimeError, speaker: str) -> int:
     if isinstance(error, ElsewhereError):
         return FAILED  # the first process says it
     if isinstance(error, NonFiniteLossError):
-        return _say(f"{speaker}: {error}", FAILED)
+        return _say(f"{speaker}: {_line(error)}", FAILED)
     raise error
 
 

@@ -36,7 +36,8 @@ import yaml
 from PIL import Image
 
 from sigma_vae import models
-from sigma_vae.cli import COMMANDS, main as command_line
+from sigma_vae.cli import COMMANDS
+from sigma_vae.cli import main as command_line
 from sigma_vae.config import RunConfig, read
 from sigma_vae.registry import register
 
@@ -65,7 +66,9 @@ class Outcome(NamedTuple):
     said: str
 
 
-def main(out: Path, inputs: int = 20_000, seed: int = 0, processes: int = 2, patience: int = 60, only: int | None = None) -> None:
+def main(
+    out: Path, inputs: int = 20_000, seed: int = 0, processes: int = 2, patience: int = 60, only: int | None = None
+) -> None:
     """Try so many inputs, write what came of them as JSON, and print each that failed."""
     with tempfile.TemporaryDirectory() as folder:
         seeds = Seeds(Path(folder))
@@ -93,7 +96,9 @@ def attempts(folder: Path, numbers: "range | list[int]", seed: int, processes: i
                     results = future.result()
                 except Exception as error:
                     if len(chunk) == 1:
-                        results = [Outcome(chunk[0], PARTS[chunk[0] % len(PARTS)].__name__, "failed", "", f"the process died: {error}")]
+                        results = [
+                            Outcome(chunk[0], PARTS[chunk[0] % len(PARTS)].__name__, "failed", "", f"the process died: {error}")
+                        ]
                     else:
                         chunks += [[number] for number in chunk]
                         continue
@@ -225,7 +230,9 @@ def options(command: str) -> list[tuple[str, list[str]]]:
 
 def words(seeds: Seeds, chance: random.Random, about: list[str]) -> tuple[str, str]:
     """A command with options and values from anywhere."""
-    command = chance.choice([name for name, made in COMMANDS.items() if not made.commands] + ["study run", "study table", "study report"])
+    command = chance.choice(
+        [name for name, made in COMMANDS.items() if not made.commands] + ["study run", "study table", "study report"]
+    )
     source = chance.choice(seeds.files() + seeds.runs() * 4 + [Path("digits"), Path("nothing"), Path("/dev/null")])
     given = command.split()
     if chance.random() < 0.95:
@@ -276,7 +283,24 @@ def exchange(tree: dict[str, object], chance: random.Random, about: list[str]) -
     while isinstance(place, dict) and place:
         key = chance.choice(sorted(place, key=str))
         if not isinstance(place[key], dict) or chance.random() < 0.1:
-            values: list[object] = [None, True, [], {}, [1], {"a": 1}, "", -1, 0, 1, 10**9, 10**30, 1e308, float("nan"), float("inf"), -0.5]
+            values: list[object] = [
+                None,
+                True,
+                [],
+                {},
+                [1],
+                {"a": 1},
+                "",
+                -1,
+                0,
+                1,
+                10**9,
+                10**30,
+                1e308,
+                float("nan"),
+                float("inf"),
+                -0.5,
+            ]
             place[key] = chance.choice([*values, *WORDS])
             about.append(f"{key}={place[key]!r:.60}")
             return
@@ -392,10 +416,20 @@ def _tensor(
 
 def one_line(text: str) -> tuple[str, str]:
     """An error's text, which must be a line."""
-    return ("refused", text[:300]) if text.strip() and len(text.strip().splitlines()) == 1 else ("failed", f"not one line: {text[:300]}")
+    return (
+        ("refused", text[:300])
+        if text.strip() and len(text.strip().splitlines()) == 1
+        else ("failed", f"not one line: {text[:300]}")
+    )
 
 
-PARTS: list[Callable[[Seeds, random.Random, list[str]], tuple[str, str]]] = [words, configs, data_files, run_folders, likelihoods]
+PARTS: list[Callable[[Seeds, random.Random, list[str]], tuple[str, str]]] = [
+    words,
+    configs,
+    data_files,
+    run_folders,
+    likelihoods,
+]
 """The kinds of input, in turn."""
 
 if __name__ == "__main__":

@@ -44,16 +44,16 @@ from sigma_vae.registry import register
 MEMORY = 12 * 2**30
 """Bytes of address space that a process may take beyond what it has."""
 
-NUMBERS = [
-    "0", "-1", "1", "2", "3", "0.5", "-0.0", "1e-3", "1e-400", "1e308", "-1e308", "nan", "inf", "-inf", "1000000000", "99999999999999999999",
-    "0x10", "1_000", "1,5",
-]  # fmt: skip
-WORDS = [
-    "", " ", "None", "True", "false", "é", "🦊", "..", "/", "/dev/null", "~", "a b", "--", "-h", ":", "a:b:c", "%s%n", "{}", "'", '"', "\\", "\n", "x" * 5000,
-    "digits", "mlp", "conv", "residual", "hierarchical:tiny", "hierarchical:8x2", "hierarchical:", "sequence", "gaussian", "gaussian/optimal",
-    "gaussian/fixed:0", "gaussian/fixed:nan", "gaussian/fixed:1e300", "student-t/optimal", "bernoulli", "categorical", "bitwise", "beta",
-    "logistic-mixture", "logistic-mixture:0", "mixture:5", "mixture:-1", "flow", "standard", "cpu", "cuda:99", "meta", "float16", "bf16", "auto",
-]  # fmt: skip
+NUMBERS = (
+    "0 -1 1 2 3 0.5 -0.0 1e-3 1e-400 1e308 -1e308 nan inf -inf 1000000000 99999999999999999999 0x10 1_000 1,5"
+).split()  # fmt: skip
+STRANGE = ["", " ", "é", "🦊", "/dev/null", "a b", "%s%n", "{}", "'", '"', "\\", "\n", "x" * 5000]
+NAMES = (
+    "None True false .. / ~ -- -h : a:b:c digits mlp conv residual hierarchical:tiny hierarchical:8x2 hierarchical: sequence gaussian"
+    " gaussian/optimal gaussian/fixed:0 gaussian/fixed:nan gaussian/fixed:1e300 student-t/optimal bernoulli categorical bitwise beta"
+    " logistic-mixture logistic-mixture:0 mixture:5 mixture:-1 flow standard cpu cuda:99 meta float16 bf16 auto"
+).split()  # fmt: skip
+WORDS = STRANGE + NAMES
 
 
 class Outcome(NamedTuple):

@@ -22,7 +22,7 @@ from linear_gaussian import (
     exact_log_likelihood,
     numbers,
 )
-from scipy import special, stats
+from scipy import integrate, special, stats
 from torch import Tensor, distributed, multiprocessing, nn
 
 from sigma_vae import (
@@ -181,7 +181,7 @@ def log_mass_by_quadrature(x: np.ndarray, sigma: float) -> float:
     half = 0.5 / (LEVELS - 1)
     upper, lower = np.where(x > 1 - half, np.inf, x + half), np.where(x < half, -np.inf, x - half)
     masses = stats.norm.cdf(upper, loc, sigma) - stats.norm.cdf(lower, loc, sigma)
-    return float(np.log(np.trapezoid(stats.norm.pdf(z) * masses.prod(1), z)))
+    return float(np.log(integrate.trapezoid(stats.norm.pdf(z) * masses.prod(1), z)))
 
 
 @pytest.mark.parametrize("observes", ["density", "level"])

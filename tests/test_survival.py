@@ -233,9 +233,9 @@ def test_a_training_that_broke_off_before_its_folder_was_a_run_begins_anew(digit
         runs.train(short, out, progress=False)
     monkeypatch.undo()
     assert (out / "environment.json").exists()
-    (out / "config.yaml.new").write_text("data:")  # as a killed process leaves it
+    (out / "config.new.yaml").write_text("data:")  # as a killed process leaves it
     runs.train(short, out, progress=False)
-    assert not (out / "config.yaml.new").exists()
+    assert not (out / "config.new.yaml").exists()
     for name in ("config.yaml", "mine.txt"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()

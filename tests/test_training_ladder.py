@@ -72,7 +72,8 @@ def test_the_limit_is_on_the_norm_before_clipping(digits, tmp_path):
     assert min(norms) > 1  # far above what clipping leaves
     assert {row["train/skipped_steps"] for row in rows(tmp_path / "free")} == {"0"}
     limit = float(np.nextafter(np.float32(norms[0]), np.float32(0)))  # just below: the first step is skipped
-    train(small_vae(digits), digits, tmp_path / "skip", gradient_clip_norm=1e-3, skip_gradient_norm=limit, max_steps=1)
+    with pytest.raises(ValueError, match="the 1 steps of this training were all skipped"):
+        train(small_vae(digits), digits, tmp_path / "skip", gradient_clip_norm=1e-3, skip_gradient_norm=limit, max_steps=1)
     assert [row["train/skipped_steps"] for row in rows(tmp_path / "skip")] == ["1"]
 
 
@@ -93,10 +94,32 @@ def test_the_gradient_norm_is_that_of_all_parameters(digits, tmp_path):
 
 
 def test_the_count_of_skipped_steps_survives_a_resumption(digits, tmp_path):
-    train(small_vae(digits), digits, tmp_path, skip_gradient_norm=1e-9)
-    train(small_vae(digits), digits, tmp_path, skip_gradient_norm=1e-9, epochs=2, resume=True)
-    counts = [int(row["train/skipped_steps"]) for row in rows(tmp_path)]
-    assert counts == list(range(1, 2 * STEPS_PER_EPOCH + 1))
+    train(small_vae(digits), digits, tmp_path / "free")
+    limit = float(np.median([float(row["train/gradient_norm"]) for row in rows(tmp_path / "free")]))
+    train(small_vae(digits), digits, tmp_path / "whole", skip_gradient_norm=limit, epochs=2)
+    train(small_vae(digits), digits, tmp_path / "parts", skip_gradient_norm=limit)
+    train(small_vae(digits), digits, tmp_path / "parts", skip_gradient_norm=limit, epochs=2, resume=True)
+    whole, parts = ([int(row["train/skipped_steps"]) for row in rows(tmp_path / name)] for name in ("whole", "parts"))
+    assert whole == parts
+    assert 0 < parts[-1] < 2 * STEPS_PER_EPOCH
+
+
+def test_a_training_that_skips_every_step_stops(digits, tmp_path):
+    vae = small_vae(digits)
+    poison(vae, after=5)
+    with pytest.raises(ValueError, match=r"the last 100 steps, up to step 104, were all skipped.*lower the learning rate"):
+        train(vae, digits, tmp_path, skip_gradient_norm=1e9, epochs=20, log_every=1000)
+    with (tmp_path / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        counts = [row["train/skipped_steps"] for row in csv.DictReader(file) if row["train/skipped_steps"]]
+    assert counts == [str(count) for count in range(100)]  # each is logged, the last one in the error
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+def test_the_count_of_skipped_steps_is_a_result(digits):
+    vae = small_vae(digits)
+    poison(vae, after=8)
+    config = TrainingConfig(max_steps=16, batch_size=64, skip_gradient_norm=1e9)
+    assert fit(vae, digits, config, progress=False).skipped_steps == 8
 
 
 def test_without_the_option_nothing_is_counted(digits, tmp_path):

@@ -355,3 +355,51 @@ def test_a_step_of_a_stranger_is_done_again_or_refused(tensors, words, says, dig
         return
     with pytest.raises(ValueError, match=says):
         runs.rerun(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["network.decoder.0.weight", "network.encoder.1.bias", "likelihood.scale.density_log_scale"])
+def test_weights_that_are_not_finite_are_refused_by_every_command(name, value, digits_run, tmp_path, capsys):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    weights = load_file(run / "model" / "model.safetensors")
+    weights[name].flatten()[-1] = value
+    save_file(weights, run / "model" / "model.safetensors")
+    for words in (["sample"], ["score"], ["encode"], ["reconstruct"], ["evaluate"], ["calibrate"], ["fit-prior"]):
+        assert main([*words, str(run)]) == 1
+        said = capsys.readouterr().err.strip().splitlines()
+        assert len(said) == 1
+        assert f"the first is {name}" in said[0]
+
+
+@pytest.mark.parametrize("damage", ["extra comma", "word for a number", "no step"])
+def test_a_damaged_table_of_metrics_is_told_at_resume(damage, digits_run, tmp_path, capsys):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    head, first, *rest = (run / "metrics.csv").read_text().splitlines()
+    number = next(cell for cell in first.split(",") if "." in cell)
+    first = {
+        "extra comma": first + ",7",
+        "word for a number": first.replace(number, "much"),
+        "no step": first.replace("0", ""),
+    }[damage]
+    (run / "metrics.csv").write_text("\n".join([head, first, *rest]) + "\n")
+    assert main(["resume", str(run), "--epochs", "100"]) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert "is no table of metrics" in said[0]
+
+
+HUGE = {
+    "samples": ["sample", "RUN", "--n", "100000000000"],
+    "latents": ["train", "digits", "--latent-dim", "1000000000000", "--network", "mlp"],
+    "width": ["train", "digits", "--width", "1000000000000", "--network", "mlp"],
+    "convolutions": ["train", "digits", "--width", "1000000000", "--network", "conv"],
+    "mixture": ["train", "digits", "--likelihood", "logistic-mixture:1000000000000", "--network", "mlp"],
+    "ladder": ["train", "digits", "--network", "hierarchical:8x100000000"],
+}
+
+
+@pytest.mark.parametrize("words", HUGE.values(), ids=HUGE)
+def test_absurd_sizes_are_told_in_a_line(words, digits_run, small_memory, tmp_path, capsys):
+    words = [str(digits_run) if word == "RUN" else word for word in words]
+    assert main([*words, "--out", str(tmp_path / ("a.png" if words[0] == "sample" else "run"))]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -7,6 +7,8 @@ import math
 import os
 import reprlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -28,6 +30,7 @@ __all__ = [
     "parse",
     "read",
     "read_text",
+    "replacing",
     "write",
     "write_whole",
 ]
@@ -39,6 +42,10 @@ MOST_MINUTES = 1e9
 """Largest time limit of a training: two thousand years, which clocks can count."""
 
 
+LARGEST, LARGEST_COUNT = 1e30, 10**15
+"""Largest real and whole number that an option takes: tensors can hold both."""
+
+
 class RenamedWarning(DeprecationWarning):
     """An option or a key has a new name, or one of its values has; the old one works for one minor version."""
 
@@ -47,11 +54,14 @@ class _Strict:
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 
     def _require(self, least: float, words: str, *names: str) -> None:
-        """Refuse fields that are given and below the least value."""
+        """Refuse fields that are given and below the least value, or so large that tensors cannot hold them."""
         for name in names:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} is {words}, got {value}")
+            most = LARGEST_COUNT if isinstance(value, int) else LARGEST
+            if value is not None and value > most:
+                raise ValueError(f"{name} is at most {most:g}, got {value}")
 
 
 def _check_seed(seed: int) -> None:
@@ -442,11 +452,20 @@ def write(path: Path, config: Any) -> None:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file; the old one remains until the new one is whole and on the disk."""
-    aside = path.with_name(path.name + ".new")
+    with replacing(path) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which replaces ``path`` when it is whole and on the disk.
+
+    If the block fails, nothing of it remains: a full disk leaves the old file, or none.
+    """
+    aside = path.with_name(f"{path.stem}.new{path.suffix}")
     try:
-        with aside.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
+        yield aside
+        with aside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
     finally:

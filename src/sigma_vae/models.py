@@ -340,8 +340,8 @@ def load(folder: str | Path, network: Network | None = None, likelihood: Likelih
         likelihood: likewise.
 
     Raises:
-        ValueError: the folder holds no model, a broken one, one of a newer format, one whose parts have no name and are
-            not given, or one made from a package that is not installed, which is named.
+        ValueError: the folder holds no model, a broken one, one with weights that are not finite, one of a newer format,
+            one whose parts have no name and are not given, or one made from a package that is not installed, which is named.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -361,6 +361,7 @@ def load(folder: str | Path, network: Network | None = None, likelihood: Likelih
         model.load_state_dict(load_file(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights} does not hold the weights of {config}: {error}") from error
+    _check_finite(weights, model)
     return Saved(model.eval(), config, shape, scaling)
 
 
@@ -449,6 +450,15 @@ def _check_sizes(model: nn.Module, stored: Mapping[str, Sequence[int]], prefix: 
     have = sum(torch.Size(size).numel() for size in stored.values())
     if (more := sum(value.numel() for value in model.buffers())) > have + BUFFER_VALUES:
         raise RuntimeError(f"the model has {more} values beside its weights, the file {have} in all")
+
+
+def _check_finite(path: Path, model: nn.Module) -> None:
+    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{path} holds NaN or infinity in {len(broken)} tensors, the first is {broken[0]}: such a model can neither score nor"
+            " sample; copy the model anew from where it came, or train it again with a lower learning rate"
+        )
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:

@@ -22,6 +22,9 @@ PROGRAM = "sigma-vae"
 ABOUT = "Train VAEs with calibrated decoders: no KL weight to tune."
 FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 128 + signal.SIGTERM
 """Exit codes."""
+OUT_OF_MEMORY = ("allocate memory", "enough memory", "out of memory", "size calculation overflowed", "multiplication overflow")
+"""In the errors of torch, which has no class for all of them."""
+TOO_LARGE = "this needs more memory than there is; take a smaller number (of examples, latents, width, or a smaller batch)"
 
 
 class Command(NamedTuple):
@@ -108,6 +111,8 @@ def _answer(words: list[str], speaker: str) -> int:
         return _say(f"{speaker}: this command needs {error.name}: pip install 'sigma-vae[full]'", FAILED)
     except (ValueError, OSError) as error:
         return _say(f"{speaker}: {_line(error)}", FAILED)
+    except MemoryError:
+        return _say(f"{speaker}: {TOO_LARGE}", FAILED)
     except RuntimeError as error:
         return _say_if_known(error, speaker)
     finally:
@@ -166,6 +171,8 @@ def _say_if_known(error: RuntimeError, speaker: str) -> int:
 
     if isinstance(error, ElsewhereError):
         return FAILED  # the first process says it
+    if any(words in str(error) for words in OUT_OF_MEMORY):
+        return _say(f"{speaker}: {TOO_LARGE}", FAILED)
     if isinstance(error, NonFiniteLossError):
         return _say(f"{speaker}: {_line(error)}", FAILED)
     raise error

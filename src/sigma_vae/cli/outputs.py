@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sigma_vae import runs
 from sigma_vae.cli.options import RunFolder
+from sigma_vae.config import replacing
 from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, save_clips, save_grid
@@ -218,7 +219,8 @@ def score(run: RunFolder, *, split: Split = "test", seed: int = 0, out: str | No
     if scores.log_mass is not None:
         columns["bits_per_dim"] = (scores.rate - scores.log_mass) / (scores.dims * torch.tensor(2.0).log())
     table = pd.DataFrame({name: values.numpy() for name, values in columns.items()}).rename_axis("example")
-    (table.to_csv if path.suffix == ".csv" else table.to_parquet)(path)
+    with replacing(path) as aside:
+        (table.to_csv if path.suffix == ".csv" else table.to_parquet)(aside)
     print(path)
 
 
@@ -261,5 +263,6 @@ def write(path: Path, images: Tensor, arrays: dict[str, Tensor], columns: int | 
         import numpy as np
 
         plain: dict[str, Any] = {name: values.float().cpu().numpy() for name, values in arrays.items()}
-        np.savez_compressed(path, **plain)
+        with replacing(path) as aside:
+            np.savez_compressed(aside, **plain)
     print(path)

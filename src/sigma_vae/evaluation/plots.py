@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sigma_vae.config import replacing
 from sigma_vae.data import Splits
 from sigma_vae.types import Batch, Temperature, per_layer
 from sigma_vae.vae import VAE, Show, keyed_noise
@@ -84,7 +85,8 @@ def save_grid(path: Path, images: Tensor, columns: int | None = None, zoom: int 
     Raises:
         ValueError: the channels are neither 1 nor 3.
     """
-    _grid(images, columns, zoom).save(path)
+    with replacing(path) as aside:
+        _grid(images, columns, zoom).save(aside)
 
 
 def save_clips(path: Path, clips: Tensor, columns: int | None = None) -> None:
@@ -97,7 +99,8 @@ def save_clips(path: Path, clips: Tensor, columns: int | None = None) -> None:
         save_grid(path, clips.flatten(0, 1), columns=clips.shape[1])
         return
     first, *rest = [_grid(frame, columns, None) for frame in clips.unbind(1)]
-    first.save(path, save_all=True, append_images=rest, duration=MILLISECONDS, loop=0)
+    with replacing(path) as aside:
+        first.save(aside, save_all=True, append_images=rest, duration=MILLISECONDS, loop=0)
 
 
 def _grid(images: Tensor, columns: int | None, zoom: int | None) -> "Image":
@@ -171,7 +174,8 @@ def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:
     _error(error, report["sigma"])
     _residuals(residuals, report["residuals"])
     figure.suptitle(title or f"{report['values']} values of {report['examples']} examples")
-    figure.savefig(path, dpi=150, metadata=UNDATED[path.suffix])
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=150, metadata=UNDATED[path.suffix])
 
 
 def _kinds(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

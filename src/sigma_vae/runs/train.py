@@ -24,7 +24,7 @@ from sigma_vae.vae import VAE
 
 __all__ = ["has_checkpoint", "rerun", "resume", "train"]
 
-NOT_YET_A_RUN = {LOCK, "environment.json", "environment.json.new", "config.yaml.new"}
+NOT_YET_A_RUN = {LOCK, "environment.json", "environment.new.json", "config.new.yaml"}
 """Files left by a training that stopped before its folder was a run."""
 
 
@@ -147,7 +147,9 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> Evaluation:
-    fit(vae, data, config.training, out=out, seed=config.seed, device=config.device, resume=resumed, progress=progress)
+    done = fit(vae, data, config.training, out=out, seed=config.seed, device=config.device, resume=resumed, progress=progress)
+    if progress and done.skipped_steps:
+        print(f"{done.skipped_steps} of {done.steps} steps were skipped: their gradient norm reached skip_gradient_norm")
     vae.to(resolve_device(config.device))
     if config.model.prior != "standard":
         take_prior(config.model.prior, vae, data, config.seed)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sigma_vae import __version__
+from sigma_vae.config import write_whole
 from sigma_vae.study import outcomes, plots
 from sigma_vae.study.cell import CELLS
 from sigma_vae.study.claims import CLAIMS, Word, diverges, signed
@@ -253,11 +254,9 @@ def report(out: Path) -> None:
     there = [part for part in parts if not part.empty]
     made = f"Made on {datetime.now(UTC):%Y-%m-%d} by sigma-vae {__version__}."
     content = {"title": spec.title, "about": spec.about, "made": made, "sections": there, "signs": SIGNS}
-    (out / "report.html").write_text(template("report.html.j2", escape=True).render(content), encoding="utf-8")
+    write_whole(out / "report.html", template("report.html.j2", escape=True).render(content))
     beside = not is_kept(out)
-    (out / "report.md").write_text(
-        template("report.md.j2", escape=False).render(content | {"beside": beside}), encoding="utf-8"
-    )
+    write_whole(out / "report.md", template("report.md.j2", escape=False).render(content | {"beside": beside}))
     _write_plots(out, [picture for part in there for picture in part.pictures if beside and picture.place.startswith(PLOTS)])
 
 
@@ -310,7 +309,7 @@ def _write_plots(out: Path, pictures: list[Picture]) -> None:
     if pictures:
         (out / PLOTS).mkdir()
     for picture in pictures:
-        (out / picture.place).write_bytes(picture.content)
+        write_whole(out / picture.place, picture.content)
 
 
 class Found(NamedTuple):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sigma_vae.config import replacing
 from sigma_vae.study.cell import CELLS, known
 from sigma_vae.study.grid import Cell, as_column, in_words
 
@@ -55,7 +56,8 @@ def is_kept(out: Path) -> bool:
 
 def write_table(table: "pd.DataFrame", out: Path) -> None:
     """Write ``results.parquet``; equal tables give equal bytes."""
-    table.to_parquet(out / RESULTS, index=False, compression="zstd", write_statistics=False)
+    with replacing(out / RESULTS) as aside:
+        table.to_parquet(aside, index=False, compression="zstd", write_statistics=False)
 
 
 def leaves(report: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -40,7 +40,7 @@ from sigma_vae.training.hardware import Choices, applied, choices_for
 from sigma_vae.training.metrics import TrainingLogger, make_loggers, rows_before
 from sigma_vae.training.nonfinite import REMEDY, NonFiniteLossError, keep_broken_step, with_saved_step
 from sigma_vae.training.objective import check_weights, validated_total
-from sigma_vae.training.step import Stepper, Validation
+from sigma_vae.training.step import Stepper, Validation, endless_skipping
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 
@@ -63,6 +63,7 @@ class FitResult:
         best_step: step of the weights that the model has now; None where there was no validation.
         best_score: their validation ELBO (or objective), in nats.
         folder: run folder with metrics and checkpoints; None where nothing is kept.
+        skipped_steps: number of steps that were skipped, of ``skip_gradient_norm``.
     """
 
     steps: int
@@ -70,6 +71,7 @@ class FitResult:
     best_step: int | None
     best_score: float | None
     folder: Path | None
+    skipped_steps: int = 0
 
 
 class Terminated(SystemExit):
@@ -154,7 +156,8 @@ def fit(
         if checkpoints.best.step is not None or model is not vae:
             vae.load_state_dict(checkpoints.newest_weights())
         vae.to(where).eval().calibrate(shared(splits, "train", _passing_batch(splits), where))
-        return FitResult(context.step, tuple(training.history), checkpoints.best.step, checkpoints.best.score, kept)
+        best, skipped = checkpoints.best, training.stepper.skipped_steps
+        return FitResult(context.step, tuple(training.history), best.step, best.score, kept, skipped)
 
 
 @final
@@ -201,6 +204,8 @@ class _Training:
                 for callback in self.callbacks:
                     callback.on_fit_start(context)
                 self._steps()
+                if 0 < self.stepper.skipped_steps == context.step:
+                    raise endless_skipping(f"the {context.step} steps of this training", self.config)
                 status = "success"
             finally:
                 for callback in self.callbacks:

@@ -66,7 +66,9 @@ def rows_before(table: Path, step: int) -> list[dict[str, str]]:
         whole, _, _ = table.read_bytes().rpartition(b"\n")
         rows = csv.DictReader(io.StringIO(whole.decode()), strict=True)
         named = [{name: value for name, value in row.items() if value != ""} for row in rows]
-        return [row for row in named if int(row["step"]) < step]
+        kept = [row for row in named if int(row["step"]) < step]
+        _ = [float(value) for row in kept for value in row.values()]  # a comma too many gives a list
+        return kept
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise ValueError(
             f"{table} is no table of metrics ({type(error).__name__}: {error}); move it away to go on without its rows"

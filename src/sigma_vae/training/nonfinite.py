@@ -33,7 +33,7 @@ __all__ = [
 FILE = "non-finite.safetensors"
 """Name of the saved step in the run folder."""
 WEIGHTS = "weights."
-REMEDY = "Checkpoints written before are intact. Lower the learning rate, or clip gradients (gradient_clip_norm)"
+REMEDY = "Checkpoints written before are intact. Train again with a lower learning rate: a third of it, say"
 
 
 class Suspect(NamedTuple):

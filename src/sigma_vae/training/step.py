@@ -32,7 +32,11 @@ from sigma_vae.training.objective import StepLoss, current_sigma, is_weighted, s
 from sigma_vae.types import Batch, Elbo, Flat, Noise
 from sigma_vae.vae import VAE, keyed_noise
 
-__all__ = ["Averaged", "Stepper", "Validation", "optimizer_for"]
+__all__ = ["Averaged", "Stepper", "Validation", "endless_skipping", "optimizer_for"]
+
+
+MOST_SKIPPED_IN_A_ROW = 100
+"""A rare gradient that is skipped saves a training; where so many are, none will ever be small enough again."""
 
 
 class _Unchecked(NamedTuple):
@@ -41,6 +45,15 @@ class _Unchecked(NamedTuple):
     suspect: Suspect
     elbo: Elbo
     loss: Tensor
+
+
+def endless_skipping(steps: str, config: TrainingConfig) -> ValueError:
+    """The error where no step is taken any more."""
+    return ValueError(
+        f"{steps} were all skipped: each gradient norm reached skip_gradient_norm={config.skip_gradient_norm:g} or was not finite."
+        " Set it well above the usual norm (train/gradient_norm in metrics.csv), leave it out, or lower the learning rate."
+        " Checkpoints written before are intact"
+    )
 
 
 def optimizer_for(vae: VAE, config: TrainingConfig, *, fused: bool = False) -> torch.optim.AdamW:
@@ -86,6 +99,7 @@ class Stepper:
         self.parameters = list(vae.parameters())
         self.optimizer = optimizer_for(vae, config, fused=choices.fused_optimiser)
         self.skipped_steps = 0
+        self.skipped_in_a_row = 0
         self.suspect: Suspect | None = None
         """The newest step."""
         self._unchecked: list[_Unchecked] = []
@@ -98,6 +112,7 @@ class Stepper:
 
         Raises:
             NonFiniteLossError: the loss is not finite; on a GPU :meth:`check` raises it later.
+            ValueError: so many steps in a row were skipped that this one will not be the last.
         """
         self.suspect = Suspect(number, batch, _rng(batch.x.device))
         self.optimizer.zero_grad()
@@ -109,7 +124,7 @@ class Stepper:
         else:
             self.check()
         self._backward(loss)
-        row = self._row(elbo, loss.detach()) if number % self.config.log_every == 0 else None
+        row = self._row(elbo, loss.detach()) if number % self.config.log_every == 0 else {}
         skipped = self._handle_gradient(row)
         rate = self._rate_factor(number)
         for group in self.optimizer.param_groups:
@@ -117,7 +132,9 @@ class Stepper:
         self.optimizer.step()
         if self.average is not None and not skipped:
             self.average.update_parameters(self.vae)
-        return None if row is None else {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
+        if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise endless_skipping(f"the last {self.skipped_in_a_row} steps, up to step {number},", self.config)
+        return None if not row else {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
 
     def check(self) -> None:
         """Raise the error of the first step whose loss is not finite, of those since the last call."""
@@ -139,6 +156,7 @@ class Stepper:
             "averaged_steps": None if average is None else int(average.n_averaged),
             "optimizer": whole_optimizer_state(self.optimizer),
             "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -149,6 +167,7 @@ class Stepper:
             self.average.n_averaged.fill_(state["averaged_steps"] or 0)
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.skipped_steps = state["skipped_steps"]
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
 
     def _hold_where_broken(self, loss: Tensor) -> None:
         """From a loss that is not finite until :meth:`check`, leave weights and moments unchanged."""
@@ -161,19 +180,20 @@ class Stepper:
         if is_sharded(self.config):  # sharded weights have their gradients averaged by torch
             average_gradients(self.vae.likelihood.parameters())
 
-    def _handle_gradient(self, row: dict[str, Tensor | float] | None) -> bool:
-        """Log the gradient's norm, clip it, or skip the step; return whether it was skipped."""
+    def _handle_gradient(self, row: dict[str, Tensor | float]) -> bool:
+        """Clip the gradient, or skip the step; log its norm with other metrics or a skip. Return whether it was skipped."""
         limit, longest = self.config.skip_gradient_norm, self.config.gradient_clip_norm
-        if limit is None and longest is None and row is None:
+        if limit is None and longest is None and not row:
             return False
         norm = gradient_norm(self.parameters)
         skipped = limit is not None and not norm < limit  # not "norm >= limit", which NaN passes
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if skipped:
             self.skipped_steps += 1
             self.optimizer.zero_grad()  # Adam leaves alone what has no gradient: its value, its moments, its decay
         elif longest is not None:
             clip(self.parameters, longest, norm)
-        if row is not None:
+        if row or skipped:
             row["train/gradient_norm"] = norm
             if limit is not None:
                 row["train/skipped_steps"] = self.skipped_steps

@@ -249,6 +249,9 @@ class TrainingConfig(_Strict):
     """Learning rate of a learned shared σ (or ν), as a multiple of the others': at 1 it lags its optimum threefold."""
     scale_start: Literal["data", "one"] = "data"
     """Start of a learned shared σ: the spread of the training data, or 1."""
+    scale_floor: float | None = None
+    """Least σ, in distances of two levels (1/64 unless given), or for real values in units of their standard deviation
+    (1e-6). It tells only where values are predicted exactly."""
     kl_weight: float = 1.0
     """Weight of the KL in the training loss, on top of the calibrated σ (Beta-Sigma VAE); if it is not 1, the loss is
     no bound."""
@@ -293,7 +296,7 @@ class TrainingConfig(_Strict):
         self._require(1, "at least 1", *counts)
         weights = ("learning_rate", "weight_decay", "free_bits_nats", "checkpoint_minutes")
         self._require(0, "at least 0", *weights, "warmup_steps", "kl_balancing_steps")
-        limits = ("max_minutes", "gradient_clip_norm", "skip_gradient_norm")
+        limits = ("max_minutes", "gradient_clip_norm", "skip_gradient_norm", "scale_floor")
         self._require(1e-300, "above 0", *limits, "scale_learning_rate_factor")
         if self.max_minutes is not None and not self.max_minutes <= MOST_MINUTES:
             raise ValueError(

@@ -503,6 +503,14 @@ class Likelihood(nn.Module, ABC):
     def start(self, std: float) -> None:
         """Start a learned σ from the std of the data, unless it was given or learned before."""
 
+    def set_floor(self, relative: float | None = None, std: float = 1.0) -> None:
+        """Set the least σ where there is one and none was given to the scale.
+
+        Args:
+            relative: in distances of two levels, or in units of ``std`` for real values; None: the default of each.
+            std: of the data.
+        """
+
     def post_hoc(self, h: Tensor) -> DataDistribution:
         """Deprecated: write ``distribution(h, refitted=True)``."""
         warnings.warn("post_hoc(h) is now distribution(h, refitted=True)", DeprecationWarning, stacklevel=2)

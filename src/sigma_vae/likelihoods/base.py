@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from sigma_vae.likelihoods.distributions import Continuous, Discretized, Shape
 from sigma_vae.likelihoods.residuals import ResidualDistribution
-from sigma_vae.likelihoods.scales import Fit, Optimal, Per, Scale
+from sigma_vae.likelihoods.scales import LEVEL_FLOOR, LOG_RANGE, SPREAD_FLOOR, Fit, Optimal, Per, Scale
 from sigma_vae.likelihoods.solve import Observed, best_batch_log_scale, best_log_scale
 from sigma_vae.types import DataDistribution, Likelihood, Observes, at_least_float32
 
@@ -20,9 +20,8 @@ __all__ = ["Discrete", "FromFeatures", "LocationScale", "MeanMap", "Unscaled"]
 MeanMap = Literal["identity", "unit"]
 """From features to the mean: themselves, or a sigmoid onto [0, 1]."""
 
-LEAST_LOG_FACTOR = -12.0
-"""Least log factor on predicted σ: for perfect predictions, no factor is small enough."""
-
+SMALLEST_STD = 1e-30
+"""Stands for the std of data that are constant."""
 
 class LocationScale(Likelihood):
     """A likelihood whose residual x − mean follows one distribution at every scale.
@@ -67,6 +66,7 @@ class LocationScale(Likelihood):
             raise ValueError('observes="level" needs to know how many levels the data have: pass levels=256 for 8-bit data')
         self.scale = Optimal() if scale is None else scale
         self.scale.spatial_dims = spatial_dims
+        self.set_floor()
         self.mean: MeanMap = mean
         self.observes: Observes = observes
 
@@ -145,7 +145,7 @@ class LocationScale(Likelihood):
     @property
     def log_floor(self) -> float:
         """The scale's floor; for predicted scales, the least log factor."""
-        return LEAST_LOG_FACTOR if self.scale.predicted else self.scale.log_floor
+        return -LOG_RANGE if self.scale.predicted else self.scale.log_floor
 
     @torch.no_grad()
     def log_sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
@@ -166,6 +166,13 @@ class LocationScale(Likelihood):
     def start(self, std: float) -> None:
         """Start a learned scale from the std of the data."""
         self.scale.start(std)
+
+    def set_floor(self, relative: float | None = None, std: float = 1.0) -> None:
+        """Set the least σ, relative to the distance of two levels, or to the std of real values."""
+        if self.levels is None:
+            self.scale.set_floor((relative or SPREAD_FLOOR) * max(std, SMALLEST_STD))
+        else:
+            self.scale.set_floor((relative or LEVEL_FLOOR) / (self.levels - 1))
 
     def extra_repr(self) -> str:
         """Arguments as they would be written."""

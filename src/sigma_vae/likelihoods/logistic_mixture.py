@@ -1,5 +1,6 @@
 """The discretized logistic mixture of PixelCNN++, with exact bin probabilities."""
 
+import math
 from typing import Any, NamedTuple, final
 
 import torch
@@ -12,8 +13,8 @@ from sigma_vae.types import Observes
 
 __all__ = ["LogisticMixture"]
 
-MIN_LOG_SCALE = -7.0
-"""As in VDVAE: a scale of a ninth of an 8-bit level."""
+LEAST_LOG_SCALE_OF_8_BITS = -7.0
+"""As in VDVAE: a ninth of the distance of two levels, and so for other numbers of levels."""
 MAX_LOG_SCALE = 20.0
 """So wide that all levels but the end ones have lost their mass; beyond it 1/scale would underflow."""
 
@@ -45,7 +46,7 @@ class LogisticMixture(Discrete):
     expected y in place of the drawn ones: exact but for the cut at the ends of the range.
 
     Shapes:
-        h ``(*batch, in_channels, *space)``: K logits, then channels × K means, then log-scales (kept within [−7, 20]),
+        h ``(*batch, in_channels, *space)``: K logits, then channels × K means, then log-scales (at least a ninth of a level),
         then of three channels 3 × K coefficients (a, b, c); x ``(*batch, channels, *space)``.
 
     Raises:
@@ -61,6 +62,7 @@ class LogisticMixture(Discrete):
 
     def __init__(self, channels: int, components: int = 10, *, spatial_dims: int = 2, levels: int | None = 256) -> None:
         super().__init__(channels, spatial_dims=spatial_dims, levels=levels)
+        self._log_floor = LEAST_LOG_SCALE_OF_8_BITS + math.log(255 / (self.levels - 1))
         if components < 1:
             raise ValueError(f"LogisticMixture has at least 1 component, got {components}")
         self.components = components
@@ -93,7 +95,7 @@ class LogisticMixture(Discrete):
         torch.mul(torch.sub(below, above).mul_(bins.rate).mul_(half_levels), share, out=to.means)
         narrow = (1 - bins.inner).div_(bins.inner).mul_(bins.rate).mul_(bins.not_first * bins.not_last)
         slope = below.mul_(bins.lower).sub_(above.mul_(bins.upper)).sub_(narrow).mul_(share)
-        torch.mul(slope, (features.log_scales >= MIN_LOG_SCALE) & (features.log_scales <= MAX_LOG_SCALE), out=to.log_scales)
+        torch.mul(slope, (features.log_scales >= self._log_floor) & (features.log_scales <= MAX_LOG_SCALE), out=to.log_scales)
         if self.channels == 3:
             y = self._centred(bins.level)
             for i, (later, earlier) in enumerate(COEFFICIENTS):
@@ -105,7 +107,7 @@ class LogisticMixture(Discrete):
         # In units of levels, so that means are rounded once for all bins.
         features, top = self._split(h), self.levels - 1
         level = torch.round(x * top)[:, :, None]
-        rate = torch.exp(-features.log_scales.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)) * (2 / top)
+        rate = torch.exp(-features.log_scales.clamp(self._log_floor, MAX_LOG_SCALE)) * (2 / top)
         center, half = (level - self._locations(features, level)).mul_(rate), 0.5 * rate
         upper, lower = center + half, center - half
         not_first, not_last = (level > 0).to(h.dtype), (level < top).to(h.dtype)
@@ -155,7 +157,7 @@ class LogisticMixture(Discrete):
     def _expected(self, features: "_Features", level: Tensor, c: int) -> Tensor:
         """Expected level of a channel in each component: the masses above each bin edge."""
         location = self._locations(features, level)[:, c]
-        rate = torch.exp(-features.log_scales[:, c].clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)) * (2 / (self.levels - 1))
+        rate = torch.exp(-features.log_scales[:, c].clamp(self._log_floor, MAX_LOG_SCALE)) * (2 / (self.levels - 1))
         total = torch.zeros_like(location)
         for k in range(self.levels - 1):
             total += torch.sigmoid((location - (k + 0.5)) * rate)
@@ -169,7 +171,7 @@ class LogisticMixture(Discrete):
         k = (features.logits - (-uniform.log()).clamp_min(tiny).log()).argmax(1, keepdim=True)
         chosen = _Features(*(_take(part, k) for part in features))
         top, level = self.levels - 1, torch.zeros_like(chosen.means)
-        scale = torch.exp(chosen.log_scales.clamp(MIN_LOG_SCALE, MAX_LOG_SCALE)) * (0.5 * top)
+        scale = torch.exp(chosen.log_scales.clamp(self._log_floor, MAX_LOG_SCALE)) * (0.5 * top)
         uniform = torch.rand(level.shape, dtype=h.dtype, device=h.device, generator=generator)
         noise = torch.logit(uniform, eps=torch.finfo(h.dtype).eps) * scale
         for c in range(self.channels):

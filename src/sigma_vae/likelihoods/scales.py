@@ -12,7 +12,7 @@ from sigma_vae.likelihoods.densities import soft_clip
 from sigma_vae.registry import Argument, number_above_zero, register
 from sigma_vae.types import Observes
 
-__all__ = ["FLOOR", "Fit", "Fixed", "Optimal", "Per", "PerImage", "PerPixel", "RunningMinimum", "Scale", "Shared"]
+__all__ = ["LEVEL_FLOOR", "LOG_RANGE", "SPREAD_FLOOR", "Fit", "Fixed", "Optimal", "Per", "PerImage", "PerPixel", "RunningMinimum", "Scale", "Shared"]
 
 Per = Literal["batch", "image", "channel", "pixel"]
 """The unit that has a σ of its own: the whole batch, each example, each channel, or each place of each channel."""
@@ -20,8 +20,14 @@ Per = Literal["batch", "image", "channel", "pixel"]
 Fit = Callable[[Per], Tensor]
 """Solves the log-scale that is best for the present batch, shared as asked."""
 
-FLOOR = math.exp(-6)
-"""Default floor on σ, in units of the data's range: about half the distance of two 8-bit levels, as in the paper."""
+LEVEL_FLOOR = 1 / 64
+"""Default floor on σ, in distances of two levels: the bin around an exact prediction then has nearly all probability."""
+SPREAD_FLOOR = 1e-6
+"""Default floor on σ of real-valued data, in units of their std: float32 tells values apart no better."""
+LOG_RANGE = 20.0
+"""From the least log σ to the largest: predicted scales are clipped there, a factor on them is not smaller than this."""
+OLD_BOUNDS = (-6.0, 6.0)
+"""Least and largest log σ of models from before the floor was relative: half the distance of two 8-bit levels."""
 
 MOMENTUM = 0.01
 """Weight of the present batch in a running mean of σ²."""
@@ -32,6 +38,13 @@ class Scale(nn.Module, ABC):
 
     A stored value is log σ; for predicted scales it is the log of one factor on all predictions. It is empty until
     solved, and its shape travels with the ``state_dict``.
+
+    Args:
+        floor: the least σ, in units of the data. Unless given, the likelihood sets it by :meth:`set_floor`, relative to
+            what the data can tell apart.
+
+    Raises:
+        ValueError: the floor is not above 0.
     """
 
     extra_per_channel = 0
@@ -49,14 +62,26 @@ class Scale(nn.Module, ABC):
 
     density_log_scale: Tensor
     level_log_scale: Tensor
+    log_bounds: Tensor
 
-    def __init__(self, floor: float = FLOOR) -> None:
+    def __init__(self, floor: float | None = None) -> None:
         super().__init__()
-        if not floor > 0:
+        if floor is not None and not 0 < floor < math.inf:
             raise ValueError(f"floor is the smallest σ, in units of the data: above 0, got {floor}")
-        self.log_floor = math.log(floor)
+        self.floor = floor
         self.register_buffer("density_log_scale", torch.empty(0))
         self.register_buffer("level_log_scale", torch.empty(0))
+        self.register_buffer("log_bounds", torch.zeros(2))  # of the numbers below, so that they are saved with the model
+        self._bound(math.log(floor or SPREAD_FLOOR))
+
+    def set_floor(self, floor: float) -> None:
+        """Set the least σ, in units of the data, unless one was given."""
+        if self.floor is None:
+            self._bound(math.log(floor))
+
+    def _bound(self, log_floor: float) -> None:
+        self.log_floor, self.log_ceiling = log_floor, log_floor + LOG_RANGE
+        self.log_bounds = self.log_bounds.new_tensor([self.log_floor, self.log_ceiling])
 
     @abstractmethod
     def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
@@ -109,7 +134,7 @@ class Scale(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """Arguments as they would be written."""
-        return "" if math.isclose(self.log_floor, math.log(FLOOR)) else f"floor={math.exp(self.log_floor):g}"
+        return "" if self.floor is None else f"floor={self.floor:g}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
@@ -122,7 +147,10 @@ class Scale(nn.Module, ABC):
         for name, buffer in list(self.named_buffers()):
             if prefix + name in state_dict:
                 setattr(self, name, buffer.new_empty(state_dict[prefix + name].shape))
+        old = self.log_bounds if self.floor is not None else self.log_bounds.new_tensor(OLD_BOUNDS)
+        state_dict.setdefault(prefix + "log_bounds", old)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        self.log_floor, self.log_ceiling = self.log_bounds.tolist()
 
 
 @register.scale(
@@ -180,7 +208,7 @@ class Shared(Scale):
     ``start`` puts it at the spread of the data, and training gives it a learning rate of its own.
     """
 
-    def __init__(self, sigma: float | None = None, floor: float = FLOOR) -> None:
+    def __init__(self, sigma: float | None = None, floor: float | None = None) -> None:
         super().__init__(floor)
         if sigma is not None and not 0 < sigma < math.inf:
             raise ValueError(f"Shared starts from a σ > 0, got {sigma}")
@@ -215,7 +243,7 @@ class _Predicted(Scale):
 class PerImage(_Predicted):
     """One predicted σ for each example: the mean over space of one extra feature channel.
 
-    Clipped softly to [floor, 1/floor]: without a clip, predicted scales diverge within a few hundred steps.
+    Clipped softly to [floor, 5e8·floor]: without a clip, predicted scales diverge within a few hundred steps.
     """
 
     extra = 1
@@ -224,13 +252,13 @@ class PerImage(_Predicted):
         """The prediction, ``(*batch, 1, ...)``."""
         space = tuple(range(raw.dim() - self.spatial_dims, raw.dim()))
         pooled = raw.mean(space, keepdim=True) if space else raw
-        return soft_clip(pooled, self.log_floor, -self.log_floor)
+        return soft_clip(pooled, self.log_floor, self.log_ceiling)
 
 
 @register.scale("per-pixel")
 @final
 class PerPixel(_Predicted):
-    """One predicted σ for each value of the data, clipped softly to [floor, 1/floor].
+    """One predicted σ for each value of the data, clipped softly to [floor, 5e8·floor].
 
     The likelihood improves at the pixels that are easiest to predict, and samples get worse (paper, Table 2).
     """
@@ -239,7 +267,7 @@ class PerPixel(_Predicted):
 
     def base(self, raw: Tensor) -> Tensor:
         """The prediction, of the data's shape."""
-        return soft_clip(raw, self.log_floor, -self.log_floor)
+        return soft_clip(raw, self.log_floor, self.log_ceiling)
 
 
 @register.scale("optimal")
@@ -260,7 +288,7 @@ class Optimal(Scale):
 
     solved = True
 
-    def __init__(self, per: Per = "batch", floor: float = FLOOR) -> None:
+    def __init__(self, per: Per = "batch", floor: float | None = None) -> None:
         super().__init__(floor)
         if per not in ("batch", "image", "channel", "pixel"):
             raise ValueError(f'Optimal(per=...) is "batch", "image", "channel" or "pixel", got {per!r}')
@@ -323,7 +351,7 @@ class RunningMinimum(Scale):
 
     running_log_scale: Tensor
 
-    def __init__(self, floor: float = FLOOR) -> None:
+    def __init__(self, floor: float | None = None) -> None:
         super().__init__(floor)
         self.register_buffer("running_log_scale", torch.empty(0))
 

@@ -448,8 +448,10 @@ def _loggers(wanted: Sequence[LoggerName | TrainingLogger], folder: Path | None,
 def _start_scales(vae: VAE, data: Splits, config: TrainingConfig) -> None:
     """Start a learned σ at the data's spread, and fit the stored scales a first time."""
     first = next(iter(data.batches("train", _passing_batch(data), limit=_part(data))))  # the same on every process
+    std = float(first.x.std())
+    vae.likelihood.set_floor(config.scale_floor, std)
     if config.scale_start == "data":
-        vae.likelihood.start(float(first.x.std()))
+        vae.likelihood.start(std)
     x = first.x.to(next(vae.parameters()).device)
     vae.calibrate([x])
     with torch.no_grad():  # averaged weights need every buffer in its final shape, a running scale's too

@@ -122,7 +122,7 @@ def print_evaluation(report: Evaluation) -> None:
             table.add_section()
         for row in metric.rows(result):
             table.add_row(*row)
-        notes += metric.notes(result)
+        notes += metric.notes(result, report)
     console = Console(markup=False, emoji=False)  # names of files may look like either
     console.print(table)
     for line in notes:

@@ -241,8 +241,8 @@ class Metric(ABC):
     def rows(self, result: Any) -> Iterable[Row]:
         """Rows of the table in the terminal."""
 
-    def notes(self, result: Any) -> Iterable[str]:
-        """Lines below the table."""
+    def notes(self, result: Any, report: Mapping[str, Any]) -> Iterable[str]:
+        """Lines below the table; ``report`` is the whole evaluation."""
         return ()
 
     def compared(self, results: Sequence[Any]) -> list[dict[str, Any]]:

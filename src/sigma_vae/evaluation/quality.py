@@ -209,7 +209,7 @@ class QualityMetric(Metric):
         for features, part in result.items():
             yield from _image_rows(features, part) if isinstance(part, ImageQuality) else _video_rows(features, part)
 
-    def notes(self, result: Mapping[str, Quality]) -> Iterator[str]:
+    def notes(self, result: Mapping[str, Quality], report: Mapping[str, Any]) -> Iterator[str]:
         """How images were cut and resized: distances compare only where it is the same."""
         for features, part in result.items():
             for section in (part,) if isinstance(part, ImageQuality) else part.sections.values():

@@ -22,7 +22,8 @@ from sigma_vae.likelihoods.scales import Scale
 SIGMA = 0.3
 """Of the scales that are told their σ."""
 FLOOR = -6.0
-"""Log of the default floor."""
+"""Log of the floor that the table's scales are given; the tests of floors have the default ones."""
+LEAST_SIGMA = float(np.exp(FLOOR))
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,15 @@ FAMILIES = (
 
 SCALES = (
     ScaleRow("fixed", lambda: Fixed(SIGMA), lambda channels: 0),
-    ScaleRow("shared", lambda: Shared(SIGMA), lambda channels: 0),
-    ScaleRow("per-image", PerImage, lambda channels: 1, kind="predicted"),
-    ScaleRow("per-pixel", PerPixel, lambda channels: channels, kind="predicted"),
-    ScaleRow("optimal", Optimal, lambda channels: 0, kind="optimal"),
-    ScaleRow("optimal-image", lambda: Optimal(per="image"), lambda channels: 0, kind="optimal"),
-    ScaleRow("optimal-channel", lambda: Optimal(per="channel"), lambda channels: 0, per="channel", kind="optimal"),
-    ScaleRow("optimal-pixel", lambda: Optimal(per="pixel"), lambda channels: 0, per="pixel", kind="optimal"),
+    ScaleRow("shared", lambda: Shared(SIGMA, LEAST_SIGMA), lambda channels: 0),
+    ScaleRow("per-image", lambda: PerImage(LEAST_SIGMA), lambda channels: 1, kind="predicted"),
+    ScaleRow("per-pixel", lambda: PerPixel(LEAST_SIGMA), lambda channels: channels, kind="predicted"),
+    ScaleRow("optimal", lambda: Optimal(floor=LEAST_SIGMA), lambda channels: 0, kind="optimal"),
+    ScaleRow("optimal-image", lambda: Optimal(per="image", floor=LEAST_SIGMA), lambda channels: 0, kind="optimal"),
+    ScaleRow(
+        "optimal-channel", lambda: Optimal(per="channel", floor=LEAST_SIGMA), lambda channels: 0, per="channel", kind="optimal"
+    ),
+    ScaleRow("optimal-pixel", lambda: Optimal(per="pixel", floor=LEAST_SIGMA), lambda channels: 0, per="pixel", kind="optimal"),
 )
 
 
@@ -172,8 +175,9 @@ def features_and_data(
 
 
 def soft_clip(x: np.ndarray) -> np.ndarray:
-    """The paper's two-sided soft clip (Chua et al. 2018) to ±6."""
-    x = -FLOOR - np.logaddexp(0, -FLOOR - x)
+    """The paper's two-sided soft clip (Chua et al. 2018), from the floor up to e²⁰ times it."""
+    ceiling = FLOOR + 20
+    x = ceiling - np.logaddexp(0, ceiling - x)
     return FLOOR + np.logaddexp(0, x - FLOOR)
 
 

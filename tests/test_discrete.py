@@ -57,7 +57,8 @@ def mixture(h: np.ndarray, channels: int, levels: int) -> np.ndarray:
     components = h.shape[1] // (1 + 2 * channels)
     logits, rest = h[:, :components], h[:, components:].reshape(len(h), 2, channels, components)
     weights = special.softmax(logits, -1)
-    masses = logistic_bins(rest[:, 0], np.exp(rest[:, 1]), levels)
+    least = np.log(255 / (levels - 1)) - 7  # VDVAE's, for 256 levels
+    masses = logistic_bins(rest[:, 0], np.exp(np.maximum(rest[:, 1], least)), levels)
     return np.log(np.einsum("pk,pckl->pcl", weights, masses))
 
 
@@ -65,7 +66,7 @@ def colour_masses(h: np.ndarray, levels: int) -> np.ndarray:
     """One pixel's features to the masses of all colours, (levels, levels, levels)."""
     components = len(h) // 10
     weights, rest = special.softmax(h[:components]), h[components:].reshape(3, 3, components)
-    (r, g, b), scales, (gr, br, bg) = rest[0], np.exp(rest[1]), np.tanh(rest[2])
+    (r, g, b), scales, (gr, br, bg) = rest[0], np.exp(np.maximum(rest[1], np.log(255 / (levels - 1)) - 7)), np.tanh(rest[2])
     y = np.linspace(-1, 1, levels)
     red = logistic_bins(r, scales[0], levels)  # (K, R)
     green = logistic_bins(g[:, None] + gr[:, None] * y, np.broadcast_to(scales[1][:, None], (components, levels)), levels)

@@ -11,6 +11,7 @@ from cases import (
     CASES,
     FAMILIES,
     FLOOR,
+    LEAST_SIGMA,
     NAMES,
     OPTIMAL_CASES,
     SHAPES,
@@ -401,7 +402,7 @@ def test_log1mexp_and_soft_clip() -> None:
     (grad,) = torch.autograd.grad(log1mexp(t).sum(), t)
     np.testing.assert_allclose(grad.numpy(), slope, rtol=1e-12)
     x = torch.tensor([-1e4, -50.0, -6.0, -1.0, 0.0, 3.0, 6.0, 50.0, 1e4], dtype=torch.float64, requires_grad=True)
-    clipped = soft_clip(x, FLOOR, -FLOOR)
+    clipped = soft_clip(x, FLOOR, FLOOR + 20)
     close(clipped, two_sided_clip(x.detach().numpy()), 1e-13)
     (grad,) = torch.autograd.grad(clipped.sum(), x)
     assert (grad >= 0).all()
@@ -562,7 +563,9 @@ def test_a_likelihood_says_what_its_scale_is(case: Case) -> None:
     assert likelihood.has_post_hoc == (case.scale.kind != "optimal")
     one_sigma = case.scale.kind != "predicted" and case.scale.per == "batch"
     assert likelihood.sigma_is_rmse == (case.family.name == "gaussian" and case.observes == "density" and one_sigma)
-    assert likelihood.log_floor == (-12 if likelihood.predicts_scale else pytest.approx(FLOOR))
+    unasked = -math.log(64 * 255)  # a fixed σ is not given a floor
+    floor = unasked if case.scale.name == "fixed" else FLOOR
+    assert likelihood.log_floor == pytest.approx(-20 if likelihood.predicts_scale else floor)
     stored = likelihood.refitted_log_scales()
     assert {name: value.tolist() for name, value in stored.items()} == {
         name: value.tolist() for name, value in case.stored(EVENT).items()
@@ -582,7 +585,7 @@ def test_a_likelihood_says_what_its_scale_is(case: Case) -> None:
 
 def test_asking_for_sigma_changes_nothing() -> None:
     """In training, a pass puts a learned σ back onto its floor; a look at it does not."""
-    likelihood = Gaussian(1, Shared(1e-4), spatial_dims=0).train()
+    likelihood = Gaussian(1, Shared(1e-4, LEAST_SIGMA), spatial_dims=0).train()
     assert likelihood.sigma().item() == pytest.approx(1e-4)
     assert likelihood.sigma().item() == pytest.approx(1e-4)
     likelihood(torch.zeros(3, 1), torch.zeros(3, 1))

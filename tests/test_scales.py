@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import CASES, FAMILIES, FLOOR, NAMES, Case, Family, features_and_data, log_density, log_mass, minimum
+from cases import CASES, FAMILIES, FLOOR, LEAST_SIGMA, NAMES, Case, Family, features_and_data, log_density, log_mass, minimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed, multiprocessing
@@ -252,7 +252,7 @@ def test_a_perfect_fit_lies_exactly_on_the_hard_floor(per: str, observes: str) -
 
 
 def test_shared_scale_returns_from_below_the_floor() -> None:
-    likelihood = Gaussian(1, Shared(1e-4), spatial_dims=0)
+    likelihood = Gaussian(1, Shared(1e-4, LEAST_SIGMA), spatial_dims=0)
     h, x = torch.zeros(3, 1), torch.full((3, 1), 0.5)
     distribution = likelihood(h, x)
     assert distribution.log_scale.item() == pytest.approx(FLOOR, rel=1e-6)

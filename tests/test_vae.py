@@ -238,7 +238,7 @@ def test_black_images_train_to_the_floor(clipped: bool) -> None:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 20))
     decoder = nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 784), nn.Unflatten(1, (1, 28, 28)))
-    vae = VAE(FlatNetwork(encoder, decoder, 10), Gaussian(1, Optimal(), mean="unit"))
+    vae = VAE(FlatNetwork(encoder, decoder, 10), Gaussian(1, Optimal(floor=math.exp(-6)), mean="unit"))
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     x = torch.zeros(64, 1, 28, 28)
     for _ in range(600):

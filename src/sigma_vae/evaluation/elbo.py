@@ -1,7 +1,7 @@
 """The single-sample bound (ELBO) in nats and in bits, and the numbers that explain it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
@@ -58,7 +58,8 @@ class ElboResult(Bounds):
     ``dims`` counts the values that are scored: for clips, those of the predicted frames, averaged over clips of unequal
     lengths. ``kl_per_layer_nats`` has the mean KL of each layer, from the top down; its sum is the rate.
     ``sigma_post_hoc_...`` is the refitted σ, as a geometric mean where there are many; ``factor_post_hoc_...`` the
-    factor on predicted σ. ``standard_prior`` has the bounds with N(0, I), from the same posterior draws, where the
+    factor on predicted σ. ``sigma_on_floor_share`` is the share of refitted σ that lie on the floor ``sigma_floor``;
+    both are left out where none does. ``standard_prior`` has the bounds with N(0, I), from the same posterior draws, where the
     prior is a fitted one.
     """
 
@@ -73,6 +74,8 @@ class ElboResult(Bounds):
     sigma_post_hoc_level: float | None = None
     factor_post_hoc_density: float | None = None
     factor_post_hoc_level: float | None = None
+    sigma_floor: float | None = None
+    sigma_on_floor_share: float | None = None
     latent_dim: int | None = None
     active_units: int | None = None
     standard_prior: Bounds | None = None
@@ -108,6 +111,16 @@ class ElboMetric(Metric):
         if result.active_units is not None:
             yield Row("active_units", f"{result.active_units} of {result.latent_dim}")
 
+    def notes(self, result: ElboResult, report: Mapping[str, Any]) -> Iterator[str]:
+        """Say which σ lie on their floor, and what that costs."""
+        if result.sigma_on_floor_share is not None:
+            values = result.sigma_on_floor_share * result.dims
+            yield (
+                f"{result.sigma_on_floor_share:.1%} of σ lie on the floor, {result.sigma_floor:.3g}: these values are predicted"
+                f" exactly, and their density has no upper bound. Half the floor (--scale-floor) would add up to"
+                f" {values * math.log(2):.1f} nats to an ELBO of densities, so compare bits per dimension."
+            )
+
     def compared(self, results: Sequence[ElboResult]) -> list[dict[str, Any]]:
         """Bits compare between all decoders; nats only where all runs observe the same quantity."""
         same_quantity = len({result.observes for result in results}) == 1
@@ -142,6 +155,7 @@ def elbo(vae: VAE, batches: Batches, seed: int = 0) -> ElboResult:
         noise_seed=seed,
         distortion_nats=Estimate.of(-scores.log_likelihood),
         kl_per_layer_nats=scores.kl.mean(0).tolist() if scores.kl.shape[-1] > 1 else None,
+        **_on_floor(vae.likelihood),
         latent_dim=sum(latents.sizes) if vae.network.has_posterior else None,
         active_units=active_units(vae, batches) if vae.network.has_posterior else None,
         **refitted,
@@ -193,6 +207,14 @@ def _bounds(vae: VAE, scores: Scores) -> dict[str, Any]:
 def refitted_scales(likelihood: Likelihood) -> dict[str, float]:
     """The refitted σ (or factor on predicted σ) for density and levels; the geometric mean where there are many."""
     return {name: float(value.mean().exp()) for name, value in likelihood.refitted_log_scales().items()}
+
+
+def _on_floor(likelihood: Likelihood) -> dict[str, float]:
+    """Floor of σ, and the share of σ for densities that lie on it; nothing where none does."""
+    found = likelihood.refitted_log_scales().get("density")
+    if found is None or not bool((on_floor := found <= likelihood.log_floor + 1e-4).any()):
+        return {}
+    return {"sigma_floor": math.exp(likelihood.log_floor), "sigma_on_floor_share": float(on_floor.double().mean())}
 
 
 def has_fitted_prior(vae: VAE) -> bool:

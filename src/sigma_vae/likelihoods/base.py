@@ -23,6 +23,7 @@ MeanMap = Literal["identity", "unit"]
 SMALLEST_STD = 1e-30
 """Stands for the std of data that are constant."""
 
+
 class LocationScale(Likelihood):
     """A likelihood whose residual x − mean follows one distribution at every scale.
 

@@ -12,7 +12,20 @@ from sigma_vae.likelihoods.densities import soft_clip
 from sigma_vae.registry import Argument, number_above_zero, register
 from sigma_vae.types import Observes
 
-__all__ = ["LEVEL_FLOOR", "LOG_RANGE", "SPREAD_FLOOR", "Fit", "Fixed", "Optimal", "Per", "PerImage", "PerPixel", "RunningMinimum", "Scale", "Shared"]
+__all__ = [
+    "LEVEL_FLOOR",
+    "LOG_RANGE",
+    "SPREAD_FLOOR",
+    "Fit",
+    "Fixed",
+    "Optimal",
+    "Per",
+    "PerImage",
+    "PerPixel",
+    "RunningMinimum",
+    "Scale",
+    "Shared",
+]
 
 Per = Literal["batch", "image", "channel", "pixel"]
 """The unit that has a σ of its own: the whole batch, each example, each channel, or each place of each channel."""
@@ -80,8 +93,9 @@ class Scale(nn.Module, ABC):
             self._bound(math.log(floor))
 
     def _bound(self, log_floor: float) -> None:
-        self.log_floor, self.log_ceiling = log_floor, log_floor + LOG_RANGE
-        self.log_bounds = self.log_bounds.new_tensor([self.log_floor, self.log_ceiling])
+        bounds = torch.tensor([log_floor, log_floor + LOG_RANGE], dtype=torch.float32, device="cpu")
+        self.log_floor, self.log_ceiling = bounds.tolist()  # rounded as they are saved
+        self.log_bounds = bounds.to(self.log_bounds)
 
     @abstractmethod
     def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:

@@ -209,7 +209,7 @@ def refitted_scales(likelihood: Likelihood) -> dict[str, float]:
     return {name: float(value.mean().exp()) for name, value in likelihood.refitted_log_scales().items()}
 
 
-def _on_floor(likelihood: Likelihood) -> dict[str, float]:
+def _on_floor(likelihood: Likelihood) -> dict[str, Any]:
     """Floor of σ, and the share of σ for densities that lie on it; nothing where none does."""
     found = likelihood.refitted_log_scales().get("density")
     if found is None or not bool((on_floor := found <= likelihood.log_floor + 1e-4).any()):

@@ -20,7 +20,7 @@ __all__ = ["Discrete", "FromFeatures", "LocationScale", "MeanMap", "Unscaled"]
 MeanMap = Literal["identity", "unit"]
 """From features to the mean: themselves, or a sigmoid onto [0, 1]."""
 
-SMALLEST_STD = 1e-30
+SMALLEST_STD = 1e-37
 """Stands for the std of data that are constant."""
 
 

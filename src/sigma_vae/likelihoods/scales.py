@@ -233,7 +233,7 @@ class Shared(Scale):
     def start(self, std: float) -> None:
         """Start from this σ, unless one was given or learned before."""
         if not self.started:
-            self.log_scale.fill_(max(math.log(max(std, 1e-30)), self.log_floor))
+            self.log_scale.fill_(max(math.log(max(std, 1e-300)), self.log_floor))
         self.started = True
 
     def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:

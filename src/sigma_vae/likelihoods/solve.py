@@ -17,6 +17,7 @@ HEAD = 2**18  # values
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-6
 LARGEST_LOG_SCALE = 12.0  # where the mean lies at the wrong end, an end level has its largest probability at σ = ∞
+COARSE = 6  # points that a maximum is compared with
 LARGEST_STEP = 0.7  # in log σ: a factor of two, so that a bad quadratic model cannot throw the search away
 
 
@@ -61,7 +62,36 @@ def best_log_scale(
     def slopes(observed: Observed, log_scale: Tensor) -> Tensor:
         return _slope_and_curvature(observed, log_scale, levels)
 
-    return _maximum(slopes, data, per, event_dims, log_floor, start.double()).to(start.dtype)
+    def search(start: Tensor) -> Tensor:
+        return _maximum(slopes, data, per, event_dims, (log_floor, LARGEST_LOG_SCALE), start)
+
+    def score(log_scale: Tensor) -> Tensor:
+        sums = _Sums(per, event_dims)
+        for observed in data:
+            sums.add(_bins(observed, log_scale, levels).log_mass[None])
+        return sums.means()[0]
+
+    found = search(start.double())
+    coarse = torch.linspace(max(math.log(0.25 / (levels - 1)), log_floor), math.log(4), COARSE, dtype=found.dtype)
+    return _best(found, coarse.tolist(), score, search).to(start.dtype)
+
+
+def _best(
+    found: Tensor, coarse: Sequence[float], score: Callable[[Tensor], Tensor], search: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """A found maximum, or a higher one near a coarse point: bins at the ends give several.
+
+    There a right prediction's probability falls from 1 to 1/2 with σ, and a wrong one's rises from 0 to 1/2.
+    """
+    start, best = found, (height := score(found))
+    for point in coarse:
+        value = score(torch.full_like(found, point))
+        start = torch.where(value > best, point, start)
+        best = torch.maximum(value, best)
+    if not bool((best > height).any()):
+        return found
+    again = search(start)
+    return torch.where(score(again) > height, again, found)
 
 
 def best_batch_log_scale(observed: Observed, per: Per, event_dims: int, log_floor: float, levels: int | None) -> Tensor:
@@ -144,16 +174,16 @@ def _best_for_density(data: Iterable[Observed], per: Per, event_dims: int, log_f
         sums.add((residual.statistic(z) if residual.closed_form else z.square())[None])
     log_scale = (sums.means()[0].log() / residual.power).clamp_min(log_floor)
     if not residual.closed_form:
-        log_scale = _maximum(_slope_of_density, data, per, event_dims, log_floor, log_scale)
+        log_scale = _maximum(_slope_of_density, data, per, event_dims, (log_floor, math.inf), log_scale)
     return log_scale.to(x.dtype)
 
 
 def _maximum(
-    slopes: Slopes, data: Iterable[Observed], per: Per, event_dims: int, log_floor: float, log_scale: Tensor
+    slopes: Slopes, data: Iterable[Observed], per: Per, event_dims: int, bounds: tuple[float, float], log_scale: Tensor
 ) -> Tensor:
     """Find where the slopes add up to 0. After steps on the first data alone, two passes over all of them are enough."""
     for part in (_head, iter):
-        search = _Newton(log_scale, log_floor)
+        search = _Newton(log_scale, *bounds)
         for _ in range(MAX_ITERATIONS):
             sums = _Sums(per, event_dims)
             for observed in part(data):
@@ -177,9 +207,9 @@ def _head(data: Iterable[Observed]) -> Iterator[Observed]:
 class _Newton:
     """Newton's method for maxima of many functions, kept between points where the slope is known to turn."""
 
-    def __init__(self, start: Tensor, floor: float) -> None:
+    def __init__(self, start: Tensor, floor: float, ceiling: float) -> None:
         self.at = start
-        self.floor = floor
+        self.floor, self.ceiling = floor, ceiling
         self.lower = torch.full_like(start, -math.inf)
         self.upper = torch.full_like(start, math.inf)
 
@@ -191,7 +221,7 @@ class _Newton:
         new = self.at + move.clamp(-LARGEST_STEP, LARGEST_STEP)
         outside = (new <= self.lower) | (new >= self.upper)
         between = 0.5 * (self.lower + self.upper)
-        new = torch.where(outside & between.isfinite(), between, new).clamp(self.floor, LARGEST_LOG_SCALE)
+        new = torch.where(outside & between.isfinite(), between, new).clamp(self.floor, self.ceiling)
         moved = float((new - self.at).abs().max())
         self.at = new
         # Newton doubles the digits: where a step is this short, what is left is about its square.
@@ -216,14 +246,8 @@ def _slope_and_curvature(observed: Observed, log_scale: Tensor, levels: int) -> 
 
     .. math:: \frac{a f(a) - b f(b)}{P}, \qquad \frac{b f(b) (1 - s(b)) - a f(a) (1 - s(a))}{P} - \text{slope}^2
     """
-    residual, loc, base, x = observed
-    top = levels - 1
-    width = torch.exp(-base - log_scale.to(loc.dtype)) / top
-    center = (torch.round(x * top) - loc * top) * width
-    lower, upper = center - 0.5 * width, center + 0.5 * width
-    first, last = x * top < 0.5, x * top > top - 0.5
-    tail = residual.log_cdf(torch.where(first, upper, -lower))
-    log_mass = torch.where(first | last, tail, residual.interval_log_prob(center, width))
+    lower, upper, width, first, last, log_mass = _bins(observed, log_scale, levels)
+    residual = observed.residual
     at_lower, at_upper = (residual.statistic(edge) for edge in (lower, upper))
     # The density's largest part of its bin's mass: otherwise rounding far out in the tails is exponentiated.
     most = torch.log(1 / width + 1 + (at_lower + at_upper) / torch.minimum(lower.abs(), upper.abs()).clamp_min(0.1))
@@ -233,6 +257,29 @@ def _slope_and_curvature(observed: Observed, log_scale: Tensor, levels: int) -> 
     )
     slope = below - above
     return torch.stack([slope, above * (1 - at_upper) - below * (1 - at_lower) - slope.square()])
+
+
+class _Bins(NamedTuple):
+    """Edges and width of each value's bin in units of σ, whether it is the first or the last, and its log-probability."""
+
+    lower: Tensor
+    upper: Tensor
+    width: Tensor
+    first: Tensor
+    last: Tensor
+    log_mass: Tensor
+
+
+def _bins(observed: Observed, log_scale: Tensor, levels: int) -> _Bins:
+    residual, loc, base, x = observed
+    top = levels - 1
+    width = torch.exp(-base - log_scale.to(loc.dtype)) / top
+    center = (torch.round(x * top) - loc * top) * width
+    lower, upper = center - 0.5 * width, center + 0.5 * width
+    first, last = x * top < 0.5, x * top > top - 0.5
+    tail = residual.log_cdf(torch.where(first, upper, -lower))
+    log_mass = torch.where(first | last, tail, residual.interval_log_prob(center, width))
+    return _Bins(lower, upper, width, first, last, log_mass)
 
 
 @torch.library.custom_op("sigma_vae::best_log_scale", mutates_args=())

@@ -139,4 +139,4 @@ def test_misuse_is_refused(tmp_path):
 def test_undoing_is_the_inverse_on_any_device_and_shape(tmp_path):
     scaling = load(table(tmp_path)).scaling
     stored = torch.randn(4, COLUMNS) * 100
-    torch.testing.assert_close(scaling.undo(scaling(stored)), stored)
+    torch.testing.assert_close(scaling.undo(scaling(stored)), stored.double(), rtol=1e-6, atol=1e-4)

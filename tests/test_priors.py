@@ -17,6 +17,8 @@ from sigma_vae import VAE, Fixed, FlatNetwork, Gaussian, Optimal, hierarchical, 
 from sigma_vae.config import ModelConfig
 from sigma_vae.data import Scaling
 from sigma_vae.priors import FittedPrior, FlowPrior, GaussianPrior, MixturePrior, StandardNormal, flow
+from sigma_vae.priors.base import fitted as fit_to
+from sigma_vae.priors.gaussian import best_prior
 from sigma_vae.types import Batch, Prior
 from sigma_vae.vae import SEED_OFFSET, keyed_noise
 
@@ -420,7 +422,9 @@ def test_a_saved_model_has_its_prior(name: str, tmp_path) -> None:
     assert isinstance(vae.network.prior, StandardNormal)  # what it is trained with
     vae.calibrate([images(30)])
     if name != "standard":
-        vae.fit_prior([images(200)], models.prior(name, 3), [images(60, seed=1)])
+        made = models.prior(name, 3)
+        vae.fit_prior([images(200)], made, [images(60, seed=1)])
+        vae.network.replace_prior(made)  # a simpler one may have been better
     models.save(tmp_path / "model", vae, config, (1, 4, 4), Scaling(256))
     saved = models.load(tmp_path / "model")
     found = vae.network.prior
@@ -472,3 +476,47 @@ def test_codes_share_no_noise_with_each_other_or_with_an_evaluation(seed: int) -
         with torch.no_grad():
             assert vae.elbo(images(300, seed=2), noise=keyed_noise(torch.arange(300), seed)).rate.mean() > -0.01
     assert prior.components == 1
+
+
+LATENTS = {  # latents that a richer prior does not describe better than a simpler one
+    "standard normal": lambda random, n, d: random.standard_normal((n, d)),
+    "correlated": lambda random, n, d: random.standard_normal((n, d)) @ np.linalg.qr(random.standard_normal((d, d)))[0] * 2,
+    "two clusters": lambda random, n, d: random.standard_normal((n, d)) + 8 * random.integers(0, 2, (n, 1)),
+    "narrow": lambda random, n, d: 0.01 * random.standard_normal((n, d)),
+}
+
+
+@pytest.mark.parametrize("kind", LATENTS)
+@pytest.mark.parametrize(
+    ("prior", "n", "d"), [("mixture", 10, 3), ("mixture:5", 60, 2), ("gaussian", 40, 30), ("flow", 300, 8)]
+)
+def test_a_fitted_prior_is_never_worse_than_the_simple_ones_on_held_out_latents(kind, prior, n, d):
+    from scipy import stats
+
+    random = np.random.default_rng(0)
+    draw = LATENTS[kind]
+    latents, held_out = (torch.from_numpy(draw(random, size, d)) for size in (n, 500))
+    made = models.prior(prior, d).double()
+    made.fit(latents, held_out)
+    best, densities = best_prior(made, latents, held_out)
+    assert list(densities.values()) == sorted(densities.values(), reverse=True)
+    found = float(best.log_prob(held_out).mean())
+    assert found == pytest.approx(next(iter(densities.values())))
+    assert found >= stats.norm.logpdf(held_out.numpy()).sum(1).mean() - 1e-9
+    assert found >= float(made.log_prob(held_out).mean()) - 1e-9
+
+
+def test_the_flow_gives_way_to_a_gaussian_on_gaussian_latents():
+    generator = torch.Generator().manual_seed(0)
+    latents, held_out = (torch.randn(n, 32, generator=generator) @ torch.diag(torch.linspace(0.3, 3, 32)) for n in (300, 2000))
+    made = models.prior("flow", 32)
+    made.fit(latents, held_out)
+    best, densities = best_prior(made, latents, held_out)
+    assert densities["FlowPrior"] <= densities[next(iter(densities))]
+    assert float(best.log_prob(held_out).mean()) >= densities["moments"] - 1e-4
+
+
+def test_latents_too_large_for_float32_are_told():
+    latents = 1e39 * torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(ValueError, match="is not finite"):
+        fit_to(models.prior("gaussian", 2), latents, None, 0)

@@ -119,6 +119,8 @@ class DataConfig(_Strict):
     """Folder for decoded copies of pictures and videos; default: beside the data."""
     levels: int | None = None
     """Number of values that a datum can take; default: from the data (256 for uint8)."""
+    levels_from: Literal["values", "dtype"] = "values"
+    """Find the number of levels by the values where they leave no doubt (two values, floats k/255), or by the dtype alone."""
     layout: Layout = "auto"
     """Axes of an array file: n examples, c channels, h rows, w columns, t times."""
     columns: tuple[str, ...] = ()

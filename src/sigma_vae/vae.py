@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sigma_vae.networks.sequence import FRAMES, starts
+from sigma_vae.priors.base import fitted
+from sigma_vae.priors.gaussian import best_prior
 from sigma_vae.types import Batch, Elbo, Likelihood, Network, Noise, Prior, Temperature, per_layer, standard_normal
 
 __all__ = [
@@ -221,18 +223,25 @@ class VAE(nn.Module):
     @torch.no_grad()
     def fit_prior(
         self, loader: "Iterable[Examples]", prior: Prior, validation: "Iterable[Examples] | None" = None, seed: int = 0
-    ) -> None:
+    ) -> dict[str, float]:
         """Fit a prior to one posterior draw of each example, and use it in place of the network's prior.
 
         Nothing else changes: call it after training and :meth:`calibrate`. The ELBO is then the bound of the model with
         that prior, and :meth:`sample` draws from it. Where the fit fails, the network keeps its prior.
 
+        With ``validation``, the fitted prior is compared with simpler ones on held-out latents: N(0, I), and a Gaussian with
+        the latents' moments. The best of them is used, so that it is never worse there than N(0, I).
+
         Args:
             loader: training data, as for :meth:`calibrate`; only their latents are kept in memory.
             prior: moved to the model's device and dtype, and fitted there.
             validation: held-out data, by which :class:`MixturePrior` chooses its number of components and
-                :class:`FlowPrior` when to stop.
+                :class:`FlowPrior` when to stop, and by which the priors are compared.
             seed: of the fit and of the noise, which differs from that of an evaluation with this seed.
+
+        Returns:
+            Mean log-density of the held-out latents under each prior, in nats, the best one first; the prior that was given
+            is called by its class. Empty without ``validation``.
 
         Raises:
             ValueError: the network's prior cannot be replaced, or the prior cannot be fitted to these latents.
@@ -242,6 +251,7 @@ class VAE(nn.Module):
         >>> likelihood = Gaussian(channels=1)
         >>> vae = VAE(mlp((1, 8, 8), likelihood.in_channels, latent_dim=3), likelihood)
         >>> vae.fit_prior(torch.rand(4, 16, 1, 8, 8), GaussianPrior(latent_dim=3))
+        {}
         >>> vae.network.prior.mean.shape
         torch.Size([3])
         """
@@ -251,8 +261,10 @@ class VAE(nn.Module):
         with in_eval_mode(self):
             draws = latents_of(network, loader, seed + SEED_OFFSET)
             held_out = None if validation is None else latents_of(network, validation, seed + 2 * SEED_OFFSET)
-        prior.to(draws).fit(draws, held_out, seed)
-        network.replace_prior(prior)
+        fitted(prior.to(draws), draws, held_out, seed)
+        best, densities = (prior, {}) if held_out is None else best_prior(prior, draws, held_out)
+        network.replace_prior(best)
+        return densities
 
     @property
     def flat_network(self) -> Network:

@@ -13,6 +13,7 @@ from sigma_vae.config import replacing
 from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, save_clips, save_grid
+from sigma_vae.types import at_least_float32
 from sigma_vae.vae import Show
 
 __all__ = ["Split", "check_count", "checked", "encode", "output", "predict", "reconstruct", "sample", "score", "write"]
@@ -262,7 +263,7 @@ def write(path: Path, images: Tensor, arrays: dict[str, Tensor], columns: int | 
     else:
         import numpy as np
 
-        plain: dict[str, Any] = {name: values.float().cpu().numpy() for name, values in arrays.items()}
+        plain: dict[str, Any] = {name: at_least_float32(values).cpu().numpy() for name, values in arrays.items()}
         with replacing(path) as aside:
             np.savez_compressed(aside, **plain)
     print(path)

@@ -1,7 +1,7 @@
 """Commands that train runs, evaluate, refit and compare them."""
 
 import json as json_module
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,6 +123,7 @@ def print_evaluation(report: Evaluation) -> None:
         for row in metric.rows(result):
             table.add_row(*row)
         notes += metric.notes(result, report)
+    notes += _about_priors(report)
     console = Console(markup=False, emoji=False)  # names of files may look like either
     console.print(table)
     for line in notes:
@@ -212,7 +213,17 @@ def _print_side_by_side(report: Evaluation) -> None:
     for key in ("elbo_nats", "elbo_post_hoc_nats", "objective_nats", "rate_nats", "bits_per_dim", "bits_per_dim_post_hoc"):
         if key in standard:
             table.add_row(key, *(_cell(values[key]) for values in columns.values()))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for line in _about_priors(report):
+        console.print(line)
+
+
+def _about_priors(report: Evaluation) -> Iterator[str]:
+    """A line on the priors that were compared when one was fitted."""
+    if found := report.about.get("prior_held_out_nats"):
+        each = ", ".join(f"{name} {nats:.2f}" for name, nats in found.items())
+        yield f"Priors by the mean log-density of held-out latents, in nats: {each}. The first one is used."
 
 
 def compare(

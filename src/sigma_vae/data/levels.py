@@ -1,17 +1,137 @@
-"""Conversion of arrays to their stored form, levels or float32, with checks of the values."""
+"""Conversion of arrays to their stored form, levels or real values, with checks of the values."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "encode", "native_levels", "real_values"]
+__all__ = ["Array", "Grid", "encode", "find_grid", "given_grid", "native_levels", "real_values"]
 
 Array = npt.NDArray[np.generic]
 
 _NATIVE = {"bool": 2, "uint8": 256, "uint16": 65536}
 _MAX_LEVELS = 2**24  # float32 cannot tell more levels apart
 _TOLERANCE = 0.01  # in steps between two levels
+_EXACT = 1e-3  # the same, where nobody has said how many levels there are
+_EIGHT_BITS_IN_SIXTEEN = 257
+_CHUNK = 2**24  # values counted at a time
+_MOST_DISTINCT = 1024
+_FLOAT32_STEPS = 1000  # between two values a std apart: fewer would be rounding that one can see
+
+
+class Grid(NamedTuple):
+    """The levels among integers: level k is the value lowest + k·step. Among floats it is k/(levels − 1)."""
+
+    levels: int
+    lowest: int = 0
+    step: int = 1
+
+    def of(self, values: Array) -> Array:
+        """The levels of values on the grid."""
+        if values.dtype.kind == "f":
+            return np.rint(values.astype(np.float64) * (self.levels - 1)).astype(_storage(self.levels))
+        if (self.lowest, self.step) == (0, 1):
+            return values
+        return ((values.astype(np.int64) - self.lowest) // self.step).astype(_storage(self.levels))
+
+
+def find_grid(arrays: Sequence[Array], name: str) -> tuple[Grid | None, str]:
+    """Find the levels that data of one dtype use, where their values leave no doubt.
+
+    These are two values, 0 and another, 8-bit values stored in 16 bits as 257·k, and floats k/255, or 0 and 1. Otherwise the
+    dtype decides.
+
+    Returns:
+        The levels, None for real values, and a remark: what was found, or the option that would be right. It is empty
+        where there is nothing to say.
+
+    >>> find_grid([np.array([0, 255, 255], dtype=np.uint8)], "mask")
+    (Grid(levels=2, lowest=0, step=255), 'two values, 0 and 255: two levels')
+    """
+    native = native_levels(arrays[0], name)
+    if native is None:
+        return _grid_of_floats(arrays)
+    values = np.arange(2) if native == 2 else _distinct(arrays)
+    if len(values) < 2 or native == 2:
+        return Grid(native), ""
+    lowest, largest = int(values[0]), int(values[-1])
+    if len(values) == 2 and lowest:
+        return Grid(native), f"two values, {lowest} and {largest}: --levels 2 would read them as levels 0 and 1"
+    if len(values) == 2:
+        return Grid(2, 0, largest), f"two values, 0 and {largest}: two levels"
+    step = int(np.gcd.reduce(values))
+    if native == _NATIVE["uint16"] and step % _EIGHT_BITS_IN_SIXTEEN == 0:
+        return Grid(256, 0, _EIGHT_BITS_IN_SIXTEEN), "all values are multiples of 257: 8-bit levels stored in 16 bits"
+    if 2 ** largest.bit_length() < native and native > 256:
+        return Grid(native), f"16-bit values up to {largest}: --levels {2 ** largest.bit_length()} would be enough for them"
+    if step > 1:
+        return Grid(native), f"all values are multiples of {step}: --levels {largest // step + 1} counts these alone"
+    return Grid(native), ""
+
+
+def given_grid(arrays: Sequence[Array], levels: int) -> Grid:
+    """The grid of integers that a number of levels means: 0..levels−1, or as many values further apart.
+
+    >>> given_grid([np.array([0, 2, 254], dtype=np.uint8)], 128)
+    Grid(levels=128, lowest=0, step=2)
+    """
+    if arrays[0].dtype.kind not in "iu" or all(array.size == 0 or array.max() < levels for array in arrays):
+        return Grid(levels)
+    values = _distinct(arrays)
+    lowest, largest = int(values[0]), int(values[-1])
+    if levels == len(values) == 2:
+        return Grid(2, lowest, largest - lowest)
+    whole = _NATIVE.get(arrays[0].dtype.name, 0) - 1
+    steps = [whole // (levels - 1)] if whole > 0 and levels > 1 and whole % (levels - 1) == 0 else []
+    for step in [*steps, int(np.gcd.reduce(values))]:
+        if step > 1 and largest // step < levels and not (values % step).any():
+            return Grid(levels, 0, step)
+    return Grid(levels)
+
+
+def _distinct(arrays: Sequence[Array]) -> Array:
+    """All values that occur, in order."""
+    if arrays[0].dtype.name not in _NATIVE:
+        return np.unique(np.concatenate([np.unique(array) for array in arrays]))
+    counts = np.zeros(_NATIVE[arrays[0].dtype.name], dtype=bool)
+    for array in arrays:
+        for part in _parts(array):
+            counts[part.reshape(-1)] = True
+    return np.flatnonzero(counts)
+
+
+def _parts(array: Array) -> Iterator[Array]:
+    """A few examples at a time."""
+    rows = max(1, _CHUNK // max(1, math.prod(array.shape[1:])))
+    return (array[start : start + rows] for start in range(0, len(array), rows))
+
+
+def _grid_of_floats(arrays: Sequence[Array]) -> tuple[Grid | None, str]:
+    if arrays[0].dtype.itemsize < 4 or not all(array.size and 0 <= array.min() and array.max() <= 1 for array in arrays):
+        return None, ""
+    some = np.unique(arrays[0].reshape(-1)[:_CHUNK])
+    if set(some.tolist()) == {0.0, 1.0} and all(_lies_on(array, 2) for array in arrays):
+        return Grid(2), "two values, 0 and 1: two levels"
+    if len(some) > 2 and all(_lies_on(array, 256) for array in arrays):
+        return Grid(256), "all values are k/255: 8-bit levels"
+    if 2 < len(some) <= _MOST_DISTINCT:
+        levels = round(1 / float(np.diff(some).min())) + 1
+        if levels <= _NATIVE["uint16"] and all(_lies_on(array, levels) for array in arrays):
+            return None, f"all values are k/{levels - 1}: --levels {levels} would model them as levels"
+    return None, ""
+
+
+def _lies_on(array: Array, levels: int) -> bool:
+    """Whether all values are k/(levels − 1)."""
+    for part in _parts(array):
+        position = part.astype(np.float64) * (levels - 1)
+        if np.abs(position - np.rint(position)).max() > _EXACT:
+            return False
+    return True
 
 
 def native_levels(array: Array, name: str) -> int | None:
@@ -31,7 +151,7 @@ def native_levels(array: Array, name: str) -> int | None:
 def encode(array: Array, levels: int | None, name: str) -> Tensor:
     """Convert an array to stored form: levels 0..levels−1, or float32 values in [0, 1] if ``levels`` is None.
 
-    Integers are levels; floats are values k/(levels − 1).
+    Integers are levels; floats are values k/(levels − 1), kept in float64 where float32 would merge them.
 
     >>> encode(np.array([0.0, 0.5, 1.0]), 3, "thirds")
     tensor([0, 1, 2], dtype=torch.uint8)
@@ -46,7 +166,7 @@ def encode(array: Array, levels: int | None, name: str) -> Tensor:
         _check_finite(array, name)
         _check_unit(array, name)
         if levels is None:
-            return _tensor(array, np.float32)
+            return real_values(array, name)
         array = _to_levels(array, levels, name)
     assert levels is not None
     _check_levels(array, levels, name)
@@ -54,14 +174,31 @@ def encode(array: Array, levels: int | None, name: str) -> Tensor:
 
 
 def real_values(array: Array, name: str) -> Tensor:
-    """Convert an array to float32 values of any finite size.
+    """Convert an array ``(N, C, ...)`` to real values of any finite size, in float32 unless that would merge them.
 
     Raises:
         ValueError: a value is not a number, or not finite.
     """
     _check_kind(array, name)
     _check_finite(array, name)
-    return _tensor(array, np.float32)
+    return _tensor(array, np.float64 if _float32_merges(array) else np.float32)
+
+
+def _float32_merges(array: Array) -> bool:
+    """Whether float32 has too few steps between the values of a channel, or no such values."""
+    if array.dtype.kind == "b" or (array.dtype.kind in "iu" and array.dtype.itemsize < 4) or array.dtype.itemsize < 4:
+        return False
+    if array.dtype == np.float32 or array.size == 0:
+        return False
+    channels = np.moveaxis(array, 1, 0).reshape(array.shape[1], -1) if array.ndim > 1 else array[None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        for channel in channels:
+            values = channel.astype(np.float64)
+            largest, std = np.abs(values).max(), (values - values[0]).std()
+            step = np.spacing(np.float32(largest))
+            if std > 0 and not (step * _FLOAT32_STEPS <= std < np.finfo(np.float32).max and std > np.finfo(np.float32).tiny):
+                return True
+    return False
 
 
 def _tensor(array: Array, dtype: npt.DTypeLike) -> Tensor:

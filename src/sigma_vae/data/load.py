@@ -10,17 +10,15 @@ package names it in the entry-point group ``sigma_vae.sources``::
 import difflib
 import math
 import os
-from collections.abc import Callable, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Set
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
-
-import numpy as np
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import cached
 from sigma_vae.data.holdout import hold_out
-from sigma_vae.data.levels import encode, native_levels, real_values
+from sigma_vae.data.levels import Array, Grid, encode, find_grid, given_grid, native_levels, real_values
 from sigma_vae.data.scaling import Scaling, standardisation
 from sigma_vae.data.splits import Raw, SplitName, Splits, fingerprint
 from sigma_vae.data.stores import Encoded, Generated, InMemory, Mapped, Part, Store
@@ -28,7 +26,7 @@ from sigma_vae.registry import register
 
 __all__ = ["Source", "endings", "known", "load", "names", "refuse_unread", "source_of", "splits_from", "store_of"]
 
-COMMON = frozenset({"source", "levels", "standardise", "validation_fraction", "test_fraction", "split_seed"})
+COMMON = frozenset({"source", "levels", "levels_from", "standardise", "validation_fraction", "test_fraction", "split_seed"})
 """Options of :class:`~sigma_vae.config.DataConfig` that apply to all data."""
 CHUNK = 2**22
 """Values of a mapped file checked at a time."""
@@ -163,9 +161,11 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
     """
     standardise = _standardise(config, raw)
     words = list(raw.preprocessing)
-    stored = {split: store_of(part, raw, split, config, words) for split, part in raw.parts.items()}
+    read = {split: _decoded(part, split, config, words) for split, part in raw.parts.items()}
+    grid = None if standardise else _grid(raw, read, config, words)
+    stored = {split: _store(part, grid, standardise, f"{raw.name} ({split})") for split, part in read.items()}
     parts, held_out = hold_out(stored, config, raw.name)
-    scaling = standardisation(parts["train"], raw.name, raw.columns) if standardise else Scaling(_levels(raw, config.levels))
+    scaling = standardisation(parts["train"], raw.name, raw.columns) if standardise else Scaling(grid and grid.levels)
     words += [_stored_as(scaling), *held_out]
     record = {
         "source": config.source,
@@ -185,23 +185,58 @@ def store_of(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: 
         ValueError: values contradict the config.
         OSError: decoded copies cannot be written.
     """
-    name = f"{raw.name} ({split})"
+    read = _decoded(part, split, config, words)
+    standardise = _standardise(config, raw)
+    grid = None if standardise else _grid(raw, {split: read}, config, words)
+    return _store(read, grid, standardise, f"{raw.name} ({split})")
+
+
+Read = Array | Mapped | Generated
+
+
+def _decoded(part: Part, split: SplitName, config: DataConfig, words: list[str]) -> Read:
+    """Decode examples that are still encoded, into the cache."""
+    if not isinstance(part, Encoded):
+        return part
+    mapped, skipped = cached(part, None if config.cache is None else Path(config.cache).expanduser())
+    if skipped:
+        total = len(mapped) + len(skipped)
+        words.append(f"{split}: left out {len(skipped)} of {total} as unreadable ({', '.join(skipped[:5])})")
+    return mapped
+
+
+def _grid(raw: Raw, read: Mapping[SplitName, Read], config: DataConfig, words: list[str]) -> Grid | None:
+    """The levels of the data, None for real values: those that are known or given, else those that the values use."""
+    if raw.levels is not None and config.levels not in (None, raw.levels):
+        raise ValueError(f"{raw.name} has {raw.levels} levels, got levels={config.levels}; leave levels out")
+    if raw.levels is not None:
+        return Grid(raw.levels)
+    stored = [part.array if isinstance(part, Mapped) else part for part in read.values()]
+    arrays = [array for array in stored if not isinstance(array, Generated)]
+    if config.levels is not None:
+        return given_grid(arrays, config.levels)
+    if config.levels_from == "dtype":
+        native = native_levels(arrays[0], raw.name)
+        return None if native is None else Grid(native)
+    grid, remark = find_grid(arrays, raw.name)
+    words += [remark] if remark else []
+    return grid
+
+
+def _store(part: Read, grid: Grid | None, standardise: bool, name: str) -> Store:
     if isinstance(part, Generated):
         return part
-    standardise = _standardise(config, raw)
-    levels = None if standardise else _levels(raw, config.levels)
-    if isinstance(part, Encoded):
-        part, skipped = cached(part, None if config.cache is None else Path(config.cache).expanduser())
-        if skipped:
-            total = len(part) + len(skipped)
-            words.append(f"{split}: left out {len(skipped)} of {total} as unreadable ({', '.join(skipped[:5])})")
     if isinstance(part, Mapped):
-        return _checked(part, levels, standardise, name)
-    return InMemory(real_values(part, name) if standardise else encode(part, levels, name))
+        return _checked(part, grid, standardise, name)
+    if standardise:
+        return InMemory(real_values(part, name))
+    if grid is None:
+        return InMemory(encode(part, None, name))
+    return InMemory(encode(part if part.dtype.kind == "f" else grid.of(part), grid.levels, name))
 
 
-def _checked(mapped: Mapped, levels: int | None, standardise: bool, name: str) -> Mapped:
-    """Check a file's values, which stay as they are: they may exceed levels that are fewer than the dtype has."""
+def _checked(mapped: Mapped, grid: Grid | None, standardise: bool, name: str) -> Mapped:
+    """Check a file's values, which stay as they are."""
     native = native_levels(mapped.array, name)
     if native is None:
         rows = max(1, CHUNK // math.prod(mapped.shape))
@@ -211,11 +246,13 @@ def _checked(mapped: Mapped, levels: int | None, standardise: bool, name: str) -
                 real_values(some, name)
             else:
                 encode(some, None, name)
-    elif levels is not None and levels < native and (greatest := int(mapped.array.max())) >= levels:
+    elif grid is not None and (greatest := int(grid.of(mapped.array.max()))) >= grid.levels:
         raise ValueError(
-            f"{name} needs levels 0..{levels - 1} for levels={levels}, but its values go up to {greatest}; give the right --levels"
+            f"{name} needs levels 0..{grid.levels - 1} for levels={grid.levels}, but its values go up to {greatest};"
+            " give the right --levels"
         )
-    return mapped
+    as_they_are = grid is None or (native is not None and grid == Grid(grid.levels))
+    return mapped if as_they_are else replace(mapped, grid=grid)
 
 
 def _standardise(config: DataConfig, raw: Raw) -> bool:
@@ -226,19 +263,6 @@ def _standardise(config: DataConfig, raw: Raw) -> bool:
     if wanted and raw.clips:
         raise ValueError(f"{raw.name} holds clips, which cannot be standardised; bring their values into [0, 1]")
     return wanted
-
-
-def _levels(raw: Raw, asked: int | None) -> int | None:
-    if raw.levels is not None and asked not in (None, raw.levels):
-        raise ValueError(f"{raw.name} has {raw.levels} levels, got levels={asked}; leave levels out")
-    known = raw.levels if asked is None else asked
-    if known is not None:
-        return known
-    train = raw.parts["train"]
-    assert not isinstance(train, Generated), "what is generated has known levels"
-    if isinstance(train, Encoded):
-        return native_levels(np.empty(0, train.dtype), raw.name)
-    return native_levels(train.array if isinstance(train, Mapped) else train, raw.name)
 
 
 def _stored_as(scaling: Scaling) -> str:

@@ -52,13 +52,14 @@ class Scaling:
             return stored.float() / torch.full((), self.levels - 1, dtype=torch.float32, device=stored.device)
         if self.mean is None or self.deviation is None:
             return stored.float()
-        return (stored.float() - self._column(self.mean, stored)) / self._column(self.deviation, stored)
+        values = stored if stored.dtype == torch.float64 else stored.float()  # float64: where float32 would merge values
+        return ((values - self._column(self.mean, values)) / self._column(self.deviation, values)).float()
 
     def undo(self, x: Tensor) -> Tensor:
-        """Return standardised values to the data's units; others stay as they are (levels in [0, 1])."""
+        """Return standardised values to the data's units, in float64; others stay as they are (levels in [0, 1])."""
         if self.mean is None or self.deviation is None:
             return x
-        return x * self._column(self.deviation, x) + self._column(self.mean, x)
+        return x.double() * self._column(self.deviation, x.double()) + self._column(self.mean, x.double())
 
     def log_volume_nats(self, shape: Sequence[int]) -> float:
         """Return Σ log s over an example ``(C, *space)``: log-density of the model's input minus that of the data."""
@@ -67,7 +68,7 @@ class Scaling:
         return math.prod(shape[1:]) * sum(math.log(s) for s in self.deviation)
 
     def _column(self, numbers: tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.tensor(numbers, device=like.device).reshape(-1, *[1] * (like.dim() - 2))
+        return torch.tensor(numbers, device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.dim() - 2))
 
 
 def standardisation(train: Store, name: str, columns: Sequence[str] = ()) -> Scaling:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sigma_vae.data.levels import Array
+from sigma_vae.data.levels import Array, Grid
 
 __all__ = ["Encoded", "Generated", "InMemory", "Mapped", "Part", "Store", "UnreadableError"]
 
@@ -98,6 +98,7 @@ class Mapped(Store):
         rows: the examples of this subset; default all.
         device: device of the batches; the file stays on the host.
         videos: for clips, the number of the video that each example of the array comes from ``(N,)``.
+        grid: the levels among the file's values, where they are not the values themselves.
     """
 
     array: Array
@@ -105,6 +106,7 @@ class Mapped(Store):
     rows: Tensor | None = None
     device: torch.device = CPU
     videos: Tensor | None = None
+    grid: Grid | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,7 +119,8 @@ class Mapped(Store):
     def take(self, positions: Tensor, epoch: int = 0) -> Tensor:
         """Copy these examples out of the file."""
         rows = positions if self.rows is None else self.rows[positions]
-        return torch.from_numpy(np.ascontiguousarray(self.array[rows.numpy()])).to(self.device)
+        values = np.ascontiguousarray(self.array[rows.numpy()])
+        return torch.from_numpy(values if self.grid is None else self.grid.of(values)).to(self.device)
 
     def select(self, rows: Tensor) -> "Mapped":
         """Return a subset without reading anything."""
@@ -130,7 +133,8 @@ class Mapped(Store):
     def fingerprint(self) -> str:
         """SHA-256 of the content's digest and the rows."""
         rows = b"" if self.rows is None else self.rows.numpy().tobytes()
-        return hashlib.sha256(self.digest.encode() + rows).hexdigest()
+        words = self.digest if self.grid is None else f"{self.digest} {tuple(self.grid)}"
+        return hashlib.sha256(words.encode() + rows).hexdigest()
 
 
 @final

@@ -18,7 +18,7 @@ from sigma_vae.vae import VAE, Scores
 
 __all__ = ["ABOUT", "Evaluation", "calibrate", "chosen", "columns", "evaluate", "evaluation_data", "measure", "score"]
 
-ABOUT = ("data", "split", "network", "likelihood", "context_frames", "prior", "sigma_fitted_on", "how")
+ABOUT = ("data", "split", "network", "likelihood", "context_frames", "prior", "prior_held_out_nats", "sigma_fitted_on", "how")
 """Keys of ``evaluation.json`` that say which run, data and versions it is about."""
 
 

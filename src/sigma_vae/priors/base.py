@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sigma_vae.types import Prior
 
-__all__ = ["FittedPrior"]
+__all__ = ["FittedPrior", "fitted"]
 
 
 class FittedPrior(Prior):
@@ -63,6 +63,26 @@ class FittedPrior(Prior):
         """Refuse to be used before the fit."""
         if not self.fitted:
             raise ValueError(f"this {type(self).__name__} is not fitted yet; fit it to latents: vae.fit_prior(loader, prior)")
+
+
+def fitted(prior: Prior, latents: Tensor, held_out: Tensor | None, seed: int) -> None:
+    """Fit a prior to latents in place.
+
+    Raises:
+        ValueError: it cannot be fitted to them, or not in the numbers that it is kept in.
+    """
+    try:
+        prior.fit(latents, held_out, seed)
+    except RuntimeError as error:  # of a decomposition
+        raise ValueError(
+            f"{type(prior).__name__} cannot be fitted to these latents, they are too large or lie in a plane"
+        ) from error
+    broken = [name for name, value in prior.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{type(prior).__name__} fitted to latents up to {float(latents.abs().max()):.3g} is not finite ({broken[0]}); train the model"
+            " again with a lower learning rate"
+        )
 
 
 def _see_whether_fitted(module: nn.Module, incompatible_keys: object) -> None:

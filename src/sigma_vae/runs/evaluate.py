@@ -1,5 +1,6 @@
 """Evaluate a finished run: numbers on its test split, and pictures."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,13 @@ def _store_with_pages(out: Path, report: Evaluation, title: str) -> Evaluation:
     return store(out, report)
 
 
-def evaluation(out: Path, run: Run, settings: EvaluationSettings = BOUNDS_ALONE) -> Evaluation:
-    """Evaluate a run whose model is saved in this folder, and record the weights, data and versions."""
+def evaluation(
+    out: Path, run: Run, settings: EvaluationSettings = BOUNDS_ALONE, priors: Mapping[str, float] | None = None
+) -> Evaluation:
+    """Evaluate a run whose model is saved in this folder, and record the weights, data and versions.
+
+    ``priors`` is what :meth:`VAE.fit_prior` found.
+    """
     config, vae, data = run
     size = evaluation_batch(data)
     held_out, training = (shared(data, split, size, vae.device) for split in (settings.split, "train"))
@@ -90,6 +96,8 @@ def evaluation(out: Path, run: Run, settings: EvaluationSettings = BOUNDS_ALONE)
         about["context_frames"] = vae.network.context_frames
     if vae.network.has_prior:
         about["prior"] = models.prior_name(vae.network.prior)
+    if priors:
+        about["prior_held_out_nats"] = dict(priors)
     fitted = sigma_fitted_on(out)
     if fitted is not None:
         about[SIGMA_FITTED_ON] = fitted

@@ -1,6 +1,7 @@
 """Refit σ or the prior of a finished run."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,12 +171,12 @@ def _fit_prior(out: Path, prior: str, device: str) -> Evaluation:
     models.check_prior(prior, saved.config.network, saved.vae.network)
     run = open_run(out, device)
     check_latents(prior, run.vae, run.data)
-    take_prior(prior, run.vae, run.data, run.config.seed)
+    densities = take_prior(prior, run.vae, run.data, run.config.seed)
     for left_over in (aside, before):
         shutil.rmtree(left_over, ignore_errors=True)
     config = replace(run.config, model=replace(run.config.model, prior=prior))
     try:
-        report = with_kept(out, _write(aside, config, run.vae, run.data, sigma_fitted_on(out)))
+        report = with_kept(out, _write(aside, Run(config, run.vae, run.data), sigma_fitted_on(out), densities))
         write_json(aside / "evaluation.json", report.to_json())
         _exchange(out / "model", aside / "model", before)
     except BaseException:
@@ -207,33 +208,36 @@ def check_latents(prior: str, vae: VAE, data: Splits) -> None:
         )
 
 
-def take_prior(prior: str, vae: VAE, data: Splits, seed: int) -> None:
-    """Put the named prior into the model, fitted to the latents of the training split.
+def take_prior(prior: str, vae: VAE, data: Splits, seed: int) -> dict[str, float]:
+    """Put the named prior into the model, fitted to the latents of the training split, and return what its fit found.
 
-    The validation split makes its choices. Where several processes train, the first one fits it and the others take it
-    over.
+    The validation split makes its choices, and takes a simpler prior where that is better. Where several processes
+    train, the first one fits it and the others take it over.
     """
     (latent_dim,) = vae.network.latents.sizes
     made = models.prior(prior, latent_dim)
     if not made.needs_fit:
         vae.network.replace_prior(made.to(vae.device))
-        return
+        return {}
     size = evaluation_batch(data)
     training, validation = (data.batches(split, size, device=vae.device) for split in ("train", "validation"))
 
-    def fitted() -> Prior:
-        vae.fit_prior(training, made, validation, seed)
-        return vae.network.prior
+    def fitted() -> tuple[Prior, dict[str, float]]:
+        densities = vae.fit_prior(training, made, validation, seed)
+        return vae.network.prior, densities
 
-    vae.network.replace_prior(from_first(fitted).to(vae.device))
+    best, densities = from_first(fitted)
+    vae.network.replace_prior(best.to(vae.device))
+    return densities
 
 
-def _write(folder: Path, config: RunConfig, vae: VAE, data: Splits, sigma: dict[str, Any] | None) -> Evaluation:
+def _write(folder: Path, run: Run, sigma: dict[str, Any] | None, priors: Mapping[str, float]) -> Evaluation:
+    config, vae, data = run
     models.save(folder / "model", vae, config.model, data.shape, data.scaling)
     if sigma is not None:
         save_refitted(folder, vae, sigma)
     write(folder / "config.yaml", config)
-    report = evaluation(folder, Run(config, vae, data))
+    report = evaluation(folder, run, priors=priors)
     if drawable(data.shape):
         draw(folder, vae, data)
     return report

@@ -151,10 +151,9 @@ def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bo
     if progress and done.skipped_steps:
         print(f"{done.skipped_steps} of {done.steps} steps were skipped: their gradient norm reached skip_gradient_norm")
     vae.to(resolve_device(config.device))
-    if config.model.prior != "standard":
-        take_prior(config.model.prior, vae, data, config.seed)
+    priors = {} if config.model.prior == "standard" else take_prior(config.model.prior, vae, data, config.seed)
     from_first(lambda: models.save(out / "model", vae, config.model, data.shape, data.scaling))
-    report = evaluation(out, Run(config, vae, data))
+    report = evaluation(out, Run(config, vae, data), priors=priors)
     return from_first(lambda: _write_report(out, report, vae, data))
 
 

@@ -2,12 +2,13 @@
 
 import gzip
 import hashlib
+import re
 import struct
 import threading
 import weakref
-import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -29,6 +30,8 @@ _ONE_CHANNEL = {"n-h-w": 1, "n-t": 1, "n-t-h-w": 2}
 CLIPS = frozenset(("n-t-h-w", "n-t-h-w-c", "n-t-c-h-w"))
 """Layouts of clips, whose examples are ``(T, C, H, W)``."""
 _CHANNEL_COUNTS = (1, 3, 4)
+_EXAMPLES = frozenset(("x", "image", "images", "img", "imgs", "data", "samples", "examples", "features", "inputs", "arr_0"))
+"""Words for examples in the keys of archives."""
 _Content = TypeVar("_Content", bound=Any)
 LARGE = 2**28
 """Bytes from which an array stays in its file, if its numbers can be used as they are."""
@@ -38,11 +41,13 @@ _MAGIC = 0x00000803  # unsigned bytes, three axes
 _GZIP = b"\x1f\x8b"
 
 
-@register.source("arrays", options={"layout"}, endings=(".npy", ".npz"))
+@register.source("arrays", options={"layout", "columns"}, endings=(".npy", ".npz"))
 def read_arrays(config: DataConfig) -> Raw:
     """Read the arrays of a .npy or .npz file, channels first.
 
-    A .npy file of uint8 or uint16 from 256 MiB on is mapped into memory instead.
+    Of an .npz file, ``columns`` can give the key of the array; without it the splits are found by their names, see
+    :func:`split_keys`. Other arrays are not read, so pickled ones do no harm. A .npy file of uint8 or uint16 from 256
+    MiB on is mapped into memory instead.
 
     Raises:
         ValueError: the file is missing or unreadable, has pickled objects, or its arrays do not match.
@@ -50,24 +55,48 @@ def read_arrays(config: DataConfig) -> Raw:
     path = config.path
     if not path.is_file():
         raise ValueError(f"expected a .npy or .npz file at {path}, got no such file; check the path")
-    arrays, ignored = parts_by_key(_read(path, mapped=config.standardise != "yes"), str(path))
+    arrays, ignored = _read(path, config.columns, mapped=config.standardise != "yes")
     ordered, used = arranged(arrays, config.layout, str(path))
     words = [f"axes read as {used}", *([f"ignored the arrays {', '.join(ignored)}"] if ignored else [])]
     parts: dict[SplitName, Part] = {name: _part(array, path, used) for name, array in ordered.items()}
     return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
 
 
-def _read(path: Path, mapped: bool) -> dict[str, Array]:
-    try:
-        if mapped and path.suffix.lower() == ".npy" and path.stat().st_size >= LARGE:
+def _read(path: Path, columns: tuple[str, ...], mapped: bool) -> tuple[dict[SplitName, Array], list[str]]:
+    """Read the arrays of the splits, and list the keys of the others."""
+    if path.suffix.lower() == ".npz":
+        return _read_archive(path, columns)
+    if columns:
+        raise ValueError(f"columns says nothing about {path}, which holds one array; leave it out")
+    with _told(path):
+        if mapped and path.stat().st_size >= LARGE:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-            return {"train": array if _is_usable(array) else np.array(array)}
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return {"train": content}
-        with content:
-            return {key: content[key] for key in content.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+            return {"train": array if _is_usable(array) else np.array(array)}, []
+        with path.open("rb") as file:
+            return {"train": np.lib.format.read_array(file, allow_pickle=False)}, []
+
+
+def _read_archive(path: Path, columns: tuple[str, ...]) -> tuple[dict[SplitName, Array], list[str]]:
+    with _told(path), path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+        keys = list(content.files)
+        if columns and (len(columns) > 1 or columns[0] not in keys):
+            raise ValueError(f"columns gives one of the keys {', '.join(keys)}, got {', '.join(columns)}")
+        chosen: dict[SplitName, str] = {"train": columns[0]} if columns else split_keys(keys, str(path))
+        return {split: content[key] for split, key in chosen.items()}, [key for key in keys if key not in chosen.values()]
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Say of which file an error of the reader is; damaged bytes can raise anything."""
+    try:
+        yield
+    except MemoryError as error:
+        raise ValueError(
+            f"{path} claims more values than memory holds: {error}; save it anew, or check where it is from"
+        ) from error
+    except Exception as error:
+        if str(path) in str(error):
+            raise ValueError(str(error)) from error
         raise ValueError(
             f"{path} cannot be read as .npy or .npz of plain numbers: {error}; save it anew with numpy.save or "
             "numpy.savez (pickled objects are refused, as loading them runs code)"
@@ -245,21 +274,46 @@ def parts_by_key(content: Mapping[str, _Content], name: str) -> tuple[dict[Split
     Raises:
         ValueError: there is no training split, or a split has two arrays.
     """
-    found = [(SPLIT_WORDS[key], array) for key, array in content.items() if key in SPLIT_WORDS]
+    chosen = split_keys(list(content), name)
+    return {split: content[key] for split, key in chosen.items()}, [key for key in content if key not in chosen.values()]
+
+
+def split_keys(keys: Sequence[str], name: str) -> dict[SplitName, str]:
+    """Choose the key of each split: a split's name, with a word for examples (``x_train``, ``test_images``) or without.
+
+    Without splits, it is the only key, or the only one that is a word for examples (``imgs``, ``data``, ``arr_0``).
+
+    >>> split_keys(["x_train", "y_train", "x_test", "y_test"], "keras.npz")
+    {'train': 'x_train', 'test': 'x_test'}
+
+    Raises:
+        ValueError: there is no training split, or a split has two arrays.
+    """
+    found = [(split, key) for key in keys if (split := _split_of(key)) is not None]
     parts = dict(found)
     if len(parts) < len(found):
         raise ValueError(
-            f"{name} needs one array for each split, got the keys {', '.join(content)}; drop all but one name of each"
+            f"{name} needs one array for each split, got the keys {', '.join(keys)}; drop all but one name of each"
         )
-    if not found and len(content) == 1:
-        return {"train": next(iter(content.values()))}, []
+    if not found:
+        named = [key for key in keys if key.lower() in _EXAMPLES]
+        if len(keys) == 1 or len(named) == 1:
+            return {"train": (named or keys)[0]}
     if "train" not in parts:
         raise ValueError(
             f"{name} needs the key train (with validation and test, or split at random), or one array alone, got the keys "
-            f"{', '.join(content) or 'of an empty archive'}; rename them"
+            f"{', '.join(keys) or 'of an empty archive'}; choose one with --columns, or rename them"
         )
-    ignored = [key for key in content if key not in SPLIT_WORDS]
-    return {split: parts[split] for split in SPLITS if split in parts}, ignored
+    return {split: parts[split] for split in SPLITS if split in parts}
+
+
+def _split_of(key: str) -> SplitName | None:
+    """The split that a key names, perhaps with a word for examples before or after it."""
+    if key in SPLIT_WORDS:
+        return SPLIT_WORDS[key]
+    words = re.split(r"[_\-./ ]+", key.lower())
+    splits = [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
+    return splits[0] if len(splits) == 1 and len(words) == 2 and any(word in _EXAMPLES for word in words) else None
 
 
 def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:

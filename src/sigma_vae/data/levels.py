@@ -145,7 +145,10 @@ def native_levels(array: Array, name: str) -> int | None:
         return None
     if array.dtype.name in _NATIVE:
         return _NATIVE[array.dtype.name]
-    raise ValueError(f"{name} has dtype {array.dtype}, which does not imply a number of levels; {_found(array)}: give --levels")
+    raise ValueError(
+        f"{name} has dtype {array.dtype}, which does not imply a number of levels; {_found(array)}: give --levels,"
+        " or model real values: --standardise yes"
+    )
 
 
 def encode(array: Array, levels: int | None, name: str) -> Tensor:
@@ -231,7 +234,8 @@ def _check_finite(array: Array, name: str) -> None:
 def _check_unit(array: Array, name: str) -> None:
     if array.min() < 0 or array.max() > 1:
         raise ValueError(
-            f"{name} needs floats in [0, 1], but {_found(array)}; divide by the largest possible value, "
+            f"{name} needs floats in [0, 1], but {_found(array)}; divide by the largest possible value"
+            f"{' (after adding 1 to these in [−1, 1])' if array.min() >= -1 and array.max() <= 1 else ''}, "
             "save 8-bit data as uint8, or model real values: --standardise yes"
         )
 

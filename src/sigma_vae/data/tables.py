@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 """Endings of table files."""
-_STEP = 0.01  # largest error of rounding to float32, in units of the std
 _NAMELESS = "Unnamed: "  # how pandas names a column without a name: usually row numbers
 
 
@@ -166,25 +165,9 @@ def _numbers(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path
             " leave the columns out: --columns with the others"
         )
     values = chosen.to_numpy(np.float64)
-    if config.levels is None:
-        _check_steps(values, columns, path)
     if config.levels is not None and all(chosen[name].dtype.kind in "biu" for name in columns):
         values = values.astype(np.int64)
     return values[:, np.newaxis] if config.layout == "n-t" else values
-
-
-def _check_steps(values: Array, columns: list[str], path: str) -> None:
-    """Refuse a column too far from 0 (times since 1970, say), whose differences float32 would lose."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        step = np.spacing(np.abs(values).max(0).astype(np.float32))
-        std = values.std(0)
-        lost = ~(step <= _STEP * std) & (std > 0) & np.isfinite(values).all(0)
-    if lost.any():
-        names = _few([name for name, bad in zip(columns, lost, strict=True) if bad])
-        raise ValueError(
-            f"{path}: {names}: values are too far from 0 for their spread, float32 would round it away; subtract a constant, rescale,"
-            " or leave the columns out"
-        )
 
 
 def _few(names: Sequence[str]) -> str:

@@ -1,0 +1,159 @@
+"""The values of data: the levels that they use, numbers that float32 cannot hold, and the arrays that people name."""
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from sigma_vae.config import DataConfig
+from sigma_vae.data import as_batches, as_splits, load
+from sigma_vae.data.splits import SPLITS
+
+RANDOM = np.random.default_rng(0)
+BITS = RANDOM.integers(0, 2, (60, 4, 4))
+BYTES = RANDOM.integers(0, 256, (60, 4, 4))
+
+
+def together(splits):
+    return torch.cat([splits.values(name) for name in SPLITS])
+
+
+GRIDS = {  # values, the levels found, a word of the remark
+    "0 and 1": (BITS.astype(np.uint8), 2, "two levels"),
+    "0 and 255": ((255 * BITS).astype(np.uint8), 2, "0 and 255: two levels"),
+    "0 and 7 of 16 bits": ((7 * BITS).astype(np.uint16), 2, "0 and 7: two levels"),
+    "1 and 2": ((1 + BITS).astype(np.uint8), 256, "--levels 2"),
+    "booleans": (BITS.astype(bool), 2, ""),
+    "floats 0 and 1": (BITS.astype(np.float32), 2, "two levels"),
+    "doubles 0 and 1": (BITS.astype(float), 2, "two levels"),
+    "bytes": (BYTES.astype(np.uint8), 256, ""),
+    "even bytes": ((BYTES // 2 * 2).astype(np.uint8), 256, "multiples of 2: --levels 128"),
+    "bytes in 16 bits": ((BYTES * 257).astype(np.uint16), 256, "multiples of 257"),
+    "12 bits in 16": ((BYTES * 16).astype(np.uint16), 65536, "--levels 4096"),
+    "k/255": ((BYTES / 255).astype(np.float32), 256, "k/255"),
+    "k/255 in doubles": (BYTES / 255, 256, "k/255"),
+    "k/100": (RANDOM.integers(0, 101, (60, 4, 4)) / 100, None, "--levels 101"),
+    "real": (RANDOM.random((60, 4, 4)), None, ""),
+    "one value": (np.full((60, 4, 4), 9, np.uint8), 256, ""),
+}
+
+
+@pytest.mark.parametrize("place", ["object", "file", "large"])
+@pytest.mark.parametrize(("values", "levels", "words"), GRIDS.values(), ids=GRIDS)
+def test_the_levels_that_data_use_are_found_and_said(values, levels, words, place, tmp_path, monkeypatch):
+    if place == "object":
+        splits = as_splits(values)
+    else:
+        np.save(tmp_path / "a.npy", values)
+        monkeypatch.setattr("sigma_vae.data.arrays.LARGE", 1 if place == "large" else 2**28)
+        splits = load(DataConfig(str(tmp_path / "a.npy")))
+    assert splits.levels == levels
+    assert words in splits.record["preprocessing"]
+    if levels is not None:
+        low, high = (0, 1) if values.dtype.kind == "f" else (0, values.max()) if levels == 2 else (0, levels - 1)
+        high = 65535 if "257" in words else high
+        found = np.sort(together(splits).numpy().ravel())
+        np.testing.assert_allclose(found, np.sort(((values - low) / (high - low)).ravel()), atol=1e-6)
+
+
+def test_the_dtype_decides_where_it_is_asked_to():
+    assert as_splits((255 * BITS).astype(np.uint8)).levels == 2
+    config = DataConfig("digits", levels_from="dtype")
+    assert config.levels_from == "dtype"
+
+
+@pytest.mark.parametrize(("values", "levels"), [(2 * (BYTES // 2), 128), (255 * BITS, 2), (17 * (BYTES // 17), 16)])
+def test_given_levels_may_lie_further_apart(values, levels):
+    splits = as_splits(values.astype(np.uint8), levels=levels)
+    steps = (together(splits) * (levels - 1)).numpy()
+    np.testing.assert_allclose(
+        np.sort(steps.ravel()), np.sort(values.ravel() // (255 // (levels - 1) if levels != 128 else 2)), atol=1e-4
+    )
+
+
+def test_new_data_are_read_like_those_of_the_model():
+    splits = as_splits((255 * BITS).astype(np.uint8))
+    again = next(iter(as_batches((255 * BITS[:5]).astype(np.uint8), splits))).x
+    np.testing.assert_array_equal(again.numpy()[:, 0], BITS[:5])
+
+
+FAR = RANDOM.standard_normal((400, 4))
+UNITS = {
+    "times": (1.7e9, 1.0), "pascals": (101325.0, 0.02), "huge": (0.0, 1e80), "tiny": (0.0, 1e-60), "far and tiny": (1.0, 1e-12),
+    "as they are": (0.0, 1.0), "1e-30": (0.0, 1e-30), "1e30": (0.0, 1e30),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["npy", "npz", "h5", "csv", "parquet", "frame", "array"])
+@pytest.mark.parametrize(("offset", "unit"), UNITS.values(), ids=UNITS)
+def test_units_and_offsets_do_not_change_what_a_model_reads(offset, unit, place, tmp_path):
+    """The mean is subtracted in float64, whatever the data come from; and samples go back to the data's units."""
+    values = offset + unit * FAR
+    frame = pd.DataFrame(values, columns=list("abcd"))
+    path = tmp_path / f"data.{place}"
+    if place == "npy":
+        np.save(path, values)
+    elif place == "npz":
+        np.savez(path, train=values)
+    elif place == "h5":
+        with h5py.File(path, "w") as file:
+            file["x"] = values
+    elif place == "csv":
+        frame.to_csv(path, index=False, float_format="%.17g")
+    elif place == "parquet":
+        frame.to_parquet(path)
+    if place in ("frame", "array"):
+        splits = as_splits(frame if place == "frame" else values, standardise="yes")
+    else:
+        splits = load(DataConfig(str(path), standardise="yes"))
+    plain = as_splits(FAR, standardise="yes")
+    digits = max(1e-6, 4e-16 * abs(offset) / unit) * 10
+    for name in SPLITS:
+        np.testing.assert_allclose(splits.values(name).numpy(), plain.values(name).numpy(), atol=digits)
+        undone = splits.scaling.undo(splits.values(name)).numpy()
+        np.testing.assert_allclose((undone - offset) / unit, plain.scaling.undo(plain.values(name)).numpy(), atol=2 * digits)
+    volume = splits.scaling.log_volume_nats(splits.shape) - plain.scaling.log_volume_nats(plain.shape)
+    assert volume == pytest.approx(4 * np.log(unit), abs=1e-3)
+
+
+def test_integers_far_from_zero_keep_their_digits():
+    seconds = (1.7e9 + 20 * FAR).astype(np.int64)
+    splits = as_splits(seconds, standardise="yes")
+    assert len(np.unique(together(splits).numpy())) == len(np.unique(seconds - seconds.mean(0).round().astype(int)))
+
+
+IMAGES = {"imgs": BYTES.astype(np.uint8)}
+PICKLED = {"metadata": np.array({"title": "shapes"}, dtype=object)}
+NAMED = {  # content, columns, counts of the splits that are there
+    "dsprites": (IMAGES | PICKLED | {"latents_values": FAR[:60]}, (), 60),
+    "keras": (
+        {"x_train": BYTES[:50].astype(np.uint8), "y_train": np.arange(50), "x_test": BYTES[50:].astype(np.uint8)},
+        (),
+        60,
+    ),
+    "medmnist": (
+        {f"{word}_images": BYTES[:20].astype(np.uint8) for word in ("train", "val", "test")} | {"train_labels": np.zeros(20)},
+        (),
+        60,
+    ),
+    "X and y": ({"X": BYTES.astype(np.uint8), "y": np.arange(60)}, (), 60),
+    "positional": ({"arr_0": BYTES.astype(np.uint8), "arr_1": np.arange(60)}, (), 60),
+    "chosen": ({"one": BYTES.astype(np.uint8), "two": BYTES[:30].astype(np.uint8)} | PICKLED, ("two",), 30),
+}
+
+
+@pytest.mark.parametrize(("content", "columns", "count"), NAMED.values(), ids=NAMED)
+def test_arrays_are_found_by_the_names_that_people_give(content, columns, count, tmp_path):
+    np.savez(tmp_path / "a.npz", **content)
+    splits = load(DataConfig(str(tmp_path / "a.npz"), columns=columns))
+    assert sum(len(splits.store(name)) for name in SPLITS) == count
+    assert splits.shape == (1, 4, 4)
+
+
+def test_arrays_that_could_both_be_meant_are_listed(tmp_path):
+    np.savez(tmp_path / "a.npz", one=BYTES, two=BYTES)
+    with pytest.raises(ValueError, match="the keys one, two; choose one with --columns"):
+        load(DataConfig(str(tmp_path / "a.npz")))
+    with pytest.raises(ValueError, match="one of the keys one, two, got three"):
+        load(DataConfig(str(tmp_path / "a.npz"), columns=("three",)))

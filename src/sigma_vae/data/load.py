@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 from collections.abc import Callable, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -20,7 +20,7 @@ import numpy as np
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import cached
 from sigma_vae.data.holdout import hold_out
-from sigma_vae.data.levels import encode, native_levels, real_values
+from sigma_vae.data.levels import encode, levels_used, native_levels, real_values
 from sigma_vae.data.scaling import Scaling, standardisation
 from sigma_vae.data.splits import Raw, SplitName, Splits, fingerprint
 from sigma_vae.data.stores import Encoded, Generated, InMemory, Mapped, Part, Store
@@ -161,8 +161,9 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
         ValueError: values contradict the config, or there are too few examples.
         OSError: decoded copies cannot be written.
     """
+    config, said = _with_levels_used(config, raw)
     standardise = _standardise(config, raw)
-    words = list(raw.preprocessing)
+    words = [*raw.preprocessing, *said]
     stored = {split: store_of(part, raw, split, config, words) for split, part in raw.parts.items()}
     parts, held_out = hold_out(stored, config, raw.name)
     scaling = standardisation(parts["train"], raw.name, raw.columns) if standardise else Scaling(_levels(raw, config.levels))
@@ -176,6 +177,20 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
         **({"columns": list(raw.columns)} if raw.columns else {}),
     }
     return Splits(raw.name, parts["train"], parts["validation"], parts["test"], scaling, record, raw.clips)
+
+
+def _with_levels_used(config: DataConfig, raw: Raw) -> tuple[DataConfig, list[str]]:
+    """Take the levels that the data of all splits use, if the config leaves that open and it is sure; say so."""
+    arrays = [part for part in raw.parts.values() if isinstance(part, np.ndarray)]
+    is_open = config.levels is None and raw.levels is None and config.standardise == "auto" and not raw.standardise
+    if not is_open or len(arrays) < len(raw.parts):
+        return config, []
+    used, remark = levels_used(arrays)
+    if used is None:
+        return config, [remark] if remark else []
+    native = native_levels(arrays[0], raw.name)
+    other = f"--levels {native}" if native is not None else "--standardise no"
+    return replace(config, levels=used), [f"its values use {used} levels, which are taken ({other} keeps them as they are)"]
 
 
 def store_of(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: list[str]) -> Store:

@@ -1,10 +1,12 @@
 """Scaling from stored values to a model's input, and back."""
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +14,8 @@ from sigma_vae.data.stores import Store
 
 __all__ = ["Scaling", "chunks", "standardisation"]
 
+FINE = 1e-3
+"""Steps of float32, in units of the std, up to which it can hold the data's own units."""
 CHUNK = 2**22
 """Values processed together, unless an example has more; several float64 copies of them exist."""
 
@@ -46,19 +50,31 @@ class Scaling:
         return self.mean is not None
 
     def __call__(self, stored: Tensor) -> Tensor:
-        """Scale stored values ``(n, [T,] C, *space)`` to float32, correctly rounded on every device."""
+        """Scale stored values ``(n, [T,] C, *space)`` to float32; the mean of float64 values is subtracted in float64."""
         if self.levels is not None:
             # Divide by a tensor on the device: for a Python number, CUDA multiplies by the reciprocal, one ulp off for some levels.
             return stored.float() / torch.full((), self.levels - 1, dtype=torch.float32, device=stored.device)
         if self.mean is None or self.deviation is None:
             return stored.float()
-        return (stored.float() - self._column(self.mean, stored)) / self._column(self.deviation, stored)
+        values = stored if stored.dtype == torch.float64 else stored.float()
+        return ((values - self._column(self.mean, values)) / self._column(self.deviation, values)).float()
 
     def undo(self, x: Tensor) -> Tensor:
         """Return standardised values to the data's units; others stay as they are (levels in [0, 1])."""
         if self.mean is None or self.deviation is None:
             return x
-        return x * self._column(self.deviation, x) + self._column(self.mean, x)
+        values = x.double() if self._needs_float64 else x
+        return values * self._column(self.deviation, values) + self._column(self.mean, values)
+
+    @property
+    def _needs_float64(self) -> bool:
+        """Whether float32 would round the data's own units away."""
+        assert self.mean is not None
+        assert self.deviation is not None
+        moments = np.array([self.mean, self.deviation])
+        with np.errstate(over="ignore", invalid="ignore"):
+            step = np.spacing(np.abs(moments).sum(0).astype(np.float32)).astype(np.float64)
+        return bool((~(step <= FINE * moments[1])).any())
 
     def log_volume_nats(self, shape: Sequence[int]) -> float:
         """Return Σ log s over an example ``(C, *space)``: log-density of the model's input minus that of the data."""
@@ -67,7 +83,7 @@ class Scaling:
         return math.prod(shape[1:]) * sum(math.log(s) for s in self.deviation)
 
     def _column(self, numbers: tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.tensor(numbers, device=like.device).reshape(-1, *[1] * (like.dim() - 2))
+        return torch.tensor(numbers, device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.dim() - 2))
 
 
 def standardisation(train: Store, name: str, columns: Sequence[str] = ()) -> Scaling:
@@ -78,13 +94,15 @@ def standardisation(train: Store, name: str, columns: Sequence[str] = ()) -> Sca
     """
     first = train.take(torch.zeros(1, dtype=torch.int64)).double().transpose(0, 1).flatten(1)[:, :1]
     mean = first[:, 0] + _mean(train, lambda rows: rows - first)  # exact for constant channels
-    deviation = _mean(train, lambda rows: (rows - mean[:, None]).square()).sqrt()
+    scale = _largest(train, lambda rows: (rows - mean[:, None]).abs()).clamp_min(5e-324)  # squares of any units stay in range
+    deviation = scale * _mean(train, lambda rows: ((rows - mean[:, None]) / scale[:, None]).square()).sqrt()
     if constant := torch.nonzero(deviation == 0).flatten().tolist():
         named = len(columns) == len(deviation)  # for a table of series, columns are times
         which = ", ".join(columns[i] if named else str(i) for i in constant) + ("" if named else ", counted from 0,")
+        remedy = f": --exclude {' '.join(shlex.quote(columns[i]) for i in constant)}" if named else ""
         raise ValueError(
             f"{name}: channels (columns) {which} have the same value throughout the"
-            " training split, so there is nothing to standardise by; leave them out"
+            f" training split, so there is nothing to standardise by; leave them out{remedy}"
         )
     return Scaling(mean=tuple(mean.tolist()), deviation=tuple(deviation.tolist()))
 
@@ -95,6 +113,11 @@ def _mean(train: Store, of: Callable[[Tensor], Tensor]) -> Tensor:
     for stored in chunks(train):
         total += of(stored.double().transpose(0, 1).flatten(1)).sum(1)
     return total / (len(train) * math.prod(train.shape[1:]))
+
+
+def _largest(train: Store, of: Callable[[Tensor], Tensor]) -> Tensor:
+    found = [of(stored.double().transpose(0, 1).flatten(1)).amax(1) for stored in chunks(train)]
+    return torch.stack(found).amax(0)
 
 
 def chunks(store: Store) -> Iterator[Tensor]:

@@ -87,7 +87,7 @@ def test_a_column_that_is_mostly_numbers_is_an_error_with_value_row_and_remedy(t
     path = tmp_path / "a.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["a", "b c", "d"], *cells])
-    with pytest.raises(ValueError, match=f"b c.*row {row + 1} of 60.*--exclude 'b c'"):
+    with pytest.raises(ValueError, match=rf"b c.*row {row + 1} of 60.*--exclude 'b c'"):
         load(DataConfig(str(path)))
     assert load(DataConfig(str(path), exclude=("b c",))).record["columns"] == ["a", "d"]
     assert load(DataConfig(str(path), columns=("a", "d"))).record["columns"] == ["a", "d"]
@@ -98,7 +98,7 @@ def test_a_column_that_is_mostly_numbers_is_an_error_with_value_row_and_remedy(t
 )
 def test_a_first_row_of_values_is_not_taken_for_names(tmp_path, first):
     (tmp_path / "a.csv").write_text("\n".join([first] * 30))
-    with pytest.raises(ValueError, match="first row needs the names"):
+    with pytest.raises(ValueError, match=r"first row needs the names"):
         load(DataConfig(str(tmp_path / "a.csv")))
 
 
@@ -112,7 +112,9 @@ def test_times_years_and_row_numbers_are_names(tmp_path, first):
 
 def test_decimals_and_booleans_of_data_frames_are_numbers():
     numbers = STATE.normal(size=40).round(3)
-    frame = pd.DataFrame({"a": [Decimal(str(x)) for x in numbers], "b": numbers, "c": pd.Series([True, False] * 20, dtype=object)})
+    frame = pd.DataFrame(
+        {"a": [Decimal(str(x)) for x in numbers], "b": numbers, "c": pd.Series([True, False] * 20, dtype=object)}
+    )
     data = as_splits(frame)
     assert data.record["columns"] == ["a", "b", "c"]
     np.testing.assert_array_equal(data.stored("train")[:, 0], data.stored("train")[:, 1])
@@ -125,7 +127,7 @@ def test_decimals_and_booleans_of_data_frames_are_numbers():
 def test_units_that_differ_between_tables_are_refused(tmp_path):
     for split, unit in (("train", "EUR"), ("test", "USD")):
         (tmp_path / f"{split}.csv").write_text("\n".join(["a", *(f"{x:.3f} {unit}" for x in STATE.normal(size=30))]))
-    with pytest.raises(ValueError, match="same units in all tables.*EUR.*USD"):
+    with pytest.raises(ValueError, match=r"same units in all tables.*EUR.*USD"):
         load(DataConfig(str(tmp_path)))
 
 
@@ -137,7 +139,7 @@ def test_discrete_columns_are_said():
 
 def test_a_constant_column_is_named_with_its_remedy():
     frame = pd.DataFrame({"a": STATE.normal(size=40), "one": 1.5})
-    with pytest.raises(ValueError, match="one have the same value.*--exclude one"):
+    with pytest.raises(ValueError, match=r"one have the same value.*--exclude one"):
         as_splits(frame)
 
 
@@ -195,7 +197,7 @@ def test_a_held_out_value_off_the_grid_counts():
     held_out = BITS.astype(np.uint8)
     held_out[0, 0, 0] = 77
     assert as_splits((BITS.astype(np.uint8), held_out)).levels == 256
-    with pytest.raises(ValueError, match="levels=2.*go from 0 to 77"):
+    with pytest.raises(ValueError, match=r"levels=2.*go from 0 to 77"):
         as_splits((BITS.astype(np.uint8), held_out), levels=2)
 
 
@@ -229,7 +231,7 @@ def test_times_since_1970_keep_their_spread_from_every_source(tmp_path):
 
 def test_values_that_float32_would_round_are_refused_unless_standardised():
     values = 0.75 + 1e-9 * Z
-    with pytest.raises(ValueError, match="spread float32 cannot hold.*--standardise yes"):
+    with pytest.raises(ValueError, match=r"spread float32 cannot hold.*--standardise yes"):
         as_splits(values)
     assert as_splits(values, standardise="yes").values("train").std() == pytest.approx(1, abs=0.1)
 

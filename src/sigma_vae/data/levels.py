@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,13 +49,17 @@ def levels_used(arrays: Sequence[Array]) -> tuple[int | None, str]:
     kinds = {array.dtype.name for array in arrays}
     if len(kinds) > 1 or not kinds <= {"uint8", "uint16", "float32", "float64"}:
         return None, ""
-    positions = [_positions(part) for array in arrays for part in _parts(array)]
-    if any(found is None for found in positions):
-        return None, ""
-    used = np.unique(np.concatenate([found for found in positions if found is not None]))
+    ends = _NATIVE.get(kinds.pop(), 256) - 1
+    used = np.empty(0, np.int64)
+    for part in (part for array in arrays for part in _parts(array)):
+        if (found := _positions(part)) is None:
+            return None, ""
+        used = np.union1d(used, found)
+        if part.dtype.kind == "u" and np.gcd.reduce(used) == 1 and used[-1] >= max(2, ends // 4):
+            return None, ""  # no later value changes that
     if len(used) < 2:
         return None, ""
-    ends, largest = _NATIVE.get(kinds.pop(), 256) - 1, int(used[-1])
+    largest = int(used[-1])
     levels = ends // int(np.gcd.reduce([*used, ends])) + 1
     if arrays[0].dtype.kind == "f" or (levels in (2, 256) and levels <= ends):
         return levels, ""
@@ -67,6 +72,7 @@ def levels_used(arrays: Sequence[Array]) -> tuple[int | None, str]:
 
 
 def _parts(array: Array) -> Iterator[Array]:
+    """Views of a few examples at a time."""
     rows = max(1, _CHUNK // max(1, math.prod(array.shape[1:])))
     return (array[start : start + rows] for start in range(0, len(array), rows))
 
@@ -145,11 +151,11 @@ def _is_rounded(array: Array) -> bool:
     return bool((~(step <= _ROUNDING * spread) & (largest > least) | ~np.isfinite(step)).any())
 
 
-def _mean_square(array: Array, shift: Array, scale: Array, axes: tuple[int, ...]) -> Array:
+def _mean_square(array: Array, shift: Any, scale: Any, axes: tuple[int, ...]) -> Any:
     """Mean square of the values, shifted and scaled channel by channel, a few examples at a time."""
     column = scale.reshape(shift.shape)
-    total = sum((((part - shift) / column) ** 2).sum(axes) for part in _parts(array))
-    return np.asarray(total) / (array.size / scale.size)
+    total = sum((((part.astype(np.float64) - shift) / column) ** 2).sum(axes) for part in _parts(array))
+    return total / (array.size / scale.size)
 
 
 def _tensor(array: Array, dtype: npt.DTypeLike) -> Tensor:

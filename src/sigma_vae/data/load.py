@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+import torch
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import cached
@@ -181,7 +182,8 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
 
 def _with_levels_used(config: DataConfig, raw: Raw) -> tuple[DataConfig, list[str]]:
     """Take the levels that the data of all splits use, if the config leaves that open and it is sure; say so."""
-    arrays = [part for part in raw.parts.values() if isinstance(part, np.ndarray)]
+    known = [part.array if isinstance(part, Mapped) else part for part in raw.parts.values()]
+    arrays = [part for part in known if isinstance(part, np.ndarray)]
     is_open = config.levels is None and raw.levels is None and config.standardise == "auto" and not raw.standardise
     if not is_open or len(arrays) < len(raw.parts):
         return config, []
@@ -210,9 +212,21 @@ def store_of(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: 
         if skipped:
             total = len(part) + len(skipped)
             words.append(f"{split}: left out {len(skipped)} of {total} as unreadable ({', '.join(skipped[:5])})")
+    if isinstance(part, Mapped) and levels is not None and _is_converted(part, levels):
+        rows = max(1, CHUNK // math.prod(part.shape))
+        starts = range(0, len(part.array), rows)
+        return InMemory(torch.cat([encode(part.array[start : start + rows], levels, name) for start in starts]))
     if isinstance(part, Mapped):
         return _checked(part, levels, standardise, name)
     return InMemory(real_values(part, name) if standardise else encode(part, levels, name))
+
+
+def _is_converted(mapped: Mapped, levels: int) -> bool:
+    """Whether the file's numbers are not the levels themselves: they are floats, or on two ends of their range."""
+    if mapped.rows is not None:
+        return False
+    native = native_levels(mapped.array, "")
+    return native is None or (levels in (2, 256) and levels < native and int(mapped.array.max()) == native - 1)
 
 
 def _checked(mapped: Mapped, levels: int | None, standardise: bool, name: str) -> Mapped:

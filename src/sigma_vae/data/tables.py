@@ -117,7 +117,9 @@ def _discrete(values: Array, columns: Sequence[str], config: DataConfig) -> list
         return []
     counts = [len(np.unique(column)) for column in values.T]
     return [
-        name for name, count in zip(columns, counts, strict=True) if 2 <= count and (count == 2 or count * _DISCRETE <= len(values))
+        name
+        for name, count in zip(columns, counts, strict=True)
+        if 2 <= count and (count == 2 or count * _DISCRETE <= len(values))
     ]
 
 
@@ -204,6 +206,8 @@ def _dialect(path: Path) -> _Dialect:
         head = file.read(_HEAD)
     encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     text = head.decode(encoding, errors="replace")
+    if "\0" in text:
+        raise ValueError("it holds bytes that are no text")
     lines = text.splitlines()
     if len(head) == _HEAD:
         lines = lines[:-1]  # cut short
@@ -235,12 +239,14 @@ def _check_header(names: Sequence[str], layout: str, path: str) -> None:
     numbers = [number for name in names if (number := _number(name)) is not None]
     steps = [b - a for a, b in pairwise(numbers)]
     rising = all(step > 0 for step in steps)
-    counted = len(numbers) < 3 and all(step == 1 for step in steps) and numbers[:1] in ([0], [1], *([y] for y in range(1500, 2200)))
+    counted = (
+        len(numbers) < 3 and all(step == 1 for step in steps) and numbers[:1] in ([0], [1], *([y] for y in range(1500, 2200)))
+    )
     regular = len(numbers) > 2 and max(steps) - min(steps) <= 1e-3 * max(steps)
     if not numbers or (rising and (counted or regular or layout == "n-t")):
         return
     raise ValueError(
-        f"{path}: its first row needs the names of the columns, got the number {numbers[0]:g} among {_few(names)}; add a row of names,"
+        f"{path}: its first row needs the names of the columns, got the numbers {_few([format(number, 'g') for number in numbers])} among them; add a row of names,"
         " or if these are the times of series: --layout n-t"
     )
 
@@ -302,11 +308,15 @@ def _columns(frame: "pd.DataFrame", config: DataConfig, path: str) -> tuple[list
     names, asked = list(frame.columns), config.columns
     _check_names(frame, config.exclude, path)
     if both := sorted({*asked} & {*config.exclude}):
-        raise ValueError(f"{path}: a column is chosen or excluded, got {both[0]} in columns and in exclude; leave it out of one")
+        raise ValueError(
+            f"{path}: a column is chosen or excluded, got {both[0]} in columns and in exclude; leave it out of one"
+        )
     if asked:
         _check_columns(frame, asked, path)
         return list(asked), [name for name in names if name not in asked]
-    numeric = [name for name in names if name not in config.exclude and _is_numeric(frame, name) and not name.startswith(_NAMELESS)]
+    numeric = [
+        name for name in names if name not in config.exclude and _is_numeric(frame, name) and not name.startswith(_NAMELESS)
+    ]
     if not numeric:
         raise ValueError(
             f"{path} needs numeric columns, got none among {_few(names) or 'no columns'}; name them or make them numbers"

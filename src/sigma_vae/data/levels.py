@@ -32,7 +32,8 @@ def native_levels(array: Array, name: str) -> int | None:
     if array.dtype.name in _NATIVE:
         return _NATIVE[array.dtype.name]
     raise ValueError(
-        f"{name} has dtype {array.dtype}, which does not imply a number of levels; {_found(array)}: model real values with --standardise yes{_or_levels(array)}"
+        f"{name} has dtype {array.dtype}, which does not imply a number of levels; {_found(array)}:"
+        f" model real values with --standardise yes{_or_levels(array)}"
     )
 
 

@@ -246,7 +246,8 @@ def _check_header(names: Sequence[str], layout: str, path: str) -> None:
     if not numbers or (rising and (counted or regular or layout == "n-t")):
         return
     raise ValueError(
-        f"{path}: its first row needs the names of the columns, got the numbers {_few([format(number, 'g') for number in numbers])} among them; add a row of names,"
+        f"{path}: its first row needs the names of the columns, got the numbers"
+        f" {_few([format(number, 'g') for number in numbers])}; add a row of names,"
         " or if these are the times of series: --layout n-t"
     )
 

@@ -260,6 +260,9 @@ def write(path: Path, images: Tensor, arrays: dict[str, Tensor], columns: int | 
     else:
         import numpy as np
 
-        plain: dict[str, Any] = {name: values.float().cpu().numpy() for name, values in arrays.items()}
+        def exact(values: Tensor) -> Tensor:
+            return values if values.dtype == torch.float64 else values.float()
+
+        plain: dict[str, Any] = {name: exact(values).cpu().numpy() for name, values in arrays.items()}
         np.savez_compressed(path, **plain)
     print(path)

@@ -434,6 +434,7 @@ def test_large_arrays_are_what_small_ones_are(tmp_path, monkeypatch, layout, dty
     assert together(small) == rows(torch.from_numpy(expected.astype(dtype)).to(small.stored("train").dtype).numpy())
     for large in (mapped, copied):
         assert large.clips == small.clips == (layout[2:3] == "t" and layout != "n-t")
+        assert large.levels == small.levels
         assert type(large.train).__name__ == ("InMemory" if dtype == "<f4" else "Mapped")
         for name in SPLITS:
             assert torch.equal(large.values(name), small.values(name))
@@ -540,7 +541,7 @@ def test_large_examples_of_an_hdf5_file_are_read_a_few_at_a_time(tmp_path, monke
 BAD_HDF5 = {
     "no key": ({"x": GREY}, {"columns": ("y",)}, "has no data set y, only x; give one of its keys"),
     "two keys": ({"x": GREY}, {"columns": ("x", "y")}, "columns gives one key of an HDF5 file, got x, y"),
-    "several": ({"x": GREY, "y": GREY}, {}, "needs the key train .* got the keys x, y"),
+    "several": ({"one": GREY, "two": GREY}, {}, "needs the key train .* got the keys one, two"),
     "nothing": ({}, {}, "needs the key train"),
     "groups without train": ({"test__x": GREY, "val__x": GREY}, {"columns": ("x",)}, "needs the key train"),
     "dtypes": ({"train": GREY, "test": GREY / 255}, {}, "one dtype for all splits"),
@@ -676,15 +677,17 @@ def test_series_in_rows_are_standardised_as_one_channel(tmp_path, ending):
 
 HOLES = FRAME.assign(height=FRAME["height"].where(FRAME.index > 3), children=FRAME["children"].where(FRAME.index != 8))
 BAD_TABLES = {
-    "missing": (HOLES, {}, r"in every one of 30 rows, got missing ones in height \(4\), children \(1\); .*--columns"),
+    "missing": (
+        HOLES,
+        {},
+        r"in every one of 30 rows, got missing ones in height \(4\), children \(1\); .*--exclude height children",
+    ),
     "constant": (FRAME.assign(children=3), {}, r"channels \(columns\) children have the same value"),
     "constant series": (
         FRAME[["children", "smokes"]] * 0,
         {"layout": "n-t"},
         r"channels \(columns\) 0, counted from 0, have the same value",
     ),
-    "far from 0": (FRAME.assign(time=1.7e9 + FRAME["height"]), {}, "data.[a-z]*: time: values are too far from 0"),
-    "beyond float32": (FRAME.assign(height=1e300 * FRAME["height"]), {}, "height: values are too far from 0"),
     "no such column": (FRAME, {"columns": ("heigth",)}, "needs the column heigth, got height, name, .*did you mean height"),
     "no number": (FRAME, {"columns": ("name",)}, "column name needs numbers, got (str|object)"),
     "nothing numeric": (FRAME[["name"]], {}, "needs numeric columns, got none among name"),
@@ -712,7 +715,7 @@ BAD_FILES = {
     "long rows": ("csv", b"a,b\n1,2\n1,2,3\n", "cannot be read as a table"),
     "all rows long": ("csv", b"a,b\n1,2,3\n1,2,3\n", "cannot be read as a table"),
     "no header": ("csv", b"1.5,0.5\n2.5,3.5\n4,5\n6,7\n", "first row needs the names of the columns, got the numbers 1.5, 0.5"),
-    "no text": ("csv", b"\xff\xfe\xfa\x00", "cannot be read as a table"),
+    "no text": ("csv", b"\xfa\x00\x01\x02", "cannot be read as a table"),
     "no gzip": ("csv.gz", b"a,b\n1,2\n", "cannot be read as a table"),
     "cut gzip": ("csv.gz", gzip.compress(b"a,b\n1,2\n" * 99)[:-12], "cannot be read as a table"),
     "no parquet": ("parquet", b"PAR1 nothing", "cannot be read as a table"),

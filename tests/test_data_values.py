@@ -120,7 +120,8 @@ def test_units_and_offsets_do_not_change_what_a_model_reads(offset, unit, place,
 def test_integers_far_from_zero_keep_their_digits():
     seconds = (1.7e9 + 20 * FAR).astype(np.int64)
     splits = as_splits(seconds, standardise="yes")
-    assert len(np.unique(together(splits).numpy())) == len(np.unique(seconds - seconds.mean(0).round().astype(int)))
+    for column in range(4):
+        assert len(np.unique(together(splits).numpy()[:, column])) == len(np.unique(seconds[:, column]))
 
 
 IMAGES = {"imgs": BYTES.astype(np.uint8)}

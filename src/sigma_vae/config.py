@@ -126,6 +126,8 @@ class DataConfig(_Strict):
     columns: tuple[str, ...] = ()
     """Columns of a table to model (default: all numeric ones), key of an HDF5 file, or image column of a hub data
     set."""
+    exclude: tuple[str, ...] = ()
+    """Columns of a table to leave out."""
     standardise: Literal["auto", "yes", "no"] = "auto"
     """Scale real values to mean 0 and std 1, channel by channel; auto: yes for tables (CSV, Parquet), no for others.
     Log-likelihoods are reported in the data's original units."""

@@ -16,7 +16,7 @@ Array = npt.NDArray[np.generic]
 _NATIVE = {"bool": 2, "uint8": 256, "uint16": 65536}
 _MAX_LEVELS = 2**24  # float32 cannot tell more levels apart
 _TOLERANCE = 0.01  # in steps between two levels
-_EXACT = 1e-3  # the same, where nobody has said how many levels there are
+_ROUNDING = 1e-6  # of values that are levels, though nobody has said how many there are
 _EIGHT_BITS_IN_SIXTEEN = 257
 _CHUNK = 2**24  # values counted at a time
 _MOST_DISTINCT = 1024
@@ -128,8 +128,8 @@ def _grid_of_floats(arrays: Sequence[Array]) -> tuple[Grid | None, str]:
 def _lies_on(array: Array, levels: int) -> bool:
     """Whether all values are k/(levels − 1)."""
     for part in _parts(array):
-        position = part.astype(np.float64) * (levels - 1)
-        if np.abs(position - np.rint(position)).max() > _EXACT:
+        values = part.astype(np.float64)
+        if not np.allclose(values, np.rint(values * (levels - 1)) / (levels - 1), rtol=_ROUNDING, atol=0):
             return False
     return True
 
@@ -146,15 +146,15 @@ def native_levels(array: Array, name: str) -> int | None:
     if array.dtype.name in _NATIVE:
         return _NATIVE[array.dtype.name]
     raise ValueError(
-        f"{name} has dtype {array.dtype}, which does not imply a number of levels; {_found(array)}: give --levels,"
-        " or model real values: --standardise yes"
+        f"{name} has dtype {array.dtype}, which does not imply a number of levels; {_found(array)}:"
+        f" model real values with --standardise yes{_or_levels(array)}"
     )
 
 
 def encode(array: Array, levels: int | None, name: str) -> Tensor:
     """Convert an array to stored form: levels 0..levels−1, or float32 values in [0, 1] if ``levels`` is None.
 
-    Integers are levels; floats are values k/(levels − 1), kept in float64 where float32 would merge them.
+    Integers are levels; floats are values k/(levels − 1).
 
     >>> encode(np.array([0.0, 0.5, 1.0]), 3, "thirds")
     tensor([0, 1, 2], dtype=torch.uint8)
@@ -168,8 +168,12 @@ def encode(array: Array, levels: int | None, name: str) -> Tensor:
     if array.dtype.kind == "f":
         _check_finite(array, name)
         _check_unit(array, name)
+        if levels is None and _float32_merges(array):
+            raise ValueError(
+                f"{name} has values whose spread float32 cannot hold, {_found(array)}; standardise them: --standardise yes"
+            )
         if levels is None:
-            return real_values(array, name)
+            return _tensor(array, np.float32)
         array = _to_levels(array, levels, name)
     assert levels is not None
     _check_levels(array, levels, name)
@@ -216,9 +220,22 @@ def _found(array: Array) -> str:
     return f"its values go from {array.min()} to {array.max()}"
 
 
+def _or_levels(array: Array) -> str:
+    fits = array.min() >= 0 and array.max() < 2**16
+    return f", or levels from 0 on with --levels {max(2, int(array.max()) + 1)}" if fits else ""
+
+
 def _check_kind(array: Array, name: str) -> None:
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name} needs numbers (bool, integers or floats), got dtype {array.dtype}; save it as such")
+        raise ValueError(f"{name} needs numbers (bool, integers or floats), got dtype {array.dtype}; {_into_numbers(array)}")
+
+
+def _into_numbers(array: Array) -> str:
+    if array.dtype.kind == "c":
+        return "take real and imaginary part as two channels"
+    if array.dtype.kind == "O":
+        return "examples of different lengths must be cut or padded to one"
+    return "save it as such"
 
 
 def _check_finite(array: Array, name: str) -> None:
@@ -234,10 +251,14 @@ def _check_finite(array: Array, name: str) -> None:
 def _check_unit(array: Array, name: str) -> None:
     if array.min() < 0 or array.max() > 1:
         raise ValueError(
-            f"{name} needs floats in [0, 1], but {_found(array)}; divide by the largest possible value"
-            f"{' (after adding 1 to these in [−1, 1])' if array.min() >= -1 and array.max() <= 1 else ''}, "
-            "save 8-bit data as uint8, or model real values: --standardise yes"
+            f"{name} needs floats in [0, 1], but {_found(array)}; {_into_unit(array)}, or model real values: --standardise yes"
         )
+
+
+def _into_unit(array: Array) -> str:
+    if array.min() >= -1 and array.max() <= 1:
+        return "bring values in [-1, 1] there by (x + 1) / 2"
+    return "divide by the largest possible value, save 8-bit data as uint8"
 
 
 def _check_levels(array: Array, levels: int, name: str) -> None:

@@ -53,6 +53,7 @@ def as_splits(
     layout: Layout = "auto",
     levels: int | None = None,
     columns: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     standardise: Literal["auto", "yes", "no"] = "auto",
     images: ImageConfig | None = None,
     validation_fraction: float = 0.1,
@@ -84,8 +85,9 @@ def as_splits(
             * :class:`~sigma_vae.data.Splits`, which are returned as they are.
         name: name of the data in messages and records; default: the type of ``data``.
         layout: order of the axes of arrays: n examples, c channels, h rows, w columns, t times.
-        levels: number of values that a datum can take; default: from the dtype.
+        levels: number of values that a datum can take; default: from the values where that is sure, else from the dtype.
         columns: columns of a data frame, or the column of a Hugging Face data set.
+        exclude: columns of a data frame to leave out.
         standardise: scale real values to mean 0 and std 1; auto: only tables.
         images: how pictures of a Hugging Face data set or PIL images get one shape.
         validation_fraction: share of the training examples held out for validation, if there is no validation split.
@@ -110,6 +112,7 @@ def as_splits(
         layout=layout,
         levels=levels,
         columns=tuple(columns),
+        exclude=tuple(exclude),
         standardise=standardise,
         images=images or ImageConfig(),
         validation_fraction=validation_fraction,
@@ -287,7 +290,7 @@ def _found(data: object, config: DataConfig, name: str) -> _Found:
     if isinstance(data, np.ndarray):
         return _Found(data)
     if _is_a(data, "pandas", "DataFrame"):
-        return _Found(data, frozenset({"layout", "columns"}))
+        return _Found(data, frozenset({"layout", "columns", "exclude"}))
     if _is_a(data, "datasets", "Dataset"):
         return _hugging_face(data, config, name)
     if isinstance(data, TensorDataset):
@@ -374,7 +377,7 @@ def _hugging_face(table: Any, config: DataConfig, name: str) -> _Found:
     wanted = list(config.columns) or pictures or arrays
     special = [column for column in wanted if column in pictures or column in arrays]
     if not special:
-        return _Found(table.to_pandas(), frozenset({"layout", "columns"}))
+        return _Found(table.to_pandas(), frozenset({"layout", "columns", "exclude"}))
     if len(wanted) > 1:
         raise ValueError(f"{name} needs one column of images or arrays, got {', '.join(wanted)}; choose one with columns")
     (column,) = wanted

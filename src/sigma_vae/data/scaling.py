@@ -1,6 +1,7 @@
 """Scaling from stored values to a model's input, and back."""
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -79,13 +80,15 @@ def standardisation(train: Store, name: str, columns: Sequence[str] = ()) -> Sca
     """
     first = train.take(torch.zeros(1, dtype=torch.int64)).double().transpose(0, 1).flatten(1)[:, :1]
     mean = first[:, 0] + _mean(train, lambda rows: rows - first)  # exact for constant channels
-    deviation = _mean(train, lambda rows: (rows - mean[:, None]).square()).sqrt()
+    scale = _largest(train, lambda rows: (rows - mean[:, None]).abs()).clamp_min(5e-324)  # squares of any units stay in range
+    deviation = scale * _mean(train, lambda rows: ((rows - mean[:, None]) / scale[:, None]).square()).sqrt()
     if constant := torch.nonzero(deviation == 0).flatten().tolist():
         named = len(columns) == len(deviation)  # for a table of series, columns are times
         which = ", ".join(columns[i] if named else str(i) for i in constant) + ("" if named else ", counted from 0,")
+        remedy = f": --exclude {' '.join(shlex.quote(columns[i]) for i in constant)}" if named else ""
         raise ValueError(
             f"{name}: channels (columns) {which} have the same value throughout the"
-            " training split, so there is nothing to standardise by; leave them out"
+            f" training split, so there is nothing to standardise by; leave them out{remedy}"
         )
     return Scaling(mean=tuple(mean.tolist()), deviation=tuple(deviation.tolist()))
 
@@ -96,6 +99,11 @@ def _mean(train: Store, of: Callable[[Tensor], Tensor]) -> Tensor:
     for stored in chunks(train):
         total += of(stored.double().transpose(0, 1).flatten(1)).sum(1)
     return total / (len(train) * math.prod(train.shape[1:]))
+
+
+def _largest(train: Store, of: Callable[[Tensor], Tensor]) -> Tensor:
+    found = [of(stored.double().transpose(0, 1).flatten(1)).amax(1) for stored in chunks(train)]
+    return torch.stack(found).amax(0)
 
 
 def chunks(store: Store) -> Iterator[Tensor]:

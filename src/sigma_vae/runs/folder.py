@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,8 @@ def data_of(out: Path, config: RunConfig) -> Splits:
         data = models.data(config.data)
     record = read_json(out / "environment.json").get("data")
     known = record.get("fingerprint") if isinstance(record, dict) else None
+    if known != data.record["fingerprint"]:
+        data = models.data(replace(config.data, levels_from="dtype"))  # as it was done before
     if known != data.record["fingerprint"]:
         raise ValueError(
             f"the data of {out} have changed since it was trained; restore them, or train again into another folder"

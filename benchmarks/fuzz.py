@@ -395,7 +395,7 @@ def likelihoods(seeds: Seeds, chance: random.Random, about: list[str]) -> tuple[
     return "done", ""
 
 
-LOCATION_SCALE = ("gaussian", "laplace", "logistic", "student-t", "truncated-gaussian", "truncated-laplace")
+LOCATION_SCALE = ("gaussian", "laplace", "logistic", "student-t")
 
 
 def _tensor(

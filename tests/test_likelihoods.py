@@ -691,3 +691,43 @@ def test_an_optimal_scale_is_known_after_one_step(case: Case) -> None:
     likelihood(h, x)
     assert likelihood.eval()(h).log_prob(x).isfinite().all()
     assert likelihood.log_mass(h, x).isfinite().all()
+
+
+KINDS = (
+    "gaussian/optimal laplace/per-pixel logistic/per-image student-t/shared bernoulli continuous-bernoulli categorical"
+    " bitwise-categorical logistic-mixture"
+).split()
+BAD_INPUTS = {  # features and data, and what is said, or None where they are as good as float32
+    "unsigned features": (lambda h, x: (h.to(torch.uint8), x), None),
+    "unsigned both": (lambda h, x: (h.to(torch.uint8), x.to(torch.uint8)), None),
+    "integer data": (lambda h, x: (h, x.round().long()), None),
+    "booleans": (lambda h, x: (h > 0, x > 0.5), None),
+    "half precision": (lambda h, x: (h.half(), x.bfloat16()), None),
+    "complex features": (lambda h, x: (h.to(torch.complex64), x), "expected real numbers"),
+    "complex data": (lambda h, x: (h, x.to(torch.complex64)), "expected real numbers"),
+    "scalar features": (lambda h, x: (h.sum(), x), "decoder channels"),
+    "scalar data": (lambda h, x: (h, x.sum()), "data of shape"),
+    "no space": (lambda h, x: (h[..., :0], x[..., :0]), "empty axis"),
+    "another batch": (lambda h, x: (h, x[:1]), "data of shape"),
+    "another channel": (lambda h, x: (h[:, :1], torch.cat([x, x], 1)), "decoder channels|data of shape"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_INPUTS)
+@pytest.mark.parametrize("name", KINDS)
+def test_tensors_of_any_type_and_shape_are_read_or_refused_in_a_line(name: str, kind: str) -> None:
+    from sigma_vae import models
+
+    likelihood = models.likelihood(name, 3, levels=2)
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(2, likelihood.in_channels, 4, 4, generator=generator)
+    x = torch.rand(2, 3, 4, 4, generator=generator).round()
+    change, says = BAD_INPUTS[kind]
+    h, x = change(h, x)
+    if says is not None:
+        with pytest.raises(ValueError, match=says) as told:
+            likelihood.distribution(h, x).log_prob(x)
+        assert "\n" not in str(told.value)
+        return
+    plain = likelihood.distribution(h.float(), x.float()).log_prob(x.float())
+    torch.testing.assert_close(likelihood.distribution(h, x).log_prob(x), plain)

@@ -568,7 +568,7 @@ class Likelihood(nn.Module, ABC):
         if post_hoc is not None:
             warnings.warn("post_hoc= is now refitted=", DeprecationWarning, stacklevel=3)
             refitted = post_hoc
-        x = x.to(torch.promote_types(h.dtype, torch.float32))
+        x = at_least_float32(x)
         distribution = self.distribution(h, observes=observes, refitted=refitted)
         self.check_data(x, distribution.batch_shape + distribution.event_shape, observes)
         return distribution, x
@@ -592,8 +592,16 @@ def standard_normal(like: Tensor, noise: Noise | None) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Convert half precision to float32: KL terms and densities would lose whole nats in it."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    """Convert half precision, integers and booleans to float32; single and double precision stay.
+
+    KL terms and densities would lose whole nats in half precision, and differences of unsigned integers wrap around.
+
+    Raises:
+        ValueError: the numbers are complex.
+    """
+    if x.is_complex():
+        raise ValueError(f"expected real numbers, got {x.dtype}; take real and imaginary part as two channels")
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def per_layer(temperature: Temperature, layers: int) -> list[float]:

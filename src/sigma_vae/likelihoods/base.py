@@ -95,7 +95,7 @@ class LocationScale(Likelihood):
         if x is not None:
             observed = self._observed(residual, loc, x)
             self.check_data(observed.x, loc.shape, observes)
-            if self.training and observes == self.observes:
+            if self.training and observes == self.observes and observed.x.numel():
                 fit = self._fit(observed)
         log_scale = self.scale.refitted(raw, observes) if refitted else self.scale(raw, observes, fit)
         if observes == "density":
@@ -202,7 +202,7 @@ class LocationScale(Likelihood):
         return self.residual(own), (torch.sigmoid(loc) if self.mean == "unit" else loc), raw
 
     def _observed(self, residual: ResidualDistribution, loc: Tensor, x: Tensor) -> Observed:
-        return Observed(residual, loc.detach(), loc.new_zeros(()), x.to(loc.dtype))
+        return Observed(residual, loc.detach(), loc.new_zeros(()), at_least_float32(x).to(loc.dtype))
 
 
 class _Pairs:
@@ -282,6 +282,7 @@ class Unscaled(Likelihood):
             raise ValueError(f'{self} is a distribution over levels and has no density; ask with observes="level"')
         distribution = FromFeatures(self, _checked_features(self, h), observes)
         if x is not None:
+            x = at_least_float32(x)
             self.check_data(x, distribution.batch_shape + distribution.event_shape, observes)
         return distribution
 
@@ -384,13 +385,17 @@ class FromFeatures(DataDistribution):
         return total / self._top
 
     def _draw(self, sample_shape: Shape, generator: torch.Generator | None) -> Tensor:
+        if not self._h.isfinite().all():
+            raise ValueError(
+                f"{self._likelihood} cannot draw from features that are NaN or infinite (has the decoder diverged?)"
+            )
         shape = torch.Size(sample_shape)
         draws = self._likelihood.row_sample(self._expanded(shape), generator)
         return draws.reshape(shape + self.batch_shape + self.event_shape)
 
     def _rows(self, value: Tensor) -> tuple[Tensor, Tensor]:
         extra = value.shape[: value.dim() - len(self.batch_shape) - len(self.event_shape)]
-        x = value.to(self._h.dtype).reshape(-1, self.event_shape[0], self._h.shape[-1])
+        x = at_least_float32(value).to(self._h.dtype).reshape(-1, self.event_shape[0], self._h.shape[-1])
         return self._expanded(extra), x
 
     def _expanded(self, extra: torch.Size) -> Tensor:
@@ -407,4 +412,6 @@ def _checked_features(likelihood: Likelihood, h: Tensor) -> Tensor:
             f"{likelihood} reads {likelihood.in_channels} decoder channels, got {got}; size the decoder by"
             " `likelihood.in_channels`"
         )
+    if 0 in h.shape[axis:]:
+        raise ValueError(f"{likelihood} reads features of at least one value, got shape {tuple(h.shape)} with an empty axis")
     return at_least_float32(h)

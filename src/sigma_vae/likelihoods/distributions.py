@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from sigma_vae.likelihoods.residuals import ResidualDistribution
-from sigma_vae.types import DataDistribution
+from sigma_vae.types import DataDistribution, at_least_float32
 
 __all__ = ["Continuous", "Discretized", "Shape"]
 
@@ -113,11 +113,11 @@ class Continuous(_LocatedAndScaled):
 
     def standardised(self, value: Tensor) -> Tensor:
         """(x − loc)/σ."""
-        return (value - self.loc) / self.scale
+        return (at_least_float32(value) - self.loc) / self.scale
 
     def squared_errors(self, value: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Variance, and the squared residual."""
-        return self.residual_variance, (value - self.loc).square()
+        return self.residual_variance, (at_least_float32(value) - self.loc).square()
 
     @property
     def mean(self) -> Tensor:
@@ -139,7 +139,7 @@ class Continuous(_LocatedAndScaled):
 
     def _residual(self, value: Tensor) -> Tensor:
         self._check_event(value)
-        return (value - self.loc) * torch.exp(-self.log_scale)
+        return (at_least_float32(value) - self.loc) * torch.exp(-self.log_scale)
 
 
 @final
@@ -202,4 +202,4 @@ class Discretized(_LocatedAndScaled):
         """
         self._check_event(value)
         top = self.levels - 1
-        return torch.round(value * top), self.loc * top, torch.exp(-self.log_scale) / top, top
+        return torch.round(at_least_float32(value) * top), self.loc * top, torch.exp(-self.log_scale) / top, top

@@ -507,8 +507,8 @@ class SequenceNetwork(Network):
             show: turns features ``(n, in_channels, H, W)`` into frames: the likelihood's mean (SVG's way), or draws.
             noise: asked for ``(n, latent_dim)`` once per frame from the second on.
             temperature: scales the spread of all latents.
-            batch_statistics: let batch norm use the statistics of the frames at hand in any mode, as the published
-                evaluation does. Predictions then depend on each other.
+            batch_statistics: let batch norm use the statistics of the frames at hand, those of one time step of all clips,
+                in any mode, as the published evaluation does. Predictions then depend on each other.
 
         Raises:
             ValueError: context is no batch of clips with frames, or a number is out of range.
@@ -522,7 +522,9 @@ class SequenceNetwork(Network):
             return spread * unit(shape)
 
         with batch_statistics_of(self) if batch_statistics else nullcontext():
-            codes, skips = self._encode(context, None, context.shape[1])
+            codes, skips = (
+                self._encode_one_by_one(context) if batch_statistics else self._encode(context, None, context.shape[1])
+            )
             state, code, shares = State(), codes[:, -1:], self.decoder.shares(skips)
             if context.shape[1] > 1:
                 _, state = self.recurrence.advance(codes[:, :-1], codes[:, 1:], draw, state)
@@ -566,6 +568,11 @@ class SequenceNetwork(Network):
         code, skips = self.encoder(clip[mask])
         last = mask.sum(1).cumsum(0) - mask.sum(1) + past - 1  # among the valid frames of all clips
         return _put(code, mask), [skip[last] for skip in skips]
+
+    def _encode_one_by_one(self, clip: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Do what :meth:`_encode` does, with each time step in a batch of its own, and the last one's skip connections."""
+        steps = [self._encode(clip[:, t : t + 1], None, 1) for t in range(clip.shape[1])]
+        return torch.cat([codes for codes, _ in steps], 1), steps[-1][1]
 
     def _decode(self, codes: Tensor, shares: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         batch, length = codes.shape[:2]

@@ -92,6 +92,7 @@ class Zip(Container):
     def read(self, name: str, most: int = -1) -> bytes:
         """Read one file; reading it whole verifies its checksum."""
         with self._lock, self._archive.open(name) as file:  # several threads would move one file's position
+            _check_size(name, self._archive.getinfo(name).file_size, most)
             return file.read(most)
 
     def stamp(self, names: list[str]) -> Any:
@@ -126,9 +127,10 @@ class Tar(Container):
         """Read one file."""
         with self._lock:
             start, size = self._places[name]
-            descriptor = self._file.fileno()
-        wanted = size if most < 0 else min(most, size)
-        content = os.pread(descriptor, wanted, start)
+            _check_size(name, size, most)
+            wanted = size if most < 0 else min(most, size)
+            self._file.seek(start)
+            content = self._file.read(wanted)
         if len(content) < wanted:
             raise EOFError(f"the archive ends within {name}")
         return content
@@ -195,6 +197,11 @@ def container(path: Path, room: Path) -> Container:
     return found
 
 
+def _check_size(name: str, size: int, most: int) -> None:
+    if most < 0 and size > LARGEST_MEMBER:
+        raise EOFError(f"{name} has {size} bytes, more than a picture has (at most {LARGEST_MEMBER})")
+
+
 def _walk(folder: Path, above: frozenset[Path]) -> Iterator[str]:
     real = folder.resolve()
     if real in above:  # a link to a folder above
@@ -203,9 +210,9 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[str]:
         for entry in entries:
             if _is_hidden(entry.name):
                 continue
-            if entry.is_dir():
+            if os.path.isdir(entry.path):
                 yield from _walk(Path(entry.path), above | {real})
-            else:
+            elif os.path.isfile(entry.path) or not os.path.exists(entry.path):  # no pipe, socket or device
                 yield entry.path
 
 

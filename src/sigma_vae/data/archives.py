@@ -126,9 +126,9 @@ class Tar(Container):
         """Read one file."""
         with self._lock:
             start, size = self._places[name]
-            descriptor = self._file.fileno()
-        wanted = size if most < 0 else min(most, size)
-        content = os.pread(descriptor, wanted, start)
+            wanted = size if most < 0 else min(most, size)
+            self._file.seek(start)  # os.pread would need no lock, but Windows lacks it
+            content = self._file.read(wanted)
         if len(content) < wanted:
             raise EOFError(f"the archive ends within {name}")
         return content
@@ -203,9 +203,11 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[str]:
         for entry in entries:
             if _is_hidden(entry.name):
                 continue
-            if entry.is_dir():
+            if os.path.isdir(entry.path):
                 yield from _walk(Path(entry.path), above | {real})
-            else:
+            elif os.path.isfile(entry.path) or not os.path.exists(
+                entry.path
+            ):  # no pipes, sockets and devices: reading may hang
                 yield entry.path
 
 

@@ -373,6 +373,7 @@ def _listed(counts: Counter[str]) -> str:
 
 
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".gif"))
+PICTURES |= {".jfif", ".jpe", ".avif", ".jp2"}
 """Endings of picture files."""
 PICTURE_OPTIONS = frozenset({"cache", "crop", "size", "fit", "colour", "unreadable"})
 """Options of the config that decide how pictures are read."""

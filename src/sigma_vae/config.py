@@ -378,7 +378,10 @@ class EvaluationSettings(_Strict):
 
 Config = TypeVar("Config")
 
-CONFIG_BYTES = 2**20
+CONFIG_BYTES = 2**18
+"""Largest config that is read: enough for the names of thousands of columns."""
+NESTED = 20
+"""Deepest nesting of a config; the parser's time grows with it."""
 PROBLEMS = 10
 """Number of problems that are listed for one file."""
 
@@ -389,26 +392,35 @@ def read(path: Path, kind: type[Config]) -> Config:
     Raises:
         ValueError: the file is missing, is not YAML, or holds something other than the config's fields.
     """
-    import yaml
-
     try:
         text = read_text(path, CONFIG_BYTES)
         _check_plain(text)
-        content = yaml.safe_load(text)
+        content = _loader()(text).get_single_data()
     except Exception as error:  # on foreign bytes the reader raises nearly anything: YAMLError, KeyError, RecursionError, ...
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read as YAML ({type(error).__name__}): {reason}") from error
     return parse(content, kind, str(path))
 
 
-def _check_plain(text: str) -> None:
-    """Refuse aliases and merges, with which a short text can stand for a very long one."""
+def _loader() -> Any:
+    """The safe loader of YAML, in C where it is compiled: it makes plain values alone."""
     import yaml
 
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def _check_plain(text: str) -> None:
+    """Refuse aliases and merges, with which a short text can stand for a very long one, and deep nesting."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=_loader()):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > NESTED:
+            raise ValueError(f"it nests deeper than {NESTED} levels, which no config needs")
         if isinstance(event, yaml.AliasEvent) or (isinstance(event, yaml.NodeEvent) and event.anchor is not None):
             raise ValueError("it has an anchor or an alias (&name, *name), which no config needs; write its value out")
-        if isinstance(event, yaml.ScalarEvent) and event.value == "<<" and event.style is None:
+        if isinstance(event, yaml.ScalarEvent) and event.value == "<<" and not event.style:
             raise ValueError("it merges mappings (<<), which no config needs; write them out")
 
 

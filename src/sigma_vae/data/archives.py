@@ -25,6 +25,12 @@ DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, 
 """Errors that reading a damaged file raises."""
 
 
+SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "lost+found"))
+"""Folders that systems and network stores add, with thumbnails and deleted files; they are left out like hidden files."""
+LARGEST_MEMBER = 2**30
+"""Bytes of the largest file in an archive that is read whole: a small archive can claim any size."""
+
+
 class Container(ABC):
     """Files by name, relative to the container, with slashes. Hidden files are left out."""
 
@@ -217,7 +223,7 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[str]:
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in PurePosixPath(name).parts)
 
 
 def _visible(names: Iterable[str]) -> list[str]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -110,7 +111,7 @@ def _decode_all(encoded: Encoded, path: Path) -> list[str]:
     size = piece_of(example)
     with path.open("wb") as file, Progress(console=Console(stderr=True), transient=True) as progress:
         start = _write_header(file, encoded, count)
-        task = progress.add_task("decoding, once", total=count)
+        task, lock = progress.add_task("decoding, once", total=count), threading.Lock()
 
         def piece(first: int) -> dict[int, str]:
             broken = {}
@@ -120,7 +121,9 @@ def _decode_all(encoded: Encoded, path: Path) -> list[str]:
                     row[...] = encoded.decode(i)
                 except UnreadableError as error:
                     broken[i] = str(error)
-            _write_at(file.fileno(), memoryview(rows.tobytes()), start + first * example)
+            with lock:
+                file.seek(start + first * example)
+                file.write(rows.tobytes())
             progress.advance(task, len(rows))
             return broken
 
@@ -138,13 +141,6 @@ def _unreadable(names: list[str], count: int, what: str) -> str:
     few = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     remedy = "repair or remove them, or leave them out: --unreadable skip"
     return f"{len(names)} of {count} examples cannot be decoded ({few}); {what}; {remedy}"
-
-
-def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
-    """Write all of it: a full disk takes a part without an error, and fails only at the next call."""
-    while content:
-        written = os.pwrite(descriptor, content, offset)
-        content, offset = content[written:], offset + written
 
 
 def _write_header(file: Any, encoded: Encoded, count: int) -> int:

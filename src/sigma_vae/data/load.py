@@ -96,7 +96,7 @@ def source_of(config: DataConfig) -> Source | None:
     """Find the reader of a config's source; None if it is neither a name nor a path of a known kind.
 
     Raises:
-        ValueError: the path is a link to nothing.
+        ValueError: the path is a link to nothing, or no regular file or folder.
     """
     kinds = _sources()
     head, colon, _ = config.source.partition(":")
@@ -106,6 +106,8 @@ def source_of(config: DataConfig) -> Source | None:
     path = config.path
     if path.is_symlink() and not path.exists():
         raise ValueError(f"{path} is a link to {os.readlink(path)}, which is not there; mend the link, or give another path")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{path} needs to be a file or a folder, got a pipe, socket or device; save its content in a file")
     return next((source for source in kinds if not source.is_named and source.has(path, config)), None)
 
 

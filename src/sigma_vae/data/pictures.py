@@ -373,11 +373,16 @@ def _listed(counts: Counter[str]) -> str:
 
 
 PICTURES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".gif"))
+PICTURES |= {".jfif", ".jpe", ".avif", ".jp2"}
 """Endings of picture files."""
 PICTURE_OPTIONS = frozenset({"cache", "crop", "size", "fit", "colour", "unreadable"})
 """Options of the config that decide how pictures are read."""
 _ANIMATED = (".gif", ".webp", ".tif", ".tiff")
 _HEADER = 2**16  # bytes: enough for the size and mode of nearly every picture
+_MASKS = frozenset(
+    "mask masks ground_truth groundtruth gt segmentation segmentations annotation annotations labels thumbs thumbnails".split()
+)
+"""Names of folders whose pictures belong to other pictures."""
 _SHARD = re.compile(r"[-_.\d]")
 """The end of the first word in the name of a shard."""
 
@@ -448,7 +453,7 @@ def read_pictures(config: DataConfig) -> Raw:
     path = config.path
     room = Path(config.cache).expanduser() if config.cache else path.resolve().parent / FOLDER
     holders = _holders(path, room)
-    found, others = _pictures(holders)
+    found, others, beside = _pictures(holders)
     if not found:
         raise ValueError(
             f"{path} needs pictures ({', '.join(sorted(PICTURES))}) or archives of them ({', '.join(ARCHIVES)}), got"
@@ -465,7 +470,8 @@ def read_pictures(config: DataConfig) -> Raw:
     how = plan([(width, height, mode) for _, (width, height, mode) in readable], config.images, str(path))
     splits = _splits([picture for picture, _ in readable], str(path))
     parts = {split: _encoded(group, how, {"files": stamps, "split": split}, path, config) for split, group in splits.items()}
-    words = [*how.words, *unreadable, *_words(found, others)]
+    left_out = [f"left out pictures beside the others, in folders of masks or thumbnails: {_listed(beside)}"] if beside else []
+    words = [*how.words, *unreadable, *left_out, *_words(found, others)]
     return Raw(str(path), parts, [_record(holder, found) for holder in holders], words, levels=2 if how.levels == 2 else None)
 
 
@@ -487,17 +493,30 @@ def _holders(path: Path, room: Path) -> list[Container]:
     return [container(shard, room) for shard in shards]
 
 
-def _pictures(holders: list[Container]) -> tuple[list[_Picture], Counter[str]]:
-    """List all pictures, and count the other files by ending."""
-    found, others = [], Counter[str]()
+def _pictures(holders: list[Container]) -> tuple[list[_Picture], Counter[str], Counter[str]]:
+    """List all pictures; count the other files by ending, and the pictures that are masks or thumbnails by folder."""
+    found, others, beside = [], Counter[str](), Counter[str]()
     for holder in holders:
         names = [name for name in holder.names if _is_picture(name)]
+        masks = {name: folder for name in names if (folder := _mask_folder(name))}
+        if len(masks) < len(names):
+            names = [name for name in names if name not in masks]
+            beside.update(masks.values())
         others.update(PurePosixPath(name).suffix or name for name in holder.names if not _is_picture(name))
         shard = "" if isinstance(holder, Folder) else _split_word(_SHARD.split(holder.path.name)[0], holder.path.parent.name)
         found += [
             _Picture(holder, name, shard or _split_word(folder)) for name, folder in zip(names, _outer(names), strict=True)
         ]
-    return found, others
+    return found, others, beside
+
+
+def _mask_folder(name: str) -> str:
+    """The folder that makes a picture a mask or a thumbnail of another one; "" if there is none.
+
+    >>> _mask_folder("bottle/ground_truth/broken/000.png"), _mask_folder("masks.png")
+    ('ground_truth', '')
+    """
+    return next((part for part in PurePosixPath(name).parts[:-1] if part.lower() in _MASKS), "")
 
 
 def _outer(names: list[str]) -> list[str]:

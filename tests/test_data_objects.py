@@ -233,7 +233,7 @@ REFUSED = {
     "stream": (lambda: as_splits(Endless()), "got .*Endless; wrap it in a DataLoader"),
     "four splits": (lambda: as_splits((GREY,) * 4), r"a tuple of data is \(train, validation\) or .*got 4 items"),
     "labels as a split": (lambda: as_splits((GREY, np.arange(30))), r"tuple.*needs one dtype for all splits"),
-    "no train": (lambda: as_splits({"x": GREY, "y": GREY}), "dict needs the key train"),
+    "no train": (lambda: as_splits({"one": GREY, "two": GREY}), "dict needs the key train"),
     "nothing": (lambda: as_splits([]), "list .train. needs at least one example, got none"),
     "shapes": (lambda: as_splits([GREY[0], GREY[1, :3]]), r"examples of one shape and dtype, got \(6, 5\) uint8 and \(3, 5\)"),
     "words": (lambda: as_splits(["a", "b", "c"]), "examples that are tensors, arrays or PIL images, got str; convert them"),

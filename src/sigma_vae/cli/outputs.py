@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +10,12 @@ from torch import Tensor
 from sigma_vae import runs
 from sigma_vae.cli.options import RunFolder
 from sigma_vae.config import replacing
+from sigma_vae.data import Batches
 from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, save_clips, save_grid
 from sigma_vae.types import at_least_float32
-from sigma_vae.vae import Show
+from sigma_vae.vae import VAE, Show
 
 __all__ = ["Split", "check_count", "checked", "encode", "output", "predict", "reconstruct", "sample", "score", "write"]
 
@@ -75,6 +76,7 @@ def sample(
 def reconstruct(
     run: RunFolder,
     *,
+    data: str | None = None,
     split: Split = "test",
     n: int = 32,
     show: Show = "mean",
@@ -88,6 +90,7 @@ def reconstruct(
 
     Args:
         run: Folder of the run.
+        data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits.
         split: Split that the examples come from.
         n: Number of examples.
         show: Show the mean of p(x|z), or a draw from it.
@@ -96,14 +99,15 @@ def reconstruct(
             RUN/reconstructions-SPLIT.png or .npz unless given.
         device: auto, cpu, cuda or cuda:1.
     """
-    opened = runs.open_run(Path(run), device)
-    moving = opened.data.clips
-    path = output(out, Path(run) / f"reconstructions-{split}", opened.data.shape, moving=moving)
+    examples = _examples(run, data, split, device)
+    store, scaling, moving = examples.batches.store, examples.batches.scaling, examples.vae.network.reads_clips
+    path = output(
+        out, Path(run) / f"reconstructions-{examples.word}", store.shape[1:] if moving else store.shape, moving=moving
+    )
     check_count(n)
     torch.manual_seed(seed)
-    batch = next(iter(opened.data.batches(split, n, device=opened.vae.device)))
-    undo = opened.data.scaling.undo
-    originals, again = undo(batch.x), undo(reconstructed(opened.vae, batch, show, seed))
+    batch = next(iter(Batches(store, scaling, n)))
+    originals, again = scaling.undo(batch.x), scaling.undo(reconstructed(examples.vae, batch, show, seed))
     columns = 1 if moving and path.suffix == ".png" else 8  # a clip fills a row
     write(path, pairs(originals, again, columns), {"originals": originals, "reconstructions": again}, columns)
 
@@ -181,29 +185,42 @@ def _beside(clips: Tensor, predicted: Tensor, past: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode(run: RunFolder, *, split: Split = "test", out: str | None = None, device: str = "auto") -> None:
+def encode(
+    run: RunFolder, *, data: str | None = None, split: Split = "test", out: str | None = None, device: str = "auto"
+) -> None:
     """Write mean and std of the latents of each example.
 
     Args:
         run: Folder of the run.
+        data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits.
         split: Split to encode.
         out: .npz file to write (keys "mean" and "std": examples × latents, in the split's order); RUN/codes-SPLIT.npz
             unless given.
         device: auto, cpu, cuda or cuda:1.
     """
-    opened = runs.open_run(Path(run), device)
-    path = checked(Path(out) if out is not None else Path(run) / f"codes-{split}.npz", (".npz",))
-    batches = opened.data.batches(split, runs.evaluation_batch(opened.data), device=opened.vae.device)
-    posteriors = [opened.vae.encode(batch.x) for batch in batches]
+    examples = _examples(run, data, split, device)
+    path = checked(Path(out) if out is not None else Path(run) / f"codes-{examples.word}.npz", (".npz",))
+    posteriors = [examples.vae.encode(batch.x) for batch in examples.batches]
     arrays = {"mean": torch.cat([q.loc for q in posteriors]), "std": torch.cat([q.scale for q in posteriors])}
     write(path, arrays["mean"], arrays)
 
 
-def score(run: RunFolder, *, split: Split = "test", seed: int = 0, out: str | None = None, device: str = "auto") -> None:
+def score(
+    run: RunFolder,
+    *,
+    data: str | None = None,
+    split: Split = "test",
+    seed: int = 0,
+    out: str | None = None,
+    device: str = "auto",
+) -> None:
     """Write log-likelihood, rate, ELBO and bits per dimension of each example.
+
+    Examples are called by their file, or by their number from 0.
 
     Args:
         run: Folder of the run.
+        data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits.
         split: Split to score.
         seed: Seed of the posterior's noise.
         out: .csv or .parquet file to write; RUN/scores-SPLIT.csv unless given.
@@ -211,18 +228,38 @@ def score(run: RunFolder, *, split: Split = "test", seed: int = 0, out: str | No
     """
     import pandas as pd
 
-    opened = runs.open_run(Path(run), device)
-    path = checked(Path(out) if out is not None else Path(run) / f"scores-{split}.csv", (".csv", ".parquet"))
-    batches = opened.data.batches(split, runs.evaluation_batch(opened.data), device=opened.vae.device)
-    scores = score_examples(opened.vae, batches, seed)
-    fit, bound = ("log_likelihood_nats", "elbo_nats") if opened.vae.likelihood.normalised else ("fit_nats", "objective_nats")
+    examples = _examples(run, data, split, device)
+    path = checked(Path(out) if out is not None else Path(run) / f"scores-{examples.word}.csv", (".csv", ".parquet"))
+    scores = score_examples(examples.vae, examples.batches, seed)
+    fit, bound = ("log_likelihood_nats", "elbo_nats") if examples.vae.likelihood.normalised else ("fit_nats", "objective_nats")
     columns = {fit: scores.log_likelihood, "rate_nats": scores.rate, bound: scores.log_likelihood - scores.rate}
     if scores.log_mass is not None:
         columns["bits_per_dim"] = (scores.rate - scores.log_mass) / (scores.dims * torch.tensor(2.0).log())
-    table = pd.DataFrame({name: values.numpy() for name, values in columns.items()}).rename_axis("example")
+    table = pd.DataFrame({name: values.numpy() for name, values in columns.items()}, examples.names or None)
+    table = table.rename_axis("example")
     with replacing(path) as aside:
         (table.to_csv if path.suffix == ".csv" else table.to_parquet)(aside)
     print(path)
+
+
+class _Examples(NamedTuple):
+    """Examples for a run's model, their names where they are files, and a word for the files written of them."""
+
+    vae: VAE
+    batches: Batches
+    names: list[str]
+    word: str
+
+
+def _examples(run: str, data: str | None, split: Split, device: str) -> _Examples:
+    """A split of the run's own data, or other data."""
+    if data is None:
+        opened = runs.open_run(Path(run), device)
+        own = opened.data.batches(split, runs.evaluation_batch(opened.data), device=opened.vae.device)
+        return _Examples(opened.vae, own, [], split)
+    saved = runs.open_model(Path(run), device)
+    batches, names = runs.new_data(Path(run), saved, data, split)
+    return _Examples(saved.vae, batches, names, Path(data).stem)
 
 
 def check_count(n: int) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import os
 import shutil
+import struct
 import tarfile
 import tempfile
 import threading
@@ -21,7 +22,10 @@ from sigma_vae.data.cache import file_stamp, remembered
 __all__ = ["ARCHIVES", "DAMAGED", "Container", "Folder", "Tar", "Zip", "container"]
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
+DAMAGED = (
+    OSError, EOFError, LookupError, UnicodeError, NotImplementedError, RuntimeError, struct.error, zlib.error, tarfile.TarError,
+    zipfile.BadZipFile,
+)  # fmt: skip
 """Errors that reading a damaged file raises."""
 
 

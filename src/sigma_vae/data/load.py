@@ -24,7 +24,7 @@ from sigma_vae.data.splits import Raw, SplitName, Splits, fingerprint
 from sigma_vae.data.stores import Encoded, Generated, InMemory, Mapped, Part, Store
 from sigma_vae.registry import register
 
-__all__ = ["Source", "endings", "known", "load", "names", "refuse_unread", "source_of", "splits_from", "store_of"]
+__all__ = ["Source", "endings", "known", "load", "load_whole", "names", "refuse_unread", "source_of", "splits_from", "store_of"]
 
 COMMON = frozenset({"source", "levels", "levels_from", "standardise", "validation_fraction", "test_fraction", "split_seed"})
 """Options of :class:`~sigma_vae.config.DataConfig` that apply to all data."""
@@ -83,13 +83,36 @@ def load(config: DataConfig) -> Splits:
         ValueError: the source is unknown, missing or damaged, or its values contradict the config.
         OSError: decoded copies cannot be written.
     """
+    return splits_from(_required(config).read(config), config)
+
+
+def _required(config: DataConfig) -> Source:
     source = source_of(config)
     if source is None:
         near = difflib.get_close_matches(config.source.lower(), names(), n=1)
         guess = f"did you mean {near[0]}?" if near else "give one of these."
         raise ValueError(f"expected {known()}, got {config.source!r}; {guess}")
     refuse_unread(config, source.options if source.is_named else source.options | {"root"})
-    return splits_from(source.read(config), config)
+    return source
+
+
+def load_whole(config: DataConfig, split: SplitName) -> tuple[Store, list[str], bool]:
+    """Read one split of a data set where it has splits, else all of it; nothing is held out.
+
+    Returns:
+        The examples in their order; their names, where they are files; and whether they are clips.
+
+    Raises:
+        ValueError: as for :func:`load`.
+        OSError: as for :func:`load`.
+    """
+    source = _required(config)
+    raw = source.read(config)
+    chosen: SplitName = split if split in raw.parts else "train"
+    part, words = raw.parts[chosen], list[str]()
+    store = store_of(part, raw, chosen, config, words)
+    names = part.names if isinstance(part, Encoded) and len(part.names) == len(store) else []
+    return store, list(names), raw.clips
 
 
 def source_of(config: DataConfig) -> Source | None:

@@ -2,7 +2,7 @@
 
 from sigma_vae.runs.compare import compare
 from sigma_vae.runs.evaluate import evaluate_run
-from sigma_vae.runs.folder import Run, evaluation_batch, open_model, open_run
+from sigma_vae.runs.folder import Run, evaluation_batch, new_data, open_model, open_run
 from sigma_vae.runs.refit import calibrate_run, fit_prior
 from sigma_vae.runs.train import has_checkpoint, rerun, resume, train
 
@@ -14,6 +14,7 @@ __all__ = [
     "evaluation_batch",
     "fit_prior",
     "has_checkpoint",
+    "new_data",
     "open_model",
     "open_run",
     "rerun",

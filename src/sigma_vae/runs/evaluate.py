@@ -128,7 +128,8 @@ def with_kept(out: Path, report: Evaluation) -> Evaluation:
         return report
     if known.about.get("how") != report.about["how"]:
         return report
-    return Evaluation(known.sections, report.about).updated(report.results)
+    priors = {key: known.about[key] for key in ("prior_held_out_nats",) if key in known.about}
+    return Evaluation(known.sections, priors | report.about).updated(report.results)
 
 
 def remove_stale_pages(out: Path, report: Evaluation) -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sigma_vae import models
-from sigma_vae.config import RunConfig, read, read_text, write_whole
-from sigma_vae.data import Splits
-from sigma_vae.evaluation.base import evaluation_batch
+from sigma_vae.config import DataConfig, RunConfig, read, read_text, write_whole
+from sigma_vae.data import Batches, Splits, names
+from sigma_vae.data.load import load_whole
+from sigma_vae.data.splits import SplitName
+from sigma_vae.evaluation.base import EVALUATION_BATCH, evaluation_batch
 from sigma_vae.training import resolve_device
 from sigma_vae.training.checkpoints import exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first
@@ -25,6 +27,7 @@ __all__ = [
     "evaluation_batch",
     "lock_run",
     "model_digest",
+    "new_data",
     "open_model",
     "open_run",
     "read_json",
@@ -86,7 +89,7 @@ def data_of(out: Path, config: RunConfig) -> Splits:
         ValueError: they have changed: examples of the training split may now be in the test split.
     """
     with first_of_node_first():
-        data = models.data(config.data)
+        data = models.data(_where_it_is(out, config.data))
     record = read_json(out / "environment.json").get("data")
     known = record.get("fingerprint") if isinstance(record, dict) else None
     if known != data.record["fingerprint"]:
@@ -96,6 +99,54 @@ def data_of(out: Path, config: RunConfig) -> Splits:
             f"the data of {out} have changed since it was trained; restore them, or train again into another folder"
         )
     return data
+
+
+def _where_it_is(out: Path, config: DataConfig) -> DataConfig:
+    """Refuse a path that is gone, and say how to go on."""
+    is_path = config.source not in names() and not config.source.startswith("hub:")
+    if is_path and not config.path.exists() and not any(sign in config.source for sign in "*?["):
+        raise ValueError(
+            f"the data of {out} are no longer at {config.path}; put them back, or write their new place as `source` into"
+            f" {out / 'config.yaml'}. score, encode and reconstruct take other data: --data PATH"
+        )
+    return config
+
+
+def new_data(out: Path, saved: models.Saved, source: str, split: SplitName) -> tuple[Batches, list[str]]:
+    """Read other data for a run's model: with the options, columns, levels and standardisation of the run's own data.
+
+    Nothing is held out: of data without splits, all examples are taken, in their order. The run's own data are not
+    needed.
+
+    Returns:
+        The examples on the model's device, and their names where they are files.
+
+    Raises:
+        ValueError: the data cannot be read in this way, or have another shape.
+    """
+    own = config_of(out).data
+    record = read_json(out / "environment.json").get("data")
+    columns = tuple(record.get("columns", ())) if isinstance(record, dict) and own.layout != "n-t" else own.columns
+    real = saved.scaling.levels is None
+    config = replace(
+        own,
+        source=source if source in names() or not Path(source).exists() else str(Path(source).resolve()),
+        root=None,
+        columns=columns,
+        exclude=(),
+        levels=None if source in names() else saved.scaling.levels,
+        levels_from="dtype" if real else own.levels_from,
+        standardise="yes" if saved.scaling.standardised else "no",
+    )
+    store, labels, clips = load_whole(config, split)
+    shape = store.shape[1:] if clips else store.shape
+    if (shape, clips) != (saved.shape, saved.vae.network.reads_clips):
+        raise ValueError(
+            f"{source} has examples of shape {shape}, the model of {out} was trained on {saved.shape}; cut or resize them"
+        )
+    frames = store.shape[0] if clips else 1
+    size = max(1, EVALUATION_BATCH // frames)
+    return Batches(store.to(saved.vae.device), saved.scaling, size), labels
 
 
 def model_digest(out: Path) -> str:

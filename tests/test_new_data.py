@@ -56,7 +56,9 @@ def test_other_data_are_scored_as_the_runs_own_are(kind, tmp_path, capsys):
     x = torch.tensor(TABLE.to_numpy()) if kind == "table" else torch.from_numpy(PICTURES)[:, None].double()
     x = (x > 127).double() if kind == "masks" else x if kind == "table" else x / 255
     if kind == "table":
-        mean, std = (torch.tensor(values, dtype=torch.float64) for values in (opened.data.scaling.mean, opened.data.scaling.deviation))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64) for values in (opened.data.scaling.mean, opened.data.scaling.deviation)
+        )
         x = (x - mean) / std
     scores = opened.vae.score(x.float(), keyed_noise(torch.arange(60)))
     volume = opened.data.scaling.log_volume_nats(opened.data.shape)

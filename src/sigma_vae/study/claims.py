@@ -22,14 +22,14 @@ from sigma_vae.study.comparisons import (
     frechet_columns,
 )
 from sigma_vae.study.grid import format_place
-from sigma_vae.study.statistics import Difference, bootstrapped
+from sigma_vae.study.statistics import Difference, mean_difference
 
 __all__ = ["CLAIMS", "Among", "Claim", "Verdict", "Word", "above", "below", "diverges", "percent", "signed"]
 
-Word = Literal["holds", "does not", "not shown"]
+Word = Literal["holds", "does not", "indicated", "indicated against", "not shown"]
 
-SEEDS = 3
-"""With fewer seeds, nothing is shown."""
+SEEDS = 5
+"""With fewer seeds, something is at most indicated."""
 
 
 class Verdict(NamedTuple):
@@ -83,18 +83,19 @@ def percent(share: float) -> str:
 
 
 def above(found: Difference, bar: float, finding: str) -> Verdict:
-    """Judge whether the whole interval is above the bar (holds) or below it (does not).
+    """Judge whether the whole interval is above the bar (holds) or below it (does not); few seeds only indicate that.
 
-    >>> above(Difference(2.0, 1.0, 3.0, pairs=3), 0.0, "more").word, above(Difference(2.0, 1.0, 3.0, pairs=2), 0.0, "more").word
-    ('holds', 'not shown')
+    >>> [above(Difference(2.0, 1.0, 3.0, pairs), 0.0, "more").word for pairs in (5, 3)]
+    ['holds', 'indicated']
     """
-    if found.low is None or found.high is None or found.pairs < SEEDS:
+    if found.low is None or found.high is None:
         return Verdict("not shown", f"{finding}; a verdict needs {SEEDS} seeds")
-    if found.low > bar:
-        return Verdict("holds", finding)
-    if found.high < bar:
-        return Verdict("does not", finding)
-    return Verdict("not shown", f"{finding}; the interval contains the threshold")
+    if found.low <= bar <= found.high:
+        return Verdict("not shown", f"{finding}; the interval contains the threshold")
+    holds = found.low > bar
+    if found.pairs < SEEDS:
+        return Verdict("indicated" if holds else "indicated against", f"{finding}; a verdict needs {SEEDS} seeds")
+    return Verdict("holds" if holds else "does not", finding)
 
 
 def below(found: Difference, bar: float, finding: str) -> Verdict:
@@ -106,13 +107,13 @@ def below(found: Difference, bar: float, finding: str) -> Verdict:
 def _within(found: Difference, bar: float, finding: str) -> Verdict:
     """Judge whether the whole interval is closer to zero than the bar (holds) or beyond it on one side (does not)."""
     verdict = above(found, -bar, finding)
-    return below(found, bar, finding) if verdict.word == "holds" else verdict
+    return below(found, bar, finding) if verdict.word in ("holds", "indicated") else verdict
 
 
 def _both(first: Verdict, second: Verdict) -> Verdict:
     """Combine two verdicts: holds where both hold, does not where one does not."""
-    words: set[Word] = {first.word, second.word}
-    word: Word = "does not" if "does not" in words else "not shown" if "not shown" in words else "holds"
+    order: tuple[Word, ...] = ("does not", "indicated against", "not shown", "indicated", "holds")
+    word = min(first.word, second.word, key=order.index)
     return Verdict(word, f"{first.finding}; {second.finding}")
 
 
@@ -309,7 +310,7 @@ def _faster(setting: Setting, ours: str, theirs: str) -> Verdict:
     end = setting.difference(ELBO, ours, theirs)
     if not ratios or end is None:
         return _lacking(f"four validations or more of {OPTIMAL} and {SHARED}")
-    found, size = bootstrapped([*map(math.log, ratios)]), abs(setting.mean(theirs, ELBO))
+    found, size = mean_difference([*map(math.log, ratios)]), abs(setting.mean(theirs, ELBO))
     ends = "" if found.low is None or found.high is None else f" [{math.exp(found.low):.3f}, {math.exp(found.high):.3f}]"
     steps = f"{theirs} takes {math.exp(found.mean):.3f}{ends} times the steps, {found.seeds}"
     ended = above(end, -CLOSE_END * size, f"final ELBO, {ours} − {theirs}: {signed(end, 1, ' nats')}")
@@ -343,8 +344,8 @@ def _position(setting: Setting) -> list[Verdict]:
     seeds = sorted(set(kl_shares) & set(information_shares))
     if not seeds:
         return [_lacking(f"information of {OPTIMAL} and of four fixed σ")]
-    kl = bootstrapped([kl_shares[seed] for seed in seeds])
-    more = bootstrapped([information_shares[seed] - kl_shares[seed] for seed in seeds])
+    kl = mean_difference([kl_shares[seed] for seed in seeds])
+    more = mean_difference([information_shares[seed] - kl_shares[seed] for seed in seeds])
     sigma = setting.values(ours, "sigma_post_hoc_density")
     finding = f"σ = {sigma.mean():.3g}: " if len(sigma) else ""
     finding += f"share of the grid's range: marginal KL {signed(kl, 2)}"
@@ -376,7 +377,7 @@ def _coverage(setting: Setting) -> list[Verdict]:
         other = setting.values(theirs, COVERAGE)
         seeds = [seed for seed in mine.index if seed in other.index]
         if seeds:
-            found = bootstrapped([100 * (abs(mine[seed] - 0.9) - abs(other[seed] - 0.9)) for seed in seeds])
+            found = mean_difference([100 * (abs(mine[seed] - 0.9) - abs(other[seed] - 0.9)) for seed in seeds])
             covers = f"optimal covers {100 * mine.mean():.2f} %, {theirs} {100 * other.mean():.2f} %"
             numbers = signed(found, 3, " percentage points")
             verdicts.append(below(found, 0.0, f"{covers}; difference of the errors: {numbers}"))
@@ -432,7 +433,8 @@ def _stability(setting: Setting) -> list[Verdict]:
     diverged = sum(map(diverges, errors))
     others = len(errors) - diverged
     finding = f"{len(there)} runs with a calibrated σ, {diverged} became non-finite, {others} failed otherwise"
-    return [Verdict("does not" if diverged else "holds" if len(there) >= SEEDS and not errors else "not shown", finding)]
+    without: Word = "not shown" if errors or not there else "holds" if len(there) >= SEEDS else "indicated"
+    return [Verdict("does not" if diverged else without, finding)]
 
 
 def diverges(error: str) -> bool:
@@ -482,7 +484,7 @@ def _batch_size(setting: Setting) -> list[Verdict]:
     differences = (change - control if controlled else change).dropna().tolist()
     if not differences:
         return [_lacking("seeds that the smallest and the largest batch share")]
-    found, size = bootstrapped(differences), max(map(abs, means.values()))
+    found, size = mean_difference(differences), max(map(abs, means.values()))
     by_size = ", ".join(f"{batch}: {mean:.1f}" for batch, mean in means.items())
     what = "minus that of shared" if controlled else "without shared to compare with"
     share = f"{percent(found.mean / size)} of it"

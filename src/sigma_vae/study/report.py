@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from jinja2 import Template
 
-SIGNS = {"holds": "✓", "does not": "✗", "not shown": "?"}
+SIGNS = {"holds": "✓", "does not": "✗", "indicated": "(✓)", "indicated against": "(✗)", "not shown": "?"}
 """Signs beside the words, so that nothing depends on colour alone."""
 
 
@@ -52,10 +52,9 @@ def _line(words: str) -> str:
 
 Draw = Callable[[Setting], plots.Plot | None]
 HOW = (
-    "Brackets hold the 95 % bootstrap interval of a mean of differences that are paired by seed. A claim holds where the whole interval"
-    " satisfies the rule, and does not where the whole interval violates it. Otherwise, and with fewer than three seeds, it is not shown."
-    " With three seeds the interval is the range of the three differences, which contains the mean of normal differences in three of"
-    " four cases. Take a verdict on three seeds as an indication."
+    "Brackets hold the 95 % interval (Student's t) of a mean of differences that are paired by seed. A claim holds where the whole"
+    " interval satisfies the rule, and does not where the whole interval violates it: each word is wrong in at most 2.5 of 100 studies"
+    " of normal differences. With fewer than five seeds the claim is at most indicated, or indicated against. Otherwise it is not shown."
 )
 """Explanation above the verdicts."""
 
@@ -150,7 +149,9 @@ def differences(found: Sequence[Setting]) -> Section:
                     tuple(rows),
                 )
             )
-    words = "Paired by seed, test split, with 95 % bootstrap intervals. Bits below zero and nats above zero favour optimal."
+    words = (
+        "Paired by seed, test split, with 95 % intervals by Student's t. Bits below zero and nats above zero favour optimal."
+    )
     return Section("Differences", (words,), tables=tuple(tables))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy import stats
 
 from sigma_vae.evaluation.base import Column
 from sigma_vae.evaluation.suite import columns
@@ -17,9 +17,9 @@ __all__ = [
     "ELBO",
     "Chosen",
     "Difference",
-    "bootstrapped",
     "chosen_on_validation",
     "cost",
+    "mean_difference",
     "paired_difference",
     "shown",
     "summary",
@@ -28,11 +28,11 @@ __all__ = [
 ELBO = "elbo_post_hoc_nats"
 KINDS = {"density": "densities", "level": "levels"}
 """The two kinds of ELBO, and their plurals."""
-RESAMPLES = 10_000
+CONFIDENCE = 0.95
 
 
 class Difference(NamedTuple):
-    """A mean over pairs with its 95 % bootstrap interval; the ends are None for a single pair."""
+    """A mean over pairs with its 95 % interval (Student's t); the ends are None for a single pair."""
 
     mean: float
     low: float | None
@@ -111,9 +111,7 @@ def _observed_apart(table: "pd.DataFrame") -> "pd.DataFrame":
     return table.drop(columns=ELBO).assign(**apart)
 
 
-def paired_difference(
-    table: "pd.DataFrame", metric: str, ours: dict[str, Any], theirs: dict[str, Any], seed: int = 0
-) -> Difference:
+def paired_difference(table: "pd.DataFrame", metric: str, ours: dict[str, Any], theirs: dict[str, Any]) -> Difference:
     """Subtract theirs from ours on the test split, seed by seed, so that the effect of the seed cancels.
 
     Args:
@@ -121,7 +119,6 @@ def paired_difference(
         metric: a column.
         ours: which rows: columns and their values.
         theirs: which rows ours are compared with.
-        seed: of the bootstrap over pairs.
 
     Raises:
         ValueError: there are no pairs, or several rows of one seed.
@@ -129,25 +126,25 @@ def paired_difference(
     both = _of(table, ours, metric).to_frame("ours").join(_of(table, theirs, metric).rename("theirs"), how="inner").dropna()
     if both.empty:
         raise ValueError(f"no seed has both {ours} and {theirs} with a number of {metric}")
-    return bootstrapped((both["ours"] - both["theirs"]).tolist(), seed)
+    return mean_difference((both["ours"] - both["theirs"]).tolist())
 
 
-def bootstrapped(differences: Sequence[float], seed: int = 0) -> Difference:
-    """Compute the mean over pairs and its 95 % percentile bootstrap interval (Efron 1979).
+def mean_difference(differences: Sequence[float]) -> Difference:
+    """Compute the mean over pairs and its 95 % interval by Student's t.
 
-    With few pairs the interval is narrow. With three it is their range, which contains the mean of normal differences
-    in three of four cases.
+    Of normal differences it contains the mean in 95 of 100 studies, whatever the number of pairs. (The percentile
+    bootstrap of three pairs is their range, and contains it in 76.) So a rule that holds where the whole interval is on
+    one side of a bar is wrong in 2.5 of 100 studies at most.
 
-    >>> bootstrapped([1.0, 3.0, 2.0])
-    Difference(mean=2.0, low=1.0, high=3.0, pairs=3)
+    >>> [round(number, 3) for number in mean_difference([1.0, 3.0, 2.0])]
+    [2.0, -0.484, 4.484, 3]
     """
     values = np.asarray(differences, dtype=float)
     mean, n = float(values.mean()), len(values)
     if n == 1:
         return Difference(mean, None, None, n)
-    drawn = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed))
-    low, high = drawn.confidence_interval
-    return Difference(mean, float(low), float(high), n)
+    half = float(stats.t.ppf(0.5 + 0.5 * CONFIDENCE, n - 1)) * float(values.std(ddof=1)) / math.sqrt(n)
+    return Difference(mean, mean - half, mean + half, n)
 
 
 def chosen_on_validation(table: "pd.DataFrame", axis: str, candidates: Sequence[Any], metric: str, *, highest: bool) -> Chosen:

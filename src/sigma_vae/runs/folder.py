@@ -88,8 +88,13 @@ def data_of(out: Path, config: RunConfig) -> Splits:
     Raises:
         ValueError: they have changed: examples of the training split may now be in the test split.
     """
-    with first_of_node_first():
-        data = models.data(_where_it_is(out, config.data))
+    try:
+        with first_of_node_first():
+            data = models.data(config.data)
+    except ValueError as error:
+        if (moved := _moved(out, config.data)) is None:
+            raise
+        raise moved from error
     record = read_json(out / "environment.json").get("data")
     known = record.get("fingerprint") if isinstance(record, dict) else None
     if known != data.record["fingerprint"]:
@@ -101,15 +106,15 @@ def data_of(out: Path, config: RunConfig) -> Splits:
     return data
 
 
-def _where_it_is(out: Path, config: DataConfig) -> DataConfig:
-    """Refuse a path that is gone, and say how to go on."""
+def _moved(out: Path, config: DataConfig) -> ValueError | None:
+    """The error of data whose path is gone, which says how to go on; None if it is not."""
     is_path = config.source not in names() and not config.source.startswith("hub:")
-    if is_path and not config.path.exists() and not any(sign in config.source for sign in "*?["):
-        raise ValueError(
-            f"the data of {out} are no longer at {config.path}; put them back, or write their new place as `source` into"
-            f" {out / 'config.yaml'}. score, encode and reconstruct take other data: --data PATH"
-        )
-    return config
+    if not is_path or config.path.exists() or any(sign in config.source for sign in "*?["):
+        return None
+    return ValueError(
+        f"the data of {out} are no longer at {config.path}; put them back, or write their new place as `source` into"
+        f" {out / 'config.yaml'}. score, encode and reconstruct take other data: --data PATH"
+    )
 
 
 def new_data(out: Path, saved: models.Saved, source: str, split: SplitName) -> tuple[Batches, list[str]]:

@@ -135,3 +135,18 @@ def test_a_full_disk_leaves_the_old_file(name, digits_run, tmp_path, capsys, mon
     assert "No space left on device" in capsys.readouterr().err
     assert out.read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", name])
+
+
+@pytest.mark.parametrize("unit", [1, 255])
+def test_a_run_from_before_levels_were_found_keeps_those_of_the_dtype(unit, tmp_path):
+    """Its config says nothing of that, and its data look like two levels now."""
+    np.save(tmp_path / "bits.npy", unit * (PICTURES > 127).astype(np.uint8))
+    out = tmp_path / "run"
+    assert main(["train", str(tmp_path / "bits.npy"), *SMALL, "--levels-from", "dtype", "--out", str(out)]) == 0
+    before = runs.evaluate.read_evaluation(out)
+    lines = (out / "config.yaml").read_text(encoding="utf-8").splitlines(keepends=True)
+    (out / "config.yaml").write_text("".join(line for line in lines if "levels_from" not in line), encoding="utf-8")
+    assert runs.open_run(out, "cpu").data.levels == 256
+    after = runs.evaluate_run(out, device="cpu")
+    assert after.elbo_nats.mean == before.elbo_nats.mean
+    assert after.bits_per_dim.mean == before.bits_per_dim.mean

@@ -96,14 +96,24 @@ def data_of(out: Path, config: RunConfig) -> Splits:
             raise
         raise moved from error
     record = read_json(out / "environment.json").get("data")
-    known = record.get("fingerprint") if isinstance(record, dict) else None
-    if known != data.record["fingerprint"]:
+    known = record if isinstance(record, dict) else {}
+    if not _same(known, data.record):
         data = models.data(replace(config.data, levels_from="dtype"))  # as it was done before
-    if known != data.record["fingerprint"]:
+    if not _same(known, data.record):
         raise ValueError(
             f"the data of {out} have changed since it was trained; restore them, or train again into another folder"
         )
     return data
+
+
+def _same(record: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two records are of the same examples, stored in the same way: 0 and 1 may be two levels, or two of 256."""
+
+    def stored_as(words: object) -> list[str]:
+        return [part for part in str(words).split("; ") if part.startswith(("kept as", "standardised"))]
+
+    same = [stored_as(each.get("preprocessing")) for each in (record, other)]
+    return record.get("fingerprint") == other.get("fingerprint") and same[0] == same[1]
 
 
 def _moved(out: Path, config: DataConfig) -> ValueError | None:

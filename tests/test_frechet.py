@@ -109,7 +109,7 @@ def test_the_kernel_distance_of_whole_sets_is_the_discrepancy() -> None:
     found = kernel_distance(torch.from_numpy(x), torch.from_numpy(y))
     assert (found.subsets, found.subset_size) == (1, 90)
     assert found.mean == pytest.approx(mmd(x, y), rel=1e-6)
-    assert found.standard_deviation == 0
+    assert found.standard_deviation is None
 
 
 def test_the_kernel_distance_is_the_mean_over_subsets() -> None:
@@ -209,3 +209,9 @@ def test_sets_that_do_not_fit_get_a_sentence(mistake: str, distance) -> None:
     x, y, says = MISTAKES[mistake]
     with pytest.raises(ValueError, match=says):
         distance(x, y)
+
+
+def test_the_kernel_distance_of_one_pair_of_subsets_has_no_std():
+    found = kernel_distance(torch.randn(50, 3), torch.randn(50, 3))
+    assert (found.subsets, found.standard_deviation) == (1, None)
+    assert found.to_json()["standard_deviation"] is None

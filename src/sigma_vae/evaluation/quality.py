@@ -48,10 +48,10 @@ SAMPLES_AT_ONCE, CLIPS_AT_ONCE = 100, 16
 
 @dataclass(frozen=True, eq=False)
 class KernelDistance(Record):
-    """The mean over subsets, their std, their number and their size."""
+    """The mean over subsets, their std (None for a single one), their number and their size."""
 
     mean: float
-    standard_deviation: float
+    standard_deviation: float | None
     subsets: int
     subset_size: int
 
@@ -517,7 +517,8 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int =
         return features[torch.randperm(len(features), generator=generator)[:size]]
 
     scores = torch.stack([_discrepancy(chosen(x), chosen(y)) for _ in range(count)])
-    return KernelDistance(float(scores.mean()), float(scores.std(correction=0)), count, size)
+    std = None if count == 1 else float(scores.std(correction=0))
+    return KernelDistance(float(scores.mean()), std, count, size)
 
 
 def _discrepancy(x: Tensor, y: Tensor) -> Tensor:

@@ -709,3 +709,16 @@ def test_the_page_fits_a_phone(out, tmp_path, width):
     assert title[0] == "wide"
     assert int(title[1]) <= int(title[3]) <= width
     assert width < 1200 or title[4:] == ["clipped", "0"]  # tables are wider than a phone, and scroll there
+
+
+def test_runs_that_two_studies_share_make_one_finding(spec, out, tmp_path, capsys):
+    """The same grid under another name, with the same cells; and a third one with numbers of its own."""
+    shutil.copytree(out, tmp_path / "again")
+    other = a_spec(likelihoods=ARMS, along={"training.batch_size": [16]})
+    build(other, tmp_path / "other")
+    assert main(["study", "verdicts", str(out), str(tmp_path / "again"), str(tmp_path / "other")]) == 0
+    page = capsys.readouterr().out
+    (row,) = [line for line in page.splitlines() if line.startswith("| 1, likelihood")]
+    assert out.name in row
+    assert "again" not in row
+    assert "other" in row

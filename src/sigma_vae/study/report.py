@@ -3,7 +3,7 @@
 import base64
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from importlib import resources
@@ -350,11 +350,21 @@ class Judged(NamedTuple):
         return [f"{study} ({names})" if names else study for study, names in inside.items()]
 
 
+def _once(found: Iterable[Found], keys: Mapping[str, set[str]]) -> tuple[Found, ...]:
+    """Leave out a finding that an earlier study has made of the same runs; ``keys`` has the runs of each study."""
+    kept: list[Found] = []
+    for one in found:
+        same = (each for each in kept if each.finding == one.finding and each.study != one.study)
+        if not any(keys[each.study] & keys[one.study] for each in same):
+            kept.append(one)
+    return tuple(kept)
+
+
 def verdicts(studies: Sequence[Path]) -> str:
     """Write a page in Markdown: each claim with its rule, and the studies in which it holds, does not, or is not shown.
 
     The page is made from the same files as :func:`~sigma_vae.study.report`. Claims that no study has measured are
-    listed at the end.
+    listed at the end. Studies that share runs have a finding on them once, in the first study.
 
     Args:
         studies: folders of studies; the page uses the folders' names.
@@ -366,16 +376,20 @@ def verdicts(studies: Sequence[Path]) -> str:
         raise ValueError("no study is given; name the folders of some: sigma-vae study verdicts docs/studies/*")
     specs = {study: spec_of(study) for study in studies}
     measured = {study: settings(spec, study) for study, spec in specs.items()}
+    keys = {study.name: {key for setting in found for key in setting.table["key"]} for study, found in measured.items()}
     judged = [
         Judged(
             claim.name,
             claim.sentence,
             claim.rule,
-            tuple(
-                Found(study.name, setting, verdict.word, verdict.finding)
-                for study, found in measured.items()
-                for setting, verdict in claim.verdicts(found)
-                if not verdict.lacks
+            _once(
+                (
+                    Found(study.name, setting, verdict.word, verdict.finding)
+                    for study, found in measured.items()
+                    for setting, verdict in claim.verdicts(found)
+                    if not verdict.lacks
+                ),
+                keys,
             ),
         )
         for claim in CLAIMS

@@ -41,6 +41,8 @@ from sigma_vae.cli import main as command_line
 from sigma_vae.config import RunConfig, read
 from sigma_vae.registry import register
 
+TRAINING = ("'train'", "'resume'", "'replay'", "'rerun'", "'study'")
+"""Commands that may take long for a good reason: broken input can ask for many steps."""
 MEMORY = 12 * 2**30
 """Bytes of address space that a process may take beyond what it has."""
 
@@ -57,7 +59,7 @@ WORDS = STRANGE + NAMES
 
 
 class Outcome(NamedTuple):
-    """How an input ended: ``done``, ``refused`` or ``failed``, and the last words."""
+    """How an input ended: ``done``, ``refused``, ``slow`` (a training) or ``failed``, and the last words."""
 
     number: int
     part: str
@@ -138,7 +140,9 @@ def attempt(seeds: "Seeds", number: int, seed: int, patience: int) -> Outcome:
         signal.alarm(patience)
         try:
             kind, said = part(seeds, chance, about)
-        except (Exception, TooLong) as error:
+        except TooLong:
+            kind, said = ("slow" if any(word in about for word in TRAINING) else "failed"), "took too long"
+        except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             kind, said = "failed", f"{type(error).__name__}: {str(error)[:300]} ({Path(where.filename).name}:{where.lineno})"
         finally:

@@ -403,3 +403,12 @@ def test_absurd_sizes_are_told_in_a_line(words, digits_run, small_memory, tmp_pa
     words = [str(digits_run) if word == "RUN" else word for word in words]
     assert main([*words, "--out", str(tmp_path / ("a.png" if words[0] == "sample" else "run"))]) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_of_another_size_is_told_at_resume(digits_run, tmp_path, capsys):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    config = read(run / "config.yaml", RunConfig)
+    write(run / "config.yaml", replace(config, model=replace(config.model, width=(config.model.width or 400) + 1)))
+    assert main(["resume", str(run), "--epochs", "100"]) == 1
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert "does not hold the weights of this model" in said

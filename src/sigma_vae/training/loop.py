@@ -305,7 +305,13 @@ class _Training:
         state: dict[str, Any] = {"step": 0, "noise": None}
         if self.checkpoints.resumed is not None:
             state = read_checkpoint(self.checkpoints.resumed)
-            self.stepper.load_state_dict(state)
+            try:
+                self.stepper.load_state_dict(state)
+            except RuntimeError as error:
+                path = self.checkpoints.resumed
+                raise ValueError(
+                    f"{path} does not hold the weights of this model: has its config.yaml changed? {error}"
+                ) from error
             self.batches.load_state_dict(state["data"])
             self.checkpoints.best.load_state_dict(state["best"])
             self.history, self.seconds_before = state["history"], state["seconds"]

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from sigma_vae import models, runs
 from sigma_vae.cli import main
 from sigma_vae.config import RunConfig, read, write
+from sigma_vae.likelihoods.scales import OLD_BOUNDS
 from sigma_vae.runs.folder import read_json
-from sigma_vae.training.checkpoints import FORMAT, SEAL_BYTES, write_sealed
+from sigma_vae.training.checkpoints import FORMAT, SEAL_BYTES, read_sealed, write_sealed
 
 PACKAGE = Path(__file__).parent.parent / "src" / "sigma_vae"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -412,3 +413,65 @@ def test_a_checkpoint_of_another_size_is_told_at_resume(digits_run, tmp_path, ca
     assert main(["resume", str(run), "--epochs", "100"]) == 1
     (said,) = capsys.readouterr().err.strip().splitlines()
     assert "does not hold the weights of this model" in said
+
+
+def changed(path, value):
+    """Exchange a value of a run's file for another: of JSON, or of a sealed checkpoint."""
+
+    def change(run):
+        name, *keys = path.split(":")
+        file = run / name
+        content = read_sealed(file) if name.endswith(".ckpt") else json.loads(file.read_text())
+        place = content
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+        file.unlink()
+        write_sealed(content, file) if name.endswith(".ckpt") else file.write_text(json.dumps(content))
+
+    return change
+
+
+LAST, MODEL = "checkpoints/last.ckpt", "model/model.json:scaling"
+SCORE, RESUME = ["score"], ["resume", "--epochs", "7"]
+CHANGED = {
+    **{f"{LAST}:{key}": (f"{LAST}:{key}", value, RESUME) for key, value in {
+        "model": {}, "optimizer": 7, "skipped_steps": "x", "skipped_in_a_row": None, "data": [7], "noise": 7, "seconds": "x",
+        "history": [7], "callbacks": 7, "best": {},
+    }.items()},
+    "no std": (f"{MODEL}:mean", [0.5], SCORE),
+    "std 0": (f"{MODEL}", {"levels": None, "mean": [0.5], "deviation": [0.0]}, SCORE),
+    "two stds": (f"{MODEL}", {"levels": None, "mean": [0.5], "deviation": [1.0, 1.0]}, SCORE),
+    "infinite mean": (f"{MODEL}", {"levels": None, "mean": [float("inf")], "deviation": [1.0]}, SCORE),
+    "one level": (f"{MODEL}:levels", 1, SCORE),
+    "columns": ("environment.json:data:columns", 7, ["score", "--data", "digits"]),
+    "no record": ("environment.json:data", [], ["score", "--data", "digits"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value", "words"), CHANGED.values(), ids=CHANGED)
+def test_files_with_another_content_are_told_in_a_line(path, value, words, digits_run, tmp_path, capsys):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    changed(path, value)(run)
+    command, *options = words
+    assert main([command, str(run), *options]) == 1
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert path.partition(":")[0] in said
+
+
+def test_bounds_are_no_section(digits_run, tmp_path, capsys):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    changed("evaluation.json:elbo", None)(run)
+    assert main(["compare", str(run), str(digits_run)]) == 0
+    capsys.readouterr()
+
+
+def test_a_resumed_checkpoint_from_before_bounds_were_saved_keeps_the_old_ones(digits_run, tmp_path):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    path = run / "checkpoints" / "last.ckpt"
+    content = read_sealed(path)
+    del content["model"]["likelihood.scale.log_bounds"]
+    write_sealed(content, path)
+    runs.resume(run, epochs=read(run / "config.yaml", RunConfig).training.epochs + 1, progress=False)
+    bounds = load_file(run / "model" / "model.safetensors")["likelihood.scale.log_bounds"]
+    torch.testing.assert_close(bounds, torch.tensor(OLD_BOUNDS))

@@ -41,6 +41,20 @@ class Scaling:
     mean: tuple[float, ...] | None = None
     deviation: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse numbers that nothing can be scaled by."""
+        if self.levels is not None and self.levels < 2:
+            raise ValueError(f"a scaling has at least 2 levels, got {self.levels}")
+        mean, deviation = (self.mean or ()), (self.deviation or ())
+        if (
+            len(mean) != len(deviation)
+            or not all(math.isfinite(m) for m in mean)
+            or not all(0 < s < math.inf for s in deviation)
+        ):
+            raise ValueError(
+                f"a scaling needs a finite mean and a finite std above 0 for each channel, got {mean} and {deviation}"
+            )
+
     @property
     def standardised(self) -> bool:
         """Whether values are shifted and scaled to mean 0 and std 1."""

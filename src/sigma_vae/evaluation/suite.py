@@ -74,7 +74,7 @@ class Evaluation(Mapping[str, Any]):
         top = {*ABOUT, *Bounds.__dataclass_fields__, *ElboResult.__dataclass_fields__}
         results: dict[str, Any] = {"elbo": parse(dict(content), ElboResult, "the bounds")}
         for name, section in content.items():
-            if name not in top:
+            if name not in top | {"elbo"}:  # the bounds are not a section
                 read = section is not None and name in known
                 results[name] = parse(section, known[name].result, f"the section {name}") if read else section
         return cls(results, {name: content[name] for name in ABOUT if name in content})

@@ -141,7 +141,10 @@ def new_data(out: Path, saved: models.Saved, source: str, split: SplitName) -> t
     """
     own = config_of(out).data
     record = read_json(out / "environment.json").get("data")
-    columns = tuple(record.get("columns", ())) if isinstance(record, dict) and own.layout != "n-t" else own.columns
+    known = record.get("columns", []) if isinstance(record, dict) else None
+    if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
+        raise ValueError(f"{out / 'environment.json'} does not say the columns of the run's data, got {known!r}")
+    columns = tuple(known) if own.layout != "n-t" else own.columns
     real = saved.scaling.levels is None
     config = replace(
         own,

@@ -363,10 +363,9 @@ def whole_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_whole_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a whole state into a module whose weights may be sharded."""
-    module.load_state_dict(
-        {name: _like(value, state[name]) if name in state else value for name, value in module.state_dict().items()}
-    )
+    """Load a whole state into a module whose weights may be sharded; it has to have all of them, and no others."""
+    own = module.state_dict()
+    module.load_state_dict({name: _like(own[name], value) if name in own else value for name, value in state.items()})
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain, islice, repeat
+from operator import index
 from pathlib import Path
 from types import FrameType
 from typing import Any, final
@@ -302,24 +303,27 @@ class _Training:
 
     def _restore(self) -> None:
         """Take back the state of the checkpoint that training is resumed from, the noise last."""
-        state: dict[str, Any] = {"step": 0, "noise": None}
-        if self.checkpoints.resumed is not None:
-            state = read_checkpoint(self.checkpoints.resumed)
-            try:
-                self.stepper.load_state_dict(state)
-            except RuntimeError as error:
-                path = self.checkpoints.resumed
-                raise ValueError(
-                    f"{path} does not hold the weights of this model: has its config.yaml changed? {error}"
-                ) from error
-            self.batches.load_state_dict(state["data"])
-            self.checkpoints.best.load_state_dict(state["best"])
-            self.history, self.seconds_before = state["history"], state["seconds"]
-            self.context.step = state["step"]
-            self.context.epoch = self._epoch()
-            for name, callback in self._named_callbacks().items():
-                if name in state["callbacks"]:
-                    callback.load_state_dict(state["callbacks"][name])
+        path = self.checkpoints.resumed
+        if path is None:
+            return set_noise(None, self.batches.seed, 0, self.where)
+        state = read_checkpoint(path)
+        try:
+            self._take(state)
+        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{path} does not hold the weights of this model, and of this training: has its config.yaml changed? {error}"
+            ) from error
+
+    def _take(self, state: dict[str, Any]) -> None:
+        self.stepper.load_state_dict(state)
+        self.batches.load_state_dict(state["data"])
+        self.checkpoints.best.load_state_dict(state["best"])
+        self.history, self.seconds_before = [dict(row) for row in state["history"]], math.fsum([state["seconds"]])
+        self.context.step = index(state["step"])
+        self.context.epoch = self._epoch()
+        for name, callback in self._named_callbacks().items():
+            if name in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][name])
         set_noise(state["noise"], self.batches.seed, state["step"], self.where)
 
     @contextmanager

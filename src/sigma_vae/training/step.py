@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count
+from operator import index
 from typing import Any, NamedTuple, final
 
 import torch
@@ -132,7 +133,7 @@ class Stepper:
         self.optimizer.step()
         if self.average is not None and not skipped:
             self.average.update_parameters(self.vae)
-        if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+        if skipped and self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
             raise endless_skipping(f"the last {self.skipped_in_a_row} steps, up to step {number},", self.config)
         return None if not row else {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
 
@@ -166,8 +167,8 @@ class Stepper:
             self.average.module.load_state_dict(state["model"])
             self.average.n_averaged.fill_(state["averaged_steps"] or 0)
         load_optimizer_state(self.optimizer, state["optimizer"])
-        self.skipped_steps = state["skipped_steps"]
-        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self.skipped_steps = index(state["skipped_steps"])
+        self.skipped_in_a_row = index(state.get("skipped_in_a_row", 0))
 
     def _hold_where_broken(self, loss: Tensor) -> None:
         """From a loss that is not finite until :meth:`check`, leave weights and moments unchanged."""

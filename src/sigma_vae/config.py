@@ -46,6 +46,11 @@ LARGEST, LARGEST_COUNT = 1e30, 10**15
 """Largest real and whole number that an option takes: tensors can hold both."""
 
 
+USUAL_EPOCHS, LEAST_STEPS, MOST_STEPS = 20, 4_000, 20_000
+"""Length of a training whose epochs are not given: small data need many passes, and large data not many."""
+EMA_DECAY = 0.999
+
+
 class RenamedWarning(DeprecationWarning):
     """An option or a key has a new name, or one of its values has; the old one works for one minor version."""
 
@@ -191,10 +196,10 @@ class ModelConfig(_Strict):
         str,
         Names(
             "Name of the prior that samples are drawn from. Training uses standard; another one is fitted to the latents after training,"
-            " for networks with one layer of flat latents.",
+            " for networks with one layer of flat latents. auto: the best of them on validation data.",
             register.prior,
         ),
-    ] = "standard"
+    ] = "auto"
     """Name of the prior."""
 
 
@@ -233,8 +238,11 @@ class HardwareConfig(_Strict):
 class TrainingConfig(_Strict):
     """How the weights are found."""
 
-    epochs: int = 20
-    """Passes over the training split."""
+    start: Literal["auto", "principal", "random"] = "auto"
+    """Weights that training starts from: principal adds the best linear VAE (probabilistic PCA) to the network and learns
+    what it leaves; random does not. auto: principal where the network has one layer of flat latents."""
+    epochs: int | None = None
+    """Passes over the training split. Unless given, 20, but at least 4000 steps and at most 20000."""
     max_steps: int | None = None
     """Stop after this many steps, if that is sooner."""
     max_minutes: float | None = None
@@ -279,12 +287,13 @@ class TrainingConfig(_Strict):
     skip_gradient_norm: float | None = None
     """Skip a step whose gradient norm, before clipping, reaches this or is not finite: a rare one can undo a deep
     network."""
-    ema_decay: float | None = None
-    """Evaluate and export an exponential moving average of the weights with this decay (0.999, say)."""
-    patience: int | None = None
-    """Stop when the validation ELBO has not risen for this many validations."""
+    ema_decay: float | Literal["auto"] | None = "auto"
+    """Evaluate and export an exponential moving average of the weights with this decay, after a warm-up. None: the
+    weights themselves. auto: 0.999, unless weights are sharded."""
+    patience: int | None = 10
+    """Stop when the validation ELBO has not risen for this many validations; None: never."""
     validate_every: int | None = None
-    """Steps between validations; once an epoch unless given."""
+    """Steps between validations. Unless given, once an epoch where epochs are given, else 100 to 1000 steps."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints; one is also written with each validation."""
     log_every: int = 50
@@ -310,8 +319,32 @@ class TrainingConfig(_Strict):
             raise ValueError(f"kl_weight multiplies the KL and is at least 0 (1: the ELBO), got {self.kl_weight}")
         if not 0 <= self.beta_nll <= 1:
             raise ValueError(f"beta_nll is from 0 (the likelihood) to 1 (all errors weigh the same), got {self.beta_nll}")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+        if isinstance(self.ema_decay, float | int) and not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is the weight of the past, from 0 up to but not 1, got {self.ema_decay}")
+
+    @property
+    def decay(self) -> float | None:
+        """Decay of the averaged weights; None where they are not averaged."""
+        return self.ema_decay if self.ema_decay != "auto" else None if self.shard_weights else EMA_DECAY
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Number of steps: of the epochs that are given, or by the size of the data; at most ``max_steps``.
+
+        >>> [TrainingConfig().total_steps(steps) for steps in (2, 423, 10_000)]     # small, middle and large data
+        [4000, 8460, 20000]
+        """
+        by_size = min(max(USUAL_EPOCHS * steps_per_epoch, LEAST_STEPS), MOST_STEPS)
+        steps = by_size if self.epochs is None else self.epochs * steps_per_epoch
+        return steps if self.max_steps is None else min(self.max_steps, steps)
+
+    def validation_interval(self, steps_per_epoch: int) -> int:
+        """Steps between validations.
+
+        >>> [TrainingConfig().validation_interval(steps) for steps in (2, 423, 10_000)]
+        [100, 423, 1000]
+        """
+        by_size = min(max(steps_per_epoch, 100), 1000)
+        return self.validate_every or (by_size if self.epochs is None else steps_per_epoch)
 
 
 @dataclass(frozen=True)

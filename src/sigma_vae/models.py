@@ -4,6 +4,7 @@ import inspect
 import json
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,13 +16,13 @@ from torch import nn
 from sigma_vae import data as data_sources
 from sigma_vae.config import ModelConfig, parse, read_text, write_whole
 from sigma_vae.data import Scaling, Splits
-from sigma_vae.likelihoods.base import MeanMap
 from sigma_vae.networks.residual import SMALLEST
 from sigma_vae.registry import Entry, Registry, register
-from sigma_vae.types import Likelihood, Network, Observes, Prior
+from sigma_vae.types import Likelihood, MeanMap, Network, Observes, Prior
 from sigma_vae.vae import VAE
 
 __all__ = [
+    "AUTO",
     "UNNAMED",
     "Saved",
     "check_network",
@@ -33,6 +34,7 @@ __all__ = [
     "network",
     "prior",
     "prior_name",
+    "priors",
     "save",
     "sized",
     "vae",
@@ -79,12 +81,39 @@ def prior_name(prior: Prior) -> str:
     return name
 
 
+AUTO = "auto"
+"""In place of a name: of the priors below whose packages are installed, and N(0, I), the best on held-out latents."""
+AUTO_PRIORS = ("mixture", "flow")
+
+
+def priors(name: str, network: Network, examples: int) -> list[Prior]:
+    """The priors to fit after training: the named one; for ``auto`` each that so many training examples can fit.
+
+    >>> from sigma_vae.networks import mlp
+    >>> [type(each).__name__ for each in priors("auto", mlp((1, 8, 8), 1), examples=1000)]
+    ['MixturePrior', 'FlowPrior']
+    >>> [type(each).__name__ for each in priors("auto", mlp((1, 8, 8), 1), examples=10)]
+    []
+    """
+    if not (network.has_posterior and network.has_prior):
+        return []
+    if name != AUTO:
+        return [prior(name, *network.latents.sizes)]
+    made: list[Prior] = []
+    for each in AUTO_PRIORS:
+        with suppress(ModuleNotFoundError):
+            made.append(prior(each, *network.latents.sizes))
+    return [each for each in made if each.least_latents <= examples]
+
+
 def check_prior(name: str, network_name: str, network: Network | None = None) -> None:
     """Refuse, before training, a prior that the network (or one of this name, where none is given) could not take.
 
     Raises:
         ValueError: there is no such prior, or the network has no flat latents to fit it to.
     """
+    if name == AUTO:
+        return
     if network is None:
         known = network_name in register.network
         takes = not known or register.network.entry(network_name).facts.get("has_prior", True)

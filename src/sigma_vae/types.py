@@ -4,6 +4,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, final
 
@@ -22,6 +23,7 @@ __all__ = [
     "Latents",
     "Likelihood",
     "Maps",
+    "MeanMap",
     "Network",
     "Noise",
     "Observes",
@@ -29,6 +31,7 @@ __all__ = [
     "Prior",
     "Temperature",
     "at_least_float32",
+    "in_full_precision",
     "per_layer",
     "standard_normal",
 ]
@@ -38,6 +41,9 @@ Noise = Callable[[torch.Size], Tensor]
 
 Temperature = float | Sequence[float]
 """Scales the spread of latents drawn from the prior: one number, or one for each layer, from the top down."""
+
+MeanMap = Literal["identity", "unit"]
+"""From features to the mean: themselves, or a sigmoid onto [0, 1]."""
 
 Observes = Literal["density", "level"]
 """Probability of the real value (a density), or of the observed level (the mass of its bin)."""
@@ -308,6 +314,24 @@ class Network(nn.Module, ABC):
         """
         raise self._lacks("no way to decode several draws at once", "draw(x, posterior, unit)")
 
+    @property
+    def has_start(self) -> bool:
+        """Whether :meth:`start_from` can start training at the best linear VAE."""
+        return self._defines("start_from")
+
+    def start_from(self, data: Iterable[Tensor], mean: MeanMap | None, features: Callable[[float], Tensor]) -> float | None:
+        """Set the weights so that the network is the best linear VAE of these data: training starts there.
+
+        Args:
+            data: batches ``(batch, C, *space)`` in random order, the same in each pass; a list or a loader.
+            mean: map from the first C feature channels to the mean; None where they have another meaning.
+            features: ``(in_channels,)``, at which residuals have the given std.
+
+        Returns:
+            The std of the residuals that a linear decoder leaves; None where the data have no variance, so that nothing changes.
+        """
+        raise self._lacks("no start that can be solved", "start_from(data, mean, features)")
+
     def replace_prior(self, prior: Prior) -> None:
         """Use this prior from now on; ValueError unless :attr:`has_prior`."""
         if not self.has_prior:
@@ -387,6 +411,8 @@ class Likelihood(nn.Module, ABC):
     """Whether it is made with a scale, so that it is named ``family/scale``."""
     unit_interval: bool = False
     """Whether data must lie in [0, 1]."""
+    mean_map: MeanMap | None = None
+    """Map from the first ``channels`` features to the mean; None where features have another meaning."""
     observes: Observes = "density"
     """Objective of training: the density of the values, or the probability of their levels' bins."""
     normalised: bool = True
@@ -503,6 +529,10 @@ class Likelihood(nn.Module, ABC):
     def start(self, std: float) -> None:
         """Start a learned σ from the std of the data, unless it was given or learned before."""
 
+    def start_features(self, std: float) -> Tensor:
+        """Features ``(in_channels,)`` from which training may start, if residuals have this std; 0 where nothing is known."""
+        return torch.zeros(self.in_channels)
+
     def set_floor(self, relative: float | None = None, std: float = 1.0) -> None:
         """Set the least σ where there is one and none was given to the scale.
 
@@ -589,6 +619,11 @@ def _check_levels(x: Tensor, levels: int) -> None:
 def standard_normal(like: Tensor, noise: Noise | None) -> Tensor:
     """Standard normal numbers like this tensor, from ``noise`` or else torch's global generator."""
     return torch.randn_like(like) if noise is None else noise(like.shape).to(like)
+
+
+def in_full_precision(device: str) -> AbstractContextManager[object]:
+    """Context that switches autocast off: half precision would round a likelihood's terms to whole nats."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -12,7 +12,18 @@ from torch.distributions import Normal
 from sigma_vae.networks.sequence import FRAMES, starts
 from sigma_vae.priors.base import fitted
 from sigma_vae.priors.gaussian import best_prior
-from sigma_vae.types import Batch, Elbo, Likelihood, Network, Noise, Prior, Temperature, per_layer, standard_normal
+from sigma_vae.types import (
+    Batch,
+    Elbo,
+    Likelihood,
+    Network,
+    Noise,
+    Prior,
+    Temperature,
+    in_full_precision,
+    per_layer,
+    standard_normal,
+)
 
 __all__ = [
     "SEED_OFFSET",
@@ -22,7 +33,6 @@ __all__ = [
     "Scores",
     "Show",
     "in_eval_mode",
-    "in_full_precision",
     "keyed_noise",
     "latents_of",
 ]
@@ -221,8 +231,38 @@ class VAE(nn.Module):
             self.likelihood.calibrate(FeaturePairs(self.network, loader, seed, self.device))
 
     @torch.no_grad()
+    def start_from(self, loader: "Iterable[Examples]") -> float | None:
+        """Start at the best linear VAE of these data, probabilistic PCA; training then learns what it leaves.
+
+        Its encoder and decoder have a closed form, and are added to the network's own, whose last layers are set to 0. Take
+        σ from validation data afterwards: a VAE that starts here fits its training data well, and soon too well.
+
+        Args:
+            loader: training data in random order, as for :meth:`calibrate`: some thousands of examples are enough.
+
+        Returns:
+            The std of the residuals of this start, None where the data have no variance; σ of a learned scale may start there.
+
+        Raises:
+            ValueError: the network has no such start (``network.has_start``).
+
+        >>> from sigma_vae import VAE, Gaussian, mlp
+        >>> x = torch.rand(64, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+        >>> vae = VAE(mlp((1, 4, 4), 1, latent_dim=2), Gaussian(1))
+        >>> std = vae.start_from([x])
+        >>> vae.calibrate([x])
+        >>> abs(vae.likelihood.sigma().item() - std) < 0.02
+        True
+        """
+        return self.network.start_from(_Values(loader), self.likelihood.mean_map, self.likelihood.start_features)
+
+    @torch.no_grad()
     def fit_prior(
-        self, loader: "Iterable[Examples]", prior: Prior, validation: "Iterable[Examples] | None" = None, seed: int = 0
+        self,
+        loader: "Iterable[Examples]",
+        prior: Prior | Sequence[Prior],
+        validation: "Iterable[Examples] | None" = None,
+        seed: int = 0,
     ) -> dict[str, float]:
         """Fit a prior to one posterior draw of each example, and use it in place of the network's prior.
 
@@ -234,7 +274,8 @@ class VAE(nn.Module):
 
         Args:
             loader: training data, as for :meth:`calibrate`; only their latents are kept in memory.
-            prior: moved to the model's device and dtype, and fitted there.
+            prior: moved to the model's device and dtype, and fitted there. Of a sequence, those that cannot be fitted are
+                left out, and ``validation`` chooses.
             validation: held-out data, by which :class:`MixturePrior` chooses its number of components and
                 :class:`FlowPrior` when to stop, and by which the priors are compared.
             seed: of the fit and of the noise, which differs from that of an evaluation with this seed.
@@ -261,8 +302,18 @@ class VAE(nn.Module):
         with in_eval_mode(self):
             draws = latents_of(network, loader, seed + SEED_OFFSET)
             held_out = None if validation is None else latents_of(network, validation, seed + 2 * SEED_OFFSET)
-        fitted(prior.to(draws), draws, held_out, seed)
-        best, densities = (prior, {}) if held_out is None else best_prior(prior, draws, held_out)
+        if isinstance(prior, Prior):
+            fitted(prior.to(draws), draws, held_out, seed)
+            priors = [prior]
+        elif held_out is None:
+            raise ValueError("several priors are compared on held-out data, and there are none; give validation")
+        else:
+            priors = []
+            for each in prior:
+                with suppress(ValueError):
+                    fitted(each.to(draws), draws, held_out, seed)
+                    priors.append(each)
+        best, densities = (priors[0], {}) if held_out is None else best_prior(priors, draws, held_out)
         network.replace_prior(best)
         return densities
 
@@ -312,11 +363,6 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in training:
             part.training = mode
-
-
-def in_full_precision(device: str) -> AbstractContextManager[object]:
-    """Context that switches autocast off for a likelihood: half precision would round its terms to whole nats."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class FeaturePairs:
@@ -377,6 +423,16 @@ def _examples(loader: Iterable[Examples]) -> Iterator[Batch]:
         x = batch if isinstance(batch, Tensor) else batch[0]
         yield Batch(x, torch.arange(seen, seen + len(x)))
         seen += len(x)
+
+
+class _Values:
+    """The examples of a loader, without positions."""
+
+    def __init__(self, loader: Iterable[Examples]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (x for x, _, _ in _examples(self.loader))
 
 
 def _shown(likelihood: Likelihood, h: Tensor, show: Show) -> Tensor:

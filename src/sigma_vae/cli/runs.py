@@ -139,7 +139,7 @@ def calibrate(
     run: RunFolder,
     *,
     data: str | None = None,
-    split: Split = "train",
+    split: Split = "validation",
     seed: int = 0,
     device: str = "auto",
     json: bool = False,
@@ -148,14 +148,14 @@ def calibrate(
 
     With refitted ("post-hoc") σ, runs of different scales compare, β-VAEs included. Only an optimal scale takes the
     refitted σ as its own; fixed, shared, running and predicted scales keep theirs, and the numbers reported with it.
-    The weights do not change. A refit on the run's own training split gives the σ that training ended with.
+    The weights do not change. A refit on the run's own validation split gives the σ that training ended with.
 
     Args:
         run: Folder of the run.
         data: Data to fit σ on, by name or path, in place of the run's own. They are read with the run's options (from a
             .yaml file: with the options in its data section) and scaled like the run's data.
-        split: Split to fit σ on: train, or validation where the training set is small. A σ fitted on test has seen the
-            examples that it is evaluated on.
+        split: Split to fit σ on. From training data, σ is too small where the model overfits; a σ fitted on test has seen
+            the examples that it is evaluated on.
         seed: Seed of the posterior's noise.
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
@@ -179,7 +179,9 @@ def calibrate(
 def fit_prior(
     run: RunFolder,
     *,
-    prior: Annotated[str, Names("Name of the prior; standard goes back to N(0, I).", register.prior)] = "mixture",
+    prior: Annotated[
+        str, Names("Name of the prior; auto: the best on validation data; standard goes back to N(0, I).", register.prior)
+    ] = "auto",
     device: str = "auto",
     json: bool = False,
 ) -> None:

@@ -31,13 +31,17 @@ __all__ = [
 ]
 
 
+OVERFITTING = 1.1
+"""Ratio of σ of held-out data to σ of training data above which an evaluation speaks of overfitting."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Bounds(Record):
     """Bounds on held-out data.
 
     ``elbo_nats`` bounds the quantity that the likelihood ``observes`` (the log-density of the values, or the
     log-probability of their levels' bins: never compare the two) with the model's own σ. ``elbo_post_hoc_nats`` uses
-    the σ refitted on training data (the same for optimal scales). ``bits_per_dim`` and ``bits_per_dim_post_hoc`` bound
+    the σ refitted on validation data (the same for optimal scales). ``bits_per_dim`` and ``bits_per_dim_post_hoc`` bound
     the log-probability of the bins. An objective that is no likelihood (Bernoulli on grey data) bounds nothing: it has
     ``objective_nats`` in place of ``elbo_nats``, and no bits.
     """
@@ -112,7 +116,13 @@ class ElboMetric(Metric):
             yield Row("active_units", f"{result.active_units} of {result.latent_dim}")
 
     def notes(self, result: ElboResult, report: Mapping[str, Any]) -> Iterator[str]:
-        """Say which σ lie on their floor, and what that costs."""
+        """Say how far σ of validation data is from that of training data, and which σ lie on their floor."""
+        known = (report.get("sigma_fitted_on") or {}).get("training_sigma", {}).get("density")
+        if known and result.sigma_post_hoc_density and (ratio := result.sigma_post_hoc_density / known) > OVERFITTING:
+            yield (
+                f"Residuals of held-out data are {ratio:.2f} times those of training data (by σ): the model overfits. More data, a"
+                " smaller network or weight decay may help; σ is the honest one."
+            )
         if result.sigma_on_floor_share is not None:
             values = result.sigma_on_floor_share * result.dims
             yield (

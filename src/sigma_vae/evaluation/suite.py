@@ -151,11 +151,12 @@ def score(vae: VAE, data: object, seed: int = 0, *, like: Splits | Scaling | Non
 
 
 def calibrate(vae: VAE, data: object, seed: int = 0, *, like: Splits | Scaling | None = None) -> None:
-    """Solve the likelihood's scales exactly on training data, with the weights as they are: see :meth:`VAE.calibrate`.
+    """Solve the likelihood's scales exactly on these data, with the weights as they are: see :meth:`VAE.calibrate`.
 
-    The arguments are those of :func:`evaluate`; of ``Splits`` and names, the training split is used.
+    The arguments are those of :func:`evaluate`; of ``Splits`` and names, the validation split is used: residuals of
+    training examples are too small where a model overfits.
     """
-    vae.calibrate(_batches(vae, data, "train", like), seed)
+    vae.calibrate(_batches(vae, data, "validation", like), seed)
 
 
 def evaluation_data(

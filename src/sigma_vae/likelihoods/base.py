@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -13,12 +13,9 @@ from sigma_vae.likelihoods.distributions import Continuous, Discretized, Shape
 from sigma_vae.likelihoods.residuals import ResidualDistribution
 from sigma_vae.likelihoods.scales import LEVEL_FLOOR, LOG_RANGE, SPREAD_FLOOR, Fit, Optimal, Per, Scale
 from sigma_vae.likelihoods.solve import Observed, best_batch_log_scale, best_log_scale
-from sigma_vae.types import DataDistribution, Likelihood, Observes, at_least_float32
+from sigma_vae.types import DataDistribution, Likelihood, MeanMap, Observes, at_least_float32
 
-__all__ = ["Discrete", "FromFeatures", "LocationScale", "MeanMap", "Unscaled"]
-
-MeanMap = Literal["identity", "unit"]
-"""From features to the mean: themselves, or a sigmoid onto [0, 1]."""
+__all__ = ["Discrete", "FromFeatures", "LocationScale", "Unscaled"]
 
 SMALLEST_STD = 1e-37
 """Stands for the std of data that are constant."""
@@ -69,6 +66,7 @@ class LocationScale(Likelihood):
         self.scale.spatial_dims = spatial_dims
         self.set_floor()
         self.mean: MeanMap = mean
+        self.mean_map = mean
         self.observes: Observes = observes
 
     @abstractmethod
@@ -167,6 +165,12 @@ class LocationScale(Likelihood):
     def start(self, std: float) -> None:
         """Start a learned scale from the std of the data."""
         self.scale.start(std)
+
+    def start_features(self, std: float) -> Tensor:
+        """Mean 0, predicted scales at this std, and 0 for the family's own features."""
+        features = torch.zeros(self.in_channels)
+        features[self.channels : self.channels + self._scale_channels] = math.log(std)
+        return features
 
     def set_floor(self, relative: float | None = None, std: float = 1.0) -> None:
         """Set the least σ, relative to the distance of two levels, or to the std of real values."""

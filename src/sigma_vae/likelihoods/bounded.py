@@ -8,7 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from sigma_vae.likelihoods.base import Unscaled
 from sigma_vae.registry import register
-from sigma_vae.types import Observes
+from sigma_vae.types import MeanMap, Observes
 
 __all__ = ["Bernoulli", "ContinuousBernoulli"]
 
@@ -35,6 +35,7 @@ class Bernoulli(Unscaled):
     """
 
     unit_interval = True
+    mean_map: MeanMap | None = "unit"
 
     def __init__(self, channels: int, *, spatial_dims: int = 2, levels: int | None = 256) -> None:
         super().__init__(channels, spatial_dims=spatial_dims, levels=levels)

@@ -6,12 +6,12 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from sigma_vae.likelihoods.base import LocationScale, MeanMap
+from sigma_vae.likelihoods.base import LocationScale
 from sigma_vae.likelihoods.densities import soft_clip
 from sigma_vae.likelihoods.residuals import LAPLACE, LOGISTIC, NORMAL, ResidualDistribution, student_t
 from sigma_vae.likelihoods.scales import Scale
 from sigma_vae.registry import Argument, number_above_zero, register
-from sigma_vae.types import Observes
+from sigma_vae.types import MeanMap, Observes
 
 __all__ = ["DegreesOfFreedom", "Gaussian", "Laplace", "Logistic", "StudentT"]
 

@@ -2,15 +2,27 @@
 
 import math
 import warnings
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from sigma_vae.networks.principal import LinearPath, solved_path
 from sigma_vae.priors import StandardNormal
-from sigma_vae.types import Flat, Inference, Network, Noise, Prior, Temperature, at_least_float32, per_layer, standard_normal
+from sigma_vae.types import (
+    Flat,
+    Inference,
+    MeanMap,
+    Network,
+    Noise,
+    Prior,
+    Temperature,
+    at_least_float32,
+    per_layer,
+    standard_normal,
+)
 
 __all__ = ["FlatNetwork"]
 
@@ -44,6 +56,8 @@ class FlatNetwork(Network):
         self.decoder = decoder
         self.latent_dim = latent_dim
         self.prior = StandardNormal(latent_dim) if prior is None else prior
+        self.linear: LinearPath | None = None
+        """A linear encoder and decoder whose outputs are added; :meth:`start_from` makes it."""
 
     @property
     def latents(self) -> Flat:
@@ -85,6 +99,8 @@ class FlatNetwork(Network):
                 f" got {tuple(raw.shape)}"
             )
         mean, log_variance = at_least_float32(raw).chunk(2, dim=-1)
+        if self.linear is not None:
+            mean, log_variance = mean + self.linear.mean(x), log_variance + self.linear.log_variance
         return Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
 
     def encode(self, x: Tensor) -> Normal:
@@ -96,7 +112,41 @@ class FlatNetwork(Network):
         """Features of z."""
         self.refuse_unread(condition=condition)
         features: Tensor = self.decoder(z)
-        return features
+        return features if self.linear is None else features + self.linear.features(z)
+
+    @torch.no_grad()
+    def start_from(self, data: Iterable[Tensor], mean: MeanMap | None, features: Callable[[float], Tensor]) -> float | None:
+        """Start at the best linear VAE of these data (see :func:`~sigma_vae.networks.principal.solved_path`).
+
+        A linear encoder and decoder are added to the network's own, whose last layers are set to 0: the network learns
+        what they leave. See :meth:`Network.start_from`.
+
+        Raises:
+            ValueError: setting the last layer with weights to 0 does not make the encoder's, or the decoder's, output 0.
+        """
+        device = next(self.parameters()).device
+        example = next(iter(data))[:1].to(device)
+        h = self.decoder(example.new_zeros(1, self.latent_dim))
+        solved = solved_path(
+            lambda: (x.cpu() for x in data),
+            self.latent_dim,
+            mean,
+            lambda std: features(std).cpu().reshape(-1, *[1] * (h.dim() - 2)).expand(h.shape[1:]).clone(),
+        )
+        if solved is None:
+            return None
+        _silence(self.encoder, example, "encoder")
+        _silence(self.decoder, torch.randn_like(h.flatten()[:1].expand(1, self.latent_dim)), "decoder")
+        self.linear = solved.path.to(device, next(self.parameters()).dtype)
+        return solved.residual_std
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Whether there is a linear path, and its shapes, are part of what is stored: take them over before torch compares.
+        start = f"{prefix}linear."
+        shapes = {name.removeprefix(start): value.shape for name, value in state_dict.items() if name.startswith(start)}
+        if not shapes or self.linear is None:
+            self.linear = LinearPath.shaped(shapes, self.latent_dim).to(next(self.parameters())) if shapes else None
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def draw(self, x: Tensor, posterior: Normal, unit: Tensor) -> Inference:
         """Do what :meth:`infer` does, for given standard normal numbers ``(*draws, batch, latent_dim)``."""
@@ -108,4 +158,19 @@ class FlatNetwork(Network):
             target=x if unit.dim() == 2 else x.expand(*unit.shape[:-2], *x.shape),
             kl=self.prior.kl(posterior, z).expand(unit.shape[:-1]).unsqueeze(-1),
             log_ratio=self.prior.log_prob(z) - log_posterior,
+        )
+
+
+def _silence(half: nn.Module, example: Tensor, name: str) -> None:
+    """Set the last layer with weights to 0, so that the output is 0 until training changes it."""
+    layers = [module for module in half.modules() if any(True for _ in module.parameters(recurse=False))]
+    before = [p.clone() for p in layers[-1].parameters(recurse=False)] if layers else []
+    for parameter in layers[-1].parameters(recurse=False) if layers else ():
+        parameter.zero_()
+    if half(example).count_nonzero():
+        for parameter, value in zip(layers[-1].parameters(recurse=False), before, strict=True) if layers else ():
+            parameter.copy_(value)
+        raise ValueError(
+            f"the {name} does not give 0 when its last layer with weights is 0, so it cannot start from the best linear VAE; end it"
+            " with a linear layer or a convolution, or train with start=random"
         )

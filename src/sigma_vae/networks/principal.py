@@ -1,13 +1,15 @@
-"""Probabilistic PCA: the linear VAE, whose best weights have a closed form."""
+"""Probabilistic PCA: the linear VAE, whose best weights have a closed form, and a network's linear path with them."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Principal", "principal"]
+from sigma_vae.types import MeanMap, at_least_float32, in_full_precision
+
+__all__ = ["LinearPath", "Principal", "principal", "solved_path"]
 
 EXACT_DIMS = 1024
 """Up to so many dimensions the whole covariance is decomposed; above, its leading part alone is sought."""
@@ -15,6 +17,11 @@ OVERSAMPLING = 64
 ITERATIONS = 4
 """On CIFAR-10 the 64 leading variances are then right to 4e-4, and the log-likelihood to 0.1 of 2 772 nats."""
 
+DRAWS = 4096
+"""Examples that a path through a sigmoid is fitted to."""
+MOST_STEPS = 60
+LEAST_GAIN = 1e-4
+"""The fit through a sigmoid stops where a step lowers the squared error by less than this part."""
 
 Passes = Callable[[], Iterable[Tensor]]
 """Gives the data in batches ``(batch, *shape)``, again at each call."""
@@ -125,3 +132,161 @@ def _times_covariance(batches: Iterable[Tensor], mean: Tensor, basis: Tensor) ->
         values = _centred(x, mean)
         product.addmm_(values.T, values @ basis)
     return product
+
+
+@final
+class LinearPath(nn.Module):
+    r"""A linear encoder and decoder beside a network's own, whose outputs are added to them.
+
+    .. math:: m(x) = g \odot P (x - c), \qquad \log v(x) = l, \qquad h(z) = W z + b
+
+    The directions P and the centre c stay as they are; g, l, W and b are trained.
+
+    Args:
+        centre: c, ``(dims,)``.
+        directions: P, ``(latent_dim, dims)``.
+        gain: g, ``(latent_dim,)``.
+        log_variance: l, ``(latent_dim,)``.
+        weight: W, ``(features, latent_dim)``.
+        bias: b, of the features' shape ``(in_channels, *space)``.
+    """
+
+    centre: Tensor
+    directions: Tensor
+
+    def __init__(
+        self, centre: Tensor, directions: Tensor, gain: Tensor, log_variance: Tensor, weight: Tensor, bias: Tensor
+    ) -> None:
+        super().__init__()
+        self.register_buffer("centre", centre)
+        self.register_buffer("directions", directions)
+        self.gain = nn.Parameter(gain)
+        self.log_variance = nn.Parameter(log_variance)
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+
+    @classmethod
+    def shaped(cls, shapes: Mapping[str, Sequence[int]], latent_dim: int) -> "LinearPath":
+        """A path whose tensors have these shapes, to load numbers into.
+
+        Raises:
+            RuntimeError: the shapes are not those of a path with so many latents.
+        """
+        (dims,), features = shapes["centre"], math.prod(shapes["bias"])
+        one = (latent_dim,)
+        expected = {"directions": (latent_dim, dims), "gain": one, "log_variance": one, "weight": (features, latent_dim)}
+        if any(tuple(shapes[name]) != shape for name, shape in expected.items()):
+            raise RuntimeError(f"a linear path of {latent_dim} latents has the shapes {expected}, got {dict(shapes)}")
+        return cls(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Its part of the posterior's mean, ``(batch, latent_dim)``, in float32 at least."""
+        with in_full_precision(x.device.type):
+            centred = at_least_float32(x).flatten(1) - self.centre
+            return self.gain * nn.functional.linear(centred, self.directions)
+
+    def features(self, z: Tensor) -> Tensor:
+        """Its part of the features, ``(batch, in_channels, *space)``, in float32 at least."""
+        with in_full_precision(z.device.type):
+            flat = nn.functional.linear(at_least_float32(z), self.weight, self.bias.flatten())
+            return flat.unflatten(-1, self.bias.shape)
+
+
+def solved_path(passes: Passes, latent_dim: int, mean: MeanMap | None, bias: Callable[[float], Tensor]) -> "SolvedPath | None":
+    r"""The linear path that makes a VAE whose other outputs are 0 the best linear one: probabilistic PCA.
+
+    With the directions V, the variances λ and the white noise s² of the data, and :math:`v = \min(s^2/\lambda, 1)`,
+
+    .. math:: P = \lambda^{-1/2} V^\top, \quad g = \sqrt{1 - v}, \quad l = \log v, \quad W = V \sqrt{\lambda - s^2}
+
+    is exact where features are the mean (Lucas et al. 2019, arXiv 1911.02469). Where a sigmoid maps features to the
+    mean, W and b have the least squared error for posterior draws of training examples, by damped Gauss-Newton steps
+    whose matrix is replaced by its diagonal, as latents are nearly uncorrelated. Where features have another meaning,
+    W is 0: only the encoder's part is solved.
+
+    Args:
+        passes: gives the data in batches, again at each call, in random order.
+        latent_dim: number of latents; those beyond what probabilistic PCA can use start at the prior.
+        mean: map from the first feature channels to the mean, ``"identity"`` or ``"unit"``, or None.
+        bias: features ``(in_channels, *space)`` at which the residual's std is the given one.
+
+    Returns:
+        None where the data have no variance.
+    """
+    fitted = principal(passes, latent_dim)
+    if fitted is None:
+        return None
+    centre, spread, noise = fitted.mean, fitted.variances, fitted.noise_variance
+    variance = (noise / spread).clamp(max=1)
+    used = len(spread)
+    directions = torch.zeros(latent_dim, len(centre), dtype=torch.float64)
+    directions[:used] = fitted.directions.T / spread.sqrt()[:, None]
+    gain, log_variance = torch.zeros(2, latent_dim, dtype=torch.float64)
+    gain[:used], log_variance[:used] = (1 - variance).sqrt(), variance.log()
+    start = bias(math.sqrt(noise)).double()
+    weight = torch.zeros(start.numel(), latent_dim, dtype=torch.float64)
+    dims = len(centre)
+    if mean is not None:  # the mean's channels are the first of the features
+        weight[:dims, :used] = fitted.directions * (spread - noise).clamp(min=0).sqrt()
+        start.view(-1)[:dims] = centre
+    path = LinearPath(*(each.float() for each in (centre, directions, gain, log_variance, weight, start)))
+    if mean == "unit":
+        _through_sigmoid(path, passes)
+    return SolvedPath(path, math.sqrt(noise))
+
+
+class SolvedPath(NamedTuple):
+    """A path, and the std of the residuals that it leaves."""
+
+    path: LinearPath
+    residual_std: float
+
+
+@torch.no_grad()
+def _through_sigmoid(path: LinearPath, passes: Passes) -> None:
+    """Change the path's mean x̂ = Wz + b to x̂ = sigmoid(Wz + b), by least squares over posterior draws."""
+    dims = len(path.centre)
+    codes = _codes(path, passes)
+    centre = path.bias.flatten()[:dims].clamp(0.02, 0.98)
+    slope = centre * (1 - centre)
+    now = torch.cat([path.weight[:dims] / slope[:, None], torch.logit(centre)[:, None]], 1)
+    best, error = now, torch.full((dims,), math.inf)
+    step, change = torch.ones(dims), torch.zeros_like(now)
+    for _ in range(MOST_STEPS):
+        found, gradient, curvature = _squared_error(now, codes, passes)
+        better = (found < error)[:, None]
+        gained = float((error - found).clamp(min=0).sum())
+        best, error = torch.where(better, now, best), torch.minimum(found, error)
+        if gained < LEAST_GAIN * float(error.sum()):
+            break
+        step = torch.where(better[:, 0], (1.3 * step).clamp(max=4), 0.3 * step)
+        forward = -step[:, None] * gradient / (curvature + 1e-5)[:, None]
+        change = torch.where(better, 0.6 * change + forward, 0.3 * forward)
+        now = best + change
+    path.weight[:dims], path.bias.view(-1)[:dims] = best[:, :-1], best[:, -1]
+
+
+def _codes(path: LinearPath, passes: Passes) -> list[Tensor]:
+    """Posterior draws of the first examples and a column of ones, batch by batch."""
+    generator = torch.Generator().manual_seed(0)
+    codes: list[Tensor] = []
+    for x in passes():
+        mean = path.mean(x.float())
+        z = mean + (0.5 * path.log_variance).exp() * torch.randn(mean.shape, generator=generator)
+        codes.append(torch.cat([z, torch.ones(len(z), 1)], 1))
+        if sum(map(len, codes)) >= DRAWS:
+            break
+    return codes
+
+
+def _squared_error(weights: Tensor, codes: list[Tensor], passes: Passes) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean squared error of each value's sigmoid, its gradient (halved), and the mean square of the sigmoid's slope."""
+    error, curvature, gradient = torch.zeros(len(weights)), torch.zeros(len(weights)), torch.zeros_like(weights)
+    for z, x in zip(codes, passes(), strict=False):
+        mean = torch.sigmoid(z @ weights.T)
+        slope, residual = mean * (1 - mean), mean - x.flatten(1).float()
+        error += residual.square().sum(0)
+        curvature += slope.square().sum(0)
+        gradient.addmm_((residual * slope).T, z)
+    count = sum(map(len, codes))
+    return error / count, gradient / count, curvature / count

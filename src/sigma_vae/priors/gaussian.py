@@ -1,6 +1,7 @@
 """Gaussian priors: N(0, I), and one with the moments of the latents."""
 
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import final
 
@@ -139,8 +140,8 @@ class GaussianPrior(FittedPrior):
 
 
 @torch.no_grad()
-def best_prior(prior: Prior, latents: Tensor, held_out: Tensor) -> tuple[Prior, dict[str, float]]:
-    """Compare a fitted prior with N(0, I), and with a Gaussian fitted to the same latents, on held-out ones.
+def best_prior(priors: Iterable[Prior], latents: Tensor, held_out: Tensor) -> tuple[Prior, dict[str, float]]:
+    """Compare fitted priors with N(0, I), and with a Gaussian fitted to the same latents, on held-out ones.
 
     Returns:
         The best, and each one's mean log-density of the held-out latents in nats, by name, the best first.
@@ -148,12 +149,13 @@ def best_prior(prior: Prior, latents: Tensor, held_out: Tensor) -> tuple[Prior, 
     >>> latents = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
     >>> wide = GaussianPrior(latent_dim=2)
     >>> wide.fit(3 * latents)
-    >>> best, densities = best_prior(wide, latents[:300], latents[300:])
+    >>> best, densities = best_prior([wide], latents[:300], latents[300:])
     >>> list(densities)
     ['N(0, I)', 'moments', 'GaussianPrior']
     """
     size = latents.shape[1]
-    candidates: dict[str, Prior] = {type(prior).__name__: prior, "N(0, I)": StandardNormal(size).to(latents)}
+    candidates: dict[str, Prior] = {type(prior).__name__: prior for prior in priors}
+    candidates["N(0, I)"] = StandardNormal(size).to(latents)
     moments = GaussianPrior(size).to(latents)
     if len(latents) >= moments.least_latents:
         with suppress(ValueError):  # latents in a plane have no Gaussian

@@ -33,6 +33,7 @@ __all__ = [
     "read_json",
     "save_refitted",
     "sigma_fitted_on",
+    "sigma_record",
     "write_json",
 ]
 
@@ -176,7 +177,6 @@ def save_refitted(out: Path, vae: VAE, record: dict[str, Any]) -> None:
     """Write the model's weights and refitted scales, with a record of the data that σ was fitted on.
 
     Both are in one file, so neither is ever there without the other. The old file remains until the new one is whole.
-    Training writes the file without a record.
     """
     from safetensors.torch import save
 
@@ -185,8 +185,19 @@ def save_refitted(out: Path, vae: VAE, record: dict[str, Any]) -> None:
     write_whole(out / "model" / "model.safetensors", save(state, metadata=metadata))
 
 
+def sigma_record(data: Splits, split: SplitName, seed: int = 0) -> dict[str, Any]:
+    """The record of a σ that was fitted on a split of these data."""
+    return {
+        "data": data.record["source"],
+        "split": split,
+        "examples": len(data.store(split)),
+        "fingerprint": data.record["fingerprint"],
+        "noise_seed": seed,
+    }
+
+
 def sigma_fitted_on(out: Path) -> dict[str, Any] | None:
-    """Read the record of :func:`save_refitted`; None where σ is the one that training fitted."""
+    """Read the record of :func:`save_refitted`; None where there is no σ, or an older version trained the model."""
     from safetensors import safe_open
 
     path = out / "model" / "model.safetensors"

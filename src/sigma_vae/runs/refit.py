@@ -23,6 +23,7 @@ from sigma_vae.runs.folder import (
     open_run,
     save_refitted,
     sigma_fitted_on,
+    sigma_record,
     write_json,
 )
 from sigma_vae.training import resolve_device
@@ -36,7 +37,7 @@ STANDARD_PICTURE = "samples-standard-prior.png"
 
 
 def calibrate_run(
-    out: Path, data: str | None = None, split: SplitName = "train", *, device: str = "auto", seed: int = 0
+    out: Path, data: str | None = None, split: SplitName = "validation", *, device: str = "auto", seed: int = 0
 ) -> dict[str, Any]:
     r"""Refit σ of a finished run, whatever it was trained with, and evaluate it again on its own test split.
 
@@ -49,7 +50,8 @@ def calibrate_run(
         data: data to fit σ on in place of the run's own: a name or a path, read with the options of the run's data; or
             a ``config.yaml``, read with the options in its ``data``. Values are standardised by the mean and std of the
             run's data.
-        split: split to fit σ on. A σ fitted on test has seen the examples that it is evaluated on.
+        split: split to fit σ on. Of training data, σ is too small where the model overfits; a σ fitted on test has seen
+            the examples that it is evaluated on.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         seed: seed of the posterior's noise.
 
@@ -77,13 +79,8 @@ def _calibrate(out: Path, data: str | None, split: SplitName, device: str, seed:
     fitting = run.data if data is None else _fitting(_config(data, run), run)
     before = _sigma(likelihood)
     run.vae.calibrate(shared(fitting, split, evaluation_batch(fitting), run.vae.device), seed)
-    record = {
-        "data": fitting.record["source"],
-        "split": split,
-        "examples": len(fitting.store(split)),
-        "fingerprint": fitting.record["fingerprint"],
-        "noise_seed": seed,
-    }
+    known = (sigma_fitted_on(out) or {}).get("training_sigma")
+    record = sigma_record(fitting, split, seed) | ({} if known is None else {"training_sigma": known})
     from_first(lambda: save_refitted(out, run.vae, record))
     report = evaluate_anew(out, EvaluationSettings(metrics=()), device)
     after = _sigma(likelihood)
@@ -144,7 +141,7 @@ def _sigma(likelihood: Likelihood) -> dict[str, float | None]:
     return {name: known.get(name) for name in ("density", "level")}
 
 
-def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> Evaluation:
+def fit_prior(out: Path, prior: str = models.AUTO, *, device: str = "auto") -> Evaluation:
     """Fit another prior to the latents of a finished run's training split; the rest of the model does not change.
 
     The model, ``config.yaml``, the evaluation and the pictures are first made beside the old ones, and replace them
@@ -152,7 +149,7 @@ def fit_prior(out: Path, prior: str = "mixture", *, device: str = "auto") -> Eva
     made.
 
     The prior is ``mixture`` (number of components chosen on the validation split), ``mixture:20``, ``gaussian`` or
-    ``flow``; ``standard`` goes back to N(0, I). The result is the evaluation, as in ``evaluation.json``.
+    ``flow``; ``auto`` is the best of them on the validation split; ``standard`` goes back to N(0, I). The result is the evaluation, as in ``evaluation.json``.
 
     Raises:
         ValueError: there is no such run or prior, the run's network has no single layer of flat latents, or another
@@ -197,7 +194,7 @@ def check_latents(prior: str, vae: VAE, data: Splits) -> None:
     Raises:
         ValueError: the prior needs more training examples.
     """
-    if prior == "standard":
+    if prior in ("standard", models.AUTO):
         return
     (size,) = vae.network.latents.sizes
     made = models.prior(prior, size)
@@ -214,16 +211,16 @@ def take_prior(prior: str, vae: VAE, data: Splits, seed: int) -> dict[str, float
     The validation split makes its choices, and takes a simpler prior where that is better. Where several processes
     train, the first one fits it and the others take it over.
     """
-    (latent_dim,) = vae.network.latents.sizes
-    made = models.prior(prior, latent_dim)
-    if not made.needs_fit:
-        vae.network.replace_prior(made.to(vae.device))
+    made = models.priors(prior, vae.network, len(data.train))
+    if not any(each.needs_fit for each in made):
+        for each in made:
+            vae.network.replace_prior(each.to(vae.device))
         return {}
     size = evaluation_batch(data)
     training, validation = (data.batches(split, size, device=vae.device) for split in ("train", "validation"))
 
     def fitted() -> tuple[Prior, dict[str, float]]:
-        densities = vae.fit_prior(training, made, validation, seed)
+        densities = vae.fit_prior(training, made if prior == models.AUTO else made[0], validation, seed)
         return vae.network.prior, densities
 
     best, densities = from_first(fitted)

@@ -1,6 +1,7 @@
 """Train a run into a new folder, resume it, or repeat the step that stopped it."""
 
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from sigma_vae.data import Scaling, Splits, names
 from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.plots import drawable
 from sigma_vae.runs.evaluate import draw, evaluation, store
-from sigma_vae.runs.folder import Run, config_of, data_of, write_json
+from sigma_vae.runs.folder import Run, config_of, data_of, save_refitted, sigma_record, write_json
 from sigma_vae.runs.refit import check_latents, take_prior
 from sigma_vae.training import fit, resolve_device
 from sigma_vae.training.checkpoints import LOCK, exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first, from_first, joined, processes
 from sigma_vae.training.hardware import Choices, choices_for
 from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step
+from sigma_vae.types import Observes
 from sigma_vae.vae import VAE
 
 __all__ = ["has_checkpoint", "rerun", "resume", "train"]
@@ -151,10 +153,16 @@ def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bo
     if progress and done.skipped_steps:
         print(f"{done.skipped_steps} of {done.steps} steps were skipped: their gradient norm reached skip_gradient_norm")
     vae.to(resolve_device(config.device))
-    priors = {} if config.model.prior == "standard" else take_prior(config.model.prior, vae, data, config.seed)
-    from_first(lambda: models.save(out / "model", vae, config.model, data.shape, data.scaling))
+    priors = take_prior(config.model.prior, vae, data, config.seed)
+    from_first(lambda: _save(out, config, vae, data, done.training_sigma))
     report = evaluation(out, Run(config, vae, data), priors=priors)
     return from_first(lambda: _write_report(out, report, vae, data))
+
+
+def _save(out: Path, config: RunConfig, vae: VAE, data: Splits, training_sigma: Mapping[Observes, float]) -> None:
+    models.save(out / "model", vae, config.model, data.shape, data.scaling)
+    if training_sigma:
+        save_refitted(out, vae, sigma_record(data, "validation") | {"training_sigma": dict(training_sigma)})
 
 
 def _write_report(out: Path, report: Evaluation, vae: VAE, data: Splits) -> Evaluation:

@@ -181,6 +181,8 @@ def _cell(spec: StudySpec, place: dict[str, Any], chosen: Sequence[Mapping[str, 
         for path, value in settings.items():
             _put(content, path, value)
     config = parse(content, RunConfig, f"{spec.title}, cell {place}")
+    if config.model.prior == "auto":
+        config = replace(config, model=replace(config.model, prior=STANDARD))
     if config.model.prior != STANDARD:
         raise ValueError(
             f"{spec.title}, cell {place}, sets the prior {config.model.prior}, but runs of a study are trained with N(0, I) and"

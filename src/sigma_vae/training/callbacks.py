@@ -156,8 +156,8 @@ class Bar(Callback):
 
     def _draw(self, context: Context) -> None:
         numbers = " ".join(f"{SHOWN[name]} {value:.5g}" for name, value in context.metrics.items() if name in SHOWN)
-        epochs = context.config.epochs
-        description = f"epoch {min(context.epoch + 1, epochs)}/{epochs}"
+        epoch, epochs = context.epoch + 1, context.config.epochs
+        description = f"epoch {epoch}" if epochs is None else f"epoch {min(epoch, epochs)}/{epochs}"
         self.progress.update(self.task, description=description, completed=context.step, numbers=numbers)
         self.progress.refresh()
         self.drawn_at = time.monotonic()

@@ -339,7 +339,7 @@ def to_be_trained(vae: VAE, config: TrainingConfig) -> VAE:
             f"shard_weights shards the blocks of a hierarchical network, and {type(vae.network).__name__} names none; leave it off: the"
             " gradients of several processes are shared anyway"
         )
-    if config.shard_weights and config.ema_decay is not None:
+    if config.shard_weights and config.decay is not None:
         raise ValueError("shard_weights and ema_decay do not go together, as averaging copies whole networks; leave one off")
     return copy.deepcopy(vae) if is_sharded(config) else vae
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice, repeat
 from operator import index
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 
 from sigma_vae.config import LoggerName, TrainingConfig
 from sigma_vae.data import Batches, Splits, as_splits
+from sigma_vae.data.splits import SplitName
 from sigma_vae.training.callbacks import Bar, Callback, Context, Patience
 from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
 from sigma_vae.training.distributed import (
@@ -42,13 +43,17 @@ from sigma_vae.training.metrics import TrainingLogger, make_loggers, rows_before
 from sigma_vae.training.nonfinite import REMEDY, NonFiniteLossError, keep_broken_step, with_saved_step
 from sigma_vae.training.objective import check_weights, validated_total
 from sigma_vae.training.step import Stepper, Validation, endless_skipping
-from sigma_vae.types import Batch
+from sigma_vae.types import Batch, Observes
 from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 
 __all__ = ["FitResult", "Terminated", "fit", "resolve_device"]
 
-CALIBRATION_VALUES = 2**18
+CALIBRATION_VALUES = 2**20
 """Values in the refit before a validation: a fraction of a second's work, whatever the data."""
+START_EXAMPLES, START_VALUES = 12_000, 2**29
+"""Most examples, and most values, that the start is solved from."""
+CALIBRATED_ON: tuple[SplitName, ...] = ("train", "validation")
+"""Splits that σ is solved on after training; the last one counts."""
 BATCH_VALUES = 2**17
 """Values in a batch where nothing is trained: enough to keep the cores busy, few enough to stay in the cache."""
 
@@ -65,6 +70,8 @@ class FitResult:
         best_score: their validation ELBO (or objective), in nats.
         folder: run folder with metrics and checkpoints; None where nothing is kept.
         skipped_steps: number of steps that were skipped, of ``skip_gradient_norm``.
+        training_sigma: refitted σ (or factor on predicted σ) on training data, for density and level. The model has that
+            of validation data; a ratio well above 1 is a sign of overfitting.
     """
 
     steps: int
@@ -73,6 +80,7 @@ class FitResult:
     best_score: float | None
     folder: Path | None
     skipped_steps: int = 0
+    training_sigma: Mapping[Observes, float] = field(default_factory=dict)
 
 
 class Terminated(SystemExit):
@@ -95,9 +103,11 @@ def fit(
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[LoggerName | TrainingLogger] | None = None,
 ) -> FitResult:
-    """Train in place, take the weights with the best validation ELBO, and calibrate them on the training data.
+    """Train in place, take the weights with the best validation ELBO, and solve σ on the validation data.
 
-    The model is left on the device that it was trained on, in eval mode.
+    Where the network can, training starts at the best linear VAE of the training data (``config.start``). Residuals of
+    training examples are too small where a model overfits, so σ, and the bound that chooses the weights, come from
+    validation data. The model is left on the device that it was trained on, in eval mode.
 
     Processes started by ``torchrun`` train one model together: they share each step's batch (``batch_size`` examples in
     all), validation and calibration, and the first one writes the files. Call this with the same arguments on each.
@@ -136,8 +146,13 @@ def fit(
         stack.enter_context(exclusive(folder / "checkpoints"))
         resumed = _resumed(folder / "checkpoints", resume=resume)
         vae.train()
-        if resumed is None:
-            _start_scales(vae, splits, config)
+        state = None if resumed is None else read_checkpoint(resumed)
+        if state is None:
+            start = _start(vae, splits, config)
+        else:
+            with _fitting(resumed):
+                vae.load_state_dict(state["model"])  # which may have a linear path
+            start = "resumed"
         model = to_be_trained(vae, config)
         batches = splits.batches(
             "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
@@ -145,20 +160,22 @@ def fit(
         total_steps = _total_steps(config, len(batches), resumed)
         choices = choices_for(model, splits, config, where)
         if progress and us.first:
-            print(choices)
+            print(f"{choices}; start: {start}")
             callbacks = [*callbacks, Bar()]
         kept = out and folder
         named = config.logger if loggers is None else loggers
         context = Context(model, config, kept, total_steps, _loggers(named, kept, resumed) if us.first else [])
         checkpoints = Checkpoints(folder / "checkpoints", resumed)
-        training = _Training(context, splits, batches, checkpoints, choices, where, callbacks)
+        training = _Training(context, splits, batches, checkpoints, choices, where, callbacks, state)
+        del state
         with applied(choices, model), global_statistics(model):
             training.run()
         if checkpoints.best.step is not None or model is not vae:
             vae.load_state_dict(checkpoints.newest_weights())
-        vae.to(where).eval().calibrate(shared(splits, "train", _passing_batch(splits), where))
+        vae.to(where).eval()
+        scales = {split: _calibrated(vae, shared(splits, split, _passing_batch(splits), where)) for split in CALIBRATED_ON}
         best, skipped = checkpoints.best, training.stepper.skipped_steps
-        return FitResult(context.step, tuple(training.history), best.step, best.score, kept, skipped)
+        return FitResult(context.step, tuple(training.history), best.step, best.score, kept, skipped, scales["train"])
 
 
 @final
@@ -174,15 +191,17 @@ class _Training:
         choices: Choices,
         where: torch.device,
         callbacks: Sequence[Callback],
+        state: dict[str, Any] | None,
     ) -> None:
         self.context = context
+        self.state = state
         self.vae, self.config = context.vae, context.config
         self.batches = batches
         self.checkpoints = checkpoints
         self.choices = choices
         self.where = where
         self.about = {"shape": list(data.shape), "scaling": asdict(data.scaling), "choices": asdict(choices)}
-        self.part = shared(data, "train", _passing_batch(data), where, _part(data))
+        self.part = shared(data, "validation", _passing_batch(data), where, _part(data, "validation"))
         held_out = shared(data, "validation", _passing_batch(data), where)
         self.validation = Validation(self.vae, held_out, batches.log_volume_nats)
         self.history: list[dict[str, float]] = []
@@ -227,9 +246,8 @@ class _Training:
 
     def _steps_until_look(self) -> int:
         """Steps before the next look at clock, interrupts and whether a validation is due."""
-        every, step = self.config.validate_every, self.context.step
-        until_validation = every - step % every if every else len(self.batches) - self.batches.state_dict()["position"]
-        return min(self.choices.steps_per_call, until_validation, self.context.total_steps - step)
+        every, step = self.config.validation_interval(len(self.batches)), self.context.step
+        return min(self.choices.steps_per_call, every - step % every, self.context.total_steps - step)
 
     def _step(self, batch: Batch) -> None:
         context = self.context
@@ -261,12 +279,12 @@ class _Training:
 
     def _validation_is_due(self) -> bool:
         """The last step is always followed by a validation: its weights have their chance to be the best."""
-        context, every = self.context, self.config.validate_every
+        context = self.context
         over = context.stopping or context.step >= context.total_steps
-        return over or (context.step % every == 0 if every else self.batches.state_dict()["position"] == 0)
+        return over or context.step % self.config.validation_interval(len(self.batches)) == 0
 
     def _validate(self) -> None:
-        """Refit the scales on a fixed part of the training data, measure the bound, and keep the best weights."""
+        """Refit the scales on a fixed part of the validation data, measure the bound, and keep the best weights."""
         context, average = self.context, self.stepper.average
         context.epoch = self._epoch()
         with average.in_place_of(self.vae) if average else nullcontext():
@@ -303,16 +321,11 @@ class _Training:
 
     def _restore(self) -> None:
         """Take back the state of the checkpoint that training is resumed from, the noise last."""
-        path = self.checkpoints.resumed
-        if path is None:
+        state, self.state = self.state, None
+        if state is None:
             return set_noise(None, self.batches.seed, 0, self.where)
-        state = read_checkpoint(path)
-        try:
+        with _fitting(self.checkpoints.resumed):
             self._take(state)
-        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"{path} does not hold the weights of this model, and of this training: has its config.yaml changed? {error}"
-            ) from error
 
     def _take(self, state: dict[str, Any]) -> None:
         self.stepper.load_state_dict(state)
@@ -355,6 +368,17 @@ class _Training:
             same = sum(type(other) is type(callback) for other in found.values())
             found[f"{type(callback).__qualname__} {same}"] = callback
         return found
+
+
+@contextmanager
+def _fitting(path: Path | None) -> Iterator[None]:
+    """Name the checkpoint in the error of a state that does not fit the model or the training."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{path} does not hold the weights of this model, and of this training: has its config.yaml changed? {error}"
+        ) from error
 
 
 @final
@@ -426,10 +450,9 @@ def _check_clips(vae: VAE, data: Splits) -> None:
 
 
 def _total_steps(config: TrainingConfig, steps_per_epoch: int, resumed: Path | None) -> int:
-    steps = config.epochs * steps_per_epoch
-    if resumed is not None and step_of(resumed) > steps:
+    if resumed is not None and config.epochs is not None and step_of(resumed) > config.epochs * steps_per_epoch:
         raise ValueError(f"{resumed} cannot be resumed up to {config.epochs} epochs, it has more of them behind it")
-    return steps if config.max_steps is None else min(config.max_steps, steps)
+    return config.total_steps(steps_per_epoch)
 
 
 def _resumed(folder: Path, *, resume: bool) -> Path | None:
@@ -455,23 +478,53 @@ def _loggers(wanted: Sequence[LoggerName | TrainingLogger], folder: Path | None,
     return [*make_loggers(names, folder, kept), *given]
 
 
-def _start_scales(vae: VAE, data: Splits, config: TrainingConfig) -> None:
-    """Start a learned σ at the data's spread, and fit the stored scales a first time."""
-    first = next(iter(data.batches("train", _passing_batch(data), limit=_part(data))))  # the same on every process
+def _start(vae: VAE, data: Splits, config: TrainingConfig) -> str:
+    """Start the network, start a learned σ at the spread of what it leaves, and fit the stored scales a first time."""
+    first = next(iter(data.batches("train", _passing_batch(data), limit=_part(data, "train"))))  # the same on every process
     std = float(first.x.std())
     vae.likelihood.set_floor(config.scale_floor, std)
+    residual_std, start = _start_network(vae, data, config)
     if config.scale_start == "data":
-        vae.likelihood.start(std)
+        vae.likelihood.start(std if residual_std is None else residual_std)
     x = first.x.to(next(vae.parameters()).device)
     vae.calibrate([x])
     with torch.no_grad():  # averaged weights need every buffer in its final shape, a running scale's too
         vae.elbo(x, noise=keyed_noise(first.positions))
+    return start
 
 
-def _part(data: Splits) -> int:
-    """Number of training examples that scales are refitted on before a validation."""
+def _start_network(vae: VAE, data: Splits, config: TrainingConfig) -> tuple[float | None, str]:
+    """Start at the best linear VAE where that is asked for and possible; the residuals' std, and the start in words."""
+    if config.start == "random" or (config.start == "auto" and not vae.network.has_start):
+        return None, "random"
+    store = data.train
+    most = min(len(store), START_EXAMPLES, max(START_VALUES // math.prod(data.shape), 2))
+    chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))[:most]
+    sample = Batches(store.select(chosen), data.scaling, _passing_batch(data))
+
+    def solved() -> tuple[float | None, dict[str, torch.Tensor]]:
+        return vae.start_from(sample), vae.state_dict()
+
+    try:
+        residual_std, weights = from_first(solved)
+    except ValueError as error:
+        if config.start == "principal":
+            raise
+        return None, f"random, as {error}"
+    vae.load_state_dict(weights)
+    return residual_std, "random, as the data have no variance" if residual_std is None else "principal"
+
+
+def _calibrated(vae: VAE, batches: Batches) -> dict[Observes, float]:
+    """Solve σ on these data; the geometric mean for each of its uses."""
+    vae.calibrate(batches)
+    return {name: float(value.mean().exp()) for name, value in vae.likelihood.refitted_log_scales().items()}
+
+
+def _part(data: Splits, split: SplitName) -> int:
+    """Number of examples of a split that scales are refitted on before a validation."""
     least = max(2, processes().world_size)
-    return min(max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), least), len(data.train))
+    return min(max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), least), len(data.store(split)))
 
 
 def _passing_batch(data: Splits) -> int:

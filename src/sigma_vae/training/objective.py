@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.training.distributed import mean_over_all, processes, sum_over_all
-from sigma_vae.types import Batch, Elbo, Inference
-from sigma_vae.vae import VAE, in_full_precision
+from sigma_vae.types import Batch, Elbo, Inference, in_full_precision
+from sigma_vae.vae import VAE
 
 __all__ = [
     "Losses",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, final
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Batches
@@ -91,7 +91,7 @@ class Stepper:
         self.total_steps = total_steps
         self.log_volume_nats = log_volume_nats
         self.fabric = fabric
-        self.average = None if config.ema_decay is None else Averaged(vae, config.ema_decay)
+        self.average = None if config.decay is None else Averaged(vae, config.decay)
         module = _Loss(vae, config, torch.compile(vae.elbo) if choices.compile else None)
         self._loss: Callable[[Batch, int], StepLoss] = module.forward
         if processes().world_size > 1:
@@ -235,10 +235,24 @@ class _Loss(nn.Module):
 
 @final
 class Averaged(AveragedModel):
-    """An exponential moving average of weights and buffers; ``decay`` is the weight of the past."""
+    """An exponential moving average of weights and buffers; ``decay`` is the weight of the past.
+
+    At first it is smaller: after t steps, at most (1 + t) / (10 + t), so that the first weights are soon forgotten.
+    """
 
     def __init__(self, vae: VAE, decay: float) -> None:
-        super().__init__(vae, avg_fn=get_ema_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
+        super().__init__(vae, multi_avg_fn=self._average, use_buffers=True)  # type: ignore[no-untyped-call]
+        self.decay = decay
+
+    @torch.no_grad()
+    def _average(self, averages: Any, current: Any, _: Tensor) -> None:
+        steps = int(self.n_averaged)  # on the CPU: the argument is on the weights' device, and reading it would wait
+        weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, current, weight)
+        else:
+            for average, now in zip(averages, current, strict=True):
+                average.copy_(now)
 
     @contextmanager
     def in_place_of(self, vae: VAE) -> Iterator[None]:

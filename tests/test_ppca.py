@@ -116,10 +116,11 @@ def test_precision_has_the_trace_of_the_inverse():
     assert fitted.widened(1.0).trace_of_precision == pytest.approx(1 / 5 + 1 / 3 + 3 / 1.5)
 
 
-def test_a_model_behind_the_linear_one_is_told_so(digits_run, capsys):
+def test_a_model_behind_the_linear_one_is_told_so(tmp_path, capsys):
     from sigma_vae.cli import main
 
-    assert main(["evaluate", str(digits_run)]) == 0
+    run = str(tmp_path / "run")
+    assert main(["train", "digits", "--out", run, "--network", "mlp", "--start", "random", "--max-steps", "20"]) == 0
     said = capsys.readouterr().out
     assert "pPCA" in said
     assert "under-trained" in said

@@ -498,7 +498,7 @@ def test_a_fitted_prior_is_never_worse_than_the_simple_ones_on_held_out_latents(
     latents, held_out = (torch.from_numpy(draw(random, size, d)) for size in (n, 500))
     made = models.prior(prior, d).double()
     made.fit(latents, held_out)
-    best, densities = best_prior(made, latents, held_out)
+    best, densities = best_prior([made], latents, held_out)
     assert list(densities.values()) == sorted(densities.values(), reverse=True)
     found = float(best.log_prob(held_out).mean())
     assert found == pytest.approx(next(iter(densities.values())))
@@ -511,7 +511,7 @@ def test_the_flow_gives_way_to_a_gaussian_on_gaussian_latents():
     latents, held_out = (torch.randn(n, 32, generator=generator) @ torch.diag(torch.linspace(0.3, 3, 32)) for n in (300, 2000))
     made = models.prior("flow", 32)
     made.fit(latents, held_out)
-    best, densities = best_prior(made, latents, held_out)
+    best, densities = best_prior([made], latents, held_out)
     assert densities["FlowPrior"] <= densities[next(iter(densities))]
     assert float(best.log_prob(held_out).mean()) >= densities["moments"] - 1e-4
 

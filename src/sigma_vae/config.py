@@ -179,9 +179,10 @@ class ModelConfig(_Strict):
         ),
     ] = "gaussian/optimal"
     """Name of the likelihood."""
-    latent_dim: int | None = None
+    latent_dim: int | Literal["auto"] | None = None
     """Number of latents: 20 unless given (sequence: 10 per frame). Hierarchical networks: channels of each layer of
-    latents, by default those of the network's size."""
+    latents, by default those of the network's size. auto: as many as make validation data likeliest under probabilistic
+    PCA, up to 128."""
     width: int | None = None
     """Channels of the first layer (default: residual 16, conv 32, sequence 64), channels between blocks (hierarchical:
     by its size), or units of a hidden layer (mlp: 400)."""

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,8 @@ from torch import nn
 
 from sigma_vae import data as data_sources
 from sigma_vae.config import ModelConfig, parse, read_text, write_whole
-from sigma_vae.data import Scaling, Splits
+from sigma_vae.data import Batches, Scaling, Splits
+from sigma_vae.networks.principal import best_components
 from sigma_vae.networks.residual import SMALLEST
 from sigma_vae.registry import Entry, Registry, register
 from sigma_vae.types import Likelihood, MeanMap, Network, Observes, Prior
@@ -29,6 +31,7 @@ __all__ = [
     "check_prior",
     "data",
     "default_network",
+    "latents_for",
     "likelihood",
     "load",
     "network",
@@ -40,6 +43,7 @@ __all__ = [
     "vae",
 ]
 
+MOST_LATENTS, MOST_EXAMPLES, EXAMPLES_TOGETHER = 128, 12_000, 256
 UNNAMED = "unnamed"
 """Name of a part that is not registered: the model can be loaded only into a given object."""
 
@@ -240,6 +244,30 @@ def network(
     return made
 
 
+def latents_for(config: ModelConfig, data: Splits) -> int:
+    """The number of linear latents, at most 128, under which validation data are likeliest.
+
+    It is chosen without training, by probabilistic PCA of at most 12 000 training examples. Few data sets have a best
+    number below 128: more latents raise the ELBO in nats, but not always the bits per dimension, nor the quality of
+    samples.
+
+    Raises:
+        ValueError: the network has no flat latents.
+
+    >>> latents_for(ModelConfig(network="mlp"), data("digits"))
+    50
+    """
+    name = network_name(config, data.shape, clips=data.clips)
+    if name in register.network and register.network.entry(name).facts.get("latents", "flat") != "flat":
+        raise ValueError(f"latent_dim auto is for networks with one layer of flat latents, and {name} has others; give a number")
+    dims, size = math.prod(data.shape), EXAMPLES_TOGETHER
+    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:MOST_EXAMPLES]
+    training = Batches(data.train.select(chosen), data.scaling, size)
+    held_out = data.batches("validation", size)
+    most = min(MOST_LATENTS, max(dims - 1, 1))
+    return best_components(lambda: (batch.x for batch in training), (batch.x for batch in held_out), most)
+
+
 def check_network(name: str) -> None:
     """Refuse a name that no network has, for any data.
 
@@ -285,6 +313,8 @@ def _network_of(config: ModelConfig, shape: Sequence[int], out_channels: int, *,
     name = network_name(config, shape, clips=clips)
     takes_frames = "context_frames" in inspect.signature(register.network.make(name)).parameters
     frames = config.context_frames if takes_frames else None
+    if config.latent_dim == "auto":
+        raise ValueError("latent_dim auto needs data; give the number that models.latents_for(config, data) returns")
     made = network(name, shape, out_channels, config.latent_dim, config.width, frames)
     check_prior(config.prior, name, made)
     return made

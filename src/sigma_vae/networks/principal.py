@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sigma_vae.types import MeanMap, at_least_float32, in_full_precision
 
-__all__ = ["LinearPath", "Principal", "principal", "solved_path"]
+__all__ = ["LinearPath", "Principal", "best_components", "principal", "solved_path"]
 
 EXACT_DIMS = 1024
 """Up to so many dimensions the whole covariance is decomposed; above, its leading part alone is sought."""
@@ -99,6 +99,30 @@ def principal(passes: Passes, latent_dim: int) -> Principal | None:
     return Principal(mean, directions, variances.clamp(min=smallest), max(rest, smallest))
 
 
+def best_components(passes: Passes, held_out: Iterable[Tensor], most: int) -> int:
+    """Number of linear latents, at most ``most``, under which held-out data are likeliest; 1 where data have no variance.
+
+    >>> x = torch.randn(900, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 4.0, 3.0, 1.0, 1.0, 1.0])
+    >>> best_components(lambda: [x[:600]], [x[600:]], most=5)
+    3
+    """
+    fitted = principal(passes, most)
+    if fitted is None:
+        return 1
+    dims, used = fitted.directions.shape
+    left = torch.arange(dims, dims - used, -1) - 1
+    above = fitted.variances.cumsum(0)
+    noise = (above[-1] + fitted.noise_variance * (dims - used) - above) / left
+    density = -0.5 * (fitted.variances.log().cumsum(0) + left * noise.log())
+    count, along, squares = 0, torch.zeros_like(above), torch.zeros_like(above)
+    for x in held_out:
+        centred = _centred(x, fitted.mean)
+        inside = (centred @ fitted.directions).square().sum(0)
+        count, along, squares = count + len(x), along + inside, squares + centred.square().sum()
+    distance = (along / fitted.variances).cumsum(0) + (squares - along.cumsum(0)).clamp(min=0) / noise
+    return 1 + int((density - 0.5 * distance / count).argmax())
+
+
 def _moments(batches: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
     """Number of examples, mean of each dimension, and the sum of all dimensions' variances."""
     count, mean, spread = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -172,10 +196,10 @@ class LinearPath(nn.Module):
         Raises:
             RuntimeError: the shapes are not those of a path with so many latents.
         """
-        (dims,), features = shapes["centre"], math.prod(shapes["bias"])
-        one = (latent_dim,)
-        expected = {"directions": (latent_dim, dims), "gain": one, "log_variance": one, "weight": (features, latent_dim)}
-        if any(tuple(shapes[name]) != shape for name, shape in expected.items()):
+        dims, bias = math.prod(shapes.get("centre", ())), tuple(shapes.get("bias", ()))
+        expected = {"centre": (dims,), "directions": (latent_dim, dims), "gain": (latent_dim,), "log_variance": (latent_dim,)}
+        expected |= {"weight": (math.prod(bias), latent_dim), "bias": bias}
+        if {name: tuple(shape) for name, shape in shapes.items()} != expected:
             raise RuntimeError(f"a linear path of {latent_dim} latents has the shapes {expected}, got {dict(shapes)}")
         return cls(**{name: torch.zeros(shape) for name, shape in shapes.items()})
 
@@ -229,9 +253,9 @@ def solved_path(passes: Passes, latent_dim: int, mean: MeanMap | None, bias: Cal
     if mean is not None:  # the mean's channels are the first of the features
         weight[:dims, :used] = fitted.directions * (spread - noise).clamp(min=0).sqrt()
         start.view(-1)[:dims] = centre
-    path = LinearPath(*(each.float() for each in (centre, directions, gain, log_variance, weight, start)))
+    path = LinearPath(centre, directions, gain, log_variance, weight, start)
     if mean == "unit":
-        _through_sigmoid(path, passes)
+        _through_sigmoid(path.float(), passes)
     return SolvedPath(path, math.sqrt(noise))
 
 

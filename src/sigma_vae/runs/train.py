@@ -62,6 +62,10 @@ def _train(config: RunConfig, out: Path, *, progress: bool) -> Evaluation:
         print(f"{data.name}: {data.record['counts']}; {data.record['preprocessing']}")
     if config.model.network == "auto":
         config = replace(config, model=replace(config.model, network=models.default_network(data.shape, clips=data.clips)))
+    if config.model.latent_dim == "auto":
+        config = replace(config, model=replace(config.model, latent_dim=models.latents_for(config.model, data)))
+        if progress and processes().first:
+            print(f"{config.model.latent_dim} latents, by the held-out likelihood of probabilistic PCA")
     vae = _new_vae(config, data)
     choices = choices_for(vae, data, config.training, resolve_device(config.device))
     environment = _environment(config, data, choices)

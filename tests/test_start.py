@@ -1,0 +1,263 @@
+"""The start that is solved: the best linear VAE, against closed forms and SciPy, for every likelihood."""
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES
+from safetensors.torch import load_file, save_file
+from scipy import optimize
+from test_discrete_use import ALL as UNSCALED
+from test_discrete_use import make as unscaled
+from torch import Tensor, nn
+
+from sigma_vae import VAE, Bernoulli, FlatNetwork, Gaussian, Optimal, PerPixel, models
+from sigma_vae.config import EvaluationSettings, ModelConfig, TrainingConfig
+from sigma_vae.data import as_splits
+from sigma_vae.evaluation import evaluate
+from sigma_vae.networks import conv, mlp, residual
+from sigma_vae.networks.principal import _codes, principal
+from sigma_vae.training import fit
+from sigma_vae.types import Likelihood
+
+SHAPE = (1, 8, 8)
+LATENTS = 3
+
+
+def linear_data(n: int = 400, dims: int = 6, seed: int = 0) -> Tensor:
+    """Rows with the very moments of a linear-Gaussian model, in float64."""
+    random = np.random.default_rng(seed)
+    raw = random.standard_normal((n, dims))
+    raw -= raw.mean(0)
+    white = raw @ np.linalg.inv(np.linalg.cholesky(raw.T @ raw / n)).T
+    weight = np.linalg.qr(random.standard_normal((dims, LATENTS)))[0] * [1.5, 1.0, 0.7]
+    covariance = weight @ weight.T + 0.25 * np.eye(dims)
+    return torch.from_numpy(white @ np.linalg.cholesky(covariance).T + np.linspace(-1, 1, dims))
+
+
+def sigma_points(vae: VAE, x: Tensor):
+    """ELBO over posterior draws whose mean and covariance are exact: what is quadratic in z has its very expectation."""
+    eye = math.sqrt(LATENTS) * torch.eye(LATENTS, dtype=x.dtype)
+    unit = torch.cat([eye, -eye])[:, None].expand(-1, len(x), -1)
+    inference = vae.network.draw(x, vae.network.posterior(x), unit)
+    flat = inference.h.flatten(0, 1), inference.target.flatten(0, 1)
+    return vae.likelihood(*flat).log_prob(flat[1]).mean() - inference.kl.mean()
+
+
+def started_on(x: Tensor, network: FlatNetwork, likelihood: Likelihood) -> VAE:
+    vae = VAE(network, likelihood).to(x.dtype)
+    vae.start_from(x.split(100))
+    return vae
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6], ids=["small", "as it is", "large"])
+def test_on_linear_data_the_start_is_the_optimum(scale):
+    x = scale * linear_data()
+    torch.manual_seed(0)
+    network = FlatNetwork(nn.Linear(6, 2 * LATENTS), nn.Linear(LATENTS, 6), LATENTS)
+    vae = started_on(x, network, Gaussian(6, Optimal(), spatial_dims=0, levels=None))
+    vae.likelihood.set_floor(std=scale)
+    bound = sigma_points(vae, x)
+    (-bound).backward()
+    for name, p in vae.named_parameters():  # in units of the data, so that the size of a gradient means the same at every scale
+        unit = scale if name.startswith(("network.decoder", "network.linear.weight", "network.linear.bias")) else 1.0
+        unit = unit / scale if name == "network.encoder.weight" else unit
+        assert float(unit * p.grad.abs().max()) < 1e-6, name
+    centred = (x - x.mean(0)).numpy()
+    covariance = centred.T @ centred / len(x)
+    exact = -0.5 * (6 * math.log(2 * math.pi) + np.linalg.slogdet(covariance)[1] + 6)  # the data have the model's moments
+    assert float(bound.detach()) == pytest.approx(exact, abs=1e-3)
+
+
+def test_other_units_give_the_same_start():
+    x = linear_data()
+    own, other = (
+        started_on(each, mlp((6,), 6, latent_dim=LATENTS), Gaussian(6, spatial_dims=0, levels=None)).network.linear
+        for each in (x, 100 * x)
+    )
+    signs = torch.sign((own.directions * other.directions).sum(1))
+    torch.testing.assert_close(other.gain, own.gain)
+    torch.testing.assert_close(other.log_variance, own.log_variance)
+    torch.testing.assert_close(100 * other.directions * signs[:, None], own.directions)
+    torch.testing.assert_close(other.weight * signs / 100, own.weight)
+
+
+def test_through_a_sigmoid_the_squared_error_is_that_of_least_squares():
+    random = np.random.default_rng(0)
+    latent = random.standard_normal((600, 2))
+    mean = 1 / (1 + np.exp(-(2 * latent @ random.standard_normal((2, 16)) + random.standard_normal(16))))
+    x = torch.from_numpy((mean + 0.05 * random.standard_normal(mean.shape)).clip(0, 1)).float().reshape(-1, 1, 4, 4)
+    torch.manual_seed(0)
+    network = started_on(x, mlp((1, 4, 4), 1, latent_dim=2), Gaussian(1, mean="unit")).network
+    with torch.no_grad():
+        codes = torch.cat(_codes(network.linear, lambda: x.split(100)))[:, :2]
+        features = network.linear.features(codes).flatten(1)
+    ours = (torch.sigmoid(features) - x.flatten(1)).square().mean(0).numpy()
+    design = np.c_[codes.numpy(), np.ones(len(codes))]
+    best = []
+    for target in x.flatten(1).numpy().T:
+        found = optimize.least_squares(lambda b, t=target: 1 / (1 + np.exp(-design @ b)) - t, np.zeros(3))
+        best.append(2 * found.cost / len(target))
+    assert ours.sum() < 1.03 * sum(best)
+    assert (ours < 1.1 * np.array(best)).all()
+
+
+LIKELIHOODS = {case.name: lambda case=case: case.make(mean="unit") for case in CASES} | {
+    family.name: lambda family=family: unscaled(family) for family in UNSCALED if family.channels == 1
+}
+
+
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_every_likelihood_starts_nearer_to_its_data(name, digits):
+    make = LIKELIHOODS[name]
+    likelihood = make()
+    top = (likelihood.levels or 256) - 1
+    x = torch.round(digits.values("train")[:300] * top) / top
+    bounds = []
+    for start in (False, True):
+        torch.manual_seed(0)
+        vae = VAE(mlp(SHAPE, likelihood.in_channels, latent_dim=8, width=32), make())
+        if start:
+            vae.start_from(x.split(100))
+        vae.calibrate([x])
+        vae.train()
+        bounds.append(float(vae.elbo(x).total.mean().detach()))
+    assert math.isfinite(bounds[1])
+    if any(word in name for word in ("optimal", "per-", "bernoulli")):  # those whose σ follows, and a coin
+        assert bounds[1] > bounds[0]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return as_splits("digits")
+
+
+NETWORKS = {"mlp": mlp, "conv": conv, "residual": residual}
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_each_network_is_linear_at_the_start(make, digits):
+    x = digits.values("train")[:200]
+    vae = started_on(x, make(SHAPE, 1, latent_dim=5), Gaussian(1, mean="identity", levels=17))
+    fitted = principal(lambda: x.split(100), 5)
+    z = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).double()
+    expected = fitted.mean + z @ (fitted.directions * (fitted.variances - fitted.noise_variance).sqrt()).T
+    torch.testing.assert_close(vae.network.decode(z.float()).flatten(1).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_latents_that_no_direction_is_left_for_start_at_the_prior(digits):
+    x = digits.values("train")[:9]
+    vae = started_on(x, mlp(SHAPE, 1, latent_dim=20), Gaussian(1, mean="unit"))
+    posterior = vae.encode(x)
+    torch.testing.assert_close(posterior.loc[:, 4:], torch.zeros(9, 16))
+    torch.testing.assert_close(posterior.scale[:, 4:], torch.ones(9, 16))
+
+
+def test_predicted_scales_start_at_the_residuals(digits):
+    x = digits.values("train")[:500]
+    vae = VAE(mlp(SHAPE, 2, latent_dim=8), Gaussian(1, PerPixel(), mean="unit", levels=17))
+    std = vae.start_from(x.split(100))
+    raw = vae.network.decode(torch.zeros(1, 8))[:, 1]
+    torch.testing.assert_close(raw.exp(), torch.full_like(raw, std))
+
+
+class Plain(nn.Module):
+    """An encoder or decoder that ends with something else than weights."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cos(self.inner(x))
+
+
+def test_a_network_that_cannot_be_silenced_is_refused_with_a_way_out(digits):
+    network = mlp(SHAPE, 1, latent_dim=4, width=16)
+    own = FlatNetwork(Plain(network.encoder), network.decoder, 4)
+    vae, before = VAE(own, Gaussian(1, mean="unit", levels=17)), copy.deepcopy(own.state_dict())
+    with pytest.raises(ValueError, match=r"the encoder does not give 0 .*start=random"):
+        fit(vae, digits, TrainingConfig(start="principal", max_steps=2), progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+    fit(vae, digits, TrainingConfig(max_steps=2), progress=False)  # auto takes another start
+    assert own.linear is None
+    fit(vae, digits, TrainingConfig(start="random", max_steps=2), progress=False)
+
+
+def test_data_without_variance_start_at_random(capsys):
+    vae = VAE(mlp(SHAPE, 1, latent_dim=2), Gaussian(1, mean="unit"))
+    fit(vae, np.zeros((40, 8, 8), np.uint8), TrainingConfig(max_steps=2))
+    assert "start: random, as the data have no variance" in capsys.readouterr().out
+
+
+def test_a_started_model_is_saved_and_loaded(tmp_path: Path, digits):
+    config = ModelConfig(network="mlp", latent_dim=4, width=16)
+    vae = models.vae(config, SHAPE, digits.scaling)
+    fit(vae, digits, TrainingConfig(max_steps=5), progress=False)
+    models.save(tmp_path, vae, config, SHAPE, digits.scaling)
+    again = models.load(tmp_path).vae
+    x = digits.values("test")[:5]
+    assert torch.equal(again.encode(x).loc, vae.encode(x).loc)
+    plain = models.vae(config, SHAPE, digits.scaling)
+    plain.load_state_dict(vae.state_dict())
+    plain.load_state_dict(models.vae(config, SHAPE, digits.scaling).state_dict(), strict=False)
+    assert plain.network.linear is None  # the form is that of the weights
+
+
+@pytest.mark.parametrize("name", ["centre", "directions", "gain", "weight", "bias"])
+def test_a_path_of_other_sizes_is_refused(name, tmp_path: Path, digits):
+    config = ModelConfig(network="mlp", latent_dim=4, width=16)
+    vae = models.vae(config, SHAPE, digits.scaling)
+    vae.start_from([digits.values("train")[:50]])
+    models.save(tmp_path, vae, config, SHAPE, digits.scaling)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights[f"network.linear.{name}"] = torch.zeros(7, 7)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        models.load(tmp_path)
+
+
+def test_the_start_survives_compilation_and_autocast(digits):
+    x = digits.values("train")[:100]
+    vae = started_on(x, mlp(SHAPE, 1, latent_dim=4, width=16), Gaussian(1, mean="unit")).eval()
+    vae.calibrate([x])
+    expected = vae.network.decode(vae.encode(x).loc)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(vae.network.decode(vae.encode(x).loc).float(), expected, rtol=0.02, atol=0.02)
+    compiled = torch.compile(lambda x: vae.network.decode(vae.network.posterior(x).loc), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_the_model_has_the_sigma_of_validation_data(digits):
+    vae = VAE(mlp(SHAPE, 1, latent_dim=10), Gaussian(1, mean="unit", levels=17))
+    found = fit(vae, digits, TrainingConfig(max_steps=400, patience=None), progress=False)
+    x = digits.values("validation")
+    own = float(vae.likelihood.sigma("density"))
+    with torch.no_grad():
+        assert own == pytest.approx(float((x - vae.reconstruct(x)).square().mean().sqrt()), rel=0.03)
+    assert found.training_sigma["density"] < 0.95 * own  # it overfits
+    bounds = [evaluate(vae, digits, settings=EvaluationSettings(metrics=())).elbo_nats.mean]
+    vae.calibrate(digits.batches("train", 256))
+    bounds.append(evaluate(vae, digits, settings=EvaluationSettings(metrics=())).elbo_nats.mean)
+    assert bounds[0] > bounds[1]
+
+
+def test_the_start_is_worth_its_nats(digits):
+    bounds = {}
+    for start in ("random", "principal"):
+        torch.manual_seed(0)
+        vae = VAE(mlp(SHAPE, 1, latent_dim=10), Gaussian(1, mean="unit", levels=17))
+        fit(vae, digits, TrainingConfig(max_steps=200, start=start), progress=False)
+        bounds[start] = evaluate(vae, digits, settings=EvaluationSettings(metrics=())).elbo_nats.mean
+    assert bounds["principal"] > bounds["random"] + 3
+
+
+def test_a_coin_for_each_value_starts_at_its_probability():
+    random = torch.Generator().manual_seed(0)
+    x = (torch.rand(500, 1, 4, 4, generator=random) < 0.3).float()
+    vae = started_on(x, mlp((1, 4, 4), 1, latent_dim=2), Bernoulli(1, levels=2))
+    with torch.no_grad():
+        assert float(torch.sigmoid(vae.network.decode(torch.zeros(1, 2))).mean()) == pytest.approx(0.3, abs=0.03)

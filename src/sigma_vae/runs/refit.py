@@ -149,7 +149,8 @@ def fit_prior(out: Path, prior: str = models.AUTO, *, device: str = "auto") -> E
     made.
 
     The prior is ``mixture`` (number of components chosen on the validation split), ``mixture:20``, ``gaussian`` or
-    ``flow``; ``auto`` is the best of them on the validation split; ``standard`` goes back to N(0, I). The result is the evaluation, as in ``evaluation.json``.
+    ``flow``; ``auto`` is the best of N(0, I), a Gaussian and a mixture on the validation split; ``standard`` goes back to
+    N(0, I). The result is the evaluation, as in ``evaluation.json``.
 
     Raises:
         ValueError: there is no such run or prior, the run's network has no single layer of flat latents, or another

@@ -5,7 +5,6 @@ import json
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -102,13 +101,9 @@ def priors(name: str, network: Network, examples: int) -> list[Prior]:
     """
     if not (network.has_posterior and network.has_prior):
         return []
-    if name != AUTO:
-        return [prior(name, *network.latents.sizes)]
-    made: list[Prior] = []
-    for each in AUTO_PRIORS:
-        with suppress(ModuleNotFoundError):
-            made.append(prior(each, *network.latents.sizes))
-    return [each for each in made if each.least_latents <= examples]
+    (latent_dim,) = network.latents.sizes
+    made = [prior(each, latent_dim) for each in (AUTO_PRIORS if name == AUTO else (name,))]
+    return [each for each in made if name != AUTO or each.least_latents <= examples]
 
 
 def check_prior(name: str, network_name: str, network: Network | None = None) -> None:

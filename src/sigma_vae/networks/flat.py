@@ -112,7 +112,10 @@ class FlatNetwork(Network):
         """Features of z."""
         self.refuse_unread(condition=condition)
         features: Tensor = self.decoder(z)
-        return features if self.linear is None else features + self.linear.features(z)
+        if self.linear is not None:
+            assert isinstance(z, Tensor)
+            features = features + self.linear.features(z)
+        return features
 
     @torch.no_grad()
     def start_from(self, data: Iterable[Tensor], mean: MeanMap | None, features: Callable[[float], Tensor]) -> float | None:

@@ -213,7 +213,7 @@ class LinearPath(nn.Module):
         """Its part of the features, ``(batch, in_channels, *space)``, in float32 at least."""
         with in_full_precision(z.device.type):
             flat = nn.functional.linear(at_least_float32(z), self.weight, self.bias.flatten())
-            return flat.unflatten(-1, self.bias.shape)
+            return flat.reshape(-1, *self.bias.shape)
 
 
 def solved_path(passes: Passes, latent_dim: int, mean: MeanMap | None, bias: Callable[[float], Tensor]) -> "SolvedPath | None":

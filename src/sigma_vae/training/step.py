@@ -241,11 +241,11 @@ class Averaged(AveragedModel):
     """
 
     def __init__(self, vae: VAE, decay: float) -> None:
-        super().__init__(vae, multi_avg_fn=self._average, use_buffers=True)  # type: ignore[no-untyped-call]
+        super().__init__(vae, multi_avg_fn=self._average, use_buffers=True)
         self.decay = decay
 
     @torch.no_grad()
-    def _average(self, averages: Any, current: Any, _: Tensor) -> None:
+    def _average(self, averages: Any, current: Any, _: Any) -> None:
         steps = int(self.n_averaged)  # on the CPU: the argument is on the weights' device, and reading it would wait
         weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
         if averages[0].is_floating_point():

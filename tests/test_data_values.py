@@ -57,6 +57,68 @@ def test_the_levels_that_data_use_are_found_and_said(values, levels, words, plac
         np.testing.assert_allclose(found, np.sort(((values - low) / (high - low)).ravel()), atol=1e-6)
 
 
+def odd(values, value):
+    """The same values, with one that lies between their levels."""
+    values = values.copy()
+    values[5, 0, 0] = value
+    return values
+
+
+OFF_GRID = {  # values of train, values of test, the levels found, words of the remark
+    "0 and 255": ((255 * BITS).astype(np.uint8), 7, 256, "7, which is none of the 2 levels of train: read as 256 levels"),
+    "257 k": (
+        (257 * BYTES).astype(np.uint16),
+        300,
+        65536,
+        "300, which is none of the 256 levels of train: read as 65536 levels",
+    ),
+    "floats 0 and 1": (
+        BITS.astype(np.float32),
+        0.25,
+        None,
+        "0.25, which is none of the 2 levels of train: read as real values",
+    ),
+    "floats 0 and 1, then k/255": (
+        BITS.astype(float),
+        51 / 255,
+        256,
+        "0.2, which is none of the 2 levels of train: read as 256",
+    ),
+    "k/255": (BYTES / 255, 0.5, None, "0.5, which is none of the 256 levels of train: read as real values"),
+}
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize(("values", "value", "levels", "words"), OFF_GRID.values(), ids=OFF_GRID)
+def test_a_value_between_the_levels_of_train_is_said(values, value, levels, words, split, tmp_path):
+    np.savez(tmp_path / "a.npz", train=values, **{split: odd(values, value)})
+    splits = load(DataConfig(str(tmp_path / "a.npz")))
+    assert splits.levels == levels
+    assert f"{split} has the value {words}" in splits.record["preprocessing"]
+    stored = splits.values(split)[5, 0, 0, 0].item()
+    assert stored == pytest.approx(value / (1 if values.dtype.kind == "f" else levels - 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "value", "levels"), [((255 * BITS).astype(np.uint8), 7, 2), ((2 * (BYTES // 2)).astype(np.uint8), 7, 128)]
+)
+def test_a_value_between_given_levels_is_refused_and_named(values, value, levels, tmp_path):
+    np.savez(tmp_path / "a.npz", train=values, test=odd(values, value))
+    with pytest.raises(
+        ValueError, match=rf"a.npz \(test\) needs the {levels} levels .* got the value 7; .* leave --levels out"
+    ):
+        load(DataConfig(str(tmp_path / "a.npz"), levels=levels))
+    assert load(DataConfig(str(tmp_path / "a.npz"))).levels == 256
+
+
+def test_new_data_of_a_model_of_real_values_are_no_levels():
+    splits = as_splits(RANDOM.random((60, 4, 4)))
+    again = next(iter(as_batches(BYTES / 255, splits, batch_size=60))).x
+    np.testing.assert_allclose(again.numpy()[:, 0], BYTES / 255, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"needs floats, got torch.uint8; save the data as floats"):
+        next(iter(as_batches(BYTES.astype(np.uint8), splits)))
+
+
 def test_the_dtype_decides_where_it_is_asked_to():
     assert as_splits((255 * BITS).astype(np.uint8)).levels == 2
     config = DataConfig("digits", levels_from="dtype")

@@ -1,8 +1,8 @@
 """Conversion of arrays to their stored form, levels or real values, with checks of the values."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,11 @@ class Grid(NamedTuple):
     lowest: int = 0
     step: int = 1
 
+    @property
+    def largest(self) -> int:
+        """The value of the highest level."""
+        return self.lowest + (self.levels - 1) * self.step
+
     def of(self, values: Array) -> Array:
         """The levels of values on the grid."""
         if values.dtype.kind == "f":
@@ -39,19 +44,29 @@ class Grid(NamedTuple):
         return ((values.astype(np.int64) - self.lowest) // self.step).astype(_storage(self.levels))
 
 
-def find_grid(arrays: Sequence[Array], name: str) -> tuple[Grid | None, str]:
-    """Find the levels that data of one dtype use, where their values leave no doubt.
+def find_grid(arrays: Mapping[str, Array], name: str) -> tuple[Grid | None, str]:
+    """Find the levels that data of one dtype use, in all splits, where their values leave no doubt.
 
     These are two values, 0 and another, 8-bit values stored in 16 bits as 257·k, and floats k/255, or 0 and 1. Otherwise the
     dtype decides.
 
     Returns:
-        The levels, None for real values, and a remark: what was found, or the option that would be right. It is empty
-        where there is nothing to say.
+        The levels, None for real values, and a remark: what was found, the first value of another split that lies between
+        the levels of train, or the option that would be right. It is empty where there is nothing to say.
 
-    >>> find_grid([np.array([0, 255, 255], dtype=np.uint8)], "mask")
+    >>> find_grid({"train": np.array([0, 255, 255], dtype=np.uint8)}, "mask")
     (Grid(levels=2, lowest=0, step=255), 'two values, 0 and 255: two levels')
     """
+    grid, remark = _grid_of(list(arrays.values()), name)
+    alone, _ = _grid_of([arrays["train"]], name) if "train" in arrays and len(arrays) > 1 else (None, "")
+    if alone is None or (grid is not None and grid.levels <= alone.levels):
+        return grid, remark
+    split, value = next((split, value) for split, array in arrays.items() for value in _off(array, alone))
+    used = "real values" if grid is None else f"{grid.levels} levels"
+    return grid, f"{split} has the value {value}, which is none of the {alone.levels} levels of train: read as {used}"
+
+
+def _grid_of(arrays: Sequence[Array], name: str) -> tuple[Grid | None, str]:
     native = native_levels(arrays[0], name)
     if native is None:
         return _grid_of_floats(arrays)
@@ -73,12 +88,28 @@ def find_grid(arrays: Sequence[Array], name: str) -> tuple[Grid | None, str]:
     return Grid(native), ""
 
 
-def given_grid(arrays: Sequence[Array], levels: int) -> Grid:
+def given_grid(arrays: Mapping[str, Array], levels: int, name: str) -> Grid:
     """The grid of integers that a number of levels means: 0..levels−1, or as many values further apart.
 
-    >>> given_grid([np.array([0, 2, 254], dtype=np.uint8)], 128)
+    Raises:
+        ValueError: only the values of train lie on such a grid.
+
+    >>> given_grid({"train": np.array([0, 2, 254], dtype=np.uint8)}, 128, "even")
     Grid(levels=128, lowest=0, step=2)
     """
+    if (grid := _given_grid(list(arrays.values()), levels)) is not None or "train" not in arrays:
+        return grid or Grid(levels)
+    alone = _given_grid([arrays["train"]], levels)
+    if alone is not None:
+        split, value = next((split, value) for split, array in arrays.items() for value in _off(array, alone))
+        raise ValueError(
+            f"{name} ({split}) needs the {levels} levels of train, {alone.lowest} to {alone.largest} in steps of {alone.step}, got the"
+            f" value {value}; repair or leave out such examples, or leave --levels out"
+        )
+    return Grid(levels)
+
+
+def _given_grid(arrays: Sequence[Array], levels: int) -> Grid | None:
     if arrays[0].dtype.kind not in "iu" or all(array.size == 0 or array.max() < levels for array in arrays):
         return Grid(levels)
     values = _distinct(arrays)
@@ -90,7 +121,7 @@ def given_grid(arrays: Sequence[Array], levels: int) -> Grid:
     for step in [*steps, int(np.gcd.reduce(values))]:
         if step > 1 and largest // step < levels and not (values % step).any():
             return Grid(levels, 0, step)
-    return Grid(levels)
+    return None
 
 
 def _distinct(arrays: Sequence[Array]) -> Array:
@@ -113,7 +144,7 @@ def _parts(array: Array) -> Iterator[Array]:
 def _grid_of_floats(arrays: Sequence[Array]) -> tuple[Grid | None, str]:
     if arrays[0].dtype.itemsize < 4 or not all(array.size and 0 <= array.min() and array.max() <= 1 for array in arrays):
         return None, ""
-    some = np.unique(arrays[0].reshape(-1)[:_CHUNK])
+    some = np.unique(np.concatenate([np.unique(array.reshape(-1)[:_CHUNK]) for array in arrays]))
     if set(some.tolist()) == {0.0, 1.0} and all(_lies_on(array, 2) for array in arrays):
         return Grid(2), "two values, 0 and 1: two levels"
     if len(some) > 2 and all(_lies_on(array, 256) for array in arrays):
@@ -127,11 +158,21 @@ def _grid_of_floats(arrays: Sequence[Array]) -> tuple[Grid | None, str]:
 
 def _lies_on(array: Array, levels: int) -> bool:
     """Whether all values are k/(levels − 1)."""
+    return next(_off(array, Grid(levels)), None) is None
+
+
+def _off(array: Array, grid: Grid) -> Iterator[Any]:
+    """The first value, in each few examples, that is none of the levels."""
     for part in _parts(array):
-        values = part.astype(np.float64)
-        if not np.allclose(values, np.rint(values * (levels - 1)) / (levels - 1), rtol=_ROUNDING, atol=0):
-            return False
-    return True
+        if array.dtype.kind == "f":
+            values = part.astype(np.float64)
+            nearest = np.clip(np.rint(values * (grid.levels - 1)), 0, grid.levels - 1) / (grid.levels - 1)
+            off = ~np.isclose(values, nearest, rtol=_ROUNDING, atol=0)
+        else:
+            level, rest = np.divmod(part.astype(np.int64) - grid.lowest, grid.step)
+            off = (rest != 0) | (level < 0) | (level >= grid.levels)
+        if off.any():
+            yield part[off][0].item()
 
 
 def native_levels(array: Array, name: str) -> int | None:

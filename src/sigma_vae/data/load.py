@@ -236,12 +236,12 @@ def _grid(raw: Raw, read: Mapping[SplitName, Read], config: DataConfig, words: l
         raise ValueError(f"{raw.name} has {raw.levels} levels, got levels={config.levels}; leave levels out")
     if raw.levels is not None:
         return Grid(raw.levels)
-    stored = [part.array if isinstance(part, Mapped) else part for part in read.values()]
-    arrays = [array for array in stored if not isinstance(array, Generated)]
+    stored = {split: part.array if isinstance(part, Mapped) else part for split, part in read.items()}
+    arrays = {split: array for split, array in stored.items() if not isinstance(array, Generated)}
     if config.levels is not None:
-        return given_grid(arrays, config.levels)
+        return given_grid(arrays, config.levels, raw.name)
     if config.levels_from == "dtype":
-        native = native_levels(arrays[0], raw.name)
+        native = native_levels(next(iter(arrays.values())), raw.name)
         return None if native is None else Grid(native)
     grid, remark = find_grid(arrays, raw.name)
     words += [remark] if remark else []

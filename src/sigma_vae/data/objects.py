@@ -164,7 +164,9 @@ def as_batches(
         images=images or ImageConfig(),
     )
     if not isinstance(data, Splits | DataConfig) and config.source not in names():  # those know their own levels
-        config = replace(config, levels=scaling.levels, standardise="yes" if scaling.standardised else "no")
+        standardise: Literal["yes", "no"] = "yes" if scaling.standardised else "no"
+        levels_from: Literal["values", "dtype"] = "dtype" if scaling.levels is None else "values"
+        config = replace(config, levels=scaling.levels, levels_from=levels_from, standardise=standardise)
     if (splits := _with_splits(data, config)) is not None:
         _check_scaling(splits, scaling)
         store, clips = splits.store(split), splits.clips

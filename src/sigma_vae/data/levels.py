@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "Grid", "encode", "find_grid", "given_grid", "native_levels", "real_values"]
+__all__ = ["Array", "Grid", "discrete_columns", "encode", "find_grid", "given_grid", "native_levels", "real_values"]
 
 Array = npt.NDArray[np.generic]
 
@@ -20,6 +20,8 @@ _ROUNDING = 1e-6  # of values that are levels, though nobody has said how many t
 _EIGHT_BITS_IN_SIXTEEN = 257
 _CHUNK = 2**24  # values counted at a time
 _MOST_DISTINCT = 1024
+_ROWS_PER_VALUE = 20  # from which a column is taken for discrete
+_SOME_ROWS = 10_000
 _FLOAT32_STEPS = 1000  # between two values a std apart: fewer would be rounding that one can see
 
 
@@ -44,7 +46,7 @@ class Grid(NamedTuple):
         return ((values.astype(np.int64) - self.lowest) // self.step).astype(_storage(self.levels))
 
 
-def find_grid(arrays: Mapping[str, Array], name: str) -> tuple[Grid | None, str]:
+def find_grid(arrays: Mapping[Any, Array], name: str) -> tuple[Grid | None, str]:
     """Find the levels that data of one dtype use, in all splits, where their values leave no doubt.
 
     These are two values, 0 and another, 8-bit values stored in 16 bits as 257·k, and floats k/255, or 0 and 1. Otherwise the
@@ -88,7 +90,7 @@ def _grid_of(arrays: Sequence[Array], name: str) -> tuple[Grid | None, str]:
     return Grid(native), ""
 
 
-def given_grid(arrays: Mapping[str, Array], levels: int, name: str) -> Grid:
+def given_grid(arrays: Mapping[Any, Array], levels: int, name: str) -> Grid:
     """The grid of integers that a number of levels means: 0..levels−1, or as many values further apart.
 
     Raises:
@@ -173,6 +175,22 @@ def _off(array: Array, grid: Grid) -> Iterator[Any]:
             off = (rest != 0) | (level < 0) | (level >= grid.levels)
         if off.any():
             yield part[off][0].item()
+
+
+def discrete_columns(rows: Array) -> list[int]:
+    """Numbers of the columns with two values, or with few for their rows.
+
+    >>> discrete_columns(np.array([[0.0, 0.1], [1.0, 0.2], [0.0, 0.3]]))
+    [0]
+    """
+    return [i for i in range(rows.shape[1]) if _is_discrete(rows[:, i])]
+
+
+def _is_discrete(column: Array) -> bool:
+    most = max(2, len(column) // _ROWS_PER_VALUE)
+    if len(np.unique(column[:_SOME_ROWS])) > most:
+        return False
+    return 2 <= len(np.unique(column)) <= most
 
 
 def native_levels(array: Array, name: str) -> int | None:

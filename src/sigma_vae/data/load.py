@@ -10,7 +10,7 @@ package names it in the entry-point group ``sigma_vae.sources``::
 import difflib
 import math
 import os
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -18,7 +18,7 @@ from typing import Any, final
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import cached
 from sigma_vae.data.holdout import hold_out
-from sigma_vae.data.levels import Array, Grid, encode, find_grid, given_grid, native_levels, real_values
+from sigma_vae.data.levels import Array, Grid, discrete_columns, encode, find_grid, given_grid, native_levels, real_values
 from sigma_vae.data.scaling import Scaling, standardisation
 from sigma_vae.data.splits import Raw, SplitName, Splits, fingerprint
 from sigma_vae.data.stores import Encoded, Generated, InMemory, Mapped, Part, Store
@@ -100,7 +100,8 @@ def load_whole(config: DataConfig, split: SplitName) -> tuple[Store, list[str], 
     """Read one split of a data set where it has splits, else all of it; nothing is held out.
 
     Returns:
-        The examples in their order; their names, where they are files; and whether they are clips.
+        The examples in their order; their names, where they are files, or rows of a table from which others were
+        dropped; and whether they are clips.
 
     Raises:
         ValueError: as for :func:`load`.
@@ -111,7 +112,7 @@ def load_whole(config: DataConfig, split: SplitName) -> tuple[Store, list[str], 
     chosen: SplitName = split if split in raw.parts else "train"
     part, words = raw.parts[chosen], list[str]()
     store = store_of(part, raw, chosen, config, words)
-    names = part.names if isinstance(part, Encoded) and len(part.names) == len(store) else []
+    names = part.names if isinstance(part, Encoded) and len(part.names) == len(store) else raw.names.get(chosen, [])
     return store, list(names), raw.clips
 
 
@@ -191,7 +192,7 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
     stored = {split: _store(part, grid, standardise, f"{raw.name} ({split})") for split, part in read.items()}
     parts, held_out = hold_out(stored, config, raw.name)
     scaling = standardisation(parts["train"], raw.name, raw.columns) if standardise else Scaling(grid and grid.levels)
-    words += [_stored_as(scaling), *held_out]
+    words += [*(_discrete(read["train"], raw.columns) if grid is None else []), _stored_as(scaling), *held_out]
     record = {
         "source": config.source,
         "files": raw.files,
@@ -217,6 +218,18 @@ def store_of(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: 
 
 
 Read = Array | Mapped | Generated
+
+
+def _discrete(train: Read, columns: Sequence[str]) -> list[str]:
+    """Say which columns of rows of real values are discrete."""
+    if isinstance(train, Generated) or len(train.shape) != (1 if isinstance(train, Mapped) else 2):
+        return []
+    found = discrete_columns(train.array if isinstance(train, Mapped) else train)
+    names = [columns[i] if columns else str(i) for i in found]
+    few = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    remedy = "--exclude leaves them out" if columns else "counted from 0; leave them out"
+    why = "a density of discrete values has no upper bound, so do not compare its nats"
+    return [f"discrete columns: {few} ({why}; {remedy})"] if found else []
 
 
 def _decoded(part: Part, split: SplitName, config: DataConfig, words: list[str]) -> Read:

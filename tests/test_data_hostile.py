@@ -1,15 +1,22 @@
 """Hostile or odd files: pipes, looped links and configs made to cost time; reading never hangs."""
 
+import gzip
+import io
 import os
 import socket
+import struct
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 
+import h5py
 import numpy as np
+import pandas as pd
 import pytest
 
 from sigma_vae.config import DataConfig, RunConfig, read
+from sigma_vae.data.arrays import read_images
 from sigma_vae.data.load import load
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes need a Unix")
@@ -104,9 +111,109 @@ def test_masks_and_thumbnails_beside_pictures_are_left_out_and_said(folders, lef
         assert f"{left_out} (12)" in data.record["preprocessing"]
 
 
-def test_a_huge_member_of_a_small_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import zipfile
+ZEROS = np.zeros((3000, 1000), np.uint8)
 
+
+def _sparse_h5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", (10**7, 64, 64), "u1", chunks=(1, 64, 64), compression="gzip")[0] = 1
+
+
+def _untouched_h5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("train", (10**8, 100), "f8")
+
+
+def _overlong_h5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("train", (2**40, 2**40), "f8", chunks=(1, 64))
+
+
+def _tar_of_zeros(path: Path) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for i in range(3):
+            member = tarfile.TarInfo(f"{i}.png")
+            member.size = 2**20
+            archive.addfile(member, io.BytesIO(bytes(2**20)))
+
+
+def _gzipped(path: Path, content: bytes) -> None:
+    path.write_bytes(gzip.compress(content))
+
+
+BOMBS = {
+    "a.npz": lambda path: np.savez_compressed(path, train=ZEROS),
+    "chosen.npz": lambda path: np.savez_compressed(path, data=ZEROS, other=ZEROS),
+    "written once.h5": _sparse_h5,
+    "never written.h5": _untouched_h5,
+    "beyond numbers.h5": _overlong_h5,
+    "a.tar.gz": _tar_of_zeros,
+    "a.tgz": _tar_of_zeros,
+    "a.csv.gz": lambda path: _gzipped(path, b"a,b\n" + 2**19 * b"0,0\n"),
+    "a.txt.gz": lambda path: _gzipped(path, b"a b\n" + 2**19 * b"0 0\n"),
+    "a.parquet": lambda path: pd.DataFrame({"a": np.zeros(2**20)}).to_parquet(path),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_small_file_that_unpacks_to_much_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sigma_vae.data.archives.LARGEST_MEMBER", 2**20)
+    path = tmp_path / name
+    BOMBS[name](path)
+    assert path.stat().st_size < 2**16
+    with pytest.raises(ValueError, match=r"^[^\n]*unpacks to [^\n]*, over 500 times as many[^\n]*$") as error:
+        load(DataConfig(str(path), **({"cache": str(tmp_path / "cache")} if name.endswith((".h5", "tgz", "tar.gz")) else {})))
+    assert name in str(error.value)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_gzipped_idx_file_that_unpacks_to_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sigma_vae.data.archives.LARGEST_MEMBER", 2**20)
+    _gzipped(tmp_path / "images.gz", struct.pack(">IIII", 0x803, 3000, 28, 28) + bytes(3000 * 784))
+    with pytest.raises(ValueError, match=r"images.gz has \d+ bytes and unpacks to"):
+        read_images(tmp_path / "images.gz")
+
+
+def test_what_a_bombs_error_advises_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sigma_vae.data.archives.LARGEST_MEMBER", 2**20)
+    np.savez(tmp_path / "a.npz", train=ZEROS)
+    assert load(DataConfig(str(tmp_path / "a.npz"))).shape == (1000,)
+    _sparse_h5(tmp_path / "sparse.h5")
+    with h5py.File(tmp_path / "sparse.h5") as old, h5py.File(tmp_path / "new.h5", "w") as new:
+        new["x"] = old["x"][:30]
+    assert load(DataConfig(str(tmp_path / "new.h5"))).shape == (1, 64, 64)
+
+
+def _with_shape(shape: str, end: bytes = b"") -> bytes:
+    """A .npy file whose header claims this shape of int8, after which there are 6 values."""
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return np.lib.format.magic(1, 0) + len(header).to_bytes(2, "little") + header + bytes(6) + end
+
+
+@pytest.mark.parametrize("shape", ["(4, 2)", "(3, 1)", "(1000000000000, 4)", "(4294967296, 4294967296)", "(0, 5)"])
+@pytest.mark.parametrize("name", ["a.npy", "a.npz"])
+def test_a_header_that_claims_other_sizes_than_there_are_is_refused(name: str, shape: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "a.npy":
+        path.write_bytes(_with_shape(shape))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("train.npy", _with_shape(shape))
+    with pytest.raises(ValueError, match=rf"{name}.* claims \d+ bytes of values, shape .*, and holds 6; save it anew$"):
+        load(DataConfig(str(path)))
+
+
+def test_an_array_larger_than_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "a.npy", ZEROS)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["x"] = ZEROS
+    monkeypatch.setattr(os, "sysconf", lambda name: 1000)
+    for name in ("a.npy", "a.h5"):
+        with pytest.raises(ValueError, match=r"has 3000000 bytes, the memory of this machine 1000000; save fewer examples"):
+            load(DataConfig(str(tmp_path / name)))
+
+
+def test_a_huge_member_of_a_small_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sigma_vae.data.archives.LARGEST_MEMBER", 2**20)
     folder = _pictures(tmp_path / "data")
     with zipfile.ZipFile(tmp_path / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:

@@ -4,7 +4,9 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import torch
+from numpy.lib.recfunctions import structured_to_unstructured
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data import as_batches, as_splits, load
@@ -212,6 +214,66 @@ def test_arrays_are_found_by_the_names_that_people_give(content, columns, count,
     splits = load(DataConfig(str(tmp_path / "a.npz"), columns=columns))
     assert sum(len(splits.store(name)) for name in SPLITS) == count
     assert splits.shape == (1, 4, 4)
+
+
+RAGGED = np.empty(40, dtype=object)
+RAGGED[:] = [RANDOM.random(5 + i % 3) for i in range(40)]
+RECORDS = np.zeros(40, dtype=[("a", "f4"), ("b", "f4")])
+RECORDS["a"], RECORDS["b"] = RANDOM.random((2, 40))
+SPARSE = scipy.sparse.random(40, 6, 0.5, format="csr", random_state=0)
+PARTS = {"data": SPARSE.data, "indices": SPARSE.indices, "indptr": SPARSE.indptr, "shape": SPARSE.shape}
+SERIES = {f"patient_{i}": RANDOM.random((20 + i, 3)) for i in range(12)}
+ODD = {  # what is saved, words of the error, what the error advises to save, options, the shape of an example then
+    "ragged": (RAGGED, r"dtype object; .*cut or padded to one.*numpy.stack", np.stack([x[:5] for x in RAGGED]), {}, (5,)),
+    "records": (RECORDS, r"numpy.lib.recfunctions.structured_to_unstructured", structured_to_unstructured(RECORDS), {}, (2,)),
+    "one axis": (RANDOM.random(100), r"save array\[:, None\]", RANDOM.random(100)[:, None], {}, (1,)),
+    "a long series": (RANDOM.random(1000), r"reshape\(-1, 50\).*n-t", RANDOM.random((20, 50)), {"layout": "n-t"}, (1, 50)),
+    "text": (np.array(list("0123456789")), r"got dtype <U1; write its values as numbers", np.eye(10)[:, :3], {}, (3,)),
+    "a sparse matrix": (PARTS, r"parts of a sparse matrix .*toarray\(\)", SPARSE.toarray(), {}, (6,)),
+    "another one": (
+        {"row": [0], "col": [0], "data": [1.0], "shape": [4, 4], "format": b"coo"}, r"toarray\(\)", np.eye(10)[:, :3], {}, (3,)
+    ),
+    "series of unequal lengths": (
+        SERIES, r"patient_7.* and 2 more; .*numpy.stack", np.stack([x[:20] for x in SERIES.values()]), {"layout": "n-c-t"}, (20, 3)
+    ),
+}  # fmt: skip
+
+
+def _save_all(path, content):
+    arrays = content if isinstance(content, dict) else {"train": content}
+    if path.suffix == ".npy":
+        np.save(path, content, allow_pickle=True)
+    elif path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        with h5py.File(path, "w") as file:
+            for key, array in arrays.items():
+                values = np.asarray(array)
+                if array is RAGGED:
+                    file.create_dataset(key, len(array), h5py.vlen_dtype(float))[...] = array
+                else:
+                    file[f"matrix/{key}" if content is PARTS else key] = (
+                        values.astype("S") if values.dtype.kind == "U" else values
+                    )
+
+
+@pytest.mark.parametrize("ending", ["npy", "npz", "h5", "object"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_arrays_are_refused_with_a_remedy_that_leads_on(name, ending, tmp_path):
+    content, words, better, options, shape = ODD[name]
+    if isinstance(content, dict) and ending in ("npy", "object"):
+        pytest.skip("one array has no keys")
+
+    def read(content, **options):
+        if ending == "object":
+            return as_splits(content, **options)
+        _save_all(tmp_path / f"a.{ending}", content)
+        return load(DataConfig(str(tmp_path / f"a.{ending}"), **options))
+
+    with pytest.raises(ValueError, match=words.replace("<U1", r"(<U1|\|S1)")) as error:
+        read(content)
+    assert "\n" not in str(error.value)
+    assert read(better, **options).shape == shape
 
 
 def test_arrays_that_could_both_be_meant_are_listed(tmp_path):

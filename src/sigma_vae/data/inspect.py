@@ -210,5 +210,5 @@ def _warnings(data: Splits, passed: _Pass) -> Iterator[str]:
             " inflate the density"
         )
     if len(data.train) < SMALL:
-        few = f"{counted(len(data.train), 'training example')} {'is' if len(data.train) == 1 else 'are'} few"
-        yield f"{few}: stop by validation (--patience); a σ from training data is too small"
+        some = f"{counted(len(data.train), 'training example')} {'is' if len(data.train) == 1 else 'are'} few"
+        yield f"{some}: stop by validation (--patience); a σ from training data is too small"

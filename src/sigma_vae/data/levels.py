@@ -9,7 +9,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "Grid", "discrete_columns", "encode", "find_grid", "given_grid", "native_levels", "real_values"]
+__all__ = [
+    "Array",
+    "Grid",
+    "check_kind",
+    "discrete_columns",
+    "encode",
+    "find_grid",
+    "given_grid",
+    "native_levels",
+    "real_values",
+]
 
 Array = npt.NDArray[np.generic]
 
@@ -199,7 +209,7 @@ def native_levels(array: Array, name: str) -> int | None:
     >>> native_levels(np.zeros(3, dtype=np.uint8), "zeros")
     256
     """
-    _check_kind(array, name)
+    check_kind(array.dtype, name)
     if array.dtype.kind == "f":
         return None
     if array.dtype.name in _NATIVE:
@@ -223,7 +233,7 @@ def encode(array: Array, levels: int | None, name: str) -> Tensor:
     """
     if levels is not None and not 2 <= levels <= _MAX_LEVELS:
         raise ValueError(f"levels is the number of values that a datum can take, 2 to {_MAX_LEVELS}, got {levels}")
-    _check_kind(array, name)
+    check_kind(array.dtype, name)
     if array.dtype.kind == "f":
         _check_finite(array, name)
         _check_unit(array, name)
@@ -245,7 +255,7 @@ def real_values(array: Array, name: str) -> Tensor:
     Raises:
         ValueError: a value is not a number, or not finite.
     """
-    _check_kind(array, name)
+    check_kind(array.dtype, name)
     _check_finite(array, name)
     return _tensor(array, np.float64 if _float32_merges(array) else np.float32)
 
@@ -284,17 +294,24 @@ def _or_levels(array: Array) -> str:
     return f", or levels from 0 on with --levels {max(2, int(array.max()) + 1)}" if fits else ""
 
 
-def _check_kind(array: Array, name: str) -> None:
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name} needs numbers (bool, integers or floats), got dtype {array.dtype}; {_into_numbers(array)}")
+def check_kind(dtype: "np.dtype[Any]", name: str) -> None:
+    """Refuse what is no number.
+
+    Raises:
+        ValueError: the dtype is complex, text, of records or of Python objects.
+    """
+    if dtype.kind not in "biuf":
+        raise ValueError(f"{name} needs numbers (bool, integers or floats), got dtype {dtype}; {_into_numbers(dtype)}")
 
 
-def _into_numbers(array: Array) -> str:
-    if array.dtype.kind == "c":
+def _into_numbers(dtype: "np.dtype[Any]") -> str:
+    if dtype.kind == "c":
         return "take real and imaginary part as two channels"
-    if array.dtype.kind == "O":
-        return "examples of different lengths must be cut or padded to one"
-    return "save it as such"
+    if dtype.kind == "O":
+        return "examples of different lengths must be cut or padded to one, and saved as one array: numpy.stack(examples)"
+    if dtype.names:
+        return "save its fields as columns: numpy.lib.recfunctions.structured_to_unstructured(array)"
+    return "write its values as numbers"
 
 
 def _check_finite(array: Array, name: str) -> None:

@@ -20,7 +20,7 @@ from sigma_vae.data.cache import cached
 from sigma_vae.data.holdout import hold_out
 from sigma_vae.data.levels import Array, Grid, discrete_columns, encode, find_grid, given_grid, native_levels, real_values
 from sigma_vae.data.scaling import Scaling, standardisation
-from sigma_vae.data.splits import Raw, SplitName, Splits, fingerprint
+from sigma_vae.data.splits import Raw, SplitName, Splits, few, fingerprint
 from sigma_vae.data.stores import Encoded, Generated, InMemory, Mapped, Part, Store
 from sigma_vae.registry import register
 
@@ -226,10 +226,9 @@ def _discrete(train: Read, columns: Sequence[str]) -> list[str]:
         return []
     found = discrete_columns(train.array if isinstance(train, Mapped) else train)
     names = [columns[i] if columns else str(i) for i in found]
-    few = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
     remedy = "--exclude leaves them out" if columns else "counted from 0; leave them out"
     why = "a density of discrete values has no upper bound, so do not compare its nats"
-    return [f"discrete columns: {few} ({why}; {remedy})"] if found else []
+    return [f"discrete columns: {few(names)} ({why}; {remedy})"] if found else []
 
 
 def _decoded(part: Part, split: SplitName, config: DataConfig, words: list[str]) -> Read:

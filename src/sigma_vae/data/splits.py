@@ -13,7 +13,7 @@ from sigma_vae.data.batches import Batches
 from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.stores import Part, Store
 
-__all__ = ["SPLITS", "SPLIT_WORDS", "Raw", "SplitName", "Splits", "clip_lengths", "counted", "fingerprint"]
+__all__ = ["SPLITS", "SPLIT_WORDS", "Raw", "SplitName", "Splits", "clip_lengths", "counted", "few", "fingerprint"]
 
 
 SplitName = Literal["train", "validation", "test"]
@@ -167,6 +167,11 @@ def counted(number: int, thing: str) -> str:
     ('1 row', '2 rows')
     """
     return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def few(names: Sequence[str]) -> str:
+    """The first ten of some names, and how many more there are."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def clip_lengths(clips: ClipConfig, frames: int, test_frames: int) -> tuple[int, int]:

@@ -18,9 +18,10 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from sigma_vae.config import DataConfig
+from sigma_vae.data.archives import check_unpacked, gunzipped
 from sigma_vae.data.cache import file_record
 from sigma_vae.data.levels import Array
-from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName, counted
+from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName, counted, few
 from sigma_vae.registry import register
 
 __all__ = ["TABLES", "TABLE_OPTIONS", "from_frames", "holds_tables", "read_tables"]
@@ -144,7 +145,7 @@ def _read(path: Path, config: DataConfig) -> tuple["pd.DataFrame", list[str]]:
 
     try:
         if path.suffix.lower() == ".parquet":
-            return pd.read_parquet(path), []
+            return _parquet(path), []
         dialect = _dialect(path, config.decimal)
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas would cut rows that are longer than the header
@@ -158,6 +159,15 @@ def _read(path: Path, config: DataConfig) -> tuple["pd.DataFrame", list[str]]:
             f"{path} cannot be read as a table ({type(error).__name__}: {str(error).strip()}); repair or save it anew"
         ) from error
     return frame, [*dialect.words(), *([f"skipped {counted(comments, 'comment line')} after the names"] if comments else [])]
+
+
+def _parquet(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+    from pyarrow.parquet import read_metadata
+
+    known = read_metadata(path)
+    check_unpacked(str(path), 8 * known.num_rows * known.num_columns, path.stat().st_size)
+    return pd.read_parquet(path)
 
 
 _COMMAS = "decimal commas"
@@ -217,13 +227,12 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 def _has_comments(path: Path) -> bool:
-    before = b""
-    with _opened(path) as file:
-        while block := file.read(2**20):
-            if re.search(rb"[\r\n]\0?#", before + block):
-                return True
+    found, before = False, b""
+    with path.open("rb") as file:
+        for block in gunzipped(path) if path.suffix.lower() == ".gz" else iter(lambda: file.read(2**20), b""):
+            found = found or re.search(rb"[\r\n]\0?#", before + block) is not None
             before = block[-2:]
-    return False
+    return found
 
 
 def _without_comments(path: Path, dialect: _Dialect) -> tuple[StringIO, int]:
@@ -312,7 +321,7 @@ def _check_header(names: Sequence[str], layout: str, path: str) -> None:
         return
     raise ValueError(
         f"{path}: its first row needs the names of the columns, got the numbers"
-        f" {_few([format(number, 'g') for number in numbers])}; add a row of names,"
+        f" {few([format(number, 'g') for number in numbers])}; add a row of names,"
         " or if these are the times of series: --layout n-t"
     )
 
@@ -424,7 +433,7 @@ def _columns(frame: "pd.DataFrame", config: DataConfig, path: str) -> tuple[list
     ]
     if not numeric:
         raise ValueError(
-            f"{path} needs numeric columns, got none among {_few(names) or 'no columns'}; name them or make them numbers"
+            f"{path} needs numeric columns, got none among {few(names) or 'no columns'}; name them or make them numbers"
         )
     return numeric, [name for name in names if name not in numeric]
 
@@ -434,7 +443,7 @@ def _check_names(frame: "pd.DataFrame", asked: Iterable[str], path: str) -> None
         if name not in frame.columns:
             near = difflib.get_close_matches(name, frame.columns, n=1)
             guess = f"did you mean {near[0]}?" if near else "choose others with --columns"
-            raise ValueError(f"{path} needs the column {name}, got {_few(list(frame.columns))}; {guess}")
+            raise ValueError(f"{path} needs the column {name}, got {few(list(frame.columns))}; {guess}")
 
 
 def _check_columns(frame: "pd.DataFrame", asked: Sequence[str], path: str) -> None:
@@ -468,7 +477,7 @@ def _whole(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path: 
     exclude = f"leave the columns out: --exclude {' '.join(map(shlex.quote, dense or counts))}"
     raise ValueError(
         f"{path} needs a value in every one of {counted(len(chosen), 'row')}, got missing ones in"
-        f" {_few([f'{name} ({count})' for name, count in counts.items()])}; {', or '.join(['fill them in', *drop, exclude])}"
+        f" {few([f'{name} ({count})' for name, count in counts.items()])}; {', or '.join(['fill them in', *drop, exclude])}"
     )
 
 
@@ -476,7 +485,7 @@ def _dropped(chosen: "pd.DataFrame", split: str) -> str:
     """Say how many rows have a missing value, and where."""
     counts = [f"{name} ({count})" for name, count in chosen.isna().sum().items() if count]
     rows = int(chosen.isna().any(axis=1).sum())
-    return f"{split}: dropped {rows} of {counted(len(chosen), 'row')} for missing values in {_few(counts)}" if rows else ""
+    return f"{split}: dropped {rows} of {counted(len(chosen), 'row')} for missing values in {few(counts)}" if rows else ""
 
 
 def _numbers(chosen: "pd.DataFrame", config: DataConfig) -> Array:
@@ -488,7 +497,3 @@ def _numbers(chosen: "pd.DataFrame", config: DataConfig) -> Array:
     if config.levels is not None and all(dtype.kind in "biu" for dtype in chosen.dtypes):
         values = values.astype(np.int64)
     return values[:, np.newaxis] if config.layout == "n-t" else values
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

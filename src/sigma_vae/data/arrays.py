@@ -107,7 +107,9 @@ def _check_header(file: IO[bytes], size: int, packed: int, name: str) -> None:
     check_kind(dtype, name)
     claimed, held = math.prod(shape) * dtype.itemsize, size - file.tell()
     if claimed != held:
-        raise ValueError(f"{name} claims {claimed} bytes of values, shape {shape}, and holds {held}; save it anew")
+        raise ValueError(
+            f"{name} cannot be read as .npy or .npz: it claims {claimed} bytes of values, shape {shape}, and holds {held}; save it anew"
+        )
     check_unpacked(name, claimed, packed)
     _check_memory(name, claimed)
 

@@ -308,7 +308,10 @@ def _into_numbers(dtype: "np.dtype[Any]") -> str:
     if dtype.kind == "c":
         return "take real and imaginary part as two channels"
     if dtype.kind == "O":
-        return "examples of different lengths must be cut or padded to one, and saved as one array: numpy.stack(examples)"
+        return (
+            "examples of different lengths must be cut or padded to one, and saved as one array: numpy.stack(examples)"
+            " (pickled objects are refused, as loading them runs code)"
+        )
     if dtype.names:
         return "save its fields as columns: numpy.lib.recfunctions.structured_to_unstructured(array)"
     return "write its values as numbers"

@@ -43,6 +43,7 @@ _NUMBER = {
     for decimal, sign in _THOUSANDS.items()
 }
 _UNIT = r"\s*([^\d\s.,:/-][^\d]*)?"
+_LIKE_OPTION = re.compile(r"-[^\d.]")
 _MOST_WORDS = 5  # that an error names as words for missing values
 _NAMELESS = "Unnamed: "  # how pandas names a column without a name: usually row numbers
 
@@ -401,12 +402,12 @@ def _no_numbers(bad: Mapping[str, "pd.Series"], path: str, rows: int) -> str:
     """Name the first value that is no number, and what would help with all of them."""
     name, cells = next(iter(bad.items()))
     value, more = str(cells.iloc[0]), len(cells) - 1
-    words = sorted({word for each in bad.values() for word in each}, key=lambda word: (not word.startswith("--"), word))
+    words = sorted({word for each in bad.values() for word in each}, key=lambda word: (not _LIKE_OPTION.match(word), word))
     remedies = []
     if any(re.fullmatch(number + _UNIT, value) for number in _NUMBER.values()) and re.search(r"[.,]\d{3}(?!\d)", value):
         remedies.append("say what its sign means: --decimal . (1,100 is 1100) or --decimal , (1,100 is 1.1)")
     elif len(words) <= _MOST_WORDS and len({row for each in bad.values() for row in each.index}) <= rows / 2:
-        first = "--missing" + ("=" if words[0].startswith("--") else " ")  # a parser of options would take them for its own
+        first = "--missing" + ("=" if _LIKE_OPTION.match(words[0]) else " ")
         remedies.append(f"drop {'such rows' if more else 'this row'}: {first}{' '.join(map(shlex.quote, words))}")
     which = "the column" if len(bad) == 1 else "such columns"
     remedies.append(f"leave {which} out: --exclude {' '.join(map(shlex.quote, bad))}")

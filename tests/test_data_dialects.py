@@ -115,6 +115,13 @@ def test_the_rows_that_are_no_numbers_can_be_dropped_as_the_error_says(tmp_path,
     assert f"train: dropped {len(last)} of {60 + len(last)} rows for missing values in" in data.record["preprocessing"]
 
 
+@pytest.mark.parametrize(("last", "said"), [("Total", True), ("grand total", True), ("Totalenergies", False), ("x", False)])
+def test_a_last_row_that_sums_up_the_others_is_said(tmp_path, last, said):
+    path = csv_of(tmp_path / "a.csv", ["kind", "a"], [*(["x", a] for a in ROWS[:, 0]), [last, ROWS[:, 0].sum()]])
+    words = load(DataConfig(path)).record["preprocessing"]
+    assert (f"the last row is '{last}' in column kind: remove it from the file if it sums" in words) == said
+
+
 @pytest.mark.parametrize("ending", ["csv", "parquet", "frame"])
 def test_words_for_missing_values_drop_their_rows(tmp_path, ending):
     frame = pd.DataFrame({"a": ROWS[:, 0].astype(object), "b": ROWS[:, 1], "on": [True, False] * 30})
@@ -274,6 +281,15 @@ def test_units_that_differ_between_tables_are_refused(tmp_path):
         (tmp_path / f"{split}.csv").write_text("\n".join(["a", *(f"{x:.3f} {unit}" for x in STATE.normal(size=30))]))
     with pytest.raises(ValueError, match=r"same units in all tables.*EUR.*USD"):
         load(DataConfig(str(tmp_path)))
+
+
+def test_a_table_without_thousands_goes_with_one_that_has_them(tmp_path):
+    for split, factor in (("train", 1000), ("test", 1)):
+        csv_of(tmp_path / f"{split}.csv", ["kind", "a"], [["x", f"{factor * x:,.3f}"] for x in ROWS[:, 0]])
+    (tmp_path / "test.csv").write_text((tmp_path / "test.csv").read_text().replace("kind,", "").replace("x,", ""))
+    data = load(DataConfig(str(tmp_path)))
+    np.testing.assert_allclose(data.stored("test")[:, 0], ROWS[:, 0], rtol=1e-6)
+    assert "a: commas taken for thousands" in data.record["preprocessing"]
 
 
 def test_discrete_columns_are_said():

@@ -44,6 +44,8 @@ _NUMBER = {
 }
 _UNIT = r"\s*([^\d\s.,:/-][^\d]*)?"
 _LIKE_OPTION = re.compile(r"-[^\d.]")
+_WITHOUT = "without the unit"
+_SUMS = r"((grand|sub)[ -]?)?totals?:?|sum:?|mean:?|average:?"
 _MOST_WORDS = 5  # that an error names as words for missing values
 _NAMELESS = "Unnamed: "  # how pandas names a column without a name: usually row numbers
 
@@ -108,6 +110,7 @@ def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, 
         *([f"columns left out: {', '.join(left_out)}"] if left_out else []),
         *said,
         *dropped,
+        *(word for split, frame in frames.items() if (word := _summed(frame, left_out, split))),
     ]
     kept = {split: [f"row {row + 1}" for row in frame.index] for split, frame in whole.items()} if dropped else {}
     return Raw(config.source, parts, preprocessing=words, standardise=True, columns=tuple(columns), names=kept)
@@ -123,10 +126,11 @@ def _all_converted(
             raise ValueError(f"{names[split]} needs a name of its own for each column, got {twice[0]} twice; rename one")
         wanted = [name for name in config.columns or frame.columns if name in frame.columns and name not in config.exclude]
         done[split], said[split] = _converted(frame, wanted, config, names[split])
-    if any(words != said["train"] for words in said.values()):
-        got = "; ".join(f"{split}: {', '.join(words) or 'plain numbers'}" for split, words in said.items())
+    units = {split: [word for word in words if _WITHOUT in word] for split, words in said.items()}
+    if any(words != units["train"] for words in units.values()):
+        got = "; ".join(f"{split}: {', '.join(words) or 'plain numbers'}" for split, words in units.items())
         raise ValueError(f"{config.source} needs the same units in all tables, got {got}; save them alike")
-    return done, said["train"]
+    return done, list(dict.fromkeys(word for words in said.values() for word in words))
 
 
 def _tables(folder: Path) -> dict[SplitName, Path]:
@@ -357,10 +361,10 @@ def _converted(frame: "pd.DataFrame", wanted: Sequence[str], config: DataConfig,
         column = frame[name]
         if column.dtype.kind in "biufcmM" or str(column.dtype).lower().startswith(("int", "uint", "float", "bool", "category")):
             continue
-        numbers, word, others = _as_numbers(column, name, config.decimal)
+        numbers, said, others = _as_numbers(column, config.decimal)
         if numbers is not None:
             frame = frame.assign(**{name: numbers})
-        words += [word] if word else []
+        words += [f"{name}: {word}" for word in said]
         if len(others):
             bad[name] = others
     if bad:
@@ -368,14 +372,14 @@ def _converted(frame: "pd.DataFrame", wanted: Sequence[str], config: DataConfig,
     return frame, words
 
 
-def _as_numbers(column: "pd.Series", name: str, decimal: str) -> tuple["pd.Series | None", str, "pd.Series"]:
-    """A column as numbers, None for text; a remark; and the values that are no numbers though others are."""
+def _as_numbers(column: "pd.Series", decimal: str) -> tuple["pd.Series | None", list[str], "pd.Series"]:
+    """A column as numbers, None for text; remarks; and the values that are no numbers though others are."""
     import pandas as pd
 
     present = column.dropna()
     none = present[:0]
     if present.map(lambda value: isinstance(value, bool | np.bool_ | Decimal)).all() and len(present):
-        return pd.to_numeric(column.astype(object).map(float, na_action="ignore"), errors="coerce"), "", none
+        return pd.to_numeric(column.astype(object).map(float, na_action="ignore"), errors="coerce"), [], none
     text = present.astype(str).str.strip()
     read = {sign: text.str.extract(f"^({number}){_UNIT}$") for sign, number in _NUMBER.items()}
     sign = decimal if decimal != "auto" else max(read, key=lambda sign: read[sign][0].notna().sum())
@@ -383,19 +387,19 @@ def _as_numbers(column: "pd.Series", name: str, decimal: str) -> tuple["pd.Serie
     found, units = parts[0].notna(), parts[1].fillna("")
     plain = any((each[0].notna() & each[1].isna()).any() for each in read.values())
     if not plain and (found.mean() <= 0.5 or not len(found)):
-        return None, "", none
+        return None, [], none
     unit = units[found].mode()[0] if found.any() else ""
     grouped = parts[0].str.contains(other, na=False, regex=False)
     sure = rf"\{other}\d{{3}}(?:\{other}\d{{3}})*\{sign}|\{other}\d{{3}}\{other}"
     thousands = bool(grouped.any()) and (decimal != "auto" or bool(parts[0].str.contains(sure, na=False).any()))
     bad = ~found | (units != unit) | (grouped & (not thousands))
     if bad.any():
-        return None, "", text[bad]
-    said = [f"without the unit {unit}"] if unit else []
+        return None, [], text[bad]
+    said = [f"{_WITHOUT} {unit}"] if unit else []
     said += [f"{'commas' if other == ',' else 'points'} taken for thousands"] if thousands else []
     said += [_COMMAS] if sign == "," and decimal == "auto" else []
     numbers = pd.to_numeric(parts[0].str.replace(other, "", regex=False).str.replace(sign, ".", regex=False))
-    return numbers.reindex(column.index), f"{name}: {' and '.join(said)}" if said else "", none
+    return numbers.reindex(column.index), said, none
 
 
 def _no_numbers(bad: Mapping[str, "pd.Series"], path: str, rows: int) -> str:
@@ -487,6 +491,15 @@ def _dropped(chosen: "pd.DataFrame", split: str) -> str:
     counts = [f"{name} ({count})" for name, count in chosen.isna().sum().items() if count]
     rows = int(chosen.isna().any(axis=1).sum())
     return f"{split}: dropped {rows} of {counted(len(chosen), 'row')} for missing values in {few(counts)}" if rows else ""
+
+
+def _summed(frame: "pd.DataFrame", texts: list[str], split: str) -> str:
+    """Say that the last row may sum up the others."""
+    for name in frame.columns.intersection(texts):
+        last = frame[name].iloc[-1]
+        if re.fullmatch(_SUMS, str(last).strip(), re.IGNORECASE) and (frame[name] == last).sum() == 1:
+            return f"{split}: the last row is {last!r} in column {name}: remove it from the file if it sums up the others"
+    return ""
 
 
 def _numbers(chosen: "pd.DataFrame", config: DataConfig) -> Array:

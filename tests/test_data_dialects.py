@@ -110,6 +110,10 @@ def test_the_rows_that_are_no_numbers_can_be_dropped_as_the_error_says(tmp_path,
         load(DataConfig(path))
     offered = str(error.value).split("--missing")[1][1:].split(",")[0]
     assert tuple(shlex.split(offered)) == words
+    with pytest.raises(ValueError, match=r"--missing[ =](-- )?none ") as error:
+        load(DataConfig(path, missing=("none",)))
+    offered = str(error.value).split("--missing")[1][1:].split(", or")[0]
+    assert set(shlex.split(offered)) == {"none", *words}
     data = load(DataConfig(path, missing=words))
     assert sum(data.record["counts"].values()) == left
     assert f"train: dropped {len(last)} of {60 + len(last)} rows for missing values in" in data.record["preprocessing"]
@@ -215,6 +219,15 @@ def test_a_column_with_few_numbers_is_an_error_and_one_with_none_is_text(tmp_pat
     assert "columns left out: id, place" in load(DataConfig(path, exclude=("id",))).record["preprocessing"]
 
 
+def test_names_and_values_with_line_ends_are_said_in_one_line(tmp_path):
+    path = csv_of(tmp_path / "a.csv", ["a\nb", "c"], [["x\ny" if i == 3 else i, i] for i in range(30)])
+    with pytest.raises(
+        ValueError, match=r"^.*column a b needs .* got 'x\\ny' in row 4 of 30; leave the column out: --exclude 'a b'$"
+    ):
+        load(DataConfig(path))
+    assert load(DataConfig(path, exclude=("a b",))).record["columns"] == ["c"]
+
+
 def test_all_columns_to_leave_out_are_named_at_once(tmp_path):
     cells = [[f"A{i}" if i % 2 else i, f"B{i}" if i % 3 else i, x] for i, x in enumerate(Z[:60, 0])]
     with pytest.raises(ValueError, match=r"--exclude one two$"):
@@ -224,6 +237,7 @@ def test_all_columns_to_leave_out_are_named_at_once(tmp_path):
 SPOILT = {
     "?": (7, "?"),
     "two units": (9, "5 USD"),
+    "a unit with three digits": (9, "5.125 USD"),
     "text": (11, "none given"),
     "a total": (59, "Total"),
     "a range": (3, "5-7"),
@@ -239,8 +253,9 @@ def test_a_column_that_is_mostly_numbers_is_an_error_with_value_row_and_remedy(t
     path = tmp_path / "a.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["a", "b c", "d"], *cells])
-    with pytest.raises(ValueError, match=rf"b c.*row {row + 1} of 60.*--exclude 'b c'"):
+    with pytest.raises(ValueError, match=rf"b c.*row {row + 1} of 60.*--exclude 'b c'") as error:
         load(DataConfig(str(path)))
+    assert ("--decimal" in str(error.value)) == (value == "1,502")
     assert load(DataConfig(str(path), exclude=("b c",))).record["columns"] == ["a", "d"]
     assert load(DataConfig(str(path), columns=("a", "d"))).record["columns"] == ["a", "d"]
 

@@ -203,6 +203,13 @@ def test_a_header_that_claims_other_sizes_than_there_are_is_refused(name: str, s
         load(DataConfig(str(path)))
 
 
+def test_a_long_header_of_an_array_is_one_line(tmp_path: Path) -> None:
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': (6,{' ' * 20_000}), }}\n".encode()
+    (tmp_path / "a.npy").write_bytes(np.lib.format.magic(1, 0) + len(header).to_bytes(2, "little") + header + bytes(6))
+    with pytest.raises(ValueError, match=r"^.*a.npy cannot be read as .npy or .npz.*save it anew[^\n]*$"):
+        load(DataConfig(str(tmp_path / "a.npy")))
+
+
 def test_an_array_larger_than_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "a.npy", ZEROS)
     with h5py.File(tmp_path / "a.h5", "w") as file:

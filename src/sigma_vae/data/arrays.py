@@ -71,7 +71,7 @@ def _read(path: Path, columns: tuple[str, ...], mapped: bool) -> tuple[dict[Spli
         return _read_archive(path, columns)
     if columns:
         raise ValueError(f"columns says nothing about {path}, which holds one array; leave it out")
-    with _told(path):
+    with _told(path, *_NUMPY):
         if mapped and path.stat().st_size >= LARGE:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if _is_usable(array):
@@ -85,10 +85,10 @@ def _read(path: Path, columns: tuple[str, ...], mapped: bool) -> tuple[dict[Spli
 
 
 def _read_archive(path: Path, columns: tuple[str, ...]) -> tuple[dict[SplitName, Array], list[str]]:
-    with _told(path), path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+    with _told(path, *_NUMPY), path.open("rb") as file, np.load(file, allow_pickle=False) as content:
         keys = list(content.files)
         if columns and (len(columns) > 1 or columns[0] not in keys):
-            raise ValueError(f"columns gives one of the keys {', '.join(keys)}, got {', '.join(columns)}")
+            raise ValueError(f"{path}: columns gives one of the keys {', '.join(keys)}, got {', '.join(columns)}")
         chosen: dict[SplitName, str] = {"train": columns[0]} if columns else split_keys(keys, str(path))
         for key in chosen.values():
             info = content.zip.getinfo(key if key in content.zip.namelist() else f"{key}.npy")
@@ -123,8 +123,15 @@ def _check_memory(name: str, size: int) -> None:
         )
 
 
+_NUMPY = (
+    ".npy or .npz of plain numbers",
+    "save it anew with numpy.save or numpy.savez (pickled objects are refused, as loading them runs code)",
+)
+_HDF5 = "HDF5", "it may be cut short or of another kind"
+
+
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _told(path: Path, kind: str, remedy: str) -> Iterator[None]:
     """Say of which file an error of the reader is; damaged bytes can raise anything."""
     try:
         yield
@@ -133,12 +140,10 @@ def _told(path: Path) -> Iterator[None]:
             f"{path} claims more values than memory holds: {error}; save it anew, or check where it is from"
         ) from error
     except Exception as error:
-        if str(path) in str(error):
+        if isinstance(error, ValueError) and str(path) in str(error):
             raise ValueError(str(error)) from error
-        raise ValueError(
-            f"{path} cannot be read as .npy or .npz of plain numbers: {error}; save it anew with numpy.save or "
-            "numpy.savez (pickled objects are refused, as loading them runs code)"
-        ) from error
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as {kind}: {first}; {remedy}") from error
 
 
 def _is_usable(array: Array) -> bool:
@@ -169,19 +174,16 @@ def read_hdf5(config: DataConfig) -> Raw:
     path = config.path
     if not path.is_file():
         raise ValueError(f"expected an HDF5 file at {path}, got no such file; check the path")
-    try:
-        with h5py.File(path) as file:
-            datasets = _datasets(file)
-            chosen = _chosen(datasets, config.columns, path)
-            found, _ = parts_by_key(chosen, str(path))
-            ignored = sorted({*datasets} - {dataset.name.strip("/") for dataset in found.values()})
-            for dataset in found.values():
-                _check_dataset(dataset, f"{path} ({dataset.name.strip('/')})", config)
-            _check_dtypes({split: str(dataset.dtype) for split, dataset in found.items()}, str(path))
-            used = layout_of(found["train"].shape, config.layout, str(path))
-            parts = {split: _hdf5_part(dataset, path, used, config) for split, dataset in found.items()}
-    except (OSError, EOFError, RuntimeError, KeyError, MemoryError) as error:
-        raise ValueError(f"{path} cannot be read as HDF5: {error}; it may be cut short or of another kind") from error
+    with _told(path, *_HDF5), h5py.File(path) as file:
+        datasets = _datasets(file)
+        chosen = _chosen(datasets, config.columns, path)
+        found, _ = parts_by_key(chosen, str(path))
+        ignored = sorted({*datasets} - {dataset.name.strip("/") for dataset in found.values()})
+        for dataset in found.values():
+            _check_dataset(dataset, f"{path} ({dataset.name.strip('/')})", config)
+        _check_dtypes({split: str(dataset.dtype) for split, dataset in found.items()}, str(path))
+        used = layout_of(found["train"].shape, config.layout, str(path))
+        parts = {split: _hdf5_part(dataset, path, used, config) for split, dataset in found.items()}
     words = [f"axes read as {used}", *([f"ignored the data sets {', '.join(ignored)}"] if ignored else [])]
     return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
 

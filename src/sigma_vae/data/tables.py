@@ -224,7 +224,7 @@ def _parsed(path: Path, dialect: _Dialect, missing: Sequence[str]) -> tuple["pd.
         skipinitialspace=True,
         low_memory=False,
     )
-    return frame.rename(columns=str.strip), comments
+    return frame.rename(columns=lambda name: re.sub(r"\s*[\r\n]+\s*", " ", name.strip())), comments
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -368,16 +368,16 @@ def _converted(frame: "pd.DataFrame", wanted: Sequence[str], config: DataConfig,
         if len(others):
             bad[name] = others
     if bad:
-        raise ValueError(_no_numbers(bad, path, len(frame)))
+        raise ValueError(_no_numbers(bad, config.missing, path, len(frame)))
     return frame, words
 
 
-def _as_numbers(column: "pd.Series", decimal: str) -> tuple["pd.Series | None", list[str], "pd.Series"]:
-    """A column as numbers, None for text; remarks; and the values that are no numbers though others are."""
+def _as_numbers(column: "pd.Series", decimal: str) -> tuple["pd.Series | None", list[str], "pd.DataFrame"]:
+    """A column as numbers, None for text; remarks; and the values that are no numbers, or unclear, though others are."""
     import pandas as pd
 
     present = column.dropna()
-    none = present[:0]
+    none = pd.DataFrame({"value": present[:0], "unclear": False})
     if present.map(lambda value: isinstance(value, bool | np.bool_ | Decimal)).all() and len(present):
         return pd.to_numeric(column.astype(object).map(float, na_action="ignore"), errors="coerce"), [], none
     text = present.astype(str).str.strip()
@@ -392,9 +392,10 @@ def _as_numbers(column: "pd.Series", decimal: str) -> tuple["pd.Series | None", 
     grouped = parts[0].str.contains(other, na=False, regex=False)
     sure = rf"\{other}\d{{3}}(?:\{other}\d{{3}})*\{sign}|\{other}\d{{3}}\{other}"
     thousands = bool(grouped.any()) and (decimal != "auto" or bool(parts[0].str.contains(sure, na=False).any()))
-    bad = ~found | (units != unit) | (grouped & (not thousands))
+    unclear = grouped & (not thousands)
+    bad = ~found | (units != unit) | unclear
     if bad.any():
-        return None, [], text[bad]
+        return None, [], pd.DataFrame({"value": text, "unclear": unclear})[bad]
     said = [f"{_WITHOUT} {unit}"] if unit else []
     said += [f"{'commas' if other == ',' else 'points'} taken for thousands"] if thousands else []
     said += [_COMMAS] if sign == "," and decimal == "auto" else []
@@ -402,15 +403,20 @@ def _as_numbers(column: "pd.Series", decimal: str) -> tuple["pd.Series | None", 
     return numbers.reindex(column.index), said, none
 
 
-def _no_numbers(bad: Mapping[str, "pd.Series"], path: str, rows: int) -> str:
+def _no_numbers(bad: Mapping[str, "pd.DataFrame"], missing: Sequence[str], path: str, rows: int) -> str:
     """Name the first value that is no number, and what would help with all of them."""
     name, cells = next(iter(bad.items()))
-    value, more = str(cells.iloc[0]), len(cells) - 1
-    words = sorted({word for each in bad.values() for word in each}, key=lambda word: (not _LIKE_OPTION.match(word), word))
+    value, more = str(cells["value"].iloc[0]), len(cells) - 1
+    words = sorted({word for each in bad.values() for word in each["value"]})
     remedies = []
-    if any(re.fullmatch(number + _UNIT, value) for number in _NUMBER.values()) and re.search(r"[.,]\d{3}(?!\d)", value):
+    if cells["unclear"].iloc[0]:
         remedies.append("say what its sign means: --decimal . (1,100 is 1100) or --decimal , (1,100 is 1.1)")
-    elif len(words) <= _MOST_WORDS and len({row for each in bad.values() for row in each.index}) <= rows / 2:
+    elif (
+        len(words) <= _MOST_WORDS
+        and all(map(str.isprintable, words))
+        and len({row for each in bad.values() for row in each.index}) <= rows / 2
+    ):
+        words = sorted([*missing, *words], key=lambda word: not _LIKE_OPTION.match(word))
         first = "--missing" + ("=" if _LIKE_OPTION.match(words[0]) else " ")
         remedies.append(f"drop {'such rows' if more else 'this row'}: {first}{' '.join(map(shlex.quote, words))}")
     which = "the column" if len(bad) == 1 else "such columns"

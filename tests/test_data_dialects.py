@@ -65,6 +65,14 @@ DIALECTS = {
     "trailing": (lines(names=NAMES, after=","), "utf-8", ""),
     "windows": (PLAIN.replace("\n", "\r\n"), "utf-8", ""),
     "units": (lines(number="{:.3f} EUR".format), "utf-8", "price: without the unit EUR"),
+    "dollars": (lines(number=lambda x: f"${x:.3f}".replace("$-", "-$")), "utf-8", "price: without the unit $"),
+    "apostrophes": (lines(number=lambda x: f"{x:,.3f}".replace(",", "'")), "utf-8", ""),
+    "thin blanks": (
+        lines(";", lambda x: comma(float(f"{x:.3f}")) if x < 1000 else f"1\u202f{comma(x)[1:]}"),
+        "utf-8",
+        "decimal commas",
+    ),
+    "minus signs": (PLAIN.replace("-", "−"), "utf-8", ""),
     "percent": (lines(number="{:.3f}%".format), "utf-8", "temp: without the unit %"),
 }
 

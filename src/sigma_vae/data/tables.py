@@ -46,6 +46,8 @@ _UNIT = r"\s*([^\d\s.,:/-][^\d]*)?"
 _LIKE_OPTION = re.compile(r"-[^\d.]")
 _WITHOUT = "without the unit"
 _SUMS = r"((grand|sub)[ -]?)?totals?:?|sum:?|mean:?|average:?"
+_CURRENCY = r"^([+-]?)\s*([$€£¥])\s*([+-]?[\d.,]+)$"
+_APOSTROPHES = r"(?<=\d)['\u2019\u00a0\u202f](?=\d{3})"  # and thin blanks: signs between thousands
 _MOST_WORDS = 5  # that an error names as words for missing values
 _NAMELESS = "Unnamed: "  # how pandas names a column without a name: usually row numbers
 
@@ -381,7 +383,8 @@ def _as_numbers(column: "pd.Series", decimal: str) -> tuple["pd.Series | None", 
     if present.map(lambda value: isinstance(value, bool | np.bool_ | Decimal)).all() and len(present):
         return pd.to_numeric(column.astype(object).map(float, na_action="ignore"), errors="coerce"), [], none
     text = present.astype(str).str.strip()
-    read = {sign: text.str.extract(f"^({number}){_UNIT}$") for sign, number in _NUMBER.items()}
+    bare = text.str.replace("−", "-").str.replace(_APOSTROPHES, "", regex=True).str.replace(_CURRENCY, r"\1\3 \2", regex=True)
+    read = {sign: bare.str.extract(f"^({number}){_UNIT}$") for sign, number in _NUMBER.items()}
     sign = decimal if decimal != "auto" else max(read, key=lambda sign: read[sign][0].notna().sum())
     parts, other = read[sign], _THOUSANDS[sign]
     found, units = parts[0].notna(), parts[1].fillna("")

@@ -209,6 +209,15 @@ def test_a_tiff_alone_is_a_data_set_of_its_pages(tmp_path):
         load(DataConfig(str(tmp_path / "other.png")))
 
 
+def test_pages_of_one_tiff_are_in_one_split(tmp_path):
+    """Neighbouring pages of a stack are alike."""
+    path = as_folder(tmp_path, {f"{i}.tif": stack(GREY[3 * i : 3 * i + 3]) for i in range(4)})
+    splits = load(DataConfig(str(path)))
+    assert splits.record["counts"] == {"train": 6, "validation": 3, "test": 3}
+    assert rows(splits.stored("test").numpy()) in [rows(GREY[3 * i : 3 * i + 3]) for i in range(4)]
+    assert "test: 3 examples, all from 1 file at random" in splits.record["preprocessing"]
+
+
 def test_pages_of_several_sizes_are_refused_like_pictures(tmp_path):
     path = as_folder(tmp_path, {"a.tif": stack([GREY[0], GREY[1, :4], *GREY[2:]])})
     with pytest.raises(ValueError, match=r"need one size, got 2: 4×5 \(11\), 4×4 \(1\) .*--crop 4"):

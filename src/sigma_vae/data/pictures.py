@@ -17,7 +17,7 @@ from functools import cache
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Literal, final
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypeVar, final
 
 import numpy as np
 
@@ -33,6 +33,7 @@ __all__ = [
     "PICTURE_OPTIONS",
     "PicturePlan",
     "Probe",
+    "folder_words",
     "hidden_pictures",
     "is_hidden",
     "listed",
@@ -42,6 +43,7 @@ __all__ = [
     "probe",
     "probe_image",
     "read_pictures",
+    "split_by_folder",
     "to_read_heif",
 ]
 
@@ -630,7 +632,7 @@ def read_pictures(config: DataConfig) -> Raw:
     )
     readable, remarks = _readable(found, stamps, path, config)
     how = plan([(width, height, mode) for _, (width, height, mode) in readable], config.images, str(path))
-    splits = _splits([picture for picture, _ in readable], str(path))
+    splits = split_by_folder([picture for picture, _ in readable], str(path))
     parts = {split: _encoded(group, how, {"files": stamps, "split": split}, path, config) for split, group in splits.items()}
     left_out = [f"left out pictures beside the others, in folders of masks or thumbnails: {listed(beside)}"] if beside else []
     words = [*how.words, *remarks, *left_out, *_ignored(others)]
@@ -671,9 +673,7 @@ def _pictures(holders: list[Container]) -> tuple[list[_Picture], Counter[str], C
         pictures = {*names, *masks}
         others.update(PurePosixPath(name).suffix or name for name in holder.names if name not in pictures)
         shard = "" if isinstance(holder, Folder) else _split_word(_SHARD.split(holder.path.name)[0], holder.path.parent.name)
-        found += [
-            _Picture(holder, name, shard or _split_word(folder)) for name, folder in zip(names, _outer(names), strict=True)
-        ]
+        found += [_Picture(holder, name, shard or word) for name, word in zip(names, folder_words(names), strict=True)]
     return found, others, beside
 
 
@@ -686,12 +686,16 @@ def _mask_folder(name: str) -> str:
     return next((part for part in PurePosixPath(name).parts[:-1] if part.lower() in _MASKS), "")
 
 
-def _outer(names: list[str]) -> list[str]:
-    """Return the outermost folder of each file, below folders that contain everything; "" for files in no folder."""
+def folder_words(names: list[str]) -> list[str]:
+    """Return for each file its outermost folder, below folders that contain everything, if it names a split; else "".
+
+    >>> folder_words(["data/train/a.png", "data/Test/b.png", "data/c.png"])
+    ['train', 'Test', '']
+    """
     folders = [PurePosixPath(name).parts[:-1] for name in names]
     while folders and all(parts and parts[0] == folders[0][0] and parts[0].lower() not in SPLIT_WORDS for parts in folders):
         folders = [parts[1:] for parts in folders]
-    return [parts[0] if parts else "" for parts in folders]
+    return [_split_word(parts[0]) if parts else "" for parts in folders]
 
 
 def _split_word(*words: str) -> str:
@@ -780,20 +784,36 @@ def _of_pages(readable: list[tuple[_Picture, list[Any], int]]) -> list[str]:
     ]
 
 
-def _splits(pictures: list[_Picture], name: str) -> dict[SplitName, list[_Picture]]:
-    """Split pictures by their folders; all are for training if no folder names a split."""
-    words = Counter(picture.word for picture in pictures if picture.word)
+class _Placed(Protocol):
+    """An example with its name, and the folder that names its split."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def word(self) -> str: ...
+
+
+_Example = TypeVar("_Example", bound=_Placed)
+
+
+def split_by_folder(examples: list[_Example], name: str) -> dict[SplitName, list[_Example]]:
+    """Split examples by their folders; all are for training if no folder names a split.
+
+    Raises:
+        ValueError: no folder names the training split, two name one split, or an example is outside of them.
+    """
+    words = Counter(example.word for example in examples if example.word)
     if not words:
-        return {"train": pictures}
-    outside = [picture.label for picture in pictures if not picture.word]
+        return {"train": examples}
+    outside = [example.label for example in examples if not example.word]
     splits = [SPLIT_WORDS[word.lower()] for word in words]
     if outside or "train" not in splits or len(set(splits)) < len(splits):
         raise ValueError(
-            f"{name} needs its pictures in train, and in validation and test or those split at random, or none in any of them; got"
+            f"{name} needs its examples in train, and in validation and test or those split at random, or none in any of them; got"
             f" {listed(words)}{f' and {len(outside)} elsewhere ({outside[0]}, say)' if outside else ''}; move or rename them"
         )
     return {
-        split: [picture for picture in pictures if SPLIT_WORDS[picture.word.lower()] == split]
+        split: [example for example in examples if SPLIT_WORDS[example.word.lower()] == split]
         for split in SPLITS
         if split in splits
     }
@@ -810,7 +830,14 @@ def _encoded(pictures: list[_Picture], how: PicturePlan, identity: dict[str, Any
         identity=identity,
         home=path.resolve().parent,
         skip_unreadable=config.images.unreadable == "skip",
+        videos=_file_numbers(pictures) if any(picture.page is not None for picture in pictures) else None,
     )
+
+
+def _file_numbers(pictures: list[_Picture]) -> list[int]:
+    """Number the files that the pictures come from."""
+    numbers: dict[tuple[Path, str], int] = {}
+    return [numbers.setdefault((picture.holder.path, picture.name), len(numbers)) for picture in pictures]
 
 
 def _ignored(others: Counter[str]) -> list[str]:

@@ -49,6 +49,7 @@ __all__ = [
     "Video",
     "Window",
     "Windows",
+    "by_numbers",
     "holds_videos",
     "read_videos",
     "starts",
@@ -532,8 +533,8 @@ def _videos(folder: Path, clips: ClipConfig) -> Iterator[tuple[Path, Video]]:
     for place, folders, files in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(place))
         new = (name for name in folders if not is_hidden(name) and os.path.realpath(Path(place, name)) not in seen)
-        folders[:] = sorted(new, key=_by_numbers)
-        visible = [Path(place, name) for name in sorted(files, key=_by_numbers) if not name.startswith(".")]
+        folders[:] = sorted(new, key=by_numbers)
+        visible = [Path(place, name) for name in sorted(files, key=by_numbers) if not name.startswith(".")]
         for file in visible:
             if file.suffix.lower() in ENDINGS and (asked or file.suffix.lower() != ".gif"):
                 yield file, Film(file)
@@ -542,6 +543,10 @@ def _videos(folder: Path, clips: ClipConfig) -> Iterator[tuple[Path, Video]]:
             yield Path(place), Frames(pictures)
 
 
-def _by_numbers(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts frame 10 after frame 9."""
+def by_numbers(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts frame 10 after frame 9.
+
+    >>> sorted(["frame10", "frame9"], key=by_numbers)
+    ['frame9', 'frame10']
+    """
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]

@@ -77,6 +77,18 @@ def test_arrays_in_folders_of_splits(tmp_path):
     assert "ignored other files: .txt (1)" in splits.record["preprocessing"]
 
 
+def test_links_among_arrays_are_followed_once(tmp_path):
+    folder(tmp_path / "elsewhere", GREY)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "all").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "elsewhere")
+    assert sum(load(DataConfig(str(tmp_path / "data"))).record["counts"].values()) == 12
+    (tmp_path / "elsewhere" / "scan 3.npy").unlink()
+    (tmp_path / "elsewhere" / "scan 3.npy").symlink_to(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"scan 3.npy cannot be read .No such file or directory.; mend or remove"):
+        load(DataConfig(str(tmp_path / "data")))
+
+
 def test_a_file_for_each_split_holds_many_examples(tmp_path):
     for name, arrays in {"x_train": GREY, "x_test": GREY[:3], "y_train": np.zeros(12)}.items():
         np.save(tmp_path / f"{name}.npy", arrays)
@@ -131,7 +143,11 @@ BAD = {
     "sizes": (lambda place: folder(place, [GREY[0], GREY[1, :4]]), {}, r"one shape, got 2: 6×5 \(1\), 4×5 \(1\); cut or pad"),
     "dtypes": (lambda place: folder(place, [GREY[0], REAL[0]]), {}, "one dtype, got .*float64"),
     "volumes": (lambda place: folder(place, REAL[None].repeat(4, 0)), {}, "if these are volumes, save each slice as a file"),
-    "objects": (lambda place: folder(place, [np.array([None])]), {}, "no file can be read; scan 0.npy: it needs plain numbers"),
+    "objects": (
+        lambda place: folder(place, [np.array([None])]),
+        {},
+        "no file can be read, the first: scan 0.npy: it needs plain numbers",
+    ),
     "words": (lambda place: folder(place, [np.array(["a"])]), {}, "needs plain numbers, got dtype <U1"),
     "numbers": (lambda place: folder(place, [np.array(3.0)] * 4), {}, "needs 2 to 5 axes"),
     "complex": (lambda place: folder(place, REAL * 1j), {}, "take real and imaginary part as two channels"),
@@ -233,6 +249,13 @@ def test_bad_matlab_files_are_refused(tmp_path, content, options, message):
     path.write_bytes(content) if isinstance(content, bytes) else savemat(path, content)
     with pytest.raises(ValueError, match=message):
         load(DataConfig(str(path), **options))
+
+
+@pytest.mark.parametrize(("ending", "content"), [(".wav", b"RIFF"), (".mat", b"MATLAB 5.0"), (".npy", b""), (".npz", b"PK")])
+def test_files_that_all_are_damaged_are_refused_with_the_reason(tmp_path, ending, content):
+    path = folder(tmp_path / "data", [content] * 3, Path.write_bytes, ending)
+    with pytest.raises(ValueError, match=rf"no file can be read, the first: scan 0{ending}: .*\w"):
+        load(DataConfig(path, images=ImageConfig(unreadable="skip")))
 
 
 def test_a_matlab_file_that_claims_gigabytes_is_refused(tmp_path, monkeypatch):

@@ -87,14 +87,25 @@ def folder_of(*endings: str) -> Callable[[Path, DataConfig], bool]:
 
 def _main_ending(path: Path) -> str:
     found = Counter[str]()
-    for _, folders, files in os.walk(path, followlinks=False):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        for name in (name for name in files if not name.startswith(".")):
-            ending = os.path.splitext(name)[1].lower()
-            if ending in VIDEOS or ending in picture_endings():
-                return ""
-            found.update(_ending(name, ARRAYS))
+    for name in _names_below(str(path), frozenset()):
+        ending = os.path.splitext(name)[1].lower()
+        if ending in VIDEOS or ending in picture_endings():
+            return ""
+        found.update(_ending(name, ARRAYS))
     return max(sorted(found), key=found.__getitem__, default="")
+
+
+def _names_below(folder: str, above: frozenset[str]) -> Iterator[str]:
+    """Yield the names of files one by one: the first picture of a large folder ends the search."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link to a folder above
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir() and not is_hidden(entry.name):
+                yield from _names_below(entry.path, above | {real})
+            elif entry.is_file() and not entry.name.startswith("."):
+                yield entry.name
 
 
 def _ending(name: str, endings: tuple[str, ...]) -> list[str]:
@@ -198,7 +209,7 @@ def _readable(
     seen = list(zip(files, remembered(config.path.resolve().parent, config.cache, identity, look_at_all), strict=True))
     broken = [(file.label, what) for file, what in seen if isinstance(what, str)]
     if len(broken) == len(files):
-        raise ValueError(f"{config.path}: no file can be read; {broken[0][0]}: {broken[0][1]}")
+        raise ValueError(f"{config.path}: no file can be read, the first: {broken[0][0]}: {broken[0][1]}")
     if broken and config.images.unreadable == "refuse":
         labels = ", ".join(label for label, _ in broken[:5]) + (", ..." if len(broken) > 5 else "")
         raise ValueError(
@@ -216,7 +227,8 @@ def damaged() -> Iterator[None]:
     except UnreadableError:
         raise
     except Exception as error:
-        raise UnreadableError(str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}") from error
+        what = str(error) or "the file is cut short or empty"
+        raise UnreadableError(what if type(error) is ValueError else f"{type(error).__name__}: {what}") from error
 
 
 def _shape_of(array: Array, path: Path) -> Shape:

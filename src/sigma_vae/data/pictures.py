@@ -323,7 +323,9 @@ def _as_float(image: "Image") -> "Image":
 
     pixels = np.asarray(image)
     if pixels.ndim != 2 or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"it needs grey levels 0..65535, its values go from {pixels.min()} to {pixels.max()}")
+        raise ValueError(
+            f"it needs grey levels 0..65535, its values go from {pixels.min()} to {pixels.max()}, which .npy files can hold"
+        )
     return Image.fromarray(pixels.astype(np.float32))
 
 

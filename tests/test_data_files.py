@@ -53,8 +53,26 @@ def whole(path, **options):
         (REAL[:, 0], {"standardise": "yes"}, REAL[:, 0]),
         (GREY.astype(np.int16) - 100, {"standardise": "yes"}, GREY[:, None].astype(np.int16) - 100),
         (GREY.astype(np.int64), {"levels": 256}, GREY[:, None]),
+        (GREY.astype(np.uint32) + 2**30, {"standardise": "yes"}, GREY[:, None] + 2.0**30),
+        (REAL.astype(np.longdouble), {"standardise": "yes"}, REAL[:, None]),
+        (np.float16(GREY / 256), {}, np.float16(GREY / 256)[:, None]),
     ],
-    ids=["8 bit", "16 bit", "rgb", "rgb first", "bool", "floats", "k/255", "real", "rows", "signed", "integers"],
+    ids=[
+        "8 bit",
+        "16 bit",
+        "rgb",
+        "rgb first",
+        "bool",
+        "floats",
+        "k/255",
+        "real",
+        "rows",
+        "signed",
+        "integers",
+        "large",
+        "long",
+        "half",
+    ],
 )
 def test_a_folder_with_an_array_per_file(tmp_path, save, arrays, options, expected):
     ending = ".npy" if save is np.save else ".npz"
@@ -89,13 +107,17 @@ def test_links_among_arrays_are_followed_once(tmp_path):
         load(DataConfig(str(tmp_path / "data")))
 
 
-def test_a_file_for_each_split_holds_many_examples(tmp_path):
+@pytest.mark.parametrize(
+    ("ending", "save"),
+    [(".npy", np.save), (".npz", np.savez), (".mat", lambda path, array: savemat(path, {"x": array}))],
+)
+def test_a_file_for_each_split_holds_many_examples(tmp_path, ending, save):
     for name, arrays in {"x_train": GREY, "x_test": GREY[:3], "y_train": np.zeros(12)}.items():
-        np.save(tmp_path / f"{name}.npy", arrays)
+        save(tmp_path / f"{name}{ending}", arrays)
     splits = load(DataConfig(str(tmp_path)))
     assert splits.record["counts"] == {"train": 11, "validation": 1, "test": 3}
     assert np.array_equal(splits.stored("test")[:, 0].numpy(), GREY[:3])
-    assert "ignored other files: y_train.npy" in splits.record["preprocessing"]
+    assert f"ignored other files: y_train{ending}" in splits.record["preprocessing"]
 
 
 def test_pictures_beside_arrays_are_what_is_read(tmp_path):

@@ -22,7 +22,7 @@ from sigma_vae.data.arrays import CLIPS, channels_first, layout_of, read_arrays,
 from sigma_vae.data.cache import file_record, file_stamp, remembered
 from sigma_vae.data.levels import Array
 from sigma_vae.data.pictures import folder_words, is_hidden, listed, picture_endings, split_by_folder
-from sigma_vae.data.splits import Raw, SplitName
+from sigma_vae.data.splits import Raw
 from sigma_vae.data.stores import Encoded, UnreadableError
 from sigma_vae.data.videos import ENDINGS as VIDEOS
 from sigma_vae.data.videos import by_numbers
@@ -34,6 +34,7 @@ __all__ = [
     "check_size",
     "damaged",
     "examples",
+    "files_of_splits",
     "folder_of",
     "key_of_array",
     "needed",
@@ -294,13 +295,20 @@ def _encoded(counts: dict[_File, int], reader: _Examples, dtype: str, config: Da
     return Encoded(
         names,
         reader.shape(),
-        "uint8" if dtype == "bool" else dtype,
+        _stored(np.dtype(dtype), config.standardise == "yes"),
         decode=lambda i: reader.decode(rows[i][0].path, rows[i][1]),
         identity=identity | {"names": hashlib.sha256("\n".join(names).encode()).hexdigest()},
         home=config.path.resolve().parent,
         skip_unreadable=config.images.unreadable == "skip",
         videos=[place[file] for file, _ in rows] if several else None,
     )
+
+
+def _stored(dtype: np.dtype[Any], real: bool) -> str:
+    """The dtype in the cache: one that tensors have, and that keeps the values."""
+    if dtype.kind in "iu" and dtype.itemsize >= 4:
+        return "float64" if real else "int64"
+    return {"bool": "uint8", "longdouble": "float64", "float128": "float64"}.get(dtype.name, dtype.name)
 
 
 @register.source("array-files", options=FILE_OPTIONS | {"layout", "columns"}, reads=folder_of(".npy", ".npz"), rank=2)
@@ -312,25 +320,22 @@ def read_array_files(config: DataConfig) -> Raw:
     Raises:
         ValueError: as for :func:`examples`.
     """
-    if whole := _files_of_splits(config.path):
-        return _joined(
-            {split: read_arrays(replace(config, source=str(path), root=None)) for split, path in whole.items()}, config
-        )
+    if whole := files_of_splits(config, (".npy", ".npz"), read_arrays):
+        return whole
     read, shape = partial(_read, columns=config.columns), partial(_shape, columns=config.columns)
     return examples(config, FileKind((".npy", ".npz"), read, shape, config.layout))
 
 
-def _files_of_splits(path: Path) -> dict[SplitName, Path]:
-    """The files that are named as splits are, where there are two or more."""
-    found = {file.stem: file for file in sorted(path.iterdir()) if file.suffix.lower() in (".npy", ".npz")}
+def files_of_splits(config: DataConfig, endings: tuple[str, ...], read: Callable[[DataConfig], Raw]) -> Raw | None:
+    """Read a folder whose files are named as splits are (train.npy, x_test.npy), each with many examples; else None."""
+    found = {file.stem: file for file in sorted(config.path.iterdir()) if file.suffix.lower() in endings}
     try:
-        chosen = split_keys(list(found), str(path))
+        chosen = split_keys(list(found), str(config.path))
     except ValueError:
-        return {}
-    return {split: found[key] for split, key in chosen.items()} if len(chosen) > 1 else {}
-
-
-def _joined(raws: dict[SplitName, Raw], config: DataConfig) -> Raw:
+        return None
+    if len(chosen) < 2:
+        return None
+    raws = {split: read(replace(config, source=str(found[key]), root=None)) for split, key in chosen.items()}
     files = [file for raw in raws.values() for file in raw.files]
     unread = {file.name for file in config.path.iterdir()} - {Path(file["path"]).name for file in files}
     words = dict.fromkeys(word for raw in raws.values() for word in raw.preprocessing)

@@ -12,7 +12,18 @@ import numpy as np
 from sigma_vae.config import DataConfig
 from sigma_vae.data.arrays import CLIPS, arranged, split_keys
 from sigma_vae.data.cache import file_record
-from sigma_vae.data.files import FILE_OPTIONS, FileKind, Shape, check_size, damaged, examples, folder_of, key_of_array, needed
+from sigma_vae.data.files import (
+    FILE_OPTIONS,
+    FileKind,
+    Shape,
+    check_size,
+    damaged,
+    examples,
+    files_of_splits,
+    folder_of,
+    key_of_array,
+    needed,
+)
 from sigma_vae.data.levels import Array
 from sigma_vae.data.splits import Raw, SplitName
 from sigma_vae.data.stores import UnreadableError
@@ -40,7 +51,9 @@ def read_matlab(config: DataConfig) -> Raw:
     """
     path = config.path
     if path.is_dir():
-        return examples(config, FileKind((".mat",), partial(_example_of_matlab, columns=config.columns), layout=config.layout))
+        return files_of_splits(config, (".mat",), read_matlab) or examples(
+            config, FileKind((".mat",), partial(_example_of_matlab, columns=config.columns), layout=config.layout)
+        )
     try:
         found = _matlab_arrays(path)
     except UnreadableError as error:

@@ -198,6 +198,22 @@ BAD = {
 }
 
 
+def splits_of(train, test):
+    def make(place):
+        place.mkdir()
+        np.save(place / "train.npy", train)
+        np.save(place / "test.npy", test)
+        return str(place)
+
+    return make
+
+
+BAD |= {
+    "dtypes of splits": (splits_of(GREY, REAL), {}, "needs one dtype for all splits, got float64, uint8; save them alike"),
+    "shapes of splits": (splits_of(GREY, GREY[:, 1:]), {}, "examples of all splits need one shape"),
+}
+
+
 @pytest.mark.filterwarnings("ignore:divide by zero")
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_folders_of_arrays_are_refused(tmp_path, kind):

@@ -238,6 +238,8 @@ def _grid(raw: Raw, read: Mapping[SplitName, Read], config: DataConfig, words: l
         return Grid(raw.levels)
     stored = [part.array if isinstance(part, Mapped) else part for part in read.values()]
     arrays = [array for array in stored if not isinstance(array, Generated)]
+    if len(dtypes := {array.dtype.name for array in arrays}) > 1:
+        raise ValueError(f"{raw.name} needs one dtype for all splits, got {', '.join(sorted(dtypes))}; save them alike")
     if config.levels is not None:
         return given_grid(arrays, config.levels)
     if config.levels_from == "dtype":

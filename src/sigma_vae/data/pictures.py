@@ -766,9 +766,9 @@ def _readable(
         return paged, remarks
     labels = ", ".join(label for label, _ in broken[:5]) + (", ..." if len(broken) > 5 else "")
     if config.images.unreadable == "refuse" or len(broken) == len(found):
+        remedy = "repair or remove them, or leave them out: --unreadable skip" if paged else "repair or convert them"
         raise ValueError(
-            f"{path}: {len(broken)} of {len(found)} pictures cannot be read ({labels}; the first: {broken[0][1]}); repair or remove"
-            " them, or leave them out: --unreadable skip"
+            f"{path}: {len(broken)} of {len(found)} pictures cannot be read ({labels}; the first: {broken[0][1]}); {remedy}"
         )
     return paged, [f"left out {len(broken)} of {len(found)} as unreadable ({labels})", *remarks]
 

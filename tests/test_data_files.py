@@ -165,6 +165,11 @@ BAD = {
     "sizes": (lambda place: folder(place, [GREY[0], GREY[1, :4]]), {}, r"one shape, got 2: 6×5 \(1\), 4×5 \(1\); cut or pad"),
     "dtypes": (lambda place: folder(place, [GREY[0], REAL[0]]), {}, "one dtype, got .*float64"),
     "volumes": (lambda place: folder(place, REAL[None].repeat(4, 0)), {}, "if these are volumes, save each slice as a file"),
+    "volumes of channels": (
+        lambda place: folder(place, GREY[:, None, None].repeat(7, 2)),
+        {},
+        "if these are volumes, save each slice as a file",
+    ),
     "objects": (
         lambda place: folder(place, [np.array([None])]),
         {},
@@ -251,6 +256,14 @@ def test_folders_of_matlab_files(tmp_path, save, arrays):
     values, names = whole(folder(tmp_path / "data", arrays, save, ".mat"))
     assert np.array_equal(values, arrays[:, None] if arrays.ndim == 3 else arrays.transpose(0, 3, 1, 2))
     assert names[9:] == ["scan 9.mat", "scan 10.mat", "scan 11.mat"]
+    assert "ignored the arrays rate of each file" in load(DataConfig(str(tmp_path / "data"))).record["preprocessing"]
+
+
+def test_other_arrays_of_each_file_are_named(tmp_path):
+    path = folder(tmp_path / "data", GREY, lambda place, array: np.savez(place, image=array, label=3), ".npz")
+    values, _ = whole(path)
+    assert np.array_equal(values[:, 0], GREY)
+    assert "ignored the arrays label of each file" in load(DataConfig(path)).record["preprocessing"]
 
 
 @pytest.mark.parametrize("save", [save_matlab, save_matlab_73])

@@ -63,6 +63,7 @@ class FileKind:
         shape: returns their shape and dtype without reading them; default: by reading them.
         layout: order of the axes once the examples of all files are one array; auto derives it from the shape.
         words: what is done to the examples.
+        unread: lists the names of a file's other arrays.
     """
 
     endings: tuple[str, ...]
@@ -70,6 +71,7 @@ class FileKind:
     shape: Callable[[Path], Shape] | None = None
     layout: Layout = "auto"
     words: tuple[str, ...] = ()
+    unread: Callable[[Path], list[str]] = lambda path: []
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ def examples(config: DataConfig, kind: FileKind) -> Raw:
     words = [
         f"{'each file is an example' if set(counts.values()) == {1} else 'files of several examples'}, axes read as {layout}",
         *kind.words,
+        *([f"ignored the arrays {', '.join(unread)} of each file"] if (unread := kind.unread(read[0][0].path)) else []),
         *([f"left out {len(broken)} of {len(files)} as unreadable ({', '.join(broken[:5])})"] if broken else []),
         *([f"ignored other files: {listed(others)}"] if others else []),
     ]
@@ -257,7 +260,7 @@ def _layout(shape: tuple[int, ...], kind: FileKind, path: Path) -> Layout:
     try:
         return layout_of(shape, kind.layout, str(path))
     except ValueError as error:
-        if kind.layout != "auto" or len(shape) != 4:
+        if kind.layout != "auto" or len(shape) not in (4, 5):
             raise
         raise ValueError(
             f"{error}; if these are volumes, save each slice as a file, as no network here reads volumes"
@@ -323,7 +326,8 @@ def read_array_files(config: DataConfig) -> Raw:
     if whole := files_of_splits(config, (".npy", ".npz"), read_arrays):
         return whole
     read, shape = partial(_read, columns=config.columns), partial(_shape, columns=config.columns)
-    return examples(config, FileKind((".npy", ".npz"), read, shape, config.layout))
+    unread = partial(_unread, columns=config.columns)
+    return examples(config, FileKind((".npy", ".npz"), read, shape, config.layout, unread=unread))
 
 
 def files_of_splits(config: DataConfig, endings: tuple[str, ...], read: Callable[[DataConfig], Raw]) -> Raw | None:
@@ -369,6 +373,14 @@ def _shape(path: Path, columns: tuple[str, ...]) -> Shape:
     if left != math.prod(shape) * dtype.itemsize:
         raise UnreadableError(f"it claims an array of shape {shape} and dtype {dtype}, and has {left} bytes")
     return (1, *shape), dtype.name
+
+
+def _unread(path: Path, columns: tuple[str, ...]) -> list[str]:
+    if path.suffix.lower() == ".npy":
+        return []
+    with path.open("rb") as file:
+        keys = list(np.load(file, allow_pickle=False).files)
+    return [key for key in keys if key != key_of_array(keys, columns, path)]
 
 
 def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:

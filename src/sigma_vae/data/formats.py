@@ -51,8 +51,10 @@ def read_matlab(config: DataConfig) -> Raw:
     """
     path = config.path
     if path.is_dir():
+        unread = partial(_unread_of_matlab, columns=config.columns)
         return files_of_splits(config, (".mat",), read_matlab) or examples(
-            config, FileKind((".mat",), partial(_example_of_matlab, columns=config.columns), layout=config.layout)
+            config,
+            FileKind((".mat",), partial(_example_of_matlab, columns=config.columns), layout=config.layout, unread=unread),
         )
     try:
         found = _matlab_arrays(path)
@@ -90,6 +92,11 @@ def _example_of_matlab(path: Path, columns: tuple[str, ...]) -> Array:
     with damaged():
         array = _matlab_array(path, _chosen(_matlab_arrays(path), columns, path)["train"])
     return array.reshape(1, -1) if 1 in array.shape and array.ndim == 2 else array[np.newaxis]
+
+
+def _unread_of_matlab(path: Path, columns: tuple[str, ...]) -> list[str]:
+    found = _matlab_arrays(path)
+    return [key for key in found if key not in _chosen(found, columns, path).values()]
 
 
 def _chosen(found: Mapping[str, Shape], columns: tuple[str, ...], path: Path) -> dict[SplitName, str]:

@@ -408,6 +408,23 @@ def packages(monkeypatch):
     )
 
 
+def test_dicom_images_without_an_ending_are_known_by_their_first_bytes(tmp_path, packages, monkeypatch):
+    def save(path, array):
+        path.write_bytes(bytes(128) + b"DICM" + array.tobytes())
+
+    def read(path):
+        array = np.frombuffer(path.read_bytes()[132:], np.uint8).reshape(6, 5)
+        return SimpleNamespace(pixel_array=array, Rows=6, Columns=5, get={}.get)
+
+    monkeypatch.setattr(sys.modules["pydicom"], "dcmread", read)
+    path = folder(tmp_path / "data", GREY[:11], save, "")
+    save(tmp_path / "data" / "1.2.840.113619.2", GREY[11])
+    (tmp_path / "data" / "README").write_text("about")
+    values, names = whole(path)
+    assert np.array_equal(values[:, 0], GREY[[11, *range(11)]])
+    assert names[:3] == ["1.2.840.113619.2", "scan 0", "scan 1"]
+
+
 SCANS = {
     "slices": (".nii.gz", GREY.reshape(3, 4, 6, 5).transpose(0, 3, 2, 1), {}, GREY[:, None]),
     "one slice": (".nii", GREY.transpose(0, 2, 1), {}, GREY[:, None]),

@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -21,7 +21,15 @@ from sigma_vae.data.archives import LARGEST_MEMBER, Folder
 from sigma_vae.data.arrays import CLIPS, channels_first, layout_of, read_arrays, split_keys
 from sigma_vae.data.cache import file_record, file_stamp, remembered
 from sigma_vae.data.levels import Array
-from sigma_vae.data.pictures import folder_words, is_hidden, listed, picture_endings, split_by_folder
+from sigma_vae.data.pictures import (
+    begins_like_picture,
+    folder_words,
+    has_no_ending,
+    is_hidden,
+    listed,
+    picture_endings,
+    split_by_folder,
+)
 from sigma_vae.data.splits import Raw
 from sigma_vae.data.stores import Encoded, UnreadableError
 from sigma_vae.data.videos import ENDINGS as VIDEOS
@@ -42,7 +50,7 @@ __all__ = [
 ]
 
 ARRAYS = (".npy", ".npz", ".mat", ".nii", ".nii.gz", ".dcm", ".dicom", ".wav", ".flac", ".ogg")
-"""Endings of files that hold an example each, the rarer ones last."""
+"""Endings of files that can hold an example each."""
 FILE_OPTIONS = frozenset({"cache", "unreadable"})
 """Options of the config that decide how such files are read."""
 
@@ -90,29 +98,35 @@ def folder_of(*endings: str) -> Callable[[Path, DataConfig], bool]:
 
 def _main_ending(path: Path) -> str:
     found = Counter[str]()
-    for name in _names_below(str(path), frozenset()):
-        ending = os.path.splitext(name)[1].lower()
+    for file in _files_below(str(path), frozenset()):
+        ending = _ending(file)
         if ending in VIDEOS or ending in picture_endings():
             return ""
-        found.update(_ending(name, ARRAYS))
+        found[ending] += ending in ARRAYS
     return max(sorted(found), key=found.__getitem__, default="")
 
 
-def _names_below(folder: str, above: frozenset[str]) -> Iterator[str]:
-    """Yield the names of files one by one: the first picture of a large folder ends the search."""
+def _ending(file: str) -> str:
+    """A file's ending, in lower case; without one, that of the pictures or DICOM images that its first bytes tell of."""
+    if not has_no_ending(file):
+        return next((ending for ending in ARRAYS if file.lower().endswith(ending)), os.path.splitext(file)[1].lower())
+    with suppress(OSError), open(file, "rb") as content:
+        head = content.read(132)
+        return ".png" if begins_like_picture(head) else ".dcm" if head[128:] == b"DICM" else ""
+    return ""
+
+
+def _files_below(folder: str, above: frozenset[str]) -> Iterator[str]:
+    """Yield files one by one: the first picture of a large folder ends the search."""
     real = os.path.realpath(folder)
     if real in above:  # a link to a folder above
         return
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir() and not is_hidden(entry.name):
-                yield from _names_below(entry.path, above | {real})
+                yield from _files_below(entry.path, above | {real})
             elif entry.is_file() and not entry.name.startswith("."):
-                yield entry.name
-
-
-def _ending(name: str, endings: tuple[str, ...]) -> list[str]:
-    return [ending for ending in endings if name.lower().endswith(ending)][-1:]
+                yield entry.path
 
 
 def needed(module: str, path: Path, otherwise: str = "") -> Any:
@@ -188,8 +202,8 @@ def _files(path: Path, endings: tuple[str, ...]) -> tuple[list[_File], Counter[s
     if not path.is_dir():
         return [_File(path, path.name, "")], Counter()
     everything = Folder(path).names
-    names = sorted((name for name in everything if name.lower().endswith(endings)), key=lambda name: by_numbers(name))
-    others = Counter(os.path.splitext(name)[1] or name for name in everything if not name.lower().endswith(endings))
+    names = sorted((name for name in everything if _ending(str(path / name)) in endings), key=by_numbers)
+    others = Counter(os.path.splitext(name)[1] or name for name in {*everything} - {*names})
     return [_File(path / name, name, word) for name, word in zip(names, folder_words(names), strict=True)], others
 
 

@@ -33,7 +33,9 @@ __all__ = [
     "PICTURE_OPTIONS",
     "PicturePlan",
     "Probe",
+    "begins_like_picture",
     "folder_words",
+    "has_no_ending",
     "hidden_pictures",
     "is_hidden",
     "listed",
@@ -710,12 +712,26 @@ def _has_ending(name: str) -> bool:
 
 def _is_picture(holder: Container, name: str) -> bool:
     """Whether a file is a picture by its ending, or by its first bytes if it has none."""
-    if not re.fullmatch(r"\.?\d*", os.path.splitext(name)[1]):
+    if not has_no_ending(name):
         return _has_ending(name)
     try:
-        return _SIGNATURES.match(holder.read(name, 16)) is not None
+        return begins_like_picture(holder.read(name, 16))
     except DAMAGED:
         return False
+
+
+def has_no_ending(name: str) -> bool:
+    """Whether a name says nothing about the kind of file.
+
+    >>> has_no_ending("IM000001"), has_no_ending("scan.001"), has_no_ending("scan.png")
+    (True, True, False)
+    """
+    return re.fullmatch(r"\.?\d*", os.path.splitext(name)[1]) is not None
+
+
+def begins_like_picture(head: bytes) -> bool:
+    """Whether the first 16 bytes of a file are those of a PNG, JPEG, GIF, TIFF or WebP."""
+    return _SIGNATURES.match(head) is not None
 
 
 def hidden_pictures(holder: Container) -> Counter[str]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.TiffImagePlugin import AppendingTiffWriter
 
 from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data import arrays, cache, load, pictures
@@ -227,11 +228,11 @@ def test_pages_of_several_sizes_are_refused_like_pictures(tmp_path):
 
 def test_reduced_pages_of_a_tiff_are_left_out(tmp_path):
     """Bit 0 of the tag NewSubfileType says that a page is a smaller copy of another one."""
-    small = Image.fromarray(GREY[0, :2, :2])
-    small.encoderinfo = {"tiffinfo": {254: 1}}
-    first, *rest = map(Image.fromarray, GREY[:8])
     buffer = io.BytesIO()
-    first.save(buffer, "TIFF", save_all=True, append_images=[small, *rest])
+    with AppendingTiffWriter(buffer, True) as writer:
+        for number, pixels in enumerate([GREY[0], GREY[0, :2, :2], *GREY[1:8]]):
+            Image.fromarray(pixels).save(writer, "TIFF", tiffinfo={254: int(number == 1)})
+            writer.newFrame()
     path = as_folder(tmp_path, {"a.tif": buffer.getvalue()})
     assert "left out 1 reduced copies and masks among their pages" in said(path)
     assert together(load(DataConfig(str(path)))) == rows(GREY[:8])

@@ -56,7 +56,7 @@ def test_a_pipe_as_the_data_is_refused(name: str, tmp_path: Path) -> None:
         load(DataConfig(str(tmp_path / name)))
 
 
-@pytest.mark.parametrize("ending", ["jfif", "jp2", "avif"])
+@pytest.mark.parametrize("ending", ["jfif", "jp2", "j2k", "avif", "tga", "pnm", "pcx"])
 def test_pictures_that_pillow_writes_are_read(ending: str, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -92,7 +92,9 @@ BESIDE = {  # folders of pictures, and those that are left out
     "masks": (["images", "masks"], "masks"),
     "anomalies": (["train/good", "test/good", "ground_truth/broken"], "ground_truth"),
     "thumbnails": (["full", "thumbs"], "thumbs"),
-    "of a network store": (["full", "@eaDir"], ""),
+    "of a network store": (["full", "@eaDir"], "@eaDir"),
+    "of a desktop": (["full", ".thumbnails"], ".thumbnails"),
+    "of a Mac": (["full", "__MACOSX"], "__MACOSX"),
     "masks alone": (["masks"], None),
     "other folders": (["cats", "dogs"], None),
 }
@@ -112,6 +114,43 @@ def test_masks_and_thumbnails_beside_pictures_are_left_out_and_said(folders, lef
 
 
 ZEROS = np.zeros((3000, 1000), np.uint8)
+
+
+def _claiming(pages: int, side: int) -> bytes:
+    """A TIFF whose pages all claim the same few bytes as their pixels."""
+    length = 2 + 8 * 12 + 4
+    tags = [(256, side), (257, side), (258, 8), (259, 1), (262, 1), (273, 8 + pages * length), (278, side), (279, side * side)]
+    page = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    following = [8 + (number + 1) * length for number in range(pages - 1)] + [0]
+    return b"II*\0" + struct.pack("<I", 8) + b"".join(page + struct.pack("<I", there) for there in following) + bytes(1000)
+
+
+@pytest.mark.parametrize(
+    ("pages", "side", "message"),
+    [
+        (1, 60_000, "DecompressionBombError: .*3600000000 pixels"),
+        (2000, 9000, "have 162000000000 pixels in .* more than such a file can hold"),
+        (3, 20_000, "DecompressionBombError"),
+        (12, 100, "cannot be decoded"),
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_tiff_that_claims_more_than_it_has_is_refused_at_once(pages, side, message, alone, tmp_path: Path) -> None:
+    folder = tmp_path if alone else _pictures(tmp_path / "data")
+    (folder / "bomb.tif").write_bytes(_claiming(pages, side))
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message if alone or pages != 12 else "16-bit|same channels"):
+        load(DataConfig(str(folder / "bomb.tif" if alone else folder)))
+    assert time.process_time() - start < 10
+
+
+def test_a_later_page_of_a_tiff_is_checked_like_the_first(tmp_path: Path) -> None:
+    small, large = _claiming(1, 4), _claiming(1, 30_000)
+    joined = bytearray(small + large)
+    joined[8 + 2 + 8 * 12 : 8 + 2 + 8 * 12 + 4] = struct.pack("<I", len(small) + 8)
+    (tmp_path / "bomb.tif").write_bytes(joined)
+    with pytest.raises(ValueError, match=r"30000×30000 are more than .* pixels"):
+        load(DataConfig(str(tmp_path / "bomb.tif")))
 
 
 def _sparse_h5(path: Path) -> None:

@@ -190,7 +190,7 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
     read = {split: _decoded(part, split, config, words) for split, part in raw.parts.items()}
     grid = None if standardise else _grid(raw, read, config, words)
     stored = {split: _store(part, grid, standardise, f"{raw.name} ({split})") for split, part in read.items()}
-    parts, held_out = hold_out(stored, config, raw.name)
+    parts, held_out = hold_out(stored, config, raw.name, ("clips", "video") if raw.clips else ("examples", "file"))
     scaling = standardisation(parts["train"], raw.name, raw.columns) if standardise else Scaling(grid and grid.levels)
     words += [*(_discrete(read["train"], raw.columns) if grid is None else []), _stored_as(scaling), *held_out]
     record = {
@@ -250,6 +250,8 @@ def _grid(raw: Raw, read: Mapping[SplitName, Read], config: DataConfig, words: l
         return Grid(raw.levels)
     stored = {split: part.array if isinstance(part, Mapped) else part for split, part in read.items()}
     arrays = {split: array for split, array in stored.items() if not isinstance(array, Generated)}
+    if len(dtypes := {array.dtype.name for array in arrays.values()}) > 1:
+        raise ValueError(f"{raw.name} needs one dtype for all splits, got {', '.join(sorted(dtypes))}; save them alike")
     if config.levels is not None:
         return given_grid(arrays, config.levels, raw.name)
     if config.levels_from == "dtype":
@@ -274,21 +276,22 @@ def _store(part: Read, grid: Grid | None, standardise: bool, name: str) -> Store
 
 def _checked(mapped: Mapped, grid: Grid | None, standardise: bool, name: str) -> Mapped:
     """Check a file's values, which stay as they are."""
-    native = native_levels(mapped.array, name)
-    if native is None:
+    if standardise or mapped.array.dtype.kind == "f":
         rows = max(1, CHUNK // math.prod(mapped.shape))
         for start in range(0, len(mapped.array), rows):
             some = mapped.array[start : start + rows]
             if standardise:
                 real_values(some, name)
             else:
-                encode(some, None, name)
-    elif grid is not None and (greatest := int(grid.of(mapped.array.max()))) >= grid.levels:
-        raise ValueError(
-            f"{name} needs levels 0..{grid.levels - 1} for levels={grid.levels}, but its values go up to {greatest};"
-            " give the right --levels"
-        )
-    as_they_are = grid is None or (native is not None and grid == Grid(grid.levels))
+                encode(some, grid and grid.levels, name)
+    elif grid is not None:
+        least, greatest = (int(grid.of(end)) for end in (mapped.array.min(), mapped.array.max()))
+        if least < 0 or greatest >= grid.levels:
+            raise ValueError(
+                f"{name} needs levels 0..{grid.levels - 1} for levels={grid.levels}, but its values go"
+                f"{f' down to {least}' if least < 0 else f' up to {greatest}'}; give the right --levels"
+            )
+    as_they_are = grid is None or (mapped.array.dtype.kind != "f" and grid == Grid(grid.levels))
     return mapped if as_they_are else replace(mapped, grid=grid)
 
 

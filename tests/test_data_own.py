@@ -3,10 +3,13 @@
 import gzip
 import io
 import os
+import re
 import shutil
+import sys
 import tarfile
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -14,10 +17,12 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image, ImageFile
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.TiffImagePlugin import AppendingTiffWriter
 
 from sigma_vae.config import DataConfig, ImageConfig
-from sigma_vae.data import arrays, cache, load
+from sigma_vae.data import arrays, cache, load, pictures
+from sigma_vae.data.load import load_whole
 
 SPLITS = ("train", "validation", "test")
 STATE = np.random.RandomState(0)
@@ -160,6 +165,130 @@ def test_every_ending_is_read(tmp_path):
     greys = {f"{i}.{ending}": png(GREY[i], ending) for i, ending in enumerate(["gif", "pgm", "ppm", "png"]) if ending != "pgm"}
     path = as_folder(tmp_path / "grey", greys | {"1.pgm": png(GREY[1], "PPM"), "2.ppm": png(GREY[2], "PPM")})
     assert together(load(DataConfig(str(path), test_fraction=0.3, validation_fraction=0.3))) == rows(GREY[:4])
+
+
+def stack(images, form="TIFF", **options):
+    buffer = io.BytesIO()
+    first, *rest = map(Image.fromarray, images)
+    first.save(buffer, form, save_all=True, append_images=rest, **options)
+    return buffer.getvalue()
+
+
+def said(path, **options):
+    return load(DataConfig(str(path), test_fraction=0.25, validation_fraction=0.25, **options)).record["preprocessing"]
+
+
+@pytest.mark.parametrize("images", [GREY, DEEP, RGB], ids=["8 bit", "16 bit", "rgb"])
+def test_each_page_of_a_tiff_is_an_example(holder, images):
+    path = holder(
+        {"b.tif": stack(images[:7]), "a.png": png(images[7]), "c.tif": png(images[8], "TIFF"), "d.TIFF": stack(images[9:])}
+    )
+    config = DataConfig(str(path))
+    splits = load(config)
+    assert together(splits) == rows(images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2))
+    assert "each page of a TIFF with several is an example: " in splits.record["preprocessing"]
+    assert "the first picture of" not in splits.record["preprocessing"]
+    store, names, _ = load_whole(config, "test")
+    assert [name.rpartition("/")[2] for name in names] == [
+        "a.png",
+        *(f"b.tif page {number}" for number in range(1, 8)),
+        "c.tif",
+        *(f"d.TIFF page {number}" for number in (1, 2, 3)),
+    ]
+    second = store.take(torch.tensor([2])).numpy()[0]
+    assert np.array_equal(second, images[1][None] if images.ndim == 3 else images[1].transpose(2, 0, 1))
+
+
+def test_a_tiff_alone_is_a_data_set_of_its_pages(tmp_path):
+    images = STATE.randint(0, 256, (200, 5, 4)).astype(np.uint8)
+    (tmp_path / "stack.tif").write_bytes(stack(images, compression="tiff_deflate"))
+    (tmp_path / "other.png").write_bytes(png(GREY[0]))
+    splits = load(DataConfig(str(tmp_path / "stack.tif")))
+    assert together(splits) == rows(images)
+    assert splits.record["files"] == [{"path": str(tmp_path / "stack.tif"), "bytes": os.path.getsize(tmp_path / "stack.tif")}]
+    with pytest.raises(ValueError, match="needs 3 examples, one for each of train, test, validation, got 1"):
+        load(DataConfig(str(tmp_path / "other.png")))
+
+
+def test_pages_of_one_tiff_are_in_one_split(tmp_path):
+    """Neighbouring pages of a stack are alike."""
+    path = as_folder(tmp_path, {f"{i}.tif": stack(GREY[3 * i : 3 * i + 3]) for i in range(4)})
+    splits = load(DataConfig(str(path)))
+    assert splits.record["counts"] == {"train": 6, "validation": 3, "test": 3}
+    assert rows(splits.stored("test").numpy()) in [rows(GREY[3 * i : 3 * i + 3]) for i in range(4)]
+    assert "test: 3 examples, all from 1 file at random" in splits.record["preprocessing"]
+
+
+def test_pages_of_several_sizes_are_refused_like_pictures(tmp_path):
+    path = as_folder(tmp_path, {"a.tif": stack([GREY[0], GREY[1, :4], *GREY[2:]])})
+    with pytest.raises(ValueError, match=r"need one size, got 2: 4×5 \(11\), 4×4 \(1\) .*--crop 4"):
+        load(DataConfig(str(path)))
+    assert sum(load(DataConfig(str(path), images=ImageConfig(crop=4))).record["counts"].values()) == 12
+
+
+def test_reduced_pages_of_a_tiff_are_left_out(tmp_path):
+    """Bit 0 of the tag NewSubfileType says that a page is a smaller copy of another one."""
+    buffer = io.BytesIO()
+    with AppendingTiffWriter(buffer, True) as writer:
+        for number, pixels in enumerate([GREY[0], GREY[0, :2, :2], *GREY[1:8]]):
+            Image.fromarray(pixels).save(writer, "TIFF", tiffinfo={254: int(number == 1)})
+            writer.newFrame()
+    path = as_folder(tmp_path, {"a.tif": buffer.getvalue()})
+    assert "left out 1 reduced copies and masks among their pages" in said(path)
+    assert together(load(DataConfig(str(path)))) == rows(GREY[:8])
+
+
+def test_the_first_of_several_pictures_is_said_where_there_are_several(tmp_path):
+    single = {f"{i}.{form.lower()}": png(GREY[i], form) for i, form in enumerate(["GIF", "PNG", "GIF", "TIFF"])}
+    assert "several" not in said(as_folder(tmp_path / "single", single))
+    animated = single | {"4.gif": stack(GREY[4:7], "GIF"), "5.png": stack(GREY[5:8], "PNG")}
+    path = as_folder(tmp_path / "animated", animated)
+    assert "the first picture of files with several: 4.gif, 5.png;" in said(path)
+    assert together(load(DataConfig(str(path), test_fraction=0.25, validation_fraction=0.25))) == rows(GREY[:6])
+
+
+@pytest.mark.parametrize("hold", [as_folder, as_zip, as_tar])
+def test_pictures_without_an_ending_are_known_by_their_first_bytes(tmp_path, hold):
+    forms = ["PNG", "GIF", "TIFF", "PNG"]
+    files = {f"pictures/{i:03}": png(GREY[i], form) for i, form in enumerate(forms)} | {"scan.004": png(GREY[4])}
+    path = hold(tmp_path, files | {"README": b"Portable", "LICENSE": b""})
+    words = said(path)
+    assert together(load(DataConfig(str(path), test_fraction=0.25, validation_fraction=0.25))) == rows(GREY[:5])
+    assert "ignored files that are not pictures: LICENSE (1), README (1)" in words or "README (1), LICENSE (1)" in words
+
+
+HEIF_REMEDY = "to read .heic: pip install pillow-heif, or convert them: magick mogrify -format jpg \\*.heic"
+
+
+@pytest.fixture
+def endings_anew():
+    pictures.picture_endings.cache_clear()
+    yield
+    pictures.picture_endings.cache_clear()
+
+
+def test_heif_pictures_are_never_dropped_without_a_word(tmp_path, monkeypatch, endings_anew):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    photos = {f"{i}.heic": b"....ftypheic" for i in range(2)}
+    with pytest.raises(ValueError, match=rf"got .heic \(2\); {HEIF_REMEDY}"):
+        load(DataConfig(str(as_folder(tmp_path / "alone", photos))))
+    assert re.search(rf"not pictures: .heic \(2\) \({HEIF_REMEDY}\)", said(as_folder(tmp_path, photos | named(GREY, ""))))
+
+
+def test_heif_pictures_are_read_where_their_package_is_installed(tmp_path, endings_anew, monkeypatch):
+    def open_png(file=None, name=None):
+        return PngImageFile(io.BytesIO(file.read()[12:]), name)
+
+    def register():
+        Image.register_open("HEIF", open_png, lambda prefix: prefix[4:12] == b"ftypheic")
+        Image.register_extension("HEIF", ".heic")
+
+    Image.init()
+    for name in ("OPEN", "EXTENSION", "ID"):
+        monkeypatch.setattr(Image, name, getattr(Image, name).copy())
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    files = {f"{i:02}.HEIC": b"\0\0\0\x18ftypheic" + png(image) for i, image in enumerate(GREY)}
+    assert together(load(DataConfig(str(as_folder(tmp_path, files))))) == rows(GREY)
 
 
 def test_mixed_sizes_are_made_to_fit_as_told(tmp_path):

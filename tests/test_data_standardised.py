@@ -11,7 +11,7 @@ from PIL import Image
 
 from sigma_vae import models, runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from sigma_vae.data import load, scaling
+from sigma_vae.data import as_splits, load, scaling
 from sigma_vae.data.stores import InMemory
 
 COLUMNS = 5
@@ -46,6 +46,21 @@ def test_channels_have_mean_0_and_deviation_1_on_training_data(tmp_path):
     np.testing.assert_allclose(data.scaling.undo(data.values("test")), raw["test"], rtol=1e-4)
     assert data.levels is None
     assert models.vae(ModelConfig("mlp"), data.shape, data.scaling).likelihood.mean == "identity"
+
+
+@pytest.mark.parametrize("place", ["object", "file", "large"])
+@pytest.mark.parametrize("offset", [1e3, 1.7e9])
+def test_the_mean_is_subtracted_before_values_are_rounded(tmp_path, monkeypatch, place, offset):
+    """In float32, each value would be off by up to half a step of numbers like the mean."""
+    values = (offset + 1000 * np.random.RandomState(0).normal(size=(200, 3))).astype(np.float32)
+    monkeypatch.setattr("sigma_vae.data.objects.LARGE", 1)
+    np.save(tmp_path / "a.npy", values)
+    data = {"object": values, "file": tmp_path / "a.npy", "large": np.load(tmp_path / "a.npy", mmap_mode="r")}[place]
+    splits = as_splits(data, standardise="yes")
+    exact = (splits.stored("test").double().numpy() - splits.scaling.mean) / splits.scaling.deviation
+    np.testing.assert_array_equal(splits.values("test").numpy(), exact.astype(np.float32))
+    (batch,) = splits.batches("test", 200)
+    np.testing.assert_array_equal(batch.x.numpy(), exact.astype(np.float32))
 
 
 def test_moments_are_those_of_all_examples_though_few_are_taken_together(monkeypatch):

@@ -4,7 +4,9 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import torch
+from numpy.lib.recfunctions import structured_to_unstructured
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data import as_batches, as_splits, load
@@ -55,6 +57,68 @@ def test_the_levels_that_data_use_are_found_and_said(values, levels, words, plac
         high = 65535 if "257" in words else high
         found = np.sort(together(splits).numpy().ravel())
         np.testing.assert_allclose(found, np.sort(((values - low) / (high - low)).ravel()), atol=1e-6)
+
+
+def odd(values, value):
+    """The same values, with one that lies between their levels."""
+    values = values.copy()
+    values[5, 0, 0] = value
+    return values
+
+
+OFF_GRID = {  # values of train, values of test, the levels found, words of the remark
+    "0 and 255": ((255 * BITS).astype(np.uint8), 7, 256, "7, which is none of the 2 levels of train: read as 256 levels"),
+    "257 k": (
+        (257 * BYTES).astype(np.uint16),
+        300,
+        65536,
+        "300, which is none of the 256 levels of train: read as 65536 levels",
+    ),
+    "floats 0 and 1": (
+        BITS.astype(np.float32),
+        0.25,
+        None,
+        "0.25, which is none of the 2 levels of train: read as real values",
+    ),
+    "floats 0 and 1, then k/255": (
+        BITS.astype(float),
+        51 / 255,
+        256,
+        "0.2, which is none of the 2 levels of train: read as 256",
+    ),
+    "k/255": (BYTES / 255, 0.5, None, "0.5, which is none of the 256 levels of train: read as real values"),
+}
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+@pytest.mark.parametrize(("values", "value", "levels", "words"), OFF_GRID.values(), ids=OFF_GRID)
+def test_a_value_between_the_levels_of_train_is_said(values, value, levels, words, split, tmp_path):
+    np.savez(tmp_path / "a.npz", train=values, **{split: odd(values, value)})
+    splits = load(DataConfig(str(tmp_path / "a.npz")))
+    assert splits.levels == levels
+    assert f"{split} has the value {words}" in splits.record["preprocessing"]
+    stored = splits.values(split)[5, 0, 0, 0].item()
+    assert stored == pytest.approx(value / (1 if values.dtype.kind == "f" else levels - 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "value", "levels"), [((255 * BITS).astype(np.uint8), 7, 2), ((2 * (BYTES // 2)).astype(np.uint8), 7, 128)]
+)
+def test_a_value_between_given_levels_is_refused_and_named(values, value, levels, tmp_path):
+    np.savez(tmp_path / "a.npz", train=values, test=odd(values, value))
+    with pytest.raises(
+        ValueError, match=rf"a.npz \(test\) needs the {levels} levels .* got the value 7; .* leave --levels out"
+    ):
+        load(DataConfig(str(tmp_path / "a.npz"), levels=levels))
+    assert load(DataConfig(str(tmp_path / "a.npz"))).levels == 256
+
+
+def test_new_data_of_a_model_of_real_values_are_no_levels():
+    splits = as_splits(RANDOM.random((60, 4, 4)))
+    again = next(iter(as_batches(BYTES / 255, splits, batch_size=60))).x
+    np.testing.assert_allclose(again.numpy()[:, 0], BYTES / 255, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"needs floats, got torch.uint8; save the data as floats"):
+        next(iter(as_batches(BYTES.astype(np.uint8), splits)))
 
 
 def test_the_dtype_decides_where_it_is_asked_to():
@@ -150,6 +214,66 @@ def test_arrays_are_found_by_the_names_that_people_give(content, columns, count,
     splits = load(DataConfig(str(tmp_path / "a.npz"), columns=columns))
     assert sum(len(splits.store(name)) for name in SPLITS) == count
     assert splits.shape == (1, 4, 4)
+
+
+RAGGED = np.empty(40, dtype=object)
+RAGGED[:] = [RANDOM.random(5 + i % 3) for i in range(40)]
+RECORDS = np.zeros(40, dtype=[("a", "f4"), ("b", "f4")])
+RECORDS["a"], RECORDS["b"] = RANDOM.random((2, 40))
+SPARSE = scipy.sparse.random(40, 6, 0.5, format="csr", random_state=0)
+PARTS = {"data": SPARSE.data, "indices": SPARSE.indices, "indptr": SPARSE.indptr, "shape": SPARSE.shape}
+SERIES = {f"patient_{i}": RANDOM.random((20 + i, 3)) for i in range(12)}
+ODD = {  # what is saved, words of the error, what the error advises to save, options, the shape of an example then
+    "ragged": (RAGGED, r"dtype object; .*cut or padded to one.*numpy.stack", np.stack([x[:5] for x in RAGGED]), {}, (5,)),
+    "records": (RECORDS, r"numpy.lib.recfunctions.structured_to_unstructured", structured_to_unstructured(RECORDS), {}, (2,)),
+    "one axis": (RANDOM.random(100), r"save array\[:, None\]", RANDOM.random(100)[:, None], {}, (1,)),
+    "a long series": (RANDOM.random(1000), r"reshape\(-1, 50\).*n-t", RANDOM.random((20, 50)), {"layout": "n-t"}, (1, 50)),
+    "text": (np.array(list("0123456789")), r"got dtype <U1; write its values as numbers", np.eye(10)[:, :3], {}, (3,)),
+    "a sparse matrix": (PARTS, r"parts of a sparse matrix .*toarray\(\)", SPARSE.toarray(), {}, (6,)),
+    "another one": (
+        {"row": [0], "col": [0], "data": [1.0], "shape": [4, 4], "format": b"coo"}, r"toarray\(\)", np.eye(10)[:, :3], {}, (3,)
+    ),
+    "series of unequal lengths": (
+        SERIES, r"patient_7.* and 2 more; .*numpy.stack", np.stack([x[:20] for x in SERIES.values()]), {"layout": "n-c-t"}, (20, 3)
+    ),
+}  # fmt: skip
+
+
+def _save_all(path, content):
+    arrays = content if isinstance(content, dict) else {"train": content}
+    if path.suffix == ".npy":
+        np.save(path, content, allow_pickle=True)
+    elif path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        with h5py.File(path, "w") as file:
+            for key, array in arrays.items():
+                values = np.asarray(array)
+                if array is RAGGED:
+                    file.create_dataset(key, len(array), h5py.vlen_dtype(float))[...] = array
+                else:
+                    file[f"matrix/{key}" if content is PARTS else key] = (
+                        values.astype("S") if values.dtype.kind == "U" else values
+                    )
+
+
+@pytest.mark.parametrize("ending", ["npy", "npz", "h5", "object"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_arrays_are_refused_with_a_remedy_that_leads_on(name, ending, tmp_path):
+    content, words, better, options, shape = ODD[name]
+    if isinstance(content, dict) and ending in ("npy", "object"):
+        pytest.skip("one array has no keys")
+
+    def read(content, **options):
+        if ending == "object":
+            return as_splits(content, **options)
+        _save_all(tmp_path / f"a.{ending}", content)
+        return load(DataConfig(str(tmp_path / f"a.{ending}"), **options))
+
+    with pytest.raises(ValueError, match=words.replace("<U1", r"(<U1|\|S1)")) as error:
+        read(content)
+    assert "\n" not in str(error.value)
+    assert read(better, **options).shape == shape
 
 
 def test_arrays_that_could_both_be_meant_are_listed(tmp_path):

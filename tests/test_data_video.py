@@ -122,6 +122,62 @@ def test_windows_in_any_order_and_thread(made, monkeypatch, name):
             assert np.array_equal(clip, expected[number])
 
 
+def write_deep(path, pixel_format, values):
+    """Frames with these values as they are, of 9 to 16 bits in two bytes each."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *values.shape[1:], pixel_format
+        for each in values:
+            frame = av.VideoFrame(values.shape[2], values.shape[1], pixel_format)
+            for plane in frame.planes:
+                plane.update(np.resize(each, plane.buffer_size // 2).tobytes())
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(("pixel_format", "bits"), [("gray16le", 16), ("gray12le", 12), ("gray10le", 10)])
+def test_grey_videos_keep_all_their_bits(tmp_path, pixel_format, bits):
+    values = np.random.RandomState(0).randint(0, 2**bits, (12, 16, 32)).astype(np.uint16)
+    path = str(write_deep(tmp_path / "deep.mkv", pixel_format, values))
+    splits = load(DataConfig(path, clips=ClipConfig(frames=1)))
+    assert splits.levels == 65536
+    assert together(splits) == rows(values[:, None, None])
+    words = splits.record["preprocessing"]
+    assert "pictures as grey, 16 bits" in words
+    assert (f"grey of {bits} bits in 16 (1 of 1)" in words) == (bits < 16)
+    if bits < 16:
+        assert load(DataConfig(path, clips=ClipConfig(frames=1), levels=2**bits)).levels == 2**bits
+
+
+@pytest.mark.parametrize(("pixel_format", "said"), [("yuv420p10le", True), ("yuv420p", False)])
+def test_colours_of_more_than_8_bits_are_said_to_be_reduced(tmp_path, pixel_format, said):
+    path = write_video(tmp_path / "clip.mkv", pictures(12), "ffv1", pixel_format)
+    splits = load(DataConfig(str(path), clips=ClipConfig(frames=1)))
+    assert splits.levels == 256
+    assert ("the upper 8 of 10 bits of each colour (1 of 1)" in splits.record["preprocessing"]) == said
+
+
+def test_folders_of_thumbnails_are_no_videos(tmp_path):
+    for name in ("a", "b", "c"):
+        write_frames(tmp_path / name, pictures(4))
+    write_frames(tmp_path / "a" / "@eaDir", pictures(8))
+    splits = load(DataConfig(str(tmp_path), clips=ClipConfig(frames=4)))
+    assert splits.record["counts"] == {"train": 1, "validation": 1, "test": 1}
+    assert "left out pictures in folders of thumbnails: @eaDir (8)" in splits.record["preprocessing"]
+
+
+def test_a_frame_is_one_page(tmp_path):
+    write_frames(tmp_path / "a", pictures(4), ".tif")
+    first, *rest = map(Image.fromarray, pictures(3))
+    first.save(tmp_path / "a" / "4.tif", save_all=True, append_images=rest)
+    with pytest.raises(
+        ValueError, match=r"4.tif cannot be decoded: it has 3 pages, .*leave --frames out to read them as pictures"
+    ):
+        load(DataConfig(str(tmp_path), clips=ClipConfig(frames=2)))
+    assert sum(load(DataConfig(str(tmp_path))).record["counts"].values()) == 7
+
+
 class Opened:
     """Counts how often a video is entered, and how many frames are decoded."""
 

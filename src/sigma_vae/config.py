@@ -133,6 +133,11 @@ class DataConfig(_Strict):
     set."""
     exclude: tuple[str, ...] = ()
     """Columns of a table to leave out."""
+    decimal: Literal["auto", ".", ","] = "auto"
+    """Decimal sign of a table's numbers; auto: found where it is sure (1,100 is not)."""
+    missing: tuple[str, ...] = ()
+    """Words for missing values in a table ('?' -999). Rows with one, or with an empty cell, are dropped and counted; by
+    default they are an error."""
     standardise: Literal["auto", "yes", "no"] = "auto"
     """Scale real values to mean 0 and std 1, channel by channel; auto: yes for tables (CSV, Parquet), no for others.
     Log-likelihoods are reported in the data's original units."""

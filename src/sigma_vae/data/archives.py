@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import shutil
 import struct
 import tarfile
 import tempfile
@@ -19,7 +18,7 @@ from typing import IO, Any, final
 
 from sigma_vae.data.cache import file_stamp, remembered
 
-__all__ = ["ARCHIVES", "DAMAGED", "Container", "Folder", "Tar", "Zip", "container"]
+__all__ = ["ARCHIVES", "DAMAGED", "Container", "Folder", "Tar", "Zip", "check_unpacked", "container", "gunzipped"]
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 DAMAGED = (
@@ -33,6 +32,8 @@ SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECY
 """Folders that systems and network stores add, with thumbnails and deleted files; they are left out like hidden files."""
 LARGEST_MEMBER = 2**30
 """Bytes of the largest file in an archive that is read whole: a small archive can claim any size."""
+MOST_TIMES = 500
+"""How much larger than its file content of more than 1 GiB may be: dSprites unpacks to 120 times, zeros to 1000 times."""
 
 
 class Container(ABC):
@@ -160,8 +161,8 @@ class Tar(Container):
             try:
                 self._room.mkdir(parents=True, exist_ok=True)
                 file = unless_it_succeeds.enter_context(tempfile.TemporaryFile(dir=self._room))
-                with gzip.open(self.path) as packed:
-                    shutil.copyfileobj(packed, file, 2**20)
+                for block in gunzipped(self.path):
+                    file.write(block)
             except gzip.BadGzipFile:
                 raise
             except OSError as error:
@@ -181,12 +182,16 @@ class Tar(Container):
     def _found(self) -> dict[str, tuple[int, int]]:
         self._file.seek(0)
         with tarfile.open(fileobj=self._file, mode="r:") as archive:
-            plain = [member for member in archive if member.isreg() and not member.sparse]
+            plain = dict[str, tuple[int, int]]()
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # it would keep all that it has read
+                if member.isreg() and not member.sparse:
+                    plain[member.name] = (member.offset_data, member.size)
             # To tarfile, a damaged header or the end of the file ends an archive as well as the block of zeros that belongs there.
             self._file.seek(archive.offset)
         if self._file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"after {len(plain)} files comes neither another one nor the end mark")
-        return {member.name: (member.offset_data, member.size) for member in plain}
+        return plain
 
 
 def container(path: Path, room: Path) -> Container:
@@ -205,6 +210,34 @@ def container(path: Path, room: Path) -> Container:
             f"{path} cannot be read as {path.suffix[1:]} archive ({type(error).__name__}: {error}); fetch or make it anew"
         ) from error
     return found
+
+
+def check_unpacked(name: str, size: int, packed: int, remedy: str = "save it without compression") -> None:
+    """Refuse a small file that unpacks to so much that it would fill the memory or the disk.
+
+    Raises:
+        ValueError: it has more than 1 GiB, and more than 500 times its packed size.
+    """
+    if size > LARGEST_MEMBER and size > MOST_TIMES * packed:
+        raise ValueError(
+            f"{name} has {packed} bytes and unpacks to {size} or more, over {MOST_TIMES} times as many, so it holds hardly anything;"
+            f" check where it is from, or if that is meant, {remedy}"
+        )
+
+
+def gunzipped(path: Path) -> Iterator[bytes]:
+    """Yield the content of a gzipped file, 1 MiB at a time.
+
+    Raises:
+        ValueError: it unpacks to too much, see :func:`check_unpacked`.
+        OSError: it is damaged.
+    """
+    total, packed = 0, path.stat().st_size
+    with gzip.open(path) as file:
+        while block := file.read(2**20):
+            total += len(block)
+            check_unpacked(str(path), total, packed)
+            yield block
 
 
 def _check_size(name: str, size: int, most: int) -> None:

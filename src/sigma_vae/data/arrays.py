@@ -1,7 +1,8 @@
 """Arrays: .npy, .npz, HDF5 and IDX files, and the order of the axes of any array."""
 
-import gzip
 import hashlib
+import math
+import os
 import re
 import struct
 import threading
@@ -11,15 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import IO, Any, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from sigma_vae.config import DataConfig, Layout
+from sigma_vae.data.archives import check_unpacked, gunzipped
 from sigma_vae.data.cache import digest_of, file_record, file_stamp, piece_of
-from sigma_vae.data.levels import Array
-from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName
+from sigma_vae.data.levels import Array, check_kind
+from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName, few
 from sigma_vae.data.stores import Encoded, Mapped, Part, UnreadableError
 from sigma_vae.registry import register
 
@@ -33,6 +35,7 @@ _CHANNEL_COUNTS = (1, 3, 4)
 _EXAMPLES = frozenset(("x", "image", "images", "img", "imgs", "data", "samples", "examples", "features", "inputs", "arr_0"))
 """Words for examples in the keys of archives."""
 _Content = TypeVar("_Content", bound=Any)
+_SPARSE = ({"data", "indices", "indptr"}, {"data", "shape", "format"})
 LARGE = 2**28
 """Bytes from which an array stays in its file, if its numbers can be used as they are."""
 _CHUNKS = 2**28
@@ -68,25 +71,67 @@ def _read(path: Path, columns: tuple[str, ...], mapped: bool) -> tuple[dict[Spli
         return _read_archive(path, columns)
     if columns:
         raise ValueError(f"columns says nothing about {path}, which holds one array; leave it out")
-    with _told(path):
+    with _told(path, *_NUMPY):
         if mapped and path.stat().st_size >= LARGE:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-            return {"train": array if _is_usable(array) else np.array(array)}, []
+            if _is_usable(array):
+                return {"train": array}, []
+            _check_memory(str(path), array.nbytes)
+            return {"train": np.array(array)}, []
         with path.open("rb") as file:
+            _check_header(file, path.stat().st_size, path.stat().st_size, str(path))
+            file.seek(0)
             return {"train": np.lib.format.read_array(file, allow_pickle=False)}, []
 
 
 def _read_archive(path: Path, columns: tuple[str, ...]) -> tuple[dict[SplitName, Array], list[str]]:
-    with _told(path), path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+    with _told(path, *_NUMPY), path.open("rb") as file, np.load(file, allow_pickle=False) as content:
         keys = list(content.files)
         if columns and (len(columns) > 1 or columns[0] not in keys):
-            raise ValueError(f"columns gives one of the keys {', '.join(keys)}, got {', '.join(columns)}")
+            raise ValueError(f"{path}: columns gives one of the keys {', '.join(keys)}, got {', '.join(columns)}")
         chosen: dict[SplitName, str] = {"train": columns[0]} if columns else split_keys(keys, str(path))
+        for key in chosen.values():
+            info = content.zip.getinfo(key if key in content.zip.namelist() else f"{key}.npy")
+            with content.zip.open(info) as member:
+                _check_header(member, info.file_size, info.compress_size, f"{path} ({key})")
         return {split: content[key] for split, key in chosen.items()}, [key for key in keys if key not in chosen.values()]
 
 
+def _check_header(file: IO[bytes], size: int, packed: int, name: str) -> None:
+    """Compare what the header of an array claims with the bytes that there are, before memory is taken for it."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        return
+    reads = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = reads(file)
+    check_kind(dtype, name)
+    claimed, held = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if claimed != held:
+        raise ValueError(
+            f"{name} cannot be read as .npy or .npz: it claims {claimed} bytes of values, shape {shape}, and holds {held}; save it anew"
+        )
+    check_unpacked(name, claimed, packed)
+    _check_memory(name, claimed)
+
+
+def _check_memory(name: str, size: int) -> None:
+    names = getattr(os, "sysconf_names", {})
+    if "SC_PHYS_PAGES" in names and size > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise ValueError(
+            f"{name} has {size} bytes, the memory of this machine {memory}; save fewer examples, or as uint8 or uint16 in a .npy file,"
+            " which is read in parts"
+        )
+
+
+_NUMPY = (
+    ".npy or .npz of plain numbers",
+    "save it anew with numpy.save or numpy.savez (pickled objects are refused, as loading them runs code)",
+)
+_HDF5 = "HDF5", "it may be cut short or of another kind"
+
+
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _told(path: Path, kind: str, remedy: str) -> Iterator[None]:
     """Say of which file an error of the reader is; damaged bytes can raise anything."""
     try:
         yield
@@ -95,12 +140,10 @@ def _told(path: Path) -> Iterator[None]:
             f"{path} claims more values than memory holds: {error}; save it anew, or check where it is from"
         ) from error
     except Exception as error:
-        if str(path) in str(error):
+        if isinstance(error, ValueError) and str(path) in str(error):
             raise ValueError(str(error)) from error
-        raise ValueError(
-            f"{path} cannot be read as .npy or .npz of plain numbers: {error}; save it anew with numpy.save or "
-            "numpy.savez (pickled objects are refused, as loading them runs code)"
-        ) from error
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as {kind}: {first}; {remedy}") from error
 
 
 def _is_usable(array: Array) -> bool:
@@ -131,17 +174,16 @@ def read_hdf5(config: DataConfig) -> Raw:
     path = config.path
     if not path.is_file():
         raise ValueError(f"expected an HDF5 file at {path}, got no such file; check the path")
-    try:
-        with h5py.File(path) as file:
-            datasets = _datasets(file)
-            chosen = _chosen(datasets, config.columns, path)
-            found, _ = parts_by_key(chosen, str(path))
-            ignored = sorted({*datasets} - {dataset.name.strip("/") for dataset in found.values()})
-            _check_dtypes({split: str(dataset.dtype) for split, dataset in found.items()}, str(path))
-            used = layout_of(found["train"].shape, config.layout, str(path))
-            parts = {split: _hdf5_part(dataset, path, used, config) for split, dataset in found.items()}
-    except (OSError, EOFError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read as HDF5: {error}; it may be cut short or of another kind") from error
+    with _told(path, *_HDF5), h5py.File(path) as file:
+        datasets = _datasets(file)
+        chosen = _chosen(datasets, config.columns, path)
+        found, _ = parts_by_key(chosen, str(path))
+        ignored = sorted({*datasets} - {dataset.name.strip("/") for dataset in found.values()})
+        for dataset in found.values():
+            _check_dataset(dataset, f"{path} ({dataset.name.strip('/')})", config)
+        _check_dtypes({split: str(dataset.dtype) for split, dataset in found.items()}, str(path))
+        used = layout_of(found["train"].shape, config.layout, str(path))
+        parts = {split: _hdf5_part(dataset, path, used, config) for split, dataset in found.items()}
     words = [f"axes read as {used}", *([f"ignored the data sets {', '.join(ignored)}"] if ignored else [])]
     return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
 
@@ -172,11 +214,25 @@ def _chosen(datasets: Mapping[str, Any], columns: tuple[str, ...], path: Path) -
     raise ValueError(f"{path} has no data set {key}, only {', '.join(datasets) or 'none at all'}; give one of its keys")
 
 
+def _check_dataset(dataset: Any, name: str, config: DataConfig) -> None:
+    """Refuse data sets of which hardly anything was written, or more than is read whole."""
+    check_kind(dataset.dtype, name)
+    size, stored = math.prod(dataset.shape) * dataset.dtype.itemsize, dataset.id.get_storage_size()
+    if not (dataset.is_virtual or dataset.external):  # those are stored elsewhere
+        check_unpacked(name, size, stored, "copy the examples that were written into a new file")
+    if not _in_parts(dataset, config):
+        _check_memory(name, size)
+
+
+def _in_parts(dataset: Any, config: DataConfig) -> bool:
+    return dataset.nbytes >= LARGE and dataset.dtype.name in ("uint8", "uint16") and config.standardise != "yes"
+
+
 def _hdf5_part(dataset: Any, path: Path, layout: Layout, config: DataConfig) -> Part:
     name = f"{path} ({dataset.name.strip('/')})"
     whole = np.broadcast_to(np.zeros((), np.uint8), dataset.shape or ())  # has the shape; nothing is read
     shape = channels_first(whole, layout, name).shape
-    if dataset.nbytes < LARGE or dataset.dtype.name not in ("uint8", "uint16") or config.standardise == "yes":
+    if not _in_parts(dataset, config):
         return channels_first(np.asarray(dataset[()]), layout, name)
     rows = _Rows(path, dataset.name, layout, piece_of(dataset.nbytes // shape[0]))
     identity = {"file": file_stamp(path), "key": dataset.name, "layout": layout}
@@ -240,8 +296,9 @@ def read_images(path: Path) -> npt.NDArray[np.uint8]:
 
 def _content(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if content[:2] == _GZIP else content
+        with path.open("rb") as file:
+            packed = file.read(2) == _GZIP
+        return b"".join(gunzipped(path)) if packed else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}; fetch the file again") from error
 
@@ -256,6 +313,7 @@ def arranged(arrays: Mapping[SplitName, Array], layout: Layout, name: str) -> tu
         ValueError: their dtypes or numbers of axes differ, or the order of the axes is ambiguous.
     """
     _check_dtypes({split: str(array.dtype) for split, array in arrays.items()}, name)
+    check_kind(arrays["train"].dtype, name)
     used = layout_of(arrays["train"].shape, layout, name)
     return {split: channels_first(array, used, f"{name} ({split})") for split, array in arrays.items()}, used
 
@@ -289,6 +347,10 @@ def split_keys(keys: Sequence[str], name: str) -> dict[SplitName, str]:
     Raises:
         ValueError: there is no training split, or a split has two arrays.
     """
+    if any(parts <= {key.rpartition("/")[2] for key in keys} for parts in _SPARSE):
+        raise ValueError(
+            f"{name} needs arrays, got the parts of a sparse matrix ({few(keys)}); save the array that scipy.sparse gives by toarray()"
+        )
     found = [(split, key) for key in keys if (split := _split_of(key)) is not None]
     parts = dict(found)
     if len(parts) < len(found):
@@ -302,7 +364,8 @@ def split_keys(keys: Sequence[str], name: str) -> dict[SplitName, str]:
     if "train" not in parts:
         raise ValueError(
             f"{name} needs the key train (with validation and test, or split at random), or one array alone, got the keys "
-            f"{', '.join(keys) or 'of an empty archive'}; choose one with --columns, or rename them"
+            f"{few(keys) or 'of an empty archive'}; choose one with --columns, rename them, or if each holds one example, cut or pad"
+            " these to one length and save them as one array (numpy.stack)"
         )
     return {split: parts[split] for split in SPLITS if split in parts}
 
@@ -329,6 +392,11 @@ def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:
         return layout
     if len(shape) in (2, 3):
         return "n-c" if len(shape) == 2 else "n-h-w"
+    if len(shape) == 1:
+        raise ValueError(
+            f"{name} needs 2 to 5 axes, examples first, got shape {shape}; save array[:, None] for examples of one value each, or"
+            " array.reshape(-1, 50) for pieces of one series, 50 values long, say (--layout n-t)"
+        )
     if len(shape) not in (4, 5):
         raise ValueError(
             f"{name} needs 2 to 5 axes, examples first, got shape {shape}; reshape it to one of {', '.join(_AXES)}"

@@ -139,7 +139,7 @@ def _decode_all(encoded: Encoded, path: Path) -> list[str]:
 
 def _unreadable(names: list[str], count: int, what: str) -> str:
     few = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    remedy = "repair or remove them, or leave them out: --unreadable skip"
+    remedy = "repair or remove them, or leave them out: --unreadable skip" if len(names) < count else "repair or convert them"
     return f"{len(names)} of {count} examples cannot be decoded ({few}); {what}; {remedy}"
 
 

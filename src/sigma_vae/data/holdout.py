@@ -16,11 +16,13 @@ ORDER: tuple[SplitName, ...] = ("test", "validation")
 """Test is held out first, so that the test examples do not depend on the size of validation."""
 
 
-def hold_out(parts: dict[SplitName, Store], config: DataConfig, name: str) -> tuple[dict[SplitName, Store], list[str]]:
+def hold_out(
+    parts: dict[SplitName, Store], config: DataConfig, name: str, nouns: tuple[str, str] = ("clips", "video")
+) -> tuple[dict[SplitName, Store], list[str]]:
     """Hold out the missing splits from the training examples: first test, then validation.
 
-    Clips are held out by whole videos, if there is at least one for each split. Return the three splits, and the
-    hold-out in words.
+    Clips are held out by whole videos, and examples of files with several by whole files, if there is at least one for
+    each split. Return the three splits, and the hold-out in words, with ``nouns`` for an example and its file.
 
     Raises:
         ValueError: there are too few examples, or a fraction or the seed is out of range.
@@ -35,7 +37,7 @@ def hold_out(parts: dict[SplitName, Store], config: DataConfig, name: str) -> tu
     videos = train.videos.numpy() if isinstance(train, Mapped) and train.videos is not None else None
     number = 0 if videos is None else len(np.unique(videos))
     if videos is not None and number > len(missing):
-        return _hold_out_videos(parts, config, videos, missing)
+        return _hold_out_videos(parts, config, videos, missing, nouns)
     order = shuffled(examples, config.split_seed)
     result, words = dict(parts), []
     for split in missing:
@@ -46,12 +48,12 @@ def hold_out(parts: dict[SplitName, Store], config: DataConfig, name: str) -> tu
         result["train"] = parts["train"].select(torch.from_numpy(order))
     if missing and number:
         few = "is only one" if number == 1 else f"are only {number}"
-        words.append(f"clips of one video are in several splits, as there {few}")
+        words.append(f"{nouns[0]} of one {nouns[1]} are in several splits, as there {few}")
     return _complete(result), words
 
 
 def _hold_out_videos(
-    parts: dict[SplitName, Store], config: DataConfig, videos: Numbers, missing: list[SplitName]
+    parts: dict[SplitName, Store], config: DataConfig, videos: Numbers, missing: list[SplitName], nouns: tuple[str, str]
 ) -> tuple[dict[SplitName, Store], list[str]]:
     order = np.unique(videos)[shuffled(len(np.unique(videos)), config.split_seed)]
     result, words = dict(parts), []
@@ -64,7 +66,8 @@ def _hold_out_videos(
         count = min(max(1, round(_fraction(split, config) * len(order))), len(order) - later)
         result[split], order = clips_of(order[:count]), order[count:]
         words.append(
-            f"{split}: {len(result[split])} clips, all from {count} video{'s' * (count > 1)} at random (seed {config.split_seed})"
+            f"{split}: {len(result[split])} {nouns[0]}, all from {count} {nouns[1]}{'s' * (count > 1)} at random"
+            f" (seed {config.split_seed})"
         )
     if missing:
         result["train"] = clips_of(order)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sigma_vae.data.scaling import chunks
-from sigma_vae.data.splits import SPLITS, SplitName, Splits
+from sigma_vae.data.splits import SPLITS, SplitName, Splits, counted
 
 __all__ = ["ChannelStatistics", "Duplicates", "Inspection", "inspect"]
 
@@ -205,8 +205,10 @@ def _warnings(data: Splits, passed: _Pass) -> Iterator[str]:
         )
     if constant := passed.constant_values():
         yield (
-            f"{constant} values never change: scales per pixel (optimal-pixel, per-pixel) shrink to the floor there and"
+            f"{counted(constant, 'value')} never change{'s' * (constant == 1)}: scales per pixel (optimal-pixel, per-pixel) shrink"
+            " to the floor there and"
             " inflate the density"
         )
     if len(data.train) < SMALL:
-        yield f"{len(data.train)} training examples are few: stop by validation (--patience); a σ from training data is too small"
+        some = f"{counted(len(data.train), 'training example')} {'is' if len(data.train) == 1 else 'are'} few"
+        yield f"{some}: stop by validation (--patience); a σ from training data is too small"

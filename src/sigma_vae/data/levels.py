@@ -1,15 +1,25 @@
 """Conversion of arrays to their stored form, levels or real values, with checks of the values."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "Grid", "encode", "find_grid", "given_grid", "native_levels", "real_values"]
+__all__ = [
+    "Array",
+    "Grid",
+    "check_kind",
+    "discrete_columns",
+    "encode",
+    "find_grid",
+    "given_grid",
+    "native_levels",
+    "real_values",
+]
 
 Array = npt.NDArray[np.generic]
 
@@ -20,6 +30,8 @@ _ROUNDING = 1e-6  # of values that are levels, though nobody has said how many t
 _EIGHT_BITS_IN_SIXTEEN = 257
 _CHUNK = 2**24  # values counted at a time
 _MOST_DISTINCT = 1024
+_ROWS_PER_VALUE = 20  # from which a column is taken for discrete
+_SOME_ROWS = 10_000
 _FLOAT32_STEPS = 1000  # between two values a std apart: fewer would be rounding that one can see
 
 
@@ -30,6 +42,11 @@ class Grid(NamedTuple):
     lowest: int = 0
     step: int = 1
 
+    @property
+    def largest(self) -> int:
+        """The value of the highest level."""
+        return self.lowest + (self.levels - 1) * self.step
+
     def of(self, values: Array) -> Array:
         """The levels of values on the grid."""
         if values.dtype.kind == "f":
@@ -39,19 +56,29 @@ class Grid(NamedTuple):
         return ((values.astype(np.int64) - self.lowest) // self.step).astype(_storage(self.levels))
 
 
-def find_grid(arrays: Sequence[Array], name: str) -> tuple[Grid | None, str]:
-    """Find the levels that data of one dtype use, where their values leave no doubt.
+def find_grid(arrays: Mapping[Any, Array], name: str) -> tuple[Grid | None, str]:
+    """Find the levels that data of one dtype use, in all splits, where their values leave no doubt.
 
     These are two values, 0 and another, 8-bit values stored in 16 bits as 257·k, and floats k/255, or 0 and 1. Otherwise the
     dtype decides.
 
     Returns:
-        The levels, None for real values, and a remark: what was found, or the option that would be right. It is empty
-        where there is nothing to say.
+        The levels, None for real values, and a remark: what was found, the first value of another split that lies between
+        the levels of train, or the option that would be right. It is empty where there is nothing to say.
 
-    >>> find_grid([np.array([0, 255, 255], dtype=np.uint8)], "mask")
+    >>> find_grid({"train": np.array([0, 255, 255], dtype=np.uint8)}, "mask")
     (Grid(levels=2, lowest=0, step=255), 'two values, 0 and 255: two levels')
     """
+    grid, remark = _grid_of(list(arrays.values()), name)
+    alone, _ = _grid_of([arrays["train"]], name) if "train" in arrays and len(arrays) > 1 else (None, "")
+    if alone is None or (grid is not None and grid.levels <= alone.levels):
+        return grid, remark
+    split, value = next((split, value) for split, array in arrays.items() for value in _off(array, alone))
+    used = "real values" if grid is None else f"{grid.levels} levels"
+    return grid, f"{split} has the value {value}, which is none of the {alone.levels} levels of train: read as {used}"
+
+
+def _grid_of(arrays: Sequence[Array], name: str) -> tuple[Grid | None, str]:
     native = native_levels(arrays[0], name)
     if native is None:
         return _grid_of_floats(arrays)
@@ -73,12 +100,28 @@ def find_grid(arrays: Sequence[Array], name: str) -> tuple[Grid | None, str]:
     return Grid(native), ""
 
 
-def given_grid(arrays: Sequence[Array], levels: int) -> Grid:
+def given_grid(arrays: Mapping[Any, Array], levels: int, name: str) -> Grid:
     """The grid of integers that a number of levels means: 0..levels−1, or as many values further apart.
 
-    >>> given_grid([np.array([0, 2, 254], dtype=np.uint8)], 128)
+    Raises:
+        ValueError: only the values of train lie on such a grid.
+
+    >>> given_grid({"train": np.array([0, 2, 254], dtype=np.uint8)}, 128, "even")
     Grid(levels=128, lowest=0, step=2)
     """
+    if (grid := _given_grid(list(arrays.values()), levels)) is not None or "train" not in arrays:
+        return grid or Grid(levels)
+    alone = _given_grid([arrays["train"]], levels)
+    if alone is not None:
+        split, value = next((split, value) for split, array in arrays.items() for value in _off(array, alone))
+        raise ValueError(
+            f"{name} ({split}) needs the {levels} levels of train, {alone.lowest} to {alone.largest} in steps of {alone.step}, got the"
+            f" value {value}; repair or leave out such examples, or leave --levels out"
+        )
+    return Grid(levels)
+
+
+def _given_grid(arrays: Sequence[Array], levels: int) -> Grid | None:
     if arrays[0].dtype.kind not in "iu" or all(array.size == 0 or array.max() < levels for array in arrays):
         return Grid(levels)
     values = _distinct(arrays)
@@ -90,7 +133,7 @@ def given_grid(arrays: Sequence[Array], levels: int) -> Grid:
     for step in [*steps, int(np.gcd.reduce(values))]:
         if step > 1 and largest // step < levels and not (values % step).any():
             return Grid(levels, 0, step)
-    return Grid(levels)
+    return None
 
 
 def _distinct(arrays: Sequence[Array]) -> Array:
@@ -113,7 +156,7 @@ def _parts(array: Array) -> Iterator[Array]:
 def _grid_of_floats(arrays: Sequence[Array]) -> tuple[Grid | None, str]:
     if arrays[0].dtype.itemsize < 4 or not all(array.size and 0 <= array.min() and array.max() <= 1 for array in arrays):
         return None, ""
-    some = np.unique(arrays[0].reshape(-1)[:_CHUNK])
+    some = np.unique(np.concatenate([np.unique(array.reshape(-1)[:_CHUNK]) for array in arrays]))
     if set(some.tolist()) == {0.0, 1.0} and all(_lies_on(array, 2) for array in arrays):
         return Grid(2), "two values, 0 and 1: two levels"
     if len(some) > 2 and all(_lies_on(array, 256) for array in arrays):
@@ -127,11 +170,37 @@ def _grid_of_floats(arrays: Sequence[Array]) -> tuple[Grid | None, str]:
 
 def _lies_on(array: Array, levels: int) -> bool:
     """Whether all values are k/(levels − 1)."""
+    return next(_off(array, Grid(levels)), None) is None
+
+
+def _off(array: Array, grid: Grid) -> Iterator[Any]:
+    """The first value, in each few examples, that is none of the levels."""
     for part in _parts(array):
-        values = part.astype(np.float64)
-        if not np.allclose(values, np.rint(values * (levels - 1)) / (levels - 1), rtol=_ROUNDING, atol=0):
-            return False
-    return True
+        if array.dtype.kind == "f":
+            values = part.astype(np.float64)
+            nearest = np.clip(np.rint(values * (grid.levels - 1)), 0, grid.levels - 1) / (grid.levels - 1)
+            off = ~np.isclose(values, nearest, rtol=_ROUNDING, atol=0)
+        else:
+            level, rest = np.divmod(part.astype(np.int64) - grid.lowest, grid.step)
+            off = (rest != 0) | (level < 0) | (level >= grid.levels)
+        if off.any():
+            yield part[off][0].item()
+
+
+def discrete_columns(rows: Array) -> list[int]:
+    """Numbers of the columns with two values, or with few for their rows.
+
+    >>> discrete_columns(np.array([[0.0, 0.1], [1.0, 0.2], [0.0, 0.3]]))
+    [0]
+    """
+    return [i for i in range(rows.shape[1]) if _is_discrete(rows[:, i])]
+
+
+def _is_discrete(column: Array) -> bool:
+    most = max(2, len(column) // _ROWS_PER_VALUE)
+    if len(np.unique(column[:_SOME_ROWS])) > most:
+        return False
+    return 2 <= len(np.unique(column)) <= most
 
 
 def native_levels(array: Array, name: str) -> int | None:
@@ -140,7 +209,7 @@ def native_levels(array: Array, name: str) -> int | None:
     >>> native_levels(np.zeros(3, dtype=np.uint8), "zeros")
     256
     """
-    _check_kind(array, name)
+    check_kind(array.dtype, name)
     if array.dtype.kind == "f":
         return None
     if array.dtype.name in _NATIVE:
@@ -164,7 +233,7 @@ def encode(array: Array, levels: int | None, name: str) -> Tensor:
     """
     if levels is not None and not 2 <= levels <= _MAX_LEVELS:
         raise ValueError(f"levels is the number of values that a datum can take, 2 to {_MAX_LEVELS}, got {levels}")
-    _check_kind(array, name)
+    check_kind(array.dtype, name)
     if array.dtype.kind == "f":
         _check_finite(array, name)
         _check_unit(array, name)
@@ -186,7 +255,7 @@ def real_values(array: Array, name: str) -> Tensor:
     Raises:
         ValueError: a value is not a number, or not finite.
     """
-    _check_kind(array, name)
+    check_kind(array.dtype, name)
     _check_finite(array, name)
     return _tensor(array, np.float64 if _float32_merges(array) else np.float32)
 
@@ -225,17 +294,27 @@ def _or_levels(array: Array) -> str:
     return f", or levels from 0 on with --levels {max(2, int(array.max()) + 1)}" if fits else ""
 
 
-def _check_kind(array: Array, name: str) -> None:
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name} needs numbers (bool, integers or floats), got dtype {array.dtype}; {_into_numbers(array)}")
+def check_kind(dtype: "np.dtype[Any]", name: str) -> None:
+    """Refuse what is no number.
+
+    Raises:
+        ValueError: the dtype is complex, text, of records or of Python objects.
+    """
+    if dtype.kind not in "biuf":
+        raise ValueError(f"{name} needs numbers (bool, integers or floats), got dtype {dtype}; {_into_numbers(dtype)}")
 
 
-def _into_numbers(array: Array) -> str:
-    if array.dtype.kind == "c":
+def _into_numbers(dtype: "np.dtype[Any]") -> str:
+    if dtype.kind == "c":
         return "take real and imaginary part as two channels"
-    if array.dtype.kind == "O":
-        return "examples of different lengths must be cut or padded to one"
-    return "save it as such"
+    if dtype.kind == "O":
+        return (
+            "examples of different lengths must be cut or padded to one, and saved as one array: numpy.stack(examples)"
+            " (pickled objects are refused, as loading them runs code)"
+        )
+    if dtype.names:
+        return "save its fields as columns: numpy.lib.recfunctions.structured_to_unstructured(array)"
+    return "write its values as numbers"
 
 
 def _check_finite(array: Array, name: str) -> None:

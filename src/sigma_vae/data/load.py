@@ -10,7 +10,7 @@ package names it in the entry-point group ``sigma_vae.sources``::
 import difflib
 import math
 import os
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, final
@@ -18,9 +18,9 @@ from typing import Any, final
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import cached
 from sigma_vae.data.holdout import hold_out
-from sigma_vae.data.levels import Array, Grid, encode, find_grid, given_grid, native_levels, real_values
+from sigma_vae.data.levels import Array, Grid, discrete_columns, encode, find_grid, given_grid, native_levels, real_values
 from sigma_vae.data.scaling import Scaling, standardisation
-from sigma_vae.data.splits import Raw, SplitName, Splits, fingerprint
+from sigma_vae.data.splits import Raw, SplitName, Splits, few, fingerprint
 from sigma_vae.data.stores import Encoded, Generated, InMemory, Mapped, Part, Store
 from sigma_vae.registry import register
 
@@ -100,7 +100,8 @@ def load_whole(config: DataConfig, split: SplitName) -> tuple[Store, list[str], 
     """Read one split of a data set where it has splits, else all of it; nothing is held out.
 
     Returns:
-        The examples in their order; their names, where they are files; and whether they are clips.
+        The examples in their order; their names, where they are files, or rows of a table from which others were
+        dropped; and whether they are clips.
 
     Raises:
         ValueError: as for :func:`load`.
@@ -111,7 +112,7 @@ def load_whole(config: DataConfig, split: SplitName) -> tuple[Store, list[str], 
     chosen: SplitName = split if split in raw.parts else "train"
     part, words = raw.parts[chosen], list[str]()
     store = store_of(part, raw, chosen, config, words)
-    names = part.names if isinstance(part, Encoded) and len(part.names) == len(store) else []
+    names = part.names if isinstance(part, Encoded) and len(part.names) == len(store) else raw.names.get(chosen, [])
     return store, list(names), raw.clips
 
 
@@ -189,9 +190,9 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
     read = {split: _decoded(part, split, config, words) for split, part in raw.parts.items()}
     grid = None if standardise else _grid(raw, read, config, words)
     stored = {split: _store(part, grid, standardise, f"{raw.name} ({split})") for split, part in read.items()}
-    parts, held_out = hold_out(stored, config, raw.name)
+    parts, held_out = hold_out(stored, config, raw.name, ("clips", "video") if raw.clips else ("examples", "file"))
     scaling = standardisation(parts["train"], raw.name, raw.columns) if standardise else Scaling(grid and grid.levels)
-    words += [_stored_as(scaling), *held_out]
+    words += [*(_discrete(read["train"], raw.columns) if grid is None else []), _stored_as(scaling), *held_out]
     record = {
         "source": config.source,
         "files": raw.files,
@@ -219,6 +220,17 @@ def store_of(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: 
 Read = Array | Mapped | Generated
 
 
+def _discrete(train: Read, columns: Sequence[str]) -> list[str]:
+    """Say which columns of rows of real values are discrete."""
+    if isinstance(train, Generated) or len(train.shape) != (1 if isinstance(train, Mapped) else 2):
+        return []
+    found = discrete_columns(train.array if isinstance(train, Mapped) else train)
+    names = [columns[i] if columns else str(i) for i in found]
+    remedy = "--exclude leaves them out" if columns else "counted from 0; leave them out"
+    why = "a density of discrete values has no upper bound, so do not compare its nats"
+    return [f"discrete columns: {few(names)} ({why}; {remedy})"] if found else []
+
+
 def _decoded(part: Part, split: SplitName, config: DataConfig, words: list[str]) -> Read:
     """Decode examples that are still encoded, into the cache."""
     if not isinstance(part, Encoded):
@@ -236,12 +248,14 @@ def _grid(raw: Raw, read: Mapping[SplitName, Read], config: DataConfig, words: l
         raise ValueError(f"{raw.name} has {raw.levels} levels, got levels={config.levels}; leave levels out")
     if raw.levels is not None:
         return Grid(raw.levels)
-    stored = [part.array if isinstance(part, Mapped) else part for part in read.values()]
-    arrays = [array for array in stored if not isinstance(array, Generated)]
+    stored = {split: part.array if isinstance(part, Mapped) else part for split, part in read.items()}
+    arrays = {split: array for split, array in stored.items() if not isinstance(array, Generated)}
+    if len(dtypes := {array.dtype.name for array in arrays.values()}) > 1:
+        raise ValueError(f"{raw.name} needs one dtype for all splits, got {', '.join(sorted(dtypes))}; save them alike")
     if config.levels is not None:
-        return given_grid(arrays, config.levels)
+        return given_grid(arrays, config.levels, raw.name)
     if config.levels_from == "dtype":
-        native = native_levels(arrays[0], raw.name)
+        native = native_levels(next(iter(arrays.values())), raw.name)
         return None if native is None else Grid(native)
     grid, remark = find_grid(arrays, raw.name)
     words += [remark] if remark else []
@@ -262,21 +276,22 @@ def _store(part: Read, grid: Grid | None, standardise: bool, name: str) -> Store
 
 def _checked(mapped: Mapped, grid: Grid | None, standardise: bool, name: str) -> Mapped:
     """Check a file's values, which stay as they are."""
-    native = native_levels(mapped.array, name)
-    if native is None:
+    if standardise or mapped.array.dtype.kind == "f":
         rows = max(1, CHUNK // math.prod(mapped.shape))
         for start in range(0, len(mapped.array), rows):
             some = mapped.array[start : start + rows]
             if standardise:
                 real_values(some, name)
             else:
-                encode(some, None, name)
-    elif grid is not None and (greatest := int(grid.of(mapped.array.max()))) >= grid.levels:
-        raise ValueError(
-            f"{name} needs levels 0..{grid.levels - 1} for levels={grid.levels}, but its values go up to {greatest};"
-            " give the right --levels"
-        )
-    as_they_are = grid is None or (native is not None and grid == Grid(grid.levels))
+                encode(some, grid and grid.levels, name)
+    elif grid is not None:
+        least, greatest = (int(grid.of(end)) for end in (mapped.array.min(), mapped.array.max()))
+        if least < 0 or greatest >= grid.levels:
+            raise ValueError(
+                f"{name} needs levels 0..{grid.levels - 1} for levels={grid.levels}, but its values go"
+                f"{f' down to {least}' if least < 0 else f' up to {greatest}'}; give the right --levels"
+            )
+    as_they_are = grid is None or (mapped.array.dtype.kind != "f" and grid == Grid(grid.levels))
     return mapped if as_they_are else replace(mapped, grid=grid)
 
 

@@ -32,9 +32,9 @@ from sigma_vae.data.levels import Array
 from sigma_vae.data.load import load, names, refuse_unread, splits_from, store_of
 from sigma_vae.data.pictures import PICTURE_OPTIONS, PicturePlan, Probe, plan, probe_image
 from sigma_vae.data.scaling import Scaling
-from sigma_vae.data.splits import SPLITS, Raw, SplitName, Splits
+from sigma_vae.data.splits import SPLITS, Raw, SplitName, Splits, counted
 from sigma_vae.data.stores import Mapped, Part, Store
-from sigma_vae.data.tables import from_frames
+from sigma_vae.data.tables import TABLE_OPTIONS, from_frames
 
 __all__ = ["as_batches", "as_splits"]
 
@@ -54,6 +54,8 @@ def as_splits(
     levels: int | None = None,
     columns: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    decimal: Literal["auto", ".", ","] = "auto",
+    missing: Sequence[str] = (),
     standardise: Literal["auto", "yes", "no"] = "auto",
     images: ImageConfig | None = None,
     validation_fraction: float = 0.1,
@@ -88,6 +90,8 @@ def as_splits(
         levels: number of values that a datum can take; default: from the values where that is sure, else from the dtype.
         columns: columns of a data frame, or the column of a Hugging Face data set.
         exclude: columns of a data frame to leave out.
+        decimal: decimal sign of a data frame's texts; auto: found where it is sure.
+        missing: words that mean a missing value in a data frame; rows with one, or with an empty cell, are dropped.
         standardise: scale real values to mean 0 and std 1; auto: only tables.
         images: how pictures of a Hugging Face data set or PIL images get one shape.
         validation_fraction: share of the training examples held out for validation, if there is no validation split.
@@ -113,6 +117,8 @@ def as_splits(
         levels=levels,
         columns=tuple(columns),
         exclude=tuple(exclude),
+        decimal=decimal,
+        missing=tuple(missing),
         standardise=standardise,
         images=images or ImageConfig(),
         validation_fraction=validation_fraction,
@@ -164,7 +170,9 @@ def as_batches(
         images=images or ImageConfig(),
     )
     if not isinstance(data, Splits | DataConfig) and config.source not in names():  # those know their own levels
-        config = replace(config, levels=scaling.levels, standardise="yes" if scaling.standardised else "no")
+        standardise: Literal["yes", "no"] = "yes" if scaling.standardised else "no"
+        levels_from: Literal["values", "dtype"] = "dtype" if scaling.levels is None else "values"
+        config = replace(config, levels=scaling.levels, levels_from=levels_from, standardise=standardise)
     if (splits := _with_splits(data, config)) is not None:
         _check_scaling(splits, scaling)
         store, clips = splits.store(split), splits.clips
@@ -290,7 +298,7 @@ def _found(data: object, config: DataConfig, name: str) -> _Found:
     if isinstance(data, np.ndarray):
         return _Found(data)
     if _is_a(data, "pandas", "DataFrame"):
-        return _Found(data, frozenset({"layout", "columns", "exclude"}))
+        return _Found(data, TABLE_OPTIONS)
     if _is_a(data, "datasets", "Dataset"):
         return _hugging_face(data, config, name)
     if isinstance(data, TensorDataset):
@@ -377,7 +385,7 @@ def _hugging_face(table: Any, config: DataConfig, name: str) -> _Found:
     wanted = list(config.columns) or pictures or arrays
     special = [column for column in wanted if column in pictures or column in arrays]
     if not special:
-        return _Found(table.to_pandas(), frozenset({"layout", "columns", "exclude"}))
+        return _Found(table.to_pandas(), TABLE_OPTIONS)
     if len(wanted) > 1:
         raise ValueError(f"{name} needs one column of images or arrays, got {', '.join(wanted)}; choose one with columns")
     (column,) = wanted
@@ -476,7 +484,9 @@ def _written(examples: Iterator[Array], folder: str | None, name: str) -> tuple[
             file.write(np.ascontiguousarray(example).data)
         shape = (count, *first.shape)
         if file is memory:
-            return np.frombuffer(memory.getbuffer(), first.dtype).reshape(shape), f"{count} examples read into memory"
+            return np.frombuffer(memory.getbuffer(), first.dtype).reshape(
+                shape
+            ), f"{counted(count, 'example')} read into memory"
         file.flush()
-        where = f"{count} examples read into a temporary file in {folder or tempfile.gettempdir()}"
+        where = f"{counted(count, 'example')} read into a temporary file in {folder or tempfile.gettempdir()}"
         return np.memmap(file, first.dtype, "r", shape=shape), where

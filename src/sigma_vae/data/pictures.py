@@ -5,26 +5,49 @@ import io
 import json
 import os
 import re
+import threading
+import weakref
+import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Literal, final
+from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypeVar, final
 
 import numpy as np
 
 from sigma_vae.config import DataConfig, ImageConfig
-from sigma_vae.data.archives import ARCHIVES, DAMAGED, Container, Folder, container
-from sigma_vae.data.cache import FOLDER, file_record, remembered
+from sigma_vae.data.archives import ARCHIVES, DAMAGED, SYSTEM_FOLDERS, Container, Folder, Zip, container
+from sigma_vae.data.cache import FOLDER, file_record, file_stamp, remembered
 from sigma_vae.data.levels import Array
 from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName
 from sigma_vae.data.stores import Encoded, UnreadableError
 from sigma_vae.registry import register
 
-__all__ = ["PICTURES", "PICTURE_OPTIONS", "PicturePlan", "Probe", "plan", "probe", "probe_image", "read_pictures"]
+__all__ = [
+    "PICTURE_OPTIONS",
+    "PicturePlan",
+    "Probe",
+    "begins_like_picture",
+    "folder_words",
+    "has_no_ending",
+    "hidden_pictures",
+    "is_hidden",
+    "listed",
+    "pages",
+    "picture_endings",
+    "plan",
+    "probe",
+    "probe_image",
+    "read_pictures",
+    "split_by_folder",
+    "to_read_heif",
+]
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +59,8 @@ Fit = Literal["refuse", "crop", "stretch", "pad"]
 
 _CANONICAL = {"1": "1", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "RGBX": "RGB", "CMYK": "RGB", "YCbCr": "RGB"}
 _CANONICAL |= {mode: "I;16" for mode in ("I", "I;16", "I;16B", "I;16L", "I;16N")}
-_CANONICAL |= {mode: mode.removesuffix(";16") for mode in ("LA;16", "RGB;16", "RGBA;16")}
+_CANONICAL |= {f"{mode};{bits}": mode for mode in ("LA", "RGB", "RGBA") for bits in range(9, 17)}
+_CANONICAL |= {f"I;{bits}": "I;16" for bits in range(9, 16)}
 _KINDS: dict[str, tuple[Colour, int]] = {
     "1": ("grey", 1),
     "L": ("grey", 8),
@@ -46,6 +70,9 @@ _KINDS: dict[str, tuple[Colour, int]] = {
     "RGBA": ("rgba", 8),
 }
 _ORIENTATION = 0x0112  # the EXIF tag; values of 5 and more exchange width and height
+_SUBFILE = 254  # the TIFF tag that tells what a page is
+_MOST_PIXELS = 2**30  # of all pages together, in a file of any size
+_MOST_PIXELS_PER_BYTE = 8192  # black and white pages with little on them
 _MODES: dict[Colour, str] = {"grey": "L", "grey+alpha": "LA", "rgb": "RGB", "rgba": "RGBA"}
 
 
@@ -175,7 +202,8 @@ def probe(file: Path | bytes | IO[bytes]) -> Probe:
     """Return width, height and mode of a picture file, from its header (for palettes: from the whole file).
 
     The mode is Pillow's, with two exceptions: for palettes it is the mode of their colours, ``L``, ``RGB`` or ``RGBA``;
-    for 16-bit colours, of which Pillow reads the upper 8 bits, it is ``RGB;16`` and the like.
+    for 16-bit colours, of which Pillow reads the upper 8 bits, it is ``RGB;16`` and the like. A TIFF of several pages is
+    described by its first, see :func:`pages`.
 
     Raises:
         UnreadableError: it is not a picture, or broken.
@@ -195,9 +223,57 @@ def probe(file: Path | bytes | IO[bytes]) -> Probe:
         raise _unreadable(error) from error
 
 
+def pages(file: Path | bytes | IO[bytes]) -> tuple[dict[int, Probe], int]:
+    """Probe the pages of a picture file: all pages of a TIFF, else the first picture.
+
+    Returns:
+        Width, height and mode by number of page, and the count of the others: reduced copies and masks in a TIFF, or 1 for
+        the frames after the first of an animation.
+
+    Raises:
+        UnreadableError: it is not a picture, or broken, or claims more pixels than Pillow allows.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            if image.format != "TIFF":
+                return {0: probe_image(image)}, int(getattr(image, "is_animated", False))
+            found = dict(_tiff_pages(image))
+            _check_claim(sum(width * height for (width, height, _), _ in found.values()), image.fp)
+    except Exception as error:  # as in decode
+        raise _unreadable(error) from error
+    whole = {number: seen for number, (seen, kind) in found.items() if not kind} or {0: found[0][0]}
+    return whole, len(found) - len(whole)
+
+
+def _tiff_pages(image: "Image") -> Iterator[tuple[int, tuple[Probe, int]]]:
+    """Yield each page's number, probe and kind: not 0 for reduced copies (bit 0) and masks (bit 2)."""
+    number = 0
+    while True:
+        try:
+            image.seek(number)
+        except EOFError:
+            return
+        kind = getattr(image, "tag_v2", {}).get(_SUBFILE, 0)
+        yield number, (probe_image(image), kind & 0b101)
+        number += 1
+
+
+def _check_claim(pixels: int, file: IO[bytes] | None) -> None:
+    """Refuse a small file whose pages have more pixels than compression explains: they share their data."""
+    size = 0 if file is None else file.seek(0, os.SEEK_END)
+    if pixels > max(_MOST_PIXELS, _MOST_PIXELS_PER_BYTE * size):
+        raise ValueError(f"its pages have {pixels} pixels in {size} bytes, more than such a file can hold")
+
+
 def probe_image(image: "Image") -> Probe:
     """Return width, height and mode of a picture that Pillow has opened, as :func:`probe` does for files."""
+    from PIL import Image
+
     width, height = image.size
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow checks first pages only
+        raise Image.DecompressionBombError(f"{width}×{height} are more than {2 * Image.MAX_IMAGE_PIXELS} pixels")
     turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return (height, width, _mode(image)) if turned else (width, height, _mode(image))
 
@@ -249,7 +325,9 @@ def _as_float(image: "Image") -> "Image":
 
     pixels = np.asarray(image)
     if pixels.ndim != 2 or pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"it needs grey levels 0..65535, its values go from {pixels.min()} to {pixels.max()}")
+        raise ValueError(
+            f"it needs grey levels 0..65535, its values go from {pixels.min()} to {pixels.max()}, which .npy files can hold"
+        )
     return Image.fromarray(pixels.astype(np.float32))
 
 
@@ -322,7 +400,7 @@ def _channels(modes: Counter[str], images: ImageConfig, name: str) -> tuple[Colo
     """
     if unknown := Counter({mode: count for mode, count in modes.items() if mode not in _CANONICAL}):
         raise ValueError(
-            f"{name}: pictures need modes {', '.join(dict.fromkeys(_CANONICAL.values()))} or palettes, got {_listed(unknown)};"
+            f"{name}: pictures need modes {', '.join(dict.fromkeys(_CANONICAL.values()))} or palettes, got {listed(unknown)};"
             " convert them, or save floats as .npy"
         )
     kinds = {_CANONICAL[mode] for mode in modes}
@@ -331,14 +409,14 @@ def _channels(modes: Counter[str], images: ImageConfig, name: str) -> tuple[Colo
     kinds = {"L" if kind == "1" else kind for kind in kinds}  # black and white are two of the greys
     if "I;16" in kinds and (len(kinds) > 1 or images.colour not in ("auto", "grey")):
         raise ValueError(
-            f"{name}: 16-bit grey pictures cannot be mixed with others or get colours, got {_listed(modes)} and colour"
+            f"{name}: 16-bit grey pictures cannot be mixed with others or get colours, got {listed(modes)} and colour"
             f" {images.colour}; convert them to one kind"
         )
     if "I;16" in kinds or (images.colour == "auto" and len(kinds) == 1):
         return _KINDS[kinds.pop()]
     if images.colour == "auto":
         raise ValueError(
-            f"{name}: pictures need the same channels, got modes {_listed(modes)}; say which to keep: --colour grey, rgb or rgba"
+            f"{name}: pictures need the same channels, got modes {listed(modes)}; say which to keep: --colour grey, rgb or rgba"
         )
     return images.colour, 8
 
@@ -349,35 +427,58 @@ def _remarks(modes: Counter[str], colour: Colour) -> tuple[str, ...]:
     >>> _remarks(Counter({"RGBA": 2, "RGB": 1}), "rgb")
     ('transparency ignored (2 of 3)',)
     """
-    deep = sum(count for mode, count in modes.items() if mode in ("LA;16", "RGB;16", "RGBA;16"))
-    alpha = sum(count for mode, count in modes.items() if _CANONICAL[mode] in ("LA", "RGBA"))
-    coloured = sum(count for mode, count in modes.items() if _CANONICAL[mode] in ("RGB", "RGBA"))
-    return tuple(
-        f"{what} ({count} of {modes.total()})"
-        for what, count in (
-            ("the upper 8 of 16 bits of each colour", deep),
-            ("transparency ignored", alpha if colour in ("grey", "rgb") else 0),
-            ("colours to luma (ITU-R 601)", coloured if colour == "grey" else 0),
-        )
-        if count
+    deep = Counter[str]()
+    for mode, count in modes.items():
+        kind, _, bits = mode.partition(";")
+        if kind in ("LA", "RGB", "RGBA") and bits:
+            deep[f"the upper 8 of {bits} bits of each colour"] += count
+        elif kind == "I" and bits.isdecimal() and bits != "16":
+            deep[f"grey of {bits} bits in 16"] += count
+    deep["transparency ignored"] = sum(
+        count for mode, count in modes.items() if _CANONICAL[mode] in ("LA", "RGBA") and colour in ("grey", "rgb")
     )
+    deep["colours to luma (ITU-R 601)"] = sum(
+        count for mode, count in modes.items() if _CANONICAL[mode] in ("RGB", "RGBA") and colour == "grey"
+    )
+    return tuple(f"{what} ({count} of {modes.total()})" for what, count in deep.items() if count)
 
 
 def _sizes(counts: Counter[tuple[int, int]]) -> str:
-    return _listed(Counter({f"{width}×{height}": count for (width, height), count in counts.items()})) + " (width×height)"
+    return listed(Counter({f"{width}×{height}": count for (width, height), count in counts.items()})) + " (width×height)"
 
 
-def _listed(counts: Counter[str]) -> str:
+def listed(counts: Counter[str]) -> str:
+    """List the most frequent things with their counts.
+
+    >>> listed(Counter(["a", "b", "a"]))
+    'a (2), b (1)'
+    """
     most = ", ".join(f"{thing} ({count})" for thing, count in counts.most_common(5))
     return most + (f" and {len(counts) - 5} more" if len(counts) > 5 else "")
 
 
-PICTURES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".gif"))
-PICTURES |= {".jfif", ".jpe", ".avif", ".jp2"}
-"""Endings of picture files."""
+@cache
+def picture_endings() -> frozenset[str]:
+    """Endings of the picture files that Pillow opens here, with those of pillow-heif where it is installed."""
+    from PIL import Image
+
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    forms = Image.registered_extensions()
+    return frozenset(ending for ending, form in forms.items() if form in Image.OPEN and form not in _ONLY_RECOGNISED)
+
+
+_ONLY_RECOGNISED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
+"""Formats that Pillow cannot decode, or leaves to another program."""
+_HEIF = (".heic", ".heif", ".hif")
+_OF_SEVERAL = re.compile(rb"GIF8[79]a|II[*+]\0|MM\0[*+]|RIFF....WEBP|....ftyp", re.DOTALL)
+"""The first bytes of files that may hold several pictures: GIF, TIFF, WebP, AVIF and HEIF."""
+_SIGNATURES = re.compile(rb"\x89PNG\r\n|\xff\xd8\xff|GIF8[79]a|II[*+]\0|MM\0[*+]|RIFF....WEBP", re.DOTALL)
+"""The first bytes of the usual pictures, for files without an ending."""
 PICTURE_OPTIONS = frozenset({"cache", "crop", "size", "fit", "colour", "unreadable"})
 """Options of the config that decide how pictures are read."""
-_ANIMATED = (".gif", ".webp", ".tif", ".tiff")
 _HEADER = 2**16  # bytes: enough for the size and mode of nearly every picture
 _MASKS = frozenset(
     "mask masks ground_truth groundtruth gt segmentation segmentations annotation annotations labels thumbs thumbnails".split()
@@ -387,33 +488,99 @@ _SHARD = re.compile(r"[-_.\d]")
 """The end of the first word in the name of a shard."""
 
 
+@final
+class _One(Container):
+    """A picture file alone, as a container."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def names(self) -> list[str]:
+        """Its name."""
+        return [self.path.name]
+
+    def read(self, name: str, most: int = -1) -> bytes:
+        """Read the file."""
+        with self.path.open("rb") as file:
+            return file.read(most)
+
+    def stamp(self, names: list[str]) -> Any:
+        """The file's own stamp."""
+        return file_stamp(self.path)
+
+
+_Seen = list[Any] | str
+"""The pages of a picture file, each as number, width, height and mode, and the count of the others; or the error."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """A file, and the name of the outermost folder or of the shard that contains it, if it names a split."""
+    """A file or one of its pages, and the name of the outermost folder or of the shard that contains it, if it names a split."""
 
     holder: Container
     name: str
     word: str
+    page: int | None = None
 
     @property
     def label(self) -> str:
-        return self.name if isinstance(self.holder, Folder) else f"{self.holder.path.name}/{self.name}"
+        page = "" if self.page is None else f" page {self.page + 1}"
+        name = self.name if isinstance(self.holder, Folder | _One) else f"{self.holder.path.name}/{self.name}"
+        return name + page
 
-    def probe(self) -> list[Any] | str:
-        """Width, height and mode, or the error."""
-        for most in (_HEADER, -1):
-            try:
-                return [*probe(self.holder.read(self.name, most))]
-            except (UnreadableError, *DAMAGED) as error:
-                wrong = str(error)
-        return wrong
+    def open(self) -> IO[bytes]:
+        """Open the file; one in a folder is read only where it is needed."""
+        if isinstance(self.holder, Folder):
+            return (self.holder.path / self.name).open("rb")
+        return self.holder.path.open("rb") if isinstance(self.holder, _One) else io.BytesIO(self.holder.read(self.name))
+
+    def look(self) -> _Seen:
+        """Find the pages, by the header if that is enough."""
+        try:
+            head = self.holder.read(self.name, _HEADER)
+            if len(head) == _HEADER and not _OF_SEVERAL.match(head):
+                with suppress(UnreadableError):
+                    return _seen(*pages(head))
+            with self.open() as file:
+                return _seen(*pages(file))
+        except (UnreadableError, *DAMAGED) as error:
+            return str(error)
 
     def decode(self, how: PicturePlan) -> Array:
         try:
-            content = self.holder.read(self.name)
-        except DAMAGED as error:
+            if self.page is None:
+                return how.read(self.holder.read(self.name))
+            image = _opened.image_of(self)
+            image.seek(self.page)
+        except UnreadableError:
+            raise
+        except Exception as error:
             raise UnreadableError(f"{type(error).__name__}: {error}") from error
-        return how.read(content)
+        return how.decode(image)
+
+
+def _seen(found: dict[int, Probe], others: int) -> _Seen:
+    return [[[number, *one] for number, one in found.items()], others]
+
+
+class _Opened(threading.local):
+    """A thread's open file of several pages: a page is reached only through those before it."""
+
+    of: tuple[Container, str] | None = None
+    image: Any = None
+
+    def image_of(self, picture: _Picture) -> Any:
+        from PIL import Image
+
+        if self.of != (picture.holder, picture.name):
+            file = picture.open()
+            self.image, self.of = Image.open(file), (picture.holder, picture.name)
+            weakref.finalize(self.image, file.close)
+        return self.image
+
+
+_opened = _Opened()
 
 
 def _is_archive(path: Path) -> bool:
@@ -435,16 +602,17 @@ def _is_glob(path: Path) -> bool:
 
 
 def _may_hold_pictures(path: Path, config: DataConfig) -> bool:
-    """Whether a path is a pattern for archives, or a folder, which holds pictures if no other kind reads it."""
-    return path.is_dir() or _is_glob(path)
+    """Whether a path is a picture, a pattern for archives, or a folder, which holds pictures if no other kind reads it."""
+    return path.is_dir() or _is_glob(path) or (path.is_file() and _has_ending(path.name))
 
 
 @register.source("pictures", options=PICTURE_OPTIONS, endings=ARCHIVES, reads=_may_hold_pictures, rank=3)
 def read_pictures(config: DataConfig) -> Raw:
     """Read the pictures below a folder, in an archive, or in several archives (shards), as levels ``(N, C, H, W)``.
 
-    Folders train, validation (valid, val) and test are the splits; names of shards may also begin with these words.
-    Pictures are sorted by path. They are decoded once, into a cache.
+    Each page of a TIFF is a picture; of animations, the first frame is read. Folders train, validation (valid, val) and
+    test are the splits; names of shards may also begin with these words. Pictures are sorted by path. They are decoded
+    once, into a cache.
 
     Raises:
         ValueError: there is no picture; some are broken, and ``unreadable`` does not allow that; their sizes or modes
@@ -456,8 +624,8 @@ def read_pictures(config: DataConfig) -> Raw:
     found, others, beside = _pictures(holders)
     if not found:
         raise ValueError(
-            f"{path} needs pictures ({', '.join(sorted(PICTURES))}) or archives of them ({', '.join(ARCHIVES)}), got"
-            f" {_listed(others) or 'nothing'}; check the path"
+            f"{path} needs pictures (.png, .jpg, .tif and others that Pillow opens) or archives of them ({', '.join(ARCHIVES)}),"
+            f" got {listed(others) or 'nothing'}; {to_read_heif(others) or 'check the path'}"
         )
     stamps = _digest(
         # With the folder's name: decoded copies of neighbouring folders share one place.
@@ -466,12 +634,12 @@ def read_pictures(config: DataConfig) -> Raw:
             for holder, group in groupby(found, attrgetter("holder"))
         ]
     )
-    readable, unreadable = _readable(found, stamps, path, config)
+    readable, remarks = _readable(found, stamps, path, config)
     how = plan([(width, height, mode) for _, (width, height, mode) in readable], config.images, str(path))
-    splits = _splits([picture for picture, _ in readable], str(path))
+    splits = split_by_folder([picture for picture, _ in readable], str(path))
     parts = {split: _encoded(group, how, {"files": stamps, "split": split}, path, config) for split, group in splits.items()}
-    left_out = [f"left out pictures beside the others, in folders of masks or thumbnails: {_listed(beside)}"] if beside else []
-    words = [*how.words, *unreadable, *left_out, *_words(found, others)]
+    left_out = [f"left out pictures beside the others, in folders of masks or thumbnails: {listed(beside)}"] if beside else []
+    words = [*how.words, *remarks, *left_out, *_ignored(others)]
     return Raw(str(path), parts, [_record(holder, found) for holder in holders], words, levels=2 if how.levels == 2 else None)
 
 
@@ -486,9 +654,11 @@ def _holders(path: Path, room: Path) -> list[Container]:
         return [container(file, room) for file in files]
     if not path.exists():
         raise ValueError(f"expected an archive of pictures at {path}, got no such file; check the path")
+    if path.is_file() and not _is_archive(path):
+        return [_One(path)]
     whole = container(path, room)
     shards = [path / name for name in whole.names if _is_archive(Path(name))] if isinstance(whole, Folder) else []
-    if not shards or any(map(_is_picture, whole.names)):
+    if not shards or any(map(_has_ending, whole.names)):
         return [whole]
     return [container(shard, room) for shard in shards]
 
@@ -497,16 +667,17 @@ def _pictures(holders: list[Container]) -> tuple[list[_Picture], Counter[str], C
     """List all pictures; count the other files by ending, and the pictures that are masks or thumbnails by folder."""
     found, others, beside = [], Counter[str](), Counter[str]()
     for holder in holders:
-        names = [name for name in holder.names if _is_picture(name)]
+        names = [name for name in holder.names if _is_picture(holder, name)]
         masks = {name: folder for name in names if (folder := _mask_folder(name))}
         if len(masks) < len(names):
             names = [name for name in names if name not in masks]
             beside.update(masks.values())
-        others.update(PurePosixPath(name).suffix or name for name in holder.names if not _is_picture(name))
+        if names:
+            beside.update(hidden_pictures(holder))
+        pictures = {*names, *masks}
+        others.update(PurePosixPath(name).suffix or name for name in holder.names if name not in pictures)
         shard = "" if isinstance(holder, Folder) else _split_word(_SHARD.split(holder.path.name)[0], holder.path.parent.name)
-        found += [
-            _Picture(holder, name, shard or _split_word(folder)) for name, folder in zip(names, _outer(names), strict=True)
-        ]
+        found += [_Picture(holder, name, shard or word) for name, word in zip(names, folder_words(names), strict=True)]
     return found, others, beside
 
 
@@ -519,62 +690,148 @@ def _mask_folder(name: str) -> str:
     return next((part for part in PurePosixPath(name).parts[:-1] if part.lower() in _MASKS), "")
 
 
-def _outer(names: list[str]) -> list[str]:
-    """Return the outermost folder of each file, below folders that contain everything; "" for files in no folder."""
+def folder_words(names: list[str]) -> list[str]:
+    """Return for each file its outermost folder, below folders that contain everything, if it names a split; else "".
+
+    >>> folder_words(["data/train/a.png", "data/Test/b.png", "data/c.png"])
+    ['train', 'Test', '']
+    """
     folders = [PurePosixPath(name).parts[:-1] for name in names]
     while folders and all(parts and parts[0] == folders[0][0] and parts[0].lower() not in SPLIT_WORDS for parts in folders):
         folders = [parts[1:] for parts in folders]
-    return [parts[0] if parts else "" for parts in folders]
+    return [_split_word(parts[0]) if parts else "" for parts in folders]
 
 
 def _split_word(*words: str) -> str:
     return next((word for word in words if word.lower() in SPLIT_WORDS), "")
 
 
-def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in PICTURES
+def _has_ending(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in picture_endings()
+
+
+def _is_picture(holder: Container, name: str) -> bool:
+    """Whether a file is a picture by its ending, or by its first bytes if it has none."""
+    if not has_no_ending(name):
+        return _has_ending(name)
+    try:
+        return begins_like_picture(holder.read(name, 16))
+    except DAMAGED:
+        return False
+
+
+def has_no_ending(name: str) -> bool:
+    """Whether a name says nothing about the kind of file.
+
+    >>> has_no_ending("IM000001"), has_no_ending("scan.001"), has_no_ending("scan.png")
+    (True, True, False)
+    """
+    return re.fullmatch(r"\.?\d*", os.path.splitext(name)[1]) is not None
+
+
+def begins_like_picture(head: bytes) -> bool:
+    """Whether the first 16 bytes of a file are those of a PNG, JPEG, GIF, TIFF or WebP."""
+    return _SIGNATURES.match(head) is not None
+
+
+def hidden_pictures(holder: Container) -> Counter[str]:
+    """Count the pictures in hidden folders and in those of systems (``@eaDir``, ``__MACOSX``), by folder."""
+    found = Counter[str]()
+    if isinstance(holder, Folder):
+        for place, _, files in os.walk(holder.path):
+            if folder := _hidden_folder(os.path.relpath(place, holder.path)):
+                found[folder] += sum(map(_has_ending, files))
+    elif isinstance(holder, Zip):
+        with zipfile.ZipFile(holder.path) as archive:
+            found.update(_hidden_folder(os.path.dirname(name)) for name in archive.namelist() if _has_ending(name))
+    return +Counter({folder: count for folder, count in found.items() if folder})
+
+
+def _hidden_folder(path: str) -> str:
+    return next((part for part in PurePosixPath(path).parts if is_hidden(part)), "")
+
+
+def is_hidden(folder: str) -> bool:
+    """Whether a folder is left out for its name.
+
+    >>> is_hidden("@eaDir"), is_hidden(".thumbnails"), is_hidden("cats")
+    (True, True, False)
+    """
+    return folder in SYSTEM_FOLDERS or folder.startswith(".")
 
 
 def _readable(
     found: list[_Picture], stamps: str, path: Path, config: DataConfig
 ) -> tuple[list[tuple[_Picture, list[Any]]], list[str]]:
-    """Select the pictures with readable headers, return these too, and describe the others in words."""
+    """Select the pictures with readable headers, page by page, return these too, and describe the others in words."""
 
-    def look() -> list[list[Any] | str]:
+    def look() -> list[_Seen]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(_Picture.probe, found))
+            return list(pool.map(_Picture.look, found))
 
-    probed = remembered(path.resolve().parent, config.cache, {"sizes and modes of": stamps}, look)
+    looked = remembered(path.resolve().parent, config.cache, {"pages, sizes and modes of": stamps}, look)
     # Failures are tried again: the disk may have failed, not the file.
-    pairs = [(picture, picture.probe() if isinstance(seen, str) else seen) for picture, seen in zip(found, probed, strict=True)]
-    readable = [(picture, seen) for picture, seen in pairs if not isinstance(seen, str)]
+    pairs = [(picture, picture.look() if isinstance(seen, str) else seen) for picture, seen in zip(found, looked, strict=True)]
+    readable = [(picture, *seen) for picture, seen in pairs if not isinstance(seen, str)]
     broken = [(picture.label, wrong) for picture, wrong in pairs if isinstance(wrong, str)]
+    paged = [
+        (replace(picture, page=number if len(own) > 1 else None), one) for picture, own, _ in readable for number, *one in own
+    ]
+    remarks = _of_pages(readable)
     if not broken:
-        return readable, []
+        return paged, remarks
     labels = ", ".join(label for label, _ in broken[:5]) + (", ..." if len(broken) > 5 else "")
     if config.images.unreadable == "refuse" or len(broken) == len(found):
+        remedy = "repair or remove them, or leave them out: --unreadable skip" if paged else "repair or convert them"
         raise ValueError(
-            f"{path}: {len(broken)} of {len(found)} pictures cannot be read ({labels}; the first: {broken[0][1]}); repair or remove"
-            " them, or leave them out: --unreadable skip"
+            f"{path}: {len(broken)} of {len(found)} pictures cannot be read ({labels}; the first: {broken[0][1]}); {remedy}"
         )
-    left_out = f"left out {len(broken)} of {len(found)} as unreadable ({labels})"
-    return readable, [left_out]
+    return paged, [f"left out {len(broken)} of {len(found)} as unreadable ({labels})", *remarks]
 
 
-def _splits(pictures: list[_Picture], name: str) -> dict[SplitName, list[_Picture]]:
-    """Split pictures by their folders; all are for training if no folder names a split."""
-    words = Counter(picture.word for picture in pictures if picture.word)
+def _of_pages(readable: list[tuple[_Picture, list[Any], int]]) -> list[str]:
+    """Describe in words how files of several pictures are read."""
+    several = [(picture.label, len(own)) for picture, own, _ in readable if len(own) > 1]
+    first = [picture.label for picture, own, others in readable if others and len(own) == 1]
+    left_out = sum(others for _, own, others in readable if len(own) > 1)
+    few = ", ".join(f"{label} ({count})" for label, count in several[:5]) + (", ..." if len(several) > 5 else "")
+    return [
+        *([f"each page of a TIFF with several is an example: {few}"] if several else []),
+        *([f"left out {left_out} reduced copies and masks among their pages"] if left_out else []),
+        *([f"the first picture of files with several: {', '.join(first[:5])}{', ...' * (len(first) > 5)}"] if first else []),
+    ]
+
+
+class _Placed(Protocol):
+    """An example with its name, and the folder that names its split."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def word(self) -> str: ...
+
+
+_Example = TypeVar("_Example", bound=_Placed)
+
+
+def split_by_folder(examples: list[_Example], name: str) -> dict[SplitName, list[_Example]]:
+    """Split examples by their folders; all are for training if no folder names a split.
+
+    Raises:
+        ValueError: no folder names the training split, two name one split, or an example is outside of them.
+    """
+    words = Counter(example.word for example in examples if example.word)
     if not words:
-        return {"train": pictures}
-    outside = [picture.label for picture in pictures if not picture.word]
+        return {"train": examples}
+    outside = [example.label for example in examples if not example.word]
     splits = [SPLIT_WORDS[word.lower()] for word in words]
     if outside or "train" not in splits or len(set(splits)) < len(splits):
         raise ValueError(
-            f"{name} needs its pictures in train, and in validation and test or those split at random, or none in any of them; got"
-            f" {_listed(words)}{f' and {len(outside)} elsewhere ({outside[0]}, say)' if outside else ''}; move or rename them"
+            f"{name} needs its examples in train, and in validation and test or those split at random, or none in any of them; got"
+            f" {listed(words)}{f' and {len(outside)} elsewhere ({outside[0]}, say)' if outside else ''}; move or rename them"
         )
     return {
-        split: [picture for picture in pictures if SPLIT_WORDS[picture.word.lower()] == split]
+        split: [example for example in examples if SPLIT_WORDS[example.word.lower()] == split]
         for split in SPLITS
         if split in splits
     }
@@ -591,15 +848,27 @@ def _encoded(pictures: list[_Picture], how: PicturePlan, identity: dict[str, Any
         identity=identity,
         home=path.resolve().parent,
         skip_unreadable=config.images.unreadable == "skip",
+        videos=_file_numbers(pictures) if any(picture.page is not None for picture in pictures) else None,
     )
 
 
-def _words(found: list[_Picture], others: Counter[str]) -> list[str]:
-    animated = any(picture.name.lower().endswith(_ANIMATED) for picture in found)
-    return [
-        *(["the first picture of files with several"] if animated else []),
-        *([f"ignored files that are not pictures: {_listed(others)}"] if others else []),
-    ]
+def _file_numbers(pictures: list[_Picture]) -> list[int]:
+    """Number the files that the pictures come from."""
+    numbers: dict[tuple[Path, str], int] = {}
+    return [numbers.setdefault((picture.holder.path, picture.name), len(numbers)) for picture in pictures]
+
+
+def _ignored(others: Counter[str]) -> list[str]:
+    remedy = f" ({heif})" if (heif := to_read_heif(others)) else ""
+    return [f"ignored files that are not pictures: {listed(others)}{remedy}"] if others else []
+
+
+def to_read_heif(others: Counter[str]) -> str:
+    """Say what reads HEIF pictures, if there are any among the endings of ignored files."""
+    found = [ending for ending in others if ending.lower() in _HEIF]
+    if not found:
+        return ""
+    return f"to read {found[0]}: pip install pillow-heif, or convert them: magick mogrify -format jpg *{found[0]}"
 
 
 def _record(holder: Container, found: list[_Picture]) -> dict[str, Any]:

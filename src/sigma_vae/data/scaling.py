@@ -65,9 +65,13 @@ class Scaling:
         if self.levels is not None:
             # Divide by a tensor on the device: for a Python number, CUDA multiplies by the reciprocal, one ulp off for some levels.
             return stored.float() / torch.full((), self.levels - 1, dtype=torch.float32, device=stored.device)
+        if not stored.is_floating_point():
+            raise ValueError(
+                f"a model of real values needs floats, got {stored.dtype}; save the data as floats, like those of the model"
+            )
         if self.mean is None or self.deviation is None:
             return stored.float()
-        values = stored if stored.dtype == torch.float64 else stored.float()  # float64: where float32 would merge values
+        values = stored.double()  # in float32, the rounded mean shifts values far from 0
         return ((values - self._column(self.mean, values)) / self._column(self.deviation, values)).float()
 
     def undo(self, x: Tensor) -> Tensor:

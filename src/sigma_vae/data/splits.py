@@ -1,7 +1,7 @@
 """Train, validation and test splits, raw and checked."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -13,7 +13,7 @@ from sigma_vae.data.batches import Batches
 from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.stores import Part, Store
 
-__all__ = ["SPLITS", "SPLIT_WORDS", "Raw", "SplitName", "Splits", "clip_lengths", "fingerprint"]
+__all__ = ["SPLITS", "SPLIT_WORDS", "Raw", "SplitName", "Splits", "clip_lengths", "counted", "few", "fingerprint"]
 
 
 SplitName = Literal["train", "validation", "test"]
@@ -142,6 +142,8 @@ class Raw:
     """Whether real values are standardised by default: yes for tables, whose columns have units of their own."""
     columns: tuple[str, ...] = ()
     """Names of a table's columns, in order."""
+    names: Mapping[SplitName, Sequence[str]] = field(default_factory=dict)
+    """Names of the examples of each split, where their positions in the array do not tell which they are."""
 
 
 def fingerprint(parts: dict[SplitName, Store]) -> str:
@@ -156,6 +158,20 @@ def fingerprint(parts: dict[SplitName, Store]) -> str:
     for name, part in parts.items():
         digest.update(f"{name} {part.fingerprint()}\n".encode())
     return digest.hexdigest()
+
+
+def counted(number: int, thing: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "row"), counted(2, "row")
+    ('1 row', '2 rows')
+    """
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def few(names: Sequence[str]) -> str:
+    """The first ten of some names, and how many more there are."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def clip_lengths(clips: ClipConfig, frames: int, test_frames: int) -> tuple[int, int]:

@@ -97,7 +97,7 @@ class Mapped(Store):
         digest: digest of its content.
         rows: the examples of this subset; default all.
         device: device of the batches; the file stays on the host.
-        videos: for clips, the number of the video that each example of the array comes from ``(N,)``.
+        videos: the number of the video or file that each example of the array comes from ``(N,)``, where that matters.
         grid: the levels among the file's values, where they are not the values themselves.
     """
 
@@ -206,14 +206,14 @@ class Encoded:
     Args:
         names: the examples' names for messages: file names, or numbers.
         shape: shape of each decoded example, ``(C, H, W)`` or ``(T, C, H, W)``.
-        dtype: ``"uint8"`` or ``"uint16"``.
+        dtype: name of their NumPy dtype, ``"uint8"``, say.
         decode: decodes example i; called from several threads. Raises :class:`UnreadableError` if it is broken.
         identity: everything that decides the result, as plain values: the files (by
             :func:`~sigma_vae.data.cache.file_stamp`) and the preprocessing. The cache's key is its digest.
         home: the folder beside which the cache is kept.
         skip_unreadable: leave broken examples out, and report how many; otherwise they are an error.
-        videos: for clips, the number of the video that each example comes from: whole videos are held out if there are
-            enough.
+        videos: the number of the video, or of the file of several, that each example comes from: whole ones are held out
+            if there are enough.
     """
 
     names: Sequence[str]

@@ -10,32 +10,45 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
 from sigma_vae.config import DataConfig
+from sigma_vae.data.archives import check_unpacked, gunzipped
 from sigma_vae.data.cache import file_record
 from sigma_vae.data.levels import Array
-from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName
+from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName, counted, few
 from sigma_vae.registry import register
 
-__all__ = ["TABLES", "from_frames", "holds_tables", "read_tables"]
+__all__ = ["TABLES", "TABLE_OPTIONS", "from_frames", "holds_tables", "read_tables"]
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
-"""Endings of table files."""
+"""Endings of table files in a folder; alone, .txt and .dat are tables too."""
+TABLE_OPTIONS = frozenset({"layout", "columns", "exclude", "decimal", "missing"})
+"""Options that apply to tables."""
 _HEAD = 2**16  # bytes from which the dialect of a text file is found
-_SIGNS = ("\t", ";", "|", ",")
-_DECIMAL_COMMA = re.compile(r"[+-]?(\d+|\d{1,3}(\.\d{3})+),\d+([eE][+-]?\d+)?")
+_SIGNS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas", r"\s+": "blanks"}
 _DECIMAL_POINT = re.compile(r"[+-]?\d*\.\d+([eE][+-]?\d+)?")
-_WITH_UNIT = r"^([+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?))\s*([^\d\s.,:/-][^\d]*)?$"
-_DISCRETE = 20  # rows per distinct value from which a column is taken for discrete
+_THOUSANDS = {".": ",", ",": "."}
+_NUMBER = {
+    decimal: rf"[+-]?(?:[1-9]\d{{0,2}}(?:\{sign}\d{{3}})+(?:\{decimal}\d*)?|(?:\d+\{decimal}?\d*|\{decimal}\d+)(?:[eE][+-]?\d+)?)"
+    for decimal, sign in _THOUSANDS.items()
+}
+_UNIT = r"\s*([^\d\s.,:/-][^\d]*)?"
+_LIKE_OPTION = re.compile(r"-[^\d.]")
+_WITHOUT = "without the unit"
+_SUMS = r"((grand|sub)[ -]?)?totals?:?|sum:?|mean:?|average:?"
+_CURRENCY = r"^([+-]?)\s*([$€£¥])\s*([+-]?[\d.,]+)$"
+_APOSTROPHES = r"(?<=\d)['\u2019\u00a0\u202f](?=\d{3})"  # and thin blanks: signs between thousands
+_MOST_WORDS = 5  # that an error names as words for missing values
 _NAMELESS = "Unnamed: "  # how pandas names a column without a name: usually row numbers
 
 
@@ -44,14 +57,18 @@ def holds_tables(path: Path, config: DataConfig) -> bool:
     return path.is_dir() and "train" in _tables(path)
 
 
-@register.source("tables", options={"layout", "columns", "exclude"}, endings=TABLES, reads=holds_tables, rank=1)
+@register.source(
+    "tables", options=TABLE_OPTIONS, endings=(*TABLES, ".txt", ".dat", ".txt.gz", ".dat.gz"), reads=holds_tables, rank=1
+)
 def read_tables(config: DataConfig) -> Raw:
     """Read rows of numbers ``(N, C)``; with layout ``n-t``, series ``(N, 1, T)`` whose times are the columns.
 
     In a folder, train.csv is read, and test.csv and validation.csv if they exist (or .tsv, .parquet, .csv.gz). All
     numeric columns (and true/false ones, as 1 and 0) are read, but those in ``exclude``; or those in ``columns``. They
-    are real values, standardised by default; with ``levels``, integers 0..levels−1. Separator, decimal sign and
-    encoding are found; thousands (1,502.76) and one unit throughout (12 EUR, 3.1%) are understood.
+    are real values, standardised by default; with ``levels``, integers 0..levels−1. Separator (blanks too), decimal
+    sign, encoding and comment lines are found; thousands (1,502.76) and one unit throughout (12 EUR, 3.1%) are
+    understood. ``decimal`` settles what the comma of 1,100 means. Rows with one of the words in ``missing``, or with
+    an empty cell beside them, are dropped.
 
     Raises:
         ValueError: a file is missing or damaged; a column is missing or not numeric; values are missing; or no column
@@ -61,11 +78,12 @@ def read_tables(config: DataConfig) -> Raw:
     if not path.exists():
         raise ValueError(f"expected a table at {path}, got no such file; check the path")
     files: dict[SplitName, Path] = _tables(path) if path.is_dir() else {"train": path}
-    read = {split: _read(file) for split, file in files.items()}
+    read = {split: _read(file, config) for split, file in files.items()}
     for split, (frame, _) in read.items():
         _check_header([str(name) for name in frame.columns], config.layout, str(files[split]))
-    raw = from_frames({split: frame for split, (frame, _) in read.items()}, config, {s: str(f) for s, f in files.items()})
     words = list(dict.fromkeys(word for _, said in read.values() for word in said))
+    known = replace(config, decimal=",") if _COMMAS in words else config
+    raw = from_frames({split: frame for split, (frame, _) in read.items()}, known, {s: str(f) for s, f in files.items()})
     record = [file_record(file) for file in files.values()]
     return replace(raw, name=str(path), files=record, preprocessing=[*words, *raw.preprocessing])
 
@@ -79,20 +97,25 @@ def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, 
     if config.layout not in ("auto", "n-c", "n-t"):
         raise ValueError(f"{config.source}: a table has layout n-c or n-t, got {config.layout}; give one of these, or none")
     frames = {split: frame.set_axis([str(name) for name in frame.columns], axis=1) for split, frame in frames.items()}
+    frames = {split: _masked(frame.reset_index(drop=True), config.missing) for split, frame in frames.items()}
     frames, said = _all_converted(frames, config, names)
     columns, left_out = _columns(frames["train"], config, names["train"])
-    parts = {split: _numbers(frame, columns, config, names[split]) for split, frame in frames.items()}
+    whole = {split: _whole(frame, columns, config, names[split]) for split, frame in frames.items()}
+    dropped = [word for split, frame in frames.items() if (word := _dropped(frame[columns], split))]
+    parts = {split: _numbers(frame, config) for split, frame in whole.items()}
     kinds = {split: "integers" if part.dtype.kind == "i" else "fractions" for split, part in parts.items()}
     if len(set(kinds.values())) > 1:
         got = ", ".join(f"{kind} in {Path(names[split]).name}" for split, kind in kinds.items())
         raise ValueError(f"{config.source} needs integers in all tables or in none, got {got}; save them alike")
-    words = [f"columns {', '.join(columns)}", *([f"columns left out: {', '.join(left_out)}"] if left_out else []), *said]
-    if config.levels is None and (discrete := _discrete(parts["train"], columns, config)):
-        words.append(
-            f"discrete columns: {_few(discrete)} (a density of discrete values has no upper bound, so do not compare its nats;"
-            " --exclude leaves them out)"
-        )
-    return Raw(config.source, parts, preprocessing=words, standardise=True, columns=tuple(columns))
+    words = [
+        f"columns {', '.join(columns)}",
+        *([f"columns left out: {', '.join(left_out)}"] if left_out else []),
+        *said,
+        *dropped,
+        *(word for split, frame in frames.items() if (word := _summed(frame, left_out, split))),
+    ]
+    kept = {split: [f"row {row + 1}" for row in frame.index] for split, frame in whole.items()} if dropped else {}
+    return Raw(config.source, parts, preprocessing=words, standardise=True, columns=tuple(columns), names=kept)
 
 
 def _all_converted(
@@ -104,23 +127,12 @@ def _all_converted(
         if twice := frame.columns[frame.columns.duplicated()].tolist():
             raise ValueError(f"{names[split]} needs a name of its own for each column, got {twice[0]} twice; rename one")
         wanted = [name for name in config.columns or frame.columns if name in frame.columns and name not in config.exclude]
-        done[split], said[split] = _converted(frame, wanted, names[split])
-    if any(words != said["train"] for words in said.values()):
-        got = "; ".join(f"{split}: {', '.join(words) or 'plain numbers'}" for split, words in said.items())
+        done[split], said[split] = _converted(frame, wanted, config, names[split])
+    units = {split: [word for word in words if _WITHOUT in word] for split, words in said.items()}
+    if any(words != units["train"] for words in units.values()):
+        got = "; ".join(f"{split}: {', '.join(words) or 'plain numbers'}" for split, words in units.items())
         raise ValueError(f"{config.source} needs the same units in all tables, got {got}; save them alike")
-    return done, said["train"]
-
-
-def _discrete(values: Array, columns: Sequence[str], config: DataConfig) -> list[str]:
-    """Names of the columns with few distinct values for their rows."""
-    if config.layout == "n-t":
-        return []
-    counts = [len(np.unique(column)) for column in values.T]
-    return [
-        name
-        for name, count in zip(columns, counts, strict=True)
-        if 2 <= count and (count == 2 or count * _DISCRETE <= len(values))
-    ]
+    return done, list(dict.fromkeys(word for words in said.values() for word in words))
 
 
 def _tables(folder: Path) -> dict[SplitName, Path]:
@@ -134,26 +146,38 @@ def _tables(folder: Path) -> dict[SplitName, Path]:
     return found
 
 
-def _read(path: Path) -> tuple["pd.DataFrame", list[str]]:
+def _read(path: Path, config: DataConfig) -> tuple["pd.DataFrame", list[str]]:
     """Read a table, and say how where that was not plain."""
     import pandas as pd
 
     try:
         if path.suffix.lower() == ".parquet":
-            return pd.read_parquet(path), []
-        dialect = _dialect(path)
+            return _parquet(path), []
+        dialect = _dialect(path, config.decimal)
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas would cut rows that are longer than the header
             try:
-                frame = _parsed(path, dialect)
+                frame, comments = _parsed(path, dialect, config.missing)
             except UnicodeDecodeError:
                 dialect = replace(dialect, encoding="latin-1")
-                frame = _parsed(path, dialect)
+                frame, comments = _parsed(path, dialect, config.missing)
     except (OSError, EOFError, ValueError, ImportError, pd.errors.ParserWarning) as error:
         raise ValueError(
             f"{path} cannot be read as a table ({type(error).__name__}: {str(error).strip()}); repair or save it anew"
         ) from error
-    return frame, dialect.words()
+    return frame, [*dialect.words(), *([f"skipped {counted(comments, 'comment line')} after the names"] if comments else [])]
+
+
+def _parquet(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+    from pyarrow.parquet import read_metadata
+
+    known = read_metadata(path)
+    check_unpacked(str(path), 8 * known.num_rows * known.num_columns, path.stat().st_size)
+    return pd.read_parquet(path)
+
+
+_COMMAS = "decimal commas"
 
 
 @dataclass(frozen=True)
@@ -166,15 +190,17 @@ class _Dialect:
     encoding: str = "utf-8-sig"
     usual: str = ","
     names: tuple[str, ...] = ()
+    in_comment: bool = False
+    """Whether the names are in the last comment line before the rows."""
 
     def words(self) -> list[str]:
         """Say what differs from a plain CSV file."""
-        sign = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas"}[self.separator]
         said = [
-            (self.separator != self.usual, f"separated by {sign}"),
-            (self.decimal != ".", "decimal commas"),
+            (self.separator != self.usual, f"separated by {_SIGNS[self.separator]}"),
+            (self.decimal != ".", _COMMAS),
             (self.encoding != "utf-8-sig", f"text in {self.encoding}"),
-            (self.skipped > 0, f"skipped {self.skipped} lines before the names"),
+            (self.in_comment, "names from the comment line before the rows"),
+            (self.skipped > self.in_comment, f"skipped {counted(self.skipped - self.in_comment, 'line')} before the names"),
         ]
         repeated = sorted({name for name in self.names if name and self.names.count(name) > 1})
         return [word for told, word in said if told] + [
@@ -182,27 +208,57 @@ class _Dialect:
         ]
 
 
-def _parsed(path: Path, dialect: _Dialect) -> "pd.DataFrame":
+def _parsed(path: Path, dialect: _Dialect, missing: Sequence[str]) -> tuple["pd.DataFrame", int]:
+    """Read the rows; also count the comment lines among them."""
     import pandas as pd
 
+    source, comments = _without_comments(path, dialect) if _has_comments(path) else (path, 0)
     frame = pd.read_csv(
-        path,
+        source,
         sep=dialect.separator,
         skiprows=dialect.skipped,
+        header=None if dialect.in_comment else 0,
+        names=list(dialect.names) if dialect.in_comment else None,
         decimal=dialect.decimal,
-        thousands="." if dialect.decimal == "," else None,
         encoding=dialect.encoding,
+        na_values=list(missing),
         index_col=False,
         skipinitialspace=True,
         low_memory=False,
     )
-    return frame.rename(columns=str.strip)
+    return frame.rename(columns=lambda name: re.sub(r"\s*[\r\n]+\s*", " ", name.strip())), comments
 
 
-def _dialect(path: Path) -> _Dialect:
+def _opened(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _has_comments(path: Path) -> bool:
+    found, before = False, b""
+    with path.open("rb") as file:
+        for block in gunzipped(path) if path.suffix.lower() == ".gz" else iter(lambda: file.read(2**20), b""):
+            found = found or re.search(rb"[\r\n]\0?#", before + block) is not None
+            before = block[-2:]
+    return found
+
+
+def _without_comments(path: Path, dialect: _Dialect) -> tuple[StringIO, int]:
+    with _opened(path) as file:
+        lines = file.read().decode(dialect.encoding).splitlines(keepends=True)
+    rows = _rows(lines[dialect.skipped :])
+    return StringIO("".join([*lines[: dialect.skipped], *rows])), len(lines) - dialect.skipped - len(rows)
+
+
+def _rows(lines: list[str]) -> list[str]:
+    """Leave comment lines out; where most lines begin with #, it belongs to their values."""
+    rows = [line for line in lines if not line.startswith("#")]
+    return rows if 2 * len(rows) > len(lines) else lines
+
+
+def _dialect(path: Path, decimal: str) -> _Dialect:
     """Find separator, decimal sign, encoding and the lines before the names from the start of a file."""
     usual = "\t" if ".tsv" in path.name.lower() else ","
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+    with _opened(path) as file:
         head = file.read(_HEAD)
     encoding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     text = head.decode(encoding, errors="replace")
@@ -214,21 +270,46 @@ def _dialect(path: Path) -> _Dialect:
     skipped = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), 0)
     said = re.fullmatch(r"sep=(.)", lines[skipped].strip("\r\n"), re.IGNORECASE) if lines else None
     skipped += said is not None
-    rows = [line for line in lines[skipped:] if line.strip()]
+    rows = [line for line in _rows(lines[skipped:]) if line.strip()]
     sign = said[1] if said and said[1] in _SIGNS else _separator(rows, usual)
-    table = list(csv.reader(rows, delimiter=sign, skipinitialspace=True))
-    fields = [field.strip() for row in table[1:] for field in row]
-    commas = sign != "," and any(_DECIMAL_COMMA.fullmatch(field) for field in fields)
-    if commas and any(_DECIMAL_POINT.fullmatch(field) for field in fields):
-        raise ValueError("it has numbers with decimal commas and with decimal points; write them alike")
+    table = _split(rows, sign)
+    commas = _has_commas([field.strip() for row in table[1:] for field in row], decimal) if sign != "," else decimal == ","
     names = tuple(name.strip() for name in table[0]) if table else ()
-    return _Dialect(sign, skipped, "," if commas else ".", encoding, usual, names)
+    comment = _split([lines[skipped - 1].lstrip("#")], sign)[0] if skipped and said is None else []
+    in_comment = len(comment) == len(names) and _with_numbers(names) and not _with_numbers(comment)
+    if in_comment:
+        names = tuple(name.strip() for name in comment)
+    return _Dialect(sign, skipped, "," if commas else ".", encoding, usual, names, in_comment)
+
+
+def _has_commas(fields: list[str], decimal: str) -> bool:
+    """Whether numbers have decimal commas: those that cannot be thousands decide."""
+    if decimal != "auto":
+        return decimal == ","
+    commas = any(
+        "," in field and re.fullmatch(_NUMBER[","], field) and not re.fullmatch(_NUMBER["."], field) for field in fields
+    )
+    if commas and any(_DECIMAL_POINT.fullmatch(field) for field in fields):
+        raise ValueError(
+            "it has numbers with decimal commas and with decimal points; write them alike, or if the points mark thousands: --decimal ,"
+        )
+    return commas
+
+
+def _with_numbers(fields: Sequence[str]) -> bool:
+    return any(_number(field.replace(",", ".")) is not None for field in fields)
+
+
+def _split(rows: Sequence[str], sign: str) -> list[list[str]]:
+    if sign == r"\s+":
+        rows, sign = [row.replace("\t", " ").strip() for row in rows], " "
+    return list(csv.reader(rows, delimiter=sign, skipinitialspace=True))
 
 
 def _separator(rows: Sequence[str], usual: str) -> str:
-    """Find the sign that splits the names, and all rows alike; a comma is asked last, as it may be a decimal one."""
+    """Find the sign that splits the names, and all rows alike; a comma is asked late, as it may be a decimal one."""
     for sign in _SIGNS:
-        counts = [len(row) for row in csv.reader(rows, delimiter=sign, skipinitialspace=True)]
+        counts = [len(row) for row in _split(rows, sign)]
         if counts and counts[0] > 1 and len(set(counts[1:])) <= 1 and counts[-1] >= counts[0]:
             return sign
     return usual
@@ -247,7 +328,7 @@ def _check_header(names: Sequence[str], layout: str, path: str) -> None:
         return
     raise ValueError(
         f"{path}: its first row needs the names of the columns, got the numbers"
-        f" {_few([format(number, 'g') for number in numbers])}; add a row of names,"
+        f" {few([format(number, 'g') for number in numbers])}; add a row of names,"
         " or if these are the times of series: --layout n-t"
     )
 
@@ -259,49 +340,95 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _converted(frame: "pd.DataFrame", wanted: Sequence[str], path: str) -> tuple["pd.DataFrame", list[str]]:
+def _masked(frame: "pd.DataFrame", missing: Sequence[str]) -> "pd.DataFrame":
+    """Empty the cells that hold a word for a missing value."""
+    if not missing:
+        return frame
+    words, numbers = [word.strip() for word in missing], [number for word in missing if (number := _number(word)) is not None]
+    for name in frame.columns[~frame.columns.duplicated(keep=False)]:
+        column = frame[name]
+        found = column.isin(numbers) if column.dtype.kind in "iuf" else column.astype(str).str.strip().isin(words)
+        frame = frame.assign(**{name: column.mask(found)}) if found.any() else frame
+    return frame
+
+
+def _converted(frame: "pd.DataFrame", wanted: Sequence[str], config: DataConfig, path: str) -> tuple["pd.DataFrame", list[str]]:
     """Turn columns of text or objects into numbers where that is sure, and say so; leave true text as it is.
 
     Raises:
-        ValueError: most values of a column are numbers, but not all.
+        ValueError: some values of a column are numbers, but not all.
     """
-    words = []
+    words, bad = [], {}
     for name in wanted:
         column = frame[name]
         if column.dtype.kind in "biufcmM" or str(column.dtype).lower().startswith(("int", "uint", "float", "bool", "category")):
             continue
-        numbers, word = _as_numbers(column, name, path)
+        numbers, said, others = _as_numbers(column, config.decimal)
         if numbers is not None:
             frame = frame.assign(**{name: numbers})
-        words += [word] if word else []
+        words += [f"{name}: {word}" for word in said]
+        if len(others):
+            bad[name] = others
+    if bad:
+        raise ValueError(_no_numbers(bad, config.missing, path, len(frame)))
     return frame, words
 
 
-def _as_numbers(column: "pd.Series", name: str, path: str) -> tuple["pd.Series | None", str]:
+def _as_numbers(column: "pd.Series", decimal: str) -> tuple["pd.Series | None", list[str], "pd.DataFrame"]:
+    """A column as numbers, None for text; remarks; and the values that are no numbers, or unclear, though others are."""
     import pandas as pd
 
     present = column.dropna()
+    none = pd.DataFrame({"value": present[:0], "unclear": False})
     if present.map(lambda value: isinstance(value, bool | np.bool_ | Decimal)).all() and len(present):
-        return pd.to_numeric(column.astype(object).map(float, na_action="ignore"), errors="coerce"), ""
+        return pd.to_numeric(column.astype(object).map(float, na_action="ignore"), errors="coerce"), [], none
     text = present.astype(str).str.strip()
-    parts = text.str.extract(_WITH_UNIT)
-    found = parts[0].notna()
-    if found.mean() <= 0.5 or not len(present):
-        return None, ""
-    units = parts[1].fillna("")
-    unit = units[found].mode()[0]
-    thousands = bool(parts[0].str.contains(r",\d{3}(?:,\d{3})*\.", na=False).any())
-    bad = ~found | (units != unit) | (parts[0].str.contains(",", na=False) & (not thousands))
+    bare = text.str.replace("−", "-").str.replace(_APOSTROPHES, "", regex=True).str.replace(_CURRENCY, r"\1\3 \2", regex=True)
+    read = {sign: bare.str.extract(f"^({number}){_UNIT}$") for sign, number in _NUMBER.items()}
+    sign = decimal if decimal != "auto" else max(read, key=lambda sign: read[sign][0].notna().sum())
+    parts, other = read[sign], _THOUSANDS[sign]
+    found, units = parts[0].notna(), parts[1].fillna("")
+    plain = any((each[0].notna() & each[1].isna()).any() for each in read.values())
+    if not plain and (found.mean() <= 0.5 or not len(found)):
+        return None, [], none
+    unit = units[found].mode()[0] if found.any() else ""
+    grouped = parts[0].str.contains(other, na=False, regex=False)
+    sure = rf"\{other}\d{{3}}(?:\{other}\d{{3}})*\{sign}|\{other}\d{{3}}\{other}"
+    thousands = bool(grouped.any()) and (decimal != "auto" or bool(parts[0].str.contains(sure, na=False).any()))
+    unclear = grouped & (not thousands)
+    bad = ~found | (units != unit) | unclear
     if bad.any():
-        row = int(column.index.get_indexer_for(present.index[bad.to_numpy()][:1])[0])
-        raise ValueError(
-            f"{path}: column {name} needs numbers throughout, got {present[bad].iloc[0]!r} in row {row + 1} of {len(column)} (and"
-            f" {int(bad.sum()) - 1} more like it); repair or drop these rows, or leave the column out: --exclude {shlex.quote(name)}"
-        )
-    said = [f"without the unit {unit}"] if unit else []
-    said += ["commas taken for thousands"] if thousands else []
-    numbers = pd.to_numeric(parts[0].str.replace(",", "")).reindex(column.index)
-    return numbers, f"{name}: {' and '.join(said)}" if said else ""
+        return None, [], pd.DataFrame({"value": text, "unclear": unclear})[bad]
+    said = [f"{_WITHOUT} {unit}"] if unit else []
+    said += [f"{'commas' if other == ',' else 'points'} taken for thousands"] if thousands else []
+    said += [_COMMAS] if sign == "," and decimal == "auto" else []
+    numbers = pd.to_numeric(parts[0].str.replace(other, "", regex=False).str.replace(sign, ".", regex=False))
+    return numbers.reindex(column.index), said, none
+
+
+def _no_numbers(bad: Mapping[str, "pd.DataFrame"], missing: Sequence[str], path: str, rows: int) -> str:
+    """Name the first value that is no number, and what would help with all of them."""
+    name, cells = next(iter(bad.items()))
+    value, more = str(cells["value"].iloc[0]), len(cells) - 1
+    words = sorted({word for each in bad.values() for word in each["value"]})
+    remedies = []
+    if cells["unclear"].iloc[0]:
+        remedies.append("say what its sign means: --decimal . (1,100 is 1100) or --decimal , (1,100 is 1.1)")
+    elif (
+        len(words) <= _MOST_WORDS
+        and all(map(str.isprintable, words))
+        and len({row for each in bad.values() for row in each.index}) <= rows / 2
+    ):
+        words = sorted([*missing, *words], key=lambda word: not _LIKE_OPTION.match(word))
+        first = "--missing" + ("=" if _LIKE_OPTION.match(words[0]) else " ")
+        remedies.append(f"drop {'such rows' if more else 'this row'}: {first}{' '.join(map(shlex.quote, words))}")
+    which = "the column" if len(bad) == 1 else "such columns"
+    remedies.append(f"leave {which} out: --exclude {' '.join(map(shlex.quote, bad))}")
+    like = f" (and {more} more like it)" if more else ""
+    return (
+        f"{path}: column {name} needs numbers throughout, got {value!r} in row {cells.index[0] + 1} of {rows}{like};"
+        f" {', or '.join(remedies)}"
+    )
 
 
 def _columns(frame: "pd.DataFrame", config: DataConfig, path: str) -> tuple[list[str], list[str]]:
@@ -320,7 +447,7 @@ def _columns(frame: "pd.DataFrame", config: DataConfig, path: str) -> tuple[list
     ]
     if not numeric:
         raise ValueError(
-            f"{path} needs numeric columns, got none among {_few(names) or 'no columns'}; name them or make them numbers"
+            f"{path} needs numeric columns, got none among {few(names) or 'no columns'}; name them or make them numbers"
         )
     return numeric, [name for name in names if name not in numeric]
 
@@ -330,7 +457,7 @@ def _check_names(frame: "pd.DataFrame", asked: Iterable[str], path: str) -> None
         if name not in frame.columns:
             near = difflib.get_close_matches(name, frame.columns, n=1)
             guess = f"did you mean {near[0]}?" if near else "choose others with --columns"
-            raise ValueError(f"{path} needs the column {name}, got {_few(list(frame.columns))}; {guess}")
+            raise ValueError(f"{path} needs the column {name}, got {few(list(frame.columns))}; {guess}")
 
 
 def _check_columns(frame: "pd.DataFrame", asked: Sequence[str], path: str) -> None:
@@ -349,23 +476,47 @@ def _is_numeric(frame: "pd.DataFrame", name: str) -> bool:
     return bool(is_bool_dtype(dtype) or (is_numeric_dtype(dtype) and not is_complex_dtype(dtype)))
 
 
-def _numbers(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path: str) -> Array:
+def _whole(frame: "pd.DataFrame", columns: list[str], config: DataConfig, path: str) -> "pd.DataFrame":
+    """The rows without missing values; without ``missing``, there must be none with one."""
     _check_columns(frame, columns, path)
     chosen = frame[columns]
     if not len(chosen):
         raise ValueError(f"{path} needs at least one row, got none; check the file")
-    missing = {str(name): int(count) for name, count in chosen.isna().sum().items() if count}
-    if missing:
-        counts = _few([f"{name} ({count})" for name, count in missing.items()])
-        raise ValueError(
-            f"{path} needs a value in every one of {len(chosen)} rows, got missing ones in {counts}; fill them in, drop these rows, or"
-            f" leave the columns out: --exclude {' '.join(map(shlex.quote, missing))}"
-        )
+    kept = chosen.dropna()
+    if len(kept) == len(chosen) or (config.missing and len(kept)):
+        return kept
+    counts = {str(name): int(count) for name, count in chosen.isna().sum().items() if count}
+    dense = [name for name, count in counts.items() if 2 * count > len(chosen)]
+    drop = [] if dense or not len(kept) else ["drop these rows: --missing NA"]
+    exclude = f"leave the columns out: --exclude {' '.join(map(shlex.quote, dense or counts))}"
+    raise ValueError(
+        f"{path} needs a value in every one of {counted(len(chosen), 'row')}, got missing ones in"
+        f" {few([f'{name} ({count})' for name, count in counts.items()])}; {', or '.join(['fill them in', *drop, exclude])}"
+    )
+
+
+def _dropped(chosen: "pd.DataFrame", split: str) -> str:
+    """Say how many rows have a missing value, and where."""
+    counts = [f"{name} ({count})" for name, count in chosen.isna().sum().items() if count]
+    rows = int(chosen.isna().any(axis=1).sum())
+    return f"{split}: dropped {rows} of {counted(len(chosen), 'row')} for missing values in {few(counts)}" if rows else ""
+
+
+def _summed(frame: "pd.DataFrame", texts: list[str], split: str) -> str:
+    """Say that the last row may sum up the others."""
+    for name in frame.columns.intersection(texts):
+        last = frame[name].iloc[-1]
+        if re.fullmatch(_SUMS, str(last).strip(), re.IGNORECASE) and (frame[name] == last).sum() == 1:
+            return f"{split}: the last row is {last!r} in column {name}: remove it from the file if it sums up the others"
+    return ""
+
+
+def _numbers(chosen: "pd.DataFrame", config: DataConfig) -> Array:
+    import pandas as pd
+
+    if config.levels is not None and config.missing:  # a column with empty cells is read as floats
+        chosen = chosen.apply(pd.to_numeric, downcast="integer")
     values = chosen.to_numpy(np.float64)
-    if config.levels is not None and all(chosen[name].dtype.kind in "biu" for name in columns):
+    if config.levels is not None and all(dtype.kind in "biu" for dtype in chosen.dtypes):
         values = values.astype(np.int64)
     return values[:, np.newaxis] if config.layout == "n-t" else values
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

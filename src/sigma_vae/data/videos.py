@@ -23,7 +23,18 @@ from sigma_vae.config import ClipConfig, DataConfig
 from sigma_vae.data.archives import Folder
 from sigma_vae.data.cache import file_stamp, remembered
 from sigma_vae.data.levels import Array
-from sigma_vae.data.pictures import PICTURE_OPTIONS, PICTURES, PicturePlan, Probe, plan, probe
+from sigma_vae.data.pictures import (
+    PICTURE_OPTIONS,
+    PicturePlan,
+    Probe,
+    hidden_pictures,
+    is_hidden,
+    listed,
+    pages,
+    picture_endings,
+    plan,
+    to_read_heif,
+)
 from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName, clip_lengths
 from sigma_vae.data.stores import Encoded, UnreadableError
 from sigma_vae.registry import register
@@ -38,6 +49,7 @@ __all__ = [
     "Video",
     "Window",
     "Windows",
+    "by_numbers",
     "holds_videos",
     "read_videos",
     "starts",
@@ -108,7 +120,7 @@ class Frames(Video):
 
     def survey(self) -> Survey:
         """Read the headers of all pictures."""
-        return Survey(len(self.pictures), list(dict.fromkeys(_named_in_errors(path, probe) for path in self.pictures)), [])
+        return Survey(len(self.pictures), list(dict.fromkeys(_named_in_errors(path, _one_page) for path in self.pictures)), [])
 
     def frames(self, start: int, survey: Survey) -> Iterator[Frame]:
         """Yield the pictures from number ``start`` on."""
@@ -138,7 +150,7 @@ class Film(Video):
                 if frame.key_frame and count - (marks[-1][0] if marks else -MARKS_APART) >= MARKS_APART:
                     marks.append((count, frame.pts))
             width, height = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
-            probes[width, height, "L" if _is_grey(frame) else "RGB"] = None
+            probes[width, height, _mode(frame)] = None
             count += 1
         if not count:
             raise UnreadableError(f"{self.path} has no frames")
@@ -206,6 +218,25 @@ def _is_grey(frame: "VideoFrame") -> bool:
     return frame.format.name.startswith("gray")
 
 
+def _bits(frame: "VideoFrame") -> int:
+    return min(16, max(component.bits for component in frame.format.components))
+
+
+def _mode(frame: "VideoFrame") -> str:
+    """The mode as :func:`~sigma_vae.data.pictures.probe` names it: ``L``, ``RGB``, or ``I;16``, ``RGB;10`` and the like."""
+    bits = _bits(frame)
+    return ("L" if _is_grey(frame) else "RGB") if bits <= 8 else f"{'I' if _is_grey(frame) else 'RGB'};{bits}"
+
+
+def _one_page(path: Path) -> Probe:
+    found, _ = pages(path)
+    if len(found) > 1:
+        raise UnreadableError(
+            f"it has {len(found)} pages, and a frame is one; save each page as a file, or leave --frames out to read them as pictures"
+        )
+    return found[0]
+
+
 def _named_in_errors(path: Path, read: Callable[[Path], _Result]) -> _Result:
     """Call a reader of pictures, and add the file's name to its errors."""
     try:
@@ -221,7 +252,11 @@ def _read(path: Path, plan: PicturePlan) -> Array:
 def _converted(frame: "VideoFrame", plan: PicturePlan) -> Array:
     from PIL import Image
 
-    pixels = frame.to_ndarray(format="gray" if _is_grey(frame) else "rgb24")
+    if _is_grey(frame) and _bits(frame) > 8:
+        deep = frame.to_ndarray(format="gray16le").astype(np.uint16)
+        pixels: Array = deep >> (16 - _bits(frame))  # FFmpeg fills the bits below with those above
+    else:
+        pixels = frame.to_ndarray(format="gray" if _is_grey(frame) else "rgb24")
     return plan.decode(Image.fromarray(np.ascontiguousarray(np.rot90(pixels, frame.rotation // 90))))
 
 
@@ -301,8 +336,11 @@ class Windows:
 
 ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 OPTIONS = PICTURE_OPTIONS | {"frames", "test_frames", "frame_step"}
-_PICTURES = PICTURES - {".gif", ".pbm"}
 _FRAMES = 16
+
+
+def _pictures() -> frozenset[str]:
+    return picture_endings() - {".gif", ".pbm"}
 
 
 @dataclass(frozen=True)
@@ -334,18 +372,18 @@ def read_videos(config: DataConfig) -> Raw:
         raise ValueError(f"expected a video, or a folder of videos, at {path}, got no such file; check the path")
     lengths = _lengths(path, config)
     found, broken = _surveyed(path, config)
-    listed = list(chain.from_iterable(found.values()))
-    shared = plan([each for item in listed for each in item.survey.probes], config.images, str(path))
+    everything = list(chain.from_iterable(found.values()))
+    shared = plan([each for item in everything for each in item.survey.probes], config.images, str(path))
     parts = {split: _encoded(items, lengths[split], shared, path, config) for split, items in found.items()}
-    size = sum(file.stat().st_size for item in listed for file in item.video.files)
-    files = [{"path": str(path.resolve()), "videos": len(listed), "bytes": size}]
+    size = sum(file.stat().st_size for item in everything for file in item.video.files)
+    files = [{"path": str(path.resolve()), "videos": len(everything), "bytes": size}]
     every = f", keeping every {step}-th frame" if step > 1 else ""
     test = f" (test: {lengths['test']})" if lengths["test"] != lengths["train"] else ""
     left = sum(item.survey.frames - _used(item, lengths[split], step) for split, items in found.items() for item in items)
     words = [f"clips of {lengths['train']} frames{test}{every}, side by side; {left} frames at the ends of videos dropped"]
     words += [f"left out {len(broken)} unreadable videos ({', '.join(broken[:5])})"] if broken else []
     words += _ignored(path, config.clips)
-    return Raw(str(path), parts, files, [*words, *shared.words], levels=shared.levels, clips=True)
+    return Raw(str(path), parts, files, [*words, *shared.words], levels=shared.levels if shared.bits < 16 else None, clips=True)
 
 
 def _lengths(path: Path, config: DataConfig) -> dict[SplitName, int]:
@@ -374,7 +412,7 @@ def _surveyed(path: Path, config: DataConfig) -> tuple[dict[SplitName, list[_Fou
     _check_inside(path, [folder for _, folder in splits], config.clips)
     videos = [(split, str(name), video) for split, folder in splits for name, video in _named(folder, path, config.clips)]
     stamps = {name: _stamp(video) for _, name, video in videos}
-    identity = {"videos": stamps, "reader": "videos-1", "of": "surveys"}
+    identity = {"videos": stamps, "reader": "videos-2", "of": "surveys"}
     surveys = remembered(_home(path), config.cache, identity, lambda: _survey([video for *_, video in videos]))
     broken = {name: error for (_, name, _), (_, error) in zip(videos, surveys, strict=True) if error}
     if broken and config.images.unreadable == "refuse":
@@ -447,11 +485,16 @@ def _home(path: Path) -> Path:
 
 def _ignored(path: Path, clips: ClipConfig) -> list[str]:
     """Describe the ignored files of a folder, among them pictures if clips are not asked for."""
-    read = {*ENDINGS, *_PICTURES} if clips.frames is not None else {*ENDINGS} - {".gif"}
+    read = {*ENDINGS, *_pictures()} if clips.frames is not None else {*ENDINGS} - {".gif"}
     names = Folder(path).names if path.is_dir() else []
     others = Counter(suffix for name in names if (suffix := PurePath(name).suffix.lower()) not in read)
-    listed = ", ".join(f"{suffix or 'without ending'} ({count})" for suffix, count in others.most_common(5))
-    return [f"ignored files that are not videos: {listed}"] if others else []
+    hidden = hidden_pictures(Folder(path)) if path.is_dir() and clips.frames is not None else Counter[str]()
+    endings = ", ".join(f"{suffix or 'without ending'} ({count})" for suffix, count in others.most_common(5))
+    return [
+        *([f"ignored files that are not videos: {endings}"] if others else []),
+        *([heif] if clips.frames is not None and (heif := to_read_heif(others)) else []),
+        *([f"left out pictures in folders of thumbnails: {listed(hidden)}"] if hidden else []),
+    ]
 
 
 def _stamp(video: Video) -> str:
@@ -489,17 +532,21 @@ def _videos(folder: Path, clips: ClipConfig) -> Iterator[tuple[Path, Video]]:
     asked, seen = clips.frames is not None, set[str]()
     for place, folders, files in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(place))
-        new = (name for name in folders if not name.startswith(".") and os.path.realpath(Path(place, name)) not in seen)
-        folders[:] = sorted(new, key=_by_numbers)
-        visible = [Path(place, name) for name in sorted(files, key=_by_numbers) if not name.startswith(".")]
+        new = (name for name in folders if not is_hidden(name) and os.path.realpath(Path(place, name)) not in seen)
+        folders[:] = sorted(new, key=by_numbers)
+        visible = [Path(place, name) for name in sorted(files, key=by_numbers) if not name.startswith(".")]
         for file in visible:
             if file.suffix.lower() in ENDINGS and (asked or file.suffix.lower() != ".gif"):
                 yield file, Film(file)
-        pictures = tuple(file for file in visible if file.suffix.lower() in _PICTURES)
+        pictures = tuple(file for file in visible if file.suffix.lower() in _pictures())
         if asked and pictures:
             yield Path(place), Frames(pictures)
 
 
-def _by_numbers(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts frame 10 after frame 9."""
+def by_numbers(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts frame 10 after frame 9.
+
+    >>> sorted(["frame10", "frame9"], key=by_numbers)
+    ['frame9', 'frame10']
+    """
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]

@@ -7,7 +7,7 @@ import pytest
 from sigma_vae import runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 
-MODEL = ModelConfig(network="mlp", likelihood="gaussian/optimal", latent_dim=4, width=32)
+MODEL = ModelConfig(network="mlp", likelihood="gaussian/optimal", latent_dim=4, width=32, prior="standard")
 TRAINING = TrainingConfig(epochs=6, batch_size=32, learning_rate=5e-3, log_every=5)
 
 

@@ -223,7 +223,7 @@ def test_a_map_to_the_mean_is_refused_where_there_is_none():
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("network", ["mlp", "conv", "residual"])
 def test_a_saved_model_is_the_same_model(scale, network, tmp_path):
-    config = ModelConfig(network=network, likelihood=f"gaussian/{scale}", latent_dim=3, width=8)
+    config = ModelConfig(network=network, likelihood=f"gaussian/{scale}", latent_dim=3, width=8, prior="standard")
     vae = models.vae(config, (3, 9, 10), Scaling(256))
     x = torch.randint(0, 256, (4, 3, 9, 10)) / 255
     vae.calibrate([x])
@@ -354,7 +354,7 @@ def test_a_model_of_ones_own_parts_comes_back_into_them(tmp_path):
 
 
 def test_only_the_part_without_a_name_has_to_be_given(tmp_path):
-    config = ModelConfig(models.UNNAMED, "gaussian/optimal")
+    config = ModelConfig(models.UNNAMED, "gaussian/optimal", prior="standard")
     vae = VAE(own_network(), models.likelihood("gaussian/optimal", 1))
     models.save(tmp_path, vae, config, (1, 4, 4), Scaling(256))
     assert models.load(tmp_path, network=own_network()).config == config

@@ -478,8 +478,9 @@ def test_a_page_of_another_form_is_refused(tmp_path: Path) -> None:
 def unit_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A unit-variance run of seconds."""
     folder = tmp_path_factory.mktemp("runs") / "unit"
-    words = ["train", "digits", "--network", "mlp", "--width", "16", "--latent-dim", "2", "--epochs", "1", "--json"]
-    assert main([*words, "--likelihood", "gaussian/fixed:1.0", "--out", str(folder)]) == 0
+    words = ["train", "digits", "--network", "mlp", "--width", "16", "--latent-dim", "2", "--epochs", "1", "--start", "random"]
+    words += ["--prior", "standard", "--likelihood", "gaussian/fixed:1.0", "--json"]
+    assert main([*words, "--out", str(folder)]) == 0
     return folder
 
 
@@ -526,24 +527,31 @@ def test_sigma_of_other_data_is_theirs_and_all_else_stays(run: Path, tmp_path: P
     assert after == said["evaluation"]
     assert after["sigma_post_hoc_density"] == scale["density"]["after"]
     changed = {name for name in before if before[name] != after[name]}
-    assert changed - {"entropy_identity", "how"} == {
+    assert changed - {"entropy_identity", "how", "sigma_fitted_on"} == {
         "elbo_post_hoc_nats",
         "bits_per_dim_post_hoc",
         "sigma_post_hoc_density",
         "sigma_post_hoc_level",
     }
     assert after["bits_per_dim_post_hoc"]["mean"] > before["bits_per_dim_post_hoc"]["mean"] + 0.1  # σ is too wide for digits
-    record = {"data": str(path), "split": "train", "examples": 162, "noise_seed": 0}
+    record = {"data": str(path), "split": "validation", "examples": 18, "noise_seed": 0}
     assert after["sigma_fitted_on"].items() >= record.items()
     assert sigma_fitted_on(run) == after["sigma_fitted_on"]
 
 
-def test_the_runs_own_training_split_gives_back_what_training_left(run: Path, capsys) -> None:
+def test_the_runs_own_validation_split_gives_back_what_training_left(run: Path, capsys) -> None:
     before = json.loads((run / "evaluation.json").read_text())
-    assert sigma_fitted_on(run) is None
+    assert before["sigma_fitted_on"]["split"] == "validation"
+    trained = before["sigma_fitted_on"]["training_sigma"]
+    assert main(["calibrate", str(run), "--split", "train", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["sigma_post_hoc"]
+    assert {name: found[name]["after"] for name in found} == pytest.approx(trained, rel=1e-5)
     assert main(["calibrate", str(run)]) == 0
     said = capsys.readouterr().out
-    assert "fitted on 1455 examples of digits (train)" in said
+    assert "fitted on 162 examples of digits (validation)" in said
+    assert sigma_fitted_on(run) == before["sigma_fitted_on"]
+    assert main(["calibrate", str(run)]) == 0
+    said = capsys.readouterr().out
     assert f"{before['sigma_post_hoc_density']:.5f} -> {before['sigma_post_hoc_density']:.5f}" in said
     after = json.loads((run / "evaluation.json").read_text())
     assert after["bits_per_dim_post_hoc"]["mean"] == pytest.approx(before["bits_per_dim_post_hoc"]["mean"], abs=1e-5)
@@ -655,6 +663,6 @@ def test_an_interrupted_write_leaves_the_old_model(interruption, moment: str, ru
 def test_training_on_forgets_what_sigma_was_fitted_on(run: Path) -> None:
     runs.calibrate_run(run, split="validation", device="cpu")
     assert sigma_fitted_on(run)["split"] == "validation"
+    runs.calibrate_run(run, split="test", device="cpu")
     report = runs.resume(run, epochs=2, progress=False)
-    assert sigma_fitted_on(run) is None
-    assert "sigma_fitted_on" not in report
+    assert sigma_fitted_on(run)["split"] == report["sigma_fitted_on"]["split"] == "validation"

@@ -48,7 +48,11 @@ def other(digits_config, tmp_path_factory):
     """The same data, another likelihood."""
     run = tmp_path_factory.mktemp("other") / "run"
     model = replace(digits_config.model, likelihood="gaussian/fixed:1.0", prior="mixture:3")
-    runs.train(replace(digits_config, model=model, training=replace(digits_config.training, epochs=1)), run, progress=False)
+    runs.train(
+        replace(digits_config, model=model, training=replace(digits_config.training, epochs=1, start="random")),
+        run,
+        progress=False,
+    )
     return run
 
 

@@ -88,7 +88,7 @@ def test_a_chosen_number_is_saved_and_chosen_again_in_a_replay(fitted_run: Path)
     prior = saved.vae.network.prior
     assert isinstance(prior, MixturePrior)
     assert saved.config.prior == chosen == f"mixture:{prior.components}"
-    assert read(fitted_run / "config.yaml", RunConfig).model.prior == "mixture"
+    assert read(fitted_run / "config.yaml", RunConfig).model.prior == "auto"
 
 
 def test_back_to_the_standard_prior_everything_is_as_it_was(digits_run: Path, run: Path, capsys) -> None:
@@ -199,7 +199,7 @@ def test_a_ladder_takes_no_fitted_prior_afterwards(tmp_path, capsys) -> None:
 
 def test_a_resumed_run_is_given_its_prior_anew(digits_config: RunConfig, tmp_path: Path) -> None:
     model = ModelConfig("mlp", latent_dim=2, width=8, prior="gaussian")
-    config = replace(digits_config, model=model, training=replace(digits_config.training, epochs=1))
+    config = replace(digits_config, model=model, training=replace(digits_config.training, epochs=1, start="random"))
     first = runs.train(config, tmp_path / "run", progress=False)
     second = runs.resume(tmp_path / "run", epochs=2, progress=False)
     assert first["prior"] == second["prior"] == "gaussian"

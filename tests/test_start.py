@@ -63,7 +63,11 @@ def test_on_linear_data_the_start_is_the_optimum(scale):
     bound = sigma_points(vae, x)
     (-bound).backward()
     for name, p in vae.named_parameters():  # in units of the data, so that the size of a gradient means the same at every scale
-        unit = scale if name.startswith(("network.decoder", "network.linear.weight", "network.linear.bias")) else 1.0
+        unit = (
+            scale
+            if name.startswith(("network.decoder", "network.linear.decoder.weight", "network.linear.decoder.bias"))
+            else 1.0
+        )
         unit = unit / scale if name == "network.encoder.weight" else unit
         assert float(unit * p.grad.abs().max()) < 1e-6, name
     centred = (x - x.mean(0)).numpy()
@@ -78,11 +82,11 @@ def test_other_units_give_the_same_start():
         started_on(each, mlp((6,), 6, latent_dim=LATENTS), Gaussian(6, spatial_dims=0, levels=None)).network.linear
         for each in (x, 100 * x)
     )
-    signs = torch.sign((own.directions * other.directions).sum(1))
-    torch.testing.assert_close(other.gain, own.gain)
-    torch.testing.assert_close(other.log_variance, own.log_variance)
-    torch.testing.assert_close(100 * other.directions * signs[:, None], own.directions)
-    torch.testing.assert_close(other.weight * signs / 100, own.weight)
+    signs = torch.sign((own.encoder.directions * other.encoder.directions).sum(1))
+    torch.testing.assert_close(other.encoder.gain, own.encoder.gain)
+    torch.testing.assert_close(other.encoder.log_variance, own.encoder.log_variance)
+    torch.testing.assert_close(100 * other.encoder.directions * signs[:, None], own.encoder.directions)
+    torch.testing.assert_close(other.decoder.weight * signs / 100, own.decoder.weight)
 
 
 def test_through_a_sigmoid_the_squared_error_is_that_of_least_squares():
@@ -93,8 +97,8 @@ def test_through_a_sigmoid_the_squared_error_is_that_of_least_squares():
     torch.manual_seed(0)
     network = started_on(x, mlp((1, 4, 4), 1, latent_dim=2), Gaussian(1, mean="unit")).network
     with torch.no_grad():
-        codes = torch.cat(_codes(network.linear, lambda: x.split(100)))[:, :2]
-        features = network.linear.features(codes).flatten(1)
+        codes = torch.cat(_codes(network.linear.encoder, lambda: x.split(100)))[:, :2]
+        features = network.linear.decoder(codes).flatten(1)
     ours = (torch.sigmoid(features) - x.flatten(1)).square().mean(0).numpy()
     design = np.c_[codes.numpy(), np.ones(len(codes))]
     best = []
@@ -207,7 +211,7 @@ def test_a_started_model_is_saved_and_loaded(tmp_path: Path, digits):
     assert plain.network.linear is None  # the form is that of the weights
 
 
-@pytest.mark.parametrize("name", ["centre", "directions", "gain", "weight", "bias"])
+@pytest.mark.parametrize("name", ["encoder.centre", "encoder.directions", "encoder.gain", "decoder.weight", "decoder.bias"])
 def test_a_path_of_other_sizes_is_refused(name, tmp_path: Path, digits):
     config = ModelConfig(network="mlp", latent_dim=4, width=16)
     vae = models.vae(config, SHAPE, digits.scaling)

@@ -369,6 +369,8 @@ def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[i
         known = register.prior.name_of(model.network.prior) is not None
         given_with_network = config.network == UNNAMED and not known
         config = replace(config, prior=UNNAMED if given_with_network else prior_name(model.network.prior))
+    elif config.prior == AUTO:
+        config = replace(config, prior="standard")
     description = {
         "format": FORMAT,
         "model": asdict(config),
@@ -408,7 +410,7 @@ def load(folder: str | Path, network: Network | None = None, likelihood: Likelih
         folder /= MODEL
     path = folder / "model.json"
     description = _description(path)
-    config = parse(description["model"], ModelConfig, str(path))
+    config = parse(_with_standard_prior(description["model"]), ModelConfig, str(path))
     shape = tuple(description["shape"])
     scaling = parse(description["scaling"], Scaling, str(path))
     _check_named(path, description, config, network, likelihood)
@@ -420,6 +422,11 @@ def load(folder: str | Path, network: Network | None = None, likelihood: Likelih
         raise ValueError(f"{weights} does not hold the weights of {config}: {error}") from error
     _check_finite(weights, model)
     return Saved(model.eval(), config, shape, scaling)
+
+
+def _with_standard_prior(model: Any) -> Any:
+    """A model from before there were priors has N(0, I)."""
+    return {"prior": "standard", **model} if isinstance(model, dict) else model
 
 
 def _registered(config: ModelConfig) -> Iterator[tuple[str, Registry, str]]:

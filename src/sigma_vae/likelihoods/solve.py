@@ -65,9 +65,9 @@ def best_log_scale(
     def search(start: Tensor) -> Tensor:
         return _maximum(slopes, data, per, event_dims, (log_floor, LARGEST_LOG_SCALE), start)
 
-    def score(log_scale: Tensor) -> Tensor:
+    def score(log_scale: Tensor, part: Callable[[Iterable[Observed]], Iterator[Observed]] = iter) -> Tensor:
         sums = _Sums(per, event_dims)
-        for observed in data:
+        for observed in part(data):
             sums.add(_bins(observed, log_scale, levels).log_mass[None])
         return sums.means()[0]
 
@@ -76,22 +76,21 @@ def best_log_scale(
     return _best(found, coarse.tolist(), score, search).to(start.dtype)
 
 
-def _best(
-    found: Tensor, coarse: Sequence[float], score: Callable[[Tensor], Tensor], search: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _best(found: Tensor, coarse: Sequence[float], score: Callable[..., Tensor], search: Callable[[Tensor], Tensor]) -> Tensor:
     """A found maximum, or a higher one near a coarse point: bins at the ends give several.
 
-    There a right prediction's probability falls from 1 to 1/2 with σ, and a wrong one's rises from 0 to 1/2.
+    There a right prediction's probability falls from 1 to 1/2 with σ, and a wrong one's rises from 0 to 1/2. The first
+    data are enough to see that.
     """
-    start, best = found, (height := score(found))
+    start, best = found, (height := score(found, _head))
     for point in coarse:
-        value = score(torch.full_like(found, point))
+        value = score(torch.full_like(found, point), _head)
         start = torch.where(value > best, point, start)
         best = torch.maximum(value, best)
     if not bool((best > height).any()):
         return found
     again = search(start)
-    return torch.where(score(again) > height, again, found)
+    return torch.where(score(again) > score(found), again, found)
 
 
 def best_batch_log_scale(observed: Observed, per: Per, event_dims: int, log_floor: float, levels: int | None) -> Tensor:

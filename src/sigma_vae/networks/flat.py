@@ -100,7 +100,8 @@ class FlatNetwork(Network):
             )
         mean, log_variance = at_least_float32(raw).chunk(2, dim=-1)
         if self.linear is not None:
-            mean, log_variance = mean + self.linear.mean(x), log_variance + self.linear.log_variance
+            linear_mean, linear_log_variance = self.linear.encoder(x)
+            mean, log_variance = mean + linear_mean, log_variance + linear_log_variance
         return Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
 
     def encode(self, x: Tensor) -> Normal:
@@ -114,7 +115,7 @@ class FlatNetwork(Network):
         features: Tensor = self.decoder(z)
         if self.linear is not None:
             assert isinstance(z, Tensor)
-            features = features + self.linear.features(z)
+            features = features + self.linear.decoder(z)
         return features
 
     @torch.no_grad()
@@ -127,8 +128,7 @@ class FlatNetwork(Network):
         Raises:
             ValueError: setting the last layer with weights to 0 does not make the encoder's, or the decoder's, output 0.
         """
-        device = next(self.parameters()).device
-        example = next(iter(data))[:1].to(device)
+        example = next(iter(data))[:1].to(next(self.parameters()))
         h = self.decoder(example.new_zeros(1, self.latent_dim))
         solved = solved_path(
             lambda: (x.cpu() for x in data),
@@ -139,8 +139,8 @@ class FlatNetwork(Network):
         if solved is None:
             return None
         _silence(self.encoder, example, "encoder")
-        _silence(self.decoder, torch.randn_like(h.flatten()[:1].expand(1, self.latent_dim)), "decoder")
-        self.linear = solved.path.to(device, next(self.parameters()).dtype)
+        _silence(self.decoder, torch.linspace(-1, 1, self.latent_dim).to(example)[None], "decoder")
+        self.linear = solved.path.to(example)
         return solved.residual_std
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sigma_vae.types import MeanMap, at_least_float32, in_full_precision
 
-__all__ = ["LinearPath", "Principal", "best_components", "principal", "solved_path"]
+__all__ = ["LinearDecoder", "LinearEncoder", "LinearPath", "Principal", "best_components", "principal", "solved_path"]
 
 EXACT_DIMS = 1024
 """Up to so many dimensions the whole covariance is decomposed; above, its leading part alone is sought."""
@@ -159,35 +159,55 @@ def _times_covariance(batches: Iterable[Tensor], mean: Tensor, basis: Tensor) ->
 
 
 @final
+class LinearEncoder(nn.Module):
+    """Centre c, directions P ``(latent_dim, dims)``, gain g and log-variance l of a :class:`LinearPath`."""
+
+    centre: Tensor
+    directions: Tensor
+
+    def __init__(self, centre: Tensor, directions: Tensor, gain: Tensor, log_variance: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("centre", centre)
+        self.register_buffer("directions", directions)
+        self.gain = nn.Parameter(gain)
+        self.log_variance = nn.Parameter(log_variance)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ``(batch, latent_dim)`` and log-variance ``(latent_dim,)``, in float32 at least."""
+        with in_full_precision(x.device.type):
+            centred = at_least_float32(x).flatten(1).to(self.centre.dtype) - self.centre
+            return self.gain * nn.functional.linear(centred, self.directions), self.log_variance
+
+
+@final
+class LinearDecoder(nn.Module):
+    """Weight W ``(features, latent_dim)`` and bias b ``(in_channels, *space)`` of a :class:`LinearPath`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Features ``(batch, in_channels, *space)``, in float32 at least."""
+        with in_full_precision(z.device.type):
+            flat = nn.functional.linear(z.to(self.weight.dtype), self.weight, self.bias.flatten())
+            return flat.reshape(-1, *self.bias.shape)
+
+
+@final
 class LinearPath(nn.Module):
     r"""A linear encoder and decoder beside a network's own, whose outputs are added to them.
 
     .. math:: m(x) = g \odot P (x - c), \qquad \log v(x) = l, \qquad h(z) = W z + b
 
     The directions P and the centre c stay as they are; g, l, W and b are trained.
-
-    Args:
-        centre: c, ``(dims,)``.
-        directions: P, ``(latent_dim, dims)``.
-        gain: g, ``(latent_dim,)``.
-        log_variance: l, ``(latent_dim,)``.
-        weight: W, ``(features, latent_dim)``.
-        bias: b, of the features' shape ``(in_channels, *space)``.
     """
 
-    centre: Tensor
-    directions: Tensor
-
-    def __init__(
-        self, centre: Tensor, directions: Tensor, gain: Tensor, log_variance: Tensor, weight: Tensor, bias: Tensor
-    ) -> None:
+    def __init__(self, encoder: LinearEncoder, decoder: LinearDecoder) -> None:
         super().__init__()
-        self.register_buffer("centre", centre)
-        self.register_buffer("directions", directions)
-        self.gain = nn.Parameter(gain)
-        self.log_variance = nn.Parameter(log_variance)
-        self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(bias)
+        self.encoder = encoder
+        self.decoder = decoder
 
     @classmethod
     def shaped(cls, shapes: Mapping[str, Sequence[int]], latent_dim: int) -> "LinearPath":
@@ -196,24 +216,14 @@ class LinearPath(nn.Module):
         Raises:
             RuntimeError: the shapes are not those of a path with so many latents.
         """
-        dims, bias = math.prod(shapes.get("centre", ())), tuple(shapes.get("bias", ()))
-        expected = {"centre": (dims,), "directions": (latent_dim, dims), "gain": (latent_dim,), "log_variance": (latent_dim,)}
-        expected |= {"weight": (math.prod(bias), latent_dim), "bias": bias}
+        one, dims, bias = (latent_dim,), math.prod(shapes.get("encoder.centre", ())), tuple(shapes.get("decoder.bias", ()))
+        encoder = {"centre": (dims,), "directions": (latent_dim, dims), "gain": one, "log_variance": one}
+        decoder = {"weight": (math.prod(bias), latent_dim), "bias": bias}
+        expected = {f"encoder.{name}": shape for name, shape in encoder.items()}
+        expected |= {f"decoder.{name}": shape for name, shape in decoder.items()}
         if {name: tuple(shape) for name, shape in shapes.items()} != expected:
             raise RuntimeError(f"a linear path of {latent_dim} latents has the shapes {expected}, got {dict(shapes)}")
-        return cls(**{name: torch.zeros(shape) for name, shape in shapes.items()})
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Its part of the posterior's mean, ``(batch, latent_dim)``, in float32 at least."""
-        with in_full_precision(x.device.type):
-            centred = at_least_float32(x).flatten(1) - self.centre
-            return self.gain * nn.functional.linear(centred, self.directions)
-
-    def features(self, z: Tensor) -> Tensor:
-        """Its part of the features, ``(batch, in_channels, *space)``, in float32 at least."""
-        with in_full_precision(z.device.type):
-            flat = nn.functional.linear(at_least_float32(z), self.weight, self.bias.flatten())
-            return flat.reshape(-1, *self.bias.shape)
+        return cls(LinearEncoder(*map(torch.zeros, encoder.values())), LinearDecoder(*map(torch.zeros, decoder.values())))
 
 
 def solved_path(passes: Passes, latent_dim: int, mean: MeanMap | None, bias: Callable[[float], Tensor]) -> "SolvedPath | None":
@@ -253,7 +263,7 @@ def solved_path(passes: Passes, latent_dim: int, mean: MeanMap | None, bias: Cal
     if mean is not None:  # the mean's channels are the first of the features
         weight[:dims, :used] = fitted.directions * (spread - noise).clamp(min=0).sqrt()
         start.view(-1)[:dims] = centre
-    path = LinearPath(centre, directions, gain, log_variance, weight, start)
+    path = LinearPath(LinearEncoder(centre, directions, gain, log_variance), LinearDecoder(weight, start))
     if mean == "unit":
         _through_sigmoid(path.float(), passes)
     return SolvedPath(path, math.sqrt(noise))
@@ -269,11 +279,12 @@ class SolvedPath(NamedTuple):
 @torch.no_grad()
 def _through_sigmoid(path: LinearPath, passes: Passes) -> None:
     """Change the path's mean x̂ = Wz + b to x̂ = sigmoid(Wz + b), by least squares over posterior draws."""
-    dims = len(path.centre)
-    codes = _codes(path, passes)
-    centre = path.bias.flatten()[:dims].clamp(0.02, 0.98)
+    dims = len(path.encoder.centre)
+    codes = _codes(path.encoder, passes)
+    weight, bias = path.decoder.weight, path.decoder.bias.view(-1)
+    centre = bias[:dims].clamp(0.02, 0.98)
     slope = centre * (1 - centre)
-    now = torch.cat([path.weight[:dims] / slope[:, None], torch.logit(centre)[:, None]], 1)
+    now = torch.cat([weight[:dims] / slope[:, None], torch.logit(centre)[:, None]], 1)
     best, error = now, torch.full((dims,), math.inf)
     step, change = torch.ones(dims), torch.zeros_like(now)
     for _ in range(MOST_STEPS):
@@ -287,16 +298,16 @@ def _through_sigmoid(path: LinearPath, passes: Passes) -> None:
         forward = -step[:, None] * gradient / (curvature + 1e-5)[:, None]
         change = torch.where(better, 0.6 * change + forward, 0.3 * forward)
         now = best + change
-    path.weight[:dims], path.bias.view(-1)[:dims] = best[:, :-1], best[:, -1]
+    weight[:dims], bias[:dims] = best[:, :-1], best[:, -1]
 
 
-def _codes(path: LinearPath, passes: Passes) -> list[Tensor]:
+def _codes(encoder: LinearEncoder, passes: Passes) -> list[Tensor]:
     """Posterior draws of the first examples and a column of ones, batch by batch."""
     generator = torch.Generator().manual_seed(0)
     codes: list[Tensor] = []
     for x in passes():
-        mean = path.mean(x.float())
-        z = mean + (0.5 * path.log_variance).exp() * torch.randn(mean.shape, generator=generator)
+        mean, log_variance = encoder(x)
+        z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
         codes.append(torch.cat([z, torch.ones(len(z), 1)], 1))
         if sum(map(len, codes)) >= DRAWS:
             break

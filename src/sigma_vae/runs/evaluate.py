@@ -31,7 +31,17 @@ from sigma_vae.training import resolve_device
 from sigma_vae.training.distributed import from_first, joined, shared
 from sigma_vae.vae import VAE
 
-__all__ = ["draw", "evaluate_anew", "evaluate_run", "evaluation", "read_evaluation", "remove_stale_pages", "store", "with_kept"]
+__all__ = [
+    "draw",
+    "evaluate_anew",
+    "evaluate_run",
+    "evaluation",
+    "priors_of",
+    "read_evaluation",
+    "remove_stale_pages",
+    "store",
+    "with_kept",
+]
 
 BOUNDS_ALONE = EvaluationSettings(metrics=())
 PICTURES = 64
@@ -59,10 +69,12 @@ def evaluate_run(
         return evaluate_anew(out, settings, device)
 
 
-def evaluate_anew(out: Path, settings: EvaluationSettings, device: str) -> Evaluation:
-    """Do what :func:`evaluate_run` does, where the folder is already locked."""
+def evaluate_anew(
+    out: Path, settings: EvaluationSettings, device: str, priors: Mapping[str, float] | None = None
+) -> Evaluation:
+    """Do what :func:`evaluate_run` does, where the folder is already locked; ``priors`` as in :func:`evaluation`."""
     run = open_run(out, device)
-    report = evaluation(out, run, settings)
+    report = evaluation(out, run, settings, priors)
     return from_first(lambda: _store_with_pages(out, report, run.data.name))
 
 
@@ -130,6 +142,14 @@ def with_kept(out: Path, report: Evaluation) -> Evaluation:
         return report
     priors = {key: known.about[key] for key in ("prior_held_out_nats",) if key in known.about}
     return Evaluation(known.sections, priors | report.about).updated(report.results)
+
+
+def priors_of(out: Path) -> dict[str, float]:
+    """What the folder's report says that :meth:`VAE.fit_prior` found."""
+    try:
+        return dict(read_evaluation(out).about.get("prior_held_out_nats", {}))
+    except ValueError:  # there is none, or it is broken
+        return {}
 
 
 def remove_stale_pages(out: Path, report: Evaluation) -> None:

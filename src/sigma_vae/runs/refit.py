@@ -13,7 +13,7 @@ from sigma_vae.data.splits import SplitName
 from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.elbo import has_fitted_prior, refitted_scales
 from sigma_vae.evaluation.plots import drawable
-from sigma_vae.runs.evaluate import draw, evaluate_anew, evaluation, remove_stale_pages, with_kept
+from sigma_vae.runs.evaluate import draw, evaluate_anew, evaluation, priors_of, remove_stale_pages, with_kept
 from sigma_vae.runs.folder import (
     SIGMA_FITTED_ON,
     Run,
@@ -81,8 +81,9 @@ def _calibrate(out: Path, data: str | None, split: SplitName, device: str, seed:
     run.vae.calibrate(shared(fitting, split, evaluation_batch(fitting), run.vae.device), seed)
     known = (sigma_fitted_on(out) or {}).get("training_sigma")
     record = sigma_record(fitting, split, seed) | ({} if known is None else {"training_sigma": known})
+    priors = priors_of(out)  # σ does not change them
     from_first(lambda: save_refitted(out, run.vae, record))
-    report = evaluate_anew(out, EvaluationSettings(metrics=()), device)
+    report = evaluate_anew(out, EvaluationSettings(metrics=()), device, priors)
     after = _sigma(likelihood)
     return {
         "factor_post_hoc" if likelihood.predicts_scale else "sigma_post_hoc": {
@@ -166,7 +167,7 @@ def _fit_prior(out: Path, prior: str, device: str) -> Evaluation:
     if before.exists() and not (out / "model").exists():  # killed between the two renames
         before.rename(out / "model")
     saved = open_model(out, device)
-    models.check_prior(prior, saved.config.network, saved.vae.network)
+    models.check_prior("gaussian" if prior == models.AUTO else prior, saved.config.network, saved.vae.network)
     run = open_run(out, device)
     check_latents(prior, run.vae, run.data)
     densities = take_prior(prior, run.vae, run.data, run.config.seed)

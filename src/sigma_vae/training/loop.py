@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice, repeat
 from operator import index
 from pathlib import Path
@@ -49,11 +49,9 @@ from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 __all__ = ["FitResult", "Terminated", "fit", "resolve_device"]
 
 CALIBRATION_VALUES = 2**20
-"""Values in the refit before a validation: a fraction of a second's work, whatever the data."""
+"""Values in the refit before a validation, and in that on training data: a second's work, whatever the data."""
 START_EXAMPLES, START_VALUES = 12_000, 2**29
 """Most examples, and most values, that the start is solved from."""
-CALIBRATED_ON: tuple[SplitName, ...] = ("train", "validation")
-"""Splits that σ is solved on after training; the last one counts."""
 BATCH_VALUES = 2**17
 """Values in a batch where nothing is trained: enough to keep the cores busy, few enough to stay in the cache."""
 
@@ -70,8 +68,8 @@ class FitResult:
         best_score: their validation ELBO (or objective), in nats.
         folder: run folder with metrics and checkpoints; None where nothing is kept.
         skipped_steps: number of steps that were skipped, of ``skip_gradient_norm``.
-        training_sigma: refitted σ (or factor on predicted σ) on training data, for density and level. The model has that
-            of validation data; a ratio well above 1 is a sign of overfitting.
+        training_sigma: refitted σ (or factor on predicted σ) on some training data, for density and level. The model has
+            that of validation data; if it is much larger, the model overfits.
     """
 
     steps: int
@@ -173,9 +171,10 @@ def fit(
         if checkpoints.best.step is not None or model is not vae:
             vae.load_state_dict(checkpoints.newest_weights())
         vae.to(where).eval()
-        scales = {split: _calibrated(vae, shared(splits, split, _passing_batch(splits), where)) for split in CALIBRATED_ON}
+        training_sigma = _calibrated(vae, _sample(splits, "train", where))
+        _calibrated(vae, shared(splits, "validation", _passing_batch(splits), where))
         best, skipped = checkpoints.best, training.stepper.skipped_steps
-        return FitResult(context.step, tuple(training.history), best.step, best.score, kept, skipped, scales["train"])
+        return FitResult(context.step, tuple(training.history), best.step, best.score, kept, skipped, training_sigma)
 
 
 @final
@@ -201,7 +200,7 @@ class _Training:
         self.choices = choices
         self.where = where
         self.about = {"shape": list(data.shape), "scaling": asdict(data.scaling), "choices": asdict(choices)}
-        self.part = shared(data, "validation", _passing_batch(data), where, _part(data, "validation"))
+        self.part = _sample(data, "validation", where)
         held_out = shared(data, "validation", _passing_batch(data), where)
         self.validation = Validation(self.vae, held_out, batches.log_volume_nats)
         self.history: list[dict[str, float]] = []
@@ -480,10 +479,10 @@ def _loggers(wanted: Sequence[LoggerName | TrainingLogger], folder: Path | None,
 
 def _start(vae: VAE, data: Splits, config: TrainingConfig) -> str:
     """Start the network, start a learned σ at the spread of what it leaves, and fit the stored scales a first time."""
-    first = next(iter(data.batches("train", _passing_batch(data), limit=_part(data, "train"))))  # the same on every process
+    first = next(iter(data.batches("train", _passing_batch(data))))  # the same on every process
     std = float(first.x.std())
     vae.likelihood.set_floor(config.scale_floor, std)
-    residual_std, start = _start_network(vae, data, config)
+    residual_std, start = _start_network(vae, data, config, first.x)
     if config.scale_start == "data":
         vae.likelihood.start(std if residual_std is None else residual_std)
     x = first.x.to(next(vae.parameters()).device)
@@ -493,8 +492,12 @@ def _start(vae: VAE, data: Splits, config: TrainingConfig) -> str:
     return start
 
 
-def _start_network(vae: VAE, data: Splits, config: TrainingConfig) -> tuple[float | None, str]:
-    """Start at the best linear VAE where that is asked for and possible; the residuals' std, and the start in words."""
+def _start_network(vae: VAE, data: Splits, config: TrainingConfig, x: torch.Tensor) -> tuple[float | None, str]:
+    """Start at the best linear VAE where that is asked for and possible, judged by examples x.
+
+    Returns:
+        The residuals' std, None where the start is random; and the start in words.
+    """
     if config.start == "random" or (config.start == "auto" and not vae.network.has_start):
         return None, "random"
     store = data.train
@@ -502,17 +505,21 @@ def _start_network(vae: VAE, data: Splits, config: TrainingConfig) -> tuple[floa
     chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))[:most]
     sample = Batches(store.select(chosen), data.scaling, _passing_batch(data))
 
-    def solved() -> tuple[float | None, dict[str, torch.Tensor]]:
-        return vae.start_from(sample), vae.state_dict()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
 
-    try:
-        residual_std, weights = from_first(solved)
-    except ValueError as error:
-        if config.start == "principal":
-            raise
-        return None, f"random, as {error}"
+    def solved() -> tuple[float | None, dict[str, torch.Tensor], str]:
+        try:
+            residual_std = vae.start_from(sample)
+            vae.calibrate([x.to(vae.device)])  # which fails where values are too large for their squares
+        except ValueError as error:
+            if config.start == "principal":
+                raise
+            return None, before, f"random, as {error}"
+        return residual_std, vae.state_dict(), "random, as the data have no variance" if residual_std is None else "principal"
+
+    residual_std, weights, start = from_first(solved)
     vae.load_state_dict(weights)
-    return residual_std, "random, as the data have no variance" if residual_std is None else "principal"
+    return residual_std, start
 
 
 def _calibrated(vae: VAE, batches: Batches) -> dict[Observes, float]:
@@ -521,10 +528,13 @@ def _calibrated(vae: VAE, batches: Batches) -> dict[Observes, float]:
     return {name: float(value.mean().exp()) for name, value in vae.likelihood.refitted_log_scales().items()}
 
 
-def _part(data: Splits, split: SplitName) -> int:
-    """Number of examples of a split that scales are refitted on before a validation."""
-    least = max(2, processes().world_size)
-    return min(max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), least), len(data.store(split)))
+def _sample(data: Splits, split: SplitName, where: torch.device | str = "cpu") -> Batches:
+    """This process's share of some examples of a split, chosen at random as files may be sorted: a quick look."""
+    store = data.store(split)
+    most = max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), 2, processes().world_size)
+    chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))[:most].sort().values
+    part = replace(data, **{split: store.select(chosen)})
+    return shared(part, split, _passing_batch(data), where)
 
 
 def _passing_batch(data: Splits) -> int:

@@ -170,7 +170,7 @@ def test_a_command_killed_whenever_resumes_to_the_very_same(seconds, whole, comm
 @LINUX
 def test_a_second_process_in_the_same_folder_is_refused(command, tmp_path, capsys):
     out = tmp_path / "run"
-    process = started(tmp_path / "told", main, command(out, "--epochs", "10000"))
+    process = started(tmp_path / "told", main, command(out, "--epochs", "10000", "--patience", "None"))
     wait_for(lambda: rows(out) > 60)
     assert main(["resume", str(out)]) == 1
     assert "another process is writing into" in capsys.readouterr().err

@@ -80,7 +80,9 @@ def rerun(run: RunFolder, *, json: bool = False) -> None:
         print(f"not finite: {place}")
 
 
-def evaluate(run: RunFolder, settings: EvaluationSettings, *, device: str = "auto", json: bool = False) -> None:
+def evaluate(
+    run: RunFolder, settings: EvaluationSettings, *, data: str | None = None, device: str = "auto", json: bool = False
+) -> None:
     """Measure a finished run on held-out data.
 
     Its bounds are always measured, in nats and in bits per dimension; other metrics as asked.
@@ -88,10 +90,14 @@ def evaluate(run: RunFolder, settings: EvaluationSettings, *, device: str = "aut
     Args:
         run: Folder of the run.
         settings: The metrics.
+        data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits. The
+            results are written into RUN/evaluation-DATA.json.
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
-    _show(runs.evaluate_run(Path(run), settings, device=device), json)
+    _show(runs.evaluate_run(Path(run), settings, data, device=device), json)
+    if data is not None:
+        _say(f"written: {runs.evaluation_file(Path(run), data)}", json)
 
 
 def _show(report: Evaluation, as_json: bool) -> None:
@@ -108,7 +114,8 @@ def print_evaluation(report: Evaluation) -> None:
 
     about = report.about
     prior = "" if about.get("prior", "standard") == "standard" else f" · prior {about['prior']}"
-    examples = f"{report.bounds.examples} {about['split']} examples"
+    split = "" if about["split"] == "all" else f"{about['split']} "
+    examples = f"{report.bounds.examples} {split}examples"
     table = Table(title=f"{about['data']} · {about['network']} · {about['likelihood']}{prior} · {examples}")
     table.add_column("")
     table.add_column("mean", justify="right")
@@ -180,21 +187,23 @@ def fit_prior(
     run: RunFolder,
     *,
     prior: Annotated[str, Names("Name of the prior; standard goes back to N(0, I).", register.prior)] = "mixture",
+    data: str | None = None,
     device: str = "auto",
     json: bool = False,
 ) -> None:
     """Fit a prior to the latents of a finished run, and evaluate it again.
 
     The prior is fitted on the training split. The rest of the model does not change. The run's config.yaml then names
-    the new prior, so that a replay gives the same run.
+    the new prior, so that a replay gives the same run, unless it was fitted on other data.
 
     Args:
         run: Folder of the run.
         prior: Name of the prior.
+        data: Data whose latents it is fitted to, by name or path, in place of the run's own; read as by calibrate.
         device: auto, cpu, cuda or cuda:1.
         json: Print the evaluation as JSON only.
     """
-    report = runs.fit_prior(Path(run), prior, device=device)
+    report = runs.fit_prior(Path(run), prior, data, device=device)
     if json:
         print(json_module.dumps(report.to_json(), ensure_ascii=False))
     else:

@@ -248,6 +248,23 @@ def test_a_run_whose_data_have_moved_says_how_to_go_on(make, tmp_path, capsys, m
         assert main([command, str(run)]) == 0  # the other
 
 
+def test_a_run_of_a_named_set_without_its_files_says_where_they_are_given(tmp_path, capsys, monkeypatch):
+    """Their folder is there, and other ones may be given."""
+    monkeypatch.setattr(mnist, "_COUNTS", COUNTS["mnist"])
+    monkeypatch.setitem(mnist._MEANS, "mnist", float(images_of("mnist")["train"].mean()))
+    root = named(tmp_path)
+    for file in root.iterdir():
+        file.unlink()
+    write_idx(tmp_path / "other", images_of("mnist"))
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run")]) == 1
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert f"for this run: as `root` in the data section of {tmp_path / 'run' / 'config.yaml'}" in said
+    config = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    (tmp_path / "run" / "config.yaml").write_text(config.replace(str(root), str(tmp_path / "other")), encoding="utf-8")
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+
+
 WRITERS = {
     "samples.png": ["sample"],
     "samples.npz": ["sample"],

@@ -76,6 +76,7 @@ def of_split(config, prior, split, changes):
     report = {
         "split": split,
         "observes": "density",
+        "dims": 200,
         "elbo_nats": mean(elbo - 1),
         "elbo_post_hoc_nats": mean(elbo),
         "rate_nats": mean(of["rate"] + 0.1 * seed),
@@ -563,9 +564,50 @@ def test_what_has_not_all_seeds_is_not_chosen(spec, tmp_path):
     build(spec, tmp_path / "out", changes, failed)
     (setting,) = settings(spec, tmp_path / "out")
     distance = "quality.efficientnet.samples.means.frechet"
-    for arm, left_out in (setting.tuned(), setting.best(distance, "standard", highest=False)):
-        assert (arm, left_out) == (BETAS[1], f"; left out, as seeds are missing: {BETAS[0]}")
-    assert setting.best_of([*BETAS[:2], PIXEL], PIXEL, distance, "standard", highest=False).left_out.endswith(f": {BETAS[0]}")
+    for rival in (setting.tuned(), setting.best(distance, "standard", highest=False)):
+        assert rival.arm == BETAS[1]
+        assert rival.words.endswith(f"; left out, as seeds are missing: {BETAS[0]}")
+    assert setting.best_of([*BETAS[:2], PIXEL], PIXEL, distance, "standard", highest=False).words.endswith(f": {BETAS[0]}")
+
+
+def test_no_arm_is_chosen_by_the_numbers_that_it_is_compared_by(spec, tmp_path):
+    """On validation where they were measured there, else for each seed on the others."""
+    lucky = {0: BETAS[0], 1: BETAS[1], 2: BETAS[2]}
+    distance = "quality.efficientnet.samples.means.frechet"
+
+    def noise(config, record):
+        for split, report in record["reports"]["standard"].items():
+            arm = config.model.likelihood
+            near = {BETAS[0]: 60.0, BETAS[1]: 61.0}.get(arm, 70.0)
+            far = {"test": 30.0 if lucky[config.seed] == arm else near, "validation": 5.0 if arm == BETAS[3] else near}
+            report["quality"] = {"efficientnet": {"samples": {"means": {"frechet": far[split]}}}}
+
+    def on_test_alone(config, record):
+        del record["reports"]["standard"]["validation"]["quality"]
+
+    out = edit(spec, build(spec, tmp_path / "out"), noise)
+    (setting,) = settings(spec, out)
+    rival = setting.best(distance, "standard", highest=False)
+    assert (rival.arm, rival.words, rival.mean) == (BETAS[3], "", 70.0)
+    (setting,) = settings(spec, edit(spec, out, on_test_alone))
+    rival = setting.best(distance, "standard", highest=False)
+    assert rival.arm == f"{BETAS[0]} or {BETAS[1]}"
+    assert rival.numbers.to_dict() == {0: 61.0, 1: 60.0, 2: 60.0}  # no seed is the lucky one of its rival
+    found = setting.against(rival, distance, OPTIMAL)
+    assert found.mean == pytest.approx(70 - 181 / 3)
+    assert "chosen on the other seeds" in rival.words
+
+
+@pytest.mark.parametrize("unit", [1.0, -1000.0])
+def test_bars_in_nats_per_dimension_do_not_depend_on_the_units(unit, tmp_path):
+    """An ELBO near zero, or far below, is close where it is 0.01 nats per dimension away."""
+    spec = a_spec(5)
+    shifted = {(arm, "elbo"): unit + (0.0 if arm != OPTIMAL else -1.5) for arm in ARMS}
+    ours = verdicts(spec, build(spec, tmp_path / "near", shifted))
+    assert ours["1, likelihood"][0].word == "holds"
+    assert "nats/dim" in ours["1, likelihood"][0].finding
+    shifted[OPTIMAL, "elbo"] = unit - 3.0
+    assert verdicts(spec, build(spec, tmp_path / "far", shifted))["1, likelihood"][0].word == "does not"
 
 
 def test_an_arm_without_numbers_costs_no_other_its_verdict(tmp_path):

@@ -208,7 +208,9 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
 def _means(numbers: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float | None]]:
     """Means over examples, and their standard errors; None for a number that is the same for all examples."""
     found = {name: Estimate.of(values) for name, values in numbers.items()}
-    return {name: each.mean for name, each in found.items()}, {name: each.standard_error or None for name, each in found.items()}
+    return {name: each.mean for name, each in found.items()}, {
+        name: each.standard_error or None for name, each in found.items()
+    }
 
 
 def active_units(vae: VAE, batches: Batches) -> int:
@@ -293,7 +295,7 @@ def _moment_bound(latents: _Latents, training: _Latents) -> Tensor:
 
 
 def _held_out(latents: _Latents, training: Tensor, seed: int) -> Tensor | None:
-    """log h(z) − log p(z) of each test latent, h a mixture fitted to training latents; None if they are few."""
+    """Compute log h(z) − log p(z) of each test latent; h is a mixture fitted to training latents; None if they are few."""
     latent_dim = training.shape[1]
     components = min(COMPONENTS, len(training) // (latent_dim + 1))
     if components < 1:

@@ -131,7 +131,7 @@ def differences(found: Sequence[Setting]) -> Section:
     tables = []
     for setting in found:
         ours, rows = setting.first(OPTIMAL), []
-        best, left_out = setting.tuned()
+        best, left_out, _ = setting.tuned()
         others = [(arm, arm) for arm in setting.arms if arm != ours]
         others += [(f"best fixed σ on validation: {best}{left_out}", best)] if best is not None else []
         for words, arm in others:

@@ -282,6 +282,11 @@ def test_differences_are_paired(spec, out, page):
             assert seeds == len(pairs)
 
 
+def test_what_is_finished_is_not_run_again_however_many_workers_and_retries(tmp_path):
+    spec = a_spec()
+    assert len(study.run(spec, build(spec, tmp_path / "out"), workers=10**18, retries=10**18)) == 21
+
+
 def test_cost_compares_the_grid_with_one_run(spec, out, page):
     _, whole, grid, one = page.tables["Cost of training and evaluation, all attempts"]
     hours = measured(spec, out).drop_duplicates(["arm", "seed"]).groupby("arm")["hours"].agg(["sum", "count", "mean"])

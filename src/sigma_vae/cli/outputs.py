@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sigma_vae import runs
 from sigma_vae.cli.options import RunFolder
-from sigma_vae.config import replacing
+from sigma_vae.config import LARGEST_COUNT, check_seed, replacing
 from sigma_vae.data import Batches
 from sigma_vae.data.splits import Names
 from sigma_vae.evaluation import score as score_examples
@@ -55,6 +55,7 @@ def sample(
             (with --prior standard RUN/samples-standard-prior-SEED).
         device: auto, cpu, cuda or cuda:1.
     """
+    check_seed(seed)
     opened = runs.open_model(Path(run), device)
     network = opened.vae.network
     if prior == "fitted" and not has_fitted_prior(opened.vae):
@@ -107,6 +108,7 @@ def reconstruct(
         out, Path(run) / f"reconstructions-{examples.word}", store.shape[1:] if moving else store.shape, moving=moving
     )
     check_count(n)
+    check_seed(seed)
     torch.manual_seed(seed)
     batch = next(iter(Batches(store, scaling, n)))
     originals, again = scaling.undo(batch.x), scaling.undo(reconstructed(examples.vae, batch, show, seed))
@@ -155,6 +157,7 @@ def predict(
     default = Path(run) / f"predictions-{split if data is None else runs.word_of(data)}.png"
     paths = [checked(Path(out), (".png", ".gif", ".npz"))] if out is not None else [default, default.with_suffix(".gif")]
     check_count(n)
+    check_seed(seed)
     examples = _examples(run, data, split, device)
     vae, where = examples.vae, examples.vae.device
     if not vae.network.reads_clips:
@@ -163,10 +166,14 @@ def predict(
     clips = next(iter(Batches(examples.batches.store, examples.batches.scaling, n))).x
     if not 1 <= past <= clips.shape[1]:
         raise ValueError(f"--context is from 1 to the {clips.shape[1]} frames of a clip, got {past}")
+    future = (clips.shape[1] - past or FRAMES) if frames is None else frames
+    if max(future, samples) > LARGEST_COUNT:
+        raise ValueError(f"--frames and --samples are at most {LARGEST_COUNT:g}, got {future} and {samples}")
+    torch.empty(max(samples, 1), len(clips), max(future, 1), *clips.shape[2:])  # raises at once if memory is not enough
     torch.manual_seed(seed)
     predicted = vae.predict(
         clips[:, :past],
-        (clips.shape[1] - past or FRAMES) if frames is None else frames,
+        future,
         samples,
         show,
         generator=torch.Generator(where).manual_seed(seed),
@@ -232,6 +239,7 @@ def score(
     """
     import pandas as pd
 
+    check_seed(seed)
     examples = _examples(run, data, split, device)
     path = checked(Path(out) if out is not None else Path(run) / f"scores-{examples.word}.csv", (".csv", ".parquet"))
     scores = score_examples(examples.vae, examples.batches, seed)
@@ -269,9 +277,9 @@ def _examples(run: str, data: str | None, split: Split, device: str) -> _Example
 
 
 def check_count(n: int) -> None:
-    """Refuse to write nothing."""
-    if n < 1:
-        raise ValueError(f"--n counts examples and is at least 1, got {n}")
+    """Refuse to write nothing, or more than can be counted."""
+    if not 1 <= n <= LARGEST_COUNT:
+        raise ValueError(f"--n counts examples, up to {LARGEST_COUNT:g}, and is at least 1, got {n}")
 
 
 def output(out: str | None, default: Path, shape: tuple[int, ...], *, moving: bool) -> Path:

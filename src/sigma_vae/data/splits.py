@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -65,6 +66,8 @@ class Splits:
             raise ValueError(f"{self.name}: examples of all splits need one shape, got {shapes}")
         if empty := [name for name, shape in shapes.items() if 0 in shape]:
             raise ValueError(f"{self.name}: every split needs an example, got none in {', '.join(empty)} ({shapes})")
+        numbers = {name: np.arange(len(store)) for name, store in self._parts.items()}
+        object.__setattr__(self, "names", numbers | dict(self.names))
 
     @property
     def _parts(self) -> dict[SplitName, Store]:

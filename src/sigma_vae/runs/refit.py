@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sigma_vae import models
-from sigma_vae.config import EvaluationSettings, RunConfig, read, write
+from sigma_vae.config import EvaluationSettings, RunConfig, check_seed, read, write
 from sigma_vae.data import Splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.evaluation import Evaluation
@@ -64,6 +64,7 @@ def calibrate_run(
             writing into its folder.
         OSError: the folder cannot be written.
     """
+    check_seed(seed)
     with joined(resolve_device(device)), lock_run(out):
         return _calibrate(out, data, split, device, seed)
 

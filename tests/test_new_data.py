@@ -272,24 +272,58 @@ WRITERS = {
     "scores.parquet": ["score"],
     "codes.npz": ["encode"],
     "again.png": ["reconstruct"],
+    "page.png": ["inspect"],
+    "moving.gif": ["sample"],
+    "predicted.gif": ["predict"],
+    "predicted.png": ["predict"],
+    "predicted.npz": ["predict"],
 }
 
 
+def full(_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture(scope="module")
+def clips_run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("clips"), "clips")[0]
+
+
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_leaves_the_old_file(name, digits_run, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_leaves_the_old_file(name, digits_run, clips_run, tmp_path, capsys, monkeypatch):
     """The disk is full when the new file is to be kept."""
-    run = shutil.copytree(digits_run, tmp_path / "run")
+    moving = name.startswith(("moving", "predicted"))
+    run = shutil.copytree(clips_run if moving else digits_run, tmp_path / "run")
+    source = "digits" if WRITERS[name] == ["inspect"] else str(run)
     out = tmp_path / name
     out.write_bytes(b"old")
 
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.setattr("os.fsync", full)
-    assert main([*WRITERS[name], str(run), "--out", str(out)]) == 1
+    capsys.readouterr()
+    assert main([*WRITERS[name], source, "--out", str(out)]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert out.read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", name])
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["evaluate", "--data", "digits"], ["predict"]])
+def test_a_full_disk_leaves_the_files_of_a_run(command, digits_run, clips_run, tmp_path, capsys, monkeypatch):
+    """Pages of an evaluation, its numbers, and predictions in the run's folder, one after the other."""
+    run = shutil.copytree(clips_run if command == ["predict"] else digits_run, tmp_path / "run")
+    command = [command[0], str(run), *command[1:]]
+    assert main(command) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for room in range(3):
+        with monkeypatch.context() as patch:
+            written = iter(range(room))
+            patch.setattr("os.fsync", lambda _, written=written: full(None) if next(written, None) is None else None)
+            code = main(command)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+        if code == 0:  # so many files were all
+            assert room > 1
+            return
+        assert "No space left on device" in capsys.readouterr().err
+    pytest.fail("more files than expected")
 
 
 @pytest.mark.parametrize("unit", [1, 255])

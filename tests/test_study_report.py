@@ -1,5 +1,6 @@
 """Reports of studies: the page stands alone, its numbers are the cells' numbers, verdicts follow rules."""
 
+import errno
 import itertools
 import json
 import shutil
@@ -280,6 +281,43 @@ def test_differences_are_paired(spec, out, page):
             interval = stats.t.interval(0.95, len(pairs) - 1, pairs.mean(), stats.sem(pairs))
             assert (low, high) == pytest.approx(interval, abs=0.06)
             assert seeds == len(pairs)
+
+
+@pytest.mark.parametrize("command", ["report", "keep"])
+def test_a_full_disk_leaves_whole_files_of_a_report(command, tmp_path, capsys, monkeypatch):
+    """Whichever file has no room: each is the old or the new one, and none is missing; afterwards it is made as ever."""
+    spec = a_spec(seeds=1, likelihoods=[OPTIMAL, SHARED])
+    out, to = build(spec, tmp_path / "out"), tmp_path / "kept"
+    words = ["study", command, str(out), *(["--to", str(to)] if command == "keep" else [])]
+
+    def files():
+        made = [path for path in (to if command == "keep" else out).rglob("*") if path.is_file() and "cells" not in path.parts]
+        return {path: path.read_bytes() for path in made}
+
+    assert main(words) == 0
+    before = files()
+    edit(spec, out, lambda config, record: record.update(seconds=7e7))
+    assert main(words) == 0
+    after = files()
+    edit(spec, out, lambda config, record: record.update(seconds=90.0 + config.seed))
+    assert main(words) == 0
+    assert files() == before
+    edit(spec, out, lambda config, record: record.update(seconds=7e7))
+    for room in range(len(before) + 2):
+
+        def sync(_, written=iter(range(room))):  # noqa: B008
+            if next(written, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", sync)
+            code = main(words)
+        assert files().keys() == before.keys()
+        assert all(content in (before[path], after[path]) for path, content in files().items())
+        if code == 0:
+            assert room > 1
+            break
+    assert files() == after
 
 
 def test_what_is_finished_is_not_run_again_however_many_workers_and_retries(tmp_path):

@@ -385,8 +385,8 @@ class EvaluationSettings(_Strict):
 
 Config = TypeVar("Config")
 
-CONFIG_BYTES = 2**18
-"""Largest config that is read: enough for the names of thousands of columns."""
+CONFIG_BYTES = 2**17
+"""Largest config that is read: enough for the names of thousands of columns; the parser takes seconds for a megabyte."""
 NESTED = 20
 """Deepest nesting of a config; the parser's time grows with it."""
 PROBLEMS = 10

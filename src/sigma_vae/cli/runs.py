@@ -73,7 +73,7 @@ def rerun(run: RunFolder, *, json: bool = False) -> None:
     """
     report = runs.rerun(Path(run))
     if json:
-        print(json_module.dumps(report, ensure_ascii=False))
+        print(json_module.dumps(report))
         return
     print(report["diagnosis"])
     for place in report["begins_in"] or ["nowhere: in the repeated step everything is finite"]:
@@ -102,7 +102,7 @@ def evaluate(
 
 def _show(report: Evaluation, as_json: bool) -> None:
     if as_json:
-        print(json_module.dumps(report.to_json(), ensure_ascii=False))
+        print(json_module.dumps(report.to_json()))
     else:
         print_evaluation(report)
 
@@ -169,7 +169,7 @@ def calibrate(
     """
     result = runs.calibrate_run(Path(run), data, split, device=device, seed=seed)
     if json:
-        print(json_module.dumps(result, ensure_ascii=False))
+        print(json_module.dumps(result))
         return
     kind = "sigma_post_hoc" if "sigma_post_hoc" in result else "factor_post_hoc"
     for name, value in result[kind].items():
@@ -205,7 +205,7 @@ def fit_prior(
     """
     report = runs.fit_prior(Path(run), prior, data, device=device)
     if json:
-        print(json_module.dumps(report.to_json(), ensure_ascii=False))
+        print(json_module.dumps(report.to_json()))
     else:
         _print_side_by_side(report)
 
@@ -256,7 +256,7 @@ def compare(
     """
     rows = runs.compare([Path(run) for run in folders], paired=paired, device=device)
     if json:
-        print(json_module.dumps(rows, ensure_ascii=False))
+        print(json_module.dumps(rows))
     else:
         _print_comparison(rows)
 

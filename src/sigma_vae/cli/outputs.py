@@ -316,10 +316,10 @@ def write(path: Path, images: Tensor, arrays: dict[str, Tensor], columns: int | 
     print(path)
 
 
-def _write_arrays(path: Path, tensors: dict[str, Tensor], **others: Any) -> None:
-    plain = {name: at_least_float32(values).cpu().numpy() for name, values in tensors.items()}
+def _write_arrays(path: Path, tensors: dict[str, Tensor], **others: Names) -> None:
+    plain: dict[str, Any] = {name: at_least_float32(values).cpu().numpy() for name, values in tensors.items()} | others
     with replacing(path) as aside:
-        np.savez_compressed(aside, **plain, **others)
+        np.savez_compressed(aside, **plain)
 
 
 def _plain(names: Names) -> Names:

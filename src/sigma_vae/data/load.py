@@ -205,7 +205,8 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
     standardise = _standardise(config, raw)
     words = list(raw.preprocessing)
     decoded = {split: _decoded(part, raw, split, config, words) for split, part in raw.parts.items()}
-    read, names = ({split: both[which] for split, both in decoded.items()} for which in (0, 1))
+    read = {split: part for split, (part, _) in decoded.items()}
+    names = {split: each for split, (_, each) in decoded.items()}
     grid = None if standardise else _grid(raw, read, config, words)
     stored = {split: _store(part, grid, standardise, f"{raw.name} ({split})") for split, part in read.items()}
     rows, held_out = hold_out(stored, config, raw.name)

@@ -291,7 +291,8 @@ def _moment_bound(latents: _Latents, training: _Latents) -> Tensor:
     variance, away = latents.std.square(), latents.mean - mean
     quadratic = ((away @ precision) * away).sum(1) + variance @ precision.diagonal()
     under_prior = (latents.mean.square() + variance).sum(1)
-    return 0.5 * (under_prior - quadratic - torch.linalg.slogdet(covariance).logabsdet)
+    log_ratio: Tensor = under_prior - quadratic - torch.linalg.slogdet(covariance).logabsdet
+    return 0.5 * log_ratio
 
 
 def _held_out(latents: _Latents, training: Tensor, seed: int) -> Tensor | None:

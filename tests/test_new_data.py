@@ -116,6 +116,27 @@ def test_examples_that_are_not_the_runs_own_have_no_split(tmp_path):
     assert main(["score", str(run)]) == 0
 
 
+NOT_SPLITS = [
+    "",
+    "7",
+    "[]",
+    "{}",
+    '{"train": 7, "validation": [], "test": []}',
+    '{"train": [[0]], "validation": [{}], "test": [null]}',
+]
+
+
+@pytest.mark.parametrize("content", [*NOT_SPLITS, '{"train": ["0"], "validation": [1e99], "test": [true]}', "[" * 10**5])
+def test_a_damaged_record_of_splits_is_told_or_says_nothing(content, digits_run, tmp_path, capsys):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    (run / "splits.json").write_text(content, encoding="utf-8")
+    capsys.readouterr()
+    code = main(["score", str(run), "--data", "digits", "--out", str(tmp_path / "scores.csv")])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert (code, len(said)) in ((0, 0), (1, 1))
+    assert code == 1 or "split" not in rows(tmp_path / "scores.csv")[0]
+
+
 def test_the_index_of_a_data_frame_names_its_rows():
     index = [f"person {i}" for i in range(60)]
     data = as_splits(TABLE.set_axis(index))

@@ -596,8 +596,12 @@ def test_standardised_data_are_read_by_the_runs_own_mean_and_deviation(tmp_path:
     assert result["sigma_post_hoc"]["level"] == {"before": None, "after": None}
     table = (tmp_path / "other.csv").read_text()
     (tmp_path / "swapped.csv").write_text(table.replace("a,b,c", "b,a,c"))
+    swapped = runs.calibrate_run(run, str(tmp_path / "swapped.csv"), device="cpu")["sigma_post_hoc"]["density"]
+    assert swapped["after"] != density["after"]  # columns are read by their names
+    config = f"data: {{source: {tmp_path / 'swapped.csv'}, standardise: 'yes'}}"
+    (tmp_path / "swapped.yaml").write_text(config)
     with pytest.raises(ValueError, match=r"trained on the columns a, b, c, .*swapped.csv has b, a, c"):
-        runs.calibrate_run(run, str(tmp_path / "swapped.csv"), device="cpu")
+        runs.calibrate_run(run, str(tmp_path / "swapped.yaml"), device="cpu")
 
 
 def test_a_predicted_scale_gets_a_factor(tmp_path: Path, capsys) -> None:

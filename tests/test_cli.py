@@ -1,7 +1,9 @@
 """The command line: each command on a real run, each mistake with its sentence and exit code."""
 
+import ast
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,9 @@ from scipy import stats
 from sigma_vae.cli import COMMANDS, PROGRAM, STUDY, main
 from sigma_vae.config import RenamedWarning, RunConfig, read
 from sigma_vae.likelihoods.translate import explain
+
+PACKAGE = Path(__file__).parent.parent / "src" / "sigma_vae"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
 def test_train_does_the_whole_job_and_prints_json(tmp_path, capsys):
@@ -383,3 +388,31 @@ sys.exit(run())
         assert "pip install 'sigma-vae[full]'" in result.stderr
         seconds.append(float(result.stdout))
     assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("words", [["explain", "--shape", "3,64,64"], ["calibrate", "--help"], ["--help"], ["study", "list"]])
+def test_a_terminal_without_greek_letters_shows_the_rest(words):
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-m", "sigma_vae", *words], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout
+
+
+UNIX_MODULES = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+UNIX_NAMES = {"fork", "forkpty", "getuid", "geteuid", "kill", "killpg", "mkfifo", "pread", "pwrite", "posix_fallocate"} | {
+    "sched_getaffinity", "sendfile", "statvfs", "sysconf", "uname", "alarm", "setitimer", "SIGKILL", "SIGHUP", "SIGUSR1",
+    "chown", "chroot", "fchmod", "register_at_fork", "wait4", "O_DIRECTORY", "O_NOFOLLOW", "O_SYNC",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_nothing_is_called_that_only_unix_has(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Import(names):
+                assert not UNIX_MODULES & {each.name for each in names}
+            case ast.ImportFrom(module=module, names=names):
+                assert module not in UNIX_MODULES
+                assert module not in ("os", "signal") or not UNIX_NAMES & {each.name for each in names}
+            case ast.Attribute(value=ast.Name(id="os" | "signal"), attr=name):
+                assert name not in UNIX_NAMES

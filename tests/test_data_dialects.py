@@ -160,8 +160,8 @@ def test_words_for_missing_values_drop_their_rows(tmp_path, ending):
 
 def test_rows_that_are_left_keep_their_numbers(tmp_path):
     path = csv_of(tmp_path / "a.csv", ["a"], [["?" if i in (2, 5) else i * 1.5] for i in range(12)])
-    store, names, _ = load_whole(DataConfig(path, missing=("?",)), "test")
-    assert names[:5] == ["row 1", "row 2", "row 4", "row 5", "row 7"]
+    store, names, *_ = load_whole(DataConfig(path, missing=("?",)), "test")
+    assert names[:5].tolist() == [0, 1, 3, 4, 6]
     assert len(names) == len(store)
 
 

@@ -34,7 +34,8 @@ def folder(place, arrays, save=np.save, ending=".npy"):
 
 def whole(path, **options):
     """All examples in the order of their files, as a model gets them before scaling."""
-    store, names, _ = load_whole(DataConfig(path, **options), "train")
+    store, names, *_ = load_whole(DataConfig(path, **options), "train")
+    names = list(names)
     return store.take(torch.arange(len(store))).numpy(), names
 
 

@@ -78,14 +78,14 @@ def test_tars_and_copies_need_no_unix_calls(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 300_000, "a: 1\n" * 120_000, "[" + "1," * 125_000 + "]", "[" * 30_000, "- " * 30_000, "{a: " * 15_000]
+    "text", ["[" * 300_000, "a: 1\n" * 120_000, "[" + "1," * 65_000 + "]", "[" * 30_000, "- " * 30_000, "{a: " * 15_000]
 )
 def test_a_hostile_config_is_refused_at_once(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
     start = time.process_time()
     with pytest.raises(ValueError, match=r"cannot be read as YAML|more than|is not a RunConfig"):
         read(tmp_path / "config.yaml", RunConfig)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 4
 
 
 BESIDE = {  # folders of pictures, and those that are left out

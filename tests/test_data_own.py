@@ -188,7 +188,7 @@ def test_each_page_of_a_tiff_is_an_example(holder, images):
     assert together(splits) == rows(images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2))
     assert "each page of a TIFF with several is an example: " in splits.record["preprocessing"]
     assert "the first picture of" not in splits.record["preprocessing"]
-    store, names, _ = load_whole(config, "test")
+    store, names, *_ = load_whole(config, "test")
     assert [name.rpartition("/")[2] for name in names] == [
         "a.png",
         *(f"b.tif page {number}" for number in range(1, 8)),

@@ -88,6 +88,34 @@ def test_the_bracket_is_what_scipy_says_of_all_pairs(monkeypatch: pytest.MonkeyP
         assert bracket["log_n_nats"] == math.log(n)
 
 
+def test_standard_errors_are_those_of_other_test_examples() -> None:
+    """Of many independent test sets the estimates spread as one of them says; the fitted densities are the same."""
+    vae, training = encoder_vae(GAINS["more nats"], DEVIATION), batches_of(gaussian_data(2000, seed=1))
+    random = np.random.default_rng(2)
+    sets = [torch.from_numpy(random.standard_normal((200, DIM)) @ np.sqrt(COVARIANCE)).float() for _ in range(60)]
+    reports = [information(vae, batches_of(x), training, seed=i) for i, x in enumerate(sets)]
+    for place in ("", "log_sum_exp"):
+        found = [report[place] if place else report for report in reports]
+        assert found[0].standard_errors
+        for name in found[0].standard_errors:
+            spread = np.std([each[name] for each in found], ddof=1)
+            said = np.mean([each.standard_errors[name] for each in found])
+            assert 0.65 < said / spread < 1.5, (place, name)
+    rows = {row.name: row for row in module.InformationMetric("information").rows(reports[0])}
+    at_most = rows["mutual_information_at_most_nats (in expectation)"]
+    assert at_most.standard_error == f"{reports[0].standard_errors['mutual_information_at_most_nats']:.4f}"
+
+
+def test_a_report_without_standard_errors_is_read() -> None:
+    """As versions before this one wrote it."""
+    vae, x = encoder_vae(GAINS["few nats"], DEVIATION), gaussian_data(50)
+    content = information(vae, batches_of(x), batches_of(x)).to_json()
+    del content["standard_errors"], content["log_sum_exp"]["standard_errors"]
+    report = module.Information.from_json(content)
+    assert report.to_json() == content
+    assert all(row.value for row in module.InformationMetric("information").rows(report))
+
+
 def test_the_bracket_saturates_and_the_certified_bound_does_not() -> None:
     n, gain, deviation = 400, 2 * np.eye(DIM)[:4], np.full(4, 1e-3)
     mutual, marginal = closed_forms(gain, deviation)
@@ -273,7 +301,9 @@ def test_a_network_of_ones_own_has_information_whether_or_not_it_keeps_its_prior
     assert reports[0].marginal_kl_moments_nats is None  # nobody knows that its prior is N(0, I)
     assert reports[1].marginal_kl_moments_nats is not None
     assert reports[0].marginal_kl_held_out_nats.mean == pytest.approx(reports[1].marginal_kl_held_out_nats.mean, abs=1e-4)
-    assert reports[0].log_sum_exp.to_json() == pytest.approx(reports[1].log_sum_exp.to_json(), abs=1e-5)
+    first, second = (report.log_sum_exp.to_json() for report in reports)
+    assert first.pop("standard_errors") == pytest.approx(second.pop("standard_errors"), abs=1e-5)
+    assert first == pytest.approx(second, abs=1e-5)
 
 
 # -- layers of latents -----------------------------------------------------------------------------------------------------

@@ -2,16 +2,21 @@
 
 import csv
 import errno
+import json
 import shutil
+import zipfile
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from official import COUNTS, encoded, images_of, write_idx
 from PIL import Image
 
 from sigma_vae import runs
 from sigma_vae.cli import main
+from sigma_vae.data import as_splits
+from sigma_vae.data.named import mnist
 from sigma_vae.vae import keyed_noise
 
 RANDOM = np.random.default_rng(0)
@@ -30,12 +35,15 @@ def trained(folder, kind):
         np.save(place / "own.npy", (PICTURES > 127).astype(np.uint8) * 255)
     elif kind == "table":
         TABLE.assign(name="x").to_csv(place / "own.csv", index=False)
+    elif kind == "clips":
+        np.save(place / "own.npy", np.tile(PICTURES, (1, 2, 2)).reshape(12, 5, 1, 8, 8))
     else:
         (place / "own").mkdir()
         for i, picture in enumerate(PICTURES):
             Image.fromarray(picture).save(place / "own" / f"p{i:02}.png")
     (source,) = [path for path in place.iterdir() if not path.name.startswith(".")]
-    assert main(["train", str(source), *SMALL, "--out", str(folder / "run")]) == 0
+    special = ["--network", "sequence", "--layout", "n-t-c-h-w", "--batch-size", "4"] if kind == "clips" else []
+    assert main(["train", str(source), *SMALL, *special, "--out", str(folder / "run")]) == 0
     return folder / "run", source
 
 
@@ -53,6 +61,7 @@ def test_other_data_are_scored_as_the_runs_own_are(kind, tmp_path, capsys):
     assert len(table) == 60
     assert table[3]["example"] == ("p03.png" if kind == "folder" else "3")
     opened = runs.open_run(run, "cpu")
+    assert_splits_are_told(run, table, opened.data)
     x = torch.tensor(TABLE.to_numpy()) if kind == "table" else torch.from_numpy(PICTURES)[:, None].double()
     x = (x > 127).double() if kind == "masks" else x if kind == "table" else x / 255
     if kind == "table":
@@ -67,8 +76,123 @@ def test_other_data_are_scored_as_the_runs_own_are(kind, tmp_path, capsys):
     for command in ("encode", "reconstruct"):
         assert main([command, str(run), "--data", str(source)]) == 0
     with np.load(run / f"codes-{source.stem}.npz") as codes:
+        assert codes["example"].astype(str).tolist() == [row["example"] for row in table]
         np.testing.assert_allclose(codes["mean"], opened.vae.encode(x.float()).loc.detach().numpy(), atol=1e-4)
     capsys.readouterr()
+
+
+def assert_splits_are_told(run, whole, data):
+    """Of each split, and of the whole file, by the names of the examples."""
+    kept = json.loads((run / "splits.json").read_text(encoding="utf-8"))
+    by_split = {split: [row for row in whole if row["split"] == split] for split in kept}
+    for split, ours in by_split.items():
+        assert main(["score", str(run), "--split", split]) == 0
+        table = rows(run / f"scores-{split}.csv")
+        assert [row["example"] for row in table] == [str(name) for name in kept[split]]
+        assert {row["split"] for row in table} == {split}
+        assert sorted(row["example"] for row in ours) == sorted(row["example"] for row in table)
+        alike = {row["example"]: row["rate_nats"] for row in whole}
+        np.testing.assert_allclose(
+            [float(row["rate_nats"]) for row in table], [float(alike[row["example"]]) for row in table], rtol=1e-3
+        )
+    assert sum(map(len, kept.values())) == len(whole)
+    assert [len(kept[split]) for split in kept] == list(data.record["counts"].values())
+
+
+def test_examples_that_are_not_the_runs_own_have_no_split(tmp_path):
+    """Of a file with more rows, of one in another order, and for a run from before splits were kept."""
+    run, source = trained(tmp_path, "array")
+    np.save(tmp_path / "more.npy", np.concatenate([PICTURES, PICTURES[:1]]))
+    assert main(["score", str(run), "--data", str(tmp_path / "more.npy")]) == 0
+    splits = [row["split"] for row in rows(run / "scores-more.csv")]
+    assert [splits.count(split) for split in ("train", "validation", "test", "")] == [49, 5, 6, 1]
+    assert splits[-1] == ""
+    np.save(tmp_path / "turned.npy", np.concatenate([PICTURES[1:], PICTURES[:1]]))
+    assert main(["score", str(run), "--data", str(tmp_path / "turned.npy")]) == 0
+    assert "split" not in rows(run / "scores-turned.csv")[0]
+    (run / "splits.json").unlink()
+    assert main(["score", str(run), "--data", str(source)]) == 0
+    assert "split" not in rows(run / "scores-own.csv")[0]
+    assert main(["score", str(run)]) == 0
+
+
+NOT_SPLITS = [
+    "",
+    "7",
+    "[]",
+    "{}",
+    '{"train": 7, "validation": [], "test": []}',
+    '{"train": [[0]], "validation": [{}], "test": [null]}',
+]
+
+
+@pytest.mark.parametrize("content", [*NOT_SPLITS, '{"train": ["0"], "validation": [1e99], "test": [true]}', "[" * 10**5])
+def test_a_damaged_record_of_splits_is_told_or_says_nothing(content, digits_run, tmp_path, capsys):
+    run = shutil.copytree(digits_run, tmp_path / "run")
+    (run / "splits.json").write_text(content, encoding="utf-8")
+    capsys.readouterr()
+    code = main(["score", str(run), "--data", "digits", "--out", str(tmp_path / "scores.csv")])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert (code, len(said)) in ((0, 0), (1, 1))
+    assert code == 1 or "split" not in rows(tmp_path / "scores.csv")[0]
+
+
+def test_the_index_of_a_data_frame_names_its_rows():
+    index = [f"person {i}" for i in range(60)]
+    data = as_splits(TABLE.set_axis(index))
+    assert sorted(np.concatenate([data.names[split] for split in ("train", "validation", "test")])) == sorted(index)
+    values = data.scaling.undo(data.values("test"))
+    np.testing.assert_allclose(values, TABLE.set_axis(index).loc[data.names["test"]], rtol=1e-6)
+
+
+def test_other_data_are_evaluated_aside(tmp_path, capsys):
+    """The own file, read as other data, has the bounds of all its examples; the run's own evaluation stays."""
+    run, source = trained(tmp_path, "array")
+    before = (run / "evaluation.json").read_bytes()
+    test = source.rename(tmp_path / "test.npy")  # the run's own data are not needed
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--data", str(test)]) == 0
+    assert f"written: {run / 'evaluation-data-test.json'}" in capsys.readouterr().out
+    assert (run / "evaluation.json").read_bytes() == before
+    assert (run / "calibration-data-test.png").exists()
+    report = json.loads((run / "evaluation-data-test.json").read_text())
+    assert main(["score", str(run), "--data", str(test)]) == 0
+    scores = [float(row["elbo_nats"]) for row in rows(run / "scores-data-test.csv")]
+    assert report["elbo_nats"]["mean"] == pytest.approx(np.mean(scores), rel=1e-5)
+    assert (report["data"], report["split"], report["examples"]) == (str(test), "all", 60)
+    assert main(["evaluate", str(run), "--data", str(test), "--metrics", "iwae", "--draws", "2"]) == 0
+    again = json.loads((run / "evaluation-data-test.json").read_text())
+    assert again.pop("iwae")
+    assert again == report  # sections of the same examples are kept
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--data", str(test), "--metrics", "information"]) == 1
+    assert "no training data are given; leave it out of the metrics" in capsys.readouterr().err
+
+
+def test_other_clips_are_predicted(tmp_path):
+    run, source = trained(tmp_path, "clips")
+    assert main(["predict", str(run), "--data", str(source), "--n", "12", "--out", str(tmp_path / "new.npz")]) == 0
+    with np.load(tmp_path / "new.npz") as found:
+        np.testing.assert_allclose(found["originals"], np.load(source) / 255, atol=1e-6)
+        assert found["predictions"].shape == (3, 12, 3, 1, 8, 8)
+    assert main(["predict", str(run), "--data", str(source)]) == 0
+    assert (run / "predictions-own.gif").exists()
+    assert not (run / "predictions-test.png").exists()
+
+
+def test_a_prior_is_fitted_to_other_data(tmp_path):
+    """Shifted data have other latents; the evaluation is still of the run's own test split."""
+    run, _ = trained(tmp_path, "table")
+    own = runs.fit_prior(run, "gaussian", device="cpu")
+    (TABLE + 3).to_csv(tmp_path / "new.csv", index=False)
+    assert main(["fit-prior", str(run), "--prior", "gaussian", "--data", str(tmp_path / "new.csv")]) == 0
+    report = runs.evaluate.read_evaluation(run)
+    assert report.rate_nats.mean > own.rate_nats.mean + 0.1
+    assert report.examples == own.examples
+    assert report.about["prior_fitted_on"]["data"] == str(tmp_path / "new.csv")
+    assert report.about["prior_fitted_on"]["examples"] == 49
+    runs.evaluate_run(run, device="cpu")
+    assert "prior_fitted_on" in runs.evaluate.read_evaluation(run).about
 
 
 WRONG = {
@@ -94,20 +218,72 @@ def test_data_that_do_not_fit_are_refused_in_a_line(make, says, tmp_path, capsys
 COMMANDS = ["evaluate", "score", "encode", "reconstruct", "resume", "calibrate", "fit-prior"]
 
 
-def test_a_run_whose_data_have_moved_says_how_to_go_on(tmp_path, capsys):
-    run, source = trained(tmp_path, "array")
-    run = run.rename(tmp_path / "elsewhere")
-    moved = source.rename(tmp_path / "moved.npy")
+def named(folder):
+    """A run of a named set, whose files are in a folder."""
+    write_idx(folder / "root", images_of("mnist"))
+    assert main(["train", "mnist", "--root", str(folder / "root"), *SMALL, "--out", str(folder / "run")]) == 0
+    return folder / "root"
+
+
+def pattern(folder):
+    """A run of several archives, by a pattern."""
+    (folder / "shards").mkdir()
+    for shard in range(2):
+        with zipfile.ZipFile(folder / "shards" / f"s{shard}.zip", "w") as file:
+            for i, picture in enumerate(PICTURES[30 * shard :][:30]):
+                file.writestr(f"{i:02}.png", encoded(picture))
+    assert main(["train", str(folder / "shards" / "s*.zip"), *SMALL, "--out", str(folder / "run")]) == 0
+    return folder / "shards" / "s*.zip"
+
+
+MOVED = {
+    "array": lambda folder: trained(folder, "array")[1],
+    "folder": lambda folder: trained(folder, "folder")[1],
+    "pattern": pattern,
+    "named": named,
+}
+
+
+@pytest.mark.parametrize("make", MOVED.values(), ids=MOVED)
+def test_a_run_whose_data_have_moved_says_how_to_go_on(make, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mnist, "_COUNTS", COUNTS["mnist"])
+    monkeypatch.setitem(mnist._MEANS, "mnist", float(images_of("mnist")["train"].mean()))
+    place = make(tmp_path)
+    run = (tmp_path / "run").rename(tmp_path / "elsewhere")
+    key = "root" if make is named else "source"
+    folder = place if make is named else place.parent
+    there = folder.rename(tmp_path / "moved")
+    moved = there if make is named else there / place.name
     capsys.readouterr()
     for command in COMMANDS:
         assert main([command, str(run)]) == 1
         (said,) = capsys.readouterr().err.strip().splitlines()
-        assert f"no longer at {source}" in said
-        assert f"`source` into {run / 'config.yaml'}" in said
-    assert main(["score", str(run), "--data", str(moved)]) == 0  # one way that it says
+        assert f"no longer at {place}" in said
+        assert f"`{key}` into {run / 'config.yaml'}" in said
+    if make is not named:
+        for command in ("score", "evaluate", "encode", "reconstruct"):
+            assert main([command, str(run), "--data", str(moved)]) == 0  # one way that it says
     config = (run / "config.yaml").read_text(encoding="utf-8")
-    (run / "config.yaml").write_text(config.replace(str(source), str(moved)), encoding="utf-8")
-    assert main(["evaluate", str(run)]) == 0  # the other
+    (run / "config.yaml").write_text(config.replace(str(place), str(moved)), encoding="utf-8")
+    for command in COMMANDS:
+        assert main([command, str(run)]) == 0  # the other
+
+
+def test_a_run_of_a_named_set_without_its_files_says_where_they_are_given(tmp_path, capsys, monkeypatch):
+    """Their folder is there, and other ones may be given."""
+    monkeypatch.setattr(mnist, "_COUNTS", COUNTS["mnist"])
+    monkeypatch.setitem(mnist._MEANS, "mnist", float(images_of("mnist")["train"].mean()))
+    root = named(tmp_path)
+    for file in root.iterdir():
+        file.unlink()
+    write_idx(tmp_path / "other", images_of("mnist"))
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run")]) == 1
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert f"for this run: as `root` in the data section of {tmp_path / 'run' / 'config.yaml'}" in said
+    config = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
+    (tmp_path / "run" / "config.yaml").write_text(config.replace(str(root), str(tmp_path / "other")), encoding="utf-8")
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
 
 
 WRITERS = {
@@ -117,24 +293,58 @@ WRITERS = {
     "scores.parquet": ["score"],
     "codes.npz": ["encode"],
     "again.png": ["reconstruct"],
+    "page.png": ["inspect"],
+    "moving.gif": ["sample"],
+    "predicted.gif": ["predict"],
+    "predicted.png": ["predict"],
+    "predicted.npz": ["predict"],
 }
 
 
+def full(_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture(scope="module")
+def clips_run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("clips"), "clips")[0]
+
+
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_full_disk_leaves_the_old_file(name, digits_run, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_leaves_the_old_file(name, digits_run, clips_run, tmp_path, capsys, monkeypatch):
     """The disk is full when the new file is to be kept."""
-    run = shutil.copytree(digits_run, tmp_path / "run")
+    moving = name.startswith(("moving", "predicted"))
+    run = shutil.copytree(clips_run if moving else digits_run, tmp_path / "run")
+    source = "digits" if WRITERS[name] == ["inspect"] else str(run)
     out = tmp_path / name
     out.write_bytes(b"old")
 
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.setattr("os.fsync", full)
-    assert main([*WRITERS[name], str(run), "--out", str(out)]) == 1
+    capsys.readouterr()
+    assert main([*WRITERS[name], source, "--out", str(out)]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert out.read_bytes() == b"old"
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", name])
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["evaluate", "--data", "digits"], ["predict"]])
+def test_a_full_disk_leaves_the_files_of_a_run(command, digits_run, clips_run, tmp_path, capsys, monkeypatch):
+    """Pages of an evaluation, its numbers, and predictions in the run's folder, one after the other."""
+    run = shutil.copytree(clips_run if command == ["predict"] else digits_run, tmp_path / "run")
+    command = [command[0], str(run), *command[1:]]
+    assert main(command) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for room in range(3):
+        with monkeypatch.context() as patch:
+            written = iter(range(room))
+            patch.setattr("os.fsync", lambda _, written=written: full(None) if next(written, None) is None else None)
+            code = main(command)
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+        if code == 0:  # so many files were all
+            assert room > 1
+            return
+        assert "No space left on device" in capsys.readouterr().err
+    pytest.fail("more files than expected")
 
 
 @pytest.mark.parametrize("unit", [1, 255])

@@ -1,5 +1,6 @@
 """Reports of studies: the page stands alone, its numbers are the cells' numbers, verdicts follow rules."""
 
+import errno
 import itertools
 import json
 import shutil
@@ -76,6 +77,7 @@ def of_split(config, prior, split, changes):
     report = {
         "split": split,
         "observes": "density",
+        "dims": 200,
         "elbo_nats": mean(elbo - 1),
         "elbo_post_hoc_nats": mean(elbo),
         "rate_nats": mean(of["rate"] + 0.1 * seed),
@@ -279,6 +281,48 @@ def test_differences_are_paired(spec, out, page):
             interval = stats.t.interval(0.95, len(pairs) - 1, pairs.mean(), stats.sem(pairs))
             assert (low, high) == pytest.approx(interval, abs=0.06)
             assert seeds == len(pairs)
+
+
+@pytest.mark.parametrize("command", ["report", "keep"])
+def test_a_full_disk_leaves_whole_files_of_a_report(command, tmp_path, capsys, monkeypatch):
+    """Whichever file has no room: each is the old or the new one, and none is missing; afterwards it is made as ever."""
+    spec = a_spec(seeds=1, likelihoods=[OPTIMAL, SHARED])
+    out, to = build(spec, tmp_path / "out"), tmp_path / "kept"
+    words = ["study", command, str(out), *(["--to", str(to)] if command == "keep" else [])]
+
+    def files():
+        made = [path for path in (to if command == "keep" else out).rglob("*") if path.is_file() and "cells" not in path.parts]
+        return {path: path.read_bytes() for path in made}
+
+    assert main(words) == 0
+    before = files()
+    edit(spec, out, lambda config, record: record.update(seconds=7e7))
+    assert main(words) == 0
+    after = files()
+    edit(spec, out, lambda config, record: record.update(seconds=90.0 + config.seed))
+    assert main(words) == 0
+    assert files() == before
+    edit(spec, out, lambda config, record: record.update(seconds=7e7))
+    for room in range(len(before) + 2):
+
+        def sync(_, written=iter(range(room))):  # noqa: B008
+            if next(written, None) is None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", sync)
+            code = main(words)
+        assert files().keys() == before.keys()
+        assert all(content in (before[path], after[path]) for path, content in files().items())
+        if code == 0:
+            assert room > 1
+            break
+    assert files() == after
+
+
+def test_what_is_finished_is_not_run_again_however_many_workers_and_retries(tmp_path):
+    spec = a_spec()
+    assert len(study.run(spec, build(spec, tmp_path / "out"), workers=10**18, retries=10**18)) == 21
 
 
 def test_cost_compares_the_grid_with_one_run(spec, out, page):
@@ -563,9 +607,50 @@ def test_what_has_not_all_seeds_is_not_chosen(spec, tmp_path):
     build(spec, tmp_path / "out", changes, failed)
     (setting,) = settings(spec, tmp_path / "out")
     distance = "quality.efficientnet.samples.means.frechet"
-    for arm, left_out in (setting.tuned(), setting.best(distance, "standard", highest=False)):
-        assert (arm, left_out) == (BETAS[1], f"; left out, as seeds are missing: {BETAS[0]}")
-    assert setting.best_of([*BETAS[:2], PIXEL], PIXEL, distance, "standard", highest=False).left_out.endswith(f": {BETAS[0]}")
+    for rival in (setting.tuned(), setting.best(distance, "standard", highest=False)):
+        assert rival.arm == BETAS[1]
+        assert rival.words.endswith(f"; left out, as seeds are missing: {BETAS[0]}")
+    assert setting.best_of([*BETAS[:2], PIXEL], PIXEL, distance, "standard", highest=False).words.endswith(f": {BETAS[0]}")
+
+
+def test_no_arm_is_chosen_by_the_numbers_that_it_is_compared_by(spec, tmp_path):
+    """On validation where they were measured there, else for each seed on the others."""
+    lucky = {0: BETAS[0], 1: BETAS[1], 2: BETAS[2]}
+    distance = "quality.efficientnet.samples.means.frechet"
+
+    def noise(config, record):
+        for split, report in record["reports"]["standard"].items():
+            arm = config.model.likelihood
+            near = {BETAS[0]: 60.0, BETAS[1]: 61.0}.get(arm, 70.0)
+            far = {"test": 30.0 if lucky[config.seed] == arm else near, "validation": 5.0 if arm == BETAS[3] else near}
+            report["quality"] = {"efficientnet": {"samples": {"means": {"frechet": far[split]}}}}
+
+    def on_test_alone(config, record):
+        del record["reports"]["standard"]["validation"]["quality"]
+
+    out = edit(spec, build(spec, tmp_path / "out"), noise)
+    (setting,) = settings(spec, out)
+    rival = setting.best(distance, "standard", highest=False)
+    assert (rival.arm, rival.words, rival.mean) == (BETAS[3], "", 70.0)
+    (setting,) = settings(spec, edit(spec, out, on_test_alone))
+    rival = setting.best(distance, "standard", highest=False)
+    assert rival.arm == f"{BETAS[0]} or {BETAS[1]}"
+    assert rival.numbers.to_dict() == {0: 61.0, 1: 60.0, 2: 60.0}  # no seed is the lucky one of its rival
+    found = setting.against(rival, distance, OPTIMAL)
+    assert found.mean == pytest.approx(70 - 181 / 3)
+    assert "chosen on the other seeds" in rival.words
+
+
+@pytest.mark.parametrize("unit", [1.0, -1000.0])
+def test_bars_in_nats_per_dimension_do_not_depend_on_the_units(unit, tmp_path):
+    """An ELBO near zero, or far below, is close where it is 0.01 nats per dimension away."""
+    spec = a_spec(5)
+    shifted = {(arm, "elbo"): unit + (0.0 if arm != OPTIMAL else -1.5) for arm in ARMS}
+    ours = verdicts(spec, build(spec, tmp_path / "near", shifted))
+    assert ours["1, likelihood"][0].word == "holds"
+    assert "nats/dim" in ours["1, likelihood"][0].finding
+    shifted[OPTIMAL, "elbo"] = unit - 3.0
+    assert verdicts(spec, build(spec, tmp_path / "far", shifted))["1, likelihood"][0].word == "does not"
 
 
 def test_an_arm_without_numbers_costs_no_other_its_verdict(tmp_path):

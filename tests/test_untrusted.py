@@ -9,19 +9,22 @@ import shutil
 import struct
 import sys
 import tempfile
+import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sigma_vae import models, runs
-from sigma_vae.cli import main
+from sigma_vae.cli import COMMANDS, main
 from sigma_vae.config import RunConfig, read, write
 from sigma_vae.likelihoods.scales import OLD_BOUNDS
 from sigma_vae.runs.folder import read_json
@@ -405,6 +408,105 @@ def test_absurd_sizes_are_told_in_a_line(words, digits_run, small_memory, tmp_pa
     words = [str(digits_run) if word == "RUN" else word for word in words]
     assert main([*words, "--out", str(tmp_path / ("a.png" if words[0] == "sample" else "run"))]) == 1
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+EXTREME = ["0", "-1", "1e308", "-1e308", "nan", "inf", "-inf", str(10**18), str(10**400)]
+SMALL = ["--network", "mlp", "--width", "4", "--latent-dim", "2", "--out", "OUT"]
+CLIPS = ["--network", "sequence", "--width", "4", "--latent-dim", "2", "--frames", "6", "--out", "OUT"]
+PLACES = {  # words with which each command is called, and those for options that need other data
+    "inspect": {"": ["digits"], "crop size": ["PICTURES"], "frames test_frames frame_step": ["CLIPS", "--frames", "6"]},
+    "train": {
+        "": ["digits", *SMALL],
+        "crop size": ["PICTURES", *SMALL],
+        "frames test_frames frame_step context_frames": ["CLIPS", *CLIPS],
+    },
+    "resume": {"": ["RUN"]},
+    "evaluate": {"": ["RUN"]},
+    "calibrate": {"": ["RUN"]},
+    "sample": {"": ["RUN", "--out", "OUT.npz"]},
+    "reconstruct": {"": ["RUN", "--out", "OUT.npz"]},
+    "predict": {"": ["VIDEO", "--out", "OUT.npz"]},
+    "score": {"": ["RUN", "--out", "OUT.csv"]},
+    "explain": {"": ["--shape", "1,8,8"]},
+}
+
+
+def is_number(kind):
+    return kind in (int, float) or any(map(is_number, get_args(kind)))
+
+
+def numbers_of(hints):
+    """Names of the options whose values are numbers, those of configs included."""
+    for name, kind in hints.items():
+        bare = get_args(kind)[0] if hasattr(kind, "__metadata__") else kind
+        if is_dataclass(bare):
+            of_fields = get_type_hints(bare, include_extras=True)
+            yield from numbers_of({field.name: of_fields[field.name] for field in fields(bare)})
+        elif is_number(bare):
+            yield name
+
+
+NUMBERS = [
+    (command, option)
+    for command, about in COMMANDS.items()
+    if not about.commands  # of a study: the number of workers and retries, elsewhere
+    for option in numbers_of({k: v for k, v in get_type_hints(about.load(), include_extras=True).items() if k != "return"})
+]
+
+
+@pytest.fixture(scope="module")
+def extreme(digits_run, tmp_path_factory):
+    """What commands may be called with."""
+    folder, random = tmp_path_factory.mktemp("extreme"), np.random.default_rng(0)
+    (folder / "pictures").mkdir()
+    for video in range(6):
+        (folder / "clips" / str(video)).mkdir(parents=True)
+        for frame in range(8):
+            picture = Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8))
+            picture.save(folder / "clips" / str(video) / f"{frame}.png")
+            picture.save(folder / "pictures" / f"{video}-{frame}.png")
+    clips = [str(folder / "clips"), *CLIPS[:-1], str(folder / "video"), "--max-steps", "1", "--batch-size", "2"]
+    assert main(["train", *clips, "--json"]) == 0
+    shutil.copytree(digits_run, folder / "run")
+    places = {
+        "RUN": "run",
+        "PICTURES": "pictures",
+        "CLIPS": "clips",
+        "VIDEO": "video",
+        "OUT": "out",
+        "OUT.npz": "o.npz",
+        "OUT.csv": "o.csv",
+    }
+    return {word: str(folder / name) for word, name in places.items()}
+
+
+@pytest.mark.parametrize(("command", "option"), NUMBERS, ids=map(" ".join, NUMBERS))
+def test_no_number_breaks_a_command(command, option, extreme, small_memory, capsys, monkeypatch, tmp_path):
+    """Each is refused in a line, within seconds and in bounded memory, or is legal: then nothing is trained or measured."""
+
+    def legal(*arguments, **options):
+        raise ValueError("legal")
+
+    monkeypatch.chdir(tmp_path)
+    for module, name in (("train", "_finish"), ("evaluate", "measure"), ("refit", "save_refitted")):
+        monkeypatch.setattr(sys.modules[f"sigma_vae.runs.{module}"], name, legal)
+    special = next((words for names, words in PLACES[command].items() if option in names.split()), PLACES[command][""])
+    words = [extreme.get(word, word) for word in special]
+    flag = f"--{option.replace('_', '-')}"
+    if flag in words:
+        at = words.index(flag)
+        del words[at : at + 2]
+    for value in EXTREME:
+        shutil.rmtree(extreme["OUT"], ignore_errors=True)
+        begun = time.monotonic()
+        try:
+            code = main([command, *words, flag, value])
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        assert time.monotonic() - begun < 10, value
+        assert code == 2 or (code == 1 and len(said.err.strip().splitlines()) == 1) or code == 0, (value, said.err)
+        assert code != 0 or "nan" not in said.out, value
 
 
 def test_a_checkpoint_of_another_size_is_told_at_resume(digits_run, tmp_path, capsys):

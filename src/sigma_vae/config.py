@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from sigma_vae.registry import Names, register
 
 __all__ = [
+    "LARGEST_COUNT",
     "ClipConfig",
     "DataConfig",
     "EvaluationSettings",
@@ -27,6 +28,7 @@ __all__ = [
     "RenamedWarning",
     "RunConfig",
     "TrainingConfig",
+    "check_seed",
     "parse",
     "read",
     "read_text",
@@ -69,7 +71,8 @@ class _Strict:
                 raise ValueError(f"{name} is at most {most:g}, got {value}")
 
 
-def _check_seed(seed: int) -> None:
+def check_seed(seed: int) -> None:
+    """Refuse a seed that some generator does not take."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is a number from 0 to 2³² − 1, got {seed}")
 
@@ -207,6 +210,10 @@ class ModelConfig(_Strict):
         ),
     ] = "auto"
     """Name of the prior."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes below 1."""
+        self._require(1, "at least 1", "latent_dim", "width", "context_frames")
 
 
 @dataclass(frozen=True)
@@ -367,7 +374,7 @@ class RunConfig(_Strict):
 
     def __post_init__(self) -> None:
         """Refuse a seed that no generator takes."""
-        _check_seed(self.seed)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -406,7 +413,7 @@ class EvaluationSettings(_Strict):
     def __post_init__(self) -> None:
         """Refuse settings that cannot be measured."""
         self._require(1, "at least 1", "draws", "samples", "best_of")
-        _check_seed(self.seed)
+        check_seed(self.seed)
         if not self.features:
             raise ValueError("features names at least one extractor, got none; efficientnet is one")
         if self.batch_statistics and self.best_of is None:
@@ -417,8 +424,8 @@ class EvaluationSettings(_Strict):
 
 Config = TypeVar("Config")
 
-CONFIG_BYTES = 2**18
-"""Largest config that is read: enough for the names of thousands of columns."""
+CONFIG_BYTES = 2**17
+"""Largest config that is read: enough for the names of thousands of columns; the parser takes seconds for a megabyte."""
 NESTED = 20
 """Deepest nesting of a config; the parser's time grows with it."""
 PROBLEMS = 10

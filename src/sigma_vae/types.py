@@ -639,11 +639,15 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+HOTTEST = 1e30
+"""Largest temperature: latents remain finite."""
+
+
 def per_layer(temperature: Temperature, layers: int) -> list[float]:
     """One temperature for each layer, from one for all or from as many as there are.
 
     Raises:
-        ValueError: one is below 0 or not finite, or their number is wrong.
+        ValueError: one is below 0 or too large, or their number is wrong.
 
     >>> per_layer(0.5, layers=2), per_layer([1.0, 0.0], layers=2)
     ([0.5, 0.5], [1.0, 0.0])
@@ -652,6 +656,6 @@ def per_layer(temperature: Temperature, layers: int) -> list[float]:
     if len(values) != layers:
         raise ValueError(f"temperature is one number, or one for each of {layers} layers of latents; got {len(values)} of them")
     for value in values:
-        if not 0 <= value < math.inf:
-            raise ValueError(f"temperature scales the spread of latents and is at least 0, got {value}")
+        if not 0 <= value <= HOTTEST:
+            raise ValueError(f"temperature scales the spread of latents, up to {HOTTEST:g}, and is at least 0, got {value}")
     return values

@@ -254,7 +254,8 @@ class VAE(nn.Module):
         >>> abs(vae.likelihood.sigma().item() - std) < 0.02
         True
         """
-        return self.network.start_from(_Values(loader), self.likelihood.mean_map, self.likelihood.start_features)
+        with in_eval_mode(self):  # layers such as batch norm see one example
+            return self.network.start_from(_Values(loader), self.likelihood.mean_map, self.likelihood.start_features)
 
     @torch.no_grad()
     def fit_prior(

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
+from io import TextIOWrapper
 from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple
 
@@ -85,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     each prints its own problems.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal or pipe without σ and β, as on Windows, shows "?"
     rank, alone = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) == 1
     if alone:
         return _answer(words, PROGRAM)

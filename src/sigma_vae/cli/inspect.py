@@ -40,7 +40,7 @@ def inspect(
     splits = models.data(config)
     found = inspect_data(splits)
     if json:
-        print(json_module.dumps(asdict(found), ensure_ascii=False))
+        print(json_module.dumps(asdict(found)))
     else:
         _print(found)
     if not drawable(splits.shape) or splits.scaling.standardised:
@@ -139,7 +139,7 @@ def explain(
         value_range=value_range,
     )
     if json:
-        print(json_module.dumps(asdict(result), ensure_ascii=False))
+        print(json_module.dumps(asdict(result)))
         return
     print(f"effective β   {result.effective_beta:.6g}   (of ‖x − x̂‖² + β·KL, summed over {result.dims} values)")
     print(f"implied σ     {result.implied_sigma:.6g}")

@@ -4,13 +4,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sigma_vae import runs
 from sigma_vae.cli.options import RunFolder
-from sigma_vae.config import replacing
+from sigma_vae.config import LARGEST_COUNT, check_seed, replacing
 from sigma_vae.data import Batches
+from sigma_vae.data.splits import Names
 from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, save_clips, save_grid
@@ -53,6 +55,7 @@ def sample(
             (with --prior standard RUN/samples-standard-prior-SEED).
         device: auto, cpu, cuda or cuda:1.
     """
+    check_seed(seed)
     opened = runs.open_model(Path(run), device)
     network = opened.vae.network
     if prior == "fitted" and not has_fitted_prior(opened.vae):
@@ -105,6 +108,7 @@ def reconstruct(
         out, Path(run) / f"reconstructions-{examples.word}", store.shape[1:] if moving else store.shape, moving=moving
     )
     check_count(n)
+    check_seed(seed)
     torch.manual_seed(seed)
     batch = next(iter(Batches(store, scaling, n)))
     originals, again = scaling.undo(batch.x), scaling.undo(reconstructed(examples.vae, batch, show, seed))
@@ -116,6 +120,7 @@ def reconstruct(
 def predict(
     run: RunFolder,
     *,
+    data: str | None = None,
     split: Split = "test",
     n: int = 4,
     context: int | None = None,
@@ -134,6 +139,7 @@ def predict(
 
     Args:
         run: Folder of the run.
+        data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits.
         split: Split that the clips come from.
         n: Number of clips.
         context: Number of given frames; the network's own unless given.
@@ -148,23 +154,26 @@ def predict(
             frames, ...); RUN/predictions-SPLIT.png and .gif unless given.
         device: auto, cpu, cuda or cuda:1.
     """
-    opened = runs.open_run(Path(run), device)
-    default = Path(run) / f"predictions-{split}.png"
+    default = Path(run) / f"predictions-{split if data is None else runs.word_of(data)}.png"
     paths = [checked(Path(out), (".png", ".gif", ".npz"))] if out is not None else [default, default.with_suffix(".gif")]
     check_count(n)
-    if not opened.vae.network.reads_clips:
-        raise ValueError(
-            f"the network {opened.config.model.network} of {run} reads single examples, not clips, and predicts no frames"
-        )
-    past = opened.vae.network.context_frames if context is None else context
-    where = opened.vae.device
-    clips = next(iter(opened.data.batches(split, n, device=where))).x
+    check_seed(seed)
+    examples = _examples(run, data, split, device)
+    vae, where = examples.vae, examples.vae.device
+    if not vae.network.reads_clips:
+        raise ValueError(f"{run} has a network that reads single examples, not clips, and predicts no frames")
+    past = vae.network.context_frames if context is None else context
+    clips = next(iter(Batches(examples.batches.store, examples.batches.scaling, n))).x
     if not 1 <= past <= clips.shape[1]:
         raise ValueError(f"--context is from 1 to the {clips.shape[1]} frames of a clip, got {past}")
+    future = (clips.shape[1] - past or FRAMES) if frames is None else frames
+    if max(future, samples) > LARGEST_COUNT:
+        raise ValueError(f"--frames and --samples are at most {LARGEST_COUNT:g}, got {future} and {samples}")
+    torch.empty(max(samples, 1), len(clips), max(future, 1), *clips.shape[2:])  # raises at once if memory is not enough
     torch.manual_seed(seed)
-    predicted = opened.vae.predict(
+    predicted = vae.predict(
         clips[:, :past],
-        (clips.shape[1] - past or FRAMES) if frames is None else frames,
+        future,
         samples,
         show,
         generator=torch.Generator(where).manual_seed(seed),
@@ -194,15 +203,16 @@ def encode(
         run: Folder of the run.
         data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits.
         split: Split to encode.
-        out: .npz file to write (keys "mean" and "std": examples × latents, in the split's order); RUN/codes-SPLIT.npz
-            unless given.
+        out: .npz file to write (keys "mean" and "std": examples × latents, in the split's order; "example": their files,
+            or rows in the file); RUN/codes-SPLIT.npz unless given.
         device: auto, cpu, cuda or cuda:1.
     """
     examples = _examples(run, data, split, device)
     path = checked(Path(out) if out is not None else Path(run) / f"codes-{examples.word}.npz", (".npz",))
     posteriors = [examples.vae.encode(batch.x) for batch in examples.batches]
-    arrays = {"mean": torch.cat([q.loc for q in posteriors]), "std": torch.cat([q.scale for q in posteriors])}
-    write(path, arrays["mean"], arrays)
+    means, stds = (torch.cat(values) for values in ([q.loc for q in posteriors], [q.scale for q in posteriors]))
+    _write_arrays(path, {"mean": means, "std": stds}, example=_plain(examples.names))
+    print(path)
 
 
 def score(
@@ -216,7 +226,8 @@ def score(
 ) -> None:
     """Write log-likelihood, rate, ELBO and bits per dimension of each example.
 
-    Examples are called by their file, or by their number from 0.
+    Examples are called by their file, or by their row in the file, from 0. Of the run's own data, their split is
+    written too.
 
     Args:
         run: Folder of the run.
@@ -228,6 +239,7 @@ def score(
     """
     import pandas as pd
 
+    check_seed(seed)
     examples = _examples(run, data, split, device)
     path = checked(Path(out) if out is not None else Path(run) / f"scores-{examples.word}.csv", (".csv", ".parquet"))
     scores = score_examples(examples.vae, examples.batches, seed)
@@ -235,7 +247,8 @@ def score(
     columns = {fit: scores.log_likelihood, "rate_nats": scores.rate, bound: scores.log_likelihood - scores.rate}
     if scores.log_mass is not None:
         columns["bits_per_dim"] = (scores.rate - scores.log_mass) / (scores.dims * torch.tensor(2.0).log())
-    table = pd.DataFrame({name: values.numpy() for name, values in columns.items()}, examples.names or None)
+    told = {} if examples.splits is None else {"split": examples.splits}
+    table = pd.DataFrame(told | {name: values.numpy() for name, values in columns.items()}, examples.names)
     table = table.rename_axis("example")
     with replacing(path) as aside:
         (table.to_csv if path.suffix == ".csv" else table.to_parquet)(aside)
@@ -243,11 +256,12 @@ def score(
 
 
 class _Examples(NamedTuple):
-    """Examples for a run's model, their names where they are files, and a word for the files written of them."""
+    """Examples for a run's model, their names, the run's split of each, and a word for the files written of them."""
 
     vae: VAE
     batches: Batches
-    names: list[str]
+    names: Names
+    splits: Names | None
     word: str
 
 
@@ -256,16 +270,16 @@ def _examples(run: str, data: str | None, split: Split, device: str) -> _Example
     if data is None:
         opened = runs.open_run(Path(run), device)
         own = opened.data.batches(split, runs.evaluation_batch(opened.data), device=opened.vae.device)
-        return _Examples(opened.vae, own, [], split)
+        return _Examples(opened.vae, own, opened.data.names[split], np.full(len(own.store), split), split)
     saved = runs.open_model(Path(run), device)
-    batches, names = runs.new_data(Path(run), saved, data, split)
-    return _Examples(saved.vae, batches, names, Path(data).stem)
+    new = runs.new_data(Path(run), saved, data, split)
+    return _Examples(saved.vae, new.batches, new.names, new.splits, runs.word_of(data))
 
 
 def check_count(n: int) -> None:
-    """Refuse to write nothing."""
-    if n < 1:
-        raise ValueError(f"--n counts examples and is at least 1, got {n}")
+    """Refuse to write nothing, or more than can be counted."""
+    if not 1 <= n <= LARGEST_COUNT:
+        raise ValueError(f"--n counts examples, up to {LARGEST_COUNT:g}, and is at least 1, got {n}")
 
 
 def output(out: str | None, default: Path, shape: tuple[int, ...], *, moving: bool) -> Path:
@@ -298,9 +312,16 @@ def write(path: Path, images: Tensor, arrays: dict[str, Tensor], columns: int | 
     elif path.suffix == ".png":
         save_grid(path, images, columns)
     else:
-        import numpy as np
-
-        plain: dict[str, Any] = {name: at_least_float32(values).cpu().numpy() for name, values in arrays.items()}
-        with replacing(path) as aside:
-            np.savez_compressed(aside, **plain)
+        _write_arrays(path, arrays)
     print(path)
+
+
+def _write_arrays(path: Path, tensors: dict[str, Tensor], **others: Names) -> None:
+    plain: dict[str, Any] = {name: at_least_float32(values).cpu().numpy() for name, values in tensors.items()} | others
+    with replacing(path) as aside:
+        np.savez_compressed(aside, **plain)
+
+
+def _plain(names: Names) -> Names:
+    """Words as an array that is written without pickling."""
+    return names.astype(str) if names.dtype == object else names

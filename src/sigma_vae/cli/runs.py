@@ -73,14 +73,16 @@ def rerun(run: RunFolder, *, json: bool = False) -> None:
     """
     report = runs.rerun(Path(run))
     if json:
-        print(json_module.dumps(report, ensure_ascii=False))
+        print(json_module.dumps(report))
         return
     print(report["diagnosis"])
     for place in report["begins_in"] or ["nowhere: in the repeated step everything is finite"]:
         print(f"not finite: {place}")
 
 
-def evaluate(run: RunFolder, settings: EvaluationSettings, *, device: str = "auto", json: bool = False) -> None:
+def evaluate(
+    run: RunFolder, settings: EvaluationSettings, *, data: str | None = None, device: str = "auto", json: bool = False
+) -> None:
     """Measure a finished run on held-out data.
 
     Its bounds are always measured, in nats and in bits per dimension; other metrics as asked.
@@ -88,15 +90,19 @@ def evaluate(run: RunFolder, settings: EvaluationSettings, *, device: str = "aut
     Args:
         run: Folder of the run.
         settings: The metrics.
+        data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits. The
+            results are written into RUN/evaluation-DATA.json.
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
-    _show(runs.evaluate_run(Path(run), settings, device=device), json)
+    _show(runs.evaluate_run(Path(run), settings, data, device=device), json)
+    if data is not None:
+        _say(f"written: {runs.evaluation_file(Path(run), data)}", json)
 
 
 def _show(report: Evaluation, as_json: bool) -> None:
     if as_json:
-        print(json_module.dumps(report.to_json(), ensure_ascii=False))
+        print(json_module.dumps(report.to_json()))
     else:
         print_evaluation(report)
 
@@ -108,7 +114,8 @@ def print_evaluation(report: Evaluation) -> None:
 
     about = report.about
     prior = "" if about.get("prior", "standard") == "standard" else f" · prior {about['prior']}"
-    examples = f"{report.bounds.examples} {about['split']} examples"
+    split = "" if about["split"] == "all" else f"{about['split']} "
+    examples = f"{report.bounds.examples} {split}examples"
     table = Table(title=f"{about['data']} · {about['network']} · {about['likelihood']}{prior} · {examples}")
     table.add_column("")
     table.add_column("mean", justify="right")
@@ -162,7 +169,7 @@ def calibrate(
     """
     result = runs.calibrate_run(Path(run), data, split, device=device, seed=seed)
     if json:
-        print(json_module.dumps(result, ensure_ascii=False))
+        print(json_module.dumps(result))
         return
     kind = "sigma_post_hoc" if "sigma_post_hoc" in result else "factor_post_hoc"
     for name, value in result[kind].items():
@@ -182,23 +189,25 @@ def fit_prior(
     prior: Annotated[
         str, Names("Name of the prior; auto: the best on validation data; standard goes back to N(0, I).", register.prior)
     ] = "auto",
+    data: str | None = None,
     device: str = "auto",
     json: bool = False,
 ) -> None:
     """Fit a prior to the latents of a finished run, and evaluate it again.
 
     The prior is fitted on the training split. The rest of the model does not change. The run's config.yaml then names
-    the new prior, so that a replay gives the same run.
+    the new prior, so that a replay gives the same run, unless it was fitted on other data.
 
     Args:
         run: Folder of the run.
         prior: Name of the prior.
+        data: Data whose latents it is fitted to, by name or path, in place of the run's own; read as by calibrate.
         device: auto, cpu, cuda or cuda:1.
         json: Print the evaluation as JSON only.
     """
-    report = runs.fit_prior(Path(run), prior, device=device)
+    report = runs.fit_prior(Path(run), prior, data, device=device)
     if json:
-        print(json_module.dumps(report.to_json(), ensure_ascii=False))
+        print(json_module.dumps(report.to_json()))
     else:
         _print_side_by_side(report)
 
@@ -249,7 +258,7 @@ def compare(
     """
     rows = runs.compare([Path(run) for run in folders], paired=paired, device=device)
     if json:
-        print(json_module.dumps(rows, ensure_ascii=False))
+        print(json_module.dumps(rows))
     else:
         _print_comparison(rows)
 

@@ -131,7 +131,7 @@ def run(
     if records:
         studies.report(Path(out))
     if json:
-        print(json_module.dumps(records, ensure_ascii=False))
+        print(json_module.dumps(records))
     elif records:
         _print_summary(Path(out))
         print(f"table: {Path(out) / 'results.parquet'}; report: {Path(out) / 'report.html'}")

@@ -2,7 +2,6 @@
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data.splits import SplitName
@@ -18,64 +17,55 @@ ORDER: tuple[SplitName, ...] = ("test", "validation")
 
 def hold_out(
     parts: dict[SplitName, Store], config: DataConfig, name: str, nouns: tuple[str, str] = ("clips", "video")
-) -> tuple[dict[SplitName, Store], list[str]]:
-    """Hold out the missing splits from the training examples: first test, then validation.
+) -> tuple[dict[SplitName, Numbers], list[str]]:
+    """Choose the missing splits among the training examples: first test, then validation.
 
     Clips are held out by whole videos, and examples of files with several by whole files, if there is at least one for
-    each split. Return the three splits, and the hold-out in words, with ``nouns`` for an example and its file.
+    each split. Return the rows of the training examples that each missing split, and training itself, gets, none where no
+    split is missing; and the hold-out in words, with ``nouns`` for an example and its file.
 
     Raises:
         ValueError: there are too few examples, or a fraction or the seed is out of range.
     """
-    examples = len(parts["train"])
+    train, examples = parts["train"], len(parts["train"])
     missing = [split for split in ORDER if split not in parts]
     if examples <= len(missing):
         raise ValueError(
             f"{name} needs {len(missing) + 1} examples, one for each of train, {', '.join(missing)}, got {examples}; add some"
         )
-    train = parts["train"]
     videos = train.videos.numpy() if isinstance(train, Mapped) and train.videos is not None else None
     number = 0 if videos is None else len(np.unique(videos))
     if videos is not None and number > len(missing):
-        return _hold_out_videos(parts, config, videos, missing, nouns)
+        return _hold_out_videos(config, videos, missing, nouns)
     order = shuffled(examples, config.split_seed)
-    result, words = dict(parts), []
+    rows, words = dict[SplitName, Numbers](), []
     for split in missing:
         count = count_of(split, len(order), config)
-        result[split], order = parts["train"].select(torch.from_numpy(order[:count])), order[count:]
+        rows[split], order = order[:count], order[count:]
         words.append(f"{split}: {count} of {examples} examples at random (seed {config.split_seed})")
-    if missing:
-        result["train"] = parts["train"].select(torch.from_numpy(order))
     if missing and number:
         few = "is only one" if number == 1 else f"are only {number}"
         words.append(f"{nouns[0]} of one {nouns[1]} are in several splits, as there {few}")
-    return _complete(result), words
+    return (rows | {"train": order} if missing else rows), words
 
 
 def _hold_out_videos(
-    parts: dict[SplitName, Store], config: DataConfig, videos: Numbers, missing: list[SplitName], nouns: tuple[str, str]
-) -> tuple[dict[SplitName, Store], list[str]]:
+    config: DataConfig, videos: Numbers, missing: list[SplitName], nouns: tuple[str, str]
+) -> tuple[dict[SplitName, Numbers], list[str]]:
     order = np.unique(videos)[shuffled(len(np.unique(videos)), config.split_seed)]
-    result, words = dict(parts), []
+    rows, words = dict[SplitName, Numbers](), []
 
-    def clips_of(chosen: Numbers) -> Store:
-        rows = np.concatenate([np.flatnonzero(videos == video) for video in chosen])
-        return parts["train"].select(torch.from_numpy(rows))
+    def clips_of(chosen: Numbers) -> Numbers:
+        return np.concatenate([np.flatnonzero(videos == video) for video in chosen])
 
     for later, split in zip(range(len(missing), 0, -1), missing, strict=True):  # leave a video for each later split
         count = min(max(1, round(_fraction(split, config) * len(order))), len(order) - later)
-        result[split], order = clips_of(order[:count]), order[count:]
+        rows[split], order = clips_of(order[:count]), order[count:]
         words.append(
-            f"{split}: {len(result[split])} {nouns[0]}, all from {count} {nouns[1]}{'s' * (count > 1)} at random"
+            f"{split}: {len(rows[split])} {nouns[0]}, all from {count} {nouns[1]}{'s' * (count > 1)} at random"
             f" (seed {config.split_seed})"
         )
-    if missing:
-        result["train"] = clips_of(order)
-    return _complete(result), words
-
-
-def _complete(parts: dict[SplitName, Store]) -> dict[SplitName, Store]:
-    return {"train": parts["train"], "validation": parts["validation"], "test": parts["test"]}
+    return (rows | {"train": clips_of(order)} if missing else rows), words
 
 
 def shuffled(count: int, seed: int) -> Numbers:

@@ -13,18 +13,33 @@ import os
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import cached
 from sigma_vae.data.holdout import hold_out
 from sigma_vae.data.levels import Array, Grid, discrete_columns, encode, find_grid, given_grid, native_levels, real_values
 from sigma_vae.data.scaling import Scaling, standardisation
-from sigma_vae.data.splits import Raw, SplitName, Splits, few, fingerprint
+from sigma_vae.data.splits import SPLITS, Names, Raw, SplitName, Splits, few, fingerprint
 from sigma_vae.data.stores import Encoded, Generated, InMemory, Mapped, Part, Store
 from sigma_vae.registry import register
 
-__all__ = ["Source", "endings", "known", "load", "load_whole", "names", "refuse_unread", "source_of", "splits_from", "store_of"]
+__all__ = [
+    "Source",
+    "Whole",
+    "endings",
+    "known",
+    "load",
+    "load_whole",
+    "names",
+    "refuse_unread",
+    "source_of",
+    "splits_from",
+    "store_of",
+]
 
 COMMON = frozenset({"source", "levels", "levels_from", "standardise", "validation_fraction", "test_fraction", "split_seed"})
 """Options of :class:`~sigma_vae.config.DataConfig` that apply to all data."""
@@ -96,24 +111,26 @@ def _required(config: DataConfig) -> Source:
     return source
 
 
-def load_whole(config: DataConfig, split: SplitName) -> tuple[Store, list[str], bool]:
-    """Read one split of a data set where it has splits, else all of it; nothing is held out.
+class Whole(NamedTuple):
+    """The examples of a source in their order, and their names; ``split`` is None where the source has no splits."""
 
-    Returns:
-        The examples in their order; their names, where they are files, or rows of a table from which others were
-        dropped; and whether they are clips.
+    store: Store
+    names: Names
+    clips: bool
+    split: SplitName | None
+
+
+def load_whole(config: DataConfig, split: SplitName) -> Whole:
+    """Read one split of a data set where it has splits, else all of it; nothing is held out.
 
     Raises:
         ValueError: as for :func:`load`.
         OSError: as for :func:`load`.
     """
-    source = _required(config)
-    raw = source.read(config)
+    raw = _required(config).read(config)
     chosen: SplitName = split if split in raw.parts else "train"
-    part, words = raw.parts[chosen], list[str]()
-    store = store_of(part, raw, chosen, config, words)
-    names = part.names if isinstance(part, Encoded) and len(part.names) == len(store) else raw.names.get(chosen, [])
-    return store, list(names), raw.clips
+    store, names = store_of(raw.parts[chosen], raw, chosen, config, [])
+    return Whole(store, names, raw.clips, chosen if len(raw.parts) > 1 else None)
 
 
 def source_of(config: DataConfig) -> Source | None:
@@ -187,10 +204,16 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
     """
     standardise = _standardise(config, raw)
     words = list(raw.preprocessing)
-    read = {split: _decoded(part, split, config, words) for split, part in raw.parts.items()}
+    decoded = {split: _decoded(part, raw, split, config, words) for split, part in raw.parts.items()}
+    read = {split: part for split, (part, _) in decoded.items()}
+    names = {split: each for split, (_, each) in decoded.items()}
     grid = None if standardise else _grid(raw, read, config, words)
     stored = {split: _store(part, grid, standardise, f"{raw.name} ({split})") for split, part in read.items()}
-    parts, held_out = hold_out(stored, config, raw.name, ("clips", "video") if raw.clips else ("examples", "file"))
+    nouns = ("clips", "video") if raw.clips else ("examples", "file")
+    rows, held_out = hold_out(stored, config, raw.name, nouns)
+    parts = stored | {split: stored["train"].select(torch.from_numpy(chosen)) for split, chosen in rows.items()}
+    parts = {split: parts[split] for split in SPLITS}
+    names |= {split: names["train"][chosen] for split, chosen in rows.items()}
     scaling = standardisation(parts["train"], raw.name, raw.columns) if standardise else Scaling(grid and grid.levels)
     words += [*(_discrete(read["train"], raw.columns) if grid is None else []), _stored_as(scaling), *held_out]
     record = {
@@ -201,20 +224,20 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
         "fingerprint": fingerprint(parts),
         **({"columns": list(raw.columns)} if raw.columns else {}),
     }
-    return Splits(raw.name, parts["train"], parts["validation"], parts["test"], scaling, record, raw.clips)
+    return Splits(raw.name, parts["train"], parts["validation"], parts["test"], scaling, record, raw.clips, names)
 
 
-def store_of(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: list[str]) -> Store:
-    """Check one split's values and bring them into stored form; ``words`` gets what had to be left out.
+def store_of(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: list[str]) -> tuple[Store, Names]:
+    """Check one split's values and bring them into stored form, with their names; ``words`` gets what had to be left out.
 
     Raises:
         ValueError: values contradict the config.
         OSError: decoded copies cannot be written.
     """
-    read = _decoded(part, split, config, words)
+    read, names = _decoded(part, raw, split, config, words)
     standardise = _standardise(config, raw)
     grid = None if standardise else _grid(raw, {split: read}, config, words)
-    return _store(read, grid, standardise, f"{raw.name} ({split})")
+    return _store(read, grid, standardise, f"{raw.name} ({split})"), names
 
 
 Read = Array | Mapped | Generated
@@ -231,15 +254,16 @@ def _discrete(train: Read, columns: Sequence[str]) -> list[str]:
     return [f"discrete columns: {few(names)} ({why}; {remedy})"] if found else []
 
 
-def _decoded(part: Part, split: SplitName, config: DataConfig, words: list[str]) -> Read:
-    """Decode examples that are still encoded, into the cache."""
+def _decoded(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: list[str]) -> tuple[Read, Names]:
+    """Decode examples that are still encoded, into the cache; also name them."""
     if not isinstance(part, Encoded):
-        return part
+        return part, raw.names.get(split, np.arange(len(part)))
     mapped, skipped = cached(part, None if config.cache is None else Path(config.cache).expanduser())
     if skipped:
         total = len(mapped) + len(skipped)
         words.append(f"{split}: left out {len(skipped)} of {total} as unreadable ({', '.join(skipped[:5])})")
-    return mapped
+    left_out = set(skipped)
+    return mapped, np.array([name for name in part.names if name not in left_out], dtype=object)
 
 
 def _grid(raw: Raw, read: Mapping[SplitName, Read], config: DataConfig, words: list[str]) -> Grid | None:

@@ -179,7 +179,7 @@ def as_batches(
     else:
         raw = _raw(data, config, known)
         chosen: SplitName = split if split in raw.parts else "train"
-        store, clips = store_of(raw.parts[chosen], raw, chosen, config, []), raw.clips
+        store, clips = store_of(raw.parts[chosen], raw, chosen, config, [])[0], raw.clips
     if known is not None:
         _check_shape(store, clips, known, config.source)
     return Batches(store, scaling, batch_size)
@@ -248,6 +248,7 @@ def _raw(data: object, config: DataConfig, like: Splits | None = None) -> Raw:
     if all(frames):
         chosen = replace(config, columns=config.columns or (tuple(like.record.get("columns", ())) if like else ()))
         raw = from_frames({split: one.values for split, one in found.items()}, chosen, labels)
+        raw = replace(raw, names={split: one.values.index.to_numpy() for split, one in found.items()})
     else:
         raw = _from_arrays(found, config, like)
     files = [{"object": f"{type(part).__module__}.{type(part).__qualname__}", "split": split} for split, part in parts.items()]

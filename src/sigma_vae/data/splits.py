@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,10 +15,12 @@ from sigma_vae.data.batches import Batches
 from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.stores import Part, Store
 
-__all__ = ["SPLITS", "SPLIT_WORDS", "Raw", "SplitName", "Splits", "clip_lengths", "counted", "few", "fingerprint"]
+__all__ = ["SPLITS", "SPLIT_WORDS", "Names", "Raw", "SplitName", "Splits", "clip_lengths", "counted", "few", "fingerprint"]
 
 
 SplitName = Literal["train", "validation", "test"]
+Names = npt.NDArray[Any]
+"""Names of examples ``(examples,)``: words or numbers."""
 
 SPLIT_WORDS: Mapping[str, SplitName] = {
     "train": "train",
@@ -52,6 +56,8 @@ class Splits:
     """Origin of the data: source, files, counts, preprocessing in words, fingerprint; plain values, for JSON."""
     clips: bool = False
     """Whether an example is a clip ``(T, C, *space)``; all clips of one split have one length."""
+    names: Mapping[SplitName, Names] = field(default_factory=dict)
+    """Names of a split's examples, in order: files, the index of a data frame, or numbers from 0 in the source."""
     _on_device: dict[tuple[SplitName, torch.device], Store] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +66,8 @@ class Splits:
             raise ValueError(f"{self.name}: examples of all splits need one shape, got {shapes}")
         if empty := [name for name, shape in shapes.items() if 0 in shape]:
             raise ValueError(f"{self.name}: every split needs an example, got none in {', '.join(empty)} ({shapes})")
+        numbers = {name: np.arange(len(store)) for name, store in self._parts.items()}
+        object.__setattr__(self, "names", numbers | dict(self.names))
 
     @property
     def _parts(self) -> dict[SplitName, Store]:
@@ -142,8 +150,8 @@ class Raw:
     """Whether real values are standardised by default: yes for tables, whose columns have units of their own."""
     columns: tuple[str, ...] = ()
     """Names of a table's columns, in order."""
-    names: Mapping[SplitName, Sequence[str]] = field(default_factory=dict)
-    """Names of the examples of each split, where their positions in the array do not tell which they are."""
+    names: Mapping[SplitName, Names] = field(default_factory=dict)
+    """Names of the examples, where they have other ones than files and numbers."""
 
 
 def fingerprint(parts: dict[SplitName, Store]) -> str:

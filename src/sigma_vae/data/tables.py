@@ -114,8 +114,8 @@ def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, 
         *dropped,
         *(word for split, frame in frames.items() if (word := _summed(frame, left_out, split))),
     ]
-    kept = {split: [f"row {row + 1}" for row in frame.index] for split, frame in whole.items()} if dropped else {}
-    return Raw(config.source, parts, preprocessing=words, standardise=True, columns=tuple(columns), names=kept)
+    rows = {split: frame.index.to_numpy() for split, frame in whole.items()}  # some may be left out
+    return Raw(config.source, parts, preprocessing=words, standardise=True, columns=tuple(columns), names=rows)
 
 
 def _all_converted(

@@ -55,13 +55,17 @@ CHUNK = 2**21
 
 @dataclass(frozen=True, eq=False)
 class LogSumExp(Record):
-    """Both parts, bracketed with the mean over all latents, or over all others, as q(z); it saturates at log N."""
+    """Both parts, bracketed with the mean over all latents, or over all others, as q(z); it saturates at log N.
+
+    All four are bounds in expectation; their standard errors are over examples.
+    """
 
     log_n_nats: float
     mutual_information_at_least_nats: float
     mutual_information_at_most_nats: float
     marginal_kl_at_least_nats: float
     marginal_kl_at_most_nats: float
+    standard_errors: dict[str, float | None] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,7 +74,8 @@ class Information(Record):
 
     ``marginal_kl_at_least_nats`` is the largest of its two bounds and of 0, and ``mutual_information_at_most_nats`` the
     rest of the mean KL. The two bounds are ``marginal_kl_moments_nats`` (None where the prior is not N(0, I)) and
-    ``marginal_kl_held_out_nats`` (None where there are too few training latents).
+    ``marginal_kl_held_out_nats`` (None where there are too few training latents). They are estimates: bounds in
+    expectation over test examples, with standard errors.
     """
 
     examples: int
@@ -83,6 +88,8 @@ class Information(Record):
     marginal_kl_moments_nats: float | None
     marginal_kl_held_out_nats: Estimate | None
     log_sum_exp: LogSumExp
+    standard_errors: dict[str, float | None] | None = None
+    """Of the numbers that are no :class:`Estimate`, by their names; of a bound of 0, None."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -118,8 +125,12 @@ class InformationMetric(Metric):
         return information(vae, data.held_out, data.training or data.held_out, settings.seed)
 
     def rows(self, result: Information | LayerInformation) -> Iterator[Row]:
-        """All estimates and single numbers."""
-        yield from number_rows(result)
+        """All estimates and single numbers; of a bound, the words say how it holds."""
+        errors = result.get("standard_errors") or {}
+        for row in number_rows(result):
+            words = " (in expectation)" if "_at_" in row.name else ""
+            error = errors.get(row.name)
+            yield Row(row.name + words, row.value, row.standard_error if error is None else f"{error:.4f}")
 
 
 def _lacks_latents(vae: VAE) -> str:
@@ -168,26 +179,38 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
     if len(whole.z) < 2:
         raise ValueError("information is about the spread of latents and needs at least two test examples, got one")
     latents = _Latents(*(values[spaced(len(whole.z), MOST_LATENTS)] for values in whole))
-    mean_kl = float(latents.kl.mean())
     n = len(training.store)
     few = training if n <= MOST_TRAINING_LATENTS else part(training, spaced(n, MOST_TRAINING_LATENTS))
     fitted_to = _latents(vae, few, seed + SEED_OFFSET)
     held_out = _held_out(latents, fitted_to.z, seed)
     standard = vae.network.has_prior and vae.network.prior.is_standard
     moments = _moment_bound(latents, fitted_to) if standard else None
-    marginal = max(0.0, -math.inf if moments is None else moments, -math.inf if held_out is None else held_out.mean)
+    bounds = [torch.zeros_like(latents.kl), *(bound for bound in (moments, held_out) if bound is not None)]
+    marginal = max(bounds, key=lambda bound: float(bound.mean()))
+    numbers = {"marginal_kl_at_least_nats": marginal, "mutual_information_at_most_nats": latents.kl - marginal}
+    numbers |= {} if moments is None else {"marginal_kl_moments_nats": moments}
+    means, errors = _means(numbers)
     return Information(
         examples=len(latents.z),
         noise_seed=seed,
         latent_dim=latents.z.shape[1],
         active_units=_active(whole.mean),
         mean_kl_nats=Estimate.of(latents.kl),
-        marginal_kl_at_least_nats=marginal,
-        mutual_information_at_most_nats=mean_kl - marginal,
-        marginal_kl_moments_nats=moments,
-        marginal_kl_held_out_nats=held_out,
-        log_sum_exp=_bracket(latents, mean_kl),
+        marginal_kl_at_least_nats=means["marginal_kl_at_least_nats"],
+        mutual_information_at_most_nats=means["mutual_information_at_most_nats"],
+        marginal_kl_moments_nats=means.get("marginal_kl_moments_nats"),
+        marginal_kl_held_out_nats=None if held_out is None else Estimate.of(held_out),
+        log_sum_exp=_bracket(latents),
+        standard_errors=errors,
     )
+
+
+def _means(numbers: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Means over examples, and their standard errors; None for a number that is the same for all examples."""
+    found = {name: Estimate.of(values) for name, values in numbers.items()}
+    return {name: each.mean for name, each in found.items()}, {
+        name: each.standard_error or None for name, each in found.items()
+    }
 
 
 def active_units(vae: VAE, batches: Batches) -> int:
@@ -227,13 +250,16 @@ def _kl_and_log_prior(vae: VAE, batch: Batch, posterior: Normal, unit: Tensor, z
     return inference.kl.sum(-1), inference.log_ratio + log_q.flatten(1).sum(-1)
 
 
-def _bracket(latents: _Latents, mean_kl: float) -> LogSumExp:
+def _bracket(latents: _Latents) -> LogSumExp:
     """Both parts with the mean over all latents, or over all others, in place of q(z)."""
     own, others = _log_densities(latents)
     n = len(own)
-    at_least = float((own - torch.logaddexp(own, others) + math.log(n)).mean())
-    at_most = float((own - others + math.log(n - 1)).mean())
-    return LogSumExp(math.log(n), at_least, at_most, mean_kl - at_most, mean_kl - at_least)
+    at_least = own - torch.logaddexp(own, others) + math.log(n)
+    at_most = own - others + math.log(n - 1)
+    numbers = {"mutual_information_at_least_nats": at_least, "mutual_information_at_most_nats": at_most}
+    numbers |= {"marginal_kl_at_least_nats": latents.kl - at_most, "marginal_kl_at_most_nats": latents.kl - at_least}
+    means, errors = _means(numbers)
+    return LogSumExp(math.log(n), **means, standard_errors=errors)
 
 
 def _log_densities(latents: _Latents) -> tuple[Tensor, Tensor]:
@@ -256,30 +282,28 @@ def _log_densities(latents: _Latents) -> tuple[Tensor, Tensor]:
     return own, torch.cat(others)
 
 
-def _moment_bound(latents: _Latents, training: _Latents) -> float:
-    """E log g(z) − log N(z; 0, I) over the test posteriors; g has the moments of the mixture of training posteriors."""
+def _moment_bound(latents: _Latents, training: _Latents) -> Tensor:
+    """E log g(z) − log N(z; 0, I) over each test posterior; g has the moments of the mixture of training posteriors."""
     mean = training.mean.mean(0)
-    covariance = _second_moment(training, mean)
-    quadratic = torch.linalg.solve(covariance, _second_moment(latents, mean)).trace()
-    under_prior = _second_moment(latents, torch.zeros_like(mean)).trace()
-    return float(0.5 * (under_prior - quadratic - torch.linalg.slogdet(covariance).logabsdet))
+    centered = training.mean - mean
+    covariance = centered.T @ centered / len(centered) + torch.diag(training.std.square().mean(0))
+    precision = torch.linalg.inv(covariance)
+    variance, away = latents.std.square(), latents.mean - mean
+    quadratic = ((away @ precision) * away).sum(1) + variance @ precision.diagonal()
+    under_prior = (latents.mean.square() + variance).sum(1)
+    log_ratio: Tensor = under_prior - quadratic - torch.linalg.slogdet(covariance).logabsdet
+    return 0.5 * log_ratio
 
 
-def _second_moment(latents: _Latents, center: Tensor) -> Tensor:
-    """Second moment of the mixture of all posteriors about a point, ``(latent_dim, latent_dim)``."""
-    centered = latents.mean - center
-    return centered.T @ centered / len(centered) + torch.diag(latents.std.square().mean(0))
-
-
-def _held_out(latents: _Latents, training: Tensor, seed: int) -> Estimate | None:
-    """Mean of log h(z) − log p(z) over test latents, h a mixture fitted to training latents; None if they are few."""
+def _held_out(latents: _Latents, training: Tensor, seed: int) -> Tensor | None:
+    """Compute log h(z) − log p(z) of each test latent; h is a mixture fitted to training latents; None if they are few."""
     latent_dim = training.shape[1]
     components = min(COMPONENTS, len(training) // (latent_dim + 1))
     if components < 1:
         return None
     density = MixturePrior(latent_dim, components).double()
     density.fit(training, seed=seed)
-    return Estimate.of(density.log_prob(latents.z) - latents.log_prior)
+    return density.log_prob(latents.z) - latents.log_prior
 
 
 def _of_layers(vae: VAE, test: Batches, seed: int) -> LayerInformation:

@@ -18,7 +18,10 @@ from sigma_vae.vae import VAE, Scores
 
 __all__ = ["ABOUT", "Evaluation", "calibrate", "chosen", "columns", "evaluate", "evaluation_data", "measure", "score"]
 
-ABOUT = ("data", "split", "network", "likelihood", "context_frames", "prior", "prior_held_out_nats", "sigma_fitted_on", "how")
+ABOUT = (
+    *("data", "split", "network", "likelihood", "context_frames"),
+    *("prior", "prior_held_out_nats", "prior_fitted_on", "sigma_fitted_on", "how"),
+)
 """Keys of ``evaluation.json`` that say which run, data and versions it is about."""
 
 

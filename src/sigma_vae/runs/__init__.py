@@ -1,8 +1,8 @@
 """A run folder: trained into, resumed, opened, evaluated."""
 
 from sigma_vae.runs.compare import compare
-from sigma_vae.runs.evaluate import evaluate_run
-from sigma_vae.runs.folder import Run, evaluation_batch, new_data, open_model, open_run
+from sigma_vae.runs.evaluate import evaluate_run, evaluation_file
+from sigma_vae.runs.folder import Run, evaluation_batch, new_data, open_model, open_run, word_of
 from sigma_vae.runs.refit import calibrate_run, fit_prior
 from sigma_vae.runs.train import has_checkpoint, rerun, resume, train
 
@@ -12,6 +12,7 @@ __all__ = [
     "compare",
     "evaluate_run",
     "evaluation_batch",
+    "evaluation_file",
     "fit_prior",
     "has_checkpoint",
     "new_data",
@@ -20,4 +21,5 @@ __all__ = [
     "rerun",
     "resume",
     "train",
+    "word_of",
 ]

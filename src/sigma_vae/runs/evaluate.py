@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from sigma_vae import __version__, models
-from sigma_vae.config import EvaluationSettings
+from sigma_vae.config import EvaluationSettings, ModelConfig
 from sigma_vae.data import Splits
-from sigma_vae.data.splits import SplitName
 from sigma_vae.evaluation import Evaluation, EvaluationData
 from sigma_vae.evaluation.base import metrics
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
@@ -22,9 +21,12 @@ from sigma_vae.runs.folder import (
     evaluation_batch,
     lock_run,
     model_digest,
+    new_data,
+    open_model,
     open_run,
     read_json,
     sigma_fitted_on,
+    word_of,
     write_json,
 )
 from sigma_vae.training import resolve_device
@@ -36,6 +38,7 @@ __all__ = [
     "evaluate_anew",
     "evaluate_run",
     "evaluation",
+    "evaluation_file",
     "priors_of",
     "read_evaluation",
     "remove_stale_pages",
@@ -45,6 +48,8 @@ __all__ = [
 
 BOUNDS_ALONE = EvaluationSettings(metrics=())
 PICTURES = 64
+ALL = "all"
+"""Split of examples that are in none."""
 CLIPS = 8
 """Clips in a picture, one per row."""
 
@@ -52,6 +57,7 @@ CLIPS = 8
 def evaluate_run(
     out: Path,
     settings: EvaluationSettings = EvaluationSettings(),  # noqa: B008 (frozen)
+    data: str | None = None,
     *,
     device: str = "auto",
 ) -> Evaluation:
@@ -61,28 +67,44 @@ def evaluate_run(
     as long as they are about the same weights. Under ``torchrun`` the processes share the work; some metrics
     (``quality``, ``predictions``) are measured by the first one, while the others wait.
 
+    With other ``data``, a name or a path, these are read and scaled like the run's own, which are not needed. All of
+    them are measured where they have no splits, and the results are written aside (:func:`evaluation_file`).
+
     Raises:
         ValueError: there is no such run, a metric does not apply to it, or another process is working in its folder.
         OSError: the folder cannot be written.
     """
     with joined(resolve_device(device)), lock_run(out):
-        return evaluate_anew(out, settings, device)
+        return evaluate_anew(out, settings, device) if data is None else _evaluate_new(out, settings, data, device)
 
 
-def evaluate_anew(
-    out: Path, settings: EvaluationSettings, device: str, priors: Mapping[str, float] | None = None
-) -> Evaluation:
-    """Do what :func:`evaluate_run` does, where the folder is already locked; ``priors`` as in :func:`evaluation`."""
+def evaluate_anew(out: Path, settings: EvaluationSettings, device: str, about: Mapping[str, Any] | None = None) -> Evaluation:
+    """Do what :func:`evaluate_run` does, where the folder is already locked; ``about`` is added to the report."""
     run = open_run(out, device)
-    report = evaluation(out, run, settings, priors)
-    return from_first(lambda: _store_with_pages(out, report, run.data.name))
+    report = evaluation(out, run, settings)
+    report.about.update(about or {})
+    return from_first(lambda: _store_with_pages(out, report, run.data.name, settings.split))
 
 
-def _store_with_pages(out: Path, report: Evaluation, title: str) -> Evaluation:
+def _evaluate_new(out: Path, settings: EvaluationSettings, source: str, device: str) -> Evaluation:
+    saved = open_model(out, device)
+    new = new_data(out, saved, source, settings.split)
+    about = _about(out, saved.config, saved.vae, source, new.split or ALL)
+    about["how"] |= {"data_fingerprint": new.batches.store.fingerprint()}
+    report = _measured(saved.vae, EvaluationData(new.batches), settings, about)
+    return from_first(lambda: _store_with_pages(out, report, source, word_of(source)))
+
+
+def evaluation_file(out: Path, data: str) -> Path:
+    """The file with the evaluation on other data: ``evaluation-NAME.json``."""
+    return _file(out, "evaluation", ".json", word_of(data))
+
+
+def _store_with_pages(out: Path, report: Evaluation, title: str, word: str) -> Evaluation:
     for name, metric in metrics().items():
         if metric.draws_page and name in report.results:
-            metric.draw_page(report.results[name], _file(out, name, ".png", report.about["split"]), title)
-    return store(out, report)
+            metric.draw_page(report.results[name], _file(out, name, ".png", word), title)
+    return store(out, report, word)
 
 
 def evaluation(
@@ -95,15 +117,19 @@ def evaluation(
     config, vae, data = run
     size = evaluation_batch(data)
     held_out, training = (shared(data, split, size, vae.device) for split in (settings.split, "train"))
-    examples = EvaluationData(held_out, training, data)
-    vae.eval()
-    wanted = chosen(vae, examples, settings)
-    about: dict[str, Any] = {
-        "data": config.data.source,
-        "split": settings.split,
-        "network": config.model.network,
-        "likelihood": config.model.likelihood,
+    about = _about(out, config.model, vae, config.data.source, settings.split, priors)
+    about["how"] |= {
+        "data_fingerprint": data.record["fingerprint"],
+        "split_fingerprint": data.store(settings.split).fingerprint(),
+        "preprocessing": data.record["preprocessing"],
     }
+    return _measured(vae, EvaluationData(held_out, training, data), settings, about)
+
+
+def _about(
+    out: Path, model: ModelConfig, vae: VAE, source: str, split: str, priors: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    about: dict[str, Any] = {"data": source, "split": split, "network": model.network, "likelihood": model.likelihood}
     if vae.network.reads_clips:
         about["context_frames"] = vae.network.context_frames
     if vae.network.has_prior:
@@ -113,67 +139,66 @@ def evaluation(
     fitted = sigma_fitted_on(out)
     if fitted is not None:
         about[SIGMA_FITTED_ON] = fitted
-    about["how"] = {
-        "sigma_vae": __version__,
-        "torch": torch.__version__,
-        "model_sha256": model_digest(out),
-        "data_fingerprint": data.record["fingerprint"],
-        "split_fingerprint": data.store(settings.split).fingerprint(),
-        "preprocessing": data.record["preprocessing"],
-    }
-    return Evaluation(measure(vae, examples, settings, wanted, from_first), about)
+    about["how"] = {"sigma_vae": __version__, "torch": torch.__version__, "model_sha256": model_digest(out)}
+    return about
 
 
-def store(out: Path, report: Evaluation) -> Evaluation:
-    """Write the report, with the sections that are kept, and return the whole."""
-    report = with_kept(out, report)
-    write_json(_file(out, "evaluation", ".json", report.about["split"]), report.to_json())
-    remove_stale_pages(out, report)
+def _measured(vae: VAE, examples: EvaluationData, settings: EvaluationSettings, about: dict[str, Any]) -> Evaluation:
+    vae.eval()
+    return Evaluation(measure(vae, examples, settings, chosen(vae, examples, settings), from_first), about)
+
+
+def store(out: Path, report: Evaluation, word: str = "test") -> Evaluation:
+    """Write the report, with the sections that are kept, and return the whole; ``word`` tells its files from others."""
+    report = with_kept(out, report, word)
+    write_json(_file(out, "evaluation", ".json", word), report.to_json())
+    remove_stale_pages(out, report, word)
     return report
 
 
-def with_kept(out: Path, report: Evaluation) -> Evaluation:
+def with_kept(out: Path, report: Evaluation, word: str = "test") -> Evaluation:
     """Add the sections that the folder's report has beside bounds of the same weights, data and versions."""
     try:
-        known = read_evaluation(out, report.about["split"])
+        known = read_evaluation(out, word)
     except ValueError:  # there is none, or it is broken
         return report
     if known.about.get("how") != report.about["how"]:
         return report
-    priors = {key: known.about[key] for key in ("prior_held_out_nats",) if key in known.about}
+    priors = {key: known.about[key] for key in ("prior_held_out_nats", "prior_fitted_on") if key in known.about}
     return Evaluation(known.sections, priors | report.about).updated(report.results)
 
 
-def priors_of(out: Path) -> dict[str, float]:
-    """What the folder's report says that :meth:`VAE.fit_prior` found."""
+def priors_of(out: Path) -> dict[str, Any]:
+    """What the folder's report says of the fit of the prior."""
     try:
-        return dict(read_evaluation(out).about.get("prior_held_out_nats", {}))
+        about = read_evaluation(out).about
     except ValueError:  # there is none, or it is broken
         return {}
+    return {key: about[key] for key in ("prior_held_out_nats", "prior_fitted_on") if key in about}
 
 
-def remove_stale_pages(out: Path, report: Evaluation) -> None:
+def remove_stale_pages(out: Path, report: Evaluation, word: str = "test") -> None:
     """Remove pages of results that the report does not have: they are about other weights."""
     for name, metric in metrics().items():
         if metric.draws_page and name not in report.results:
-            _file(out, name, ".png", report.about["split"]).unlink(missing_ok=True)
+            _file(out, name, ".png", word).unlink(missing_ok=True)
 
 
-def read_evaluation(out: Path, split: SplitName = "test") -> Evaluation:
-    """Read the report of a run.
+def read_evaluation(out: Path, word: str = "test") -> Evaluation:
+    """Read the report of a run: on its test or validation split, or on other data by their word.
 
     Raises:
         ValueError: it is missing or broken.
     """
-    path = _file(out, "evaluation", ".json", split)
+    path = _file(out, "evaluation", ".json", word)
     try:
         return Evaluation.from_json(read_json(path))
     except ValueError as error:
         raise ValueError(f"{path} does not hold what an evaluation writes ({error}); evaluate the run anew") from error
 
 
-def _file(out: Path, name: str, ending: str, split: SplitName) -> Path:
-    return out / (name + ("" if split == "test" else f"-{split}") + ending)
+def _file(out: Path, name: str, ending: str, word: str) -> Path:
+    return out / (name + ("" if word == "test" else f"-{word}") + ending)
 
 
 def draw(out: Path, vae: VAE, data: Splits) -> None:

@@ -2,43 +2,53 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+
 from sigma_vae import models
 from sigma_vae.config import DataConfig, RunConfig, read, read_text, write_whole
-from sigma_vae.data import Batches, Splits, names
-from sigma_vae.data.load import load_whole
-from sigma_vae.data.splits import SplitName
-from sigma_vae.evaluation.base import EVALUATION_BATCH, evaluation_batch
+from sigma_vae.data import Batches, Scaling, Splits, names
+from sigma_vae.data.load import Whole, load_whole
+from sigma_vae.data.splits import SPLITS, Names, SplitName, fingerprint
+from sigma_vae.evaluation.base import evaluation_batch
 from sigma_vae.training import resolve_device
 from sigma_vae.training.checkpoints import exclusive, with_remedy
-from sigma_vae.training.distributed import first_of_node_first
+from sigma_vae.training.distributed import first_of_node_first, shared
 from sigma_vae.vae import VAE
 
 __all__ = [
     "SIGMA_FITTED_ON",
+    "NewData",
     "Run",
     "config_of",
     "data_of",
     "evaluation_batch",
+    "fitted_on",
     "lock_run",
     "model_digest",
+    "new_config",
     "new_data",
     "open_model",
     "open_run",
     "read_json",
     "save_refitted",
     "sigma_fitted_on",
-    "sigma_record",
+    "word_of",
     "write_json",
+    "write_splits",
 ]
 
 SIGMA_FITTED_ON = "sigma_fitted_on"
 """Key of the record, in reports and in the file of the weights."""
+SPLITS_BYTES = 2**26
+"""Largest ``splits.json``: what :func:`read_json` reads."""
 
 
 class Run(NamedTuple):
@@ -93,9 +103,11 @@ def data_of(out: Path, config: RunConfig) -> Splits:
         with first_of_node_first():
             data = models.data(config.data)
     except ValueError as error:
-        if (moved := _moved(out, config.data)) is None:
-            raise
-        raise moved from error
+        if (moved := _moved(out, config.data)) is not None:
+            raise moved from error
+        if config.data.source in names():
+            raise ValueError(f"{error} (for this run: as `root` in the data section of {out / 'config.yaml'})") from error
+        raise
     record = read_json(out / "environment.json").get("data")
     known = record if isinstance(record, dict) else {}
     if not _same(known, data.record):
@@ -118,54 +130,117 @@ def _same(record: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _moved(out: Path, config: DataConfig) -> ValueError | None:
-    """The error of data whose path is gone, which says how to go on; None if it is not."""
-    is_path = config.source not in names() and not config.source.startswith("hub:")
-    if not is_path or config.path.exists() or any(sign in config.source for sign in "*?["):
+    """The error of data whose place is gone, which says how to go on; None if it is not."""
+    root = None if config.root is None else Path(config.root).expanduser()
+    if root is not None and not root.exists():
+        key, place = "root", root
+    elif config.source in names() or config.source.startswith("hub:") or _there(config.path):
         return None
+    else:
+        key, place = "source", config.path
     return ValueError(
-        f"the data of {out} are no longer at {config.path}; put them back, or write their new place as `source` into"
-        f" {out / 'config.yaml'}. score, encode and reconstruct take other data: --data PATH"
+        f"the data of {out} are no longer at {place}; put them back, or write their new place as `{key}` into"
+        f" {out / 'config.yaml'}. evaluate, score, encode, reconstruct and predict take other data: --data PATH"
     )
 
 
-def new_data(out: Path, saved: models.Saved, source: str, split: SplitName) -> tuple[Batches, list[str]]:
+def _there(path: Path) -> bool:
+    """Whether there is such a file or folder, or files of such a pattern."""
+    return path.exists() or (path.parent.is_dir() and any(path.parent.glob(path.name)))
+
+
+class NewData(NamedTuple):
+    """Other data for a run's model."""
+
+    batches: Batches
+    names: Names
+    """Names of the examples: files, or numbers from 0."""
+    split: SplitName | None
+    """The split that they are, where their source has splits."""
+    splits: Names | None
+    """The run's split of each example, empty for a new one; None if the run's own data are not among them."""
+
+
+def new_data(out: Path, saved: models.Saved, source: str, split: SplitName) -> NewData:
     """Read other data for a run's model: with the options, columns, levels and standardisation of the run's own data.
 
     Nothing is held out: of data without splits, all examples are taken, in their order. The run's own data are not
-    needed.
-
-    Returns:
-        The examples on the model's device, and their names where they are files.
+    needed. Of several processes, each gets its share of every batch.
 
     Raises:
         ValueError: the data cannot be read in this way, or have another shape.
+    """
+    with first_of_node_first():
+        found = load_whole(new_config(out, saved.scaling, source), split)
+    store = found.store
+    shape = store.shape[1:] if found.clips else store.shape
+    if (shape, found.clips) != (saved.shape, saved.vae.network.reads_clips):
+        raise ValueError(
+            f"{source} has examples of shape {shape}, the model of {out} was trained on {saved.shape}; cut or resize them"
+        )
+    alone = Splits(source, store, store, store, saved.scaling, {}, found.clips)
+    batches = shared(alone, split, evaluation_batch(alone), saved.vae.device)
+    return NewData(batches, found.names, found.split, None if found.split else _splits_of(out, found))
+
+
+def word_of(source: str) -> str:
+    """A word for the files written of other data: the name of their file or set, other than those of the splits.
+
+    >>> word_of("images/new.npy"), word_of("test.csv"), word_of("a/*.png")
+    ('new', 'data-test', 'data')
+    """
+    word = re.sub(r"[^\w.-]+", "-", Path(source).stem).strip("-.")
+    return word if word and word not in SPLITS else f"data-{word}".strip("-")
+
+
+def new_config(out: Path, scaling: Scaling, source: str) -> DataConfig:
+    """How to read other data for a run's model: as its own data, with the levels or the standardisation of the model.
+
+    Raises:
+        ValueError: the run does not say the columns of its data.
     """
     own = config_of(out).data
     record = read_json(out / "environment.json").get("data")
     known = record.get("columns", []) if isinstance(record, dict) else None
     if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
         raise ValueError(f"{out / 'environment.json'} does not say the columns of the run's data, got {known!r}")
-    columns = tuple(known) if own.layout != "n-t" else own.columns
-    real = saved.scaling.levels is None
-    config = replace(
+    named = source in names()
+    return replace(
         own,
-        source=source if source in names() or not Path(source).exists() else str(Path(source).resolve()),
-        root=None,
-        columns=columns,
+        source=source if named or not Path(source).exists() else str(Path(source).resolve()),
+        root=own.root if named and source == own.source else None,
+        columns=tuple(known) if own.layout != "n-t" else own.columns,
         exclude=(),
-        levels=None if source in names() else saved.scaling.levels,
-        levels_from="dtype" if real else own.levels_from,
-        standardise="yes" if saved.scaling.standardised else "no",
+        levels=None if named else scaling.levels,
+        levels_from="dtype" if scaling.levels is None else own.levels_from,
+        standardise="yes" if scaling.standardised else "no",
     )
-    store, labels, clips = load_whole(config, split)
-    shape = store.shape[1:] if clips else store.shape
-    if (shape, clips) != (saved.shape, saved.vae.network.reads_clips):
-        raise ValueError(
-            f"{source} has examples of shape {shape}, the model of {out} was trained on {saved.shape}; cut or resize them"
-        )
-    frames = store.shape[0] if clips else 1
-    size = max(1, EVALUATION_BATCH // frames)
-    return Batches(store.to(saved.vae.device), saved.scaling, size), labels
+
+
+def write_splits(out: Path, data: Splits) -> None:
+    """Keep which examples are in which split, by their names; not of many millions, which ``split_seed`` tells as well."""
+    content = json.dumps({split: data.names[split].tolist() for split in SPLITS}, ensure_ascii=False)
+    if len(content) <= SPLITS_BYTES:
+        write_whole(out / "splits.json", content + "\n")
+
+
+def _splits_of(out: Path, found: Whole) -> Names | None:
+    """The run's split of each example, empty for a new one; None if its own are not among them, or it does not know."""
+    if not (out / "splits.json").exists():
+        return None
+    kept, record = read_json(out / "splits.json"), read_json(out / "environment.json").get("data")
+    rows = {name: row for row, name in enumerate(found.names.tolist())}
+    try:
+        chosen = {split: np.array([rows[name] for name in kept[split]], dtype=np.int64) for split in SPLITS}
+    except (KeyError, TypeError):  # other examples
+        return None
+    parts = {split: found.store.select(torch.from_numpy(each)) for split, each in chosen.items()}
+    if not isinstance(record, dict) or record.get("fingerprint") != fingerprint(parts):
+        return None
+    each = np.full(len(found.store), "", dtype=object)
+    for split, numbers in chosen.items():
+        each[numbers] = split
+    return each
 
 
 def model_digest(out: Path) -> str:
@@ -185,14 +260,13 @@ def save_refitted(out: Path, vae: VAE, record: dict[str, Any]) -> None:
     write_whole(out / "model" / "model.safetensors", save(state, metadata=metadata))
 
 
-def sigma_record(data: Splits, split: SplitName, seed: int = 0) -> dict[str, Any]:
-    """The record of a σ that was fitted on a split of these data."""
+def fitted_on(data: Splits, split: SplitName) -> dict[str, Any]:
+    """What a report says of the data that something was fitted on."""
     return {
         "data": data.record["source"],
         "split": split,
         "examples": len(data.store(split)),
         "fingerprint": data.record["fingerprint"],
-        "noise_seed": seed,
     }
 
 

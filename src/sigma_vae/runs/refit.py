@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sigma_vae import models
-from sigma_vae.config import DataConfig, EvaluationSettings, RunConfig, read, write
-from sigma_vae.data import Splits, names
+from sigma_vae.config import EvaluationSettings, RunConfig, check_seed, read, write
+from sigma_vae.data import Splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.elbo import has_fitted_prior, refitted_scales
@@ -18,12 +18,13 @@ from sigma_vae.runs.folder import (
     SIGMA_FITTED_ON,
     Run,
     evaluation_batch,
+    fitted_on,
     lock_run,
+    new_config,
     open_model,
     open_run,
     save_refitted,
     sigma_fitted_on,
-    sigma_record,
     write_json,
 )
 from sigma_vae.training import resolve_device
@@ -65,6 +66,7 @@ def calibrate_run(
             writing into its folder.
         OSError: the folder cannot be written.
     """
+    check_seed(seed)
     with joined(resolve_device(device)), lock_run(out):
         return _calibrate(out, data, split, device, seed)
 
@@ -76,11 +78,11 @@ def _calibrate(out: Path, data: str | None, split: SplitName, device: str, seed:
         raise ValueError(
             f"{likelihood} of {out} has no σ to fit: its uncertainty is in the decoder's features alone; calibrate a family with a scale"
         )
-    fitting = run.data if data is None else _fitting(_config(data, run), run)
+    fitting = _fitting(out, run, data)
     before = _sigma(likelihood)
     run.vae.calibrate(shared(fitting, split, evaluation_batch(fitting), run.vae.device), seed)
     known = (sigma_fitted_on(out) or {}).get("training_sigma")
-    record = sigma_record(fitting, split, seed) | ({} if known is None else {"training_sigma": known})
+    record = fitted_on(fitting, split) | {"noise_seed": seed} | ({} if known is None else {"training_sigma": known})
     priors = priors_of(out)  # σ does not change them
     from_first(lambda: save_refitted(out, run.vae, record))
     report = evaluate_anew(out, EvaluationSettings(metrics=()), device, priors)
@@ -94,42 +96,31 @@ def _calibrate(out: Path, data: str | None, split: SplitName, device: str, seed:
     }
 
 
-def _config(data: str, run: Run) -> DataConfig:
-    """The place of these data, and how to read them."""
-    if data.endswith((".yaml", ".yml")):
-        return read(Path(data), RunConfig).data
-    scaling = run.data.scaling
-    return replace(
-        run.config.data,
-        source=data if data in names() or not Path(data).exists() else str(Path(data).resolve()),
-        root=None,
-        cache=None,
-        levels=None if data in names() else scaling.levels,
-        standardise="yes" if scaling.standardised else "no",
-    )
-
-
-def _fitting(config: DataConfig, run: Run) -> Splits:
-    """Load data of the kind that the model was trained on, scaled like the run's."""
+def _fitting(out: Path, run: Run, data: str | None) -> Splits:
+    """The run's own data; or others of the kind that the model was trained on, scaled like the run's."""
+    if data is None:
+        return run.data
+    is_config = data.endswith((".yaml", ".yml"))
+    config = read(Path(data), RunConfig).data if is_config else new_config(out, run.data.scaling, data)
     try:
         with first_of_node_first():
-            data = models.data(config)
+            found = models.data(config)
     except ValueError as error:
         raise ValueError(
             f"{config.source}, read with the options of the run's data: {error} (or pass a config.yaml as --data)"
         ) from error
-    ours, theirs = _kind(run.data), _kind(data)
+    ours, theirs = _kind(run.data), _kind(found)
     if theirs != ours:
         raise ValueError(
-            f"σ is fitted on data like those that the model was trained on: {run.config.data.source}, {ours}; got"
+            f"a run is refitted on data like those that the model was trained on: {run.config.data.source}, {ours}; got"
             f" {config.source}, {theirs}; pass a config.yaml as --data to read them in another way"
         )
-    known, found = (", ".join(each.record.get("columns", ())) for each in (run.data, data))
-    if known and found and known != found:
+    known, has = (", ".join(each.record.get("columns", ())) for each in (run.data, found))
+    if known and has and known != has:
         raise ValueError(
-            f"the model was trained on the columns {known}, {config.source} has {found}; pass a config.yaml as --data to choose columns"
+            f"the model was trained on the columns {known}, {config.source} has {has}; pass a config.yaml as --data to choose columns"
         )
-    return replace(data, scaling=run.data.scaling)
+    return replace(found, scaling=run.data.scaling)
 
 
 def _kind(data: Splits) -> str:
@@ -142,8 +133,11 @@ def _sigma(likelihood: Likelihood) -> dict[str, float | None]:
     return {name: known.get(name) for name in ("density", "level")}
 
 
-def fit_prior(out: Path, prior: str = models.AUTO, *, device: str = "auto") -> Evaluation:
+def fit_prior(out: Path, prior: str = models.AUTO, data: str | None = None, *, device: str = "auto") -> Evaluation:
     """Fit another prior to the latents of a finished run's training split; the rest of the model does not change.
+
+    With other ``data``, given as for :func:`calibrate_run`, the latents are those of their training split, and their
+    validation split makes the choices.
 
     The model, ``config.yaml``, the evaluation and the pictures are first made beside the old ones, and replace them
     together: after a failure the run is as it was. The run is then the one that training with ``prior=...`` would have
@@ -159,23 +153,26 @@ def fit_prior(out: Path, prior: str = models.AUTO, *, device: str = "auto") -> E
         OSError: the folder cannot be written.
     """
     with joined(resolve_device(device)), lock_run(out):
-        return from_first(lambda: _fit_prior(out, prior, device))
+        return from_first(lambda: _fit_prior(out, prior, data, device))
 
 
-def _fit_prior(out: Path, prior: str, device: str) -> Evaluation:
+def _fit_prior(out: Path, prior: str, data: str | None, device: str) -> Evaluation:
     aside, before = out / "prior.new", out / "model.before"
     if before.exists() and not (out / "model").exists():  # killed between the two renames
         before.rename(out / "model")
     saved = open_model(out, device)
     models.check_prior("gaussian" if prior == models.AUTO else prior, saved.config.network, saved.vae.network)
     run = open_run(out, device)
-    check_latents(prior, run.vae, run.data)
-    densities = take_prior(prior, run.vae, run.data, run.config.seed)
+    fitting = _fitting(out, run, data)
+    check_latents(prior, run.vae, fitting)
+    densities = take_prior(prior, run.vae, fitting, run.config.seed)
     for left_over in (aside, before):
         shutil.rmtree(left_over, ignore_errors=True)
     config = replace(run.config, model=replace(run.config.model, prior=prior))
     try:
         report = with_kept(out, _write(aside, Run(config, run.vae, run.data), sigma_fitted_on(out), densities))
+        if data is not None:
+            report.about["prior_fitted_on"] = fitted_on(fitting, "train")
         write_json(aside / "evaluation.json", report.to_json())
         _exchange(out / "model", aside / "model", before)
     except BaseException:

@@ -14,7 +14,7 @@ from sigma_vae.data import Scaling, Splits, names
 from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.plots import drawable
 from sigma_vae.runs.evaluate import draw, evaluation, store
-from sigma_vae.runs.folder import Run, config_of, data_of, save_refitted, sigma_record, write_json
+from sigma_vae.runs.folder import Run, config_of, data_of, fitted_on, save_refitted, write_json, write_splits
 from sigma_vae.runs.refit import check_latents, take_prior
 from sigma_vae.training import fit, resolve_device
 from sigma_vae.training.checkpoints import LOCK, exclusive, with_remedy
@@ -26,7 +26,11 @@ from sigma_vae.vae import VAE
 
 __all__ = ["has_checkpoint", "rerun", "resume", "train"]
 
-NOT_YET_A_RUN = {LOCK, "environment.json", "environment.new.json", "config.new.yaml"}
+NOT_YET_A_RUN = {
+    LOCK,
+    *(f"{name}{ending}" for name in ("environment", "splits") for ending in (".json", ".new.json")),
+    "config.new.yaml",
+}
 """Files left by a training that stopped before its folder was a run."""
 
 
@@ -70,7 +74,7 @@ def _train(config: RunConfig, out: Path, *, progress: bool) -> Evaluation:
     choices = choices_for(vae, data, config.training, resolve_device(config.device))
     environment = _environment(config, data, choices)
     with with_remedy(out, "train again"), exclusive(out):
-        from_first(lambda: _begin(config, out, environment))
+        from_first(lambda: _begin(config, out, environment, data))
         with with_remedy(out, f"continue: sigma-vae resume {out}"):
             return _finish(config, out, vae, data, resumed=False, progress=progress)
 
@@ -86,9 +90,10 @@ def _absolute(folder: str | None) -> str | None:
     return None if folder is None else str(Path(folder).expanduser().resolve())
 
 
-def _begin(config: RunConfig, out: Path, environment: dict[str, Any]) -> None:
+def _begin(config: RunConfig, out: Path, environment: dict[str, Any], data: Splits) -> None:
     _check_new(out)  # again: another process may have trained into it while the data were read
     write_json(out / "environment.json", environment)
+    write_splits(out, data)
     write(out / "config.yaml", config)  # from here on the folder is a run, which can be resumed
 
 
@@ -166,7 +171,8 @@ def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bo
 def _save(out: Path, config: RunConfig, vae: VAE, data: Splits, training_sigma: Mapping[Observes, float]) -> None:
     models.save(out / "model", vae, config.model, data.shape, data.scaling)
     if training_sigma:
-        save_refitted(out, vae, sigma_record(data, "validation") | {"training_sigma": dict(training_sigma)})
+        record = fitted_on(data, "validation") | {"noise_seed": 0, "training_sigma": dict(training_sigma)}
+        save_refitted(out, vae, record)
 
 
 def _write_report(out: Path, report: Evaluation, vae: VAE, data: Splits) -> Evaluation:

@@ -15,7 +15,7 @@ from time import monotonic
 from typing import Any
 
 from sigma_vae import runs
-from sigma_vae.config import EvaluationSettings, write_whole
+from sigma_vae.config import write_whole
 from sigma_vae.study.grid import Cell
 
 __all__ = ["CELLS", "counted", "do", "finished", "folder_of", "known", "record_of", "running_since", "seconds_in"]
@@ -64,6 +64,8 @@ SECONDS, TRAINING_SECONDS = "seconds", "training-seconds"
 """Names of files with the time of all attempts so far; removed when the cell is finished."""
 OF_SAMPLES = ("iwae", "quality")
 """Metrics to measure again with each further prior; others are about latents and decoder."""
+CHOSEN_BY = ("quality", "predictions")
+"""Metrics to measure on the validation split as well, by which the best of several arms is chosen."""
 
 
 def folder_of(cell: Cell, out: Path) -> Path:
@@ -153,7 +155,8 @@ def _measured(cell: Cell, folder: Path) -> dict[str, Any]:
         elif not (run / "evaluation.json").exists():
             shutil.rmtree(run, ignore_errors=True)
             runs.train(cell.config, run, progress=False)
-    validation = EvaluationSettings(metrics=(), split="validation", seed=cell.evaluation.seed)
+    by = tuple(m for m in cell.evaluation.metrics or () if m in CHOSEN_BY)
+    validation = replace(cell.evaluation, metrics=by, split="validation")
     of_samples = replace(cell.evaluation, metrics=tuple(m for m in cell.evaluation.metrics or () if m in OF_SAMPLES))
     reports: dict[str, Any] = {}
     for prior in cell.priors:

@@ -1,6 +1,7 @@
 """A study as comparisons. Arms differ in their likelihood; settings differ in everything else but the seed."""
 
 import inspect
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 from sigma_vae.registry import register
 from sigma_vae.study.grid import Cell, StudySpec, cells, format_place, in_words, network_facts
 from sigma_vae.study.results import tabulate
-from sigma_vae.study.statistics import ELBO, Difference, chosen_on_validation, paired_difference
+from sigma_vae.study.statistics import ELBO, Difference, mean_difference, paired_difference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,17 +43,25 @@ OPTIMAL = "gaussian/optimal"
 LIKELIHOOD = "model.likelihood"
 LEAST_GRID = 3
 """Fewer fixed σ are no grid to tune over."""
+OTHER_SEEDS = "chosen on the other seeds, as it was not measured on validation"
 FIXED = re.compile(r"gaussian/(fixed|beta):(.+)")
 FRECHET = re.compile(r"quality\.(.+)\.(samples\.means|frames|clips)\.frechet")
 
 
-class Choice(NamedTuple):
-    """The best of several arms."""
+class Rival(NamedTuple):
+    """The best of several arms, chosen without the numbers that it is compared by."""
 
     arm: str | None
-    """None where there are too few to choose from."""
-    left_out: str
-    """Words about the arms that could not be chosen."""
+    """None where there are too few to choose from; several names where the choice differs from seed to seed."""
+    words: str = ""
+    """How it was chosen, and which arms could not be."""
+    numbers: "pd.Series[float] | None" = None
+    """Its metric on the test split, by seed."""
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return math.nan if self.numbers is None else float(self.numbers.mean())
 
 
 class Ended(NamedTuple):
@@ -131,9 +140,9 @@ class Setting:
         chosen = rows[(rows[ARM] == arm) & (rows["prior"] == (prior or self.plain)) & (rows["split"] == split)]
         return chosen.set_index("seed")[metric].dropna()
 
-    def mean(self, arm: str | None, metric: str, prior: str | None = None) -> float:
-        """The mean of the metric over seeds, on the test split."""
-        return float(self.values(arm, metric, prior).mean())
+    def mean(self, arm: str | None, metric: str, prior: str | None = None, split: str = "test") -> float:
+        """The mean of the metric over seeds."""
+        return float(self.values(arm, metric, prior, split).mean())
 
     def difference(self, metric: str, ours: str | None, theirs: str | None, prior: str | None = None) -> Difference | None:
         """Ours minus theirs, paired by seed, with the plain prior unless given; None where no seed has both."""
@@ -149,26 +158,56 @@ class Setting:
         found = {arm: set(self.values(arm, metric, prior, split).index) for arm in arms}
         return [arm for arm, has in found.items() if has and has >= seeds]
 
-    def tuned(self) -> Choice:
-        """Choose the fixed σ, of three or more, with the highest ELBO on validation data, as in tuning."""
-        there = self.complete(self.fixed, ELBO, self.plain, self.first(OPTIMAL), "validation")
-        if len(there) < LEAST_GRID:
-            return Choice(None, "")
-        rows = self.table[self.table["prior"] == self.plain]
-        return _choice(str(chosen_on_validation(rows, ARM, there, ELBO, highest=True).place[ARM]), self.fixed, there)
+    def tuned(self) -> Rival:
+        """Choose the fixed σ, of three or more, with the highest ELBO."""
+        return self.best(ELBO, self.plain, highest=True)
 
-    def best(self, metric: str, prior: str, *, highest: bool) -> Choice:
-        """Choose the fixed σ, of three or more, with the best mean of a metric on the test split itself."""
-        found = self.best_of(self.fixed, self.first(OPTIMAL), metric, prior, highest=highest)
-        return found if len(self.complete(self.fixed, metric, prior, self.first(OPTIMAL))) >= LEAST_GRID else Choice(None, "")
+    def best(self, metric: str, prior: str, *, highest: bool) -> Rival:
+        """Choose the fixed σ, of three or more, with the best metric."""
+        return self.best_of(self.fixed, self.first(OPTIMAL), metric, prior, highest=highest, least=LEAST_GRID)
 
-    def best_of(self, arms: Iterable[str], like: str | None, metric: str, prior: str, *, highest: bool) -> Choice:
-        """Choose the arm with the best mean on the test split, among those with all seeds of another arm."""
+    def best_of(
+        self, arms: Iterable[str], like: str | None, metric: str, prior: str, *, highest: bool, least: int = 1
+    ) -> Rival:
+        """Choose the arm with the best mean on the validation split, as in tuning, among those with all seeds of another.
+
+        Where the metric was not measured there, the arm that each seed is compared with is chosen on the others.
+        """
         arms = list(arms)
-        there = self.complete(arms, metric, prior, like)
-        choose = max if highest else min
-        best = choose(there, key=lambda arm: self.mean(arm, metric, prior)) if there else None
-        return _choice(best, arms, there)
+        tested = self.complete(arms, metric, prior, like)
+        tuned = self.complete(tested, metric, prior, like, "validation")
+        there = tuned if len(tuned) >= least else tested
+        left_out = ", ".join(arm for arm in arms if arm not in there)
+        words = f"; left out, as seeds are missing: {left_out}" if left_out else ""
+        if len(there) < max(least, 1):
+            return Rival(None, words)
+        if there is tuned:
+            sign = 1 if highest else -1
+            best = max(there, key=lambda arm: sign * self.mean(arm, metric, prior, "validation"))
+            return Rival(best, words, self.values(best, metric, prior))
+        return self._best_on_other_seeds(there, metric, prior, highest, words)
+
+    def _best_on_other_seeds(self, arms: Sequence[str], metric: str, prior: str, highest: bool, words: str) -> Rival:
+        import pandas as pd
+
+        table = pd.DataFrame({arm: self.values(arm, metric, prior) for arm in arms}).dropna()
+        if len(table) < 2:
+            return Rival(None, words)
+        others = {seed: table.drop(index=seed).mean() for seed in table.index}
+        chosen = {seed: str(means.idxmax() if highest else means.idxmin()) for seed, means in others.items()}
+        numbers = pd.Series({seed: float(table.loc[seed, arm]) for seed, arm in chosen.items()})
+        return Rival(" or ".join(arm for arm in arms if arm in chosen.values()), f"; {OTHER_SEEDS}{words}", numbers)
+
+    def against(self, rival: Rival, metric: str, ours: str | None, prior: str | None = None) -> Difference | None:
+        """Ours minus the rival's numbers, paired by seed; None where no seed has both."""
+        mine = self.values(ours, metric, prior)
+        pairs = [] if rival.numbers is None else (mine - rival.numbers).dropna().tolist()
+        return mean_difference(pairs) if pairs else None
+
+    @property
+    def dims(self) -> float:
+        """Number of dimensions of an example that the likelihood is over."""
+        return float(self.table["dims"].dropna().iloc[0])
 
     def called(self, prior: str) -> str:
         """Name a prior; "standard" is called learned where the network learns its prior."""
@@ -204,11 +243,6 @@ class Setting:
             return False
         chosen = inspect.signature(register.network.make(self.network)).parameters.get("learned_prior")
         return bool(network_facts(self.network).get("learns_prior", False) if chosen is None else chosen.default)
-
-
-def _choice(arm: str | None, of: Iterable[str], there: Sequence[str]) -> Choice:
-    left_out = ", ".join(name for name in of if name not in there)
-    return Choice(arm, f"; left out, as seeds are missing: {left_out}" if left_out else "")
 
 
 def _label(cell: Cell, axis: str | None) -> str:

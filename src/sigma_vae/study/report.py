@@ -131,7 +131,7 @@ def differences(found: Sequence[Setting]) -> Section:
     tables = []
     for setting in found:
         ours, rows = setting.first(OPTIMAL), []
-        best, left_out = setting.tuned()
+        best, left_out, _ = setting.tuned()
         others = [(arm, arm) for arm in setting.arms if arm != ours]
         others += [(f"best fixed σ on validation: {best}{left_out}", best)] if best is not None else []
         for words, arm in others:
@@ -253,12 +253,17 @@ def report(out: Path) -> None:
         samples(found, out),
     ]
     there = [part for part in parts if not part.empty]
+    beside = not is_kept(out)
+    plots = [picture for part in there for picture in part.pictures if beside and picture.place.startswith(PLOTS)]
     made = f"Made on {datetime.now(UTC):%Y-%m-%d} by sigma-vae {__version__}."
     content = {"title": spec.title, "about": spec.about, "made": made, "sections": there, "signs": SIGNS}
     write_whole(out / "report.html", template("report.html.j2", escape=True).render(content))
-    beside = not is_kept(out)
+    if plots:
+        (out / PLOTS).mkdir(exist_ok=True)
+    for plot in plots:
+        write_whole(out / plot.place, plot.content)
     write_whole(out / "report.md", template("report.md.j2", escape=False).render(content | {"beside": beside}))
-    _write_plots(out, [picture for part in there for picture in part.pictures if beside and picture.place.startswith(PLOTS)])
+    _remove_others(out / PLOTS, {plot.place.rpartition("/")[2] for plot in plots})
 
 
 def keep(out: Path, to: Path) -> None:
@@ -286,8 +291,8 @@ def keep(out: Path, to: Path) -> None:
     spec = spec_of(out)
     table = _with_pictures(tabulate(cells(spec), out), samples(settings(spec, out), out).pictures)
     claim(spec, to)
-    shutil.rmtree(to / CELLS, ignore_errors=True)
     write_table(table, to)
+    shutil.rmtree(to / CELLS, ignore_errors=True)
     report(to)
 
 
@@ -305,12 +310,13 @@ def _with_pictures(table: "pd.DataFrame", pictures: Sequence[Picture]) -> "pd.Da
     return numbers.assign(**{name: column.where(column.notna(), None) for name, column in content.items()})
 
 
-def _write_plots(out: Path, pictures: list[Picture]) -> None:
-    shutil.rmtree(out / PLOTS, ignore_errors=True)  # those of another grid
-    if pictures:
-        (out / PLOTS).mkdir()
-    for picture in pictures:
-        write_whole(out / picture.place, picture.content)
+def _remove_others(folder: Path, names: set[str]) -> None:
+    """Remove plots of another grid."""
+    for path in folder.glob("*"):
+        if path.name not in names:
+            path.unlink()
+    if folder.is_dir() and not names:
+        folder.rmdir()
 
 
 class Found(NamedTuple):

@@ -100,6 +100,7 @@ def run(
     if is_kept(out):
         raise ValueError(f"{out} holds a kept study, without the weights of its runs; give another --out")
     todo = cells(spec)
+    workers = None if workers is None else min(workers, len(todo))
     check([cell for cell in todo if not finished(cell, out)])
     claim(spec, out)
     ended = 0
@@ -109,6 +110,8 @@ def run(
             left = [cell for cell in todo if not finished(cell, out)]
             if attempt == 0:
                 ended = len(todo) - len(left)
+            if not left:
+                break
             # Ray's backend returns results only at the end.
             parallel = Parallel(n_jobs=workers or -1, return_as="list" if backend == "ray" else "generator_unordered")
             with _living(out):

@@ -507,19 +507,24 @@ def _start_network(vae: VAE, data: Splits, config: TrainingConfig, x: torch.Tens
 
     before = {name: value.clone() for name, value in vae.state_dict().items()}
 
-    def solved() -> tuple[float | None, dict[str, torch.Tensor], str]:
+    def solved() -> tuple[float | None, dict[str, torch.Tensor], str | None]:
         try:
-            residual_std = vae.start_from(sample)
-            vae.calibrate([x.to(vae.device)])  # which fails where values are too large for their squares
+            return vae.start_from(sample), vae.state_dict(), None
         except ValueError as error:
-            if config.start == "principal":
-                raise
-            return None, before, f"random, as {error}"
-        return residual_std, vae.state_dict(), "random, as the data have no variance" if residual_std is None else "principal"
+            return None, before, str(error)  # a value, as every process has to know
 
-    residual_std, weights, start = from_first(solved)
+    residual_std, weights, problem = from_first(solved)
     vae.load_state_dict(weights)
-    return residual_std, start
+    try:
+        vae.calibrate([x.to(vae.device)])  # which fails where values are too large for their squares
+    except ValueError as error:
+        vae.load_state_dict(before)
+        problem = problem or str(error)
+    if problem is not None and config.start == "principal":
+        raise ValueError(problem)
+    if problem is not None:
+        return None, f"random, as {problem}"
+    return residual_std, "random, as the data have no variance" if residual_std is None else "principal"
 
 
 def _calibrated(vae: VAE, batches: Batches) -> dict[Observes, float]:
@@ -533,8 +538,9 @@ def _sample(data: Splits, split: SplitName, where: torch.device | str = "cpu") -
     store = data.store(split)
     most = max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), 2, processes().world_size)
     chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))[:most].sort().values
-    part = replace(data, **{split: store.select(chosen)})
-    return shared(part, split, _passing_batch(data), where)
+    part = store.select(chosen)
+    data = replace(data, train=part) if split == "train" else replace(data, validation=part)
+    return shared(data, split, _passing_batch(data), where)
 
 
 def _passing_batch(data: Splits) -> int:

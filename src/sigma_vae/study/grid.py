@@ -191,14 +191,25 @@ def _cell(spec: StudySpec, place: dict[str, Any], chosen: Sequence[Mapping[str, 
     return Cell(place, config, spec.priors, spec.evaluation)
 
 
-def _given(config: Any) -> dict[str, Any]:
-    """The settings that differ from the defaults, part by part."""
+FIRST_DEFAULTS = {
+    "model.prior": STANDARD,
+    "training.start": "random",
+    "training.epochs": 20,
+    "training.ema_decay": None,
+    "training.patience": None,
+}
+"""Defaults that have changed since the first studies: keys of cells are made by the old ones, so that theirs stay."""
+
+
+def _given(config: Any, within: str = "") -> dict[str, Any]:
+    """The settings that differ from the first defaults, part by part."""
     found: dict[str, Any] = {}
     for each in fields(config):
         value = getattr(config, each.name)
         usual = each.default if each.default_factory is MISSING else each.default_factory()
+        usual = FIRST_DEFAULTS.get(within + each.name, usual)
         if is_dataclass(value):
-            value, usual = _given(value), {}
+            value, usual = _given(value, f"{within}{each.name}."), {}
         if value != usual:
             found[each.name] = value
     return found

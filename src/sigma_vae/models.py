@@ -16,7 +16,7 @@ from torch import nn
 from sigma_vae import data as data_sources
 from sigma_vae.config import ModelConfig, parse, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits
-from sigma_vae.networks.principal import best_components
+from sigma_vae.networks.principal import best_components, sample_of
 from sigma_vae.networks.residual import SMALLEST
 from sigma_vae.registry import Entry, Registry, register
 from sigma_vae.types import Likelihood, MeanMap, Network, Observes, Prior
@@ -42,7 +42,7 @@ __all__ = [
     "vae",
 ]
 
-MOST_LATENTS, MOST_EXAMPLES, EXAMPLES_TOGETHER = 128, 12_000, 256
+MOST_LATENTS, EXAMPLES_TOGETHER = 128, 256
 UNNAMED = "unnamed"
 """Name of a part that is not registered: the model can be loaded only into a given object."""
 
@@ -259,7 +259,7 @@ def latents_for(config: ModelConfig, data: Splits) -> int:
             f"latent_dim auto is for networks with one layer of flat latents, and {name} has others; give a number"
         )
     dims, size = math.prod(data.shape), EXAMPLES_TOGETHER
-    chosen = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))[:MOST_EXAMPLES]
+    chosen = sample_of(len(data.train), data.shape)
     training = Batches(data.train.select(chosen), data.scaling, size)
     held_out = data.batches("validation", size)
     most = min(MOST_LATENTS, max(dims // 2, 1))

@@ -120,8 +120,8 @@ class ElboMetric(Metric):
         known = (report.get("sigma_fitted_on") or {}).get("training_sigma", {}).get("density")
         if known and result.sigma_post_hoc_density and (ratio := result.sigma_post_hoc_density / known) > OVERFITTING:
             yield (
-                f"Residuals of held-out data are {ratio:.2f} times those of training data (by σ): the model overfits. More data, a"
-                " smaller network or weight decay may help; σ is the honest one."
+                f"Residuals of held-out data are {ratio:.2f} times those of training data (by σ): the model overfits. What is reported"
+                " uses the σ of held-out data. More data, a smaller network or weight decay may help."
             )
         if result.sigma_on_floor_share is not None:
             values = result.sigma_on_floor_share * result.dims

@@ -17,15 +17,13 @@ from sigma_vae.evaluation.base import (
     each_example,
     estimate_rows,
     part,
-    spaced,
 )
-from sigma_vae.networks.principal import principal
+from sigma_vae.networks.principal import principal, sample_of
 from sigma_vae.registry import register
 from sigma_vae.vae import VAE
 
 __all__ = ["LinearBound", "PpcaMetric", "ppca"]
 
-MOST_EXAMPLES = 12_000
 MOST_COMPONENTS = 256
 
 
@@ -98,14 +96,14 @@ def ppca(vae: VAE, training: Batches, held_out: Batches, components: int) -> Lin
 
     Args:
         vae: names the device, and the levels.
-        training: at most 12 000 of its examples are used, evenly spaced.
+        training: at most 12 000 of its examples are used, and at most half a billion of its values.
         held_out: examples to score.
         components: number of linear latents; fewer where the data have fewer dimensions or examples.
 
     Returns:
         None where the training data have no variance.
     """
-    few = part(training, spaced(len(training.store), MOST_EXAMPLES))
+    few = part(training, sample_of(len(training.store), training.store.shape).sort().values)
     fitted = principal(lambda: (batch.x.cpu() for batch in few), components)
     if fitted is None:
         return None

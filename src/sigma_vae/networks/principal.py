@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from sigma_vae.types import MeanMap, at_least_float32, in_full_precision
 
-__all__ = ["LinearDecoder", "LinearEncoder", "LinearPath", "Principal", "best_components", "principal", "solved_path"]
+__all__ = [
+    "LinearDecoder",
+    "LinearEncoder",
+    "LinearPath",
+    "Principal",
+    "best_components",
+    "principal",
+    "sample_of",
+    "solved_path",
+]
 
 EXACT_DIMS = 1024
 """Up to so many dimensions the whole covariance is decomposed; above, its leading part alone is sought."""
@@ -17,8 +26,10 @@ OVERSAMPLING = 64
 ITERATIONS = 4
 """On CIFAR-10 the 64 leading variances are then right to 4e-4, and the log-likelihood to 0.1 of 2 772 nats."""
 
-DRAWS = 4096
-"""Examples that a path through a sigmoid is fitted to."""
+MOST_EXAMPLES, MOST_VALUES = 12_000, 2**29
+"""Most examples, and most values, that directions are sought in."""
+DRAWS, DRAWN_VALUES = 4096, 2**27
+"""Most examples, and most values, that a path through a sigmoid is fitted to."""
 MOST_STEPS = 60
 LEAST_GAIN = 1e-4
 """The fit through a sigmoid stops where a step lowers the squared error by less than this part."""
@@ -97,6 +108,12 @@ def principal(passes: Passes, latent_dim: int) -> Principal | None:
     rest = float(total - variances.sum()) / (dims - latent_dim)
     smallest = torch.finfo(torch.float32).eps ** 2 * float(total)
     return Principal(mean, directions, variances.clamp(min=smallest), max(rest, smallest))
+
+
+def sample_of(count: int, shape: Sequence[int]) -> Tensor:
+    """Positions of enough of so many examples of this shape, in random order."""
+    most = min(MOST_EXAMPLES, max(MOST_VALUES // math.prod(shape), 2))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:most]
 
 
 def best_components(passes: Passes, held_out: Iterable[Tensor], most: int) -> int:
@@ -305,11 +322,12 @@ def _codes(encoder: LinearEncoder, passes: Passes) -> list[Tensor]:
     """Posterior draws of the first examples and a column of ones, batch by batch."""
     generator = torch.Generator().manual_seed(0)
     codes: list[Tensor] = []
+    enough = min(DRAWS, max(DRAWN_VALUES // len(encoder.centre), 4 * len(encoder.gain)))
     for x in passes():
         mean, log_variance = encoder(x)
         z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
         codes.append(torch.cat([z, torch.ones(len(z), 1)], 1))
-        if sum(map(len, codes)) >= DRAWS:
+        if sum(map(len, codes)) >= enough:
             break
     return codes
 

@@ -20,6 +20,7 @@ import torch
 from sigma_vae.config import LoggerName, TrainingConfig
 from sigma_vae.data import Batches, Splits, as_splits
 from sigma_vae.data.splits import SplitName
+from sigma_vae.networks.principal import sample_of
 from sigma_vae.training.callbacks import Bar, Callback, Context, Patience
 from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
 from sigma_vae.training.distributed import (
@@ -50,8 +51,6 @@ __all__ = ["FitResult", "Terminated", "fit", "resolve_device"]
 
 CALIBRATION_VALUES = 2**20
 """Values in the refit before a validation, and in that on training data: a second's work, whatever the data."""
-START_EXAMPLES, START_VALUES = 12_000, 2**29
-"""Most examples, and most values, that the start is solved from."""
 BATCH_VALUES = 2**17
 """Values in a batch where nothing is trained: enough to keep the cores busy, few enough to stay in the cache."""
 
@@ -500,10 +499,8 @@ def _start_network(vae: VAE, data: Splits, config: TrainingConfig, x: torch.Tens
     """
     if config.start == "random" or (config.start == "auto" and not vae.network.has_start):
         return None, "random"
-    store = data.train
-    most = min(len(store), START_EXAMPLES, max(START_VALUES // math.prod(data.shape), 2))
-    chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))[:most]
-    sample = Batches(store.select(chosen), data.scaling, _passing_batch(data))
+    chosen = sample_of(len(data.train), data.shape)
+    sample = Batches(data.train.select(chosen), data.scaling, _passing_batch(data))
 
     before = {name: value.clone() for name, value in vae.state_dict().items()}
 

@@ -20,7 +20,20 @@ from sigma_vae.data.named import mnist
 from sigma_vae.vae import keyed_noise
 
 RANDOM = np.random.default_rng(0)
-SMALL = ["--network", "mlp", "--width", "8", "--latent-dim", "2", "--max-steps", "3", "--batch-size", "20"]
+SMALL = [
+    "--network",
+    "mlp",
+    "--width",
+    "8",
+    "--latent-dim",
+    "2",
+    "--max-steps",
+    "3",
+    "--batch-size",
+    "20",
+    "--prior",
+    "standard",
+]
 PICTURES = RANDOM.integers(0, 256, (60, 4, 4)).astype(np.uint8)
 TABLE = pd.DataFrame(1e6 + RANDOM.standard_normal((60, 3)), columns=["a", "b", "c"])
 

@@ -263,10 +263,10 @@ def save_refitted(out: Path, vae: VAE, record: dict[str, Any]) -> None:
 def fitted_on(data: Splits, split: SplitName) -> dict[str, Any]:
     """What a report says of the data that something was fitted on."""
     return {
-        "data": data.record["source"],
+        "data": data.record.get("source", data.name),
         "split": split,
         "examples": len(data.store(split)),
-        "fingerprint": data.record["fingerprint"],
+        "fingerprint": data.record.get("fingerprint"),
     }
 
 

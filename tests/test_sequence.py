@@ -570,7 +570,7 @@ def test_every_likelihood_runs_unchanged(name: str) -> None:
 @pytest.mark.parametrize("name", ["sequence", *(f"sequence:{kind}" for kind in ("dcgan", "vgg", "dcgan-fixed", "vgg-fixed"))])
 def test_a_saved_model_says_the_same(name: str, tmp_path) -> None:
     torch.manual_seed(0)
-    config = ModelConfig(name, latent_dim=LATENT, width=4, context_frames=3)
+    config = ModelConfig(name, latent_dim=LATENT, width=4, context_frames=3, prior="standard")
     vae, x = models.vae(config, (1, 8, 8), Scaling(256)), clips().float()
     vae.elbo(x)
     vae.calibrate([x])

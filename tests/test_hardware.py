@@ -93,7 +93,7 @@ def test_a_training_says_in_one_line_what_was_chosen(digits, capsys):
     fit(vae_of(digits), digits, TrainingConfig(epochs=1), device="cpu")
     lines = capsys.readouterr().out.splitlines()
     chosen = choices_for(vae_of(digits), digits, TrainingConfig(), torch.device("cpu"))
-    assert lines[0] == str(chosen)
+    assert lines[0] == f"{chosen}; start: principal"
     assert "float32, contiguous, fused optimiser, not compiled" in lines[0]
     assert lines[0].startswith(machine_of(torch.device("cpu")).name)
 

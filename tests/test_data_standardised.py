@@ -27,7 +27,7 @@ def table(folder, units=1.0, name="table.npz"):
 
 
 def run(folder, data, likelihood):
-    model = ModelConfig("mlp", likelihood, latent_dim=2, width=16)
+    model = ModelConfig("mlp", likelihood, latent_dim=2, width=16, prior="standard")
     config = RunConfig(data, model, TrainingConfig(epochs=3, batch_size=32), device="cpu")
     return runs.train(config, folder, progress=False)
 

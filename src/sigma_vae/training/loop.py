@@ -51,6 +51,8 @@ __all__ = ["FitResult", "Terminated", "fit", "resolve_device"]
 
 CALIBRATION_VALUES = 2**20
 """Values in the refit before a validation, and in that on training data: a second's work, whatever the data."""
+START_VALUES = 2**22
+"""Values in a batch from which the start is solved, in float64."""
 BATCH_VALUES = 2**17
 """Values in a batch where nothing is trained: enough to keep the cores busy, few enough to stay in the cache."""
 
@@ -500,7 +502,8 @@ def _start_network(vae: VAE, data: Splits, config: TrainingConfig, x: torch.Tens
     if config.start == "random" or (config.start == "auto" and not vae.network.has_start):
         return None, "random"
     chosen = sample_of(len(data.train), data.shape)
-    sample = Batches(data.train.select(chosen), data.scaling, _passing_batch(data))
+    size = min(256, max(START_VALUES // math.prod(data.shape), 1))
+    sample = Batches(data.train.select(chosen), data.scaling, size)
 
     before = {name: value.clone() for name, value in vae.state_dict().items()}
 

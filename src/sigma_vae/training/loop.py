@@ -480,7 +480,8 @@ def _loggers(wanted: Sequence[LoggerName | TrainingLogger], folder: Path | None,
 
 def _start(vae: VAE, data: Splits, config: TrainingConfig) -> str:
     """Start the network, start a learned σ at the spread of what it leaves, and fit the stored scales a first time."""
-    first = next(iter(data.batches("train", _passing_batch(data))))  # the same on every process
+    limit = min(_calibrated_examples(data), len(data.train))
+    first = next(iter(data.batches("train", _passing_batch(data), limit=limit)))  # the same on every process
     std = float(first.x.std())
     vae.likelihood.set_floor(config.scale_floor, std)
     residual_std, start = _start_network(vae, data, config, first.x)
@@ -533,11 +534,16 @@ def _calibrated(vae: VAE, batches: Batches) -> dict[Observes, float]:
     return {name: float(value.mean().exp()) for name, value in vae.likelihood.refitted_log_scales().items()}
 
 
+def _calibrated_examples(data: Splits) -> int:
+    """Number of examples in a quick refit."""
+    return max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), 2, processes().world_size)
+
+
 def _sample(data: Splits, split: SplitName, where: torch.device | str = "cpu") -> Batches:
     """This process's share of some examples of a split, chosen at random as files may be sorted: a quick look."""
     store = data.store(split)
-    most = max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), 2, processes().world_size)
-    chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))[:most].sort().values
+    chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))[: _calibrated_examples(data)]
+    chosen = chosen.sort().values
     part = store.select(chosen)
     data = replace(data, train=part) if split == "train" else replace(data, validation=part)
     return shared(data, split, _passing_batch(data), where)

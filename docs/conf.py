@@ -4,6 +4,7 @@ project = "sigma-vae"
 copyright = "2026, the sigma-vae authors"
 author = "The sigma-vae authors"
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "myst_parser"]
+myst_heading_anchors = 2  # so that pages can link to a heading
 myst_enable_extensions = ["dollarmath"]
 exclude_patterns = ["studies/**"]  # reports of studies are pages of their own
 html_theme = "furo"

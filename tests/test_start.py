@@ -179,6 +179,17 @@ class Plain(nn.Module):
         return torch.cos(self.inner(x))
 
 
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_a_network_that_cannot_be_silenced_is_refused_as_it_was(half, digits):
+    halves = dict(mlp(SHAPE, 1, latent_dim=4, width=16).named_children())
+    halves[half] = Plain(halves[half])
+    vae = VAE(FlatNetwork(halves["encoder"], halves["decoder"], 4), Gaussian(1, mean="unit", levels=17))
+    before = copy.deepcopy(vae.state_dict())
+    with pytest.raises(ValueError, match=rf"the {half} does not give 0 .*start=random"):
+        vae.start_from(digits.values("train")[:200].split(100))
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+
+
 def test_a_network_that_cannot_be_silenced_is_refused_with_a_way_out(digits):
     network = mlp(SHAPE, 1, latent_dim=4, width=16)
     own = FlatNetwork(Plain(network.encoder), network.decoder, 4)

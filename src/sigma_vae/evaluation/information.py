@@ -89,7 +89,7 @@ class Information(Record):
     marginal_kl_held_out_nats: Estimate | None
     log_sum_exp: LogSumExp
     standard_errors: dict[str, float | None] | None = None
-    """Of the numbers that are no :class:`Estimate`, by their names; of a bound of 0, None."""
+    """Standard errors of the plain numbers above, by name; None for a bound that is 0."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -1,5 +1,6 @@
 """A network with one layer of flat latents, made from any encoder and any decoder."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -138,8 +139,13 @@ class FlatNetwork(Network):
         )
         if solved is None:
             return None
+        before = copy.deepcopy(self.encoder.state_dict())
         _silence(self.encoder, example, "encoder")
-        _silence(self.decoder, torch.linspace(-1, 1, self.latent_dim).to(example)[None], "decoder")
+        try:
+            _silence(self.decoder, torch.linspace(-1, 1, self.latent_dim).to(example)[None], "decoder")
+        except ValueError:
+            self.encoder.load_state_dict(before)
+            raise
         self.linear = solved.path.to(example)
         return solved.residual_std
 

@@ -169,7 +169,7 @@ def with_kept(out: Path, report: Evaluation, word: str = "test") -> Evaluation:
 
 
 def priors_of(out: Path) -> dict[str, Any]:
-    """What the folder's report says of the fit of the prior."""
+    """Read from the folder's report how its prior was chosen."""
     try:
         about = read_evaluation(out).about
     except ValueError:  # there is none, or it is broken

@@ -261,7 +261,7 @@ def save_refitted(out: Path, vae: VAE, record: dict[str, Any]) -> None:
 
 
 def fitted_on(data: Splits, split: SplitName) -> dict[str, Any]:
-    """What a report says of the data that something was fitted on."""
+    """Describe the data that something was fitted on, for a report."""
     return {
         "data": data.record.get("source", data.name),
         "split": split,

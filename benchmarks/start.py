@@ -24,6 +24,8 @@ from sigma_vae import VAE, models
 from sigma_vae.config import DataConfig, EvaluationSettings, ModelConfig, TrainingConfig
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import evaluate
+from sigma_vae.study.claims import signed
+from sigma_vae.study.statistics import mean_difference
 from sigma_vae.training import fit
 from sigma_vae.training.loop import _start_network
 from sigma_vae.training.step import optimizer_for
@@ -87,13 +89,15 @@ def _trained(data: Splits, model: ModelConfig, start: Literal["random", "princip
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """Mean ± standard deviation over seeds, as Markdown."""
-    lines = ["| likelihood | random | principal |", "| --- | --- | --- |"]
+    """Mean ± standard deviation over seeds, and the mean difference with its 95 % interval, as Markdown."""
+    lines = ["| likelihood | random | principal | principal − random |", "| --- | --- | --- | --- |"]
     for likelihood in dict.fromkeys(row["likelihood"] for row in rows):
-        cells = []
+        cells, found = [], []
         for start in STARTS:
             values = [r["elbo_post_hoc_nats"] for r in rows if (r["likelihood"], r["start"]) == (likelihood, start)]
             cells.append(f"{mean(values):.1f} ± {stdev(values) if len(values) > 1 else 0:.1f}")
+            found.append(values)
+        cells.append(signed(mean_difference([after - before for before, after in zip(*found, strict=True)])))
         lines.append(f"| `{likelihood}` | {' | '.join(cells)} |")
     return lines
 

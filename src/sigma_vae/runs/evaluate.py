@@ -164,17 +164,19 @@ def with_kept(out: Path, report: Evaluation, word: str = "test") -> Evaluation:
         return report
     if known.about.get("how") != report.about["how"]:
         return report
-    priors = {key: known.about[key] for key in ("prior_held_out_nats", "prior_fitted_on") if key in known.about}
-    return Evaluation(known.sections, priors | report.about).updated(report.results)
+    return Evaluation(known.sections, _of_prior(known) | report.about).updated(report.results)
 
 
 def priors_of(out: Path) -> dict[str, Any]:
     """Read from the folder's report how its prior was chosen."""
     try:
-        about = read_evaluation(out).about
+        return _of_prior(read_evaluation(out))
     except ValueError:  # there is none, or it is broken
         return {}
-    return {key: about[key] for key in ("prior_held_out_nats", "prior_fitted_on") if key in about}
+
+
+def _of_prior(report: Evaluation) -> dict[str, Any]:
+    return {key: report.about[key] for key in ("prior_held_out_nats", "prior_fitted_on") if key in report.about}
 
 
 def remove_stale_pages(out: Path, report: Evaluation, word: str = "test") -> None:

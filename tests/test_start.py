@@ -15,6 +15,7 @@ from test_discrete_use import make as unscaled
 from torch import Tensor, nn
 
 from sigma_vae import VAE, Bernoulli, FlatNetwork, Gaussian, Optimal, PerPixel, models
+from sigma_vae.cli import main
 from sigma_vae.config import EvaluationSettings, ModelConfig, TrainingConfig
 from sigma_vae.data import as_splits
 from sigma_vae.evaluation import evaluate
@@ -276,3 +277,12 @@ def test_a_coin_for_each_value_starts_at_its_probability():
     vae = started_on(x, mlp((1, 4, 4), 1, latent_dim=2), Bernoulli(1, levels=2))
     with torch.no_grad():
         assert float(torch.sigmoid(vae.network.decode(torch.zeros(1, 2))).mean()) == pytest.approx(0.3, abs=0.03)
+
+
+def test_the_number_of_latents_is_chosen_by_the_command(tmp_path: Path, capsys):
+    words = ["train", "digits", "--network", "mlp", "--width", "8", "--max-steps", "2", "--latent-dim", "auto"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    assert "32 latents, by the held-out likelihood of probabilistic PCA" in capsys.readouterr().out
+    assert models.load(tmp_path / "run").config.latent_dim == 32
+    assert main(["train", "digits", "--network", "hierarchical", "--latent-dim", "auto", "--out", str(tmp_path / "other")]) == 1
+    assert "latent_dim auto is for networks with one layer of flat latents" in capsys.readouterr().err

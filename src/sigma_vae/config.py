@@ -64,6 +64,8 @@ class _Strict:
         """Refuse fields that are given and below the least value, or so large that tensors cannot hold them."""
         for name in names:
             value = getattr(self, name)
+            if value == "auto":
+                continue
             if value is not None and not value >= least:
                 raise ValueError(f"{name} is {words}, got {value}")
             most = LARGEST_COUNT if isinstance(value, int) else LARGEST

@@ -276,6 +276,9 @@ class TrainingConfig(_Strict):
     """Learning rate of a learned shared σ (or ν), as a multiple of the others': at 1 it lags its optimum threefold."""
     scale_start: Literal["data", "one"] = "data"
     """Start of a learned shared σ: the spread of the training data, or 1."""
+    sigma_from: Literal["held-out", "batch"] = "held-out"
+    """A solved σ in training: that of the batch, times how much larger validation residuals are than training residuals
+    (held-out; measured at each validation), or that of the batch alone, as in the paper."""
     scale_floor: float | None = None
     """Least σ, in distances of two levels (1/64 unless given), or for real values in units of their standard deviation
     (1e-6). It tells only where values are predicted exactly."""

@@ -529,6 +529,9 @@ class Likelihood(nn.Module, ABC):
     def start(self, std: float) -> None:
         """Start a learned σ from the std of the data, unless it was given or learned before."""
 
+    def widen(self, ratio: float) -> None:
+        """Train a solved σ with so many times the batch's: the ratio of held-out residuals to training residuals."""
+
     def start_features(self, std: float) -> Tensor:
         """Features ``(in_channels,)`` from which training may start, if residuals have this std; 0 where nothing is known."""
         return torch.zeros(self.in_channels)

@@ -166,6 +166,10 @@ class LocationScale(Likelihood):
         """Start a learned scale from the std of the data."""
         self.scale.start(std)
 
+    def widen(self, ratio: float) -> None:
+        """Train a solved σ with so many times the batch's."""
+        self.scale.widen(ratio)
+
     def start_features(self, std: float) -> Tensor:
         """Mean 0, predicted scales at this std, and 0 for the family's own features."""
         features = torch.zeros(self.in_channels)

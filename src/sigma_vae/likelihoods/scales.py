@@ -44,6 +44,8 @@ OLD_BOUNDS = (-6.0, 6.0)
 
 MOMENTUM = 0.01
 """Weight of the present batch in a running mean of σ²."""
+LOG_WIDEST = math.log(2)
+"""Most that held-out residuals widen σ in training: one odd example among them must not switch all latents off."""
 
 
 class Scale(nn.Module, ABC):
@@ -113,6 +115,9 @@ class Scale(nn.Module, ABC):
 
     def start(self, std: float) -> None:
         """Start a learned σ from the std of the data; other scales have no start."""
+
+    def widen(self, ratio: float) -> None:
+        """Train a solved σ with so many times the batch's; other scales are not solved."""
 
     def refitted(self, raw: Tensor, observes: Observes) -> Tensor:
         """Log σ that ``calibrate`` solved."""
@@ -301,21 +306,35 @@ class Optimal(Scale):
     """
 
     solved = True
+    log_widening: Tensor
 
     def __init__(self, per: Per = "batch", floor: float | None = None) -> None:
         super().__init__(floor)
+        self.register_buffer("log_widening", torch.zeros(()))
         if per not in ("batch", "image", "channel", "pixel"):
             raise ValueError(f'Optimal(per=...) is "batch", "image", "channel" or "pixel", got {per!r}')
         self.per: Per = per
         self.refit_per = "batch" if per == "image" else per
 
     def forward(self, raw: Tensor, observes: Observes, fit: Fit | None) -> Tensor:
-        """The batch's optimum in training, else the stored value."""
+        """The batch's optimum in training, times the ratio of :meth:`widen`; else the stored value."""
         if fit is None or not self.training:
             return self.stored(observes)
         log_scale = fit(self.per)
         self._track(observes, fit("batch") if self.per == "image" else log_scale)
-        return log_scale
+        return log_scale + self.log_widening
+
+    @torch.no_grad()
+    def widen(self, ratio: float) -> None:
+        """Train with σ times the ratio of held-out residuals to training residuals, kept between 1 and 2.
+
+        Where a model overfits, the batch's σ is smaller than that of new data, and overfits it further.
+        """
+        self.log_widening.fill_(min(max(math.log(ratio), 0.0), LOG_WIDEST))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.setdefault(prefix + "log_widening", self.log_widening.new_zeros(()))  # of a model from before it
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @torch.no_grad()
     def _track(self, observes: Observes, log_scale: Tensor) -> None:

@@ -197,6 +197,7 @@ FIRST_DEFAULTS = {
     "training.epochs": 20,
     "training.ema_decay": None,
     "training.patience": None,
+    "training.sigma_from": "batch",
 }
 """Defaults that have changed since the first studies: keys of cells are made by the old ones, so that theirs stay."""
 

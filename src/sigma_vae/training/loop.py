@@ -202,6 +202,7 @@ class _Training:
         self.where = where
         self.about = {"shape": list(data.shape), "scaling": asdict(data.scaling), "choices": asdict(choices)}
         self.part = _sample(data, "validation", where)
+        self.trained_part = _sample(data, "train", where)
         held_out = shared(data, "validation", _passing_batch(data), where)
         self.validation = Validation(self.vae, held_out, batches.log_volume_nats)
         self.history: list[dict[str, float]] = []
@@ -289,7 +290,7 @@ class _Training:
         context.epoch = self._epoch()
         with average.in_place_of(self.vae) if average else nullcontext():
             try:
-                self.vae.calibrate(self.part)
+                ratio = self._refit()
             except ValueError as error:  # the same data trained before, so it is the weights that have become useless
                 raise NonFiniteLossError(f"after step {context.step - 1}: {error}. {REMEDY}") from error
             with in_eval_mode(self.vae):
@@ -299,8 +300,17 @@ class _Training:
             self.history.append({"step": context.step - 1, **row})
             for callback in self.callbacks:
                 callback.on_validation(context)
+        self.vae.likelihood.widen(ratio)
         score = found[validated_total(self.vae)]
         self.checkpoints.best.offer(score, context.step - 1, self.stepper.weights)
+
+    def _refit(self) -> float:
+        """Solve σ on part of the validation data; return how many times that of training data it is, where training asks."""
+        likelihood = self.vae.likelihood
+        asked = self.config.sigma_from == "held-out" and likelihood.has_scale and not likelihood.has_post_hoc
+        training = _calibrated(self.vae, self.trained_part) if asked else {}
+        held_out = _calibrated(self.vae, self.part)
+        return held_out[likelihood.observes] / training[likelihood.observes] if asked else 1.0
 
     def _write_checkpoint(self) -> None:
         """Write the state after a finished step, from which a run goes on."""

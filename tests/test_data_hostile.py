@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import socket
+import shutil
 import struct
 import tarfile
 import time
@@ -100,11 +101,14 @@ BESIDE = {  # folders of pictures, and those that are left out
 }
 
 
+@pytest.mark.parametrize("packed", ["", ".zip", ".tar", ".tar.gz"])
 @pytest.mark.parametrize(("folders", "left_out"), BESIDE.values(), ids=BESIDE)
-def test_masks_and_thumbnails_beside_pictures_are_left_out_and_said(folders, left_out, tmp_path: Path) -> None:
+def test_masks_and_thumbnails_beside_pictures_are_left_out_and_said(folders, left_out, packed: str, tmp_path: Path) -> None:
     for folder in folders:
         _pictures(tmp_path / "data" / folder)
-    data = load(DataConfig(str(tmp_path / "data")))
+    if packed:
+        shutil.make_archive(str(tmp_path / "data"), {".tar.gz": "gztar"}.get(packed, packed[1:]), tmp_path / "data")
+    data = load(DataConfig(str(tmp_path / f"data{packed}")))
     kept = len(folders) - (left_out is not None)
     assert sum(data.record["counts"].values()) == 12 * kept
     said = "folders of masks or thumbnails: " in data.record["preprocessing"]

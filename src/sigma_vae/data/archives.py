@@ -46,6 +46,11 @@ class Container(ABC):
     def names(self) -> list[str]:
         """Names of all files, sorted folder by folder."""
 
+    @property
+    def hidden(self) -> list[str]:
+        """Names of the files that are left out: hidden ones, and those in folders of systems."""
+        return []
+
     @abstractmethod
     def read(self, name: str, most: int = -1) -> bytes:
         """Read the first ``most`` bytes of a file, or all; safe in several threads.
@@ -77,6 +82,12 @@ class Folder(Container):
         """Names of all files, dangling links included."""
         return _visible(os.path.relpath(path, self.path) for path in _walk(self.path, frozenset()))
 
+    @property
+    def hidden(self) -> list[str]:
+        """Names of the files that are left out."""
+        found = (os.path.relpath(Path(place, name), self.path) for place, _, files in os.walk(self.path) for name in files)
+        return [name for name in found if _is_hidden(name)]
+
     def read(self, name: str, most: int = -1) -> bytes:
         """Read one file."""
         with (self.path / name).open("rb") as file:
@@ -99,6 +110,11 @@ class Zip(Container):
     def names(self) -> list[str]:
         """Names of all files in it."""
         return _visible(info.filename for info in self._archive.infolist() if not info.is_dir())
+
+    @property
+    def hidden(self) -> list[str]:
+        """Names of the files that are left out."""
+        return [info.filename for info in self._archive.infolist() if not info.is_dir() and _is_hidden(info.filename)]
 
     def read(self, name: str, most: int = -1) -> bytes:
         """Read one file; reading it whole verifies its checksum."""
@@ -133,6 +149,11 @@ class Tar(Container):
     def names(self) -> list[str]:
         """Names of all files in it, without links and devices."""
         return _visible(self._places)
+
+    @property
+    def hidden(self) -> list[str]:
+        """Names of the files that are left out."""
+        return [name for name in self._places if _is_hidden(name)]
 
     def read(self, name: str, most: int = -1) -> bytes:
         """Read one file."""

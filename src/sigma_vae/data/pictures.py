@@ -7,7 +7,6 @@ import os
 import re
 import threading
 import weakref
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Protocol, TypeVar, final
 import numpy as np
 
 from sigma_vae.config import DataConfig, ImageConfig
-from sigma_vae.data.archives import ARCHIVES, DAMAGED, SYSTEM_FOLDERS, Container, Folder, Zip, container
+from sigma_vae.data.archives import ARCHIVES, DAMAGED, SYSTEM_FOLDERS, Container, Folder, container
 from sigma_vae.data.cache import FOLDER, file_record, file_stamp, remembered
 from sigma_vae.data.levels import Array
 from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName
@@ -736,15 +735,8 @@ def begins_like_picture(head: bytes) -> bool:
 
 def hidden_pictures(holder: Container) -> Counter[str]:
     """Count the pictures in hidden folders and in those of systems (``@eaDir``, ``__MACOSX``), by folder."""
-    found = Counter[str]()
-    if isinstance(holder, Folder):
-        for place, _, files in os.walk(holder.path):
-            if folder := _hidden_folder(os.path.relpath(place, holder.path)):
-                found[folder] += sum(map(_has_ending, files))
-    elif isinstance(holder, Zip):
-        with zipfile.ZipFile(holder.path) as archive:
-            found.update(_hidden_folder(os.path.dirname(name)) for name in archive.namelist() if _has_ending(name))
-    return +Counter({folder: count for folder, count in found.items() if folder})
+    folders = (_hidden_folder(os.path.dirname(name)) for name in holder.hidden if _has_ending(name))
+    return Counter(folder for folder in folders if folder)
 
 
 def _hidden_folder(path: str) -> str:

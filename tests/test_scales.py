@@ -275,6 +275,21 @@ def test_running_mean_converges_to_the_optimum_and_eval_uses_it(per: str) -> Non
     np.testing.assert_allclose(np.broadcast_to(stored, (1, *EVENT))[0], truth, atol=0.06)
 
 
+@pytest.mark.parametrize(("ratio", "factor"), [(0.5, 1.0), (1.0, 1.0), (1.4, 1.4), (50.0, 2.0)])
+@pytest.mark.parametrize("per", GROUPS)
+def test_held_out_residuals_widen_sigma_in_training_alone(per: str, ratio: float, factor: float) -> None:
+    h, x = torch.rand(2, 6, *EVENT, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    likelihood = Gaussian(2, Optimal(per=per)).double()
+    narrow = likelihood(h, x).log_scale
+    stored = likelihood.eval()(h).log_scale
+    likelihood.widen(ratio)
+    torch.testing.assert_close(likelihood(h).log_scale, stored, rtol=0, atol=0)
+    torch.testing.assert_close(likelihood.train()(h, x).log_scale, narrow + math.log(factor))
+    before = {name: value for name, value in likelihood.state_dict().items() if name != "scale.log_widening"}
+    likelihood.load_state_dict(before)  # of a model that was saved when there was no such number
+    torch.testing.assert_close(likelihood(h, x).log_scale, narrow)
+
+
 def test_the_running_minimum_is_the_papers_recursion() -> None:
     """mse = min(mse, 0.99 mse + 0.01 batch mse), as in Asperti & Trentin's code; the same σ in training and evaluation."""
     likelihood = Gaussian(2, RunningMinimum()).double()

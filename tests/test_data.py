@@ -220,7 +220,7 @@ ARRAYS = {
     "clips of channels at both ends": (np.zeros((9, 2, 3, 5, 3), np.uint8), {}, "give --layout n-t-c-h-w or"),
     "clips standardised": (GREY[:, None, None] / 255, {"layout": "n-t-c-h-w", "standardise": "yes"}, "cannot be standardised"),
     "both ends channels": (np.zeros((9, 3, 5, 3), np.uint8), {}, "give --layout n-c-h-w or"),
-    "no end channels": (np.zeros((9, 5, 5, 2), np.uint8), {}, "give --layout n-c-h-w or"),
+    "no end channels": (np.zeros((9, 5, 5, 2), np.uint8), {}, "whose channels are then the 5 slices"),
     "wrong layout": (GREY, {"layout": "n-c"}, "needs 2 axes for layout n-c"),
 }
 

@@ -38,6 +38,11 @@ GRIDS = {  # values, the levels found, a word of the remark
     "k/100": (RANDOM.integers(0, 101, (60, 4, 4)) / 100, None, "--levels 101"),
     "real": (RANDOM.random((60, 4, 4)), None, ""),
     "one value": (np.full((60, 4, 4), 9, np.uint8), 256, ""),
+    "0 and 255, and one 7": (
+        np.where(np.arange(9600) == 5, 7, 255 * np.resize(BITS, 9600)).reshape(-1, 4, 4).astype(np.uint8),
+        256,
+        "all but 1 of 9600 values are 0 or 255; repair the others (7)",
+    ),
 }
 
 

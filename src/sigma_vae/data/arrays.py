@@ -408,6 +408,7 @@ def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:
         raise ValueError(
             f"{name} needs either its third axis from the end or its last one to have 1, 3 or 4 channels to tell the order of the"
             f" axes, got shape {shape}; give --layout {before} or --layout {after}"
+            + (f", or for volumes --layout {before}, whose channels are then the {shape[1]} slices" if len(shape) == 4 else "")
         )
     return before if first else after
 

@@ -30,6 +30,8 @@ _ROUNDING = 1e-6  # of values that are levels, though nobody has said how many t
 _EIGHT_BITS_IN_SIXTEEN = 257
 _CHUNK = 2**24  # values counted at a time
 _MOST_DISTINCT = 1024
+_FEW_DISTINCT = 8  # so many values are counted, to find those that are mistakes
+_RARE = 1e-3  # part of the values that mistakes are at most
 _ROWS_PER_VALUE = 20  # from which a column is taken for discrete
 _SOME_ROWS = 10_000
 _FLOAT32_STEPS = 1000  # between two values a std apart: fewer would be rounding that one can see
@@ -97,7 +99,24 @@ def _grid_of(arrays: Sequence[Array], name: str) -> tuple[Grid | None, str]:
         return Grid(native), f"16-bit values up to {largest}: --levels {2 ** largest.bit_length()} would be enough for them"
     if step > 1:
         return Grid(native), f"all values are multiples of {step}: --levels {largest // step + 1} counts these alone"
-    return Grid(native), ""
+    return Grid(native), _nearly_two(arrays, values)
+
+
+def _nearly_two(arrays: Sequence[Array], values: Array) -> str:
+    """Say that all values but a few are two, as in masks with an odd pixel."""
+    if len(values) > _FEW_DISTINCT:
+        return ""
+    counts = np.array([sum(int((part == value).sum()) for array in arrays for part in _parts(array)) for value in values])
+    *odd, second, first = np.argsort(counts, kind="stable")
+    rare, total = int(counts[odd].sum()), int(counts.sum())
+    if rare > _RARE * total:
+        return ""
+    low, high = sorted((int(values[first]), int(values[second])))
+    few = ", ".join(str(int(values[each])) for each in odd)
+    return (
+        f"all but {rare} of {total} values are {low} or {high}; repair the others ({few}) if they are mistakes, and two"
+        " levels are read"
+    )
 
 
 def given_grid(arrays: Mapping[Any, Array], levels: int, name: str) -> Grid:

@@ -163,17 +163,24 @@ def likelihood(
     head, slash, tail = name.partition("/")
     if head not in register.likelihood:
         raise ValueError(_unknown_likelihood(name))
+    counts = register.likelihood.entry(head).facts.get("counts", False)
+    if counts and observes == "level":
+        raise ValueError(f"{name} is trained on probabilities of counts in any case; leave observes out")
     if _takes_scale(register.likelihood.entry(head)):
         if not slash:
             raise ValueError(f"{name} takes a scale, one of {_patterns(register.scale)}; did you mean '{name}/optimal'?")
         if tail not in register.scale:
             raise ValueError(_unknown_likelihood(name))
         family, scale = register.likelihood.make(head), register.scale.make(tail)
+        if counts:
+            counting: Likelihood = family(channels, scale(), spatial_dims=spatial_dims)
+            return counting
         scaled: Likelihood = family(channels, scale(), spatial_dims=spatial_dims, levels=levels, mean=mean, observes=observes)
         return scaled
     if slash:
         raise ValueError(f"{name}: {head} takes no scale, its features alone say how sure they are; write {head!r}")
-    made: Likelihood = register.likelihood.make(head)(channels, spatial_dims=spatial_dims, levels=levels)
+    levels_known = {} if counts else {"levels": levels}
+    made: Likelihood = register.likelihood.make(head)(channels, spatial_dims=spatial_dims, **levels_known)
     if observes == "level" and made.observes != "level":
         raise ValueError(f'{name} is trained on the values, not on the probabilities of their levels: take observes="density"')
     return made

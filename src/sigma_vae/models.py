@@ -39,6 +39,7 @@ __all__ = [
     "priors",
     "save",
     "sized",
+    "takes_counts",
     "vae",
 ]
 
@@ -186,6 +187,16 @@ def likelihood(
     return made
 
 
+def takes_counts(name: str) -> bool:
+    """Whether a likelihood of this name is one of counts.
+
+    >>> takes_counts("negative-binomial/optimal"), takes_counts("gaussian/optimal")
+    (True, False)
+    """
+    family = name.partition("/")[0]
+    return family in register.likelihood and bool(register.likelihood.entry(family).facts.get("counts", False))
+
+
 def _unknown_likelihood(name: str) -> str:
     scaled = [entry for entry in register.likelihood if _takes_scale(entry)]
     others = [entry for entry in register.likelihood if not _takes_scale(entry)]
@@ -270,7 +281,8 @@ def latents_for(config: ModelConfig, data: Splits) -> int:
     training = Batches(data.train.select(chosen), data.scaling, size)
     held_out = data.batches("validation", size)
     most = min(MOST_LATENTS, max(dims // 2, 1))
-    return best_components(lambda: (batch.x for batch in training), (batch.x for batch in held_out), most)
+    seen = _likelihood_of(config, data.shape, data.scaling).encoder_input
+    return best_components(lambda: (seen(batch.x) for batch in training), (seen(batch.x) for batch in held_out), most)
 
 
 def check_network(name: str) -> None:
@@ -299,6 +311,12 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: b
 
 def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> Likelihood:
     mean: MeanMap = config.mean if config.mean != "auto" else "identity" if scaling.standardised else "unit"
+    if takes_counts(config.likelihood) != scaling.counts:
+        known = ", ".join(entry.name for entry in register.likelihood if entry.facts.get("counts"))
+        needs, remedy = ("no ", f"take one of {known}") if scaling.counts else ("a ", "read them as counts: --counts")
+        raise ValueError(
+            f"{config.likelihood} is {needs}likelihood of counts, and the data are {'' if scaling.counts else 'no '}counts; {remedy}"
+        )
     decoder = likelihood(
         config.likelihood, shape[0], spatial_dims=len(shape) - 1, levels=scaling.levels, mean=mean, observes=config.observes
     )

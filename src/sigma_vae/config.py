@@ -146,6 +146,10 @@ class DataConfig(_Strict):
     standardise: Literal["auto", "yes", "no"] = "auto"
     """Scale real values to mean 0 and std 1, channel by channel; auto: yes for tables (CSV, Parquet), no for others.
     Log-likelihoods are reported in the data's original units."""
+    counts: bool = False
+    """Read values as counts 0, 1, 2, ..., as they are; a likelihood of counts in the same command implies it."""
+    layer: str | None = None
+    """Layer of an .h5ad file to read, in place of its matrix X."""
     images: ImageConfig = field(default_factory=ImageConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)
     validation_fraction: float = 0.1

@@ -39,6 +39,7 @@ __all__ = [
     "priors",
     "save",
     "sized",
+    "takes_counts",
     "vae",
 ]
 
@@ -163,20 +164,37 @@ def likelihood(
     head, slash, tail = name.partition("/")
     if head not in register.likelihood:
         raise ValueError(_unknown_likelihood(name))
+    counts = register.likelihood.entry(head).facts.get("counts", False)
+    if counts and observes == "level":
+        raise ValueError(f"{name} is trained on probabilities of counts in any case; leave observes out")
     if _takes_scale(register.likelihood.entry(head)):
         if not slash:
             raise ValueError(f"{name} takes a scale, one of {_patterns(register.scale)}; did you mean '{name}/optimal'?")
         if tail not in register.scale:
             raise ValueError(_unknown_likelihood(name))
         family, scale = register.likelihood.make(head), register.scale.make(tail)
+        if counts:
+            counting: Likelihood = family(channels, scale(), spatial_dims=spatial_dims)
+            return counting
         scaled: Likelihood = family(channels, scale(), spatial_dims=spatial_dims, levels=levels, mean=mean, observes=observes)
         return scaled
     if slash:
         raise ValueError(f"{name}: {head} takes no scale, its features alone say how sure they are; write {head!r}")
-    made: Likelihood = register.likelihood.make(head)(channels, spatial_dims=spatial_dims, levels=levels)
+    levels_known = {} if counts else {"levels": levels}
+    made: Likelihood = register.likelihood.make(head)(channels, spatial_dims=spatial_dims, **levels_known)
     if observes == "level" and made.observes != "level":
         raise ValueError(f'{name} is trained on the values, not on the probabilities of their levels: take observes="density"')
     return made
+
+
+def takes_counts(name: str) -> bool:
+    """Whether a likelihood of this name is one of counts.
+
+    >>> takes_counts("negative-binomial/optimal"), takes_counts("gaussian/optimal")
+    (True, False)
+    """
+    family = name.partition("/")[0]
+    return family in register.likelihood and bool(register.likelihood.entry(family).facts.get("counts", False))
 
 
 def _unknown_likelihood(name: str) -> str:
@@ -263,7 +281,8 @@ def latents_for(config: ModelConfig, data: Splits) -> int:
     training = Batches(data.train.select(chosen), data.scaling, size)
     held_out = data.batches("validation", size)
     most = min(MOST_LATENTS, max(dims // 2, 1))
-    return best_components(lambda: (batch.x for batch in training), (batch.x for batch in held_out), most)
+    seen = _likelihood_of(config, data.shape, data.scaling).encoder_input
+    return best_components(lambda: (seen(batch.x) for batch in training), (seen(batch.x) for batch in held_out), most)
 
 
 def check_network(name: str) -> None:
@@ -292,6 +311,12 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: b
 
 def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> Likelihood:
     mean: MeanMap = config.mean if config.mean != "auto" else "identity" if scaling.standardised else "unit"
+    if takes_counts(config.likelihood) != scaling.counts:
+        known = ", ".join(entry.name for entry in register.likelihood if entry.facts.get("counts"))
+        needs, remedy = ("no ", f"take one of {known}") if scaling.counts else ("a ", "read them as counts: --counts")
+        raise ValueError(
+            f"{config.likelihood} is {needs}likelihood of counts, and the data are {'' if scaling.counts else 'no '}counts; {remedy}"
+        )
     decoder = likelihood(
         config.likelihood, shape[0], spatial_dims=len(shape) - 1, levels=scaling.levels, mean=mean, observes=config.observes
     )

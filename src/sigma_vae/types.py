@@ -222,6 +222,10 @@ class Hierarchy(Latents):
     """Several layers, each conditioned on those above it."""
 
 
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 class Network(nn.Module, ABC):
     """Encoder, latents and decoder.
 
@@ -237,6 +241,8 @@ class Network(nn.Module, ABC):
     """Number of given frames at the start of a clip: the likelihood covers the frames after them."""
     reads_condition: bool = False
     """Whether ``condition`` is read: labels or covariates, ``(batch, ...)``."""
+    encoder_input: Callable[[Tensor], Tensor] = staticmethod(_unchanged)
+    """What the encoder reads of data x; :class:`~sigma_vae.VAE` sets it to :meth:`Likelihood.encoder_input`."""
     trains_in_bfloat16: bool = False
     """Whether bfloat16 training was measured to give the same results, so that ``precision="auto"`` may choose it."""
     prior: Prior
@@ -532,8 +538,20 @@ class Likelihood(nn.Module, ABC):
     def widen(self, ratio: float) -> None:
         """Train a solved σ with so many times the batch's: the ratio of held-out residuals to training residuals."""
 
-    def start_features(self, std: float) -> Tensor:
-        """Features ``(in_channels,)`` from which training may start, if residuals have this std; 0 where nothing is known."""
+    @property
+    def has_mass(self) -> bool:
+        """Whether :meth:`log_mass` gives a probability, so that there are bits per dimension."""
+        return self.levels is not None and self.normalised
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """What an encoder should read of data x, of the same shape: x itself, or for counts their logarithm."""
+        return x
+
+    def start_features(self, std: float, data: Iterable[Tensor] | None = None) -> Tensor:
+        """Features ``(in_channels,)`` from which training may start, if residuals have this std; 0 where nothing is known.
+
+        ``data`` are batches ``(batch, channels, *space)``, for likelihoods that look at them.
+        """
         return torch.zeros(self.in_channels)
 
     def set_floor(self, relative: float | None = None, std: float = 1.0) -> None:

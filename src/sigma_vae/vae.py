@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -93,6 +94,7 @@ class VAE(nn.Module):
         super().__init__()
         self.network = network
         self.likelihood = likelihood
+        network.encoder_input = likelihood.encoder_input
 
     def forward(self, x: Tensor) -> Elbo:
         """Call :meth:`elbo`; wrappers such as DistributedDataParallel need it."""
@@ -120,7 +122,7 @@ class VAE(nn.Module):
         inference = self.network.infer(x, mask=mask, noise=noise)
         h, target = inference.scored()
         mass = mass_post_hoc = None
-        if self.likelihood.levels is not None and self.likelihood.normalised:
+        if self.likelihood.has_mass:
             mass = inference.per_example(self.likelihood.log_mass(h, target))
             mass_post_hoc = inference.per_example(self.likelihood.log_mass(h, target, refitted=True))
         return Scores(
@@ -254,8 +256,9 @@ class VAE(nn.Module):
         >>> abs(vae.likelihood.sigma().item() - std) < 0.02
         True
         """
+        data = _Values(loader)
         with in_eval_mode(self):  # layers such as batch norm see one example
-            return self.network.start_from(_Values(loader), self.likelihood.mean_map, self.likelihood.start_features)
+            return self.network.start_from(data, self.likelihood.mean_map, partial(self.likelihood.start_features, data=data))
 
     @torch.no_grad()
     def fit_prior(

@@ -12,6 +12,8 @@ from sigma_vae import runs
 from sigma_vae.cli.options import RunFolder
 from sigma_vae.config import LARGEST_COUNT, check_seed, replacing
 from sigma_vae.data import Batches
+from sigma_vae.data.counts import write_h5ad
+from sigma_vae.data.levels import Array
 from sigma_vae.data.splits import Names
 from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
@@ -195,7 +197,13 @@ def _beside(clips: Tensor, predicted: Tensor, past: int) -> Tensor:
 
 @torch.no_grad()
 def encode(
-    run: RunFolder, *, data: str | None = None, split: Split = "test", out: str | None = None, device: str = "auto"
+    run: RunFolder,
+    *,
+    data: str | None = None,
+    split: Split = "test",
+    expression: bool = False,
+    out: str | None = None,
+    device: str = "auto",
 ) -> None:
     """Write mean and std of the latents of each example.
 
@@ -203,15 +211,25 @@ def encode(
         run: Folder of the run.
         data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits.
         split: Split to encode.
+        expression: Also write the means that the posteriors' means decode to: of counts the normalised expression, of
+            rows with the mean total where means are shares of it.
         out: .npz file to write (keys "mean" and "std": examples × latents, in the split's order; "example": their files,
-            or rows in the file); RUN/codes-SPLIT.npz unless given.
+            or rows in the file; "expression"), or .h5ad (latents in obsm, expression in the layer sigma_vae, beside the
+            examples' own data where these are of an .h5ad file); RUN/codes-SPLIT.npz unless given.
         device: auto, cpu, cuda or cuda:1.
     """
     examples = _examples(run, data, split, device)
-    path = checked(Path(out) if out is not None else Path(run) / f"codes-{examples.word}.npz", (".npz",))
+    path = checked(Path(out) if out is not None else Path(run) / f"codes-{examples.word}.npz", (".npz", ".h5ad"))
     posteriors = [examples.vae.encode(batch.x) for batch in examples.batches]
     means, stds = (torch.cat(values) for values in ([q.loc for q in posteriors], [q.scale for q in posteriors]))
-    _write_arrays(path, {"mean": means, "std": stds}, example=_plain(examples.names))
+    decoded = [examples.batches.scaling.undo(examples.vae.decode(q.loc)) for q in posteriors] if expression else []
+    if path.suffix == ".h5ad":
+        source = Path(data) if data is not None else runs.config_of(Path(run)).data.path
+        columns = runs.columns_of(Path(run)) or [str(i) for i in range(examples.batches.store.shape[0])]
+        write_h5ad(path, source, examples.names, columns, _arrays({"mean": means, "std": stds}), _joined(decoded))
+    else:
+        more = {"expression": torch.cat(decoded)} if decoded else {}
+        _write_arrays(path, {"mean": means, "std": stds} | more, example=_plain(examples.names))
     print(path)
 
 
@@ -316,8 +334,16 @@ def write(path: Path, images: Tensor, arrays: dict[str, Tensor], columns: int | 
     print(path)
 
 
+def _joined(batches: list[Tensor]) -> Array | None:
+    return _arrays({"all": torch.cat(batches)})["all"] if batches else None
+
+
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, Array]:
+    return {name: at_least_float32(values).cpu().numpy() for name, values in tensors.items()}
+
+
 def _write_arrays(path: Path, tensors: dict[str, Tensor], **others: Names) -> None:
-    plain: dict[str, Any] = {name: at_least_float32(values).cpu().numpy() for name, values in tensors.items()} | others
+    plain: dict[str, Any] = _arrays(tensors) | others
     with replacing(path) as aside:
         np.savez_compressed(aside, **plain)
 

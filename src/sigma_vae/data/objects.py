@@ -28,6 +28,7 @@ from torch.utils.data import (
 from sigma_vae.config import DataConfig, ImageConfig, Layout
 from sigma_vae.data.arrays import CLIPS, LARGE, arranged, layout_like, parts_by_key
 from sigma_vae.data.batches import Batches
+from sigma_vae.data.counts import from_anndata, from_sparse
 from sigma_vae.data.levels import Array
 from sigma_vae.data.load import load, names, refuse_unread, splits_from, store_of
 from sigma_vae.data.pictures import PICTURE_OPTIONS, PicturePlan, Probe, plan, probe_image
@@ -41,8 +42,8 @@ __all__ = ["as_batches", "as_splits"]
 MEMORY = 2**30
 """Bytes of examples that are collected in memory; more go into a temporary file."""
 EXPECTED = (
-    "a NumPy array, tensor, pandas DataFrame, torch Dataset or DataLoader, Hugging Face data set, list of examples, a tuple or dict of"
-    " these for train, validation and test, a name or path, a DataConfig, or Splits"
+    "a NumPy array, tensor, sparse matrix, AnnData, pandas DataFrame, torch Dataset or DataLoader, Hugging Face data set, list of"
+    " examples, a tuple or dict of these for train, validation and test, a name or path, a DataConfig, or Splits"
 )
 
 
@@ -57,6 +58,8 @@ def as_splits(
     decimal: Literal["auto", ".", ","] = "auto",
     missing: Sequence[str] = (),
     standardise: Literal["auto", "yes", "no"] = "auto",
+    counts: bool = False,
+    layer: str | None = None,
     images: ImageConfig | None = None,
     validation_fraction: float = 0.1,
     test_fraction: float = 0.1,
@@ -75,6 +78,7 @@ def as_splits(
 
             * a NumPy array, or a tensor on any device, with the examples along the first axis;
             * a pandas DataFrame, whose numeric columns are taken;
+            * a sparse matrix of SciPy, or an AnnData, rows by columns: rows are made dense batch by batch;
             * a map-style torch ``Dataset``, or a list: of each item, the item itself, or the first of a tuple: a
               tensor, an array or a PIL image. All are read once, into memory, or into a temporary file if they are more
               than 1 GiB; random transforms are frozen by that;
@@ -93,6 +97,8 @@ def as_splits(
         decimal: decimal sign of a data frame's texts; auto: found where it is sure.
         missing: words that mean a missing value in a data frame; rows with one, or with an empty cell, are dropped.
         standardise: scale real values to mean 0 and std 1; auto: only tables.
+        counts: read values as counts 0, 1, 2, ..., for likelihoods of counts.
+        layer: of an AnnData, the layer to read in place of X.
         images: how pictures of a Hugging Face data set or PIL images get one shape.
         validation_fraction: share of the training examples held out for validation, if there is no validation split.
         test_fraction: share of the examples held out for test, if there is no test split.
@@ -120,6 +126,8 @@ def as_splits(
         decimal=decimal,
         missing=tuple(missing),
         standardise=standardise,
+        counts=counts,
+        layer=layer,
         images=images or ImageConfig(),
         validation_fraction=validation_fraction,
         test_fraction=test_fraction,
@@ -172,7 +180,7 @@ def as_batches(
     if not isinstance(data, Splits | DataConfig) and config.source not in names():  # those know their own levels
         standardise: Literal["yes", "no"] = "yes" if scaling.standardised else "no"
         levels_from: Literal["values", "dtype"] = "dtype" if scaling.levels is None else "values"
-        config = replace(config, levels=scaling.levels, levels_from=levels_from, standardise=standardise)
+        config = replace(config, levels=scaling.levels, levels_from=levels_from, standardise=standardise, counts=scaling.counts)
     if (splits := _with_splits(data, config)) is not None:
         _check_scaling(splits, scaling)
         store, clips = splits.store(split), splits.clips
@@ -197,14 +205,17 @@ def _with_splits(data: object, config: DataConfig) -> Splits | None:
 
 
 def _check_scaling(splits: Splits, scaling: Scaling) -> None:
-    if (splits.levels, splits.scaling.standardised) != (scaling.levels, scaling.standardised):
+    own = splits.scaling
+    if (own.levels, own.standardised, own.counts) != (scaling.levels, scaling.standardised, scaling.counts):
         raise ValueError(
             f"{splits.name} needs {_scale_words(scaling)}, like the model's data, got {_scale_words(splits.scaling)}; read it with other"
-            " levels or standardise"
+            " levels, standardise or counts"
         )
 
 
 def _scale_words(scaling: Scaling) -> str:
+    if scaling.counts:
+        return "counts"
     if scaling.levels is not None:
         return f"{scaling.levels} levels"
     return "real values to standardise" if scaling.standardised else "real values in [0, 1]"
@@ -237,6 +248,9 @@ def _raw(data: object, config: DataConfig, like: Splits | None = None) -> Raw:
     """Read an object whole; where the config leaves it open, columns and layout are those of the model's data."""
     parts, ignored = _by_split(data, config.source)
     labels = {split: f"{config.source} ({split})" for split in parts}
+    files = [{"object": f"{type(part).__module__}.{type(part).__qualname__}", "split": split} for split, part in parts.items()]
+    if any(_is_matrix(part) for part in parts.values()):
+        return replace(_from_matrices(parts, config, labels, like), files=files)
     found = {split: _found(part, config, labels[split]) for split, part in parts.items()}
     for one in found.values():
         refuse_unread(config, one.options)
@@ -251,8 +265,31 @@ def _raw(data: object, config: DataConfig, like: Splits | None = None) -> Raw:
         raw = replace(raw, names={split: one.values.index.to_numpy() for split, one in found.items()})
     else:
         raw = _from_arrays(found, config, like)
-    files = [{"object": f"{type(part).__module__}.{type(part).__qualname__}", "split": split} for split, part in parts.items()]
     return replace(raw, files=files, preprocessing=[*words, *raw.preprocessing])
+
+
+def _is_matrix(part: object) -> bool:
+    """Whether it is an AnnData or a sparse matrix."""
+    return _is_a(part, "anndata", "AnnData") or hasattr(part, "tocsr")
+
+
+def _from_matrices(
+    parts: Mapping[SplitName, object], config: DataConfig, labels: Mapping[SplitName, str], like: Splits | None
+) -> Raw:
+    known = tuple(like.record.get("columns", ())) if like is not None else ()
+    raws = {}
+    for split, part in parts.items():
+        annotated = _is_a(part, "anndata", "AnnData")
+        refuse_unread(config, {"layer", "columns", "exclude"} if annotated else set())
+        chosen = replace(config, columns=config.columns or known)
+        matrix: Any = part
+        raws[split] = from_anndata(matrix, chosen, labels[split]) if annotated else from_sparse(matrix, labels[split])
+    if len({raw.columns for raw in raws.values()}) > 1:
+        raise ValueError(f"{config.source} needs the same columns in all splits; choose those that all have with columns")
+    own = {split: raw.parts["train"] for split, raw in raws.items()}
+    return replace(
+        raws["train"], name=config.source, parts=own, names={s: raw.names["train"] for s, raw in raws.items() if raw.names}
+    )
 
 
 def _by_split(data: object, name: str) -> tuple[dict[SplitName, object], list[str]]:

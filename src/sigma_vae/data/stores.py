@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sigma_vae.data.levels import Array, Grid
 
-__all__ = ["Encoded", "Generated", "InMemory", "Mapped", "Part", "Store", "UnreadableError"]
+__all__ = ["Encoded", "Generated", "InMemory", "Mapped", "Part", "Sparse", "Store", "UnreadableError"]
 
 CPU = torch.device("cpu")
 
@@ -194,6 +194,53 @@ class Generated(Store):
         return self.make(np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch, row)))))
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Sparse(Store):
+    """Rows of a sparse matrix of SciPy; those of a batch alone are made dense.
+
+    Args:
+        matrix: compressed by rows (CSR), ``(N, C)``.
+        rows: the examples of this subset; default all.
+        device: device of the batches; the matrix stays on the host.
+    """
+
+    matrix: Any
+    rows: Tensor | None = None
+    device: torch.device = CPU
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return (int(self.matrix.shape[1]),)
+
+    def __len__(self) -> int:
+        return int(self.matrix.shape[0]) if self.rows is None else len(self.rows)
+
+    def take(self, positions: Tensor, epoch: int = 0) -> Tensor:
+        """Return these rows, dense: in float64 if the matrix is, else in float32."""
+        rows = positions if self.rows is None else self.rows[positions]
+        dense = self.matrix[rows.numpy()].toarray()
+        return torch.from_numpy(dense if dense.dtype == np.float64 else dense.astype(np.float32)).to(self.device)
+
+    def select(self, rows: Tensor) -> "Sparse":
+        """Return a subset without copying the matrix."""
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+    def to(self, device: torch.device) -> "Sparse":
+        """Deliver batches on that device."""
+        return replace(self, device=device)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the matrix and the rows."""
+        own = self.matrix
+        digest = hashlib.sha256(f"{own.shape} {own.dtype}".encode())
+        for part in (own.indptr, own.indices, own.data):
+            digest.update(np.ascontiguousarray(part).data)
+        digest.update(b"" if self.rows is None else self.rows.numpy().tobytes())
+        return digest.hexdigest()
+
+
 class UnreadableError(ValueError):
     """One example cannot be decoded; the others may be fine."""
 
@@ -229,5 +276,5 @@ class Encoded:
         return len(self.names)
 
 
-Part = Array | Encoded | Generated | Mapped
+Part = Array | Encoded | Generated | Mapped | Sparse
 """One split of a source, before its values are checked."""

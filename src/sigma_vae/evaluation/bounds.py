@@ -142,12 +142,12 @@ def _terms(likelihood: Likelihood, measures: Collection[Measure] | None) -> dict
         )
     refitted, level = likelihood.has_post_hoc, likelihood.observes == "level"
     known: dict[Measure, _Term] = {"iwae_nats": _Term(level, False), "iwae_post_hoc_nats": _Term(level, refitted)}
-    if likelihood.levels is not None:
+    if likelihood.has_mass:
         known |= {"iwae_bits_per_dim": _Term(True, False), "iwae_bits_per_dim_post_hoc": _Term(True, refitted)}
     if measures is None:
         return known
     if not measures or not set(measures) <= set(known):
-        why = "" if likelihood.levels is not None else " (there are bits only of data with levels)"
+        why = "" if likelihood.has_mass else " (there are bits only of data with levels)"
         raise ValueError(f"measures of this model are one or more of {', '.join(known)}{why}; got {list(measures)}")
     return {measure: term for measure, term in known.items() if measure in measures}
 

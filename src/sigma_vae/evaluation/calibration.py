@@ -236,7 +236,7 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
 def _asked(likelihood: Likelihood) -> list[str]:
     """The kinds that this likelihood has."""
     refitted = likelihood.has_post_hoc and bool(likelihood.refitted_log_scales())
-    there = {"density": likelihood.observes == "density", "level": likelihood.levels is not None}
+    there = {"density": likelihood.observes == "density", "level": likelihood.has_mass}
     return [name for name, (observes, post_hoc) in KINDS.items() if there[observes] and (refitted or not post_hoc)]
 
 
@@ -275,8 +275,8 @@ class _Pit:
         self.histogram += torch.bincount((u * PIT_BINS).long().clamp(0, PIT_BINS - 1).flatten(), minlength=PIT_BINS).cpu()
         probability = 2 * (u - 0.5).abs()  # of the smallest central interval that holds the value
         inside = [probability <= nominal for nominal in INTERVALS]
-        if likelihood.levels is not None:
-            above = inference.scored()[1] > 0.5 / (likelihood.levels - 1)
+        if likelihood.has_mass:
+            above = inference.scored()[1] > 0.5 / ((likelihood.levels or 2) - 1)  # counts are a whole number apart
             self.above_zero += torch.stack([above.sum(), *((above & one).sum() for one in inside)]).cpu()
         return torch.stack([_sums(inference, one, likelihood) for one in inside], 1)
 

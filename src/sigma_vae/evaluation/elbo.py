@@ -178,7 +178,7 @@ def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
 
     See :func:`sigma_vae.evaluation.score`, which takes data of any kind.
     """
-    masses = vae.likelihood.levels is not None and vae.likelihood.normalised
+    masses = vae.likelihood.has_mass
 
     def rows(batch: Batch) -> Tensor:
         scores = vae.score(batch.x, keyed_noise(batch.positions, seed), batch.mask)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from sigma_vae.likelihoods.residuals import RESIDUALS, ResidualDistribution
 from sigma_vae.likelihoods.scales import Per
 
-__all__ = ["Observed", "best_batch_log_scale", "best_log_scale", "shared_shape"]
+__all__ = ["Observed", "Sums", "best_batch_log_scale", "best_log_scale", "highest", "maximum", "shared_shape"]
 
 HEAD = 2**18  # values
 MAX_ITERATIONS = 200
@@ -30,7 +30,17 @@ class Observed(NamedTuple):
     x: Tensor
 
 
-Slopes = Callable[[Observed, Tensor], Tensor]
+class WithData(Protocol):
+    """Data, and whatever is predicted for them."""
+
+    @property
+    def x(self) -> Tensor:
+        """The data."""
+
+
+Part = TypeVar("Part", bound=WithData)
+
+Slopes = Callable[[Part, Tensor], Tensor]
 """First and second derivative of each element's log-probability in its log σ, in two rows."""
 
 
@@ -63,20 +73,20 @@ def best_log_scale(
         return _slope_and_curvature(observed, log_scale, levels)
 
     def search(start: Tensor) -> Tensor:
-        return _maximum(slopes, data, per, event_dims, (log_floor, LARGEST_LOG_SCALE), start)
+        return maximum(slopes, data, per, event_dims, (log_floor, LARGEST_LOG_SCALE), start)
 
     def score(log_scale: Tensor, part: Callable[[Iterable[Observed]], Iterator[Observed]] = iter) -> Tensor:
-        sums = _Sums(per, event_dims)
+        sums = Sums(per, event_dims)
         for observed in part(data):
             sums.add(_bins(observed, log_scale, levels).log_mass[None])
         return sums.means()[0]
 
     found = search(start.double())
     coarse = torch.linspace(max(math.log(0.25 / (levels - 1)), log_floor), math.log(4), COARSE, dtype=found.dtype)
-    return _best(found, coarse.tolist(), score, search).to(start.dtype)
+    return highest(found, coarse.tolist(), score, search).to(start.dtype)
 
 
-def _best(found: Tensor, coarse: Sequence[float], score: Callable[..., Tensor], search: Callable[[Tensor], Tensor]) -> Tensor:
+def highest(found: Tensor, coarse: Sequence[float], score: Callable[..., Tensor], search: Callable[[Tensor], Tensor]) -> Tensor:
     """A found maximum, or a higher one near a coarse point: bins at the ends give several.
 
     There a right prediction's probability falls from 1 to 1/2 with σ, and a wrong one's rises from 0 to 1/2. The first
@@ -137,7 +147,7 @@ def _shared_axes(dims: int, per: Per, event_dims: int) -> tuple[int, ...]:
     return tuple(shared[per])
 
 
-class _Sums:
+class Sums:
     """Sums over everything that shares one σ, across batches and processes; batches are added up in float64."""
 
     def __init__(self, per: Per, event_dims: int) -> None:
@@ -156,35 +166,39 @@ class _Sums:
 
     def means(self) -> Tensor:
         """Sum over count, the same on every process."""
+        total, count = self.totals()
+        return total / count
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Sum and count, the same on every process."""
         if self.total is None:
             raise ValueError("no data to fit a scale on: `pairs` was empty, or a generator that had been used up")
-        if self.per == "image" or not (distributed.is_available() and distributed.is_initialized()):
-            return self.total / self.count
         message = torch.cat([self.total.flatten(), self.total.new_tensor([self.count])])
-        distributed.all_reduce(message)
-        return (message[:-1] / message[-1]).reshape(self.total.shape)
+        if self.per != "image" and distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(message)
+        return message[:-1].reshape(self.total.shape), message[-1]
 
 
 def _best_for_density(data: Iterable[Observed], per: Per, event_dims: int, log_floor: float) -> Tensor:
     """In closed form, or by Newton's method from the root mean square."""
-    sums = _Sums(per, event_dims)
+    sums = Sums(per, event_dims)
     for residual, loc, base, x in data:
         z = (x - loc) * torch.exp(-base)
         sums.add((residual.statistic(z) if residual.closed_form else z.square())[None])
     log_scale = (sums.means()[0].log() / residual.power).clamp_min(log_floor)
     if not residual.closed_form:
-        log_scale = _maximum(_slope_of_density, data, per, event_dims, (log_floor, math.inf), log_scale)
+        log_scale = maximum(_slope_of_density, data, per, event_dims, (log_floor, math.inf), log_scale)
     return log_scale.to(x.dtype)
 
 
-def _maximum(
-    slopes: Slopes, data: Iterable[Observed], per: Per, event_dims: int, bounds: tuple[float, float], log_scale: Tensor
+def maximum(
+    slopes: Slopes[Part], data: Iterable[Part], per: Per, event_dims: int, bounds: tuple[float, float], log_scale: Tensor
 ) -> Tensor:
     """Find where the slopes add up to 0. After steps on the first data alone, two passes over all of them are enough."""
     for part in (_head, iter):
         search = _Newton(log_scale, *bounds)
         for _ in range(MAX_ITERATIONS):
-            sums = _Sums(per, event_dims)
+            sums = Sums(per, event_dims)
             for observed in part(data):
                 sums.add(slopes(observed, search.at))
             if search.step(*sums.means()):
@@ -193,7 +207,7 @@ def _maximum(
     return log_scale
 
 
-def _head(data: Iterable[Observed]) -> Iterator[Observed]:
+def _head(data: Iterable[Part]) -> Iterator[Part]:
     """The first data, enough of them to come near the optimum."""
     seen = 0
     for observed in data:

@@ -93,6 +93,7 @@ class FlatNetwork(Network):
     def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
         """q(z|x), parameters ``(batch, latent_dim)``, in float32 at least."""
         self.refuse_unread(condition=condition)
+        x = self.encoder_input(x)
         raw = self.encoder(x)
         if raw.dim() != 2 or raw.shape[-1] != 2 * self.latent_dim:
             raise ValueError(
@@ -129,10 +130,10 @@ class FlatNetwork(Network):
         Raises:
             ValueError: setting the last layer with weights to 0 does not make the encoder's, or the decoder's, output 0.
         """
-        example = next(iter(data))[:1].to(next(self.parameters()))
+        example = self.encoder_input(next(iter(data))[:1].to(next(self.parameters())))
         h = self.decoder(example.new_zeros(1, self.latent_dim))
         solved = solved_path(
-            lambda: (x.cpu() for x in data),
+            lambda: (self.encoder_input(x.cpu()) for x in data),
             self.latent_dim,
             mean,
             lambda std: features(std).cpu().reshape(-1, *[1] * (h.dim() - 2)).expand(h.shape[1:]).clone(),

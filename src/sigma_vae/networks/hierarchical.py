@@ -451,6 +451,7 @@ class HierarchicalNetwork(Network):
 
     def _encode(self, x: Tensor) -> dict[int, Tensor]:
         """The last features at each resolution."""
+        x = self.encoder_input(x)
         expected = (self.channels, self.rows, self.columns)
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(f"this network was built for examples of shape {expected}, got a batch of shape {tuple(x.shape)}")

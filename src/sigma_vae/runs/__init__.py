@@ -2,14 +2,16 @@
 
 from sigma_vae.runs.compare import compare
 from sigma_vae.runs.evaluate import evaluate_run, evaluation_file
-from sigma_vae.runs.folder import Run, evaluation_batch, new_data, open_model, open_run, word_of
+from sigma_vae.runs.folder import Run, columns_of, config_of, evaluation_batch, new_data, open_model, open_run, word_of
 from sigma_vae.runs.refit import calibrate_run, fit_prior
 from sigma_vae.runs.train import has_checkpoint, rerun, resume, train
 
 __all__ = [
     "Run",
     "calibrate_run",
+    "columns_of",
     "compare",
+    "config_of",
     "evaluate_run",
     "evaluation_batch",
     "evaluation_file",

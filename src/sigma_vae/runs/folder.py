@@ -27,6 +27,7 @@ __all__ = [
     "SIGMA_FITTED_ON",
     "NewData",
     "Run",
+    "columns_of",
     "config_of",
     "data_of",
     "evaluation_batch",
@@ -193,17 +194,26 @@ def word_of(source: str) -> str:
     return word if word and word not in SPLITS else f"data-{word}".strip("-")
 
 
+def columns_of(out: Path) -> list[str]:
+    """Names of the columns of a run's data; empty where they have none.
+
+    Raises:
+        ValueError: the run does not say them.
+    """
+    record = read_json(out / "environment.json").get("data")
+    known = record.get("columns", []) if isinstance(record, dict) else None
+    if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
+        raise ValueError(f"{out / 'environment.json'} does not say the columns of the run's data, got {known!r}")
+    return known
+
+
 def new_config(out: Path, scaling: Scaling, source: str) -> DataConfig:
     """How to read other data for a run's model: as its own data, with the levels or the standardisation of the model.
 
     Raises:
         ValueError: the run does not say the columns of its data.
     """
-    own = config_of(out).data
-    record = read_json(out / "environment.json").get("data")
-    known = record.get("columns", []) if isinstance(record, dict) else None
-    if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
-        raise ValueError(f"{out / 'environment.json'} does not say the columns of the run's data, got {known!r}")
+    own, known = config_of(out).data, columns_of(out)
     named = source in names()
     return replace(
         own,

@@ -60,6 +60,8 @@ def _check_new(out: Path) -> None:
 def _train(config: RunConfig, out: Path, *, progress: bool) -> Evaluation:
     from_first(lambda: _check_new(out))
     config = replace(config, data=_from_anywhere(config.data))
+    if models.takes_counts(config.model.likelihood):
+        config = replace(config, data=replace(config.data, counts=True))
     with first_of_node_first():
         data = models.data(config.data)
     if progress and processes().first:
@@ -177,7 +179,7 @@ def _save(out: Path, config: RunConfig, vae: VAE, data: Splits, training_sigma: 
 
 def _write_report(out: Path, report: Evaluation, vae: VAE, data: Splits) -> Evaluation:
     report = store(out, report)  # sections are kept where nothing was left to train
-    if drawable(data.shape):
+    if drawable(data.shape) and not data.scaling.counts:
         draw(out, vae, data)
     return report
 

@@ -310,7 +310,7 @@ class Validation:
             "validation/rate_nats": elbo.rate,
             "validation/distortion_nats": elbo.distortion + self.log_volume_nats,
         }
-        if likelihood.levels is not None and likelihood.normalised:
+        if likelihood.has_mass:
             mass = inference.per_example(likelihood.log_mass(h, target))
             metrics["validation/bits_per_dim"] = (elbo.rate - mass) / (inference.dims() * math.log(2))
         means = mean_over_all(torch.stack(list(metrics.values()), 1))

@@ -146,6 +146,12 @@ class DataConfig(_Strict):
     standardise: Literal["auto", "yes", "no"] = "auto"
     """Scale real values to mean 0 and std 1, channel by channel; auto: yes for tables (CSV, Parquet), no for others.
     Log-likelihoods are reported in the data's original units."""
+    condition: tuple[str, ...] = ()
+    """Labels or covariates that the model is given: the name of a column (of a table, a hub data set, an NPZ or HDF5 file),
+    or label: the class of a named data set, or the subfolder of a picture. Words and counted integers are classes, other
+    numbers covariates; NAME:class and NAME:number decide."""
+    stratify: bool = False
+    """Hold out validation and test examples in proportion to the classes of the condition."""
     images: ImageConfig = field(default_factory=ImageConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)
     validation_fraction: float = 0.1
@@ -291,6 +297,9 @@ class TrainingConfig(_Strict):
     kl_balancing_steps: int = 0
     """Number of first steps in which layers with more KL for each latent pay more for it (as in NVAE's warm-up); the
     loss is no bound then."""
+    condition_dropout: float = 0.0
+    """Share of training examples whose condition is hidden (classifier-free): the model then also has one for unknown
+    conditions."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW); at 0 the optimiser is Adam."""
     warmup_steps: int = 0
@@ -332,6 +341,8 @@ class TrainingConfig(_Strict):
             )
         if not 0 <= self.kl_weight < math.inf:
             raise ValueError(f"kl_weight multiplies the KL and is at least 0 (1: the ELBO), got {self.kl_weight}")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(f"condition_dropout is a share of the examples, from 0 up to but not 1, got {self.condition_dropout}")
         if not 0 <= self.beta_nll <= 1:
             raise ValueError(f"beta_nll is from 0 (the likelihood) to 1 (all errors weigh the same), got {self.beta_nll}")
         if isinstance(self.ema_decay, float | int) and not 0 <= self.ema_decay < 1:

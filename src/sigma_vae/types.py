@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
+from sigma_vae.conditions import Conditions
+
 __all__ = [
     "Batch",
     "DataDistribution",
@@ -50,11 +52,17 @@ Observes = Literal["density", "level"]
 
 
 class Batch(NamedTuple):
-    """Examples, their positions in their split, and for clips of unequal lengths the mask of valid frames."""
+    """Examples and their positions in their split; the mask of valid frames, for clips of unequal lengths; conditions."""
 
     x: Tensor
     positions: Tensor
     mask: Tensor | None = None
+    condition: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; positions stay on the CPU."""
+        mask, condition = (None if each is None else each.to(device) for each in (self.mask, self.condition))
+        return Batch(self.x.to(device), self.positions, mask, condition)
 
 
 class Inference(NamedTuple):
@@ -128,10 +136,16 @@ class Prior(nn.Module, ABC):
 
     is_standard: bool = False
     """Whether it is N(0, I)."""
+    is_learned: bool = False
+    """Whether it is trained together with the network."""
     needs_fit: bool = False
     """Whether :meth:`fit` has to be called before the prior can be used."""
     least_latents: int = 0
     """The smallest number of latents that :meth:`fit` accepts."""
+
+    def given(self, condition: Tensor | None) -> "Prior":
+        """p(z|c) of the examples with these conditions ``(batch, variables)``; itself, where it does not depend on them."""
+        return self
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
@@ -157,6 +171,17 @@ class Prior(nn.Module, ABC):
             ValueError: the prior has nothing to fit, or cannot be fitted to these latents.
         """
         raise ValueError(f"{type(self).__name__} has nothing to fit: it does not define fit(latents)")
+
+    def fit_given(
+        self,
+        latents: Tensor,
+        condition: Tensor | None,
+        held_out: Tensor | None = None,
+        held_condition: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Fit p(z|c) to latents and their conditions ``(n, variables)``; a prior without conditions fits p(z)."""
+        self.fit(latents, held_out, seed)
 
 
 class Prediction(NamedTuple):
@@ -236,7 +261,9 @@ class Network(nn.Module, ABC):
     context_frames: int = 0
     """Number of given frames at the start of a clip: the likelihood covers the frames after them."""
     reads_condition: bool = False
-    """Whether ``condition`` is read: labels or covariates, ``(batch, ...)``."""
+    """Whether ``condition`` is read: labels or covariates, ``(batch, variables)``."""
+    conditions: Conditions | None = None
+    """The variables of ``condition``, where it is read."""
     trains_in_bfloat16: bool = False
     """Whether bfloat16 training was measured to give the same results, so that ``precision="auto"`` may choose it."""
     prior: Prior
@@ -263,7 +290,7 @@ class Network(nn.Module, ABC):
             context: conditioning frames of clips.
             mask: valid frames of clips, ``(batch, frames)``.
             noise: source of the posterior's standard normal numbers; torch's global generator unless given.
-            condition: labels or covariates.
+            condition: labels or covariates ``(batch, variables)``, NaN where unknown.
         """
 
     @abstractmethod
@@ -275,7 +302,10 @@ class Network(nn.Module, ABC):
         temperature: Temperature = 1.0,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Features ``(n, in_channels, *space)`` of n draws from the prior."""
+        """Features ``(n, in_channels, *space)`` of n draws from the prior.
+
+        A network that reads conditions draws them too where none is given.
+        """
 
     @property
     def has_posterior(self) -> bool:
@@ -305,7 +335,7 @@ class Network(nn.Module, ABC):
         """Features of given latents."""
         raise self._lacks("no way to decode given latents", "decode(z)")
 
-    def draw(self, x: Tensor, posterior: Normal, unit: Tensor) -> Inference:
+    def draw(self, x: Tensor, posterior: Normal, unit: Tensor, condition: Tensor | None = None) -> Inference:
         """Do what :meth:`infer` does, for several draws of each example from a posterior that is already computed.
 
         Shapes:
@@ -313,6 +343,12 @@ class Network(nn.Module, ABC):
             kl ``(*draws, batch, layers)`` and so on.
         """
         raise self._lacks("no way to decode several draws at once", "draw(x, posterior, unit)")
+
+    def draw_latents(
+        self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None
+    ) -> Tensor | Sequence[Tensor]:
+        """One posterior draw of the latents, as :meth:`decode` takes them."""
+        raise self._lacks("no latents that could be decoded again", "draw_latents(x)")
 
     @property
     def has_start(self) -> bool:
@@ -351,6 +387,7 @@ class Network(nn.Module, ABC):
         temperature: float = 1.0,
         *,
         batch_statistics: bool = False,
+        condition: Tensor | None = None,
     ) -> Prediction:
         """Continue clips frame by frame; ``show`` turns features into the frame that the next one is predicted from."""
         raise ValueError(f"{type(self).__name__} predicts no frames: it reads single examples, not clips")

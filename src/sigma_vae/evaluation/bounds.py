@@ -174,13 +174,14 @@ def _inferences(vae: VAE, batch: Batch, draws: int, seed: int) -> Iterator[Infer
     noise = keyed_noise(batch.positions, seed)
     if not vae.network.has_draw:
         for _ in range(draws):
-            yield vae.network.infer(batch.x, mask=batch.mask, noise=noise)
+            yield vae.network.infer(batch.x, mask=batch.mask, noise=noise, condition=batch.condition)
         return
-    posterior = vae.network.posterior(batch.x)
+    posterior = vae.network.posterior(batch.x, batch.condition)
+    given = () if batch.condition is None else (batch.condition,)
     most, together = FEATURES if batch.x.device.type == "cpu" else GPU_FEATURES, 1
     while draws:
         unit = torch.stack([noise(posterior.loc.shape) for _ in range(min(together, draws))]).to(posterior.loc)
-        inference = vae.network.draw(batch.x, posterior, unit)
+        inference = vae.network.draw(batch.x, posterior, unit, *given)
         yield inference
         draws -= len(unit)
         together = max(1, most * len(unit) // inference.h.numel())

@@ -204,7 +204,7 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
 
     def rows(batch: Batch) -> Tensor:
         noise = keyed_noise(batch.positions, seed)
-        inference = vae.network.infer(batch.x, mask=batch.mask, noise=noise)
+        inference = vae.network.infer(batch.x, mask=batch.mask, noise=noise, condition=batch.condition)
         uniform = torch.special.ndtr(noise(inference.target.shape).to(inference.target.device))  # the same generators go on
         u = _pits(vae.likelihood, inference, uniform if inference.mask is None else uniform[inference.mask])
         h, target = inference.scored()

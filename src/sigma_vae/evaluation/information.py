@@ -219,7 +219,7 @@ def active_units(vae: VAE, batches: Batches) -> int:
     Raises:
         ValueError: the network has no posterior of one layer of latents.
     """
-    return _active(each_example(vae, batches, lambda batch: vae.encode(batch.x).loc.flatten(1)))
+    return _active(each_example(vae, batches, lambda batch: vae.encode(batch.x, batch.condition).loc.flatten(1)))
 
 
 def _active(means: Tensor) -> int:
@@ -230,7 +230,7 @@ def _latents(vae: VAE, batches: Batches, seed: int) -> _Latents:
     """The draw of every example from which the ELBO is computed with this seed."""
 
     def rows(batch: Batch) -> Tensor:
-        posterior = vae.encode(batch.x)
+        posterior = vae.encode(batch.x, batch.condition)
         unit = keyed_noise(batch.positions, seed)(posterior.loc.shape).to(posterior.loc)
         z = posterior.loc + posterior.scale * unit
         wide = [values.flatten(1) for values in (posterior.loc, posterior.scale, unit, z)]
@@ -244,8 +244,9 @@ def _latents(vae: VAE, batches: Batches, seed: int) -> _Latents:
 def _kl_and_log_prior(vae: VAE, batch: Batch, posterior: Normal, unit: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q(z|x)‖p) and log p(z), from the prior, or from the network's own draw under the same noise."""
     if vae.network.has_prior:
-        return vae.network.prior.kl(posterior, z), vae.network.prior.log_prob(z)
-    inference = vae.network.infer(batch.x, noise=lambda shape: unit.reshape(shape))
+        prior = vae.network.prior.given(batch.condition)
+        return prior.kl(posterior, z), prior.log_prob(z)
+    inference = vae.network.infer(batch.x, noise=lambda shape: unit.reshape(shape), condition=batch.condition)
     log_q: Tensor = posterior.log_prob(z)  # type: ignore[no-untyped-call]
     return inference.kl.sum(-1), inference.log_ratio + log_q.flatten(1).sum(-1)
 

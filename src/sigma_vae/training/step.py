@@ -302,7 +302,9 @@ class Validation:
         return {name: float(total / examples) for name, total in totals.items()}
 
     def _means(self, batch: Batch, number: int, step: int) -> dict[str, Tensor]:
-        inference = self.vae.network.infer(batch.x, mask=batch.mask, noise=self._noise_of(batch, number))
+        inference = self.vae.network.infer(
+            batch.x, mask=batch.mask, noise=self._noise_of(batch, number), condition=batch.condition
+        )
         likelihood, (h, target) = self.vae.likelihood, inference.scored()
         elbo = Elbo(inference.per_example(likelihood(h).log_prob(target)), inference.kl)
         metrics = {

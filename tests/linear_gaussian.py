@@ -94,12 +94,7 @@ class InDouble(Network):
         return self.inner.latents
 
     def infer(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-        noise: Noise | None = None,
-        condition: Tensor | None = None,
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None
     ) -> Inference:
         return self.inner.infer(x.double(), context, mask, noise)
 
@@ -109,7 +104,6 @@ class InDouble(Network):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         temperature: Temperature = 1.0,
-        condition: Tensor | None = None,
     ) -> Tensor:
         return self.inner.generate(n, context, generator, temperature)
 

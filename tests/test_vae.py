@@ -189,23 +189,13 @@ class Scaled(Network):
         return self.inner.latents
 
     def infer(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-        noise: Noise | None = None,
-        condition: Tensor | None = None,
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None
     ) -> Inference:
         inference = self.inner.infer(x, context, mask, noise)
         return inference._replace(h=self.factor * inference.h, target=self.factor * inference.target)
 
     def generate(
-        self,
-        n: int,
-        context: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        temperature: float = 1.0,
-        condition: Tensor | None = None,
+        self, n: int, context: Tensor | None = None, generator: torch.Generator | None = None, temperature: float = 1.0
     ) -> Tensor:
         return self.factor * self.inner.generate(n, context, generator, temperature)
 
@@ -330,23 +320,13 @@ class Frames(Network):
         return self.frame.latents
 
     def infer(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-        noise: Noise | None = None,
-        condition: Tensor | None = None,
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None
     ) -> Inference:
         one = self.frame.infer(x[:, 0], context, mask, noise)
         return one._replace(h=one.h.unsqueeze(1).expand(-1, x.shape[1], -1, -1, -1), target=x)
 
     def generate(
-        self,
-        n: int,
-        context: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        temperature: float = 1.0,
-        condition: Tensor | None = None,
+        self, n: int, context: Tensor | None = None, generator: torch.Generator | None = None, temperature: float = 1.0
     ) -> Tensor:
         return self.frame.generate(n, context, generator, temperature).unsqueeze(1).expand(-1, 3, -1, -1, -1)
 

@@ -207,6 +207,18 @@ class Conditions:
         """Draw rows ``(n, variables)``, each variable on its own: classes by their frequencies, covariates from a Gaussian."""
         return torch.stack([_drawn(each, n, generator) for each in self.variables], 1)
 
+    def class_to_vary(self, given: Mapping[str, Any]) -> Variable:
+        """The class label that is not given.
+
+        Raises:
+            ValueError: there is none, or more than one.
+        """
+        left = [each for each in self.variables if each.classes is not None and each.name not in given]
+        if len(left) != 1:
+            have = ", ".join(each.name for each in left) or "none"
+            raise ValueError(f"samples of each class need one class label that is not given, got {have}; give the others")
+        return left[0]
+
     def check(self, values: Tensor) -> None:
         """Refuse numbers that are no class.
 
@@ -286,7 +298,7 @@ class Embedding(nn.Module):
         return embedded + condition.isnan().to(embedded.dtype) @ self.missing.to(embedded.dtype)
 
     def _features(self, condition: Tensor) -> Iterator[Tensor]:
-        for variable, column in zip(self.conditions.variables, condition.split(1, 1), strict=True):
+        for variable, column in zip(self.conditions.variables, condition.unsqueeze(-1).unbind(1), strict=True):
             if variable.classes is None:
                 yield ((column - variable.mean) / variable.std).nan_to_num(0.0)
             else:

@@ -342,7 +342,9 @@ class TrainingConfig(_Strict):
         if not 0 <= self.kl_weight < math.inf:
             raise ValueError(f"kl_weight multiplies the KL and is at least 0 (1: the ELBO), got {self.kl_weight}")
         if not 0 <= self.condition_dropout < 1:
-            raise ValueError(f"condition_dropout is a share of the examples, from 0 up to but not 1, got {self.condition_dropout}")
+            raise ValueError(
+                f"condition_dropout is a share of the examples, from 0 up to but not 1, got {self.condition_dropout}"
+            )
         if not 0 <= self.beta_nll <= 1:
             raise ValueError(f"beta_nll is from 0 (the likelihood) to 1 (all errors weigh the same), got {self.beta_nll}")
         if isinstance(self.ema_decay, float | int) and not 0 <= self.ema_decay < 1:

@@ -132,9 +132,8 @@ def check_prior(name: str, network_name: str, network: Network | None = None) ->
         takes = network.has_posterior and network.has_prior
     if network is None and register.prior.entry(name).facts.get("reads_condition", False):
         return
-    made = prior(
-        name, network.latents.sizes[0] if network is not None and takes else 1, None, network and network.conditions
-    )
+    conditions = None if network is None else network.conditions
+    made = prior(name, network.latents.sizes[0] if network is not None and takes else 1, None, conditions)
     if not made.is_standard and not takes:
         raise ValueError(
             f"the prior {name} is fitted to a single layer of flat latents, which {network_name} does not have;"

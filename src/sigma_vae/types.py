@@ -32,6 +32,7 @@ __all__ = [
     "Prediction",
     "Prior",
     "Temperature",
+    "as_argument",
     "at_least_float32",
     "in_full_precision",
     "per_layer",
@@ -344,9 +345,7 @@ class Network(nn.Module, ABC):
         """
         raise self._lacks("no way to decode several draws at once", "draw(x, posterior, unit)")
 
-    def draw_latents(
-        self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None
-    ) -> Tensor | Sequence[Tensor]:
+    def draw_latents(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> Tensor | Sequence[Tensor]:
         """One posterior draw of the latents, as :meth:`decode` takes them."""
         raise self._lacks("no latents that could be decoded again", "draw_latents(x)")
 
@@ -661,6 +660,11 @@ def standard_normal(like: Tensor, noise: Noise | None) -> Tensor:
 def in_full_precision(device: str) -> AbstractContextManager[object]:
     """Context that switches autocast off: half precision would round a likelihood's terms to whole nats."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def as_argument(condition: Tensor | None) -> tuple[Tensor, ...]:
+    """A condition as the last argument of a network's method: none where there is none, as not every network takes it."""
+    return () if condition is None else (condition,)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from sigma_vae.types import (
     Noise,
     Prior,
     Temperature,
+    as_argument,
     in_full_precision,
     per_layer,
     standard_normal,
@@ -119,7 +120,7 @@ class VAE(nn.Module):
             condition: of a network that reads conditions: rows ``(batch, variables)``, one row for all, or values by
                 name. The bound is then one on log p(x|c).
         """
-        inference = self.network.infer(x, context, mask, noise, self._rows(condition, len(x)))
+        inference = self.network.infer(x, context, mask, noise, *self._rows(condition, len(x)))
         h, target = inference.scored()
         with in_full_precision(x.device.type):
             return Elbo(inference.per_example(self.likelihood(h, target).log_prob(target)), inference.kl)
@@ -129,7 +130,7 @@ class VAE(nn.Module):
         self, x: Tensor, noise: Noise | None = None, mask: Tensor | None = None, condition: Given | None = None
     ) -> Scores:
         """Terms of each example's bound, from one posterior draw; call it in eval mode, after :meth:`calibrate`."""
-        inference = self.network.infer(x, mask=mask, noise=noise, condition=self._rows(condition, len(x)))
+        inference = self.network.infer(x, None, mask, noise, *self._rows(condition, len(x)))
         h, target = inference.scored()
         mass = mass_post_hoc = None
         if self.likelihood.levels is not None and self.likelihood.normalised:
@@ -169,10 +170,8 @@ class VAE(nn.Module):
         """
         if self.network.reads_clips:
             (single,) = per_layer(temperature, 1)
-            return self.predict(
-                starts(n, context), show=show, generator=generator, temperature=single, condition=condition
-            )[0]
-        h = self.network.generate(n, context, generator, temperature, self._rows(condition, n))
+            return self.predict(starts(n, context), show=show, generator=generator, temperature=single, condition=condition)[0]
+        h = self.network.generate(n, context, generator, temperature, *self._rows(condition, n))
         return _shown(self.likelihood, h, show)
 
     def predict(
@@ -207,7 +206,7 @@ class VAE(nn.Module):
         """
         if samples < 1:
             raise ValueError(f"samples is the number of predictions per clip and at least 1, got {samples}")
-        rows = self._rows(condition, len(context))
+        rows = [rows.repeat(samples, 1) for rows in self._rows(condition, len(context))]
         predicted = self.network.predict(
             context.repeat(samples, *(1 for _ in context.shape[1:])),
             frames,
@@ -215,7 +214,7 @@ class VAE(nn.Module):
             lambda shape: torch.randn(shape, device=context.device, generator=generator),
             temperature,
             batch_statistics=batch_statistics,
-            condition=None if rows is None else rows.repeat(samples, 1),
+            condition=rows[0] if rows else None,
         )
         return predicted.frames.reshape(samples, len(context), *predicted.frames.shape[1:])
 
@@ -237,26 +236,26 @@ class VAE(nn.Module):
         """
         rows = self._rows(condition, len(x))
         if shown_as is None:
-            return _shown(self.likelihood, self.network.infer(x, noise=noise, condition=rows).h, show)
+            return _shown(self.likelihood, self.network.infer(x, None, None, noise, *rows).h, show)
         other = self._rows(shown_as, len(x))
-        return _shown(self.likelihood, self.network.decode(self.network.draw_latents(x, noise, rows), other), show)
+        return _shown(self.likelihood, self.network.decode(self.network.draw_latents(x, noise, *rows), *other), show)
 
     def encode(self, x: Tensor, condition: Given | None = None) -> Normal:
         """q(z|x), parameters ``(batch, latent_dim)``; ValueError unless ``network.has_posterior``."""
-        return self.network.posterior(x, self._rows(condition, len(x)))
+        return self.network.posterior(x, *self._rows(condition, len(x)))
 
     def decode(self, z: Tensor, show: Show = "mean", condition: Given | None = None) -> Tensor:
         """Data of given latents ``(batch, *shape of z)``: the mean of p(x|z), or a draw; ValueError if the network cannot."""
         n = len(z) if isinstance(z, Tensor) else len(z[0])
-        return _shown(self.likelihood, self.network.decode(z, self._rows(condition, n)), show)
+        return _shown(self.likelihood, self.network.decode(z, *self._rows(condition, n)), show)
 
-    def _rows(self, condition: Given | None, n: int) -> Tensor | None:
-        """A condition as rows ``(n, variables)`` on the model's device."""
+    def _rows(self, condition: Given | None, n: int) -> tuple[Tensor, ...]:
+        """A condition as rows ``(n, variables)`` on the model's device, and as an argument: none where none is given."""
         if condition is None:
-            return None
+            return ()
         if self.network.conditions is None:
             raise ValueError(f"{type(self.network).__name__} reads no condition; leave condition out")
-        return self.network.conditions.rows(condition, n).to(self.device)
+        return (self.network.conditions.rows(condition, n).to(self.device),)
 
     @property
     def device(self) -> torch.device:
@@ -437,7 +436,7 @@ class FeaturePairs:
         for batch in _examples(self.loader):
             x, positions, mask, condition = batch.to(self.device)
             noise = keyed_noise(positions, self.seed)
-            pair = self.network.infer(x, mask=mask, noise=noise, condition=condition).scored()
+            pair = self.network.infer(x, None, mask, noise, *as_argument(condition)).scored()
             size += sum(t.nbytes for t in pair)
             if size <= CACHE_BYTES:
                 cache.append(pair)
@@ -463,7 +462,7 @@ def _draws_of(network: Network, loader: Iterable[Examples], seed: int) -> tuple[
     draws, conditions = [], []
     for batch in _examples(loader):
         x, positions, _, condition = batch.to(device)
-        posterior = network.posterior(x, condition)
+        posterior = network.posterior(x, *as_argument(condition))
         conditions += [] if condition is None else [condition]
         draws.append(posterior.loc + posterior.scale * standard_normal(posterior.loc, keyed_noise(positions, seed)))
     if not draws:

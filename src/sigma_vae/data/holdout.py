@@ -41,13 +41,13 @@ def hold_out(
         return _hold_out_videos(config, videos, missing, nouns)
     order = shuffled(examples, config.split_seed)
     rows, words = dict[SplitName, Numbers](), []
-    strata = _strata(labelled, name) if config.stratify and missing else None
+    label, strata = _strata(labelled, name) if config.stratify and missing else ("", None)
     for split in missing:
         count = count_of(split, len(order), config)
         if strata is not None:
             order = _spread(order, strata, count)
         rows[split], order = order[:count], order[count:]
-        how = "at random" if strata is None else f"at random in proportion to {labelled.conditions.only_classes.name}"
+        how = "at random" if strata is None else f"at random in proportion to {label}"
         words.append(f"{split}: {count} of {examples} examples {how} (seed {config.split_seed})")
     if missing and number:
         few = "is only one" if number == 1 else f"are only {number}"
@@ -55,16 +55,17 @@ def hold_out(
     return (rows | {"train": order} if missing else rows), words
 
 
-def _strata(train: Store, name: str) -> Numbers:
-    """The class of each example.
+def _strata(train: Store, name: str) -> tuple[str, Numbers]:
+    """The name of the class label, and the class of each example.
 
     Raises:
         ValueError: the examples have no single class label.
     """
-    if train.conditions is None or train.conditions.only_classes is None:
+    label = None if train.conditions is None else train.conditions.only_classes
+    condition = train.condition(torch.arange(len(train)))
+    if label is None or condition is None:
         raise ValueError(f"{name} is stratified by one class label; give it as --condition NAME, or leave --stratify out")
-    (column,) = train.condition(torch.arange(len(train))).T  # type: ignore[union-attr]
-    return column.nan_to_num(-1).numpy().astype(np.int64)
+    return label.name, condition[:, 0].nan_to_num(-1).long().numpy()
 
 
 def _spread(order: Numbers, strata: Numbers, count: int) -> Numbers:

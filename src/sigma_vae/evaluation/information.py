@@ -113,7 +113,9 @@ class InformationMetric(Metric):
     measured = "by default"
 
     def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
-        """It needs a posterior and training latents, or the KL of each latent."""
+        """It needs a posterior and training latents, or the KL of each latent, and no condition."""
+        if vae.network.conditions is not None:
+            return "it compares the latents of all examples with one prior, and here each condition has its own"
         if vae.network.has_posterior:
             if len(data.held_out.store) < 2:
                 return "it is about the spread of latents, and there is one example"
@@ -230,7 +232,7 @@ def _latents(vae: VAE, batches: Batches, seed: int) -> _Latents:
     """The draw of every example from which the ELBO is computed with this seed."""
 
     def rows(batch: Batch) -> Tensor:
-        posterior = vae.encode(batch.x, batch.condition)
+        posterior = vae.encode(batch.x)
         unit = keyed_noise(batch.positions, seed)(posterior.loc.shape).to(posterior.loc)
         z = posterior.loc + posterior.scale * unit
         wide = [values.flatten(1) for values in (posterior.loc, posterior.scale, unit, z)]
@@ -244,9 +246,9 @@ def _latents(vae: VAE, batches: Batches, seed: int) -> _Latents:
 def _kl_and_log_prior(vae: VAE, batch: Batch, posterior: Normal, unit: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q(z|x)‖p) and log p(z), from the prior, or from the network's own draw under the same noise."""
     if vae.network.has_prior:
-        prior = vae.network.prior.given(batch.condition)
+        prior = vae.network.prior
         return prior.kl(posterior, z), prior.log_prob(z)
-    inference = vae.network.infer(batch.x, noise=lambda shape: unit.reshape(shape), condition=batch.condition)
+    inference = vae.network.infer(batch.x, noise=lambda shape: unit.reshape(shape))
     log_q: Tensor = posterior.log_prob(z)  # type: ignore[no-untyped-call]
     return inference.kl.sum(-1), inference.log_ratio + log_q.flatten(1).sum(-1)
 

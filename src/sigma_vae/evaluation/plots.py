@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
-__all__ = ["drawable", "in_unit_range", "pairs", "reconstructed", "sampled", "save_clips", "save_grid", "save_page"]
+__all__ = [
+    "drawable",
+    "in_unit_range",
+    "pairs",
+    "reconstructed",
+    "sampled",
+    "sampled_per_class",
+    "save_clips",
+    "save_grid",
+    "save_page",
+]
 
 WIDTH = 500
 """Approximate width of a grid of images, in pixels."""
@@ -159,9 +169,36 @@ def sampled(
 
 
 @torch.no_grad()
-def reconstructed(
-    vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0, shown_as: Given | None = None
+def sampled_per_class(
+    vae: VAE,
+    n: int,
+    seed: int = 0,
+    given: Mapping[str, Any] | None = None,
+    show: Show = "mean",
+    temperature: Temperature = 1.0,
 ) -> Tensor:
+    """Draw n samples of each class from the same random numbers: ``(classes · n, C, *space)``, class by class.
+
+    With a prior that does not depend on the class, sample i of each class has the same latents. ``given`` are the other
+    conditions.
+
+    Raises:
+        ValueError: the model has no class label, or several that are not given, or reads clips.
+    """
+    conditions, given = vae.network.conditions, dict(given or {})
+    if conditions is None or vae.network.reads_clips:
+        raise ValueError("samples of each class are made by models of single examples that are given a class label")
+    label = conditions.class_to_vary(given)
+    rows = []
+    for name in label.classes or ():
+        generator = torch.Generator(vae.device).manual_seed(seed)
+        condition = given | {label.name: name}
+        rows.append(vae.sample(n, show, generator=generator, temperature=temperature, condition=condition))
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0, shown_as: Given | None = None) -> Tensor:
     """Reconstruct a batch, in its own shape; the given first frames of clips stay as they are.
 
     ``shown_as`` is that of :meth:`~sigma_vae.vae.VAE.reconstruct`.

@@ -23,9 +23,7 @@ MOST_OF_A_CLASS = 3_000
 """More latents of a class change its mixture little, and cost time in proportion."""
 
 
-@register.prior(
-    "class-mixture", reads_condition=True, argument=Argument("components", read_components, "1", of=components_of)
-)
+@register.prior("class-mixture", reads_condition=True, argument=Argument("components", read_components, "1", of=components_of))
 @final
 class ClassMixturePrior(FittedPrior):
     r"""A mixture of Gaussians for each class, with full covariances.
@@ -117,7 +115,8 @@ class ClassMixturePrior(FittedPrior):
 
     def _choose(self, latents: Tensor, classes: Tensor, held_out: Tensor, condition: Tensor | None, seed: int) -> None:
         """Raise the number of components for as long as held-out latents gain more than the standard error of that."""
-        smallest = int(torch.bincount(classes)[classes.unique()].min())
+        sizes = torch.bincount(classes)
+        smallest = int(sizes[sizes > 0].min())
         density = self._density(held_out, condition)
         for components in NUMBERS[1:]:
             if components * (self.latent_dim + 1) > smallest:
@@ -181,7 +180,8 @@ class ClassMixturePrior(FittedPrior):
         centred = z - means[:, None].to(z.dtype)
         unit = torch.linalg.solve_triangular(factors.to(z.dtype), centred.mT, upper=False)
         constants = -factors.diagonal(dim1=1, dim2=2).log().sum(-1) - 0.5 * math.log(2 * math.pi) * self.latent_dim
-        return (constants[:, None] - 0.5 * unit.square().sum(1)).T
+        densities: Tensor = constants[:, None] - 0.5 * unit.square().sum(1)
+        return densities.T
 
     def log_weights_of(self, classes: Tensor | None, n: int) -> Tensor:
         """Log-weight of each component, ``(n, classes · components)``: −∞ for those of other classes."""

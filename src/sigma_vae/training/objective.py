@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.training.distributed import mean_over_all, processes, sum_over_all
-from sigma_vae.types import Batch, Elbo, Inference, in_full_precision
+from sigma_vae.types import Batch, Elbo, Inference, as_argument, in_full_precision
 from sigma_vae.vae import VAE
 
 __all__ = [
@@ -89,7 +89,7 @@ def losses(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0, elbo_o
     if not is_weighted(config):
         elbo = (elbo_of or vae.elbo)(batch.x, mask=batch.mask, condition=condition)
         return Losses(elbo, -elbo.total)
-    inference = vae.network.infer(batch.x, mask=batch.mask, condition=condition)
+    inference = vae.network.infer(batch.x, None, batch.mask, None, *as_argument(condition))
     with in_full_precision(batch.x.device.type):
         return _weighted(vae, inference, config, step)
 

@@ -3,8 +3,8 @@
 import gzip
 import io
 import os
-import socket
 import shutil
+import socket
 import struct
 import tarfile
 import time

@@ -150,6 +150,12 @@ class DataConfig(_Strict):
     """Read values as counts 0, 1, 2, ..., as they are; a likelihood of counts in the same command implies it."""
     layer: str | None = None
     """Layer of an .h5ad file to read, in place of its matrix X."""
+    condition: tuple[str, ...] = ()
+    """Labels or covariates that the model is given: the name of a column (of a table, a hub data set, an NPZ or HDF5 file),
+    or label: the class of a named data set, or the subfolder of a picture. Words and counted integers are classes, other
+    numbers covariates; NAME:class and NAME:number decide."""
+    stratify: bool = False
+    """Hold out validation and test examples in proportion to the classes of the condition."""
     images: ImageConfig = field(default_factory=ImageConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)
     validation_fraction: float = 0.1
@@ -298,6 +304,9 @@ class TrainingConfig(_Strict):
     kl_balancing_steps: int = 0
     """Number of first steps in which layers with more KL for each latent pay more for it (as in NVAE's warm-up); the
     loss is no bound then."""
+    condition_dropout: float = 0.0
+    """Share of training examples whose condition is hidden (classifier-free): the model then also has one for unknown
+    conditions."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW); at 0 the optimiser is Adam."""
     warmup_steps: int = 0
@@ -339,6 +348,10 @@ class TrainingConfig(_Strict):
             )
         if not 0 <= self.kl_weight < math.inf:
             raise ValueError(f"kl_weight multiplies the KL and is at least 0 (1: the ELBO), got {self.kl_weight}")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(
+                f"condition_dropout is a share of the examples, from 0 up to but not 1, got {self.condition_dropout}"
+            )
         if not 0 <= self.beta_nll <= 1:
             raise ValueError(f"beta_nll is from 0 (the likelihood) to 1 (all errors weigh the same), got {self.beta_nll}")
         if isinstance(self.ema_decay, float | int) and not 0 <= self.ema_decay < 1:

@@ -54,8 +54,8 @@ class VAEModule(pl.LightningModule):
         """The bound of held-out data, with the σ of the training so far; a sanity check comes before that."""
         if self.trainer.sanity_checking:
             return
-        x, positions, mask = _batch(batch)
-        elbo = self.vae.elbo(x, mask=mask, noise=keyed_noise(positions))
+        x, positions, mask, condition = _batch(batch)
+        elbo = self.vae.elbo(x, mask=mask, noise=keyed_noise(positions), condition=condition)
         self.log(validated_total(self.vae), elbo.total.mean(), batch_size=len(x), prog_bar=True, sync_dist=True)
         terms = {"validation/rate_nats": elbo.rate.mean(), "validation/distortion_nats": elbo.distortion.mean()}
         self.log_dict(terms, batch_size=len(x), sync_dist=True)

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
 
 from sigma_vae import data as data_sources
+from sigma_vae.conditions import Conditions
 from sigma_vae.config import ModelConfig, parse, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits
 from sigma_vae.networks.principal import best_components, sample_of
@@ -48,22 +49,28 @@ UNNAMED = "unnamed"
 """Name of a part that is not registered: the model can be loaded only into a given object."""
 
 
-def prior(name: str, latent_dim: int, package: str | None = None) -> Prior:
+def prior(name: str, latent_dim: int, package: str | None = None, conditions: Conditions | None = None) -> Prior:
     """Make a prior by its name; a prior that is fitted to latents comes unfitted.
 
     Args:
         name: such as ``standard``, ``gaussian``, ``flow``, ``mixture`` or ``mixture:20``, with 20 components.
         latent_dim: size of z.
         package: where a saved model says that the name comes from.
+        conditions: what the network is given, for priors that depend on it.
 
     Raises:
-        ValueError: the name does not exist (the nearest is suggested), or the text after its colon means nothing.
+        ValueError: the name does not exist (the nearest is suggested), the text after its colon means nothing, or the prior
+            depends on a condition and there is none.
 
     >>> prior("mixture:20", latent_dim=8).components
     20
     """
-    made: Prior = register.prior.make(name, package)(latent_dim)
-    return made
+    make = register.prior.make(name, package)
+    if not register.prior.entry(name).facts.get("reads_condition", False):
+        return cast(Prior, make(latent_dim))
+    if conditions is None:
+        raise ValueError(f"the prior {name} depends on a condition, and the model has none; give the data's condition")
+    return cast(Prior, make(latent_dim, conditions))
 
 
 def prior_name(prior: Prior) -> str:
@@ -87,7 +94,7 @@ def prior_name(prior: Prior) -> str:
 
 AUTO = "auto"
 """In place of a name: the best on held-out latents of N(0, I), a Gaussian, and the priors below."""
-AUTO_PRIORS = ("mixture",)
+AUTO_PRIORS, AUTO_PRIORS_OF_CLASSES = ("mixture",), ("mixture", "class-mixture")
 """Priors that are fitted in seconds; a flow takes much longer."""
 
 
@@ -103,7 +110,11 @@ def priors(name: str, network: Network, examples: int) -> list[Prior]:
     if not (network.has_posterior and network.has_prior):
         return []
     (latent_dim,) = network.latents.sizes
-    made = [prior(each, latent_dim) for each in (AUTO_PRIORS if name == AUTO else (name,))]
+    if network.prior.is_learned and name in (AUTO, "learned"):
+        return [network.prior]
+    of_classes = network.conditions is not None and network.conditions.only_classes is not None
+    automatic = AUTO_PRIORS_OF_CLASSES if of_classes else AUTO_PRIORS
+    made = [prior(each, latent_dim, None, network.conditions) for each in (automatic if name == AUTO else (name,))]
     return [each for each in made if name != AUTO or each.least_latents <= examples]
 
 
@@ -120,7 +131,10 @@ def check_prior(name: str, network_name: str, network: Network | None = None) ->
         takes = not known or register.network.entry(network_name).facts.get("has_prior", True)
     else:
         takes = network.has_posterior and network.has_prior
-    made = prior(name, network.latents.sizes[0] if network is not None and takes else 1)
+    if network is None and register.prior.entry(name).facts.get("reads_condition", False):
+        return
+    conditions = None if network is None else network.conditions
+    made = prior(name, network.latents.sizes[0] if network is not None and takes else 1, None, conditions)
     if not made.is_standard and not takes:
         raise ValueError(
             f"the prior {name} is fitted to a single layer of flat latents, which {network_name} does not have;"
@@ -227,6 +241,7 @@ def network(
     width: int | None = None,
     context_frames: int | None = None,
     package: str | None = None,
+    conditions: Conditions | None = None,
 ) -> Network:
     """Make a network by its name; sizes that are not given are its own defaults.
 
@@ -238,9 +253,10 @@ def network(
         width: of its layers.
         context_frames: number of given frames at the start of a clip.
         package: where a saved model says that the name comes from.
+        conditions: labels and covariates that it is given.
 
     Raises:
-        ValueError: the name does not exist, the network has no such size, or the sizes do not fit.
+        ValueError: the name does not exist, it reads no condition, the network has no such size, or the sizes do not fit.
 
     >>> network("hierarchical:14,14d14/1,14m1,14", (1, 28, 28), out_channels=1).latents.layers
     3
@@ -254,8 +270,11 @@ def network(
             raise ValueError(f"the network {name} has no {size}, got {size}={value}; leave it out")
         if value < 1:
             raise ValueError(f"{size} is at least 1, got {value}")
-    made: Network = make(shape, out_channels, **given)
-    return made
+    if conditions is None:
+        return cast(Network, make(shape, out_channels, **given))
+    if "conditions" not in accepted:
+        raise ValueError(f"the network {name} reads no condition; leave out {', '.join(conditions.names)}, or take mlp")
+    return cast(Network, make(shape, out_channels, conditions=conditions, **given))
 
 
 def latents_for(config: ModelConfig, data: Splits) -> int:
@@ -296,17 +315,25 @@ def check_network(name: str) -> None:
     register.network.make(name)
 
 
-def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: bool = False) -> VAE:
+def vae(
+    config: ModelConfig,
+    shape: Sequence[int],
+    scaling: Scaling,
+    *,
+    clips: bool = False,
+    conditions: Conditions | None = None,
+) -> VAE:
     """Make the model that a config names.
 
     Its prior is the one for training, N(0, I) where latents are flat: :meth:`VAE.fit_prior` comes after training.
-    ``shape`` is that of one example ``(C, *space)``, or of one frame where examples are ``clips``.
+    ``shape`` is that of one example ``(C, *space)``, or of one frame where examples are ``clips``. The model is given the
+    ``conditions``, if any.
 
     Raises:
         ValueError: a name is unknown, or a part does not fit the data or the other options.
     """
     decoder = _likelihood_of(config, shape, scaling)
-    return VAE(_network_of(config, shape, decoder.in_channels, clips=clips), decoder)
+    return VAE(_network_of(config, shape, decoder.in_channels, clips=clips, conditions=conditions), decoder)
 
 
 def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> Likelihood:
@@ -332,14 +359,23 @@ def network_name(config: ModelConfig, shape: Sequence[int], *, clips: bool = Fal
     return config.network if config.network != "auto" else default_network(shape, clips=clips)
 
 
-def _network_of(config: ModelConfig, shape: Sequence[int], out_channels: int, *, clips: bool = False) -> Network:
+def _network_of(
+    config: ModelConfig,
+    shape: Sequence[int],
+    out_channels: int,
+    *,
+    clips: bool = False,
+    conditions: Conditions | None = None,
+) -> Network:
     name = network_name(config, shape, clips=clips)
     takes_frames = "context_frames" in inspect.signature(register.network.make(name)).parameters
     frames = config.context_frames if takes_frames else None
     if config.latent_dim == "auto":
         raise ValueError("latent_dim auto needs data; give the number that models.latents_for(config, data) returns")
-    made = network(name, shape, out_channels, config.latent_dim, config.width, frames)
+    made = network(name, shape, out_channels, config.latent_dim, config.width, frames, conditions=conditions)
     check_prior(config.prior, name, made)
+    if config.prior == "learned":
+        made.replace_prior(prior(config.prior, made.latents.sizes[0], None, conditions))
     return made
 
 
@@ -401,6 +437,7 @@ def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[i
         "model": asdict(config),
         "shape": list(shape),
         "scaling": asdict(scaling),
+        **({} if model.network.conditions is None else {"conditions": asdict(model.network.conditions)}),
         "packages": {kind: registry.entry(name).package for kind, registry, name in _registered(config)},
     }
     parts = (("network", config.network, model.network), ("likelihood", config.likelihood, model.likelihood))
@@ -438,10 +475,12 @@ def load(folder: str | Path, network: Network | None = None, likelihood: Likelih
     config = parse(_with_standard_prior(description["model"]), ModelConfig, str(path))
     shape = tuple(description["shape"])
     scaling = parse(description["scaling"], Scaling, str(path))
+    known = description.get("conditions")
+    conditions = None if known is None else parse(known, Conditions, str(path))
     _check_named(path, description, config, network, likelihood)
     weights = folder / "model.safetensors"
     try:
-        model = sized(config, shape, scaling, _shapes(weights), network, likelihood)
+        model = sized(config, shape, scaling, _shapes(weights), network, likelihood, conditions)
         model.load_state_dict(load_file(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights} does not hold the weights of {config}: {error}") from error
@@ -493,6 +532,7 @@ def sized(
     stored: Mapping[str, Sequence[int]],
     network: Network | None = None,
     likelihood: Likelihood | None = None,
+    conditions: Conditions | None = None,
 ) -> VAE:
     """Make a new model, after comparing its sizes with those of ``stored`` weights: before that, no memory is taken.
 
@@ -505,21 +545,23 @@ def sized(
 
     def made(config: ModelConfig) -> VAE:
         decoder = likelihood or _likelihood_of(config, shape, scaling)
-        return VAE(network or _network_of(config, shape, decoder.in_channels), decoder)
+        return VAE(network or _network_of(config, shape, decoder.in_channels, conditions=conditions), decoder)
 
-    trained = replace(config, prior="standard")  # a fitted prior comes after
+    learned = config.prior == "learned"
+    trained = config if learned else replace(config, prior="standard")  # a fitted prior comes after
     if network is not None or register.network.entry(network_name(config, shape)).facts.get("sketches", True):
         with torch.device("meta"):
             sketch = _named(lambda: made(trained), config)
         _check_sizes(sketch, stored)
     model = made(trained)
-    if model.network.has_prior and config.prior not in (UNNAMED, "standard"):
+    if model.network.has_prior and not learned and config.prior not in (UNNAMED, "standard"):
         check_prior(config.prior, config.network, model.network)
         (latent_dim,) = model.network.latents.sizes
         if register.prior.entry(config.prior).facts.get("sketches", True):
             with torch.device("meta"):
-                _check_sizes(_named(lambda: prior(config.prior, latent_dim), config), stored, "network.prior.")
-        model.network.replace_prior(prior(config.prior, latent_dim))
+                sketched = _named(lambda: prior(config.prior, latent_dim, None, conditions), config)
+                _check_sizes(sketched, stored, "network.prior.")
+        model.network.replace_prior(prior(config.prior, latent_dim, None, conditions))
     return model
 
 

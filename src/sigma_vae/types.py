@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
+from sigma_vae.conditions import Conditions
+
 __all__ = [
     "Batch",
     "DataDistribution",
@@ -30,6 +32,7 @@ __all__ = [
     "Prediction",
     "Prior",
     "Temperature",
+    "as_argument",
     "at_least_float32",
     "in_full_precision",
     "per_layer",
@@ -50,11 +53,17 @@ Observes = Literal["density", "level"]
 
 
 class Batch(NamedTuple):
-    """Examples, their positions in their split, and for clips of unequal lengths the mask of valid frames."""
+    """Examples and their positions in their split; the mask of valid frames, for clips of unequal lengths; conditions."""
 
     x: Tensor
     positions: Tensor
     mask: Tensor | None = None
+    condition: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; positions stay on the CPU."""
+        mask, condition = (None if each is None else each.to(device) for each in (self.mask, self.condition))
+        return Batch(self.x.to(device), self.positions, mask, condition)
 
 
 class Inference(NamedTuple):
@@ -128,10 +137,16 @@ class Prior(nn.Module, ABC):
 
     is_standard: bool = False
     """Whether it is N(0, I)."""
+    is_learned: bool = False
+    """Whether it is trained together with the network."""
     needs_fit: bool = False
     """Whether :meth:`fit` has to be called before the prior can be used."""
     least_latents: int = 0
     """The smallest number of latents that :meth:`fit` accepts."""
+
+    def given(self, condition: Tensor | None) -> "Prior":
+        """p(z|c) of the examples with these conditions ``(batch, variables)``; itself, where it does not depend on them."""
+        return self
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
@@ -157,6 +172,17 @@ class Prior(nn.Module, ABC):
             ValueError: the prior has nothing to fit, or cannot be fitted to these latents.
         """
         raise ValueError(f"{type(self).__name__} has nothing to fit: it does not define fit(latents)")
+
+    def fit_given(
+        self,
+        latents: Tensor,
+        condition: Tensor | None,
+        held_out: Tensor | None = None,
+        held_condition: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Fit p(z|c) to latents and their conditions ``(n, variables)``; a prior without conditions fits p(z)."""
+        self.fit(latents, held_out, seed)
 
 
 class Prediction(NamedTuple):
@@ -240,7 +266,9 @@ class Network(nn.Module, ABC):
     context_frames: int = 0
     """Number of given frames at the start of a clip: the likelihood covers the frames after them."""
     reads_condition: bool = False
-    """Whether ``condition`` is read: labels or covariates, ``(batch, ...)``."""
+    """Whether ``condition`` is read: labels or covariates, ``(batch, variables)``."""
+    conditions: Conditions | None = None
+    """The variables of ``condition``, where it is read."""
     encoder_input: Callable[[Tensor], Tensor] = staticmethod(_unchanged)
     """What the encoder reads of data x; :class:`~sigma_vae.VAE` sets it to :meth:`Likelihood.encoder_input`."""
     trains_in_bfloat16: bool = False
@@ -269,7 +297,7 @@ class Network(nn.Module, ABC):
             context: conditioning frames of clips.
             mask: valid frames of clips, ``(batch, frames)``.
             noise: source of the posterior's standard normal numbers; torch's global generator unless given.
-            condition: labels or covariates.
+            condition: labels or covariates ``(batch, variables)``, NaN where unknown.
         """
 
     @abstractmethod
@@ -281,7 +309,10 @@ class Network(nn.Module, ABC):
         temperature: Temperature = 1.0,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Features ``(n, in_channels, *space)`` of n draws from the prior."""
+        """Features ``(n, in_channels, *space)`` of n draws from the prior.
+
+        A network that reads conditions draws them too where none is given.
+        """
 
     @property
     def has_posterior(self) -> bool:
@@ -311,7 +342,7 @@ class Network(nn.Module, ABC):
         """Features of given latents."""
         raise self._lacks("no way to decode given latents", "decode(z)")
 
-    def draw(self, x: Tensor, posterior: Normal, unit: Tensor) -> Inference:
+    def draw(self, x: Tensor, posterior: Normal, unit: Tensor, condition: Tensor | None = None) -> Inference:
         """Do what :meth:`infer` does, for several draws of each example from a posterior that is already computed.
 
         Shapes:
@@ -319,6 +350,10 @@ class Network(nn.Module, ABC):
             kl ``(*draws, batch, layers)`` and so on.
         """
         raise self._lacks("no way to decode several draws at once", "draw(x, posterior, unit)")
+
+    def draw_latents(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> Tensor | Sequence[Tensor]:
+        """One posterior draw of the latents, as :meth:`decode` takes them."""
+        raise self._lacks("no latents that could be decoded again", "draw_latents(x)")
 
     @property
     def has_start(self) -> bool:
@@ -357,6 +392,7 @@ class Network(nn.Module, ABC):
         temperature: float = 1.0,
         *,
         batch_statistics: bool = False,
+        condition: Tensor | None = None,
     ) -> Prediction:
         """Continue clips frame by frame; ``show`` turns features into the frame that the next one is predicted from."""
         raise ValueError(f"{type(self).__name__} predicts no frames: it reads single examples, not clips")
@@ -645,6 +681,11 @@ def standard_normal(like: Tensor, noise: Noise | None) -> Tensor:
 def in_full_precision(device: str) -> AbstractContextManager[object]:
     """Context that switches autocast off: half precision would round a likelihood's terms to whole nats."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def as_argument(condition: Tensor | None) -> tuple[Tensor, ...]:
+    """A condition as the last argument of a network's method: none where there is none, as not every network takes it."""
+    return () if condition is None else (condition,)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from sigma_vae.conditions import Given
 from sigma_vae.networks.sequence import FRAMES, starts
 from sigma_vae.priors.base import fitted
 from sigma_vae.priors.gaussian import best_prior
@@ -21,6 +22,7 @@ from sigma_vae.types import (
     Noise,
     Prior,
     Temperature,
+    as_argument,
     in_full_precision,
     per_layer,
     standard_normal,
@@ -96,11 +98,18 @@ class VAE(nn.Module):
         self.likelihood = likelihood
         network.encoder_input = likelihood.encoder_input
 
-    def forward(self, x: Tensor) -> Elbo:
+    def forward(self, x: Tensor, condition: Given | None = None) -> Elbo:
         """Call :meth:`elbo`; wrappers such as DistributedDataParallel need it."""
-        return self.elbo(x)
+        return self.elbo(x, condition=condition)
 
-    def elbo(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None) -> Elbo:
+    def elbo(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Noise | None = None,
+        condition: Given | None = None,
+    ) -> Elbo:
         """Log-likelihood and KL of each example (each clip for video), in nats, from one posterior draw.
 
         Under ``torch.autocast`` only the network is in half precision; the likelihood of its features is in float32.
@@ -110,16 +119,20 @@ class VAE(nn.Module):
             context: conditioning frames of clips, where x does not begin with them.
             mask: valid frames of clips ``(batch, frames)``; the other frames do not count.
             noise: source of the posterior's standard normal numbers; torch's global generator unless given.
+            condition: of a network that reads conditions: rows ``(batch, variables)``, one row for all, or values by
+                name. The bound is then one on log p(x|c).
         """
-        inference = self.network.infer(x, context, mask, noise)
+        inference = self.network.infer(x, context, mask, noise, *self._rows(condition, len(x)))
         h, target = inference.scored()
         with in_full_precision(x.device.type):
             return Elbo(inference.per_example(self.likelihood(h, target).log_prob(target)), inference.kl)
 
     @torch.no_grad()
-    def score(self, x: Tensor, noise: Noise | None = None, mask: Tensor | None = None) -> Scores:
+    def score(
+        self, x: Tensor, noise: Noise | None = None, mask: Tensor | None = None, condition: Given | None = None
+    ) -> Scores:
         """Terms of each example's bound, from one posterior draw; call it in eval mode, after :meth:`calibrate`."""
-        inference = self.network.infer(x, mask=mask, noise=noise)
+        inference = self.network.infer(x, None, mask, noise, *self._rows(condition, len(x)))
         h, target = inference.scored()
         mass = mass_post_hoc = None
         if self.likelihood.has_mass:
@@ -144,6 +157,7 @@ class VAE(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         temperature: Temperature = 1.0,
+        condition: Given | None = None,
     ) -> Tensor:
         """Draw n latents from the prior, and decode them to data ``(n, C, *space)``.
 
@@ -154,11 +168,12 @@ class VAE(nn.Module):
                 then the ten frames that follow; :meth:`predict` makes more.
             generator: source of the latents' randomness; a draw from p(x|z) uses torch's global one.
             temperature: scales the spread of the latents: one number, or one per layer from the top down.
+            condition: as for :meth:`elbo`; where a network reads conditions and none is given, they are drawn too.
         """
         if self.network.reads_clips:
             (single,) = per_layer(temperature, 1)
-            return self.predict(starts(n, context), show=show, generator=generator, temperature=single)[0]
-        h = self.network.generate(n, context, generator, temperature)
+            return self.predict(starts(n, context), show=show, generator=generator, temperature=single, condition=condition)[0]
+        h = self.network.generate(n, context, generator, temperature, *self._rows(condition, n))
         return _shown(self.likelihood, h, show)
 
     def predict(
@@ -171,6 +186,7 @@ class VAE(nn.Module):
         generator: torch.Generator | None = None,
         temperature: float = 1.0,
         batch_statistics: bool = False,
+        condition: Given | None = None,
     ) -> Tensor:
         """Continue clips, with several samples per clip: ``(samples, batch, frames, C, H, W)``.
 
@@ -185,12 +201,14 @@ class VAE(nn.Module):
             generator: likewise.
             temperature: scales the spread of the latents.
             batch_statistics: use batch norm as SVG's own evaluation does; see :meth:`SequenceNetwork.predict`.
+            condition: as for :meth:`elbo`.
 
         Raises:
             ValueError: the network does not read clips, or context and counts do not fit.
         """
         if samples < 1:
             raise ValueError(f"samples is the number of predictions per clip and at least 1, got {samples}")
+        rows = [rows.repeat(samples, 1) for rows in self._rows(condition, len(context))]
         predicted = self.network.predict(
             context.repeat(samples, *(1 for _ in context.shape[1:])),
             frames,
@@ -198,20 +216,48 @@ class VAE(nn.Module):
             lambda shape: torch.randn(shape, device=context.device, generator=generator),
             temperature,
             batch_statistics=batch_statistics,
+            condition=rows[0] if rows else None,
         )
         return predicted.frames.reshape(samples, len(context), *predicted.frames.shape[1:])
 
-    def reconstruct(self, x: Tensor, show: Show = "mean", *, noise: Noise | None = None) -> Tensor:
-        """Encode x, draw its latents and decode them; for clips, to the frames after the conditioning frames."""
-        return _shown(self.likelihood, self.network.infer(x, noise=noise).h, show)
+    def reconstruct(
+        self,
+        x: Tensor,
+        show: Show = "mean",
+        *,
+        noise: Noise | None = None,
+        condition: Given | None = None,
+        shown_as: Given | None = None,
+    ) -> Tensor:
+        """Encode x, draw its latents and decode them; for clips, to the frames after the conditioning frames.
 
-    def encode(self, x: Tensor) -> Normal:
+        With ``shown_as`` the latents are decoded with another condition than that of x: a counterfactual.
+
+        Raises:
+            ValueError: ``shown_as`` is given, and the network cannot decode given latents.
+        """
+        rows = self._rows(condition, len(x))
+        if shown_as is None:
+            return _shown(self.likelihood, self.network.infer(x, None, None, noise, *rows).h, show)
+        other = self._rows(shown_as, len(x))
+        return _shown(self.likelihood, self.network.decode(self.network.draw_latents(x, noise, *rows), *other), show)
+
+    def encode(self, x: Tensor, condition: Given | None = None) -> Normal:
         """q(z|x), parameters ``(batch, latent_dim)``; ValueError unless ``network.has_posterior``."""
-        return self.network.posterior(x)
+        return self.network.posterior(x, *self._rows(condition, len(x)))
 
-    def decode(self, z: Tensor, show: Show = "mean") -> Tensor:
+    def decode(self, z: Tensor, show: Show = "mean", condition: Given | None = None) -> Tensor:
         """Data of given latents ``(batch, *shape of z)``: the mean of p(x|z), or a draw; ValueError if the network cannot."""
-        return _shown(self.likelihood, self.network.decode(z), show)
+        n = len(z) if isinstance(z, Tensor) else len(z[0])
+        return _shown(self.likelihood, self.network.decode(z, *self._rows(condition, n)), show)
+
+    def _rows(self, condition: Given | None, n: int) -> tuple[Tensor, ...]:
+        """A condition as rows ``(n, variables)`` on the model's device, and as an argument: none where none is given."""
+        if condition is None:
+            return ()
+        if self.network.conditions is None:
+            raise ValueError(f"{type(self.network).__name__} reads no condition; leave condition out")
+        return (self.network.conditions.rows(condition, n).to(self.device),)
 
     @property
     def device(self) -> torch.device:
@@ -304,10 +350,12 @@ class VAE(nn.Module):
         if not (network.has_posterior and network.has_prior):
             raise ValueError(f"{type(network).__name__} has no single layer of flat latents with a prior that can be replaced")
         with in_eval_mode(self):
-            draws = latents_of(network, loader, seed + SEED_OFFSET)
-            held_out = None if validation is None else latents_of(network, validation, seed + 2 * SEED_OFFSET)
+            draws, condition = _draws_of(network, loader, seed + SEED_OFFSET)
+            held_out, held_condition = (
+                (None, None) if validation is None else _draws_of(network, validation, seed + 2 * SEED_OFFSET)
+            )
         if isinstance(prior, Prior):
-            fitted(prior.to(draws), draws, held_out, seed)
+            fitted(prior.to(draws), draws, held_out, seed, condition, held_condition)
             priors = [prior]
         elif held_out is None:
             raise ValueError("several priors are compared on held-out data, and there are none; give validation")
@@ -315,9 +363,9 @@ class VAE(nn.Module):
             priors = []
             for each in prior:
                 with suppress(ValueError):
-                    fitted(each.to(draws), draws, held_out, seed)
+                    fitted(each.to(draws), draws, held_out, seed, condition, held_condition)
                     priors.append(each)
-        best, densities = (priors[0], {}) if held_out is None else best_prior(priors, draws, held_out)
+        best, densities = (priors[0], {}) if held_out is None else best_prior(priors, draws, held_out, held_condition)
         network.replace_prior(best)
         return densities
 
@@ -388,9 +436,10 @@ class FeaturePairs:
     def _decoded(self) -> Iterator[tuple[Tensor, Tensor]]:
         cache: list[tuple[Tensor, Tensor]] = []
         size = 0
-        for x, positions, mask in _examples(self.loader):
-            mask = None if mask is None else mask.to(self.device)
-            pair = self.network.infer(x.to(self.device), mask=mask, noise=keyed_noise(positions, self.seed)).scored()
+        for batch in _examples(self.loader):
+            x, positions, mask, condition = batch.to(self.device)
+            noise = keyed_noise(positions, self.seed)
+            pair = self.network.infer(x, None, mask, noise, *as_argument(condition)).scored()
             size += sum(t.nbytes for t in pair)
             if size <= CACHE_BYTES:
                 cache.append(pair)
@@ -407,14 +456,21 @@ def latents_of(network: Network, loader: Iterable[Examples], seed: int) -> Tenso
     Raises:
         ValueError: the loader is empty.
     """
+    return _draws_of(network, loader, seed)[0]
+
+
+def _draws_of(network: Network, loader: Iterable[Examples], seed: int) -> tuple[Tensor, Tensor | None]:
+    """Do what :func:`latents_of` does, and return the conditions too."""
     device = next(network.parameters()).device
-    draws = []
-    for x, positions, _ in _examples(loader):
-        posterior = network.posterior(x.to(device))
+    draws, conditions = [], []
+    for batch in _examples(loader):
+        x, positions, _, condition = batch.to(device)
+        posterior = network.posterior(x, *as_argument(condition))
+        conditions += [] if condition is None else [condition]
         draws.append(posterior.loc + posterior.scale * standard_normal(posterior.loc, keyed_noise(positions, seed)))
     if not draws:
         raise ValueError("the loader gave no batch, so there are no latents")
-    return torch.cat(draws)
+    return torch.cat(draws), torch.cat(conditions) if conditions else None
 
 
 def _examples(loader: Iterable[Examples]) -> Iterator[Batch]:
@@ -436,7 +492,7 @@ class _Values:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (x for x, _, _ in _examples(self.loader))
+        return (batch.x for batch in _examples(self.loader))
 
 
 def _shown(likelihood: Likelihood, h: Tensor, show: Show) -> Tensor:

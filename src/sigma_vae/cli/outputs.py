@@ -16,8 +16,9 @@ from sigma_vae.data.counts import write_h5ad
 from sigma_vae.data.levels import Array
 from sigma_vae.data.splits import Names
 from sigma_vae.evaluation import score as score_examples
+from sigma_vae.evaluation.classifier import MOST_CLASSES, class_bounds, log_probabilities
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
-from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, save_clips, save_grid
+from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, sampled_per_class, save_clips, save_grid
 from sigma_vae.types import at_least_float32
 from sigma_vae.vae import VAE, Show
 
@@ -34,6 +35,8 @@ def sample(
     run: RunFolder,
     *,
     n: int = 64,
+    condition: tuple[str, ...] = (),
+    per_class: int | None = None,
     show: Show = "mean",
     temperature: tuple[float, ...] = (1.0,),
     prior: Literal["fitted", "standard"] | None = None,
@@ -48,6 +51,9 @@ def sample(
     Args:
         run: Folder of the run.
         n: Number of samples.
+        condition: What the model is given, as label=3 or age=30 sex=f; drawn like the training data's where it is not
+            given.
+        per_class: Number of samples of each class, in place of n: a row for each class, from the same random numbers.
         show: Show the mean of p(x|z), or a draw from it.
         temperature: Factor on the spread of the latents; 1 is the model's own. A hierarchical network takes one number,
             or one for each layer from the top down.
@@ -66,15 +72,22 @@ def sample(
             f"{run} has no fitted prior; {fit if network.has_prior else 'its prior was learned with it; leave --prior out'}"
         )
     name = f"samples-standard-prior-{seed}" if prior == "standard" else f"samples-{seed}"
+    if condition or per_class:
+        name += f"-{runs.word_of('-'.join([*condition, *(['per-class'] if per_class else [])]).replace('=', '-') + '.png')}"
     path = output(out, Path(run) / name, opened.shape, moving=network.reads_clips)
-    check_count(n)
+    check_count(n if per_class is None else per_class)
+    given = _given(opened.vae, condition)
     spread = temperature[0] if len(temperature) == 1 else temperature
     data = runs.open_run(Path(run), device).data if network.reads_clips else None
     generator = torch.Generator(opened.vae.device).manual_seed(seed)
     torch.manual_seed(seed)
     with standard_prior(opened.vae) if prior == "standard" else nullcontext():
-        images = opened.scaling.undo(sampled(opened.vae, data, n, generator, show, spread))
-    write(path, images, {"samples": images})
+        if per_class is None:
+            images = sampled(opened.vae, data, n, generator, show, spread, given)
+        else:
+            images = sampled_per_class(opened.vae, per_class, seed, given, show, spread)
+    images = opened.scaling.undo(images)
+    write(path, images, {"samples": images}, per_class)
 
 
 @torch.no_grad()
@@ -84,6 +97,7 @@ def reconstruct(
     data: str | None = None,
     split: Split = "test",
     n: int = 32,
+    condition: tuple[str, ...] = (),
     show: Show = "mean",
     seed: int = 0,
     out: str | None = None,
@@ -98,6 +112,8 @@ def reconstruct(
         data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits.
         split: Split that the examples come from.
         n: Number of examples.
+        condition: Another condition to decode the latents with, as label=3: counterfactuals. The examples are encoded
+            with their own.
         show: Show the mean of p(x|z), or a draw from it.
         seed: Seed of the posterior's noise.
         out: File to write: .png, .npz (keys "originals" and "reconstructions"), or for clips .gif;
@@ -113,7 +129,8 @@ def reconstruct(
     check_seed(seed)
     torch.manual_seed(seed)
     batch = next(iter(Batches(store, scaling, n)))
-    originals, again = scaling.undo(batch.x), scaling.undo(reconstructed(examples.vae, batch, show, seed))
+    other = _counterfactual(examples.vae, condition, batch.condition)
+    originals, again = scaling.undo(batch.x), scaling.undo(reconstructed(examples.vae, batch, show, seed, other))
     columns = 1 if moving and path.suffix == ".png" else 8  # a clip fills a row
     write(path, pairs(originals, again, columns), {"originals": originals, "reconstructions": again}, columns)
 
@@ -165,7 +182,8 @@ def predict(
     if not vae.network.reads_clips:
         raise ValueError(f"{run} has a network that reads single examples, not clips, and predicts no frames")
     past = vae.network.context_frames if context is None else context
-    clips = next(iter(Batches(examples.batches.store, examples.batches.scaling, n))).x
+    batch = next(iter(Batches(examples.batches.store, examples.batches.scaling, n)))
+    clips = batch.x
     if not 1 <= past <= clips.shape[1]:
         raise ValueError(f"--context is from 1 to the {clips.shape[1]} frames of a clip, got {past}")
     future = (clips.shape[1] - past or FRAMES) if frames is None else frames
@@ -181,6 +199,7 @@ def predict(
         generator=torch.Generator(where).manual_seed(seed),
         temperature=temperature,
         batch_statistics=batch_statistics,
+        condition=batch.condition,
     )
     for path in paths:
         write(path, _beside(clips, predicted, past), {"originals": clips, "predictions": predicted}, columns=1 + samples)
@@ -220,16 +239,21 @@ def encode(
     """
     examples = _examples(run, data, split, device)
     path = checked(Path(out) if out is not None else Path(run) / f"codes-{examples.word}.npz", (".npz", ".h5ad"))
-    posteriors = [examples.vae.encode(batch.x) for batch in examples.batches]
-    means, stds = (torch.cat(values) for values in ([q.loc for q in posteriors], [q.scale for q in posteriors]))
-    decoded = [examples.batches.scaling.undo(examples.vae.decode(q.loc)) for q in posteriors] if expression else []
+    means, stds, decoded = list[Tensor](), list[Tensor](), list[Tensor]()
+    for batch in examples.batches:
+        posterior = examples.vae.encode(batch.x, batch.condition)
+        means.append(posterior.loc)
+        stds.append(posterior.scale)
+        if expression:
+            decoded.append(examples.batches.scaling.undo(examples.vae.decode(posterior.loc, condition=batch.condition)))
+    latents = {"mean": torch.cat(means), "std": torch.cat(stds)}
     if path.suffix == ".h5ad":
         source = Path(data) if data is not None else runs.config_of(Path(run)).data.path
         columns = runs.columns_of(Path(run)) or [str(i) for i in range(examples.batches.store.shape[0])]
-        write_h5ad(path, source, examples.names, columns, _arrays({"mean": means, "std": stds}), _joined(decoded))
+        write_h5ad(path, source, examples.names, columns, _arrays(latents), _joined(decoded))
     else:
         more = {"expression": torch.cat(decoded)} if decoded else {}
-        _write_arrays(path, {"mean": means, "std": stds} | more, example=_plain(examples.names))
+        _write_arrays(path, latents | more, example=_plain(examples.names))
     print(path)
 
 
@@ -245,7 +269,8 @@ def score(
     """Write log-likelihood, rate, ELBO and bits per dimension of each example.
 
     Examples are called by their file, or by their row in the file, from 0. Of the run's own data, their split is
-    written too.
+    written too. Of a model that is given a class label, so are the bounds on log p(x|c) for every class c, and the
+    probabilities of the classes, by the temperature of the run's last evaluation.
 
     Args:
         run: Folder of the run.
@@ -265,12 +290,48 @@ def score(
     columns = {fit: scores.log_likelihood, "rate_nats": scores.rate, bound: scores.log_likelihood - scores.rate}
     if scores.log_mass is not None:
         columns["bits_per_dim"] = (scores.rate - scores.log_mass) / (scores.dims * torch.tensor(2.0).log())
+    columns |= _of_classes(run, examples, seed)
     told = {} if examples.splits is None else {"split": examples.splits}
     table = pd.DataFrame(told | {name: values.numpy() for name, values in columns.items()}, examples.names)
     table = table.rename_axis("example")
     with replacing(path) as aside:
         (table.to_csv if path.suffix == ".csv" else table.to_parquet)(aside)
     print(path)
+
+
+def _of_classes(run: str, examples: "_Examples", seed: int) -> dict[str, Tensor]:
+    """Bounds and probabilities of all classes, where the model is given one class label."""
+    conditions = examples.vae.network.conditions
+    label = None if conditions is None else conditions.only_classes
+    if label is None or label.classes is None or len(label.classes) > MOST_CLASSES:
+        return {}
+    bounds, _ = class_bounds(examples.vae, examples.batches, seed)
+    try:
+        temperature = float(runs.read_evaluation(Path(run)).classifier.temperature or 1.0)
+    except (AttributeError, ValueError):  # there is no evaluation, or it has no classifier
+        temperature = 1.0
+    probabilities = log_probabilities(bounds, label, temperature).exp()
+    names = [f"{label.name}={name}" for name in label.classes]
+    found = {f"bound_nats[{name}]": values for name, values in zip(names, bounds.T, strict=True)}
+    return found | {f"probability[{name}]": values for name, values in zip(names, probabilities.T, strict=True)}
+
+
+def _given(vae: VAE, texts: tuple[str, ...]) -> dict[str, str] | None:
+    """What the options give the model; None where they give nothing."""
+    if not texts:
+        return None
+    if vae.network.conditions is None:
+        raise ValueError("this model is given no condition; leave --condition out, or train one: --condition NAME")
+    return vae.network.conditions.parse(texts)
+
+
+def _counterfactual(vae: VAE, texts: tuple[str, ...], own: Tensor | None) -> Tensor | None:
+    """The examples' own conditions, with those that the options give in their place; None where they give nothing."""
+    given = _given(vae, texts)
+    if given is None or own is None or vae.network.conditions is None:
+        return None
+    other = vae.network.conditions.rows(given, len(own)).to(own)
+    return torch.where(other.isnan(), own, other)
 
 
 class _Examples(NamedTuple):

@@ -41,6 +41,7 @@ LARGE = 2**28
 _CHUNKS = 2**28
 """Bytes of decompressed chunks that HDF5 caches: neighbouring blocks often share one."""
 _MAGIC = 0x00000803  # unsigned bytes, three axes
+_MAGIC_OF_LABELS = 0x00000801
 _GZIP = b"\x1f\x8b"
 
 
@@ -292,6 +293,22 @@ def read_images(path: Path) -> npt.NDArray[np.uint8]:
             f"{path} needs {expected} bytes for images {tuple(shape)}, got {len(content) - 16}; fetch the file again"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=16).reshape(shape)
+
+
+def read_labels(path: Path) -> npt.NDArray[np.uint8]:
+    """Read labels ``(N,)`` from an IDX file, gzipped or not.
+
+    Raises:
+        ValueError: the file cannot be read, has no labels, or has the wrong length.
+    """
+    content = _content(path)
+    magic, count = struct.unpack(">II", content[:8]) if len(content) >= 8 else (0, 0)
+    if magic != _MAGIC_OF_LABELS or len(content) != 8 + count:
+        raise ValueError(
+            f"{path} needs the magic number {_MAGIC_OF_LABELS:#010x} of labels and a byte for each, got {magic:#010x} and"
+            f" {len(content)} bytes; fetch the file again"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=8)
 
 
 def _content(path: Path) -> bytes:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 import torch
 
+from sigma_vae.conditions import Conditions, split_name
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import cached
 from sigma_vae.data.counts import count_store
@@ -25,7 +26,7 @@ from sigma_vae.data.holdout import hold_out
 from sigma_vae.data.levels import Array, Grid, discrete_columns, encode, find_grid, given_grid, native_levels, real_values
 from sigma_vae.data.scaling import Scaling, standardisation
 from sigma_vae.data.splits import SPLITS, Names, Raw, SplitName, Splits, few, fingerprint
-from sigma_vae.data.stores import Encoded, Generated, InMemory, Mapped, Part, Sparse, Store
+from sigma_vae.data.stores import Encoded, Generated, InMemory, Labelled, Mapped, Part, Sparse, Store
 from sigma_vae.registry import register
 
 __all__ = [
@@ -43,7 +44,10 @@ __all__ = [
 ]
 
 COMMON = frozenset(
-    {"source", "levels", "levels_from", "standardise", "counts", "validation_fraction", "test_fraction", "split_seed"}
+    {
+        *("source", "levels", "levels_from", "standardise", "counts", "validation_fraction", "test_fraction", "split_seed"),
+        *("condition", "stratify"),
+    }
 )
 """Options of :class:`~sigma_vae.config.DataConfig` that apply to all data."""
 CHUNK = 2**22
@@ -123,8 +127,10 @@ class Whole(NamedTuple):
     split: SplitName | None
 
 
-def load_whole(config: DataConfig, split: SplitName) -> Whole:
+def load_whole(config: DataConfig, split: SplitName, conditions: Conditions | None = None) -> Whole:
     """Read one split of a data set where it has splits, else all of it; nothing is held out.
+
+    ``conditions`` are those of a model; the examples' own are read as these.
 
     Raises:
         ValueError: as for :func:`load`.
@@ -132,7 +138,7 @@ def load_whole(config: DataConfig, split: SplitName) -> Whole:
     """
     raw = _required(config).read(config)
     chosen: SplitName = split if split in raw.parts else "train"
-    store, names = store_of(raw.parts[chosen], raw, chosen, config, [])
+    store, names = store_of(raw.parts[chosen], raw, chosen, config, [], conditions)
     return Whole(store, names, raw.clips, chosen if len(raw.parts) > 1 else None)
 
 
@@ -210,9 +216,13 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
     decoded = {split: _decoded(part, raw, split, config, words) for split, part in raw.parts.items()}
     read = {split: part for split, (part, _) in decoded.items()}
     names = {split: each for split, (_, each) in decoded.items()}
+    labels = {split: _labels(raw, split, config.condition, names[split]) for split in raw.parts}
     grid = None if standardise or config.counts else _grid(raw, read, config, words)
     stored = {split: _store(part, grid, standardise, config, f"{raw.name} ({split})") for split, part in read.items()}
     nouns = ("clips", "video") if raw.clips else ("examples", "file")
+    if config.condition:
+        conditions = Conditions.of(labels["train"])
+        stored = {split: Labelled(store, conditions, conditions.encode(labels[split])) for split, store in stored.items()}
     rows, held_out = hold_out(stored, config, raw.name, nouns)
     parts = stored | {split: stored["train"].select(torch.from_numpy(chosen)) for split, chosen in rows.items()}
     parts = {split: parts[split] for split in SPLITS}
@@ -232,8 +242,12 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
     return Splits(raw.name, parts["train"], parts["validation"], parts["test"], scaling, record, raw.clips, names)
 
 
-def store_of(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: list[str]) -> tuple[Store, Names]:
+def store_of(
+    part: Part, raw: Raw, split: SplitName, config: DataConfig, words: list[str], conditions: Conditions | None = None
+) -> tuple[Store, Names]:
     """Check one split's values and bring them into stored form, with their names; ``words`` gets what had to be left out.
+
+    The examples get these conditions, where there are any.
 
     Raises:
         ValueError: values contradict the config.
@@ -242,7 +256,26 @@ def store_of(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: 
     read, names = _decoded(part, raw, split, config, words)
     standardise = _standardise(config, raw)
     grid = None if standardise or config.counts else _grid(raw, {split: read}, config, words)
-    return _store(read, grid, standardise, config, f"{raw.name} ({split})"), names
+    store = _store(read, grid, standardise, config, f"{raw.name} ({split})")
+    if conditions is None:
+        return store, names
+    return Labelled(store, conditions, conditions.encode(_labels(raw, split, conditions.names, names))), names
+
+
+def _labels(raw: Raw, split: SplitName, wanted: Sequence[str], names: Names) -> dict[str, Array]:
+    """The columns of a split's labels that are wanted, of the examples that are left."""
+    known = raw.labels.get(split, {})
+    plain = {name: split_name(name)[0] for name in wanted}
+    if missing := [name for name in plain.values() if name not in known]:
+        have = f"only {few(list(known))}" if known else "no labels at all"
+        raise ValueError(f"{raw.name} ({split}) has no {missing[0]} to condition on, {have}; give one of these, or none")
+    found = {name: np.asarray(known[column]) for name, column in plain.items()}
+    part = raw.parts[split]
+    if not isinstance(part, Encoded) or len(part) == len(names):
+        return found
+    left = set(names.tolist())
+    kept = [number for number, name in enumerate(part.names) if name in left]
+    return {name: column[kept] for name, column in found.items()}
 
 
 Read = Array | Mapped | Generated | Sparse

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sigma_vae.conditions import Conditions
 from sigma_vae.config import ClipConfig
 from sigma_vae.data.batches import Batches
 from sigma_vae.data.scaling import Scaling
@@ -72,6 +73,11 @@ class Splits:
     @property
     def _parts(self) -> dict[SplitName, Store]:
         return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @property
+    def conditions(self) -> Conditions | None:
+        """The variables of the examples' conditions; None where they have none."""
+        return self.train.conditions
 
     @property
     def levels(self) -> int | None:
@@ -152,6 +158,8 @@ class Raw:
     """Names of a table's columns, in order."""
     names: Mapping[SplitName, Names] = field(default_factory=dict)
     """Names of the examples, where they have other ones than files and numbers."""
+    labels: Mapping[SplitName, Mapping[str, Any]] = field(default_factory=dict)
+    """Labels and covariates of the examples by name, a column for each, before any example is left out."""
 
 
 def fingerprint(parts: dict[SplitName, Store]) -> str:

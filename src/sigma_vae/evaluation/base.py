@@ -320,8 +320,7 @@ def add_up(vae: VAE, batches: Batches, sums: Iterable[Tensor]) -> None:
 
 
 def _on(device: torch.device, batches: Batches) -> Iterator[Batch]:
-    for x, positions, mask in batches:
-        yield Batch(x.to(device), positions, None if mask is None else mask.to(device))
+    return (batch.to(device) for batch in batches)
 
 
 def _check_group(batches: Batches) -> None:

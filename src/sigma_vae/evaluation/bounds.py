@@ -13,7 +13,7 @@ from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
 from sigma_vae.evaluation.base import Estimate, EvaluationData, Metric, Record, Row, each_example, number_rows
 from sigma_vae.registry import register
-from sigma_vae.types import Batch, Inference, Likelihood
+from sigma_vae.types import Batch, Inference, Likelihood, as_argument
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["Iwae", "IwaeMetric", "Measure", "iwae"]
@@ -171,16 +171,16 @@ def _summed_weights(
 
 def _inferences(vae: VAE, batch: Batch, draws: int, seed: int) -> Iterator[Inference]:
     """One draw after the other; where the network can, many together, encoded once."""
-    noise = keyed_noise(batch.positions, seed)
+    noise, given = keyed_noise(batch.positions, seed), as_argument(batch.condition)
     if not vae.network.has_draw:
         for _ in range(draws):
-            yield vae.network.infer(batch.x, mask=batch.mask, noise=noise)
+            yield vae.network.infer(batch.x, None, batch.mask, noise, *given)
         return
-    posterior = vae.network.posterior(batch.x)
+    posterior = vae.network.posterior(batch.x, *given)
     most, together = FEATURES if batch.x.device.type == "cpu" else GPU_FEATURES, 1
     while draws:
         unit = torch.stack([noise(posterior.loc.shape) for _ in range(min(together, draws))]).to(posterior.loc)
-        inference = vae.network.draw(batch.x, posterior, unit)
+        inference = vae.network.draw(batch.x, posterior, unit, *given)
         yield inference
         draws -= len(unit)
         together = max(1, most * len(unit) // inference.h.numel())

@@ -14,7 +14,7 @@ from sigma_vae.data import Batches
 from sigma_vae.evaluation.base import Column, Estimate, EvaluationData, Metric, Record, Row, add_up, each_example, estimate_rows
 from sigma_vae.evaluation.plots import save_page
 from sigma_vae.registry import register
-from sigma_vae.types import Batch, DataDistribution, Inference, Likelihood, Observes
+from sigma_vae.types import Batch, DataDistribution, Inference, Likelihood, Observes, as_argument
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = [
@@ -204,7 +204,7 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
 
     def rows(batch: Batch) -> Tensor:
         noise = keyed_noise(batch.positions, seed)
-        inference = vae.network.infer(batch.x, mask=batch.mask, noise=noise)
+        inference = vae.network.infer(batch.x, None, batch.mask, noise, *as_argument(batch.condition))
         uniform = torch.special.ndtr(noise(inference.target.shape).to(inference.target.device))  # the same generators go on
         u = _pits(vae.likelihood, inference, uniform if inference.mask is None else uniform[inference.mask])
         h, target = inference.scored()

@@ -113,7 +113,9 @@ class InformationMetric(Metric):
     measured = "by default"
 
     def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
-        """It needs a posterior and training latents, or the KL of each latent."""
+        """It needs a posterior and training latents, or the KL of each latent, and no condition."""
+        if vae.network.conditions is not None:
+            return "it compares the latents of all examples with one prior, and here each condition has its own"
         if vae.network.has_posterior:
             if len(data.held_out.store) < 2:
                 return "it is about the spread of latents, and there is one example"
@@ -219,7 +221,7 @@ def active_units(vae: VAE, batches: Batches) -> int:
     Raises:
         ValueError: the network has no posterior of one layer of latents.
     """
-    return _active(each_example(vae, batches, lambda batch: vae.encode(batch.x).loc.flatten(1)))
+    return _active(each_example(vae, batches, lambda batch: vae.encode(batch.x, batch.condition).loc.flatten(1)))
 
 
 def _active(means: Tensor) -> int:
@@ -244,7 +246,8 @@ def _latents(vae: VAE, batches: Batches, seed: int) -> _Latents:
 def _kl_and_log_prior(vae: VAE, batch: Batch, posterior: Normal, unit: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q(z|x)‖p) and log p(z), from the prior, or from the network's own draw under the same noise."""
     if vae.network.has_prior:
-        return vae.network.prior.kl(posterior, z), vae.network.prior.log_prob(z)
+        prior = vae.network.prior
+        return prior.kl(posterior, z), prior.log_prob(z)
     inference = vae.network.infer(batch.x, noise=lambda shape: unit.reshape(shape))
     log_q: Tensor = posterior.log_prob(z)  # type: ignore[no-untyped-call]
     return inference.kl.sum(-1), inference.log_ratio + log_q.flatten(1).sum(-1)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sigma_vae.conditions import Given
 from sigma_vae.config import replacing
 from sigma_vae.data import Splits
 from sigma_vae.types import Batch, Temperature, per_layer
@@ -18,7 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
-__all__ = ["drawable", "in_unit_range", "pairs", "reconstructed", "sampled", "save_clips", "save_grid", "save_page"]
+__all__ = [
+    "drawable",
+    "in_unit_range",
+    "pairs",
+    "reconstructed",
+    "sampled",
+    "sampled_per_class",
+    "save_clips",
+    "save_grid",
+    "save_page",
+]
 
 WIDTH = 500
 """Approximate width of a grid of images, in pixels."""
@@ -125,31 +136,75 @@ def _grid(images: Tensor, columns: int | None, zoom: int | None) -> "Image":
 
 @torch.no_grad()
 def sampled(
-    vae: VAE, data: Splits | None, n: int, generator: torch.Generator, show: Show = "mean", temperature: Temperature = 1.0
+    vae: VAE,
+    data: Splits | None,
+    n: int,
+    generator: torch.Generator,
+    show: Show = "mean",
+    temperature: Temperature = 1.0,
+    condition: Given | None = None,
 ) -> Tensor:
     """Draw n samples; a video model continues the first frames of its test clips, to the length of these clips.
 
-    Only a video model needs the data; if there are fewer than n test clips, they are repeated. ``show`` and
-    ``temperature`` are those of :meth:`~sigma_vae.vae.VAE.sample`.
+    Only a video model needs the data; if there are fewer than n test clips, they are repeated. ``show``,
+    ``temperature`` and ``condition`` are those of :meth:`~sigma_vae.vae.VAE.sample`.
 
     Raises:
         ValueError: the test clips are no longer than the frames that are given, or the temperature has too many
             numbers.
     """
     if not vae.network.reads_clips:
-        return vae.sample(n, show, generator=generator, temperature=temperature)
+        return vae.sample(n, show, generator=generator, temperature=temperature, condition=condition)
     assert data is not None
     past, (single,) = vae.network.context_frames, per_layer(temperature, 1)
-    clips = next(iter(data.batches("test", min(n, len(data.test)), device=generator.device))).x
-    given = clips[torch.arange(n) % len(clips), :past]
-    predicted = vae.predict(given, clips.shape[1] - past, 1, show, generator=generator, temperature=single)[0]
+    batch = next(iter(data.batches("test", min(n, len(data.test)), device=generator.device)))
+    clips, chosen = batch.x, torch.arange(n) % len(batch.x)
+    given = clips[chosen, :past]
+    if condition is None and batch.condition is not None:
+        condition = batch.condition[chosen]
+    (predicted,) = vae.predict(
+        given, clips.shape[1] - past, 1, show, generator=generator, temperature=single, condition=condition
+    )
     return torch.cat([given, predicted], 1)
 
 
 @torch.no_grad()
-def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0) -> Tensor:
-    """Reconstruct a batch, in its own shape; the given first frames of clips stay as they are."""
-    again = vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed))
+def sampled_per_class(
+    vae: VAE,
+    n: int,
+    seed: int = 0,
+    given: Mapping[str, Any] | None = None,
+    show: Show = "mean",
+    temperature: Temperature = 1.0,
+) -> Tensor:
+    """Draw n samples of each class from the same random numbers: ``(classes · n, C, *space)``, class by class.
+
+    With a prior that does not depend on the class, sample i of each class has the same latents. ``given`` are the other
+    conditions.
+
+    Raises:
+        ValueError: the model has no class label, or several that are not given, or reads clips.
+    """
+    conditions, given = vae.network.conditions, dict(given or {})
+    if conditions is None or vae.network.reads_clips:
+        raise ValueError("samples of each class are made by models of single examples that are given a class label")
+    label = conditions.class_to_vary(given)
+    rows = []
+    for name in label.classes or ():
+        generator = torch.Generator(vae.device).manual_seed(seed)
+        condition = given | {label.name: name}
+        rows.append(vae.sample(n, show, generator=generator, temperature=temperature, condition=condition))
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0, shown_as: Given | None = None) -> Tensor:
+    """Reconstruct a batch, in its own shape; the given first frames of clips stay as they are.
+
+    ``shown_as`` is that of :meth:`~sigma_vae.vae.VAE.reconstruct`.
+    """
+    noise = keyed_noise(batch.positions, seed)
+    again = vae.reconstruct(batch.x, show, noise=noise, condition=batch.condition, shown_as=shown_as)
     return torch.cat([batch.x[:, : vae.network.context_frames], again], 1) if vae.network.reads_clips else again
 
 

@@ -140,8 +140,12 @@ class GaussianPrior(FittedPrior):
 
 
 @torch.no_grad()
-def best_prior(priors: Iterable[Prior], latents: Tensor, held_out: Tensor) -> tuple[Prior, dict[str, float]]:
+def best_prior(
+    priors: Iterable[Prior], latents: Tensor, held_out: Tensor, condition: Tensor | None = None
+) -> tuple[Prior, dict[str, float]]:
     """Compare fitted priors with N(0, I), and with a Gaussian fitted to the same latents, on held-out ones.
+
+    ``condition`` are those of the held-out latents, for priors that depend on it.
 
     Returns:
         The best, and each one's mean log-density of the held-out latents in nats, by name, the best first.
@@ -161,7 +165,7 @@ def best_prior(priors: Iterable[Prior], latents: Tensor, held_out: Tensor) -> tu
         with suppress(ValueError):  # latents in a plane have no Gaussian
             moments.fit(latents)
             candidates["moments"] = moments
-    found = {name: float(each.log_prob(held_out).double().mean()) for name, each in candidates.items()}
+    found = {name: float(each.given(condition).log_prob(held_out).double().mean()) for name, each in candidates.items()}
     ranked = dict(sorted(found.items(), key=lambda item: -item[1] if item[1] == item[1] else math.inf))
     return candidates[next(iter(ranked))], ranked
 

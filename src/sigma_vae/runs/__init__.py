@@ -1,7 +1,7 @@
 """A run folder: trained into, resumed, opened, evaluated."""
 
 from sigma_vae.runs.compare import compare
-from sigma_vae.runs.evaluate import evaluate_run, evaluation_file
+from sigma_vae.runs.evaluate import evaluate_run, evaluation_file, read_evaluation
 from sigma_vae.runs.folder import Run, columns_of, config_of, evaluation_batch, new_data, open_model, open_run, word_of
 from sigma_vae.runs.refit import calibrate_run, fit_prior
 from sigma_vae.runs.train import has_checkpoint, rerun, resume, train
@@ -20,6 +20,7 @@ __all__ = [
     "new_data",
     "open_model",
     "open_run",
+    "read_evaluation",
     "rerun",
     "resume",
     "train",

@@ -13,7 +13,7 @@ from sigma_vae.data import Splits
 from sigma_vae.evaluation import Evaluation, EvaluationData
 from sigma_vae.evaluation.base import metrics
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
-from sigma_vae.evaluation.plots import pairs, reconstructed, sampled, save_clips, save_grid
+from sigma_vae.evaluation.plots import pairs, reconstructed, sampled, sampled_per_class, save_clips, save_grid
 from sigma_vae.evaluation.suite import chosen, measure
 from sigma_vae.runs.folder import (
     SIGMA_FITTED_ON,
@@ -50,6 +50,7 @@ BOUNDS_ALONE = EvaluationSettings(metrics=())
 PICTURES = 64
 ALL = "all"
 """Split of examples that are in none."""
+CLASS_SAMPLES = 8
 CLIPS = 8
 """Clips in a picture, one per row."""
 
@@ -215,6 +216,9 @@ def draw(out: Path, vae: VAE, data: Splits) -> None:
     originals, again = map(data.scaling.undo, (batch.x, reconstructed(vae, batch)))
     if not moving:
         save_grid(out / "samples.png", samples)
+        conditions = vae.network.conditions
+        if conditions is not None and conditions.only_classes is not None:
+            save_grid(out / "samples-per-class.png", data.scaling.undo(sampled_per_class(vae, CLASS_SAMPLES)), CLASS_SAMPLES)
         save_grid(out / "reconstructions.png", pairs(originals, again, columns=8), columns=8)
         return
     for ending, columns in ((".png", 1), (".gif", 8)):

@@ -172,7 +172,7 @@ def new_data(out: Path, saved: models.Saved, source: str, split: SplitName) -> N
         ValueError: the data cannot be read in this way, or have another shape.
     """
     with first_of_node_first():
-        found = load_whole(new_config(out, saved.scaling, source), split)
+        found = load_whole(new_config(out, saved.scaling, source), split, saved.vae.network.conditions)
     store = found.store
     shape = store.shape[1:] if found.clips else store.shape
     if (shape, found.clips) != (saved.shape, saved.vae.network.reads_clips):

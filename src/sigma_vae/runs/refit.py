@@ -196,7 +196,7 @@ def check_latents(prior: str, vae: VAE, data: Splits) -> None:
     if prior in ("standard", models.AUTO):
         return
     (size,) = vae.network.latents.sizes
-    made = models.prior(prior, size)
+    made = models.prior(prior, size, None, vae.network.conditions)
     if made.needs_fit and len(data.train) < made.least_latents:
         raise ValueError(
             f"the prior {prior} over {size} latents needs at least {made.least_latents} training examples,"

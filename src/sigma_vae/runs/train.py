@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sigma_vae import __version__, models
+from sigma_vae.conditions import Conditions
 from sigma_vae.config import DataConfig, RunConfig, parse, write
 from sigma_vae.data import Scaling, Splits, names
 from sigma_vae.evaluation import Evaluation
@@ -147,7 +148,10 @@ def rerun(out: Path) -> dict[str, Any]:
     scaling = parse(step.about.get("scaling"), Scaling, str(out / FILE))
     sizes = {name: value.shape for name, value in step.weights.items()}
     try:
-        vae = models.sized(replace(config.model, prior="standard"), tuple(shape), scaling, sizes)
+        trained = config.model if config.model.prior == "learned" else replace(config.model, prior="standard")
+        known = step.about.get("conditions")
+        conditions = None if known is None else parse(known, Conditions, str(out / FILE))
+        vae = models.sized(trained, tuple(shape), scaling, sizes, conditions=conditions)
         begins = first_broken(vae, step, config.training)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:  # tensors of any kind and size
         raise ValueError(f"{out / FILE} does not fit the model of {out}: {error}") from error
@@ -186,7 +190,7 @@ def _write_report(out: Path, report: Evaluation, vae: VAE, data: Splits) -> Eval
 
 def _new_vae(config: RunConfig, data: Splits) -> VAE:
     torch.manual_seed(config.seed)
-    vae = models.vae(config.model, data.shape, data.scaling)
+    vae = models.vae(config.model, data.shape, data.scaling, conditions=data.conditions)
     if vae.network.reads_clips != data.clips:
         have, remedy = ("clips", "take sequence") if data.clips else ("no clips", "take residual, conv, hierarchical or mlp")
         raise ValueError(f"{config.data.source} has {have}, and the network {config.model.network} is not for that; {remedy}")

@@ -140,6 +140,7 @@ def fit(
         check_processes(vae)
         check_weights(vae, config)
         _check_clips(vae, splits)
+        _check_conditions(vae, splits)
         seed_generators(seed)
         folder = (out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))).absolute()
         stack.enter_context(exclusive(folder / "checkpoints"))
@@ -201,6 +202,8 @@ class _Training:
         self.choices = choices
         self.where = where
         self.about = {"shape": list(data.shape), "scaling": asdict(data.scaling), "choices": asdict(choices)}
+        if self.vae.network.conditions is not None:
+            self.about["conditions"] = asdict(self.vae.network.conditions)
         self.part = _sample(data, "validation", where)
         self.trained_part = _sample(data, "train", where)
         held_out = shared(data, "validation", _passing_batch(data), where)
@@ -459,6 +462,18 @@ def _check_clips(vae: VAE, data: Splits) -> None:
         raise ValueError(f"{data.name} has {have} and needs a network that reads {reads}, got {type(vae.network).__name__}")
 
 
+def _check_conditions(vae: VAE, data: Splits) -> None:
+    if vae.network.conditions != data.conditions:
+        have, reads = (
+            "no condition" if each is None else f"the condition {', '.join(each.names)}"
+            for each in (data.conditions, vae.network.conditions)
+        )
+        raise ValueError(
+            f"{data.name} has {have}, and the network reads {reads}, or these have other classes; make the network with"
+            " conditions=data.conditions"
+        )
+
+
 def _total_steps(config: TrainingConfig, steps_per_epoch: int, resumed: Path | None) -> int:
     if resumed is not None and config.epochs is not None and step_of(resumed) > config.epochs * steps_per_epoch:
         raise ValueError(f"{resumed} cannot be resumed up to {config.epochs} epochs, it has more of them behind it")
@@ -494,18 +509,18 @@ def _start(vae: VAE, data: Splits, config: TrainingConfig) -> str:
     first = next(iter(data.batches("train", _passing_batch(data), limit=limit)))  # the same on every process
     std = float(first.x.std())
     vae.likelihood.set_floor(config.scale_floor, std)
-    residual_std, start = _start_network(vae, data, config, first.x)
+    residual_std, start = _start_network(vae, data, config, first)
     if config.scale_start == "data":
         vae.likelihood.start(std if residual_std is None else residual_std)
-    x = first.x.to(next(vae.parameters()).device)
-    vae.calibrate([x])
+    first = first.to(vae.device)
+    vae.calibrate([first])
     with torch.no_grad():  # averaged weights need every buffer in its final shape, a running scale's too
-        vae.elbo(x, noise=keyed_noise(first.positions))
+        vae.elbo(first.x, noise=keyed_noise(first.positions), condition=first.condition)
     return start
 
 
-def _start_network(vae: VAE, data: Splits, config: TrainingConfig, x: torch.Tensor) -> tuple[float | None, str]:
-    """Start at the best linear VAE where that is asked for and possible, judged by examples x.
+def _start_network(vae: VAE, data: Splits, config: TrainingConfig, first: Batch) -> tuple[float | None, str]:
+    """Start at the best linear VAE where that is asked for and possible, judged by these examples.
 
     Returns:
         The residuals' std, None where the start is random; and the start in words.
@@ -527,7 +542,7 @@ def _start_network(vae: VAE, data: Splits, config: TrainingConfig, x: torch.Tens
     residual_std, weights, problem = from_first(solved)
     vae.load_state_dict(weights)
     try:
-        vae.calibrate([x.to(vae.device)])  # which fails where values are too large for their squares
+        vae.calibrate([first.to(vae.device)])  # which fails where values are too large for their squares
     except ValueError as error:
         vae.load_state_dict(before)
         problem = problem or str(error)

@@ -30,7 +30,7 @@ from sigma_vae.training.distributed import (
 from sigma_vae.training.hardware import Choices
 from sigma_vae.training.nonfinite import Suspect, diagnosis
 from sigma_vae.training.objective import StepLoss, current_sigma, is_weighted, step_loss, validated_total
-from sigma_vae.types import Batch, Elbo, Flat, Noise
+from sigma_vae.types import Batch, Elbo, Flat, Noise, as_argument
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["Averaged", "Stepper", "Validation", "endless_skipping", "optimizer_for"]
@@ -302,7 +302,8 @@ class Validation:
         return {name: float(total / examples) for name, total in totals.items()}
 
     def _means(self, batch: Batch, number: int, step: int) -> dict[str, Tensor]:
-        inference = self.vae.network.infer(batch.x, mask=batch.mask, noise=self._noise_of(batch, number))
+        noise = self._noise_of(batch, number)
+        inference = self.vae.network.infer(batch.x, None, batch.mask, noise, *as_argument(batch.condition))
         likelihood, (h, target) = self.vae.likelihood, inference.scored()
         elbo = Elbo(inference.per_example(likelihood(h).log_prob(target)), inference.kl)
         metrics = {

@@ -16,10 +16,10 @@ from sigma_vae.vae import VAE
 
 __all__ = ["CELL", "BitsBack"]
 
-LATENT_WIDTHS = (4, 4, 4, 4)
+LATENT_WIDTHS = (2, 4, 4, 4)
 """Bits of a latent's digits."""
 CELLS = 2 ** sum(LATENT_WIDTHS)
-CELL = 2.0**-11
+CELL = 2.0**-9
 """Width of a latent's cell, in stds of its prior: they reach from −16 to 16."""
 LEVEL_WIDTH = 2
 """Bits of a level's digits."""
@@ -48,7 +48,7 @@ class BitsBack:
     To decode, do the opposite. Latents of several layers are popped all together before x is pushed: their posteriors read
     x, which a decoder knows last (Townsend et al. 2020, HiLLoC, arXiv 1912.09953).
 
-    A latent is the centre of one of 2¹⁶ cells, equally wide in stds of its prior.
+    A latent is the centre of one of 2¹⁴ cells, equally wide in stds of its prior.
 
     Args:
         vae: in eval mode, on the CPU, in float32.

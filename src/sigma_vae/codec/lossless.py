@@ -5,6 +5,7 @@ import hashlib
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, final
 
@@ -236,7 +237,7 @@ class Codec:
 
     def _check(self, blob: bytes, examples: Sequence[Array]) -> None:
         found = self.unpack(blob).examples
-        same = len(found) == len(examples) and all(map(np.array_equal, found, examples))
+        same = len(found) == len(examples) and all(map(partial(np.array_equal, equal_nan=True), found, examples))
         if not same:
             raise ValueError(
                 "the self-check failed: the model does not compute the same numbers twice, so it cannot code (does it draw random"
@@ -256,10 +257,13 @@ class Codec:
     def _as_levels(self, example: Tensor) -> Array:
         """Whole numbers, or the values themselves where they are off the levels."""
         values = example.detach().cpu()
+        if not values.is_floating_point():
+            top = self.levels - 1
+            raise ValueError(f"examples are floats k/{top}, as the model reads them, got {values.dtype}; divide the levels by {top}")
         scaled = values.double() * (self.levels - 1)
         levels = scaled.round()
         off = (scaled - levels).abs().max() if values.numel() else 0.0
-        if not values.is_floating_point() or not float(off) <= max(OFF_A_LEVEL, ROUNDING * self.levels):
+        if not float(off) <= max(OFF_A_LEVEL, ROUNDING * self.levels):
             return values.float().numpy()
         array: Array = levels.long().numpy()
         return array

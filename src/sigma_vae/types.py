@@ -16,6 +16,7 @@ from sigma_vae.conditions import Conditions
 
 __all__ = [
     "Batch",
+    "ChooseLatents",
     "DataDistribution",
     "Elbo",
     "Flat",
@@ -184,6 +185,21 @@ class Prior(nn.Module, ABC):
         """Fit p(z|c) to latents and their conditions ``(n, variables)``; a prior without conditions fits p(z)."""
         self.fit(latents, held_out, seed)
 
+    def as_mixture(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The density as a mixture of K Gaussians: log-weights ``(K,)``, means ``(K, d)``, Cholesky factors ``(K, d, d)``.
+
+        Raises:
+            ValueError: it is no such mixture.
+        """
+        raise ValueError(
+            f"{type(self).__name__} is no mixture of Gaussians, so its latents cannot be coded one after the other; take the"
+            " prior mixture, gaussian or standard (sigma-vae fit-prior RUN --prior mixture)"
+        )
+
+
+ChooseLatents = Callable[[Normal, Normal | None], Tensor]
+"""Chooses a layer's latents, given their prior, and their posterior where there are data."""
+
 
 class Prediction(NamedTuple):
     """Features ``(n, frames, in_channels, H, W)`` of predicted frames, and the frames ``(n, frames, C, H, W)``."""
@@ -330,6 +346,11 @@ class Network(nn.Module, ABC):
         return self._defines("draw")
 
     @property
+    def has_descent(self) -> bool:
+        """Whether :meth:`descend` decodes latents that are chosen layer by layer."""
+        return self._defines("descend")
+
+    @property
     def has_latent_kl(self) -> bool:
         """Whether :meth:`latent_kl` gives the KL of each latent."""
         return self._defines("latent_kl")
@@ -354,6 +375,13 @@ class Network(nn.Module, ABC):
     def draw_latents(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> Tensor | Sequence[Tensor]:
         """One posterior draw of the latents, as :meth:`decode` takes them."""
         raise self._lacks("no latents that could be decoded again", "draw_latents(x)")
+
+    def descend(self, choose: ChooseLatents, x: Tensor | None = None) -> Tensor:
+        """Features of one example whose latents are chosen layer by layer, from the top down.
+
+        ``choose(prior, posterior)`` gets p(z_l | z_<l), and with data ``(1, C, *space)`` also q(z_l | z_<l, x); it returns z_l.
+        """
+        raise self._lacks("no layers of latents that are chosen one by one", "descend(choose, x)")
 
     @property
     def has_start(self) -> bool:
@@ -459,6 +487,8 @@ class Likelihood(nn.Module, ABC):
     """Objective of training: the density of the values, or the probability of their levels' bins."""
     normalised: bool = True
     """Whether ``log_prob`` is the logarithm of a probability; otherwise it is an objective, without ``log_mass``."""
+    independent_channels: bool = True
+    """Whether the channels of a place are independent of each other given the features; else each follows those before it."""
 
     def __init__(self, channels: int, spatial_dims: int, levels: int | None) -> None:
         super().__init__()

@@ -74,6 +74,8 @@ COMMANDS = {
     "predict": Command("outputs:predict", "Predict future frames from the start of each clip, several times"),
     "encode": Command("outputs:encode", "Write mean and std of the latents of each example"),
     "score": Command("outputs:score", "Write log-likelihood, rate, ELBO and bits per dimension of each example"),
+    "compress": Command("codec:compress", "Compress pictures or DATA without loss, to the size that the model's bound says"),
+    "decompress": Command("codec:decompress", "Restore what ``compress`` wrote"),
     "explain": Command("inspect:explain", "Compute the effective β and the implied σ of a hand-tuned loss"),
     "study": Command("study", "Train a grid of runs, and report what they show", commands=STUDY),
 }

@@ -9,11 +9,22 @@ from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.nn import functional
 
 from sigma_vae.conditions import WIDTH, Conditions, Embedding
 from sigma_vae.registry import Argument, register
-from sigma_vae.types import Hierarchy, Inference, Network, Noise, Temperature, at_least_float32, per_layer, standard_normal
+from sigma_vae.types import (
+    ChooseLatents,
+    Hierarchy,
+    Inference,
+    Network,
+    Noise,
+    Temperature,
+    at_least_float32,
+    per_layer,
+    standard_normal,
+)
 
 __all__ = ["DecoderBlock", "Diagonal", "Draw", "EncoderBlock", "HierarchicalNetwork", "HierarchyPlan", "draw", "hierarchical"]
 
@@ -270,6 +281,10 @@ def _diagonal(raw: Tensor) -> Diagonal:
     return Diagonal(*at_least_float32(raw).chunk(2, 1))
 
 
+def _normal(diagonal: Diagonal) -> Normal:
+    return Normal(diagonal.mean, diagonal.log_std.exp(), validate_args=False)
+
+
 def draw(posterior: Diagonal, prior: Diagonal, unit: Tensor) -> Draw:
     """Draw latents; the KL is in closed form, the log-ratio is that of this draw."""
     z = posterior.mean + posterior.log_std.exp() * unit
@@ -441,6 +456,16 @@ class HierarchicalNetwork(Network):
         if not given or given != shapes[: len(given)]:
             raise ValueError(f"decode takes latents of the top layer or more, of shapes {shapes}; got {given}")
         return self._descend(len(latents[0]), self._prior_draws(latents, generator, temperature), self._shifts(condition))
+
+    def descend(self, choose: ChooseLatents, x: Tensor | None = None) -> Tensor:
+        """Features of one example whose latents are chosen layer by layer: see :meth:`Network.descend`."""
+        features = None if x is None else self._encode(x)
+
+        def chosen(layer: HierarchyLayer, state: Tensor, prior: Diagonal) -> Tensor:
+            posterior = None if features is None else layer.posterior_of(state, features[layer.resolution])
+            return choose(_normal(prior), None if posterior is None else _normal(posterior))
+
+        return self._descend(1, chosen)
 
     def shards(self) -> list[nn.Module]:
         """Every residual block: each is whole only while it computes."""

@@ -121,6 +121,11 @@ class GaussianPrior(FittedPrior):
         unit = torch.empty(n, self.latent_dim, device=self.mean.device, dtype=self.mean.dtype).normal_(generator=generator)
         return self.colour(temperature * unit)
 
+    def as_mixture(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Itself, as a mixture of one: see :meth:`Prior.as_mixture`."""
+        self.require_fitted()
+        return self.mean.new_zeros(1), self.mean[None], self.scale_tril[None]
+
     def whiten(self, z: Tensor) -> Tensor:
         """Map N(μ, Σ) to N(0, I)."""
         self.require_fitted()

@@ -129,6 +129,11 @@ class MixturePrior(FittedPrior):
         unit = torch.empty(n, self.latent_dim, device=self.means.device, dtype=self.means.dtype).normal_(generator=generator)
         return self.means[which] + temperature * (self.scale_trils[which] @ unit[..., None]).squeeze(-1)
 
+    def as_mixture(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-weights, means and Cholesky factors: see :meth:`Prior.as_mixture`."""
+        self.require_fitted()
+        return self.log_weights, self.means, self.scale_trils
+
 
 def _some(latents: Tensor, seed: int) -> Tensor:
     return latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))[:MOST_LATENTS]]

@@ -86,8 +86,8 @@ def prior_name(prior: Prior) -> str:
 
 AUTO = "auto"
 """In place of a name: the best on held-out latents of N(0, I), a Gaussian, and the priors below."""
-AUTO_PRIORS = ("mixture",)
-"""Priors that are fitted in seconds; a flow takes much longer."""
+AUTO_PRIORS, AUTO_MAP_PRIORS = ("mixture",), ("gaussian",)
+"""Priors of latent vectors, and of maps, that are fitted in seconds; a flow takes much longer."""
 
 
 def priors(name: str, network: Network, examples: int) -> list[Prior]:
@@ -101,8 +101,9 @@ def priors(name: str, network: Network, examples: int) -> list[Prior]:
     """
     if not (network.has_posterior and network.has_prior):
         return []
-    (latent_dim,) = network.latents.sizes
-    made = [prior(each, latent_dim) for each in (AUTO_PRIORS if name == AUTO else (name,))]
+    ((shape,), (latent_dim,)) = network.latents.shapes, network.latents.sizes
+    usual = AUTO_PRIORS if len(shape) == 1 else AUTO_MAP_PRIORS
+    made = [prior(each, latent_dim) for each in (usual if name == AUTO else (name,))]
     return [each for each in made if name != AUTO or each.least_latents <= examples]
 
 
@@ -291,7 +292,9 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: b
 
 
 def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> Likelihood:
-    mean: MeanMap = config.mean if config.mean != "auto" else "identity" if scaling.standardised else "unit"
+    mean: MeanMap = (
+        config.mean if config.mean != "auto" else "identity" if scaling.standardised else _usual_mean(config.network)
+    )
     decoder = likelihood(
         config.likelihood, shape[0], spatial_dims=len(shape) - 1, levels=scaling.levels, mean=mean, observes=config.observes
     )
@@ -300,6 +303,13 @@ def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) 
             f"{config.likelihood} turns features into more than a mean, and takes no mean={config.mean!r}; leave it at auto"
         )
     return decoder
+
+
+def _usual_mean(network: str) -> MeanMap:
+    """The map from features to means in [0, 1] that a network was made for."""
+    facts = register.network.entry(network).facts if network in register.network else {}
+    mean: MeanMap = facts.get("mean", "unit")
+    return mean
 
 
 def network_name(config: ModelConfig, shape: Sequence[int], *, clips: bool = False) -> str:

@@ -408,7 +408,8 @@ def latents_of(network: Network, loader: Iterable[Examples], seed: int) -> Tenso
     draws = []
     for x, positions, _ in _examples(loader):
         posterior = network.posterior(x.to(device))
-        draws.append(posterior.loc + posterior.scale * standard_normal(posterior.loc, keyed_noise(positions, seed)))
+        z = posterior.loc + posterior.scale * standard_normal(posterior.loc, keyed_noise(positions, seed))
+        draws.append(z.flatten(1))
     if not draws:
         raise ValueError("the loader gave no batch, so there are no latents")
     return torch.cat(draws)

@@ -204,11 +204,15 @@ def encode(
         data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits.
         split: Split to encode.
         out: .npz file to write (keys "mean" and "std": examples × latents, in the split's order; "example": their files,
-            or rows in the file); RUN/codes-SPLIT.npz unless given.
+            or rows in the file); RUN/codes-SPLIT.npz unless given. Or .npy: one array, examples × (mean, std) × latents,
+            written batch by batch, for latents that do not fit into memory; open it with numpy.load(..., mmap_mode="r").
         device: auto, cpu, cuda or cuda:1.
     """
     examples = _examples(run, data, split, device)
-    path = checked(Path(out) if out is not None else Path(run) / f"codes-{examples.word}.npz", (".npz",))
+    path = checked(Path(out) if out is not None else Path(run) / f"codes-{examples.word}.npz", (".npz", ".npy"))
+    if path.suffix == ".npy":
+        _write_batches(path, examples)
+        return print(path)
     posteriors = [examples.vae.encode(batch.x) for batch in examples.batches]
     means, stds = (torch.cat(values) for values in ([q.loc for q in posteriors], [q.scale for q in posteriors]))
     _write_arrays(path, {"mean": means, "std": stds}, example=_plain(examples.names))
@@ -314,6 +318,20 @@ def write(path: Path, images: Tensor, arrays: dict[str, Tensor], columns: int | 
     else:
         _write_arrays(path, arrays)
     print(path)
+
+
+def _write_batches(path: Path, examples: _Examples) -> None:
+    """Write mean and std of each batch into a memory-mapped array."""
+    batches, n, done = examples.batches, len(examples.batches.store), 0
+    with replacing(path) as aside:
+        codes: Any = None
+        for batch in batches:
+            posterior = examples.vae.encode(batch.x)
+            both = at_least_float32(torch.stack([posterior.loc, posterior.scale], 1)).cpu().numpy()
+            if codes is None:
+                codes = np.lib.format.open_memmap(aside, "w+", both.dtype, (n, *both.shape[1:]))
+            codes[done : (done := done + len(both))] = both
+        codes.flush()
 
 
 def _write_arrays(path: Path, tensors: dict[str, Tensor], **others: Names) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "check_prior",
     "data",
     "default_network",
+    "from_anywhere",
     "latents_for",
     "likelihood",
     "load",
@@ -305,6 +306,17 @@ def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) 
     return decoder
 
 
+def from_anywhere(network: str) -> str:
+    """The same network's name, with a path that holds in any folder where it has one.
+
+    >>> from_anywhere("spatial:f4c3")
+    'spatial:f4c3'
+    """
+    head, _, text = network.partition(":")
+    reads_path = network in register.network and register.network.entry(network).facts.get("reads_path", False)
+    return f"{head}:{Path(text).resolve()}" if reads_path and not text.startswith("{") and Path(text).exists() else network
+
+
 def _usual_mean(network: str) -> MeanMap:
     """The map from features to means in [0, 1] that a network was made for."""
     facts = register.network.entry(network).facts if network in register.network else {}
@@ -375,6 +387,8 @@ def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[i
     from safetensors.torch import save as packed
 
     config = config or ModelConfig(network=UNNAMED, likelihood=UNNAMED)
+    if config.network != UNNAMED and model.network.portable_name is not None:
+        config = replace(config, network=model.network.portable_name)
     if model.network.has_prior:
         known = register.prior.name_of(model.network.prior) is not None
         given_with_network = config.network == UNNAMED and not known

@@ -74,6 +74,7 @@ COMMANDS = {
     "predict": Command("outputs:predict", "Predict future frames from the start of each clip, several times"),
     "encode": Command("outputs:encode", "Write mean and std of the latents of each example"),
     "score": Command("outputs:score", "Write log-likelihood, rate, ELBO and bits per dimension of each example"),
+    "export": Command("export:export", "Write a run's autoencoder for another library"),
     "explain": Command("inspect:explain", "Compute the effective β and the implied σ of a hand-tuned loss"),
     "study": Command("study", "Train a grid of runs, and report what they show", commands=STUDY),
 }

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -24,7 +25,7 @@ from sigma_vae.types import (
     standard_normal,
 )
 
-__all__ = ["SpatialNetwork", "check_size", "spatial"]
+__all__ = ["MapStatistics", "SpatialNetwork", "check_size", "map_statistics", "spatial"]
 
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -30.0, 20.0
 """Limits of the posterior's log-variance, those of diffusers."""
@@ -86,8 +87,6 @@ class SpatialNetwork(Network):
         self.stride = stride
         self.picture_channels = picture_channels
         self.prior = StandardNormal(channels * math.prod(space)) if prior is None else prior
-        self.diffusers_config: dict[str, Any] | None = None
-        """Configuration of diffusers' ``AutoencoderKL`` with these weights, where there is one."""
 
     @property
     def latents(self) -> Maps:
@@ -173,6 +172,74 @@ class SpatialNetwork(Network):
                 f"the {type(self.prior).__name__} was fitted to latents of examples of size {trained}, and knows no others;"
                 f" give examples of that size, or take N(0, I) back: sigma-vae fit-prior RUN --prior standard"
             )
+
+
+@dataclass(frozen=True)
+class MapStatistics:
+    """Moments of latent maps over examples, posterior draws and places."""
+
+    mean: list[float]
+    """Mean of each channel."""
+    std: list[float]
+    """Standard deviation of each channel."""
+    excess_kurtosis: list[float]
+    """Fourth standardised moment of each channel minus 3: 0 for a normal distribution."""
+    shift_factor: float
+    """Mean of all channels."""
+    scaling_factor: float
+    """1 over the standard deviation of all latents about their common mean."""
+    examples: int
+
+    def to_config(self) -> dict[str, Any]:
+        """The entries of a configuration of diffusers."""
+        return {
+            "scaling_factor": self.scaling_factor,
+            "shift_factor": self.shift_factor,
+            "latents_mean": self.mean,
+            "latents_std": self.std,
+        }
+
+
+@torch.no_grad()
+def map_statistics(posteriors: Iterable[Normal]) -> MapStatistics:
+    r"""Moments of the aggregate posterior q(z), from the moments of each Gaussian and without any draw.
+
+    .. math:: E z = \overline{m}, \quad E z^2 = \overline{m^2 + s^2}, \quad E z^3 = \overline{m^3 + 3 m s^2}, \quad
+        E z^4 = \overline{m^4 + 6 m^2 s^2 + 3 s^4}
+
+    over examples and places. Sums are in float64.
+
+    Shapes:
+        parameters of each posterior ``(batch, channels, *space)``.
+
+    Raises:
+        ValueError: there is none.
+
+    >>> unit = Normal(torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4))
+    >>> found = map_statistics([unit])
+    >>> found.std, found.excess_kurtosis, found.scaling_factor
+    ([1.0, 1.0, 1.0], [0.0, 0.0, 0.0], 1.0)
+    """
+    sums, places, examples = torch.zeros(()), 0, 0
+    for posterior in posteriors:
+        m, v = posterior.loc.double(), posterior.scale.double().square()
+        powers = (m, m**2 + v, m**3 + 3 * m * v, m**4 + 6 * m**2 * v + 3 * v**2)
+        each = torch.stack([power.transpose(0, 1).flatten(1) for power in powers]).cpu()
+        sums, places, examples = sums + each.sum(-1), places + each.shape[-1], examples + len(m)
+    if not examples:
+        raise ValueError("there are no examples to measure the latents of")
+    first, second, third, fourth = sums / places
+    variance = second - first**2
+    central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
+    shift = float(first.mean())
+    return MapStatistics(
+        mean=first.tolist(),
+        std=variance.sqrt().tolist(),
+        excess_kurtosis=(central / variance**2 - 3).tolist(),
+        shift_factor=shift,
+        scaling_factor=float(second.mean() - shift**2) ** -0.5,
+        examples=examples,
+    )
 
 
 def check_size(size: Sequence[int], stride: int) -> None:

@@ -1,6 +1,8 @@
 """Autoencoders of diffusers, in and out: truth is diffusers itself, opened from the same folder."""
 
+import html
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,13 @@ from sigma_vae import VAE, Gaussian, Laplace, Optimal, PerPixel, mlp, models
 from sigma_vae.cli import main
 from sigma_vae.config import ModelConfig
 from sigma_vae.data import Scaling
+from sigma_vae.likelihoods.translate import CONVENTIONS, explain
 from sigma_vae.networks import spatial
 from sigma_vae.networks.autoencoder_kl import autoencoder_kl
 from sigma_vae.networks.spatial import map_statistics
 from sigma_vae.runs import open_model
+from sigma_vae.runs.audit import Audit, Fit, audit, audit_rows, write_page
+from sigma_vae.vae import keyed_noise
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -163,7 +168,7 @@ def test_pickled_weights_are_never_opened(folder: Path, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("text", ["", "nowhere", "{broken"])
 def test_what_is_no_config_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="no JSON|there is no|takes a config.json"):
+    with pytest.raises(ValueError, match=r"no JSON|there is no|takes a config.json"):
         models.network(f"autoencoder-kl:{text}", (3, 16, 16), 3)
 
 
@@ -270,3 +275,121 @@ def test_what_cannot_be_exported_is_refused(vae: VAE, message: str) -> None:
 def test_a_folder_is_never_overwritten(run: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(run), "--out", str(exported)]) == 1
     assert "is not empty, and is never overwritten; give another --out" in capsys.readouterr().err
+
+
+# -- audit -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def audited(folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Audit, Path]:
+    page = tmp_path_factory.mktemp("audit") / "page.html"
+    found, picture = audit(f"hf-vae:{folder}", str(data), kl_weight=1e-6, device="cpu")
+    write_page(found, picture, page)
+    return found, page
+
+
+def test_an_audit_is_what_diffusers_computes(audited: tuple[Audit, Path], data: Path) -> None:
+    found, splits, model = audited[0], models.data(str(data)), theirs()
+    with torch.no_grad():
+        x, training = (2 * splits.values(split) - 1 for split in ("test", "train"))
+        posterior, over = model.encode(x).latent_dist, model.encode(training).latent_dist
+        again = model.decode(posterior.mean).sample
+    kl = posterior.kl()
+    assert found.rate_nats.mean == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert found.rate_bits_per_latent == pytest.approx(float(kl.mean()) / 256 / math.log(2), rel=1e-4)
+    assert sum(found.kl_per_channel_nats) == pytest.approx(found.rate_nats.mean, rel=1e-4)
+    mse = (again - x).square().flatten(1).mean(1) / 4
+    assert found.psnr_db.mean == pytest.approx(float((-10 * mse.log10()).mean()), rel=1e-4)
+    total = (over.mean.square() + over.var).mean() - over.mean.mean() ** 2
+    assert found.scaling_factor == pytest.approx(float(total) ** -0.5, rel=1e-4)
+    assert found.config_scaling_factor == 0.5
+
+
+def test_sigma_is_the_rmse_and_b_the_mean_absolute_error_of_validation_data(audited: tuple[Audit, Path], data: Path) -> None:
+    found, splits = audited[0], models.data(str(data))
+    x = splits.values("validation")
+    vae = VAE(autoencoder_kl((3, 16, 16), 3, CONFIG), Gaussian(3))
+    vae.load_state_dict({**vae.state_dict(), **_weights()})
+    with torch.no_grad():
+        errors = vae.network.infer(x, noise=keyed_noise(torch.arange(len(x)))).h - x
+    assert found.gaussian.scale == pytest.approx(float(errors.square().mean().sqrt()), rel=1e-4)
+    assert found.laplace.scale == pytest.approx(float(errors.abs().mean()), rel=1e-4)
+
+
+def _weights() -> dict[str, Tensor]:
+    vae = VAE(autoencoder_kl((3, 16, 16), 3, CONFIG), Gaussian(3))
+    names = {
+        name: name.replace("encoder.encoder", "encoder").replace("decoder.decoder", "decoder")
+        for name in vae.network.state_dict()
+    }
+    names = {ours: name.replace("encoder.quant", "quant").replace("decoder.post", "post") for ours, name in names.items()}
+    known = theirs().state_dict()
+    return {f"network.{ours}": known[name] for ours, name in names.items() if name in known}
+
+
+@pytest.mark.parametrize(("family", "convention"), [("gaussian", "diffusers"), ("laplace", "compvis")])
+def test_the_implied_weight_is_the_one_whose_scale_explain_names(
+    audited: tuple[Audit, Path], family: str, convention: str
+) -> None:
+    """In units of [−1, 1], where a scale is twice that in [0, 1]."""
+    fit: Fit = audited[0][family]
+    loss, reduction, value_range, _ = CONVENTIONS[convention]  # type: ignore[index]
+    found = explain((3, 16, 16), fit.implied_kl_weight, reduction, value_range=value_range, loss=loss)
+    assert found.implied_sigma == pytest.approx(2 * fit.scale, rel=1e-6)
+
+
+def test_the_page_needs_nothing_outside_it(audited: tuple[Audit, Path]) -> None:
+    found, page = audited
+    text = html.unescape(page.read_text())
+    assert all(name in text and value in text for name, value, _ in audit_rows(found))
+    assert "data:image/png;base64," in text
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "With the scaling factor of its config" in text
+
+
+def test_the_command_line_audits_and_evaluates(
+    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "audit.html"
+    options = ["--data", str(data), "--device", "cpu", "--json"]
+    assert main(["calibrate", f"hf-vae:{folder}", *options, "--kl-weight", "1e-6", "--out", str(page)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kl_weight"] == 1e-6
+    assert page.stat().st_size > 1000
+    assert main(["evaluate", f"hf-vae:{folder}", *options, "--metrics", "iwae", "--draws", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rate_nats"]["mean"] == pytest.approx(found["rate_nats"]["mean"])
+    assert report["iwae"]["iwae_nats"]["mean"] >= report["elbo_nats"]["mean"]
+
+
+def test_a_name_on_the_hub_is_fetched_without_pickles(folder: Path, monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    asked: list[Any] = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.extend([name, *allow_patterns])
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    found, _ = audit("hf-vae:somebody/their-vae", str(data), device="cpu")
+    assert found.name == asked[0] == "somebody/their-vae"
+    assert all(pattern.endswith(("config.json", ".safetensors*")) for pattern in asked[1:])
+
+
+def test_what_cannot_be_audited_is_refused(
+    folder: Path, data: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    grey = tmp_path / "grey.npy"
+    np.save(grey, np.zeros((40, 1, 16, 16), dtype=np.uint8))
+    given = ["--data", str(data)]
+    for words, message in (
+        ([f"hf-vae:{folder}"], "give --data, a name or a path"),
+        ([f"hf-vae:{tmp_path}", *given], "has no weights (diffusion_pytorch_model.safetensors), so there is nothing to audit"),
+        ([f"hf-vae:{tmp_path / 'nowhere'}", *given], "there is no"),
+        ([f"hf-vae:{folder}", "--data", str(grey)], "reads 3 channels and gives 3, the examples have 1"),
+        ([f"hf-vae:{folder}", *given, "--kl-weight", "0"], "above 0, got 0"),
+        ([f"hf-vae:{folder}", *given, "--out", "page.txt"], "should end in .html"),
+        ([str(run), "--kl-weight", "1"], "are for an audit of hf-vae:FOLDER"),
+    ):
+        assert main(["calibrate", *words]) == 1
+        assert message in capsys.readouterr().err

@@ -15,6 +15,7 @@ from sigma_vae.config import EvaluationSettings, ModelConfig
 from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.information import information
+from sigma_vae.likelihoods.translate import CONVENTIONS, explain
 from sigma_vae.networks import SpatialNetwork, spatial
 from sigma_vae.priors import GaussianPrior
 from sigma_vae.runs import evaluate_run, open_model
@@ -240,3 +241,66 @@ def test_the_automatic_prior_is_a_gaussian_over_the_map() -> None:
     network = build("f4c3", (1, 8, 8))
     assert [type(each) for each in models.priors("auto", network, examples=100)] == [GaussianPrior]
     assert math.prod(network.latents.shapes[0]) == 12
+
+
+# -- explain ---------------------------------------------------------------------------------------------------------------
+
+
+def compvis(x: Tensor, again: Tensor, distance: Tensor, kl: Tensor, weight: float) -> Tensor:
+    """The loss as latent-diffusion computes it, with a log-variance of 0: x in [−1, 1], an LPIPS for each example."""
+    errors = (x - again).abs() + 1.0 * distance[:, None, None, None]
+    return errors.sum() / len(x) + weight * kl.sum() / len(kl)
+
+
+def diffusers_script(x: Tensor, again: Tensor, distance: Tensor, kl: Tensor, weight: float) -> Tensor:
+    return nn.functional.mse_loss(again, x) + weight * kl.mean()
+
+
+@pytest.mark.parametrize(("convention", "loss"), [("compvis", compvis), ("diffusers", diffusers_script)])
+def test_the_loss_of_a_convention_is_the_elbo_of_the_scale_that_is_named(convention: str, loss: object) -> None:
+    """Up to a factor and a constant: differences between two states keep one ratio."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 3, 8, 8, generator=random).double() * 2 - 1
+    family, reduction, value_range, perceptual = CONVENTIONS[convention]  # type: ignore[index]
+    found = explain((3, 8, 8), 1e-3, reduction, value_range=value_range, loss=family, perceptual_weight=perceptual)
+
+    def both(seed: int) -> tuple[float, float]:
+        state = torch.Generator().manual_seed(seed)
+        again, kl = torch.rand(x.shape, generator=state).double(), 50 * torch.rand(4, generator=state).double()
+        distance = torch.rand(4, generator=state).double()
+        theirs = loss(x, again, distance, kl, 1e-3)  # type: ignore[operator]
+        r = (x - again).abs() + perceptual * distance[:, None, None, None]
+        scale = found.implied_sigma
+        fit = r / scale if family == "absolute" else r.square() / (2 * scale**2)
+        return float(theirs), float((fit.flatten(1).sum(1) + kl).mean())
+
+    (a, p), (b, q), (c, r) = (both(seed) for seed in (1, 2, 3))
+    assert (a - b) / (p - q) == pytest.approx((b - c) / (q - r), rel=1e-9)
+
+
+def test_cross_entropy_near_its_minimum_is_a_squared_error_with_the_scale_that_is_named() -> None:
+    beta, x = 3.0, torch.tensor(0.5, dtype=torch.float64)
+    sigma = explain((1, 8, 8), beta, "batch-mean", loss="bce").implied_sigma
+    curvature = torch.func.grad(torch.func.grad(lambda again: nn.functional.binary_cross_entropy(again, x)))(x.clone())
+    assert float(curvature) / beta == pytest.approx(1 / sigma**2)
+
+
+def test_a_customary_weight_is_put_into_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--shape", "3,256,256", "--beta", "1e-6", "--convention", "compvis"]) == 0
+    words = capsys.readouterr().out
+    assert "implied b     1e-06" in words
+    assert "the weight hardly limits the rate" in words
+    assert "With laplace/optimal, b is solved from the data" in words
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "bce", "value_range": 2.0}, "cross-entropy is of values in .0, 1., whose range is 1, got 2"),
+        ({"loss": "bce", "perceptual_weight": 1.0}, "goes with squared or absolute errors, got 1.0 with bce"),
+        ({"perceptual_weight": -1.0}, "a perceptual weight is at least 0"),
+    ],
+)
+def test_losses_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        explain((3, 8, 8), 1e-3, **options)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sigma_vae.networks.spatial import SpatialNetwork, check_size
 from sigma_vae.registry import Argument, register
 
-__all__ = ["as_autoencoder_kl", "autoencoder_kl", "config_of", "example_shape", "folder_of", "picture_size"]
+__all__ = ["as_autoencoder_kl", "autoencoder_kl", "config_of", "folder_of", "has_weights"]
 
 CLASS = "AutoencoderKL"
 CONFIG = "config.json"
@@ -136,13 +136,6 @@ def _is_count(value: object, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
-def example_shape(known: Mapping[str, Any]) -> tuple[int, int, int]:
-    """An example's shape that the config names: channels and ``sample_size``."""
-    size = known.get("sample_size", 32)
-    rows, columns = size if isinstance(size, list | tuple) else (size, size)
-    return int(known.get("in_channels", 3)), int(rows), int(columns)
-
-
 def _check_data(known: Mapping[str, Any], shape: Sequence[int], out_channels: int) -> None:
     reads, gives = known.get("in_channels", 3), known.get("out_channels", 3)
     if len(shape) != 3:
@@ -166,7 +159,7 @@ def _made(known: dict[str, Any], source: str | Path | Mapping[str, Any]) -> Any:
     on_meta = torch.empty(0).device.type == "meta"  # sizes alone are wanted
     is_folder = not isinstance(source, Mapping) and not str(source).startswith("{") and Path(source).expanduser().is_dir()
     folder = folder_of(Path(str(source)).expanduser()) if is_folder and not on_meta else None
-    if folder is None or not _has_weights(folder):
+    if folder is None or not has_weights(folder):
         return _explained(lambda: AutoencoderKL.from_config(known), "the config describes no model")
     what = f"the weights of {folder} do not fit its config"
     model, info = _explained(
@@ -180,7 +173,12 @@ def _made(known: dict[str, Any], source: str | Path | Mapping[str, Any]) -> Any:
     return model.float()
 
 
-def _has_weights(folder: Path) -> bool:
+def has_weights(folder: Path) -> bool:
+    """Whether the folder has weights as safetensors.
+
+    Raises:
+        ValueError: it has pickles alone.
+    """
     if any((folder / name).is_file() for name in WEIGHTS):
         return True
     if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
@@ -255,8 +253,3 @@ def _name(name: str) -> str:
     """Diffusers' name of a weight; where its own halves are ours, they are one level deeper."""
     _, _, rest = name.partition(".")
     return rest if rest.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")) else name
-
-
-def picture_size(known: Mapping[str, Any]) -> int:
-    """Factor between the sizes of pictures and latents."""
-    return int(2 ** (len(known.get("block_out_channels", (64,))) - 1))

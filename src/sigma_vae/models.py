@@ -31,6 +31,7 @@ __all__ = [
     "check_prior",
     "data",
     "default_network",
+    "from_anywhere",
     "latents_for",
     "likelihood",
     "load",
@@ -94,8 +95,8 @@ def prior_name(prior: Prior) -> str:
 
 AUTO = "auto"
 """In place of a name: the best on held-out latents of N(0, I), a Gaussian, and the priors below."""
-AUTO_PRIORS, AUTO_PRIORS_OF_CLASSES = ("mixture",), ("mixture", "class-mixture")
-"""Priors that are fitted in seconds; a flow takes much longer."""
+AUTO_PRIORS, AUTO_PRIORS_OF_CLASSES, AUTO_MAP_PRIORS = ("mixture",), ("mixture", "class-mixture"), ("gaussian",)
+"""Priors of latent vectors, of those whose classes are given, and of maps, that are fitted in seconds; a flow takes longer."""
 
 
 def priors(name: str, network: Network, examples: int) -> list[Prior]:
@@ -109,11 +110,11 @@ def priors(name: str, network: Network, examples: int) -> list[Prior]:
     """
     if not (network.has_posterior and network.has_prior):
         return []
-    (latent_dim,) = network.latents.sizes
+    ((shape,), (latent_dim,)) = network.latents.shapes, network.latents.sizes
     if network.prior.is_learned and name in (AUTO, "learned"):
         return [network.prior]
     of_classes = network.conditions is not None and network.conditions.only_classes is not None
-    automatic = AUTO_PRIORS_OF_CLASSES if of_classes else AUTO_PRIORS
+    automatic = AUTO_MAP_PRIORS if len(shape) > 1 else AUTO_PRIORS_OF_CLASSES if of_classes else AUTO_PRIORS
     made = [prior(each, latent_dim, None, network.conditions) for each in (automatic if name == AUTO else (name,))]
     return [each for each in made if name != AUTO or each.least_latents <= examples]
 
@@ -337,7 +338,9 @@ def vae(
 
 
 def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> Likelihood:
-    mean: MeanMap = config.mean if config.mean != "auto" else "identity" if scaling.standardised else "unit"
+    mean: MeanMap = (
+        config.mean if config.mean != "auto" else "identity" if scaling.standardised else _usual_mean(config.network)
+    )
     if takes_counts(config.likelihood) != scaling.counts:
         known = ", ".join(entry.name for entry in register.likelihood if entry.facts.get("counts"))
         needs, remedy = ("no ", f"take one of {known}") if scaling.counts else ("a ", "read them as counts: --counts")
@@ -352,6 +355,24 @@ def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) 
             f"{config.likelihood} turns features into more than a mean, and takes no mean={config.mean!r}; leave it at auto"
         )
     return decoder
+
+
+def from_anywhere(network: str) -> str:
+    """The same network's name, with a path that holds in any folder where it has one.
+
+    >>> from_anywhere("spatial:f4c3")
+    'spatial:f4c3'
+    """
+    head, _, text = network.partition(":")
+    reads_path = network in register.network and register.network.entry(network).facts.get("reads_path", False)
+    return f"{head}:{Path(text).resolve()}" if reads_path and not text.startswith("{") and Path(text).exists() else network
+
+
+def _usual_mean(network: str) -> MeanMap:
+    """The map from features to means in [0, 1] that a network was made for."""
+    facts = register.network.entry(network).facts if network in register.network else {}
+    mean: MeanMap = facts.get("mean", "unit")
+    return mean
 
 
 def network_name(config: ModelConfig, shape: Sequence[int], *, clips: bool = False) -> str:
@@ -426,6 +447,8 @@ def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[i
     from safetensors.torch import save as packed
 
     config = config or ModelConfig(network=UNNAMED, likelihood=UNNAMED)
+    if config.network != UNNAMED and model.network.portable_name is not None:
+        config = replace(config, network=model.network.portable_name)
     if model.network.has_prior:
         known = register.prior.name_of(model.network.prior) is not None
         given_with_network = config.network == UNNAMED and not known

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -291,6 +291,10 @@ class Network(nn.Module, ABC):
     """Whether bfloat16 training was measured to give the same results, so that ``precision="auto"`` may choose it."""
     prior: Prior
     """p(z), where :attr:`has_prior`."""
+    portable_name: str | None = None
+    """Name that makes such a network again without other files, where the name that it was made by needs some."""
+    diffusers_config: dict[str, Any] | None = None
+    """Configuration of the ``AutoencoderKL`` of diffusers that has the same layers, where there is one."""
 
     @property
     @abstractmethod

@@ -4,14 +4,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sigma_vae.conditions import Given
+from sigma_vae.networks.autoencoder_kl import as_autoencoder_kl
 from sigma_vae.networks.sequence import FRAMES, starts
+from sigma_vae.networks.spatial import MapStatistics, SpatialNetwork, map_statistics
 from sigma_vae.priors.base import fitted
 from sigma_vae.priors.gaussian import best_prior
 from sigma_vae.types import (
@@ -369,6 +371,58 @@ class VAE(nn.Module):
         network.replace_prior(best)
         return densities
 
+    @torch.no_grad()
+    def map_statistics(self, loader: "Iterable[Examples]") -> MapStatistics:
+        """Mean, std and kurtosis of each channel of latent maps over these data; see :func:`map_statistics`.
+
+        Args:
+            loader: as for :meth:`calibrate`.
+
+        Raises:
+            ValueError: the network's latents are no maps.
+        """
+        (shape, *others) = self.network.latents.shapes
+        if others or len(shape) == 1 or not self.network.has_posterior:
+            raise ValueError(f"{type(self.network).__name__} has no latent maps; take spatial or autoencoder-kl")
+        with in_eval_mode(self):
+            return map_statistics(self.encode(batch.x.to(self.device)) for batch in _examples(loader))
+
+    @torch.no_grad()
+    def to_diffusers(self, loader: "Iterable[Examples] | None" = None) -> Any:
+        """Make an ``AutoencoderKL`` of diffusers that encodes and decodes as this model does, bit for bit.
+
+        It reads and gives pictures in [−1, 1]. Feature channels for a predicted σ are left out.
+
+        Args:
+            loader: training data, on which ``scaling_factor``, ``shift_factor``, ``latents_mean`` and ``latents_std`` are
+                measured: moments over examples, posterior draws and places. Without it they are those of the network's
+                configuration, or diffusers' defaults.
+
+        Raises:
+            ValueError: the network has no such layers, or the likelihood's mean is not the decoder's output.
+
+        >>> from sigma_vae import VAE, Gaussian, models
+        >>> vae = VAE(models.network("spatial:f2c4", (3, 8, 8), 3, width=8), Gaussian(channels=3))
+        >>> x = torch.rand(16, 3, 8, 8)
+        >>> exported = vae.to_diffusers([x])
+        >>> torch.equal(exported.encode(2 * x - 1).latent_dist.mean, vae.encode(x).loc)
+        True
+        """
+        network, likelihood = self.network, self.likelihood
+        if network.diffusers_config is None:
+            raise ValueError(
+                f"{type(network).__name__} does not have the layers of diffusers' AutoencoderKL; train --network spatial:f4c3 on images, or"
+                " autoencoder-kl"
+            )
+        if likelihood.mean_map != "identity":
+            raise ValueError(
+                f"the mean of {likelihood} is not the decoder's output, which is all that diffusers decodes; train a likelihood with a mean"
+                " and a scale, such as gaussian/optimal, with --mean auto"
+            )
+        assert isinstance(network, SpatialNetwork)
+        with in_eval_mode(self):
+            return as_autoencoder_kl(network, {} if loader is None else self.map_statistics(loader).to_config())
+
     @property
     def flat_network(self) -> Network:
         """Deprecated: use :attr:`network`, and ask ``network.has_posterior``."""
@@ -467,7 +521,8 @@ def _draws_of(network: Network, loader: Iterable[Examples], seed: int) -> tuple[
         x, positions, _, condition = batch.to(device)
         posterior = network.posterior(x, *as_argument(condition))
         conditions += [] if condition is None else [condition]
-        draws.append(posterior.loc + posterior.scale * standard_normal(posterior.loc, keyed_noise(positions, seed)))
+        z = posterior.loc + posterior.scale * standard_normal(posterior.loc, keyed_noise(positions, seed))
+        draws.append(z.flatten(1))
     if not draws:
         raise ValueError("the loader gave no batch, so there are no latents")
     return torch.cat(draws), torch.cat(conditions) if conditions else None

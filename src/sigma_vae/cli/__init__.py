@@ -68,7 +68,9 @@ COMMANDS = {
     "evaluate": Command("runs:evaluate", "Measure a finished run on held-out data", shared=True),
     "compare": Command("runs:compare", "Compare finished runs on the same examples"),
     "fit-prior": Command("runs:fit_prior", "Fit a prior to the latents of a finished run, and evaluate it again", shared=True),
-    "calibrate": Command("runs:calibrate", "Refit σ of a finished run, and evaluate it again", shared=True),
+    "calibrate": Command(
+        "runs:calibrate", "Refit σ of a finished run, and evaluate it again; or audit a VAE of diffusers", shared=True
+    ),
     "sample": Command("outputs:sample", "Draw samples from the prior and decode them"),
     "reconstruct": Command("outputs:reconstruct", "Encode and decode the first examples of a split"),
     "predict": Command("outputs:predict", "Predict future frames from the start of each clip, several times"),
@@ -76,6 +78,7 @@ COMMANDS = {
     "score": Command("outputs:score", "Write log-likelihood, rate, ELBO and bits per dimension of each example"),
     "compress": Command("codec:compress", "Compress pictures or DATA without loss, to the size that the model's bound says"),
     "decompress": Command("codec:decompress", "Restore what ``compress`` wrote"),
+    "export": Command("export:export", "Write a run's autoencoder for another library"),
     "explain": Command("inspect:explain", "Compute the effective β and the implied σ of a hand-tuned loss"),
     "study": Command("study", "Train a grid of runs, and report what they show", commands=STUDY),
 }

@@ -235,10 +235,15 @@ def encode(
         out: .npz file to write (keys "mean" and "std": examples × latents, in the split's order; "example": their files,
             or rows in the file; "expression"), or .h5ad (latents in obsm, expression in the layer sigma_vae, beside the
             examples' own data where these are of an .h5ad file); RUN/codes-SPLIT.npz unless given.
+            Or .npy: one array, examples × (mean, std) × latents, written batch by batch, for latents that do not fit into
+            memory; open it with numpy.load(..., mmap_mode="r").
         device: auto, cpu, cuda or cuda:1.
     """
     examples = _examples(run, data, split, device)
-    path = checked(Path(out) if out is not None else Path(run) / f"codes-{examples.word}.npz", (".npz", ".h5ad"))
+    path = checked(Path(out) if out is not None else Path(run) / f"codes-{examples.word}.npz", (".npz", ".npy", ".h5ad"))
+    if path.suffix == ".npy":
+        _write_batches(path, examples)
+        return print(path)
     means, stds, decoded = list[Tensor](), list[Tensor](), list[Tensor]()
     for batch in examples.batches:
         posterior = examples.vae.encode(batch.x, batch.condition)
@@ -401,6 +406,20 @@ def _joined(batches: list[Tensor]) -> Array | None:
 
 def _arrays(tensors: dict[str, Tensor]) -> dict[str, Array]:
     return {name: at_least_float32(values).cpu().numpy() for name, values in tensors.items()}
+
+
+def _write_batches(path: Path, examples: _Examples) -> None:
+    """Write mean and std of each batch into a memory-mapped array."""
+    batches, n, done = examples.batches, len(examples.batches.store), 0
+    with replacing(path) as aside:
+        codes: Any = None
+        for batch in batches:
+            posterior = examples.vae.encode(batch.x, batch.condition)
+            both = at_least_float32(torch.stack([posterior.loc, posterior.scale], 1)).cpu().numpy()
+            if codes is None:
+                codes = np.lib.format.open_memmap(aside, "w+", both.dtype, (n, *both.shape[1:]))
+            codes[done : (done := done + len(both))] = both
+        codes.flush()
 
 
 def _write_arrays(path: Path, tensors: dict[str, Tensor], **others: Names) -> None:

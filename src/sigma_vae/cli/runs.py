@@ -9,11 +9,14 @@ import tyro
 
 from sigma_vae import runs
 from sigma_vae.cli.options import RunFolder, RunFolders
-from sigma_vae.cli.outputs import Split
+from sigma_vae.cli.outputs import Split, checked
 from sigma_vae.config import EvaluationSettings, RunConfig, read
 from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.base import metrics
 from sigma_vae.registry import Names, register
+
+HF_VAE = "hf-vae:"
+"""Begins the name of an autoencoder of diffusers, in place of a run."""
 
 __all__ = ["calibrate", "compare", "evaluate", "fit_prior", "print_evaluation", "replay", "rerun", "resume", "train"]
 
@@ -88,13 +91,18 @@ def evaluate(
     Its bounds are always measured, in nats and in bits per dimension; other metrics as asked.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run; or hf-vae:FOLDER, an autoencoder of diffusers (or hf-vae:OWNER/NAME on the Hugging Face Hub), with
+            --data. Its σ is solved on validation data, and nothing is written.
         settings: The metrics.
         data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits. The
             results are written into RUN/evaluation-DATA.json.
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
+    if run.startswith(HF_VAE):
+        from sigma_vae.runs.audit import evaluate_audited
+
+        return _show(evaluate_audited(run, _given(data), settings, device), json)
     _show(runs.evaluate_run(Path(run), settings, data, device=device), json)
     if data is not None:
         _say(f"written: {runs.evaluation_file(Path(run), data)}", json)
@@ -147,26 +155,38 @@ def calibrate(
     *,
     data: str | None = None,
     split: Split = "validation",
+    kl_weight: float | None = None,
+    out: str | None = None,
     seed: int = 0,
     device: str = "auto",
     json: bool = False,
 ) -> None:
-    """Refit σ of a finished run, and evaluate it again.
+    """Refit σ of a finished run, and evaluate it again; or audit a VAE of diffusers.
 
     With refitted ("post-hoc") σ, runs of different scales compare, β-VAEs included. Only an optimal scale takes the
     refitted σ as its own; fixed, shared, running and predicted scales keep theirs, and the numbers reported with it.
     The weights do not change. A refit on the run's own validation split gives the σ that training ended with.
 
+    Of an autoencoder of diffusers, σ, rate, bits per dimension, the moments of the latents, the scaling factor that it should have,
+    and the KL weight that its σ implies are printed and written as a page.
+
     Args:
-        run: Folder of the run.
+        run: Folder of the run; or hf-vae:FOLDER, an autoencoder of diffusers (or hf-vae:OWNER/NAME on the Hugging Face Hub), with
+            --data. Only safetensors are opened.
         data: Data to fit σ on, by name or path, in place of the run's own. They are read with the run's options (from a
             .yaml file: with the options in its data section) and scaled like the run's data.
         split: Split to fit σ on. From training data, σ is too small where the model overfits; a σ fitted on test has seen
             the examples that it is evaluated on.
+        kl_weight: KL weight that the autoencoder of diffusers was trained with, to be compared.
+        out: Page of the audit (.html); audit-NAME.html unless given.
         seed: Seed of the posterior's noise.
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
+    if run.startswith(HF_VAE):
+        return _audit(run, _given(data), split, kl_weight, out, seed, device, json)
+    if kl_weight is not None or out is not None:
+        raise ValueError(f"--kl-weight and --out are for an audit of {HF_VAE}FOLDER, and {run} is a run; leave them out")
     result = runs.calibrate_run(Path(run), data, split, device=device, seed=seed)
     if json:
         print(json_module.dumps(result))
@@ -181,6 +201,36 @@ def calibrate(
     if split == "test" and data is None:
         print("the evaluation uses the same examples, so its post-hoc numbers are not held-out numbers")
     print(f"evaluated again: {Path(run) / 'evaluation.json'}")
+
+
+def _given(data: str | None) -> str:
+    if data is None:
+        raise ValueError("an autoencoder of diffusers is measured on your data: give --data, a name or a path")
+    return data
+
+
+def _audit(
+    source: str, data: str, split: Split, kl_weight: float | None, out: str | None, seed: int, device: str, as_json: bool
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sigma_vae.runs.audit import audit, audit_rows, name_of, notes, write_page
+
+    path = checked(Path(f"audit-{name_of(source)}.html" if out is None else out), (".html",))
+    found, picture = audit(source, data, kl_weight=kl_weight, split=split, seed=seed, device=device)
+    write_page(found, picture, path)
+    if as_json:
+        print(json_module.dumps(found.to_json()))
+        return
+    table = Table("", "", "meaning", title=f"{found.name} · {found.examples} test examples of {found.data}")
+    for row in audit_rows(found):
+        table.add_row(*row)
+    console = Console(markup=False, emoji=False)
+    console.print(table)
+    for line in notes(found):
+        console.print(line)
+    print(path)
 
 
 def fit_prior(

@@ -36,8 +36,8 @@ class StandardNormal(Prior):
     device_marker: Tensor
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of z, in nats."""
-        return -0.5 * z.square().sum(-1) - 0.5 * math.log(2 * math.pi) * self.latent_dim
+        """Log-density of z, in nats; also of vectors of another size, as maps of pictures of another size are."""
+        return -0.5 * z.square().sum(-1) - 0.5 * math.log(2 * math.pi) * z.shape[-1]
 
     def kl(self, posterior: Normal, z: Tensor) -> Tensor:
         """KL(q‖p) in closed form; the draw z is not needed."""

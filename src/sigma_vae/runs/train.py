@@ -69,6 +69,7 @@ def _train(config: RunConfig, out: Path, *, progress: bool) -> Evaluation:
         print(f"{data.name}: {data.record['counts']}; {data.record['preprocessing']}")
     if config.model.network == "auto":
         config = replace(config, model=replace(config.model, network=models.default_network(data.shape, clips=data.clips)))
+    config = replace(config, model=replace(config.model, network=models.from_anywhere(config.model.network)))
     if config.model.latent_dim == "auto":
         config = replace(config, model=replace(config.model, latent_dim=models.latents_for(config.model, data)))
         if progress and processes().first:

@@ -1,0 +1,306 @@
+"""Laws of networks whose latents are maps; truth is a closed form, a sum over places, or the same network at another size."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+
+from sigma_vae import VAE, Gaussian, Optimal, models
+from sigma_vae.cli import main
+from sigma_vae.config import EvaluationSettings, ModelConfig
+from sigma_vae.data import Batches, Scaling
+from sigma_vae.data.stores import InMemory
+from sigma_vae.evaluation.information import information
+from sigma_vae.likelihoods.translate import CONVENTIONS, explain
+from sigma_vae.networks import SpatialNetwork, spatial
+from sigma_vae.priors import GaussianPrior
+from sigma_vae.runs import evaluate_run, open_model
+from sigma_vae.types import Maps
+
+SHAPES = {"f2c2": (1, 8, 8), "f4c3": (3, 8, 12), "f8c4": (2, 16)}
+every_plan = pytest.mark.parametrize(("plan", "shape"), SHAPES.items())
+
+
+def build(plan: str, shape: tuple[int, ...], out_channels: int | None = None, seed: int = 0) -> SpatialNetwork:
+    torch.manual_seed(seed)
+    return spatial(shape, out_channels or shape[0], width=4, plan=plan)
+
+
+def examples(shape: tuple[int, ...], n: int = 5) -> Tensor:
+    return torch.rand((n, *shape), generator=torch.Generator().manual_seed(1))
+
+
+def noise(shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+@every_plan
+def test_a_map_has_the_size_of_the_data_over_the_factor(plan: str, shape: tuple[int, ...]) -> None:
+    factor, channels = int(plan[1]), int(plan[3])
+    network, x = build(plan, shape, out_channels=7), examples(shape)
+    inference = network.infer(x, noise=noise)
+    assert network.latents == Maps(channels, *(n // factor for n in shape[1:]))
+    assert network.posterior(x).loc.shape == (5, *network.latents.shapes[0])
+    assert inference.h.shape == network.generate(5).shape == (5, 7, *shape[1:])
+    assert inference.target is x or torch.equal(inference.target, x)
+
+
+@every_plan
+def test_the_rate_is_that_of_the_posterior_over_all_places(plan: str, shape: tuple[int, ...]) -> None:
+    network, x = build(plan, shape).double(), examples(shape).double()
+    inference, posterior = network.infer(x, noise=noise), network.posterior(x)
+    prior = Normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
+    each = kl_divergence(posterior, prior)
+    torch.testing.assert_close(inference.kl, each.flatten(1).sum(1, keepdim=True))
+    torch.testing.assert_close(network.latent_kl(x), [each])
+    z = posterior.loc + posterior.scale * noise(posterior.loc.shape).double()
+    expected = (prior.log_prob(z) - posterior.log_prob(z)).flatten(1).sum(1)
+    torch.testing.assert_close(inference.log_ratio, expected)
+
+
+@every_plan
+def test_several_draws_are_one_draw_each(plan: str, shape: tuple[int, ...]) -> None:
+    network, x = build(plan, shape).double(), examples(shape).double()
+    posterior = network.posterior(x)
+    unit = noise(torch.Size([3, *posterior.loc.shape])).double()
+    together = network.draw(x, posterior, unit)
+    for number in range(3):
+        alone = network.draw(x, posterior, unit[number])
+        for name in ("h", "target", "kl", "log_ratio"):
+            torch.testing.assert_close(getattr(together, name)[number], getattr(alone, name))
+
+
+@every_plan
+def test_every_parameter_learns(plan: str, shape: tuple[int, ...]) -> None:
+    network = build(plan, shape)
+    vae = VAE(network, Gaussian(shape[0], Optimal(), spatial_dims=len(shape) - 1))
+    (-vae.elbo(examples(shape), noise=noise).total.mean()).backward()
+    still = {key for key, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()}
+    # A softmax does not change when a number is added to all its arguments, which the bias of the keys does.
+    assert all(key.endswith("to_k.bias") for key in still)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (12, 20), (24, 40)])
+def test_any_size_that_the_strides_divide_is_read(size: tuple[int, int]) -> None:
+    vae = VAE(build("f4c3", (3, 16, 16)), Gaussian(3)).double()
+    x = examples((3, *size)).double()
+    vae.calibrate([x])
+    elbo = vae.eval().elbo(x, noise=noise)
+    assert vae.encode(x).loc.shape == (5, 3, size[0] // 4, size[1] // 4)
+    assert vae.reconstruct(x).shape == x.shape
+    expected = kl_divergence(vae.encode(x), Normal(torch.zeros(1).double(), torch.ones(1).double())).flatten(1).sum(1)
+    torch.testing.assert_close(elbo.rate, expected)
+
+
+@pytest.mark.parametrize(("size", "remedy"), [((18, 16), "16×16"), ((16, 3), "16×4"), ((30, 45), "28×44")])
+def test_a_size_that_the_strides_do_not_divide_is_refused_with_one_that_they_do(size: tuple[int, int], remedy: str) -> None:
+    message = rf"shrinks each side by a factor of 4 and pads nothing.*got {size[0]}×{size[1]}; crop or resize to {remedy}"
+    with pytest.raises(ValueError, match=message):
+        build("f4c3", (3, *size))
+    with pytest.raises(ValueError, match=message):
+        build("f4c3", (3, 16, 16)).posterior(examples((3, *size)))
+    build("f4c3", (3, *map(int, remedy.split("×"))))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "spatial:f3c4", "shape": (3, 12, 12)}, "one of 2, 4, 8, 16, 32.* got 'f3c4', as in spatial:f4c3"),
+        ({"name": "spatial:f4c0", "shape": (3, 12, 12)}, "got 'f4c0'"),
+        ({"name": "spatial:big", "shape": (3, 12, 12)}, "got 'big'"),
+        ({"name": "spatial:f4c3", "shape": (5,)}, r"reads images .* and series .*\(5,\); use the mlp network for tables"),
+        ({"name": "spatial:f4c3", "shape": (3, 8, 8), "width": 6}, "width of the spatial network is a multiple of 4, got 6"),
+        ({"name": "spatial:f4c3", "shape": (3, 8, 8), "latent_dim": 6}, "has no latent_dim, got latent_dim=6; leave it out"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        models.network(out_channels=3, **arguments)  # type: ignore[arg-type]
+
+
+def test_an_encoder_of_another_shape_is_refused() -> None:
+    network = SpatialNetwork(nn.Conv2d(1, 5, 2, 2), nn.ConvTranspose2d(3, 1, 2, 2), 3, (4, 4), 2)
+    with pytest.raises(ValueError, match=r"means and log-variances of shape \(2, 6, 4, 4\), got \(2, 5, 4, 4\)"):
+        network.posterior(torch.zeros(2, 1, 8, 8))
+
+
+def test_pictures_are_mapped_to_minus_one_and_one_and_back() -> None:
+    """With halves that copy, the posterior's mean is 2x − 1, its decoding x again; further features stay as they are."""
+    copy = nn.Conv2d(1, 2, 1)
+    with torch.no_grad():
+        copy.weight.copy_(torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1))
+        copy.bias.zero_()
+    network = SpatialNetwork(copy, nn.Conv2d(1, 2, 1, bias=False), 1, (4, 4), 1, picture_channels=1)
+    nn.init.ones_(network.decoder.weight)
+    x = examples((1, 4, 4))
+    loc = network.posterior(x).loc
+    torch.testing.assert_close(loc, 2 * x - 1)
+    torch.testing.assert_close(network.decode(loc), torch.cat([x, 2 * x - 1], 1))
+
+
+def test_a_fitted_prior_knows_one_size_and_says_so() -> None:
+    vae, x = VAE(build("f4c3", (1, 8, 8)), Gaussian(1)), examples((1, 8, 8), 60)
+    vae.calibrate([x])
+    vae.fit_prior([x], GaussianPrior(12))
+    assert vae.sample(4).shape == (4, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"fitted to latents of examples of size 8×8.*fit-prior RUN --prior standard"):
+        vae.elbo(examples((1, 12, 8)))
+
+
+def test_a_fitted_gaussian_gives_the_rate_that_torch_computes() -> None:
+    vae, x = VAE(build("f4c3", (1, 8, 8)), Gaussian(1)).double(), examples((1, 8, 8), 60).double()
+    prior = GaussianPrior(12).double()
+    vae.fit_prior([x], prior)
+    posterior = vae.encode(x)
+    flat = torch.distributions.MultivariateNormal(
+        posterior.loc.flatten(1), torch.diag_embed(posterior.scale.flatten(1).square())
+    )
+    expected = kl_divergence(flat, torch.distributions.MultivariateNormal(prior.mean, scale_tril=prior.scale_tril))
+    torch.testing.assert_close(vae.network.infer(x, noise=noise).kl[:, 0], expected)
+
+
+def test_information_is_reported_for_each_channel() -> None:
+    vae = VAE(build("f4c3", (3, 8, 8)), Gaussian(3))
+    with torch.no_grad():  # the second channel says nothing
+        convolution = vae.network.encoder.conv_out
+        convolution.weight[[1, 4]] = 0
+        convolution.bias[[1, 4]] = 0
+    x = examples((3, 8, 8), 40)
+    batches = Batches(InMemory(x), Scaling(), 16)
+    found = information(vae, batches, batches)
+    (kl,) = vae.network.latent_kl(x)
+    assert found.kl_per_channel_nats == pytest.approx(kl.flatten(2).sum(2).mean(0).tolist(), rel=1e-4)
+    assert found.kl_per_channel_nats[1] == 0
+    assert sum(found.kl_per_channel_nats) == pytest.approx(found.mean_kl_nats.mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 16)])
+def test_a_model_is_saved_and_loaded(shape: tuple[int, ...], tmp_path: Path) -> None:
+    config = ModelConfig(network="spatial:f4c3", width=4)
+    scaling = Scaling(levels=256)
+    vae = models.vae(config, shape, scaling)
+    x = examples(shape)
+    vae.calibrate([x])
+    models.save(tmp_path / "model", vae, config, shape, scaling)
+    again = models.load(tmp_path / "model").vae
+    assert torch.equal(vae.eval().reconstruct(x, noise=noise), again.reconstruct(x, noise=noise))
+    assert vae.likelihood.mean_map == "identity"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("spatial") / "run"
+    options = ["--network", "spatial:f2c2", "--width", "4", "--max-steps", "30", "--validate-every", "15", "--logger", "csv"]
+    assert main(["train", "digits", *options, "--prior", "standard", "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_is_evaluated_by_every_bound(run: Path) -> None:
+    settings = EvaluationSettings(metrics=("iwae", "information", "calibration"), draws=4)
+    report = evaluate_run(run, settings)
+    assert report.bounds.latent_dim == 32
+    assert report["elbo_nats"]["mean"] <= report["iwae"]["iwae_nats"]["mean"]
+    assert len(report["information"]["kl_per_channel_nats"]) == 2
+    assert sum(report["information"]["kl_per_channel_nats"]) == pytest.approx(report["rate_nats"]["mean"], rel=1e-4)
+
+
+def test_latents_are_written_as_npz_and_as_a_memory_mapped_array(run: Path, tmp_path: Path) -> None:
+    assert main(["encode", str(run), "--out", str(tmp_path / "codes.npz")]) == 0
+    assert main(["encode", str(run), "--out", str(tmp_path / "codes.npy")]) == 0
+    with np.load(tmp_path / "codes.npz") as packed:
+        mapped = np.load(tmp_path / "codes.npy", mmap_mode="r")
+        assert mapped.shape == (180, 2, 2, 4, 4)
+        np.testing.assert_array_equal(mapped[:, 0], packed["mean"])
+        np.testing.assert_array_equal(mapped[:, 1], packed["std"])
+
+
+@pytest.mark.parametrize("command", [["score"], ["sample", "--n", "4"], ["reconstruct", "--n", "4"]])
+def test_outputs_are_written(run: Path, command: list[str], tmp_path: Path) -> None:
+    out = tmp_path / ("out.csv" if command == ["score"] else "out.png")
+    assert main([*command[:1], str(run), *command[1:], "--out", str(out)]) == 0
+    assert out.stat().st_size > 100
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(run: Path, tmp_path: Path) -> None:
+    options = ["--network", "spatial:f2c2", "--width", "4", "--max-steps", "15", "--validate-every", "15", "--logger", "csv"]
+    folder = tmp_path / "stopped"
+    assert main(["train", "digits", *options, "--prior", "standard", "--out", str(folder)]) == 0
+    config = folder / "config.yaml"
+    assert "max_steps: 15" in config.read_text()
+    config.write_text(config.read_text().replace("max_steps: 15", "max_steps: 30"))
+    assert main(["resume", str(folder)]) == 0
+    ours, theirs = (open_model(each).vae.state_dict() for each in (folder, run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_automatic_prior_is_a_gaussian_over_the_map() -> None:
+    network = build("f4c3", (1, 8, 8))
+    assert [type(each) for each in models.priors("auto", network, examples=100)] == [GaussianPrior]
+    assert math.prod(network.latents.shapes[0]) == 12
+
+
+# -- explain ---------------------------------------------------------------------------------------------------------------
+
+
+def compvis(x: Tensor, again: Tensor, distance: Tensor, kl: Tensor, weight: float) -> Tensor:
+    """The loss as latent-diffusion computes it, with a log-variance of 0: x in [−1, 1], an LPIPS for each example."""
+    errors = (x - again).abs() + 1.0 * distance[:, None, None, None]
+    return errors.sum() / len(x) + weight * kl.sum() / len(kl)
+
+
+def diffusers_script(x: Tensor, again: Tensor, distance: Tensor, kl: Tensor, weight: float) -> Tensor:
+    return nn.functional.mse_loss(again, x) + weight * kl.mean()
+
+
+@pytest.mark.parametrize(("convention", "loss"), [("compvis", compvis), ("diffusers", diffusers_script)])
+def test_the_loss_of_a_convention_is_the_elbo_of_the_scale_that_is_named(convention: str, loss: object) -> None:
+    """Up to a factor and a constant: differences between two states keep one ratio."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.rand(4, 3, 8, 8, generator=random).double() * 2 - 1
+    family, reduction, value_range, perceptual = CONVENTIONS[convention]  # type: ignore[index]
+    found = explain((3, 8, 8), 1e-3, reduction, value_range=value_range, loss=family, perceptual_weight=perceptual)
+
+    def both(seed: int) -> tuple[float, float]:
+        state = torch.Generator().manual_seed(seed)
+        again, kl = torch.rand(x.shape, generator=state).double(), 50 * torch.rand(4, generator=state).double()
+        distance = torch.rand(4, generator=state).double()
+        theirs = loss(x, again, distance, kl, 1e-3)  # type: ignore[operator]
+        r = (x - again).abs() + perceptual * distance[:, None, None, None]
+        scale = found.implied_sigma
+        fit = r / scale if family == "absolute" else r.square() / (2 * scale**2)
+        return float(theirs), float((fit.flatten(1).sum(1) + kl).mean())
+
+    (a, p), (b, q), (c, r) = (both(seed) for seed in (1, 2, 3))
+    assert (a - b) / (p - q) == pytest.approx((b - c) / (q - r), rel=1e-9)
+
+
+def test_cross_entropy_near_its_minimum_is_a_squared_error_with_the_scale_that_is_named() -> None:
+    beta, x = 3.0, torch.tensor(0.5, dtype=torch.float64)
+    sigma = explain((1, 8, 8), beta, "batch-mean", loss="bce").implied_sigma
+    curvature = torch.func.grad(torch.func.grad(lambda again: nn.functional.binary_cross_entropy(again, x)))(x.clone())
+    assert float(curvature) / beta == pytest.approx(1 / sigma**2)
+
+
+def test_a_customary_weight_is_put_into_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--shape", "3,256,256", "--beta", "1e-6", "--convention", "compvis"]) == 0
+    words = capsys.readouterr().out
+    assert "implied b     1e-06" in words
+    assert "the weight hardly limits the rate" in words
+    assert "With laplace/optimal, b is solved from the data" in words
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "bce", "value_range": 2.0}, "cross-entropy is of values in .0, 1., whose range is 1, got 2"),
+        ({"loss": "bce", "perceptual_weight": 1.0}, "goes with squared or absolute errors, got 1.0 with bce"),
+        ({"perceptual_weight": -1.0}, "a perceptual weight is at least 0"),
+    ],
+)
+def test_losses_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        explain((3, 8, 8), 1e-3, **options)  # type: ignore[arg-type]

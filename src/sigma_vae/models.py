@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sigma_vae import data as data_sources
+from sigma_vae.columns import Column
 from sigma_vae.config import ModelConfig, parse, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits
 from sigma_vae.networks.principal import best_components, sample_of
@@ -146,10 +147,12 @@ def likelihood(
     levels: int | None = 256,
     mean: MeanMap = "unit",
     observes: Observes = "density",
+    columns: Sequence[Column] = (),
 ) -> Likelihood:
     """A likelihood by its name: ``family/scale``, or the family alone where it takes no scale.
 
-    Either may have an argument after a colon: ``student-t:3/fixed:0.1``. ``mean`` is for families with a scale.
+    Either may have an argument after a colon: ``student-t:3/fixed:0.1``. ``mean`` is for families with a scale,
+    ``columns`` of a table for ``mixed``.
 
     Raises:
         ValueError: the family or the scale does not exist (the nearest name is given), its argument means nothing, or
@@ -173,7 +176,10 @@ def likelihood(
         return scaled
     if slash:
         raise ValueError(f"{name}: {head} takes no scale, its features alone say how sure they are; write {head!r}")
-    made: Likelihood = register.likelihood.make(head)(channels, spatial_dims=spatial_dims, levels=levels)
+    given: dict[str, Any] = {"columns": columns} if columns else {}
+    if given and "columns" not in inspect.signature(register.likelihood.entry(head).object).parameters:
+        raise ValueError(f"{name} does not read columns of all types; take the likelihood mixed, or leave out mixed data")
+    made: Likelihood = register.likelihood.make(head)(channels, spatial_dims=spatial_dims, levels=levels, **given)
     if observes == "level" and made.observes != "level":
         raise ValueError(f'{name} is trained on the values, not on the probabilities of their levels: take observes="density"')
     return made
@@ -293,7 +299,13 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: b
 def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> Likelihood:
     mean: MeanMap = config.mean if config.mean != "auto" else "identity" if scaling.standardised else "unit"
     decoder = likelihood(
-        config.likelihood, shape[0], spatial_dims=len(shape) - 1, levels=scaling.levels, mean=mean, observes=config.observes
+        config.likelihood,
+        shape[0],
+        spatial_dims=len(shape) - 1,
+        levels=scaling.levels,
+        mean=mean,
+        observes=config.observes,
+        columns=() if scaling.schema is None else scaling.schema.columns,
     )
     if config.mean != "auto" and not decoder.has_scale:
         raise ValueError(

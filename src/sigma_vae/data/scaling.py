@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.stores import Store
 
 __all__ = ["Scaling", "chunks", "standardisation"]
@@ -29,6 +30,7 @@ class Scaling:
         levels: number of values that a datum can take; None for real values.
         mean: mean m of each channel, if values are standardised.
         deviation: std s of each channel.
+        schema: columns of a table whose rows are stored as the model reads them; the likelihood counts their Jacobians.
 
     >>> Scaling(levels=256)(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([0.0000, 0.2000, 1.0000])
@@ -40,6 +42,7 @@ class Scaling:
     levels: int | None = None
     mean: tuple[float, ...] | None = None
     deviation: tuple[float, ...] | None = None
+    schema: TableSchema | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that nothing can be scaled by."""

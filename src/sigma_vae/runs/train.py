@@ -59,7 +59,8 @@ def _check_new(out: Path) -> None:
 
 def _train(config: RunConfig, out: Path, *, progress: bool) -> Evaluation:
     from_first(lambda: _check_new(out))
-    config = replace(config, data=_from_anywhere(config.data))
+    mixed = config.data.mixed or config.model.likelihood.partition(":")[0] == "mixed"
+    config = replace(config, data=replace(_from_anywhere(config.data), mixed=mixed))
     with first_of_node_first():
         data = models.data(config.data)
     if progress and processes().first:

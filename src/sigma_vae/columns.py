@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
-__all__ = ["COUNTS", "NUMBERS", "Cell", "Column", "Family", "Row", "Transform"]
+__all__ = ["COUNTS", "DF", "NUMBERS", "Cell", "Column", "Family", "Row", "Transform"]
 
 Family = Literal["gaussian", "laplace", "student-t", "poisson", "negative-binomial", "bernoulli", "categorical"]
 Transform = Literal["identity", "log", "logit", "knots"]
@@ -21,6 +21,8 @@ NUMBERS: tuple[Family, ...] = ("gaussian", "laplace", "student-t")
 """Families of real values, which have a σ."""
 COUNTS: tuple[Family, ...] = ("poisson", "negative-binomial")
 """Families of the integers 0, 1, 2, ..."""
+DF = 4.0
+"""Degrees of freedom of the Student-t family."""
 LARGEST = 1e30
 
 
@@ -41,7 +43,7 @@ class Column:
         categories: values of a ``categorical`` or ``bernoulli`` column, in order.
         other: whether the last category stands for all values that are not named.
         ordered: whether the dtype is an ordered categorical.
-        time: whether values are points of time, in seconds since 1970.
+        time: of points of time, the seconds that 1 stands for, from 1970 on; 0 for other values.
         transform: t.
         knots: of ``knots``: at least two pairs, both numbers increasing.
         shift: m.
@@ -66,7 +68,7 @@ class Column:
     categories: tuple[Cell, ...] = ()
     other: bool = False
     ordered: bool = False
-    time: bool = False
+    time: float = 0.0
     transform: Transform = "identity"
     knots: tuple[tuple[float, float], ...] = ()
     shift: float = 0.0
@@ -153,8 +155,8 @@ class Row:
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self.columns = tuple(columns)
-        order: list[tuple[Family, ...]] = [(family,) for family in (*NUMBERS, *COUNTS)] + [("bernoulli",), ("categorical",)]
-        blocks = [[i for i, column in enumerate(self.columns) if column.family in families] for families in order]
+        order: tuple[Family, ...] = (*NUMBERS, *COUNTS, "bernoulli", "categorical")
+        blocks = [[i for i, column in enumerate(self.columns) if column.family == family] for family in order]
         self.numbers, self.counts = blocks[: len(NUMBERS)], blocks[len(NUMBERS) : -2]
         self.binaries, self.categories = blocks[-2:]
         places, at = {}, 0

@@ -1,7 +1,6 @@
 """VAEs of tables: fit a data frame, sample rows like it, impute missing values, and compute log-probabilities."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, final
 
@@ -9,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from sigma_vae import models
 from sigma_vae.columns import Cell, Family
@@ -279,7 +279,9 @@ class TabularVAE:
         result = frame.set_axis([str(name) for name in frame.columns], axis=1).copy()
         for i, column in enumerate(self.schema.columns):
             if masks[:, i].any():
-                result[column.name] = filled[column.name].where(masks[:, i], result[column.name]).astype(filled[column.name].dtype)
+                result[column.name] = (
+                    filled[column.name].where(masks[:, i], result[column.name]).astype(filled[column.name].dtype)
+                )
         return result
 
     @torch.no_grad()
@@ -361,7 +363,7 @@ class TabularVAE:
         half, network, likelihood = draws // 2, self._vae.network, self._vae.likelihood
         most = max(1, TOGETHER // (2 * half * max(likelihood.in_channels, WIDTH)))
         with in_eval_mode(self._vae):
-            for positions in torch.arange(len(x)).split(most):
+            for positions in torch.split(torch.arange(len(x)), most):
                 part = x[positions].to(self._vae.device)
                 q = network.posterior(part)
                 noise = keyed_noise(positions, seed)
@@ -370,7 +372,12 @@ class TabularVAE:
                 prior = network.prior.sample(half, generator)[:, None].expand(-1, len(part), -1)
                 z = torch.cat([q.loc + q.scale * unit, prior])
                 log_prior = network.prior.log_prob(z)
-                log_proposal = torch.logaddexp(q.log_prob(z).sum(-1), log_prior) - np.log(2)
-                h = network.decode(z.flatten(0, 1)).unflatten(0, (2 * half, len(part)))
+                log_proposal = torch.logaddexp(_log_density(q, z), log_prior) - np.log(2)
+                h = network.decode(z.flatten(0, 1)).reshape(2 * half, len(part), -1)
                 log_weights = likelihood(h).log_prob(part) + log_prior - log_proposal
                 yield Weighted(log_weights.double().cpu(), h if features else h[:0])
+
+
+def _log_density(q: Normal, z: Tensor) -> Tensor:
+    found: Tensor = q.log_prob(z)  # type: ignore[no-untyped-call]
+    return found.sum(-1)

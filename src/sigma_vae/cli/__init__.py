@@ -70,6 +70,7 @@ COMMANDS = {
     "fit-prior": Command("runs:fit_prior", "Fit a prior to the latents of a finished run, and evaluate it again", shared=True),
     "calibrate": Command("runs:calibrate", "Refit σ of a finished run, and evaluate it again", shared=True),
     "sample": Command("outputs:sample", "Draw samples from the prior and decode them"),
+    "impute": Command("outputs:impute", "Fill in the missing values of a table, given the others of their rows"),
     "reconstruct": Command("outputs:reconstruct", "Encode and decode the first examples of a split"),
     "predict": Command("outputs:predict", "Predict future frames from the start of each clip, several times"),
     "encode": Command("outputs:encode", "Write mean and std of the latents of each example"),

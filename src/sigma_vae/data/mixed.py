@@ -98,9 +98,7 @@ def _families(config: DataConfig) -> dict[str, Family]:
     for text in config.families:
         name, _, family = text.rpartition("=")
         if not name or family not in get_args(Family):
-            raise ValueError(
-                f"families are written as column=family, with one of {', '.join(get_args(Family))}; got {text!r}"
-            )
+            raise ValueError(f"families are written as column=family, with one of {', '.join(get_args(Family))}; got {text!r}")
         families[name] = cast(Family, family)
     return families
 
@@ -119,9 +117,14 @@ def _files(config: DataConfig) -> dict[SplitName, Path]:
 def _read(path: Path, config: DataConfig) -> tuple["pd.DataFrame", list[str]]:
     import pandas as pd
 
-    frame, words = (pd.read_excel(path, na_values=list(config.missing)), []) if path.suffix in EXCEL else read_table(path, config)
+    frame, words = (
+        (pd.read_excel(path, na_values=list(config.missing)), []) if path.suffix in EXCEL else read_table(path, config)
+    )
     frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
-    return frame.assign(**{name: times for name in frame if (times := _times(frame[name])) is not None}), words
+    for name in frame.columns:
+        if (times := _times(frame[name])) is not None:
+            frame[name] = times
+    return frame, words
 
 
 def _chosen(frame: "pd.DataFrame", config: DataConfig, path: Path) -> "pd.DataFrame":
@@ -134,7 +137,11 @@ def _times(values: "pd.Series") -> "pd.Series | None":
     """Points of time, where a file has all values written as in 2024-05-01 or 2024-05-01 12:30."""
     import pandas as pd
 
-    if values.dtype.kind not in "OT" or not values.dropna().astype(str).str.match(r"\d{4}-\d\d-\d\d").all() or values.isna().all():
+    if (
+        values.dtype.kind not in "OT"
+        or not values.dropna().astype(str).str.match(r"\d{4}-\d\d-\d\d").all()
+        or values.isna().all()
+    ):
         return None
     try:
         return pd.to_datetime(values, format="ISO8601")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sigma_vae.columns import COUNTS, NUMBERS, Cell, Column, Family, Row, Transform
+from sigma_vae.columns import COUNTS, DF, Cell, Column, Family, Row, Transform
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +30,8 @@ KNOTS = (5, 9, 17, 33)
 """Numbers of knots that are tried."""
 LEAST_PER_KNOT = 8
 MOST_DECIMALS = 6
+TIME_UNITS = (86_400.0, 3_600.0, 60.0, 1.0)
+"""Seconds in a day, an hour and a minute: times are counted in the largest that all are whole numbers of."""
 OTHER = "other"
 
 
@@ -199,13 +201,16 @@ def _column(name: str, values: "pd.Series", rows: npt.NDArray[np.int64] | None, 
     missing = float(values.isna().mean())
     kind = _kind(values)
     few = kind == "integer" and values.nunique() <= FEW_INTEGERS
+    few = few and not (family is None and _are_counts(values))
     if family in ("categorical", "bernoulli") or (family is None and (kind == "category" or few)):
         return _category(name, values, missing)
     if kind == "category":
         raise ValueError(f"column {name}: {family} needs numbers, got {values.dtype}; take categorical")
     train = (values if rows is None else values.iloc[rows]).dropna()
-    numbers = _seconds(train) if kind == "time" else train.to_numpy(np.float64)
-    every = _seconds(values.dropna()) if kind == "time" else values.dropna().to_numpy(np.float64)
+    every: Numbers = _seconds(values.dropna()) if kind == "time" else np.asarray(values.dropna(), dtype=np.float64)
+    unit = next((unit for unit in TIME_UNITS if not np.any(every % unit)), TIME_UNITS[-1]) if kind == "time" else 0.0
+    numbers: Numbers = _seconds(train) / unit if kind == "time" else np.asarray(train, dtype=np.float64)
+    every = every / unit if unit else every
     if not np.isfinite(every).all():
         raise ValueError(f"column {name} needs finite numbers, got infinite ones; make them missing")
     if len(numbers) < 2 or numbers.min() == numbers.max():
@@ -214,13 +219,29 @@ def _column(name: str, values: "pd.Series", rows: npt.NDArray[np.int64] | None, 
         name,
         family or "gaussian",
         dtype=str(values.dtype),
-        time=kind == "time",
+        time=unit,
         low=float(every.min()),
         high=float(every.max()),
         decimals=_decimals(every),
         missing=missing,
     )
     return _fitted(column, numbers, chosen=family is not None)
+
+
+def _are_counts(values: "pd.Series") -> bool:
+    """Whether held-out integers are likelier as counts than as categories."""
+    numbers: Numbers = np.asarray(values.dropna(), dtype=np.float64)
+    if numbers.min() != 0 or numbers.max() < 3:
+        return False
+    halves = _halves(numbers)
+    column = Column("count", "poisson")
+
+    def of_categories(train: Numbers, test: Numbers) -> float:
+        counts = np.bincount(train.astype(int), minlength=int(numbers.max()) + 1) + 0.5
+        return float(np.log(counts / counts.sum())[test.astype(int)].sum())
+
+    as_counts = [sum(_held_out(replace(column, family=family), *pair) for pair in (halves, halves[::-1])) for family in COUNTS]
+    return max(as_counts) > sum(of_categories(*pair) for pair in (halves, halves[::-1]))
 
 
 def _category(name: str, values: "pd.Series", missing: float) -> Column:
@@ -260,8 +281,8 @@ def _seconds(values: "pd.Series") -> Numbers:
 
     zoned = getattr(values.dt, "tz", None) is not None
     plain = values.dt.tz_convert("UTC").dt.tz_localize(None) if zoned else values
-    found: Numbers = ((plain - pd.Timestamp(0)) / pd.Timedelta(seconds=1)).to_numpy(np.float64)
-    return found
+    found: Any = ((plain - pd.Timestamp(0)) / pd.Timedelta(seconds=1)).to_numpy(np.float64)
+    return cast(Numbers, found)
 
 
 def _decimals(values: Numbers) -> int | None:
@@ -277,18 +298,25 @@ def _fitted(column: Column, values: Numbers, *, chosen: bool) -> Column:
     candidates = list(_candidates(column, values, chosen=chosen))
     if len(candidates) == 1 or len(values) < 20:
         return _standardised(candidates[0], values)
-    order = np.random.RandomState(0).permutation(len(values))[:20_000]
-    halves = values[order[::2]], values[order[1::2]]
+    halves = _halves(values)
     scores = [sum(_held_out(each, *pair) for pair in (halves, halves[::-1])) for each in candidates]
     best = int(np.argmax(scores))
     return _standardised(candidates[best], values)
+
+
+def _halves(values: Numbers) -> tuple[Numbers, Numbers]:
+    """Two halves at random, of at most 20 000 values."""
+    order = np.random.RandomState(0).permutation(len(values))[:20_000]
+    return values[order[::2]], values[order[1::2]]
 
 
 def _candidates(column: Column, values: Numbers, *, chosen: bool) -> list[Column]:
     """Columns to choose from, not yet standardised."""
     if column.family in COUNTS:
         if values.min() < 0 or column.decimals != 0:
-            raise ValueError(f"column {column.name}: {column.family} needs counts 0, 1, 2, ..., got values like {values.min():g}")
+            raise ValueError(
+                f"column {column.name}: {column.family} needs counts 0, 1, 2, ..., got values like {values.min():g}"
+            )
         return [column]
     found = [column]
     if values.min() > 0:
@@ -307,7 +335,7 @@ def _with_knots(column: Column, values: Numbers, knots: int) -> Column:
     step = 0.0 if column.decimals is None else 10.0**-column.decimals
     ordered = np.sort(values)
     at = np.quantile(ordered, np.linspace(0, 1, knots)[1:-1])
-    at = (np.floor(at / step) + 0.5) * step if step else at
+    at = (np.floor(np.round(at / step, 6)) + 0.5) * step if step else at
     margin = step / 2 or (ordered[-1] - ordered[0]) * 1e-3
     at = np.unique(np.concatenate([[ordered[0] - margin], at, [ordered[-1] + margin]]))
     rank = np.searchsorted(ordered, at, side="right")
@@ -335,8 +363,10 @@ def _held_out(column: Column, train: Numbers, test: Numbers) -> float:
         return -math.inf
     fitted = _standardised(column, train)
     y = fitted.encode(torch.tensor(test))
-    residual = {"laplace": stats.laplace, "student-t": stats.t(3)}.get(column.family, stats.norm)
-    density = torch.from_numpy(residual.logpdf(y.numpy())) + Row([fitted]).log_slopes(y[:, None])[:, 0]
+    laws: dict[Family, Any] = {"laplace": stats.laplace, "student-t": stats.t(DF)}
+    density = (
+        torch.from_numpy(laws.get(column.family, stats.norm).logpdf(y.numpy())) + Row([fitted]).log_slopes(y[:, None])[:, 0]
+    )
     if column.decimals is not None:  # as the probability of a rounded value, which is at most 1
         density = (density - column.decimals * math.log(10)).clamp(max=0)
     return float(density.sum())
@@ -404,7 +434,7 @@ def _as_numbers(column: Column, values: "pd.Series") -> Numbers:
 
     if column.time:
         try:
-            return np.asarray(_seconds(pd.to_datetime(values)), dtype=np.float64)
+            return np.asarray(_seconds(pd.to_datetime(values)) / column.time, dtype=np.float64)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"column {column.name} needs points of time, got {values.dtype}: {error}") from error
     found = pd.to_numeric(values, errors="coerce")
@@ -431,9 +461,9 @@ def _read(column: Column, x: torch.Tensor, missing: npt.NDArray[np.bool_]) -> "p
     numbers = column.decode(x[:, 0].double()).numpy().clip(column.low, column.high)
     numbers = numbers if column.decimals is None else np.round(numbers, column.decimals)
     if column.time:
-        times = pd.to_datetime(pd.Series(np.round(numbers * 1e6), dtype="float64").astype("int64"), unit="us")
+        times = pd.to_datetime(pd.Series(np.round(numbers * column.time * 1e6), dtype="float64").astype("int64"), unit="us")
         zoned = times.dt.tz_localize("UTC") if "," in column.dtype else times
-        return zoned.mask(missing).astype(column.dtype)
+        return _cast(zoned.mask(missing), column.dtype)
     return _cast(pd.Series(numbers).mask(missing), column.dtype)
 
 
@@ -441,4 +471,5 @@ def _cast(values: "pd.Series", dtype: str) -> "pd.Series":
     """The values in a dtype; in one that holds missing values where some are, and this one does not."""
     if values.isna().any() and dtype.startswith(("int", "uint")):
         dtype = dtype.replace("uint", "UInt").replace("int", "Int")
-    return values if values.isna().any() and dtype == "bool" else values.astype(dtype)
+    plain: Any = values if values.isna().any() and dtype == "bool" else values.astype(cast(Any, dtype))
+    return cast("pd.Series", plain)

@@ -136,6 +136,7 @@ def _all_converted(
 
 
 def table_files(folder: Path) -> dict[SplitName, Path]:
+    """The table of each split in a folder."""
     found: dict[SplitName, Path] = {}
     for word, split in SPLIT_WORDS.items():
         for path in (folder / f"{word}{ending}" for ending in TABLES):

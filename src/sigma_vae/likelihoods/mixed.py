@@ -9,18 +9,17 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import log_softmax, logsigmoid
 
-from sigma_vae.columns import Column, Row
-from sigma_vae.likelihoods.continuous import DEFAULT_DF
+from sigma_vae.columns import DF, Column, Row
 from sigma_vae.likelihoods.distributions import Shape
 from sigma_vae.likelihoods.residuals import LAPLACE, NORMAL, ResidualDistribution, student_t
 from sigma_vae.likelihoods.scales import MOMENTUM, SPREAD_FLOOR, Fit, Optimal
-from sigma_vae.likelihoods.solve import MAX_ITERATIONS, Observed, Newton, best_log_scale
+from sigma_vae.likelihoods.solve import MAX_ITERATIONS, Newton, Observed, best_log_scale
 from sigma_vae.registry import register
 from sigma_vae.types import DataDistribution, Likelihood, Observes, at_least_float32
 
 __all__ = ["Mixed", "MixedRow"]
 
-RESIDUALS: tuple[ResidualDistribution, ...] = (NORMAL, LAPLACE, student_t(DEFAULT_DF))
+RESIDUALS: tuple[ResidualDistribution, ...] = (NORMAL, LAPLACE, student_t(DF))
 """Of the families of real values, in their order."""
 DISPERSION_BOUNDS = (-7.0, 14.0)
 """Least and largest log r of a negative binomial; with the largest it is a Poisson distribution."""
@@ -41,7 +40,7 @@ class Mixed(Likelihood):
 
     .. math:: \log p(x \mid h) = \sum_{j \text{ observed}} \log p_j(x_j \mid h_j)
 
-    Real values are Gaussian, Laplace or Student-t (ν = 3) after the monotone transform of their column, whose slope is counted: the
+    Real values are Gaussian, Laplace or Student-t (ν = 4) after the monotone transform of their column, whose slope is counted: the
     density is that of x in its own units. Each has a σ of its own, the best for the observed values: solved for each
     batch in training, by :meth:`calibrate` for evaluation. Categories, yes or no, and counts have probabilities. So
     the sum is a log-density of the real values times a probability of the others.
@@ -71,6 +70,8 @@ class Mixed(Likelihood):
     tensor([[-3.7215, -0.6931],
             [-3.7215,  0.0000]])
     """
+
+    log_dispersion: Tensor
 
     def __init__(self, columns: Sequence[Column]) -> None:
         if not columns:
@@ -105,12 +106,10 @@ class Mixed(Likelihood):
         if x is not None:
             x = at_least_float32(x).to(h.dtype)
             self.check_data(x, (*h.shape[:-1], self.channels), observes)
-        solves = x is not None and self.training and x.numel()
-        if solves and len(self.log_dispersion):
-            self._track_dispersion(h.detach(), x)
-        log_scales = [
-            scale(h, "density", self._fit(k, h, x) if solves else None) for k, scale in self._used()
-        ]
+        seen = x if x is not None and self.training and x.numel() else None  # what σ and r are solved for
+        if seen is not None and len(self.log_dispersion):
+            self._track_dispersion(h.detach(), seen)
+        log_scales = [scale(h, "density", None if seen is None else self._fit(k, h, seen)) for k, scale in self._used()]
         return MixedRow(self.row, h, torch.cat(log_scales) if log_scales else h.new_zeros(0), self.log_dispersion.to(h))
 
     @torch.no_grad()
@@ -130,7 +129,7 @@ class Mixed(Likelihood):
                 )
             scale.store("density", self._kept(scale, found, data.seen))
         if len(self.log_dispersion):
-            h, x = (torch.cat(each) for each in zip(*pairs, strict=True))
+            h, x = (torch.cat(list(each)) for each in zip(*pairs, strict=True))
             self.log_dispersion.copy_(self._best_dispersion(h, x))
 
     @property
@@ -141,7 +140,8 @@ class Mixed(Likelihood):
     @property
     def log_floor(self) -> float:
         """The least log σ, in units of the standardised values."""
-        return self._scale(0).log_floor
+        floor: float = self._scale(0).log_floor
+        return floor
 
     @torch.no_grad()
     def log_sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
@@ -235,12 +235,13 @@ def best_log_dispersion(log_mean: Tensor, counts: Tensor, weight: Tensor, start:
 
 
 def negative_binomial_log_prob(k: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
-    r"""Elementwise log-mass :math:`\log\Gamma(k+r) - \log\Gamma(r) - \log k! + r \log\frac{r}{r+\lambda} + k \log\frac{\lambda}{r+\lambda}`."""
+    r"""Log-mass of each count k with mean λ and variance λ + λ²/r.
+
+    .. math:: \log\frac{\Gamma(k+r)}{\Gamma(r)\, k!} + r \log\frac{r}{r+\lambda} + k \log\frac{\lambda}{r+\lambda}
+    """
     r = log_dispersion.exp()
     both = torch.logaddexp(log_mean, log_dispersion)
-    return (
-        torch.lgamma(k + r) - torch.lgamma(r) - torch.lgamma(k + 1) + r * (log_dispersion - both) + k * (log_mean - both)
-    )
+    return torch.lgamma(k + r) - torch.lgamma(r) - torch.lgamma(k + 1) + r * (log_dispersion - both) + k * (log_mean - both)
 
 
 def poisson_log_prob(k: Tensor, log_mean: Tensor) -> Tensor:
@@ -347,7 +348,7 @@ class MixedRow(DataDistribution):
         loc = h[..., : self._numbers]
         noise = [
             residual.sample(part, generator)
-            for residual, part in zip(RESIDUALS, loc.split(list(map(len, self.row.numbers)), -1), strict=True)
+            for residual, part in zip(RESIDUALS, torch.split_with_sizes(loc, list(map(len, self.row.numbers)), -1), strict=True)
         ]
         numbers = loc + self.log_scale.exp() * torch.cat(noise, -1)
         binary = torch.bernoulli(torch.sigmoid(h[..., self._binary : self._category]), generator=generator)
@@ -366,11 +367,12 @@ class MixedRow(DataDistribution):
         if value.shape[-1:] != self.event_shape:
             raise ValueError(f"expected values of shape (..., {self.row.width}), got {tuple(value.shape)}")
         x = at_least_float32(value).to(self.h.dtype)
-        return x.expand(*torch.broadcast_shapes(x.shape[:-1], self.batch_shape), self.row.width)
+        batch = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)  # type: ignore[no-untyped-call]
+        return x.expand(*batch, self.row.width)
 
     def _residuals(self, x: Tensor) -> Iterator[tuple[ResidualDistribution, Tensor]]:
         z = (x[..., : self._numbers] - self.h[..., : self._numbers]) * torch.exp(-self.log_scale)
-        return zip(RESIDUALS, z.split(list(map(len, self.row.numbers)), -1), strict=True)
+        return zip(RESIDUALS, torch.split_with_sizes(z, list(map(len, self.row.numbers)), -1), strict=True)
 
     def _number_log_prob(self, x: Tensor) -> Tensor:
         density = torch.cat([residual.log_prob(z) for residual, z in self._residuals(x)], -1) - self.log_scale
@@ -383,7 +385,7 @@ class MixedRow(DataDistribution):
     def _count_log_means(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Log-means of Poisson and of negative binomial columns."""
         sizes = list(map(len, self.row.counts))
-        parts = h[..., self._numbers : self._binary].split(sizes, -1)
+        parts = torch.split_with_sizes(h[..., self._numbers : self._binary], sizes, -1)
         poisson, negative = (_log_mean(c, part) for c, part in zip(self._count_columns(), parts, strict=True))
         return poisson, negative
 

@@ -143,6 +143,14 @@ class DataConfig(_Strict):
     missing: tuple[str, ...] = ()
     """Words for missing values in a table ('?' -999). Rows with one, or with an empty cell, are dropped and counted; by
     default they are an error."""
+    mixed: bool = False
+    """Read a table's columns of all types, missing values included, as the likelihood mixed needs them, which sets this."""
+    families: tuple[str, ...] = ()
+    """Families of a table's columns for the likelihood mixed, in place of the inferred ones (age=student-t visits=poisson):
+    gaussian, laplace, student-t, poisson, negative-binomial, bernoulli, categorical."""
+    unknown: Literal["error", "other"] = "error"
+    """Categories in new data that the likelihood mixed has not seen: an error, or the column's "other" category (missing,
+    where it has none)."""
     standardise: Literal["auto", "yes", "no"] = "auto"
     """Scale real values to mean 0 and std 1, channel by channel; auto: yes for tables (CSV, Parquet), no for others.
     Log-likelihoods are reported in the data's original units."""

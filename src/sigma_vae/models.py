@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sigma_vae import data as data_sources
+from sigma_vae.columns import Column
 from sigma_vae.conditions import Conditions
 from sigma_vae.config import ModelConfig, parse, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits
@@ -162,10 +163,12 @@ def likelihood(
     levels: int | None = 256,
     mean: MeanMap = "unit",
     observes: Observes = "density",
+    columns: Sequence[Column] = (),
 ) -> Likelihood:
     """A likelihood by its name: ``family/scale``, or the family alone where it takes no scale.
 
-    Either may have an argument after a colon: ``student-t:3/fixed:0.1``. ``mean`` is for families with a scale.
+    Either may have an argument after a colon: ``student-t:3/fixed:0.1``. ``mean`` is for families with a scale,
+    ``columns`` of a table for ``mixed``.
 
     Raises:
         ValueError: the family or the scale does not exist (the nearest name is given), its argument means nothing, or
@@ -195,8 +198,12 @@ def likelihood(
         return scaled
     if slash:
         raise ValueError(f"{name}: {head} takes no scale, its features alone say how sure they are; write {head!r}")
-    levels_known = {} if counts else {"levels": levels}
-    made: Likelihood = register.likelihood.make(head)(channels, spatial_dims=spatial_dims, **levels_known)
+    given: dict[str, Any] = {} if counts else {"levels": levels}
+    if columns:
+        if "columns" not in inspect.signature(register.likelihood.entry(head).object).parameters:
+            raise ValueError(f"{name} does not read columns of all types; take the likelihood mixed, or leave out mixed data")
+        given["columns"] = columns
+    made: Likelihood = register.likelihood.make(head)(channels, spatial_dims=spatial_dims, **given)
     if observes == "level" and made.observes != "level":
         raise ValueError(f'{name} is trained on the values, not on the probabilities of their levels: take observes="density"')
     return made
@@ -348,7 +355,13 @@ def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) 
             f"{config.likelihood} is {needs}likelihood of counts, and the data are {'' if scaling.counts else 'no '}counts; {remedy}"
         )
     decoder = likelihood(
-        config.likelihood, shape[0], spatial_dims=len(shape) - 1, levels=scaling.levels, mean=mean, observes=config.observes
+        config.likelihood,
+        shape[0],
+        spatial_dims=len(shape) - 1,
+        levels=scaling.levels,
+        mean=mean,
+        observes=config.observes,
+        columns=() if scaling.schema is None else scaling.schema.columns,
     )
     if config.mean != "auto" and not decoder.has_scale:
         raise ValueError(

@@ -72,6 +72,7 @@ COMMANDS = {
         "runs:calibrate", "Refit σ of a finished run, and evaluate it again; or audit a VAE of diffusers", shared=True
     ),
     "sample": Command("outputs:sample", "Draw samples from the prior and decode them"),
+    "impute": Command("outputs:impute", "Fill in the missing values of a table, given the others of their rows"),
     "reconstruct": Command("outputs:reconstruct", "Encode and decode the first examples of a split"),
     "predict": Command("outputs:predict", "Predict future frames from the start of each clip, several times"),
     "encode": Command("outputs:encode", "Write mean and std of the latents of each example"),

@@ -1,30 +1,54 @@
 """Commands that write samples, reconstructions, predictions, latents and scores."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
 from sigma_vae import runs
 from sigma_vae.cli.options import RunFolder
+from sigma_vae.columns import Cell
 from sigma_vae.config import LARGEST_COUNT, check_seed, replacing
 from sigma_vae.data import Batches
 from sigma_vae.data.counts import write_h5ad
 from sigma_vae.data.levels import Array
+from sigma_vae.data.mixed import read_frame
+from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.splits import Names
 from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.classifier import MOST_CLASSES, class_bounds, log_probabilities
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, sampled_per_class, save_clips, save_grid
+from sigma_vae.models import Saved
 from sigma_vae.types import at_least_float32
 from sigma_vae.vae import VAE, Show
 
-__all__ = ["Split", "check_count", "checked", "encode", "output", "predict", "reconstruct", "sample", "score", "write"]
+__all__ = [
+    "Split",
+    "check_count",
+    "checked",
+    "encode",
+    "impute",
+    "output",
+    "predict",
+    "reconstruct",
+    "sample",
+    "score",
+    "write",
+    "write_table",
+]
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Split = Literal["train", "validation", "test"]
+TABLE_FILES = (".csv", ".parquet", ".xlsx")
 
 FRAMES = 10
 """Number of frames predicted where the clips end with the given ones."""
@@ -40,13 +64,15 @@ def sample(
     show: Show = "mean",
     temperature: tuple[float, ...] = (1.0,),
     prior: Literal["fitted", "standard"] | None = None,
+    where: tuple[str, ...] = (),
     seed: int = 0,
     out: str | None = None,
     device: str = "auto",
 ) -> None:
     """Draw samples from the prior and decode them.
 
-    For video, each sample continues the start of a test clip.
+    For video, each sample continues the start of a test clip. For a table with the likelihood mixed, rows are drawn from
+    p(x|z), in the types, decimals and ranges of the data, with values missing as often.
 
     Args:
         run: Folder of the run.
@@ -58,9 +84,10 @@ def sample(
         temperature: Factor on the spread of the latents; 1 is the model's own. A hierarchical network takes one number,
             or one for each layer from the top down.
         prior: Draw from N(0, I), or from the prior that was fitted to the latents; the model's own unless given.
+        where: For the likelihood mixed: values of columns (sex=male age=30); the rest of each row is drawn given them.
         seed: Seed of the draws.
-        out: File to write: .png, .npz (key "samples"), or for clips .gif; RUN/samples-SEED.png or .npz unless given
-            (with --prior standard RUN/samples-standard-prior-SEED).
+        out: File to write: .png, .npz (key "samples"), for clips .gif, for tables .csv, .parquet or .xlsx;
+            RUN/samples-SEED.png, .npz or .csv unless given (with --prior standard RUN/samples-standard-prior-SEED).
         device: auto, cpu, cuda or cuda:1.
     """
     check_seed(seed)
@@ -72,6 +99,16 @@ def sample(
             f"{run} has no fitted prior; {fit if network.has_prior else 'its prior was learned with it; leave --prior out'}"
         )
     name = f"samples-standard-prior-{seed}" if prior == "standard" else f"samples-{seed}"
+    if opened.scaling.schema is not None:
+        table = checked(Path(out) if out is not None else Path(run) / f"{name}.csv", TABLE_FILES)
+        with standard_prior(opened.vae) if prior == "standard" else nullcontext():
+            _sample_rows(opened, table, n, where, seed, show, temperature)
+        return
+    if where:
+        raise ValueError(f"where is for tables with the likelihood mixed, which {run} is not; leave it out")
+    if out is not None and Path(out).suffix in TABLE_FILES:
+        _sample_numbers(run, opened, checked(Path(out), TABLE_FILES), n, seed, show, temperature)
+        return
     if condition or per_class:
         name += f"-{runs.word_of('-'.join([*condition, *(['per-class'] if per_class else [])]).replace('=', '-') + '.png')}"
     path = output(out, Path(run) / name, opened.shape, moving=network.reads_clips)
@@ -88,6 +125,79 @@ def sample(
             images = sampled_per_class(opened.vae, per_class, seed, given, show, spread)
     images = opened.scaling.undo(images)
     write(path, images, {"samples": images}, per_class)
+
+
+def _sample_rows(
+    opened: Saved, path: Path, n: int, where: Sequence[str], seed: int, show: Show, temperature: Sequence[float]
+) -> None:
+    """Write rows of a table with columns of all types."""
+    from sigma_vae.tabular import ESS, TabularVAE
+
+    check_count(n)
+    if show != "mean" or tuple(temperature) != (1.0,):
+        raise ValueError("rows of a table are always draws from p(x|z), at temperature 1; leave out --show and --temperature")
+    model = TabularVAE.of(opened, str(path), device=str(opened.vae.device))
+    known: dict[str, Cell] = {}
+    for text in where:
+        column, sign, value = text.partition("=")
+        if not sign:
+            raise ValueError(f"where is written as column=value, got {text!r}; write --where sex=male, say")
+        known[column] = value
+    frame = model.sample(n, known or None, seed=seed)
+    write_table(path, frame, model.schema)
+    if ESS in frame.attrs:
+        print(f"effective sample size of the latents: {frame.attrs[ESS]:.0f}")
+
+
+def _sample_numbers(run: str, opened: Saved, path: Path, n: int, seed: int, show: Show, temperature: Sequence[float]) -> None:
+    """Write samples of a table of numbers, with the names of its columns."""
+    import pandas as pd
+
+    record = runs.read_json(Path(run) / "environment.json").get("data")
+    columns = record.get("columns") if isinstance(record, dict) else None
+    if not columns or opened.shape != (len(columns),):
+        raise ValueError(f"{run} was not trained on the columns of a table; write .npz instead")
+    check_count(n)
+    generator = torch.Generator(opened.vae.device).manual_seed(seed)
+    torch.manual_seed(seed)
+    spread = temperature[0] if len(temperature) == 1 else temperature
+    values = opened.scaling.undo(sampled(opened.vae, None, n, generator, show, spread))
+    write_table(path, pd.DataFrame(values.cpu().numpy(), columns=columns))
+
+
+@torch.no_grad()
+def impute(
+    run: RunFolder,
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="IN")],
+    *,
+    out: str,
+    show: Show = "mean",
+    draws: int = 256,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Fill in the missing values of a table, given the others of their rows.
+
+    The run is of a table with the likelihood mixed.
+
+    Args:
+        run: Folder of the run.
+        data: Table with these columns, by path, read like the run's own.
+        out: .csv, .parquet or .xlsx file to write.
+        show: Middle of the values of numbers, and likeliest categories; or a draw from the posterior.
+        draws: Number of latents drawn and weighted for each row.
+        seed: Seed of the draws.
+        device: auto, cpu, cuda or cuda:1.
+    """
+    from sigma_vae.tabular import TabularVAE
+
+    check_seed(seed)
+    path = checked(Path(out), TABLE_FILES)
+    opened = runs.open_model(Path(run), device)
+    config = runs.new_config(Path(run), opened.scaling, data)
+    model = TabularVAE.of(opened, run, unknown=config.unknown, device=str(opened.vae.device))
+    frame, _ = read_frame(replace(config, columns=()), "train")
+    write_table(path, model.impute(frame, show, draws=draws, seed=seed), model.schema)
 
 
 @torch.no_grad()
@@ -380,6 +490,25 @@ def checked(path: Path, endings: tuple[str, ...]) -> Path:
     if not path.parent.is_dir():
         raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
     return path
+
+
+def write_table(path: Path, frame: "pd.DataFrame", schema: TableSchema | None = None) -> None:
+    """Write a data frame without its index, and print the path; the ending selects the format.
+
+    Numbers that the schema knows to be whole are written so, though a data frame has them as floats where some are missing.
+    """
+    whole = [c.name for c in schema.columns if c.decimals == 0 and c.dtype.startswith("float")] if schema is not None else []
+    if path.suffix != ".parquet":
+        frame = frame.astype(dict.fromkeys(whole, "Int64"))
+    with replacing(path) as aside:
+        match path.suffix:
+            case ".csv":
+                frame.to_csv(aside, index=False)
+            case ".parquet":
+                frame.to_parquet(aside, index=False)
+            case _:
+                frame.to_excel(aside, index=False)
+    print(path)
 
 
 def write(path: Path, images: Tensor, arrays: dict[str, Tensor], columns: int | None = None) -> None:

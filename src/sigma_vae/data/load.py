@@ -24,6 +24,7 @@ from sigma_vae.data.cache import cached
 from sigma_vae.data.counts import count_store
 from sigma_vae.data.holdout import hold_out
 from sigma_vae.data.levels import Array, Grid, discrete_columns, encode, find_grid, given_grid, native_levels, real_values
+from sigma_vae.data.mixed import mixed_splits
 from sigma_vae.data.scaling import Scaling, standardisation
 from sigma_vae.data.splits import SPLITS, Names, Raw, SplitName, Splits, few, fingerprint
 from sigma_vae.data.stores import Encoded, Generated, InMemory, Labelled, Mapped, Part, Sparse, Store
@@ -105,6 +106,8 @@ def load(config: DataConfig) -> Splits:
         ValueError: the source is unknown, missing or damaged, or its values contradict the config.
         OSError: decoded copies cannot be written.
     """
+    if config.mixed:
+        return mixed_splits(config)
     return splits_from(_required(config).read(config), config)
 
 

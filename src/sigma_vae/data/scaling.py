@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.stores import Store
 
 __all__ = ["Scaling", "chunks", "standardisation"]
@@ -30,6 +31,7 @@ class Scaling:
         mean: mean m of each channel, if values are standardised.
         deviation: std s of each channel.
         counts: whether values are counts, which stay as they are.
+        schema: columns of a table whose rows are stored as the model reads them; the likelihood counts their Jacobians.
 
     >>> Scaling(levels=256)(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([0.0000, 0.2000, 1.0000])
@@ -42,6 +44,7 @@ class Scaling:
     mean: tuple[float, ...] | None = None
     deviation: tuple[float, ...] | None = None
     counts: bool = False
+    schema: TableSchema | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that nothing can be scaled by."""

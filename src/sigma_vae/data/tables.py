@@ -24,7 +24,7 @@ from sigma_vae.data.levels import Array
 from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName, counted, few
 from sigma_vae.registry import register
 
-__all__ = ["TABLES", "TABLE_OPTIONS", "from_frames", "holds_tables", "read_tables"]
+__all__ = ["TABLES", "TABLE_OPTIONS", "from_frames", "holds_tables", "read_table", "read_tables", "table_files"]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +54,7 @@ _NAMELESS = "Unnamed: "  # how pandas names a column without a name: usually row
 
 def holds_tables(path: Path, config: DataConfig) -> bool:
     """Whether a path is a folder with a table for its training split: train.csv, say."""
-    return path.is_dir() and "train" in _tables(path)
+    return path.is_dir() and "train" in table_files(path)
 
 
 @register.source(
@@ -77,8 +77,8 @@ def read_tables(config: DataConfig) -> Raw:
     path = config.path
     if not path.exists():
         raise ValueError(f"expected a table at {path}, got no such file; check the path")
-    files: dict[SplitName, Path] = _tables(path) if path.is_dir() else {"train": path}
-    read = {split: _read(file, config) for split, file in files.items()}
+    files: dict[SplitName, Path] = table_files(path) if path.is_dir() else {"train": path}
+    read = {split: read_table(file, config) for split, file in files.items()}
     for split, (frame, _) in read.items():
         _check_header([str(name) for name in frame.columns], config.layout, str(files[split]))
     words = list(dict.fromkeys(word for _, said in read.values() for word in said))
@@ -135,7 +135,8 @@ def _all_converted(
     return done, list(dict.fromkeys(word for words in said.values() for word in words))
 
 
-def _tables(folder: Path) -> dict[SplitName, Path]:
+def table_files(folder: Path) -> dict[SplitName, Path]:
+    """The table of each split in a folder."""
     found: dict[SplitName, Path] = {}
     for word, split in SPLIT_WORDS.items():
         for path in (folder / f"{word}{ending}" for ending in TABLES):
@@ -146,7 +147,7 @@ def _tables(folder: Path) -> dict[SplitName, Path]:
     return found
 
 
-def _read(path: Path, config: DataConfig) -> tuple["pd.DataFrame", list[str]]:
+def read_table(path: Path, config: DataConfig) -> tuple["pd.DataFrame", list[str]]:
     """Read a table, and say how where that was not plain."""
     import pandas as pd
 

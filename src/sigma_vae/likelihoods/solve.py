@@ -22,12 +22,13 @@ LARGEST_STEP = 0.7  # in log σ: a factor of two, so that a bad quadratic model 
 
 
 class Observed(NamedTuple):
-    """Data and their prediction: the scale sought is multiplied onto exp(base)."""
+    """Data and their prediction: the scale sought is multiplied onto exp(base). Values of weight 0 are missing."""
 
     residual: ResidualDistribution
     loc: Tensor
     base: Tensor
     x: Tensor
+    weight: Tensor | None = None
 
 
 class WithData(Protocol):
@@ -78,7 +79,7 @@ def best_log_scale(
     def score(log_scale: Tensor, part: Callable[[Iterable[Observed]], Iterator[Observed]] = iter) -> Tensor:
         sums = Sums(per, event_dims)
         for observed in part(data):
-            sums.add(_bins(observed, log_scale, levels).log_mass[None])
+            sums.add(_bins(observed, log_scale, levels).log_mass[None], observed.weight)
         return sums.means()[0]
 
     found = search(start.double())
@@ -109,7 +110,7 @@ def best_batch_log_scale(observed: Observed, per: Per, event_dims: int, log_floo
     Raises:
         ValueError: a compiled solver has to iterate for a residual distribution that is not in :data:`RESIDUALS`.
     """
-    residual, loc, _, x = observed
+    residual, loc, _, x, _ = observed
     iterates = levels is not None or not residual.closed_form
     if not (iterates and torch.compiler.is_compiling()):
         return best_log_scale([observed], per, event_dims, log_floor, levels)
@@ -154,37 +155,41 @@ class Sums:
         self.per = per
         self.event_dims = event_dims
         self.total: Tensor | None = None
-        self.count = 0.0
+        self.count: float | Tensor = 0.0
 
-    def add(self, values: Tensor) -> None:
-        """Add elementwise values; their first axis has one kind of value a row."""
-        sums = values.sum(_shared_axes(values.dim() - 1, self.per, self.event_dims), keepdim=True, dtype=torch.float64)
-        if self.per != "image":
-            sums = sums.reshape(len(values), *sums.shape[-self.event_dims :])
+    def add(self, values: Tensor, weight: Tensor | None = None) -> None:
+        """Add elementwise values; their first axis has one kind of value a row, and ``weight`` has the shape of a row."""
+        sums = self._sum(values if weight is None else values * weight)
         self.total = sums if self.total is None else self.total + sums
-        self.count += values.numel() / sums.numel()
+        self.count = self.count + (values.numel() / sums.numel() if weight is None else self._sum(weight[None])[0])
 
     def means(self) -> Tensor:
-        """Sum over count, the same on every process."""
+        """Sum over count, the same on every process; 0 where nothing was counted."""
         total, count = self.totals()
-        return total / count
+        return total / count.clamp_min(1)
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """Sum and count, the same on every process."""
         if self.total is None:
             raise ValueError("no data to fit a scale on: `pairs` was empty, or a generator that had been used up")
-        message = torch.cat([self.total.flatten(), self.total.new_tensor([self.count])])
-        if self.per != "image" and distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(message)
-        return message[:-1].reshape(self.total.shape), message[-1]
+        count = torch.as_tensor(self.count).to(self.total)
+        if self.per == "image" or not (distributed.is_available() and distributed.is_initialized()):
+            return self.total, count
+        message = torch.cat([self.total, count.expand(self.total[:1].shape)])
+        distributed.all_reduce(message)
+        return message[:-1], message[-1:]
+
+    def _sum(self, values: Tensor) -> Tensor:
+        sums = values.sum(_shared_axes(values.dim() - 1, self.per, self.event_dims), keepdim=True, dtype=torch.float64)
+        return sums if self.per == "image" else sums.reshape(len(values), *sums.shape[-self.event_dims :])
 
 
 def _best_for_density(data: Iterable[Observed], per: Per, event_dims: int, log_floor: float) -> Tensor:
     """In closed form, or by Newton's method from the root mean square."""
     sums = Sums(per, event_dims)
-    for residual, loc, base, x in data:
+    for residual, loc, base, x, weight in data:
         z = (x - loc) * torch.exp(-base)
-        sums.add((residual.statistic(z) if residual.closed_form else z.square())[None])
+        sums.add((residual.statistic(z) if residual.closed_form else z.square())[None], weight)
     log_scale = (sums.means()[0].log() / residual.power).clamp_min(log_floor)
     if not residual.closed_form:
         log_scale = maximum(_slope_of_density, data, per, event_dims, (log_floor, math.inf), log_scale)
@@ -196,11 +201,11 @@ def maximum(
 ) -> Tensor:
     """Find where the slopes add up to 0. After steps on the first data alone, two passes over all of them are enough."""
     for part in (_head, iter):
-        search = _Newton(log_scale, *bounds)
+        search = Newton(log_scale, *bounds)
         for _ in range(MAX_ITERATIONS):
             sums = Sums(per, event_dims)
             for observed in part(data):
-                sums.add(slopes(observed, search.at))
+                sums.add(slopes(observed, search.at), observed.weight)
             if search.step(*sums.means()):
                 break
         log_scale = search.at
@@ -217,7 +222,7 @@ def _head(data: Iterable[Part]) -> Iterator[Part]:
             return
 
 
-class _Newton:
+class Newton:
     """Newton's method for maxima of many functions, kept between points where the slope is known to turn."""
 
     def __init__(self, start: Tensor, floor: float, ceiling: float) -> None:
@@ -243,7 +248,7 @@ class _Newton:
 
 def _slope_of_density(observed: Observed, log_scale: Tensor) -> Tensor:
     """:data:`Slopes` of the density; the first is statistic − 1."""
-    residual, loc, base, x = observed
+    residual, loc, base, x, _ = observed
     with torch.enable_grad():
         variable = (base + log_scale.to(loc.dtype)).expand(loc.shape).detach().requires_grad_()
         statistic = residual.statistic((x - loc) * torch.exp(-variable))
@@ -284,7 +289,7 @@ class _Bins(NamedTuple):
 
 
 def _bins(observed: Observed, log_scale: Tensor, levels: int) -> _Bins:
-    residual, loc, base, x = observed
+    residual, loc, base, x, _ = observed
     top = levels - 1
     width = torch.exp(-base - log_scale.to(loc.dtype)) / top
     center = (torch.round(x * top) - loc * top) * width

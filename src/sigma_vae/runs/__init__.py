@@ -2,7 +2,18 @@
 
 from sigma_vae.runs.compare import compare
 from sigma_vae.runs.evaluate import evaluate_run, evaluation_file, read_evaluation
-from sigma_vae.runs.folder import Run, columns_of, config_of, evaluation_batch, new_data, open_model, open_run, word_of
+from sigma_vae.runs.folder import (
+    Run,
+    columns_of,
+    config_of,
+    evaluation_batch,
+    new_config,
+    new_data,
+    open_model,
+    open_run,
+    read_json,
+    word_of,
+)
 from sigma_vae.runs.refit import calibrate_run, fit_prior
 from sigma_vae.runs.train import has_checkpoint, rerun, resume, train
 
@@ -17,10 +28,12 @@ __all__ = [
     "evaluation_file",
     "fit_prior",
     "has_checkpoint",
+    "new_config",
     "new_data",
     "open_model",
     "open_run",
     "read_evaluation",
+    "read_json",
     "rerun",
     "resume",
     "train",

@@ -16,7 +16,9 @@ from sigma_vae import models
 from sigma_vae.config import DataConfig, RunConfig, read, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits, names
 from sigma_vae.data.load import Whole, load_whole
+from sigma_vae.data.mixed import read_frame
 from sigma_vae.data.splits import SPLITS, Names, SplitName, fingerprint
+from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.base import evaluation_batch
 from sigma_vae.training import resolve_device
 from sigma_vae.training.checkpoints import exclusive, with_remedy
@@ -172,7 +174,7 @@ def new_data(out: Path, saved: models.Saved, source: str, split: SplitName) -> N
         ValueError: the data cannot be read in this way, or have another shape.
     """
     with first_of_node_first():
-        found = load_whole(new_config(out, saved.scaling, source), split, saved.vae.network.conditions)
+        found = _found(new_config(out, saved.scaling, source), saved, split)
     store = found.store
     shape = store.shape[1:] if found.clips else store.shape
     if (shape, found.clips) != (saved.shape, saved.vae.network.reads_clips):
@@ -182,6 +184,15 @@ def new_data(out: Path, saved: models.Saved, source: str, split: SplitName) -> N
     alone = Splits(source, store, store, store, saved.scaling, {}, found.clips)
     batches = shared(alone, split, evaluation_batch(alone), saved.vae.device)
     return NewData(batches, found.names, found.split, None if found.split else _splits_of(out, found))
+
+
+def _found(config: DataConfig, saved: models.Saved, split: SplitName) -> Whole:
+    schema = saved.scaling.schema
+    if schema is None:
+        return load_whole(config, split, saved.vae.network.conditions)
+    frame, chosen = read_frame(config, split)
+    store = InMemory(schema.encode(frame, unknown=config.unknown))
+    return Whole(store, np.arange(len(frame)), False, chosen)
 
 
 def word_of(source: str) -> str:

@@ -60,9 +60,9 @@ def _check_new(out: Path) -> None:
 
 def _train(config: RunConfig, out: Path, *, progress: bool) -> Evaluation:
     from_first(lambda: _check_new(out))
-    config = replace(config, data=_from_anywhere(config.data))
-    if models.takes_counts(config.model.likelihood):
-        config = replace(config, data=replace(config.data, counts=True))
+    name, given = config.model.likelihood, _from_anywhere(config.data)
+    mixed, counts = given.mixed or name.partition(":")[0] == "mixed", given.counts or models.takes_counts(name)
+    config = replace(config, data=replace(given, mixed=mixed, counts=counts))
     with first_of_node_first():
         data = models.data(config.data)
     if progress and processes().first:

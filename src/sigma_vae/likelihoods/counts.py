@@ -385,6 +385,7 @@ class Dispersed(NamedTuple):
     base: Tensor
     x: Tensor
     zero_logit: Tensor | None
+    weight: Tensor | None = None
 
 
 @torch.no_grad()

@@ -38,6 +38,10 @@ class WithData(Protocol):
     def x(self) -> Tensor:
         """The data."""
 
+    @property
+    def weight(self) -> Tensor | None:
+        """How much each value counts, of the data's shape."""
+
 
 Part = TypeVar("Part", bound=WithData)
 

@@ -459,13 +459,14 @@ class HierarchicalNetwork(Network):
 
     def descend(self, choose: ChooseLatents, x: Tensor | None = None) -> Tensor:
         """Features of one example whose latents are chosen layer by layer: see :meth:`Network.descend`."""
-        features = None if x is None else self._encode(x)
+        shifts = self._shifts(None)
+        features = None if x is None else self._encode(x, shifts)
 
         def chosen(layer: HierarchyLayer, state: Tensor, prior: Diagonal) -> Tensor:
             posterior = None if features is None else layer.posterior_of(state, features[layer.resolution])
             return choose(_normal(prior), None if posterior is None else _normal(posterior))
 
-        return self._descend(1, chosen)
+        return self._descend(1, chosen, shifts)
 
     def shards(self) -> list[nn.Module]:
         """Every residual block: each is whole only while it computes."""

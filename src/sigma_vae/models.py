@@ -16,6 +16,7 @@ from torch import nn
 from sigma_vae import data as data_sources
 from sigma_vae.config import ModelConfig, parse, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits
+from sigma_vae.data.inspect import suggested
 from sigma_vae.networks.principal import best_components, sample_of
 from sigma_vae.networks.residual import SMALLEST
 from sigma_vae.registry import Entry, Registry, register
@@ -32,6 +33,7 @@ __all__ = [
     "default_network",
     "latents_for",
     "likelihood",
+    "likelihood_for",
     "load",
     "network",
     "prior",
@@ -266,6 +268,20 @@ def latents_for(config: ModelConfig, data: Splits) -> int:
     return best_components(lambda: (batch.x for batch in training), (batch.x for batch in held_out), most)
 
 
+def likelihood_for(config: ModelConfig, data: Splits) -> tuple[str, str]:
+    """The likelihood that ``auto`` stands for, and why: what ``inspect`` suggests, where the other options allow it.
+
+    >>> likelihood_for(ModelConfig(network="mlp"), data("digits"))
+    ('gaussian/optimal', 'one σ for all values, solved exactly, is a good start')
+    """
+    name, reason = suggested(data)
+    try:
+        _likelihood_of(replace(config, likelihood=name), data.shape, data.scaling)
+    except ValueError as error:
+        return "gaussian/optimal", f"{name} suits the data, but not the other options: {error}"
+    return name, reason
+
+
 def check_network(name: str) -> None:
     """Refuse a name that no network has, for any data.
 
@@ -291,6 +307,8 @@ def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: b
 
 
 def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> Likelihood:
+    if config.likelihood == AUTO:
+        raise ValueError("likelihood auto needs data; give the name that models.likelihood_for(config, data) returns")
     mean: MeanMap = config.mean if config.mean != "auto" else "identity" if scaling.standardised else "unit"
     decoder = likelihood(
         config.likelihood, shape[0], spatial_dims=len(shape) - 1, levels=scaling.levels, mean=mean, observes=config.observes

@@ -65,6 +65,7 @@ COMMANDS = {
     "resume": Command("runs:resume", "Continue a run exactly where it stopped", shared=True),
     "replay": Command("runs:replay", "Train again what a config.yaml describes, into a new folder", shared=True),
     "rerun": Command("runs:rerun", "Repeat the step whose loss was not finite, and report the first layer where that begins"),
+    "report": Command("runs:report", "Write the page of a finished run anew: report.html, in one file"),
     "evaluate": Command("runs:evaluate", "Measure a finished run on held-out data", shared=True),
     "compare": Command("runs:compare", "Compare finished runs on the same examples"),
     "fit-prior": Command("runs:fit_prior", "Fit a prior to the latents of a finished run, and evaluate it again", shared=True),

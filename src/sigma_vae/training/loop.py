@@ -21,7 +21,7 @@ from sigma_vae.config import LoggerName, TrainingConfig
 from sigma_vae.data import Batches, Splits, as_splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.networks.principal import sample_of
-from sigma_vae.training.callbacks import Bar, Callback, Context, Patience
+from sigma_vae.training.callbacks import Callback, Context, Patience, progress_of
 from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
 from sigma_vae.training.distributed import (
     check_processes,
@@ -119,7 +119,7 @@ def fit(
         seed: seed of the data's order and of the noise. The weights were drawn when ``vae`` was made.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         resume: continue exactly from the newest undamaged checkpoint in ``out/checkpoints``.
-        progress: show a progress bar.
+        progress: show a progress bar, or where output is redirected a line a minute.
         callbacks: hooks; see :class:`Callback`.
         loggers: ``csv``, ``tensorboard``, ``wandb``, ``mlflow`` (these write where ``out`` is given), or loggers of
             Lightning Fabric or pytorch-lightning. Default: ``config.logger``.
@@ -160,7 +160,7 @@ def fit(
         choices = choices_for(model, splits, config, where)
         if progress and us.first:
             print(f"{choices}; start: {start}")
-            callbacks = [*callbacks, Bar()]
+            callbacks = [*callbacks, progress_of()]
         kept = out and folder
         named = config.logger if loggers is None else loggers
         context = Context(model, config, kept, total_steps, _loggers(named, kept, resumed) if us.first else [])

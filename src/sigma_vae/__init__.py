@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Shared,
         StudentT,
     )
+    from sigma_vae.likelihoods.translate import explain
     from sigma_vae.networks import (
         FlatNetwork,
         HierarchicalNetwork,
@@ -66,13 +67,14 @@ __all__ = [
     "Shared",
     "StudentT",
     "conv",
+    "explain",
     "hierarchical",
     "mlp",
     "residual",
     "sequence",
 ]
 
-_HOMES = ("types", "likelihoods", "networks", "vae")
+_HOMES = ("types", "likelihoods", "likelihoods.translate", "networks", "vae")
 """Modules that define these names, in the order of their layers."""
 
 

@@ -75,6 +75,7 @@ COMMANDS = {
     "predict": Command("outputs:predict", "Predict future frames from the start of each clip, several times"),
     "encode": Command("outputs:encode", "Write mean and std of the latents of each example"),
     "score": Command("outputs:score", "Write log-likelihood, rate, ELBO and bits per dimension of each example"),
+    "push": Command("runs:push", "Write a finished run to the Hugging Face Hub, with a model card made from its evaluation"),
     "explain": Command("inspect:explain", "Compute the effective β and the implied σ of a hand-tuned loss"),
     "study": Command("study", "Train a grid of runs, and report what they show", commands=STUDY),
 }
@@ -112,7 +113,9 @@ def _answer(words: list[str], speaker: str) -> int:
             f"\n{PROGRAM}: terminated (SIGTERM). If training had begun, `{PROGRAM} resume RUN` continues it", TERMINATED
         )
     except ModuleNotFoundError as error:
-        return _say(f"{speaker}: this command needs {error.name}: pip install 'sigma-vae[full]'", FAILED)
+        from sigma_vae.extras import remedy
+
+        return _say(f"{speaker}: this command needs {error.name}: {remedy(error.name)}", FAILED)
     except (ValueError, OSError) as error:
         return _say(f"{speaker}: {_line(error)}", FAILED)
     except MemoryError:

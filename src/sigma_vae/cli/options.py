@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TextIO, get_args
 
@@ -13,13 +14,48 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from sigma_vae.config import RenamedWarning
 
-__all__ = ["RunFolder", "RunFolders", "call"]
+__all__ = ["HUB", "RunFolder", "RunFolders", "beside", "call", "to_change", "to_read"]
 
 RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-"""The folder of a run, as the argument of a command."""
+"""The folder of a run, or where it is only read hub:OWNER/NAME, as the argument of a command."""
 
 RunFolders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
 """Folders of several runs."""
+
+
+HUB = "hub:"
+
+
+def to_read(run: str) -> Path:
+    """The folder of a run that is read: of ``hub:OWNER/NAME`` its downloaded copy.
+
+    Raises:
+        ValueError: the Hub does not have it.
+    """
+    if not run.startswith(HUB):
+        return Path(run)
+    from sigma_vae.hub import fetch
+
+    return fetch(run)
+
+
+def beside(run: str) -> Path:
+    """The folder for what is written of a run: the run's, or for one on the Hub the current one."""
+    return Path() if run.startswith(HUB) else Path(run)
+
+
+def to_change(run: str) -> Path:
+    """The folder of a run that is written into.
+
+    Raises:
+        ValueError: it is on the Hub.
+    """
+    if run.startswith(HUB):
+        name = run.removeprefix(HUB).partition("@")[0]
+        raise ValueError(
+            f"{run} is only read; copy it, then work on the copy: hf download {name} --local-dir {Path(name).name}"
+        )
+    return Path(run)
 
 
 def call(function: Callable[..., Any], options: list[str], program: str) -> None:

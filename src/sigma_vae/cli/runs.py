@@ -1,14 +1,16 @@
 """Commands that train runs, evaluate, refit and compare them."""
 
 import json as json_module
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from sigma_vae import runs
-from sigma_vae.cli.options import RunFolder, RunFolders
+from sigma_vae.cli.options import HUB, RunFolder, RunFolders, to_change, to_read
 from sigma_vae.cli.outputs import Split
 from sigma_vae.config import EvaluationSettings, RunConfig, read
 from sigma_vae.evaluation import Evaluation
@@ -20,7 +22,19 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = ["calibrate", "compare", "evaluate", "fit_prior", "print_evaluation", "replay", "report", "rerun", "resume", "train"]
+__all__ = [
+    "calibrate",
+    "compare",
+    "evaluate",
+    "fit_prior",
+    "print_evaluation",
+    "push",
+    "replay",
+    "report",
+    "rerun",
+    "resume",
+    "train",
+]
 
 
 def train(
@@ -75,7 +89,8 @@ def resume(run: RunFolder, *, epochs: int | None = None, quiet: bool = False, js
         quiet: Print the folder of the run only.
         json: Print the evaluation as JSON only.
     """
-    _finished(Path(run), runs.resume(Path(run), epochs=epochs, progress=not (json or quiet)), json, quiet)
+    folder = to_change(run)
+    _finished(folder, runs.resume(folder, epochs=epochs, progress=not (json or quiet)), json, quiet)
 
 
 def report(run: RunFolder, *, device: str = "auto") -> None:
@@ -88,7 +103,30 @@ def report(run: RunFolder, *, device: str = "auto") -> None:
         run: Folder of the run.
         device: auto, cpu, cuda or cuda:1.
     """
-    print(runs.report(Path(run), device))
+    print(runs.report(to_change(run), device))
+
+
+def push(
+    run: RunFolder,
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")],
+    *,
+    private: bool = False,
+    out: str | None = None,
+) -> None:
+    """Write a finished run to the Hugging Face Hub, with a model card made from its evaluation.
+
+    Log in first: hf auth login. Weights, configuration, evaluation and pictures are uploaded; paths of your machine are
+    not. The model is then a RUN wherever one is read: hub:OWNER/NAME.
+
+    Args:
+        run: Folder of the run.
+        name: Repository; made where there is none.
+        private: Make a new repository private.
+        out: Folder to write in place of the Hub, to look at first.
+    """
+    from sigma_vae import hub
+
+    print(hub.push(Path(run), name, private=private) if out is None else hub.stage(Path(run), Path(out), name))
 
 
 def _finished(folder: Path, found: Evaluation, as_json: bool, quiet: bool) -> None:
@@ -127,7 +165,7 @@ def rerun(run: RunFolder, *, json: bool = False) -> None:
         run: Folder of the run.
         json: Print JSON only.
     """
-    report = runs.rerun(Path(run))
+    report = runs.rerun(to_change(run))
     if json:
         print(json_module.dumps(report))
         return
@@ -141,7 +179,8 @@ def evaluate(
 ) -> None:
     """Measure a finished run on held-out data.
 
-    Its bounds are always measured, in nats and in bits per dimension; other metrics as asked.
+    Its bounds are always measured, in nats and in bits per dimension; other metrics as asked. Of a run on the Hub
+    (hub:OWNER/NAME) the results are only printed.
 
     Args:
         run: Folder of the run.
@@ -151,6 +190,11 @@ def evaluate(
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
+    if run.startswith(HUB):
+        with TemporaryDirectory() as folder:
+            copied = shutil.copytree(to_read(run), Path(folder) / "run")
+            _show(runs.evaluate_run(copied, settings, data, device=device), json)
+        return
     _show(runs.evaluate_run(Path(run), settings, data, device=device), json)
     if data is not None:
         _say(f"written: {runs.evaluation_file(Path(run), data)}", json)
@@ -229,7 +273,7 @@ def calibrate(
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
-    result = runs.calibrate_run(Path(run), data, split, device=device, seed=seed)
+    result = runs.calibrate_run(to_change(run), data, split, device=device, seed=seed)
     if json:
         print(json_module.dumps(result))
         return
@@ -267,7 +311,7 @@ def fit_prior(
         device: auto, cpu, cuda or cuda:1.
         json: Print the evaluation as JSON only.
     """
-    report = runs.fit_prior(Path(run), prior, data, device=device)
+    report = runs.fit_prior(to_change(run), prior, data, device=device)
     if json:
         print(json_module.dumps(report.to_json()))
     else:
@@ -318,7 +362,7 @@ def compare(
         device: Device for the scoring: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
-    rows = runs.compare([Path(run) for run in folders], paired=paired, device=device)
+    rows = runs.compare([to_read(run) for run in folders], paired=paired, device=device)
     if json:
         print(json_module.dumps(rows))
     else:

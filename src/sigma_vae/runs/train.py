@@ -172,7 +172,17 @@ def has_checkpoint(out: Path) -> bool:
 def _finish(
     config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool, page: bool = True
 ) -> Evaluation:
-    done = fit(vae, data, config.training, out=out, seed=config.seed, device=config.device, resume=resumed, progress=progress)
+    done = fit(
+        vae,
+        data,
+        config.training,
+        out=out,
+        seed=config.seed,
+        device=config.device,
+        resume=resumed,
+        progress=progress,
+        save=False,  # the model of a run is there when its prior is fitted: the run is then finished
+    )
     if progress and done.skipped_steps:
         print(f"{done.skipped_steps} of {done.steps} steps were skipped: their gradient norm reached skip_gradient_norm")
     vae.to(resolve_device(config.device))

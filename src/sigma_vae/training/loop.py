@@ -17,6 +17,7 @@ from typing import Any, final
 import numpy as np
 import torch
 
+from sigma_vae import models
 from sigma_vae.config import LoggerName, TrainingConfig
 from sigma_vae.data import Batches, Splits, as_splits
 from sigma_vae.data.splits import SplitName
@@ -101,6 +102,7 @@ def fit(
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[LoggerName | TrainingLogger] | None = None,
+    save: bool = True,
 ) -> FitResult:
     """Train in place, take the weights with the best validation ELBO, and solve σ on the validation data.
 
@@ -115,7 +117,9 @@ def fit(
         vae: model to train.
         data: splits, or anything that :func:`sigma_vae.data.as_splits` reads; the test split is not used.
         config: training settings.
-        out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; without it nothing is kept.
+        out: folder for the model, ``metrics.csv``, TensorBoard events and ``checkpoints/``; without it nothing is kept.
+            ``models.load(out)`` opens the model; a network or likelihood of your own is given to it
+            (``models.load(out, network=mine)``), unless it was made by its registered name.
         seed: seed of the data's order and of the noise. The weights were drawn when ``vae`` was made.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         resume: continue exactly from the newest undamaged checkpoint in ``out/checkpoints``.
@@ -123,11 +127,12 @@ def fit(
         callbacks: hooks; see :class:`Callback`.
         loggers: ``csv``, ``tensorboard``, ``wandb``, ``mlflow`` (these write where ``out`` is given), or loggers of
             Lightning Fabric or pytorch-lightning. Default: ``config.logger``.
+        save: write the model into ``out/model``.
 
     Raises:
         ValueError: the device does not exist; there is nothing undamaged to resume, or more epochs are over than
             ``config`` has; ``out`` has checkpoints although ``resume`` is off, or another process writes there; the
-            network reads clips and the data have none, or the other way round.
+            network reads clips and the data have none, or the other way round; the model cannot be saved.
         NonFiniteLossError: the loss is NaN or infinite; the error names step, term, σ and the batch's range.
         KeyboardInterrupt: Ctrl-C, after the step was finished and a checkpoint written.
         Terminated: SIGTERM, likewise; if not caught, it ends the process with exit code 143.
@@ -141,6 +146,8 @@ def fit(
         check_weights(vae, config)
         _check_clips(vae, splits)
         seed_generators(seed)
+        origin = vae.origin = models.Origin.of(vae, splits)
+        models.check_savable(vae, origin if out is not None and save else None)
         folder = (out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))).absolute()
         stack.enter_context(exclusive(folder / "checkpoints"))
         resumed = _resumed(folder / "checkpoints", resume=resume)
@@ -174,6 +181,8 @@ def fit(
         vae.to(where).eval()
         training_sigma = _calibrated(vae, _sample(splits, "train", where))
         _calibrated(vae, shared(splits, "validation", _passing_batch(splits), where))
+        if kept is not None and save:
+            from_first(lambda: models.save(kept / models.MODEL, vae, *origin))
         best, skipped = checkpoints.best, training.stepper.skipped_steps
         return FitResult(context.step, tuple(training.history), best.step, best.score, kept, skipped, training_sigma)
 

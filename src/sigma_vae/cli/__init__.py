@@ -60,6 +60,7 @@ STUDY = {
 }
 
 COMMANDS = {
+    "new": Command("new:new", "Write a commented config.yaml for DATA, and print the command that trains it"),
     "inspect": Command("inspect:inspect", "Describe DATA: sizes, levels, ranges, duplicates, and a likelihood that suits them"),
     "train": Command("runs:train", "Train a VAE on DATA, calibrate and evaluate it, and draw samples", shared=True),
     "resume": Command("runs:resume", "Continue a run exactly where it stopped", shared=True),
@@ -77,6 +78,7 @@ COMMANDS = {
     "score": Command("outputs:score", "Write log-likelihood, rate, ELBO and bits per dimension of each example"),
     "push": Command("runs:push", "Write a finished run to the Hugging Face Hub, with a model card made from its evaluation"),
     "explain": Command("inspect:explain", "Compute the effective β and the implied σ of a hand-tuned loss"),
+    "completion": Command("new:completion", "Print a script that completes commands and options in your shell"),
     "study": Command("study", "Train a grid of runs, and report what they show", commands=STUDY),
 }
 

@@ -370,7 +370,7 @@ def test_a_bare_network_passes_every_command_but_those_of_its_latents(stranger: 
 
 
 def test_help_and_errors_know_the_networks_of_packages(stranger: dict[str, str], tmp_path: Path) -> None:
-    told, _ = python("from sigma_vae.cli import main; main(['train', '--help'])", stranger | {"COLUMNS": "200"})
+    told, _ = python("from sigma_vae.cli import main; main(['train', '--help-all'])", stranger | {"COLUMNS": "200"})
     assert "- whole: A network of a test with a posterior" in told
     _, said = run(stranger, tmp_path, [["train", "digits", "--network", "whle"]])
     assert "did you mean 'whole'?" in said

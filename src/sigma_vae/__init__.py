@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         StudentT,
         ZeroInflatedNegativeBinomial,
     )
+    from sigma_vae.likelihoods.translate import explain
     from sigma_vae.networks import (
         FlatNetwork,
         HierarchicalNetwork,
@@ -74,13 +75,14 @@ __all__ = [
     "StudentT",
     "ZeroInflatedNegativeBinomial",
     "conv",
+    "explain",
     "hierarchical",
     "mlp",
     "residual",
     "sequence",
 ]
 
-_HOMES = ("types", "likelihoods", "networks", "vae")
+_HOMES = ("types", "likelihoods", "likelihoods.translate", "networks", "vae")
 """Modules that define these names, in the order of their layers."""
 
 

@@ -201,7 +201,7 @@ class ModelConfig(_Strict):
     likelihood: Annotated[
         str,
         Names(
-            "Name of the likelihood: family/scale, or the family alone where it has no scale.",
+            "Name of the likelihood: family/scale, or the family alone where it has no scale; auto: what `inspect` suggests for the data.",
             register.likelihood,
             register.scale,
         ),
@@ -395,7 +395,7 @@ class RunConfig(_Strict):
     """Everything that a run is made of."""
 
     data: DataConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(likelihood="auto"))
     training: TrainingConfig = field(default_factory=TrainingConfig)
     seed: int = 0
     """Seed of the weights, the order of the data and the noise."""

@@ -3,15 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from sigma_vae.config import TrainingConfig
-from sigma_vae.training.objective import current_sigma, step_loss, validated_total
-from sigma_vae.training.step import optimizer_for
+from sigma_vae.extras import needed_by
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE, keyed_noise
+
+with needed_by("sigma_vae.lightning"):
+    import pytorch_lightning as pl
+
+    from sigma_vae.training.objective import current_sigma, step_loss, validated_total
+    from sigma_vae.training.step import optimizer_for
 
 __all__ = ["VAEModule"]
 

@@ -18,6 +18,8 @@ from sigma_vae.columns import Column
 from sigma_vae.conditions import Conditions
 from sigma_vae.config import ModelConfig, parse, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits
+from sigma_vae.data.inspect import suggested
+from sigma_vae.extras import needed_by
 from sigma_vae.networks.principal import best_components, sample_of
 from sigma_vae.networks.residual import SMALLEST
 from sigma_vae.registry import Entry, Registry, register
@@ -27,14 +29,17 @@ from sigma_vae.vae import VAE
 __all__ = [
     "AUTO",
     "UNNAMED",
+    "Origin",
     "Saved",
     "check_network",
     "check_prior",
+    "check_savable",
     "data",
     "default_network",
     "from_anywhere",
     "latents_for",
     "likelihood",
+    "likelihood_for",
     "load",
     "network",
     "prior",
@@ -312,6 +317,20 @@ def latents_for(config: ModelConfig, data: Splits) -> int:
     return best_components(lambda: (seen(batch.x) for batch in training), (seen(batch.x) for batch in held_out), most)
 
 
+def likelihood_for(config: ModelConfig, data: Splits) -> tuple[str, str]:
+    """The likelihood that ``auto`` stands for, and why: what ``inspect`` suggests, where the other options allow it.
+
+    >>> likelihood_for(ModelConfig(network="mlp"), data("digits"))
+    ('gaussian/optimal', 'one σ for all values, solved exactly, is a good start')
+    """
+    name, reason = suggested(data)
+    try:
+        _likelihood_of(replace(config, likelihood=name), data.shape, data.scaling)
+    except ValueError as error:
+        return "gaussian/optimal", f"{name} suits the data, but not the other options: {error}"
+    return name, reason
+
+
 def check_network(name: str) -> None:
     """Refuse a name that no network has, for any data.
 
@@ -341,10 +360,14 @@ def vae(
         ValueError: a name is unknown, or a part does not fit the data or the other options.
     """
     decoder = _likelihood_of(config, shape, scaling)
-    return VAE(_network_of(config, shape, decoder.in_channels, clips=clips, conditions=conditions), decoder)
+    made = VAE(_network_of(config, shape, decoder.in_channels, clips=clips, conditions=conditions), decoder)
+    made.origin = Origin(replace(config, network=network_name(config, shape, clips=clips)), tuple(shape), scaling)
+    return made
 
 
 def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> Likelihood:
+    if config.likelihood == AUTO:
+        raise ValueError("likelihood auto needs data; give the name that models.likelihood_for(config, data) returns")
     mean: MeanMap = (
         config.mean if config.mean != "auto" else "identity" if scaling.standardised else _usual_mean(config.network)
     )
@@ -413,6 +436,7 @@ def _network_of(
     return made
 
 
+@needed_by("models.data")
 def data(source: object) -> Splits:
     """Read data: a name or path, a config, or an object from Python; see :func:`sigma_vae.data.as_splits`.
 
@@ -431,6 +455,57 @@ BUFFER_VALUES = 2**24
 """Most values that a model may have beside those in its file, such as a likelihood's tables."""
 
 
+class Origin(NamedTuple):
+    """What a model was made of: the names and sizes of its parts, and shape and scaling of the data that it is for."""
+
+    config: ModelConfig
+    shape: tuple[int, ...]
+    scaling: Scaling
+
+    @classmethod
+    def of(cls, model: VAE, data: Splits) -> "Origin":
+        """Describe a model that is trained on these data: as it was made, or for parts of your own, as far as they have names."""
+        if isinstance(model.origin, Origin):
+            return model.origin
+        config = ModelConfig(UNNAMED, likelihood_name(model.likelihood) or UNNAMED)
+        if model.likelihood.has_scale:
+            config = replace(config, mean=model.likelihood.mean_map or "auto", observes=model.likelihood.observes)
+        return cls(config, data.shape, data.scaling)
+
+
+def likelihood_name(made: Likelihood) -> str | None:
+    """The name that makes such a likelihood, ``family/scale``; None where no name does.
+
+    >>> from sigma_vae import Fixed, Gaussian
+    >>> likelihood_name(Gaussian(channels=3)), likelihood_name(Gaussian(3, Fixed(0.3)))
+    ('gaussian/optimal', 'gaussian/fixed:0.3')
+    """
+    family = register.likelihood.name_of(made)
+    if family is None:
+        return None
+    scales = [entry.name for entry in register.scale if entry.argument is None] if made.has_scale else []
+    given = register.scale.name_of(made.scale) if made.has_scale else None
+    names = [f"{family}/{scale}" for scale in filter(None, dict.fromkeys((*scales, given)))] or [family]
+    return next((name for name in names if _is_made_by(name, made)), None)
+
+
+def _is_made_by(name: str, made: Likelihood) -> bool:
+    observes = made.observes if made.has_scale else "density"
+    try:
+        other = likelihood(
+            name,
+            made.channels,
+            spatial_dims=made.spatial_dims,
+            levels=made.levels,
+            mean=made.mean_map or "unit",
+            observes=observes,
+        )
+    except ValueError:
+        return False
+    sizes = [{key: value.shape for key, value in each.state_dict().items()} for each in (made, other)]
+    return repr(other) == repr(made) and sizes[0] == sizes[1]
+
+
 class Saved(NamedTuple):
     """A model, and the names and sizes that it was made from."""
 
@@ -440,6 +515,59 @@ class Saved(NamedTuple):
     scaling: Scaling
 
 
+def check_savable(model: VAE, origin: Origin | None) -> None:
+    """Refuse, before training, a model of which checkpoints, or with an origin :func:`save`, could not be written.
+
+    Raises:
+        ValueError: a part has a name that is not registered, or state that is no tensor.
+    """
+    _tensors(model)
+    if origin is not None:
+        _named_config(model, origin.config)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, each in memory of its own: tied ones are written twice.
+
+    Raises:
+        ValueError: some state is no tensor, or has no values yet.
+    """
+    found = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor) or nn.parameter.is_lazy(value):
+            raise ValueError(
+                f"{name} is {type(value).__name__}, and a file of weights holds tensors alone; keep it in a buffer (register_buffer), or"
+                " make lazy layers by a first pass"
+            )
+        found[name] = value.detach().cpu().contiguous()
+    seen = set[int]()
+    for name, value in found.items():
+        if value.untyped_storage().data_ptr() in seen:
+            found[name] = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+    return found
+
+
+def _named_config(model: VAE, config: ModelConfig) -> ModelConfig:
+    """The config with the name of the model's prior.
+
+    Raises:
+        ValueError: a name is not registered.
+    """
+    if config.network != UNNAMED and model.network.portable_name is not None:
+        config = replace(config, network=model.network.portable_name)
+    if model.network.has_prior:
+        known = register.prior.name_of(model.network.prior) is not None
+        given_with_network = config.network == UNNAMED and not known
+        config = replace(config, prior=UNNAMED if given_with_network else prior_name(model.network.prior))
+    elif config.prior == AUTO:
+        config = replace(config, prior="standard")
+    for _, registry, name in _registered(config):
+        registry.entry(name)
+    return config
+
+
+@needed_by("models.save")
 def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[int], scaling: Scaling) -> None:
     """Write weights and scales (safetensors) and a description (JSON): enough to load the model without training code.
 
@@ -459,15 +587,7 @@ def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[i
     """
     from safetensors.torch import save as packed
 
-    config = config or ModelConfig(network=UNNAMED, likelihood=UNNAMED)
-    if config.network != UNNAMED and model.network.portable_name is not None:
-        config = replace(config, network=model.network.portable_name)
-    if model.network.has_prior:
-        known = register.prior.name_of(model.network.prior) is not None
-        given_with_network = config.network == UNNAMED and not known
-        config = replace(config, prior=UNNAMED if given_with_network else prior_name(model.network.prior))
-    elif config.prior == AUTO:
-        config = replace(config, prior="standard")
+    config = _named_config(model, config or ModelConfig(network=UNNAMED, likelihood=UNNAMED))
     description = {
         "format": FORMAT,
         "model": asdict(config),
@@ -479,12 +599,13 @@ def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[i
     parts = (("network", config.network, model.network), ("likelihood", config.likelihood, model.likelihood))
     if unnamed := {kind: type(part).__name__ for kind, name, part in parts if name == UNNAMED}:
         description["unnamed"] = unnamed  # for the person who has to give them
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = _tensors(model)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "model.safetensors", packed(state))
     write_whole(folder / "model.json", json.dumps(description, indent=2) + "\n")
 
 
+@needed_by("models.load")
 def load(folder: str | Path, network: Network | None = None, likelihood: Likelihood | None = None) -> Saved:
     """Read a model that :func:`save` wrote.
 
@@ -521,6 +642,7 @@ def load(folder: str | Path, network: Network | None = None, likelihood: Likelih
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights} does not hold the weights of {config}: {error}") from error
     _check_finite(weights, model)
+    model.origin = Origin(config, shape, scaling)
     return Saved(model.eval(), config, shape, scaling)
 
 

@@ -4,6 +4,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, final
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sigma_vae.conditions import Given
+from sigma_vae.extras import needed_by
 from sigma_vae.networks.autoencoder_kl import as_autoencoder_kl
 from sigma_vae.networks.sequence import FRAMES, starts
 from sigma_vae.networks.spatial import MapStatistics, SpatialNetwork, map_statistics
@@ -99,6 +102,8 @@ class VAE(nn.Module):
         self.network = network
         self.likelihood = likelihood
         network.encoder_input = likelihood.encoder_input
+        self.origin: Any = None
+        """:class:`sigma_vae.models.Origin`, for saving: names of the parts, shape and scaling of the data; None where not known."""
 
     def forward(self, x: Tensor, condition: Given | None = None) -> Elbo:
         """Call :meth:`elbo`; wrappers such as DistributedDataParallel need it."""
@@ -261,6 +266,40 @@ class VAE(nn.Module):
             raise ValueError(f"{type(self.network).__name__} reads no condition; leave condition out")
         return (self.network.conditions.rows(condition, n).to(self.device),)
 
+    def save_pretrained(self, folder: str | Path, evaluation: Any = None) -> Path:
+        """Write the model with a card into a folder: see :func:`sigma_vae.hub.save_pretrained`."""
+        saved: Path = _hub().save_pretrained(self, folder, evaluation)
+        return saved
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        network: Network | None = None,
+        likelihood: Likelihood | None = None,
+    ) -> "VAE":
+        """Open a model from a folder, or from the Hugging Face Hub as OWNER/NAME: see :func:`sigma_vae.hub.from_pretrained`."""
+        found: VAE = _hub().from_pretrained(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            network=network,
+            likelihood=likelihood,
+        )
+        return found
+
+    def push_to_hub(self, name: str, *, evaluation: Any = None, private: bool = False, token: str | None = None) -> str:
+        """Write the model with a card to the Hugging Face Hub, and return its address: see :func:`sigma_vae.hub.push_to_hub`."""
+        address: str = _hub().push_to_hub(self, name, evaluation=evaluation, private=private, token=token)
+        return address
+
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
@@ -309,6 +348,7 @@ class VAE(nn.Module):
             return self.network.start_from(data, self.likelihood.mean_map, partial(self.likelihood.start_features, data=data))
 
     @torch.no_grad()
+    @needed_by("VAE.fit_prior")
     def fit_prior(
         self,
         loader: "Iterable[Examples]",
@@ -442,6 +482,11 @@ class VAE(nn.Module):
     def __dir__(self) -> list[str]:
         # Without the deprecated names, which inspect.getmembers and torch.jit.trace would look up.
         return [name for name in super().__dir__() if name not in ("flat_network", "video_network")]  # type: ignore[no-untyped-call]
+
+
+def _hub() -> Any:
+    """The module for the Hub, imported when it is used: it is above this one, and needs more than torch."""
+    return import_module("sigma_vae.hub")
 
 
 def keyed_noise(positions: Tensor, seed: int = 0) -> Noise:

@@ -12,7 +12,7 @@ import tyro
 from torch import Tensor
 
 from sigma_vae import runs
-from sigma_vae.cli.options import RunFolder
+from sigma_vae.cli.options import RunFolder, beside, to_read
 from sigma_vae.columns import Cell
 from sigma_vae.config import LARGEST_COUNT, check_seed, replacing
 from sigma_vae.data import Batches
@@ -91,7 +91,7 @@ def sample(
         device: auto, cpu, cuda or cuda:1.
     """
     check_seed(seed)
-    opened = runs.open_model(Path(run), device)
+    opened = runs.open_model(to_read(run), device)
     network = opened.vae.network
     if prior == "fitted" and not has_fitted_prior(opened.vae):
         fit = f"fit one: sigma-vae fit-prior {run}"
@@ -100,7 +100,7 @@ def sample(
         )
     name = f"samples-standard-prior-{seed}" if prior == "standard" else f"samples-{seed}"
     if opened.scaling.schema is not None:
-        table = checked(Path(out) if out is not None else Path(run) / f"{name}.csv", TABLE_FILES)
+        table = checked(Path(out) if out is not None else beside(run) / f"{name}.csv", TABLE_FILES)
         with standard_prior(opened.vae) if prior == "standard" else nullcontext():
             _sample_rows(opened, table, n, where, seed, show, temperature)
         return
@@ -111,11 +111,11 @@ def sample(
         return
     if condition or per_class:
         name += f"-{runs.word_of('-'.join([*condition, *(['per-class'] if per_class else [])]).replace('=', '-') + '.png')}"
-    path = output(out, Path(run) / name, opened.shape, moving=network.reads_clips)
+    path = output(out, beside(run) / name, opened.shape, moving=network.reads_clips)
     check_count(n if per_class is None else per_class)
     given = _given(opened.vae, condition)
     spread = temperature[0] if len(temperature) == 1 else temperature
-    data = runs.open_run(Path(run), device).data if network.reads_clips else None
+    data = runs.open_run(to_read(run), device).data if network.reads_clips else None
     generator = torch.Generator(opened.vae.device).manual_seed(seed)
     torch.manual_seed(seed)
     with standard_prior(opened.vae) if prior == "standard" else nullcontext():
@@ -233,7 +233,7 @@ def reconstruct(
     examples = _examples(run, data, split, device)
     store, scaling, moving = examples.batches.store, examples.batches.scaling, examples.vae.network.reads_clips
     path = output(
-        out, Path(run) / f"reconstructions-{examples.word}", store.shape[1:] if moving else store.shape, moving=moving
+        out, beside(run) / f"reconstructions-{examples.word}", store.shape[1:] if moving else store.shape, moving=moving
     )
     check_count(n)
     check_seed(seed)
@@ -283,7 +283,7 @@ def predict(
             frames, ...); RUN/predictions-SPLIT.png and .gif unless given.
         device: auto, cpu, cuda or cuda:1.
     """
-    default = Path(run) / f"predictions-{split if data is None else runs.word_of(data)}.png"
+    default = beside(run) / f"predictions-{split if data is None else runs.word_of(data)}.png"
     paths = [checked(Path(out), (".png", ".gif", ".npz"))] if out is not None else [default, default.with_suffix(".gif")]
     check_count(n)
     check_seed(seed)
@@ -350,7 +350,7 @@ def encode(
         device: auto, cpu, cuda or cuda:1.
     """
     examples = _examples(run, data, split, device)
-    path = checked(Path(out) if out is not None else Path(run) / f"codes-{examples.word}.npz", (".npz", ".npy", ".h5ad"))
+    path = checked(Path(out) if out is not None else beside(run) / f"codes-{examples.word}.npz", (".npz", ".npy", ".h5ad"))
     if path.suffix == ".npy":
         _write_batches(path, examples)
         return print(path)
@@ -363,8 +363,8 @@ def encode(
             decoded.append(examples.batches.scaling.undo(examples.vae.decode(posterior.loc, condition=batch.condition)))
     latents = {"mean": torch.cat(means), "std": torch.cat(stds)}
     if path.suffix == ".h5ad":
-        source = Path(data) if data is not None else runs.config_of(Path(run)).data.path
-        columns = runs.columns_of(Path(run)) or [str(i) for i in range(examples.batches.store.shape[0])]
+        source = Path(data) if data is not None else runs.config_of(to_read(run)).data.path
+        columns = runs.columns_of(to_read(run)) or [str(i) for i in range(examples.batches.store.shape[0])]
         write_h5ad(path, source, examples.names, columns, _arrays(latents), _joined(decoded))
     else:
         more = {"expression": torch.cat(decoded)} if decoded else {}
@@ -399,7 +399,7 @@ def score(
 
     check_seed(seed)
     examples = _examples(run, data, split, device)
-    path = checked(Path(out) if out is not None else Path(run) / f"scores-{examples.word}.csv", (".csv", ".parquet"))
+    path = checked(Path(out) if out is not None else beside(run) / f"scores-{examples.word}.csv", (".csv", ".parquet"))
     scores = score_examples(examples.vae, examples.batches, seed)
     fit, bound = ("log_likelihood_nats", "elbo_nats") if examples.vae.likelihood.normalised else ("fit_nats", "objective_nats")
     columns = {fit: scores.log_likelihood, "rate_nats": scores.rate, bound: scores.log_likelihood - scores.rate}
@@ -462,11 +462,11 @@ class _Examples(NamedTuple):
 def _examples(run: str, data: str | None, split: Split, device: str) -> _Examples:
     """A split of the run's own data, or other data."""
     if data is None:
-        opened = runs.open_run(Path(run), device)
+        opened = runs.open_run(to_read(run), device)
         own = opened.data.batches(split, runs.evaluation_batch(opened.data), device=opened.vae.device)
         return _Examples(opened.vae, own, opened.data.names[split], np.full(len(own.store), split), split)
-    saved = runs.open_model(Path(run), device)
-    new = runs.new_data(Path(run), saved, data, split)
+    saved = runs.open_model(to_read(run), device)
+    new = runs.new_data(to_read(run), saved, data, split)
     return _Examples(saved.vae, new.batches, new.names, new.splits, runs.word_of(data))
 
 

@@ -28,6 +28,8 @@ from sigma_vae.registry import register
 __all__ = ["CLIPS", "LARGE", "arranged", "layout_like", "parts_by_key", "read_arrays", "read_hdf5", "read_images"]
 
 _AXES: dict[Layout, int] = {layout: layout.count("-") + 1 for layout in get_args(Layout) if layout != "auto"}
+FEW, LONG = 4, 9
+"""Channels that a series may have, and its least length, to be told from a picture by its shape."""
 _ONE_CHANNEL = {"n-h-w": 1, "n-t": 1, "n-t-h-w": 2}
 CLIPS = frozenset(("n-t-h-w", "n-t-h-w-c", "n-t-c-h-w"))
 """Layouts of clips, whose examples are ``(T, C, H, W)``."""
@@ -407,8 +409,10 @@ def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:
     """
     if layout != "auto":
         return layout
-    if len(shape) in (2, 3):
-        return "n-c" if len(shape) == 2 else "n-h-w"
+    if len(shape) == 2:
+        return "n-c"
+    if len(shape) == 3:
+        return _of_three_axes(shape, name)
     if len(shape) == 1:
         raise ValueError(
             f"{name} needs 2 to 5 axes, examples first, got shape {shape}; save array[:, None] for examples of one value each, or"
@@ -427,6 +431,26 @@ def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:
             f" axes, got shape {shape}; give --layout {before} or --layout {after}"
         )
     return before if first else after
+
+
+def _of_three_axes(shape: tuple[int, ...], name: str) -> Layout:
+    """Pictures, or series of a few channels, as no picture has so few rows.
+
+    Raises:
+        ValueError: the channels are last, which could be meant as slim pictures as well.
+
+    >>> _of_three_axes((100, 28, 28), "x.npy"), _of_three_axes((100, 3, 64), "x.npy")
+    ('n-h-w', 'n-c-t')
+    """
+    rows, columns = shape[1:]
+    if rows <= FEW < LONG <= columns:
+        return "n-c-t"
+    if 1 < columns <= FEW < LONG <= rows:
+        raise ValueError(
+            f"{name} has shape {shape}: for series of {columns} channels save array.swapaxes(1, 2); for pictures of {columns} columns"
+            " give --layout n-h-w"
+        )
+    return "n-h-w"
 
 
 def layout_like(shape: tuple[int, ...], example: tuple[int, ...], clips: bool) -> Layout:

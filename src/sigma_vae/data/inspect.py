@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from sigma_vae.data.scaling import chunks
 from sigma_vae.data.splits import SPLITS, SplitName, Splits, counted
 
-__all__ = ["ChannelStatistics", "Duplicates", "Inspection", "inspect"]
+__all__ = ["ChannelStatistics", "Duplicates", "Inspection", "inspect", "suggested"]
 
 HEAVY_TAILS = 6.0
 """Excess kurtosis above which residuals probably have heavy tails too: twice that of a Laplace distribution."""
@@ -19,6 +19,8 @@ MANY_AT_THE_ENDS = 0.2
 FEW_LEVELS = 32
 ENOUGH_FOR_A_CATEGORICAL = 1_000
 """Examples per level below which a categorical likelihood learns badly."""
+LOOKED_AT = 2**24
+"""Values of a large training split that a suggestion alone looks at: a second or two."""
 SMALL = 20_000
 """Training examples below which σ from training data is too small for new data."""
 
@@ -104,6 +106,25 @@ def inspect(data: Splits) -> Inspection:
         likelihood=likelihood,
         reasons=reasons,
     )
+
+
+def suggested(data: Splits) -> tuple[str, str]:
+    """The likelihood that :func:`inspect` suggests, and why; of a large training split it looks at a part, evenly spaced.
+
+    >>> from sigma_vae.data.scaling import Scaling
+    >>> from sigma_vae.data.stores import InMemory
+    >>> columns = [InMemory(torch.randn(n, 3)) for n in (50, 5, 5)]
+    >>> suggested(Splits("a table", *columns, Scaling(), record={}))[0]
+    'gaussian/optimal-channel'
+    """
+    size = math.prod(data.shape) * (data.frames or 1)
+    n = min(len(data.train), max(LOOKED_AT // size, 1))
+    looked_at = replace(data, train=data.train.select(torch.arange(n) * len(data.train) // n))
+    passed = _Pass(looked_at)
+    for stored in chunks(looked_at.train):
+        passed.add(stored)
+    likelihood, reasons = _suggestion(data, passed.channels(), passed)
+    return likelihood, reasons[0]
 
 
 class _Pass:

@@ -1,9 +1,11 @@
-"""Pictures: grids of images as PNG, clips as PNG or GIF, and the page of calibration plots."""
+"""Pictures: grids of images as PNG, clips as PNG or GIF, single plots as SVG, and the page of calibration plots."""
 
+import io
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,15 +22,23 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "DASHES",
+    "MARKERS",
+    "OKABE_ITO",
+    "Plot",
+    "calibration_plots",
     "drawable",
     "in_unit_range",
     "pairs",
+    "plot_in_words",
+    "png",
     "reconstructed",
     "sampled",
     "sampled_per_class",
     "save_clips",
     "save_grid",
     "save_page",
+    "svg",
 ]
 
 WIDTH = 500
@@ -54,8 +64,22 @@ AXIS_STYLES: tuple[dict[str, Any], ...] = (
 BAND: dict[str, Any] = {"color": "0.75", "alpha": 0.6, "linewidth": 0}
 TICKS = ((1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0,))
 """Ticks of each decade, on axes with one, two or more decades."""
+PANEL = (4.6, 3.3)
+"""Inches of a single plot; on a phone the text shrinks by only a fifth."""
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+CLIP_PATH = re.compile(rb'(?<=<clipPath id=")[^"]+')
+Draw = Callable[["Axes"], None]
 STDS = 2.58
 """Half the width of bands, in stds: they hold 99 % of what a calibrated model with independent values would show."""
+
+
+class Plot(NamedTuple):
+    """An SVG file with its numbers in words."""
+
+    content: bytes
+    alt: str
 
 
 def drawable(shape: tuple[int, ...]) -> bool:
@@ -112,6 +136,17 @@ def save_clips(path: Path, clips: Tensor, columns: int | None = None) -> None:
     first, *rest = [_grid(frame, columns, None) for frame in clips.unbind(1)]
     with replacing(path) as aside:
         first.save(aside, save_all=True, append_images=rest, duration=MILLISECONDS, loop=0)
+
+
+def png(images: Tensor, columns: int | None = None) -> bytes:
+    """The picture of :func:`save_grid`, as the content of a PNG file.
+
+    Raises:
+        ValueError: the channels are neither 1 nor 3.
+    """
+    buffer = io.BytesIO()
+    _grid(images, columns, None).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _grid(images: Tensor, columns: int | None, zoom: int | None) -> "Image":
@@ -233,6 +268,26 @@ def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:
         figure.savefig(aside, dpi=150, metadata=UNDATED[path.suffix])
 
 
+def calibration_plots(report: Mapping[str, Any]) -> dict[str, Plot]:
+    """The four plots of :func:`save_page`, each by itself: ``coverage``, ``pit``, ``error`` and ``residuals``."""
+    own = next(iter(_kinds(report).values()))
+    covered = (f"{percent} %: {100 * share['mean']:.1f}" for percent, share in own["coverage"].items())
+    bars = (f"{share * len(own['pit']):.2f}" for share in own["pit"])
+    axes = report["residuals"]["axes"] or {}
+    lags = (f"{name} {', '.join(f'{value:.2f}' for value in axis['autocorrelation'])}" for name, axis in axes.items())
+    bins = report["sigma"]["per_value"] if report["sigma"] is not None else {"predicted_variance": [], "mean_squared_error": []}
+    pairs = zip(bins["predicted_variance"], bins["mean_squared_error"], strict=True)
+    against = (f"{math.sqrt(variance):.3g} and {math.sqrt(error):.3g}" for variance, error in pairs)
+    return {
+        "coverage": Plot(svg(lambda axes: _coverage(axes, report), 0), plot_in_words("Percent of values inside", covered)),
+        "pit": Plot(svg(lambda axes: _pit(axes, report), 0), plot_in_words("PIT histogram, densities", bars)),
+        "error": Plot(svg(lambda axes: _error(axes, report["sigma"]), 0), plot_in_words("Predicted σ and error", against)),
+        "residuals": Plot(
+            svg(lambda axes: _residuals(axes, report["residuals"]), 0), plot_in_words("Correlation of errors by lag", lags)
+        ),
+    }
+
+
 def _kinds(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {name: report[name] for name in STYLES if report[name] is not None}
 
@@ -321,3 +376,43 @@ def _residuals(axes: "Axes", residuals: Mapping[str, Any]) -> None:
 
 def _say(axes: "Axes", words: str) -> None:
     axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes, color="0.4")
+
+
+def svg(draw: Draw, entries: int, height: float = PANEL[1]) -> bytes:
+    """Draw an SVG; the same numbers give the same bytes, whatever the user's style."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context(
+        [
+            "default",
+            {
+                "svg.hashsalt": "sigma-vae",
+                "svg.fonttype": "none",
+                "font.size": 9,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+            },
+        ]
+    ):
+        figure = Figure(figsize=(PANEL[0], height + 0.2 * math.ceil(entries / 2)), layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        if entries:
+            figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return _with_plain_names(buffer.getvalue())
+
+
+def _with_plain_names(svg: bytes) -> bytes:
+    """Number the clip paths: matplotlib's names depend on the last bits of coordinates."""
+    names = dict.fromkeys(CLIP_PATH.findall(svg))
+    for number, name in enumerate(names):
+        svg = svg.replace(name, b"clip-%d" % number)
+    return svg
+
+
+def plot_in_words(what: str, numbers: Iterable[str]) -> str:
+    """Alternative text of a plot: its numbers."""
+    return f"Plot. {what}: {'; '.join(numbers)}."

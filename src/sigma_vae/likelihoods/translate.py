@@ -111,10 +111,13 @@ def explain(
         raise ValueError(f"a cross-entropy is of values in [0, 1], whose range is 1, got {value_range}")
     if (reduction == "sum") != (kl_reduction == "sum") and batch_size is None:
         raise ValueError(
-            "one term is summed over the batch and the other is not, so the weight depends on it: pass the batch size"
+            "one term is summed over the batch and the other is not, so the weight depends on it: pass the batch size (batch_size=,"
+            " --batch-size)"
         )
     if kl_reduction == "mean" and latent_dim is None:
-        raise ValueError("a KL that is a mean over latents weighs less the more there are: pass the latent dimension")
+        raise ValueError(
+            "a KL that is a mean over latents weighs less the more there are: pass the latent dimension (latent_dim=, --latent-dim)"
+        )
     batch = batch_size or 1
     error_factor = {"sum": batch, "batch-mean": 1.0, "mean": 1 / dims}[reduction] * (0.5 if half else 1.0)
     kl_factor = {"sum": batch, "batch-mean": 1.0, "mean": 1 / (latent_dim or 1)}[kl_reduction]

@@ -180,6 +180,7 @@ def _cell(spec: StudySpec, place: dict[str, Any], chosen: Sequence[Mapping[str, 
     for settings in chosen:
         for path, value in settings.items():
             _put(content, path, value)
+    content.setdefault("model", {})  # a study says its likelihoods: none is chosen by the data
     config = parse(content, RunConfig, f"{spec.title}, cell {place}")
     if config.model.prior == "auto":
         config = replace(config, model=replace(config.model, prior=STANDARD))

@@ -17,11 +17,12 @@ from typing import Any, final
 import numpy as np
 import torch
 
+from sigma_vae import models
 from sigma_vae.config import LoggerName, TrainingConfig
 from sigma_vae.data import Batches, Splits, as_splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.networks.principal import sample_of
-from sigma_vae.training.callbacks import Bar, Callback, Context, Patience
+from sigma_vae.training.callbacks import Callback, Context, Patience, progress_of
 from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
 from sigma_vae.training.distributed import (
     check_processes,
@@ -101,6 +102,7 @@ def fit(
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[LoggerName | TrainingLogger] | None = None,
+    save: bool = True,
 ) -> FitResult:
     """Train in place, take the weights with the best validation ELBO, and solve σ on the validation data.
 
@@ -115,19 +117,22 @@ def fit(
         vae: model to train.
         data: splits, or anything that :func:`sigma_vae.data.as_splits` reads; the test split is not used.
         config: training settings.
-        out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; without it nothing is kept.
+        out: folder for the model, ``metrics.csv``, TensorBoard events and ``checkpoints/``; without it nothing is kept.
+            ``models.load(out)`` opens the model; a network or likelihood of your own is given to it
+            (``models.load(out, network=mine)``), unless it was made by its registered name.
         seed: seed of the data's order and of the noise. The weights were drawn when ``vae`` was made.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         resume: continue exactly from the newest undamaged checkpoint in ``out/checkpoints``.
-        progress: show a progress bar.
+        progress: show a progress bar, or where output is redirected a line a minute.
         callbacks: hooks; see :class:`Callback`.
         loggers: ``csv``, ``tensorboard``, ``wandb``, ``mlflow`` (these write where ``out`` is given), or loggers of
             Lightning Fabric or pytorch-lightning. Default: ``config.logger``.
+        save: write the model into ``out/model``.
 
     Raises:
         ValueError: the device does not exist; there is nothing undamaged to resume, or more epochs are over than
             ``config`` has; ``out`` has checkpoints although ``resume`` is off, or another process writes there; the
-            network reads clips and the data have none, or the other way round.
+            network reads clips and the data have none, or the other way round; the model cannot be saved.
         NonFiniteLossError: the loss is NaN or infinite; the error names step, term, σ and the batch's range.
         KeyboardInterrupt: Ctrl-C, after the step was finished and a checkpoint written.
         Terminated: SIGTERM, likewise; if not caught, it ends the process with exit code 143.
@@ -142,6 +147,8 @@ def fit(
         _check_clips(vae, splits)
         _check_conditions(vae, splits)
         seed_generators(seed)
+        origin = vae.origin = models.Origin.of(vae, splits)
+        models.check_savable(vae, origin if out is not None and save else None)
         folder = (out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))).absolute()
         stack.enter_context(exclusive(folder / "checkpoints"))
         resumed = _resumed(folder / "checkpoints", resume=resume)
@@ -161,7 +168,7 @@ def fit(
         choices = choices_for(model, splits, config, where)
         if progress and us.first:
             print(f"{choices}; start: {start}")
-            callbacks = [*callbacks, Bar()]
+            callbacks = [*callbacks, progress_of()]
         kept = out and folder
         named = config.logger if loggers is None else loggers
         context = Context(model, config, kept, total_steps, _loggers(named, kept, resumed) if us.first else [])
@@ -175,6 +182,8 @@ def fit(
         vae.to(where).eval()
         training_sigma = _calibrated(vae, _sample(splits, "train", where))
         _calibrated(vae, shared(splits, "validation", _passing_batch(splits), where))
+        if kept is not None and save:
+            from_first(lambda: models.save(kept / models.MODEL, vae, *origin))
         best, skipped = checkpoints.best, training.stepper.skipped_steps
         return FitResult(context.step, tuple(training.history), best.step, best.score, kept, skipped, training_sigma)
 

@@ -421,6 +421,8 @@ class EvaluationSettings(_Strict):
     """Names of the metrics."""
     split: Literal["validation", "test"] = "test"
     """Split to evaluate."""
+    examples: int | None = None
+    """Most examples to evaluate, chosen at random; all unless given."""
     seed: int = 0
     """Seed of the noise. The noise is keyed by example, so no number depends on the batch size."""
     draws: int = 64
@@ -442,7 +444,7 @@ class EvaluationSettings(_Strict):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be measured."""
-        self._require(1, "at least 1", "draws", "samples", "best_of")
+        self._require(1, "at least 1", "examples", "draws", "samples", "best_of")
         check_seed(self.seed)
         if not self.features:
             raise ValueError("features names at least one extractor, got none; efficientnet is one")

@@ -235,7 +235,8 @@ def _table(report: Evaluation) -> "Table":
     about = report.about
     prior = "" if about.get("prior", "standard") == "standard" else f" · prior {about['prior']}"
     split = "" if about["split"] == "all" else f"{about['split']} "
-    examples = f"{report.bounds.examples} {split}examples"
+    of = f" of {about['of_examples']}" if "of_examples" in about else ""
+    examples = f"{report.bounds.examples}{of} {split}examples"
     table = Table(title=f"{about['data']} · {about['network']} · {about['likelihood']}{prior} · {examples}")
     table.add_column("")
     table.add_column("mean", justify="right")

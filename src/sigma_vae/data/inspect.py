@@ -208,13 +208,13 @@ def _suggestion(data: Splits, channels: tuple[ChannelStatistics, ...], passed: _
         return "bernoulli", ("there are two levels: Bernoulli is an exact likelihood", *warnings)
     if levels is not None and used is not None and used <= FEW_LEVELS and len(data.train) >= ENOUGH_FOR_A_CATEGORICAL * used:
         return "categorical", (f"{used} levels occur, and there are enough examples to learn each of them", *warnings)
-    if max(channel.excess_kurtosis for channel in channels) > HEAVY_TAILS:
+    if len(data.shape) == 1 and len(channels) > 1:
+        return "gaussian/optimal-channel", ("each column of a table has its own noise: one solved σ per column", *warnings)
+    if levels is None and max(channel.excess_kurtosis for channel in channels) > HEAVY_TAILS:
         return "student-t/optimal", (
             "some values are extreme (excess kurtosis above 6): they should not decide the scale",
             *warnings,
         )
-    if len(data.shape) == 1 and len(channels) > 1:
-        return "gaussian/optimal-channel", ("each column of a table has its own noise: one solved σ per column", *warnings)
     return "gaussian/optimal", ("one σ for all values, solved exactly, is a good start", *warnings)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
 
 import numpy as np
@@ -108,6 +108,22 @@ class Splits:
     def values(self, split: SplitName) -> Tensor:
         """Return a whole split as a model reads it: in [0, 1], or standardised."""
         return self.scaling(self.stored(split))
+
+    def sampled(self, split: SplitName, count: int, seed: int = 0) -> "Splits":
+        """The same data with at most so many examples of a split: chosen at random, as files may be sorted; in their order.
+
+        >>> from sigma_vae.data.stores import InMemory
+        >>> part = InMemory(torch.arange(100)[:, None])
+        >>> splits = Splits("numbers", part, part, part, Scaling(levels=100), record={}).sampled("test", 3)
+        >>> splits.names["test"].tolist() == splits.stored("test")[:, 0].tolist(), len(splits.test), len(splits.train)
+        (True, 3, 100)
+        """
+        store = self.store(split)
+        if count >= len(store):
+            return self
+        chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        parts: dict[str, Any] = {**self._parts, split: store.select(chosen)}
+        return replace(self, **parts, names={**self.names, split: self.names[split][chosen.numpy()]})
 
     def batches(
         self,

@@ -366,11 +366,7 @@ def spaced(n: int, most: int) -> Tensor:
 
 def subset(data: Splits, split: SplitName, n: int, batch: int, seed: int, device: torch.device) -> Batches:
     """N examples of a split in their order, chosen at random as files may be sorted; all if there are no more."""
-    store = data.store(split)
-    if n < len(store):
-        chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:n]
-        store = store.select(chosen.sort().values)
-    return Batches(store.to(device), data.scaling, batch)
+    return Batches(data.sampled(split, n, seed).store(split).to(device), data.scaling, batch)
 
 
 def about(data: Splits) -> dict[str, Any]:

@@ -115,7 +115,9 @@ def evaluation(
 
     ``priors`` is what :meth:`VAE.fit_prior` found.
     """
-    config, vae, data = run
+    config, vae, whole = run
+    count = len(whole.store(settings.split))
+    data = whole.sampled(settings.split, settings.examples or count)
     size = evaluation_batch(data)
     held_out, training = (shared(data, split, size, vae.device) for split in (settings.split, "train"))
     about = _about(out, config.model, vae, config.data.source, settings.split, priors)
@@ -124,6 +126,8 @@ def evaluation(
         "split_fingerprint": data.store(settings.split).fingerprint(),
         "preprocessing": data.record["preprocessing"],
     }
+    if data is not whole:
+        about["of_examples"] = count
     return _measured(vae, EvaluationData(held_out, training, data), settings, about)
 
 

@@ -204,12 +204,14 @@ def check_latents(prior: str, vae: VAE, data: Splits) -> None:
         )
 
 
-def take_prior(prior: str, vae: VAE, data: Splits, seed: int) -> dict[str, float]:
+def take_prior(prior: str, vae: VAE, data: Splits, seed: int, most: int | None = None) -> dict[str, float]:
     """Put the named prior into the model, fitted to the latents of the training split, and return what its fit found.
 
     The validation split makes its choices, and takes a simpler prior where that is better. Where several processes
-    train, the first one fits it and the others take it over.
+    train, the first one fits it and the others take it over. At most ``most`` examples of each split are encoded.
     """
+    if most is not None:
+        data = data.sampled("train", most).sampled("validation", most)
     made = models.priors(prior, vae.network, len(data.train))
     if not any(each.needs_fit for each in made):
         for each in made:

@@ -14,11 +14,11 @@ from sigma_vae.config import DataConfig, RunConfig, parse, write
 from sigma_vae.data import Scaling, Splits, names
 from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.plots import drawable
-from sigma_vae.runs.evaluate import draw, evaluation, store
+from sigma_vae.runs.evaluate import BOUNDS_ALONE, draw, evaluation, store
 from sigma_vae.runs.folder import Run, config_of, data_of, fitted_on, save_refitted, write_json, write_splits
 from sigma_vae.runs.page import write_page
 from sigma_vae.runs.refit import check_latents, take_prior
-from sigma_vae.training import fit, resolve_device
+from sigma_vae.training import fit, held_out_examples, resolve_device
 from sigma_vae.training.checkpoints import BEFORE, LOCK, exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first, from_first, joined, processes
 from sigma_vae.training.hardware import Choices, choices_for
@@ -193,9 +193,10 @@ def _finish(
     if progress and done.skipped_steps:
         print(f"{done.skipped_steps} of {done.steps} steps were skipped: their gradient norm reached skip_gradient_norm")
     vae.to(resolve_device(config.device))
-    priors = take_prior(config.model.prior, vae, data, config.seed)
+    priors = take_prior(config.model.prior, vae, data, config.seed, held_out_examples(config.training, data, done.steps))
     from_first(lambda: _save(out, config, vae, data, done.training_sigma))
-    report = evaluation(out, Run(config, vae, data), priors=priors)
+    examples = held_out_examples(config.training, data, done.steps)
+    report = evaluation(out, Run(config, vae, data), replace(BOUNDS_ALONE, examples=examples), priors)
     return from_first(lambda: _write_report(out, report, Run(config, vae, data), page=page))
 
 

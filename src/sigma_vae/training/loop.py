@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice, repeat
 from operator import index
 from pathlib import Path
@@ -181,7 +181,7 @@ def fit(
             vae.load_state_dict(checkpoints.newest_weights())
         vae.to(where).eval()
         training_sigma = _calibrated(vae, _sample(splits, "train", where))
-        _calibrated(vae, shared(splits, "validation", _passing_batch(splits), where))
+        _calibrated(vae, _passing(splits, "validation", held_out_examples(config, splits, total_steps), where))
         if kept is not None and save:
             from_first(lambda: models.save(kept / models.MODEL, vae, *origin))
         best, skipped = checkpoints.best, training.stepper.skipped_steps
@@ -215,7 +215,8 @@ class _Training:
             self.about["conditions"] = asdict(self.vae.network.conditions)
         self.part = _sample(data, "validation", where)
         self.trained_part = _sample(data, "train", where)
-        held_out = shared(data, "validation", _passing_batch(data), where)
+        interval = min(self.config.validation_interval(len(batches)), context.total_steps)
+        held_out = _passing(data, "validation", held_out_examples(self.config, data, interval), where)
         self.validation = Validation(self.vae, held_out, batches.log_volume_nats)
         self.history: list[dict[str, float]] = []
         self.seconds_before = 0.0
@@ -573,14 +574,19 @@ def _calibrated_examples(data: Splits) -> int:
     return max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), 2, processes().world_size)
 
 
+def held_out_examples(config: TrainingConfig, data: Splits, steps: int) -> int:
+    """Most examples that may be looked at beside so many steps: as many as these train on, or those of a quick look."""
+    return max(_calibrated_examples(data), steps * config.batch_size)
+
+
 def _sample(data: Splits, split: SplitName, where: torch.device | str = "cpu") -> Batches:
-    """This process's share of some examples of a split, chosen at random as files may be sorted: a quick look."""
-    store = data.store(split)
-    chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))[: _calibrated_examples(data)]
-    chosen = chosen.sort().values
-    part = store.select(chosen)
-    data = replace(data, train=part) if split == "train" else replace(data, validation=part)
-    return shared(data, split, _passing_batch(data), where)
+    """This process's share of some examples of a split: a quick look."""
+    return _passing(data, split, _calibrated_examples(data), where)
+
+
+def _passing(data: Splits, split: SplitName, count: int, where: torch.device | str) -> Batches:
+    """This process's share of at most so many examples of a split, where nothing is trained."""
+    return shared(data.sampled(split, count), split, _passing_batch(data), where)
 
 
 def _passing_batch(data: Splits) -> int:

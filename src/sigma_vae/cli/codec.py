@@ -145,7 +145,9 @@ def _pixels(path: Path, levels: int | None) -> Array:
                 raise ValueError(f"it has the mode {image.mode} and {getattr(image, 'n_frames', 1)} frames")
             values = np.asarray(whole.convert("L") if whole.mode == "1" else whole)
     except (OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:
-        raise ValueError(f"{path} cannot be kept without loss: {error}; convert it to a PNG of grey levels or colours") from error
+        raise ValueError(
+            f"{path} cannot be kept without loss: {error}; convert it to a PNG of grey levels or colours"
+        ) from error
     channels_first = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
     step = _step(levels, values.dtype)
     off = step is None or bool((channels_first % step).any())

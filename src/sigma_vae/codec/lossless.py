@@ -5,7 +5,6 @@ import hashlib
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, final
 
@@ -221,7 +220,7 @@ class Codec:
         raise ValueError(
             f"this machine computes other numbers with this model than the machine that wrote the file, so it cannot decode it:"
             f" written with {written}; here {', '.join(f'{name} {value}' for name, value in here.items())}. Decode it where these"
-            " agree (ATEN_CPU_CAPABILITY=avx2 makes torch do with an older processor's instructions)"
+            " agree; the environment ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 makes torch compute like on an older processor"
         )
 
     def _check_word(self, shape: tuple[int, ...]) -> str:
@@ -236,13 +235,16 @@ class Codec:
         return every.hexdigest()[:32]
 
     def _check(self, blob: bytes, examples: Sequence[Array]) -> None:
-        found = self.unpack(blob).examples
-        same = len(found) == len(examples) and all(map(partial(np.array_equal, equal_nan=True), found, examples))
-        if not same:
+        try:
+            found = self.unpack(blob).examples
+            problem = None if len(found) == len(examples) and all(map(_same, found, examples)) else ValueError("other examples")
+        except ValueError as error:
+            problem = error
+        if problem is not None:
             raise ValueError(
-                "the self-check failed: the model does not compute the same numbers twice, so it cannot code (does it draw random"
-                " numbers in eval mode?)"
-            )
+                "the self-check failed, nothing was written: the model does not compute the same numbers twice, so it cannot code"
+                " (does it draw random numbers in eval mode?)"
+            ) from problem
 
     def _unfit(self, example: Array) -> str:
         """Why the model cannot represent an example; empty if it can."""
@@ -259,7 +261,9 @@ class Codec:
         values = example.detach().cpu()
         if not values.is_floating_point():
             top = self.levels - 1
-            raise ValueError(f"examples are floats k/{top}, as the model reads them, got {values.dtype}; divide the levels by {top}")
+            raise ValueError(
+                f"examples are floats k/{top}, as the model reads them, got {values.dtype}; divide the levels by {top}"
+            )
         scaled = values.double() * (self.levels - 1)
         levels = scaled.round()
         off = (scaled - levels).abs().max() if values.numel() else 0.0
@@ -298,6 +302,10 @@ def _model_digest(vae: VAE) -> str:
         whole.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         whole.update(value.contiguous().numpy().tobytes())
     return whole.hexdigest()[:32]
+
+
+def _same(one: Array, other: Array) -> bool:
+    return np.array_equal(one, other, equal_nan=True)
 
 
 def _content(examples: Sequence[Array]) -> str:

@@ -76,7 +76,9 @@ def compress(
 
 
 def decompress(run: RunFolder, file: File, *, out: str, damaged: Damaged = "refuse") -> None:
-    """Restore what ``compress`` wrote: pictures as PNG files with their names, other data as examples.npy (levels).
+    """Restore what ``compress`` wrote.
+
+    Pictures come back as PNG files with their names, other data as examples.npy, the levels in their order.
 
     Args:
         run: Folder of the run that compressed the file.

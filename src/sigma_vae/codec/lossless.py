@@ -119,7 +119,7 @@ class Codec:
         examples = [self._as_values(example) for example in self.unpack(blob).examples]
         if len({example.shape for example in examples}) > 1:
             raise ValueError("the file has raw examples of other shapes, which make no tensor; take unpack(blob).examples")
-        return torch.stack(examples) if examples else torch.empty(0)
+        return torch.stack(examples) if examples else torch.empty(0, *(self.shape or ()))
 
     def pack(self, examples: Sequence[Array], *, raw: bool = False, about: dict[str, Any] | None = None) -> bytes:
         """Encode examples given as whole numbers, the levels 0..levels−1 ``(C, *space)``, with words about them.
@@ -213,6 +213,10 @@ class Codec:
         """Refuse another model, and a machine that computes other numbers."""
         if header.model != self.digest:
             raise ValueError(f"the file needs the model {header.model}, this one is {self.digest}; give the run that wrote it")
+        if self.shape not in (None, header.shape):
+            raise ValueError(
+                f"the file has examples of shape {header.shape}, the model codes {self.shape}; give the run that wrote it"
+            )
         if not header.chunks or header.check == self._check_word(header.shape):
             return
         here = _machine()

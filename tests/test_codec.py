@@ -245,23 +245,47 @@ def test_hierarchical_networks_are_lossless(likelihood):
     assert torch.equal(Codec(vae).decode(Codec(vae).encode(x)), x)
 
 
+@pytest.mark.parametrize("given_data", [False, True])
+def test_descending_by_known_latents_is_decoding_them(given_data):
+    network, x = hierarchy(IMAGE, 1).eval(), levels_of(IMAGE, n=1)
+    latents = network.draw_latents(x)
+    known, posteriors = iter(latents), []
+
+    def choose(prior, posterior):
+        posteriors.append(posterior)
+        assert prior.loc.shape == (1, 2, *network.latents.shapes[len(posteriors) - 1][1:])
+        return next(known)
+
+    assert torch.equal(network.descend(choose, x if given_data else None), network.decode(latents))
+    assert all((q is not None) == given_data for q in posteriors)
+
+
+RANDOM_LIKELIHOODS = {
+    "gaussian": lambda channels, **k: Gaussian(channels, Fixed(0.05), **k),
+    "student-t": lambda channels, **k: StudentT(channels, Fixed(0.01), df=2, **k),
+    "categorical": Categorical,
+    "logistic-mixture": lambda channels, **k: LogisticMixture(channels, 2, **k),
+}
+
+
 @given(
     seed=st.integers(0, 2**20),
     n=st.integers(0, 5),
     chunk=st.integers(1, 4),
-    shape=st.sampled_from([(1, 4, 4), (2, 3), (5,)]),
+    case=st.sampled_from([(flat, (1, 4, 4)), (hierarchy, (1, 4, 4)), (hierarchy, (3, 4, 4)), (flat, (2, 3)), (flat, (5,))]),
+    name=st.sampled_from(sorted(RANDOM_LIKELIHOODS)),
     levels=st.sampled_from([2, 3, 17, 256]),
     spread=st.floats(0.01, 30),
 )
-@settings(max_examples=25, deadline=None)
-def test_random_models_and_data_are_lossless(seed, n, chunk, shape, levels, spread):
-    """Also of models that never saw such data: surprise costs bits, not correctness."""
-    torch.manual_seed(seed)
-    likelihood = Gaussian(shape[0], Fixed(0.05), spatial_dims=len(shape) - 1, levels=levels)
-    network = flat(shape, likelihood.in_channels, seed=seed)
+@settings(max_examples=40, deadline=None)
+def test_random_models_and_data_are_lossless(seed, n, chunk, case, name, levels, spread):
+    """Also of models that never saw such data, and are sure of something else: surprise costs bits, not correctness."""
+    make, shape = case
+    likelihood = RANDOM_LIKELIHOODS[name](shape[0], spatial_dims=len(shape) - 1, levels=levels)
+    network = make(shape, likelihood.in_channels, seed=seed)
     with torch.no_grad():
         list(network.encoder.parameters())[-1].mul_(spread)
-    x = torch.randint(0, levels, (n, *shape)).float() / (levels - 1)
+    x = torch.randint(0, levels, (n, *shape), generator=torch.Generator().manual_seed(seed)).float() / (levels - 1)
     codec = Codec(VAE(network, likelihood), shape, chunk=chunk, check=False)
     assert torch.equal(codec.decode(codec.encode(x)), x)
 

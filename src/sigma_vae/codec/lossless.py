@@ -138,7 +138,7 @@ class Codec:
                 " (raw=True, --raw yes)"
             )
         apart = {i for i, _ in problems}
-        coded = [example.astype(np.int64) for i, example in enumerate(examples) if i not in apart]
+        coded = [example for i, example in enumerate(examples) if i not in apart]
         blob = self._written(coded, [np.asarray(examples[i]) for i in sorted(apart)], tuple(sorted(apart)), about or {})
         if self.check:
             self._check(blob, examples)
@@ -158,11 +158,11 @@ class Codec:
         positions = sorted(found)
         return Unpacked([found[i] for i in positions], positions, opened.header.about)
 
-    def _written(self, coded: list[Ints], apart: list[Array], positions: tuple[int, ...], about: dict[str, Any]) -> bytes:
+    def _written(self, coded: list[Array], apart: list[Array], positions: tuple[int, ...], about: dict[str, Any]) -> bytes:
         assert self.shape is not None
         chunks, payloads = [], []
         for start in range(0, len(coded), self.chunk):
-            some = coded[start : start + self.chunk]
+            some = [example.astype(np.int64) for example in coded[start : start + self.chunk]]
             payload, seeds = self._chain(some)
             chunks.append(Part(len(some), len(payload), digest_of(payload), _content(some), seeds))
             payloads.append(payload)

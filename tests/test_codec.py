@@ -632,12 +632,18 @@ def test_names_that_lead_out_of_the_folder_are_refused(picture_run, tmp_path, ca
     [
         (["compress", "RUN", "--out", "x.zip"], "should end in .sv"),
         (["compress", "RUN", "digits", "mnist-5k", "--out", "x.sv"], "one data set or file"),
+        (["compress", "RUN", "a.jpg", "a.jpg.png", "--out", "x.sv"], "restored as a.jpg.png"),
+        (["compress", "RUN", "a:b.png", "--out", "x.sv"], "no name inside"),
+        (["compress", "RUN", "broken.png", "--out", "x.sv"], "cannot be kept without loss"),
         (["decompress", "RUN", "RUN/config.yaml", "--out", "out"], "no file of"),
         (["decompress", "RUN", "x.sv", "--out", "RUN"], "not an empty folder"),
     ],
 )
 def test_wrong_words_are_explained(digits_run, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
+    for name in ("a.jpg", "a.jpg.png", "a:b.png"):
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(name)
+    Path("broken.png").write_bytes(b"no picture")
     assert main([word.replace("RUN", str(digits_run)) for word in words]) == 1
     assert message in capsys.readouterr().err
 

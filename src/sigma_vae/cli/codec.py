@@ -123,6 +123,7 @@ def _levels(store: Store) -> list[Array]:
 def _pictures(sources: Sequence[str]) -> dict[str, Path]:
     """Picture files by their names, relative to the folder that was given; empty if a source is something else."""
     found: dict[str, Path] = {}
+    places: dict[PurePosixPath, str] = {}
     for source in map(Path, sources):
         inside = sorted(source.rglob("*")) if source.is_dir() else [source]
         files = [path for path in inside if path.is_file() and path.suffix.lower() in picture_endings()]
@@ -130,8 +131,9 @@ def _pictures(sources: Sequence[str]) -> dict[str, Path]:
             return {}
         for path in files:
             name = (path.relative_to(source) if source.is_dir() else Path(path.name)).as_posix()
-            if name in found:
-                raise ValueError(f"{path} and {found[name]} would be restored under one name; compress them apart")
+            if (place := _inside(name)) in places:
+                raise ValueError(f"{path} and {found[places[place]]} would be restored as {place}; compress them apart")
+            places[place] = name
             found[name] = path
     return found
 
@@ -178,10 +180,10 @@ def _restore(folder: Path, found: Unpacked, saved: Saved) -> None:
 
 
 def _inside(name: object) -> PurePosixPath:
-    """A name from a file, perhaps a hostile one, as a path inside of the folder; of other formats with .png added."""
+    """Where a picture is restored: a name, perhaps from a hostile file, inside of the folder, with .png added to others."""
     path = PurePosixPath(name if isinstance(name, str) else "")
     if path.is_absolute() or not path.name or ".." in path.parts or any(c in path.as_posix() for c in "\\:\0"):
-        raise ValueError(f"the file names a picture {name!r}, which is no name inside of a folder")
+        raise ValueError(f"a picture is named {name!r}, which is no name inside of a folder that it could be restored to")
     return path if path.suffix == ".png" else path.with_name(path.name + ".png")
 
 

@@ -590,17 +590,19 @@ def test_pictures_come_back_with_their_names(picture_run, tmp_path):
 
 def test_pictures_of_another_size_or_off_the_levels_are_refused_or_stored(picture_run, tmp_path, capsys):
     run, folder = picture_run
-    odd, grey, colour = tmp_path / "odd.png", tmp_path / "grey.png", tmp_path / "colour.bmp"
+    odd, grey, deep, colour = (tmp_path / name for name in ("odd.png", "grey.png", "deep.png", "colour.bmp"))
     random = np.random.default_rng(1)
     Image.fromarray(np.full((3, 5), 255, np.uint8)).save(odd)
     Image.fromarray(random.integers(0, 2, (8, 8)).astype(np.uint8)).save(grey)  # 0 and 1 of 255, not levels 0 and 1
     Image.fromarray(random.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(colour)
-    words = ["compress", str(run), str(folder / "a" / "0.png"), str(odd), str(grey), str(colour), "--out"]
+    Image.fromarray(65535 * random.integers(0, 2, (8, 8)).astype(np.uint16)).save(deep)  # two levels, but not of 8 bits
+    paths = [folder / "a" / "0.png", odd, grey, deep, colour]
+    words = ["compress", str(run), *map(str, paths), "--out"]
     assert main([*words, str(tmp_path / "x.sv")]) == 1
     assert "--raw yes" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "x.sv"), "--raw", "yes"]) == 0
     assert main(["decompress", str(run), str(tmp_path / "x.sv"), "--out", str(tmp_path / "out")]) == 0
-    for path in (folder / "a" / "0.png", odd, grey, colour):
+    for path in paths:
         name = path.name if path.suffix == ".png" else f"{path.name}.png"
         assert np.array_equal(Image.open(path), Image.open(tmp_path / "out" / name)), path
 

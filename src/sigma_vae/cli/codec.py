@@ -23,9 +23,9 @@ from sigma_vae.models import Saved
 
 __all__ = ["compress", "decompress"]
 
-MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "I;16": "I;16"}
-"""Pillow's modes whose values are kept, and those that they are written in."""
-CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
+MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16")
+"""Pillow's modes whose values are kept."""
+MOST_CHANNELS = 4
 CHUNK_OF_STORE = 256
 
 Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FILES|DATA ...]")]
@@ -153,14 +153,19 @@ def _pixels(path: Path, levels: int | None) -> Array:
             f"{path} cannot be kept without loss: {error}; convert it to a PNG of grey levels or colours"
         ) from error
     channels_first = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
-    step = _step(levels, values.dtype)
-    off = step is None or bool((channels_first % step).any())
+    step = _step(levels)
+    off = step is None or values.dtype != _dtype(levels) or bool((channels_first % step).any())
     return channels_first.astype(np.float32) if off else channels_first // step
 
 
-def _step(levels: int | None, dtype: Any) -> int | None:
-    """Distance of two levels in a picture of this type; None if a picture cannot have such levels."""
-    top = int(np.iinfo(dtype).max)
+def _dtype(levels: int | None) -> np.dtype[Any]:
+    """Type of the values of pictures with so many levels."""
+    return np.dtype(np.uint16 if levels is not None and levels > 256 else np.uint8)
+
+
+def _step(levels: int | None) -> int | None:
+    """Distance of two levels in a picture; None if a picture cannot have such levels."""
+    top = int(np.iinfo(_dtype(levels)).max)
     return None if levels is None or top % (levels - 1) else top // (levels - 1)
 
 
@@ -190,11 +195,10 @@ def _inside(name: object) -> PurePosixPath:
 def _write_picture(path: Path, example: Array, levels: int | None) -> None:
     from PIL import Image
 
-    wide = levels is not None and levels > 256
-    dtype = np.dtype(np.uint16 if wide or (example.dtype.kind == "f" and example.max() > 255) else np.uint8)
-    values = example if example.dtype.kind == "f" else example.astype(np.int64) * (_step(levels, dtype) or 1)
-    modes = {count: mode for mode, count in CHANNELS.items()}
-    if len(values) not in modes:
+    raw = example.dtype.kind == "f"
+    values = example if raw else example.astype(np.int64) * (_step(levels) or 1)
+    dtype = np.dtype(np.uint16 if example.max() > 255 else np.uint8) if raw else _dtype(levels)
+    if not 1 <= len(values) <= MOST_CHANNELS:
         raise ValueError(f"{path.name} would have {len(values)} channels, which no picture has")
     image = Image.fromarray((values[0] if len(values) == 1 else np.moveaxis(values, 0, -1)).astype(dtype))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -202,12 +202,16 @@ def gaps(results: dict[str, Any]) -> list[str]:
 
 
 def speeds(results: dict[str, Any]) -> list[str]:
-    """Seconds and kilobytes of data (a byte a value) per second, as Markdown."""
-    lines = ["| run | encode, s | decode, s | encode, kB/s | decode, kB/s |", "| --- | --- | --- | --- | --- |"]
+    """Seconds of ours, and kilobytes of data (a byte a value) per second of everybody's encoder, as Markdown."""
+    names = [name for name in dict.fromkeys(n for result in results.values() for n in result["rivals"]) if "alone" not in name]
+    lines = [
+        f"| run | encode, s | decode, s | kB/s | {' | '.join(f'{n}, kB/s' for n in names)} |",
+        "| --- " * (len(names) + 4) + "|",
+    ]
     for run, result in results.items():
-        seconds = result["encode_seconds"], result["decode_seconds"]
-        rates = (result["values"] / each / 1e3 for each in seconds)
-        lines.append(f"| `{run}` | {' | '.join(f'{each:.0f}' for each in seconds)} | {' | '.join(f'{r:.1f}' for r in rates)} |")
+        seconds = [result["encode_seconds"], *(result["rivals"][name]["seconds"] for name in names)]
+        rates = (f"{result['values'] / each / 1e3:,.0f}" for each in seconds)
+        lines.append(f"| `{run}` | {seconds[0]:.1f} | {result['decode_seconds']:.1f} | {' | '.join(rates)} |")
     return lines
 
 

@@ -23,9 +23,9 @@ from sigma_vae.models import Saved
 
 __all__ = ["compress", "decompress"]
 
-MODES = {"1": "L", "L": "L", "LA": "LA", "RGB": "RGB", "RGBA": "RGBA", "I;16": "I;16"}
-"""Pillow's modes whose values are kept, and those that they are written in."""
-CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
+MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16")
+"""Pillow's modes whose values are kept."""
+MOST_CHANNELS = 4
 CHUNK_OF_STORE = 256
 
 Sources = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[FILES|DATA ...]")]
@@ -76,7 +76,9 @@ def compress(
 
 
 def decompress(run: RunFolder, file: File, *, out: str, damaged: Damaged = "refuse") -> None:
-    """Restore what ``compress`` wrote: pictures as PNG files with their names, other data as examples.npy (levels).
+    """Restore what ``compress`` wrote.
+
+    Pictures come back as PNG files with their names, other data as examples.npy, the levels in their order.
 
     Args:
         run: Folder of the run that compressed the file.
@@ -121,6 +123,7 @@ def _levels(store: Store) -> list[Array]:
 def _pictures(sources: Sequence[str]) -> dict[str, Path]:
     """Picture files by their names, relative to the folder that was given; empty if a source is something else."""
     found: dict[str, Path] = {}
+    places: dict[PurePosixPath, str] = {}
     for source in map(Path, sources):
         inside = sorted(source.rglob("*")) if source.is_dir() else [source]
         files = [path for path in inside if path.is_file() and path.suffix.lower() in picture_endings()]
@@ -128,8 +131,9 @@ def _pictures(sources: Sequence[str]) -> dict[str, Path]:
             return {}
         for path in files:
             name = (path.relative_to(source) if source.is_dir() else Path(path.name)).as_posix()
-            if name in found:
-                raise ValueError(f"{path} and {found[name]} would be restored under one name; compress them apart")
+            if (place := _inside(name)) in places:
+                raise ValueError(f"{path} and {found[places[place]]} would be restored as {place}; compress them apart")
+            places[place] = name
             found[name] = path
     return found
 
@@ -145,16 +149,23 @@ def _pixels(path: Path, levels: int | None) -> Array:
                 raise ValueError(f"it has the mode {image.mode} and {getattr(image, 'n_frames', 1)} frames")
             values = np.asarray(whole.convert("L") if whole.mode == "1" else whole)
     except (OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:
-        raise ValueError(f"{path} cannot be kept without loss: {error}; convert it to a PNG of grey levels or colours") from error
+        raise ValueError(
+            f"{path} cannot be kept without loss: {error}; convert it to a PNG of grey levels or colours"
+        ) from error
     channels_first = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)
-    step = _step(levels, values.dtype)
-    off = step is None or bool((channels_first % step).any())
+    step = _step(levels)
+    off = step is None or values.dtype != _dtype(levels) or bool((channels_first % step).any())
     return channels_first.astype(np.float32) if off else channels_first // step
 
 
-def _step(levels: int | None, dtype: Any) -> int | None:
-    """Distance of two levels in a picture of this type; None if a picture cannot have such levels."""
-    top = int(np.iinfo(dtype).max)
+def _dtype(levels: int | None) -> np.dtype[Any]:
+    """Type of the values of pictures with so many levels."""
+    return np.dtype(np.uint16 if levels is not None and levels > 256 else np.uint8)
+
+
+def _step(levels: int | None) -> int | None:
+    """Distance of two levels in a picture; None if a picture cannot have such levels."""
+    top = int(np.iinfo(_dtype(levels)).max)
     return None if levels is None or top % (levels - 1) else top // (levels - 1)
 
 
@@ -174,21 +185,20 @@ def _restore(folder: Path, found: Unpacked, saved: Saved) -> None:
 
 
 def _inside(name: object) -> PurePosixPath:
-    """A name from a file, perhaps a hostile one, as a path inside of the folder; of other formats with .png added."""
+    """Where a picture is restored: a name, perhaps from a hostile file, inside of the folder, with .png added to others."""
     path = PurePosixPath(name if isinstance(name, str) else "")
     if path.is_absolute() or not path.name or ".." in path.parts or any(c in path.as_posix() for c in "\\:\0"):
-        raise ValueError(f"the file names a picture {name!r}, which is no name inside of a folder")
+        raise ValueError(f"a picture is named {name!r}, which is no name inside of a folder that it could be restored to")
     return path if path.suffix == ".png" else path.with_name(path.name + ".png")
 
 
 def _write_picture(path: Path, example: Array, levels: int | None) -> None:
     from PIL import Image
 
-    wide = levels is not None and levels > 256
-    dtype = np.dtype(np.uint16 if wide or (example.dtype.kind == "f" and example.max() > 255) else np.uint8)
-    values = example if example.dtype.kind == "f" else example.astype(np.int64) * (_step(levels, dtype) or 1)
-    modes = {count: mode for mode, count in CHANNELS.items()}
-    if len(values) not in modes:
+    raw = example.dtype.kind == "f"
+    values = example if raw else example.astype(np.int64) * (_step(levels) or 1)
+    dtype = np.dtype(np.uint16 if example.max() > 255 else np.uint8) if raw else _dtype(levels)
+    if not 1 <= len(values) <= MOST_CHANNELS:
         raise ValueError(f"{path.name} would have {len(values)} channels, which no picture has")
     image = Image.fromarray((values[0] if len(values) == 1 else np.moveaxis(values, 0, -1)).astype(dtype))
     path.parent.mkdir(parents=True, exist_ok=True)

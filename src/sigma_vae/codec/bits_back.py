@@ -132,7 +132,9 @@ def _latents_of(network: Network) -> _Latents:
     if network.has_descent:
         return _Layers(network)
     if not (network.has_posterior and network.has_prior):
-        raise ValueError(f"the codec needs q(z|x) and p(z), which {name} does not offer: posterior, decode and prior, or descend")
+        raise ValueError(
+            f"the codec needs q(z|x) and p(z), which {name} does not offer: posterior, decode and prior, or descend"
+        )
     return _Flat(network)
 
 
@@ -185,7 +187,7 @@ class _Layers:
 
         def choose(prior: Normal, posterior: Normal | None) -> Tensor:
             mean, std = _numbers(prior.loc), _numbers(prior.scale)
-            below = _standard
+            below: MassBelow = _standard
             if posterior is not None:
                 below = _gaussian((_numbers(posterior.loc) - mean) / std, _numbers(posterior.scale) / std)
             found.append(code(steps, below, LATENT_WIDTHS, len(mean), None if cells is None else cells[len(found)]))

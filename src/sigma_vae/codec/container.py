@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "DamagedError", "Header", "Opened", "Part", "Whole", "digest_of", "pack_raw", "read", "unpack_raw", "write"]
+__all__ = ["Array", "DamagedError", "Header", "Opened", "Part", "digest_of", "pack_raw", "read", "unpack_raw", "write"]
 
 Array = npt.NDArray[np.generic]
 
@@ -157,7 +157,9 @@ def _opened(header: Header, rest: bytes) -> Opened:
     opened = Opened(header, payloads, "")
     if len(rest) == start and not damaged:
         return opened
-    length = f"it has {abs(len(rest) - start)} bytes too {'many' if len(rest) > start else 'few'}; " if len(rest) != start else ""
+    length = (
+        f"it has {abs(len(rest) - start)} bytes too {'many' if len(rest) > start else 'few'}; " if len(rest) != start else ""
+    )
     return opened._replace(
         problem=f"the file is damaged: {length}{damaged} of {len(payloads) - (header.raw is None)} parts are altered or missing;"
         f" whole are {len(opened.whole)} of {header.examples} examples: {_ranges(opened.whole)}"
@@ -191,7 +193,9 @@ def _part(found: dict[str, Any]) -> Part:
     for number in (part.examples, part.size, part.seeds):
         _count(number)
     if part.seeds > part.size // 4 + SPARE_SEEDS or part.examples > 2**31:
-        raise ValueError(f"a part of {part.size} bytes cannot have {part.seeds} words of initial bits, {part.examples} examples")
+        raise ValueError(
+            f"a part of {part.size} bytes cannot have {part.seeds} words of initial bits, {part.examples} examples"
+        )
     return part
 
 

@@ -5,7 +5,6 @@ import hashlib
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple, final
 
@@ -120,7 +119,7 @@ class Codec:
         examples = [self._as_values(example) for example in self.unpack(blob).examples]
         if len({example.shape for example in examples}) > 1:
             raise ValueError("the file has raw examples of other shapes, which make no tensor; take unpack(blob).examples")
-        return torch.stack(examples) if examples else torch.empty(0)
+        return torch.stack(examples) if examples else torch.empty(0, *(self.shape or ()))
 
     def pack(self, examples: Sequence[Array], *, raw: bool = False, about: dict[str, Any] | None = None) -> bytes:
         """Encode examples given as whole numbers, the levels 0..levels−1 ``(C, *space)``, with words about them.
@@ -139,7 +138,7 @@ class Codec:
                 " (raw=True, --raw yes)"
             )
         apart = {i for i, _ in problems}
-        coded = [example.astype(np.int64) for i, example in enumerate(examples) if i not in apart]
+        coded = [example for i, example in enumerate(examples) if i not in apart]
         blob = self._written(coded, [np.asarray(examples[i]) for i in sorted(apart)], tuple(sorted(apart)), about or {})
         if self.check:
             self._check(blob, examples)
@@ -159,11 +158,11 @@ class Codec:
         positions = sorted(found)
         return Unpacked([found[i] for i in positions], positions, opened.header.about)
 
-    def _written(self, coded: list[Ints], apart: list[Array], positions: tuple[int, ...], about: dict[str, Any]) -> bytes:
+    def _written(self, coded: list[Array], apart: list[Array], positions: tuple[int, ...], about: dict[str, Any]) -> bytes:
         assert self.shape is not None
         chunks, payloads = [], []
         for start in range(0, len(coded), self.chunk):
-            some = coded[start : start + self.chunk]
+            some = [example.astype(np.int64) for example in coded[start : start + self.chunk]]
             payload, seeds = self._chain(some)
             chunks.append(Part(len(some), len(payload), digest_of(payload), _content(some), seeds))
             payloads.append(payload)
@@ -214,6 +213,10 @@ class Codec:
         """Refuse another model, and a machine that computes other numbers."""
         if header.model != self.digest:
             raise ValueError(f"the file needs the model {header.model}, this one is {self.digest}; give the run that wrote it")
+        if self.shape not in (None, header.shape):
+            raise ValueError(
+                f"the file has examples of shape {header.shape}, the model codes {self.shape}; give the run that wrote it"
+            )
         if not header.chunks or header.check == self._check_word(header.shape):
             return
         here = _machine()
@@ -221,7 +224,7 @@ class Codec:
         raise ValueError(
             f"this machine computes other numbers with this model than the machine that wrote the file, so it cannot decode it:"
             f" written with {written}; here {', '.join(f'{name} {value}' for name, value in here.items())}. Decode it where these"
-            " agree (ATEN_CPU_CAPABILITY=avx2 makes torch do with an older processor's instructions)"
+            " agree; the environment ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 makes torch compute like on an older processor"
         )
 
     def _check_word(self, shape: tuple[int, ...]) -> str:
@@ -236,13 +239,16 @@ class Codec:
         return every.hexdigest()[:32]
 
     def _check(self, blob: bytes, examples: Sequence[Array]) -> None:
-        found = self.unpack(blob).examples
-        same = len(found) == len(examples) and all(map(partial(np.array_equal, equal_nan=True), found, examples))
-        if not same:
+        try:
+            found = self.unpack(blob).examples
+            problem = None if len(found) == len(examples) and all(map(_same, found, examples)) else ValueError("other examples")
+        except ValueError as error:
+            problem = error
+        if problem is not None:
             raise ValueError(
-                "the self-check failed: the model does not compute the same numbers twice, so it cannot code (does it draw random"
-                " numbers in eval mode?)"
-            )
+                "the self-check failed, nothing was written: the model does not compute the same numbers twice, so it cannot code"
+                " (does it draw random numbers in eval mode?)"
+            ) from problem
 
     def _unfit(self, example: Array) -> str:
         """Why the model cannot represent an example; empty if it can."""
@@ -259,7 +265,9 @@ class Codec:
         values = example.detach().cpu()
         if not values.is_floating_point():
             top = self.levels - 1
-            raise ValueError(f"examples are floats k/{top}, as the model reads them, got {values.dtype}; divide the levels by {top}")
+            raise ValueError(
+                f"examples are floats k/{top}, as the model reads them, got {values.dtype}; divide the levels by {top}"
+            )
         scaled = values.double() * (self.levels - 1)
         levels = scaled.round()
         off = (scaled - levels).abs().max() if values.numel() else 0.0
@@ -298,6 +306,10 @@ def _model_digest(vae: VAE) -> str:
         whole.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         whole.update(value.contiguous().numpy().tobytes())
     return whole.hexdigest()[:32]
+
+
+def _same(one: Array, other: Array) -> bool:
+    return np.array_equal(one, other, equal_nan=True)
 
 
 def _content(examples: Sequence[Array]) -> str:

@@ -104,7 +104,8 @@ def frequencies(below: Floats) -> npt.NDArray[np.float32]:
     span = below[:, -1:] - below[:, :1]
     uniform = np.arange(symbols + 1) / symbols
     share = np.divide(below - below[:, :1], span, out=np.tile(uniform, (len(below), 1)), where=span > 0)
-    return np.diff(np.floor(share * (2**PRECISION - symbols)), axis=1).astype(np.float32)
+    table: npt.NDArray[np.float32] = np.diff(np.floor(share * (2**PRECISION - symbols)), axis=1).astype(np.float32)
+    return table
 
 
 class Steps(Protocol):

@@ -122,7 +122,7 @@ class Splits:
         if count >= len(store):
             return self
         chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-        parts: dict[str, Any] = {**self._parts, split: store.select(chosen)}
+        parts: dict[str, Any] = {str(name): each for name, each in self._parts.items()} | {split: store.select(chosen)}
         return replace(self, **parts, names={**self.names, split: self.names[split][chosen.numpy()]})
 
     def batches(

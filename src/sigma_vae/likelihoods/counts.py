@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid, softplus
 from sigma_vae.likelihoods.base import Scaled, checked_features
 from sigma_vae.likelihoods.distributions import Shape
 from sigma_vae.likelihoods.scales import Fit, Optimal, Per, Scale
-from sigma_vae.likelihoods.solve import Sums, highest, maximum, shared_shape
+from sigma_vae.likelihoods.solve import Newton, Sums, highest, maximum, shared_shape
 from sigma_vae.registry import Argument, register
 from sigma_vae.types import DataDistribution, Likelihood, Observes, at_least_float32
 
@@ -38,6 +38,8 @@ FLOOR, LARGEST_LOG_SIGMA = 1e-3, 5.0
 """Least σ, at which rates vary by a thousandth of themselves, and largest log σ that is solved for."""
 ENOUGH = 20
 """Counts above zero that a column needs in order to have a σ of its own; the others share one."""
+STEPS_IN_TRAINING = 2
+"""Newton's steps for a batch, from the running σ: they double its digits twice, and the gradient through σ vanishes there."""
 STIRLING_FROM = 100.0
 COARSE = 6  # points that a maximum is compared with
 
@@ -87,7 +89,7 @@ def _split_at_zero(k: Tensor, at_zero: Tensor, above_zero: Callable[..., Tensor]
         found = above_zero(k.clamp_min(1).double(), *(part.double() for part in parts))
         return torch.where(k > 0, found.to(at_zero), at_zero)
     places = _places(k)
-    found = above_zero(*(_at(places, part, k.shape) for part in (k, *parts)))
+    found = above_zero(k.reshape(-1)[places].double(), *(_at(places, part, k.shape) for part in parts))
     return at_zero.reshape(-1).index_copy(0, places, found.to(at_zero)).reshape(k.shape)
 
 
@@ -98,7 +100,7 @@ def _places(k: Tensor) -> Tensor:
 
 def _at(places: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
     """Values at these places of their expansion to a shape, in float64; a single value stays one."""
-    return (values if values.numel() == 1 else values.expand(shape).reshape(-1)[places]).double()
+    return (values.reshape(()) if values.numel() == 1 else values.expand(shape).reshape(-1)[places]).double()
 
 
 def _log_rising(r: Tensor, k: Tensor) -> Tensor:
@@ -387,17 +389,28 @@ def _betainc(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
 
 
 class Dispersed(NamedTuple):
-    """Counts and what is predicted for them: the log σ sought is added to ``base``."""
+    """Counts, what is predicted for them, and the places of those above zero; the log σ sought is added to ``base``."""
 
     log_mean: Tensor
     base: Tensor
     x: Tensor
     zero_logit: Tensor | None
+    places: Tensor
+
+    @classmethod
+    def of(cls, log_mean: Tensor, base: Tensor, x: Tensor, zero_logit: Tensor | None) -> "Dispersed":
+        """Look the places up once."""
+        return cls(log_mean, base, x, zero_logit, _places(x))
 
 
 @torch.no_grad()
 def best_log_sigma(
-    data: Iterable[Dispersed], per: Per, event_dims: int, log_floor: float, start: Tensor | None = None
+    data: Iterable[Dispersed],
+    per: Per,
+    event_dims: int,
+    log_floor: float,
+    start: Tensor | None = None,
+    steps: int | None = None,
 ) -> Tensor:
     """The log σ of highest likelihood, by Newton's method; several starts are compared unless one is given.
 
@@ -409,6 +422,7 @@ def best_log_sigma(
         event_dims: number of axes of an example.
         log_floor: the least log σ.
         start: where the search begins, of the result's shape or of one value.
+        steps: most steps from there; None: until it has arrived.
 
     Shapes:
         result (event-shaped, 1 where shared), or ``(*batch, 1, ...)`` for ``per="image"``, in the precision of the data.
@@ -417,7 +431,7 @@ def best_log_sigma(
         ValueError: there are no data.
     """
     if per in ("batch", "image"):
-        return _searched(data, per, event_dims, log_floor, start)
+        return _searched(data, per, event_dims, log_floor, start, steps)
     columns = [_arranged(part, per, event_dims) for part in data] if isinstance(data, list) else _Columns(data, per, event_dims)
     sums = Sums("channel", 1)
     for part in columns:
@@ -429,7 +443,7 @@ def best_log_sigma(
         if bool(chosen.any()):
             first = None if start is None else known[chosen] if known.shape == chosen.shape else known
             some = [_chosen(part, chosen) for part in columns] if isinstance(columns, list) else columns.of(chosen)
-            found[chosen] = _searched(some, cast(Per, own), 1, log_floor, first)
+            found[chosen] = _searched(some, cast(Per, own), 1, log_floor, first, steps)
     shape = shared_shape(next(iter(data)).x.shape, per, event_dims)
     result: Tensor = found.reshape(shape)
     return result
@@ -468,10 +482,12 @@ def _chosen(part: Dispersed, columns: Tensor) -> Dispersed:
 
 def _mapped(part: Dispersed, change: Callable[[Tensor], Tensor]) -> Dispersed:
     logit = part.zero_logit
-    return Dispersed(change(part.log_mean), part.base, change(part.x), None if logit is None else change(logit))
+    return Dispersed.of(change(part.log_mean), part.base, change(part.x), None if logit is None else change(logit))
 
 
-def _searched(data: Iterable[Dispersed], per: Per, event_dims: int, log_floor: float, start: Tensor | None) -> Tensor:
+def _searched(
+    data: Iterable[Dispersed], per: Per, event_dims: int, log_floor: float, start: Tensor | None, steps: int | None
+) -> Tensor:
     """The maximum near the start; without one, near what moments say, or near a better one of some coarse points."""
     bounds = log_floor, LARGEST_LOG_SIGMA
 
@@ -482,7 +498,15 @@ def _searched(data: Iterable[Dispersed], per: Per, event_dims: int, log_floor: f
         return sums.means()[0]
 
     def search(at: Tensor) -> Tensor:
-        return maximum(_slope_and_curvature, data, per, event_dims, bounds, at)
+        if steps is None:
+            return maximum(_slope_and_curvature, data, per, event_dims, bounds, at)
+        newton = Newton(at, *bounds)
+        for _ in range(steps):
+            sums = Sums(per, event_dims)
+            for part in data:
+                sums.add(_slope_and_curvature(part, newton.at))
+            newton.step(*sums.means())
+        return newton.at
 
     shape = shared_shape(next(iter(data)).x.shape, per, event_dims)
     if start is not None:
@@ -503,7 +527,8 @@ def _from_moments(data: Iterable[Dispersed], per: Per, event_dims: int) -> Tenso
         mean = part.log_mean.exp()
         sums.add(torch.stack([(part.x - mean).square() - mean, (part.base.exp() * mean).square()]))
     excess, squares = sums.means()
-    return 0.5 * (excess / squares).clamp(1e-30, 1e30).log().nan_to_num(0.0)
+    log_sigma: Tensor = 0.5 * (excess / squares).clamp(1e-30, 1e30).log().nan_to_num(0.0)
+    return log_sigma
 
 
 def _log_prob(part: Dispersed, log_sigma: Tensor) -> Tensor:
@@ -539,8 +564,8 @@ def _slope_and_curvature(part: Dispersed, log_sigma: Tensor) -> Tensor:
         slope = r * (log_one - share) - first + k * (1 - share)
         return slope, r * (share + share.square() - log_one) + first + second - k * share * (1 - share)
 
-    places, shape = _places(part.x), part.x.shape
-    found = above_zero(*(_at(places, each, shape) for each in (part.x, odds, log_sigma)))
+    places, shape = part.places, part.x.shape
+    found = above_zero(part.x.reshape(-1)[places].double(), _at(places, odds, shape), _at(places, log_sigma, shape))
     rows = ((2, slope, found[0]), (4, curvature, found[1]))
     return torch.stack([n * dense.reshape(-1).index_copy(0, places, own.to(dense)).reshape(shape) for n, dense, own in rows])
 
@@ -764,7 +789,8 @@ class _Dispersion(CountLikelihood, Scaled):
         if isinstance(pairs, Iterator):
             raise ValueError("calibrate goes through its data more than once: pass a list or a loader, not a generator")
         super().calibrate(pairs)
-        found = best_log_sigma(_Pairs(self, pairs), self.scale.refit_per, self._event_dims, self.log_floor)
+        how = self.scale.refit_per, self._event_dims, self.log_floor
+        found = best_log_sigma(_Pairs(self, pairs), *how, self.scale.all_stored().get("level"))
         if not torch.isfinite(found).all():
             raise ValueError("calibrate found no finite σ: the decoder's features are not finite (have its weights diverged?)")
         self.scale.store("level", found)
@@ -789,7 +815,9 @@ class _Dispersion(CountLikelihood, Scaled):
         part = self._dispersed(log_rate, log_rate.new_zeros(()), x, logit)
 
         def fit(per: Per) -> Tensor:
-            return best_log_sigma([part], per, self._event_dims, self.log_floor, self.scale.all_stored().get("level"))
+            known = self.scale.all_stored().get("level")
+            steps = None if known is None else STEPS_IN_TRAINING
+            return best_log_sigma([part], per, self._event_dims, self.log_floor, known, steps)
 
         return fit
 
@@ -797,7 +825,7 @@ class _Dispersion(CountLikelihood, Scaled):
         if self.library:
             axes = tuple(range(-self._event_dims, 0))
             log_rate = log_rate + x.sum(axes, keepdim=True).clamp_min(1e-30).log()
-        return Dispersed(log_rate.detach(), base.detach(), x, None if logit is None else logit.detach())
+        return Dispersed.of(log_rate.detach(), base.detach(), x, None if logit is None else logit.detach())
 
 
 class _Pairs:
@@ -827,8 +855,8 @@ class NegativeBinomial(_Dispersion):
               \log p(x \mid h) = \sum_i \log\frac{\Gamma(x_i + r)}{\Gamma(r)\, x_i!} + r \log\frac{r}{r + \mu_i}
               + x_i \log\frac{\mu_i}{r + \mu_i}, \qquad r = 1/\sigma^2
 
-    :class:`Optimal` solves σ by maximum likelihood, by Newton's method in log σ, for each batch in training and on the
-    validation data afterwards. At its optimum the gradient through σ vanishes, as for a Gaussian's.
+    :class:`Optimal` solves σ by maximum likelihood, by Newton's method in log σ: on calibration data exactly, for a
+    batch in training in two steps from the running value. At the optimum the gradient through σ vanishes.
 
     Shapes:
         h ``(*batch, in_channels, *space)``, log-means and what the scale reads; x ``(*batch, channels, *space)``;

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from sigma_vae.likelihoods.residuals import RESIDUALS, ResidualDistribution
 from sigma_vae.likelihoods.scales import Per
 
-__all__ = ["Observed", "Sums", "best_batch_log_scale", "best_log_scale", "highest", "maximum", "shared_shape"]
+__all__ = ["Newton", "Observed", "Sums", "best_batch_log_scale", "best_log_scale", "highest", "maximum", "shared_shape"]
 
 HEAD = 2**18  # values
 MAX_ITERATIONS = 200
@@ -196,7 +196,7 @@ def maximum(
 ) -> Tensor:
     """Find where the slopes add up to 0. After steps on the first data alone, two passes over all of them are enough."""
     for part in (_head, iter):
-        search = _Newton(log_scale, *bounds)
+        search = Newton(log_scale, *bounds)
         for _ in range(MAX_ITERATIONS):
             sums = Sums(per, event_dims)
             for observed in part(data):
@@ -217,7 +217,7 @@ def _head(data: Iterable[Part]) -> Iterator[Part]:
             return
 
 
-class _Newton:
+class Newton:
     """Newton's method for maxima of many functions, kept between points where the slope is known to turn."""
 
     def __init__(self, start: Tensor, floor: float, ceiling: float) -> None:

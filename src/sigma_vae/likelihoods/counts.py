@@ -646,14 +646,14 @@ class CountLikelihood(Likelihood):
                 " the data as counts: --counts, or DataConfig(..., counts=True)"
             )
 
-    def start_features(self, std: float, data: Iterable[Tensor] | None = None) -> Tensor:
-        """The logarithm of each channel's mean, and 0 for all other features."""
-        features = torch.zeros(self.in_channels)
+    def start_features_for(self, data: Iterable[Tensor], std: float) -> Tensor:
+        """The logarithm of each channel's mean, and the other features of :meth:`start_features`."""
+        features = self.start_features(std)
         total, count = torch.zeros(self.channels, dtype=torch.float64), 0
-        for x in data or ():
+        for x in data:
             values = x.transpose(0, 1).flatten(1).double()
             total, count = total + values.sum(1).cpu(), count + values.shape[1]
-        features[: self.channels] = ((total + 0.5) / max(count, 1)).log() if count else 0.0
+        features[: self.channels] = ((total + 0.5) / count).log()
         return features
 
     @torch.no_grad()
@@ -912,8 +912,8 @@ class ZeroInflatedNegativeBinomial(_Dispersion):
         assert logit is not None
         return ZeroInflatedCounts(log_rate, log_sigma, logit, 1 + self.spatial_dims, self._total)
 
-    def start_features(self, std: float, data: Iterable[Tensor] | None = None) -> Tensor:
-        """As other counts; few zeros are inflated at first."""
-        features = super().start_features(std, data)
+    def start_features(self, std: float) -> Tensor:
+        """Few zeros are inflated at first."""
+        features = super().start_features(std)
         features[-self.channels :] = -3.0
         return features

@@ -617,12 +617,13 @@ class Likelihood(nn.Module, ABC):
         """What an encoder should read of data x, of the same shape: x itself, or for counts their logarithm."""
         return x
 
-    def start_features(self, std: float, data: Iterable[Tensor] | None = None) -> Tensor:
-        """Features ``(in_channels,)`` from which training may start, if residuals have this std; 0 where nothing is known.
-
-        ``data`` are batches ``(batch, channels, *space)``, for likelihoods that look at them.
-        """
+    def start_features(self, std: float) -> Tensor:
+        """Features ``(in_channels,)`` from which training may start, if residuals have this std; 0 where nothing is known."""
         return torch.zeros(self.in_channels)
+
+    def start_features_for(self, data: Iterable[Tensor], std: float) -> Tensor:
+        """Do the same for these data, batches ``(batch, channels, *space)``: by :meth:`start_features`, or by a look at them."""
+        return self.start_features(std)
 
     def set_floor(self, relative: float | None = None, std: float = 1.0) -> None:
         """Set the least σ where there is one and none was given to the scale.

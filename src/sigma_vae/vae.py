@@ -345,7 +345,7 @@ class VAE(nn.Module):
         """
         data = _Values(loader)
         with in_eval_mode(self):  # layers such as batch norm see one example
-            return self.network.start_from(data, self.likelihood.mean_map, partial(self.likelihood.start_features, data=data))
+            return self.network.start_from(data, self.likelihood.mean_map, partial(self.likelihood.start_features_for, data))
 
     @torch.no_grad()
     @needed_by("VAE.fit_prior")

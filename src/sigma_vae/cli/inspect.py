@@ -43,7 +43,7 @@ def inspect(
         print(json_module.dumps(asdict(found)))
     else:
         _print(found)
-    if not drawable(splits.shape) or splits.scaling.standardised:
+    if not drawable(splits.shape) or splits.scaling.standardised or splits.scaling.counts:
         return
     path = Path(out) if out is not None else Path(f"inspect-{Path(config.source.replace(':', '-')).stem}.png")
     batch = next(iter(splits.batches("train", PICTURES))).x
@@ -60,7 +60,8 @@ def _print(found: "Inspection") -> None:
     counts = ", ".join(f"{split} {count}" for split, count in found.counts.items())
     console.print(f"examples: {counts}; shape {found.shape}{_clips(found)}")
     if found.levels is None:
-        console.print("real values" + (", standardised for the model" if found.standardised else ""))
+        kind = "counts" if "kept as counts" in found.preprocessing else "real values"
+        console.print(kind + (", standardised for the model" if found.standardised else ""))
     else:
         ends = f"{found.share_at_least_level:.1%} of values at the lowest, {found.share_at_largest_level:.1%} at the highest"
         console.print(f"levels: {found.levels}, of which {found.levels_used} occur; {ends}")

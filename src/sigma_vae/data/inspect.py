@@ -17,6 +17,7 @@ HEAVY_TAILS = 6.0
 """Excess kurtosis above which residuals probably have heavy tails too: twice that of a Laplace distribution."""
 MANY_AT_THE_ENDS = 0.2
 FEW_LEVELS = 32
+WIDE_COUNTS = 10
 ENOUGH_FOR_A_CATEGORICAL = 1_000
 """Examples per level below which a categorical likelihood learns badly."""
 LOOKED_AT = 2**24
@@ -134,6 +135,7 @@ class _Pass:
         self.data = data
         channels = data.shape[0]
         self.count = 0
+        self.whole = True
         self.shift: Tensor | None = None
         self.powers = torch.zeros(4, channels, dtype=torch.float64)
         self.least = torch.full((channels,), math.inf, dtype=torch.float64)
@@ -148,6 +150,7 @@ class _Pass:
         if self.data.levels is not None:
             self.used += torch.bincount(examples.flatten().to(torch.int64), minlength=self.data.levels)
         values = examples.double() / ((self.data.levels or 2) - 1)
+        self.whole = self.whole and bool(((values >= 0) & (values == values.round())).all())
         if self.first is None:
             self.first, self.changes = values[0].clone(), torch.zeros(values.shape[1:], dtype=torch.bool)
             self.shift = values.transpose(0, 1).flatten(1).mean(1)
@@ -204,6 +207,11 @@ def _suggestion(data: Splits, channels: tuple[ChannelStatistics, ...], passed: _
     """Suggest a likelihood, with reasons and warnings."""
     levels, used = data.levels, passed.levels_used()
     warnings = list(_warnings(data, passed))
+    if data.scaling.counts or _look_like_counts(data, channels, passed):
+        return "negative-binomial/optimal", (
+            "all values are whole numbers from 0 up, as of counts: with this likelihood they are read as such",
+            *warnings,
+        )
     if levels == 2:
         return "bernoulli", ("there are two levels: Bernoulli is an exact likelihood", *warnings)
     if levels is not None and used is not None and used <= FEW_LEVELS and len(data.train) >= ENOUGH_FOR_A_CATEGORICAL * used:
@@ -216,6 +224,12 @@ def _suggestion(data: Splits, channels: tuple[ChannelStatistics, ...], passed: _
             *warnings,
         )
     return "gaussian/optimal", ("one σ for all values, solved exactly, is a good start", *warnings)
+
+
+def _look_like_counts(data: Splits, channels: tuple[ChannelStatistics, ...], passed: _Pass) -> bool:
+    """Whether a table of real values has whole numbers alone, from 0 up to ten or more in most columns."""
+    wide = [channel for channel in channels if channel.least == 0 and channel.largest >= WIDE_COUNTS]
+    return data.levels is None and len(data.shape) == 1 and passed.whole and 2 * len(wide) > len(channels)
 
 
 def _warnings(data: Splits, passed: _Pass) -> Iterator[str]:

@@ -188,7 +188,7 @@ class LocationScale(Scaled):
         one = not self.scale.predicted and self.scale.refit_per == "batch"
         return self.solves_rmse and one and self.observes == "density"
 
-    def start_features(self, std: float, data: Iterable[Tensor] | None = None) -> Tensor:
+    def start_features(self, std: float) -> Tensor:
         """Mean 0, predicted scales at this std, and 0 for the family's own features."""
         features = torch.zeros(self.in_channels)
         features[self.channels : self.channels + self._scale_channels] = math.log(std)

@@ -185,7 +185,7 @@ def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
     return Work(
         flops=float(counted.total) * batch_size,
         widest_kernel=max(kernels, default=0),
-        measured=vae.network.trains_in_bfloat16,
+        measured=vae.network.trains_in_bfloat16 and not data.scaling.counts,
     )
 
 

@@ -640,7 +640,21 @@ def read_pictures(config: DataConfig) -> Raw:
     parts = {split: _encoded(group, how, {"files": stamps, "split": split}, path, config) for split, group in splits.items()}
     left_out = [f"left out pictures beside the others, in folders of masks or thumbnails: {listed(beside)}"] if beside else []
     words = [*how.words, *remarks, *left_out, *_ignored(others)]
-    return Raw(str(path), parts, [_record(holder, found) for holder in holders], words, levels=2 if how.levels == 2 else None)
+    labels = {split: {"label": [_class_of(picture) for picture in group]} for split, group in splits.items()}
+    return Raw(
+        str(path),
+        parts,
+        [_record(holder, found) for holder in holders],
+        words,
+        levels=2 if how.levels == 2 else None,
+        labels=labels if any(any(each["label"]) for each in labels.values()) else {},
+    )
+
+
+def _class_of(picture: "_Picture") -> str | None:
+    """The subfolder that a picture is in; None where that is the folder of its split, or there is none."""
+    folder = PurePosixPath(picture.name).parent.name
+    return None if folder in ("", picture.word) else folder
 
 
 def _holders(path: Path, room: Path) -> list[Container]:

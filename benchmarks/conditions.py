@@ -3,8 +3,8 @@
     python -m benchmarks.conditions [--root FOLDER of Fashion-MNIST] [--data digits fashion-mnist] [--seeds 0 1 2]
 
 It trains the mlp network on digits and Fashion-MNIST, with and without the label, with the default settings but for the
-number of steps, and writes ``results/conditions.json`` and pictures of samples per class into ``docs/pictures``. Runs that
-are finished are kept in ``--runs`` and not trained again.
+number of steps and a random start. It writes ``results/conditions.json``, and pictures of samples per class into
+``docs/pictures``. Runs that are finished are kept in ``--runs`` and not trained again.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def measured(options: argparse.Namespace, data: str, arm: str, seed: int) -> dic
         config = RunConfig(
             DataConfig(data, root=options.root if data == "fashion-mnist" else None, condition=ARMS[arm]),
             ModelConfig(network="mlp"),
-            TrainingConfig(max_steps=options.steps or STEPS[data]),
+            TrainingConfig(max_steps=options.steps or STEPS[data], start="random"),
             seed=seed,
             device="cpu",
         )

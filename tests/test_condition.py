@@ -466,13 +466,13 @@ def test_objects_bring_their_labels() -> None:
 
     frame = pd.DataFrame({"x": np.linspace(0, 1, 20), "y": ["u", "v"] * 10})
     table = Dataset.from_dict({"x": [[0.0, i / 20] for i in range(20)], "y": ["u", "v"] * 10})
-    tensors = torch.utils.data.TensorDataset(torch.zeros(20, 1, 4, 4), torch.arange(20) % 2)
+    tensors = torch.utils.data.TensorDataset(torch.zeros(20, 1, 8, 8), torch.arange(20) % 2)
     found = [
         as_splits(frame, condition="y"),
         as_splits(frame[["x"]], condition={"y": frame["y"]}),
         as_splits(table, condition="y", columns=["x"]),
         as_splits(tensors, condition="label"),
-        as_splits(torch.zeros(20, 1, 4, 4), condition=["u", "v"] * 10),
+        as_splits(torch.zeros(20, 1, 8, 8), condition=["u", "v"] * 10),
     ]
     assert [each.conditions.variables[0].classes for each in found] == [("u", "v")] * 3 + [("0", "1"), ("u", "v")]
 

@@ -108,8 +108,8 @@ def _array(path: Path, key: str, leading: tuple[int, ...] | None) -> Images:
             f"{path} cannot be read as a MATLAB file ({type(error).__name__}: {error}); fetch the file again"
         ) from error
     array = content.get(key)
-    fits = isinstance(array, np.ndarray) and (leading is None or array.shape[:-1] == leading)
-    if array is None or not fits or array.dtype != np.uint8:
+    shaped = isinstance(array, np.ndarray) and leading in (None, array.shape[:-1])
+    if not isinstance(array, np.ndarray) or not shaped or array.dtype != np.uint8:
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "none"
         raise ValueError(
             f"{path} needs an array {key} of uint8 with shape {(*(leading or ()), 'N')}, got {got}; take the official file"

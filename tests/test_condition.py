@@ -268,6 +268,18 @@ def test_a_counterfactual_has_the_latents_of_its_example_and_another_condition(n
     assert not torch.equal(other, vae.reconstruct(x, **own | {"noise": noise()}))
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv", "residual"])
+def test_the_best_linear_vae_starts_a_conditional_one_without_its_condition(name: str) -> None:
+    x = examples(name, 64)
+    starts = [conditional(name), VAE(models.network(name, (1, 8, 8), 1, **FAST), Gaussian(1, Fixed(0.3), levels=None))]
+    stds = [vae.start_from([x]) for vae in starts]
+    assert stds[0] == pytest.approx(stds[1])
+    noise = [keyed_noise(torch.arange(64)) for _ in range(3)]
+    given = [starts[0].elbo(x, noise=noise[i], condition={"label": label}).total for i, label in enumerate("ab")]
+    assert torch.equal(*given)
+    torch.testing.assert_close(given[0], starts[1].elbo(x, noise=noise[2]).total)
+
+
 def test_samples_of_each_class_share_their_latents() -> None:
     vae = conditional("mlp").eval()
     z = vae.network.prior.sample(4, torch.Generator().manual_seed(7))

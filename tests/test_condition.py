@@ -434,7 +434,7 @@ def hdf5(folder: Path) -> str:
 
 
 SOURCES = {
-    "csv": (table, ("age:number", "sex"), (None, ("f", "m")), {}),
+    "csv": (table, ("age:number,sex",), (None, ("f", "m")), {}),
     "parquet": (lambda f: table(f).replace("csv", "parquet"), ("sex",), (("f", "m"),), {}),
     "pictures": (pictures, ("label",), (("cat", "dog"),), {}),
     "npz": (archive, ("y",), (("0", "1"),), {"layout": "n-c-h-w"}),

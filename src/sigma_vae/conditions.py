@@ -38,8 +38,8 @@ class Variable:
     Args:
         name: of its column.
         classes: names of the classes, in the order of their numbers; None for a covariate.
-        frequencies: share of each class in the training data.
-        mean: mean of a covariate in the training data.
+        frequencies: share of each class in the training data, before validation and test examples are held out.
+        mean: mean of a covariate in the same data.
         std: its std.
     """
 

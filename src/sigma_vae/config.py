@@ -147,7 +147,7 @@ class DataConfig(_Strict):
     """Scale real values to mean 0 and std 1, channel by channel; auto: yes for tables (CSV, Parquet), no for others.
     Log-likelihoods are reported in the data's original units."""
     condition: tuple[str, ...] = ()
-    """Labels or covariates that the model is given: the name of a column (of a table, a hub data set, an NPZ or HDF5 file),
+    """Labels or covariates that the model is given, as age,sex: the name of a column (of a table, a hub data set, an NPZ or HDF5 file),
     or label: the class of a named data set, or the subfolder of a picture. Words and counted integers are classes, other
     numbers covariates; NAME:class and NAME:number decide."""
     stratify: bool = False
@@ -160,6 +160,11 @@ class DataConfig(_Strict):
     """Share of the examples held out for test, if the data have no test split."""
     split_seed: int = 0
     """Seed that decides which examples are held out, and the content of generated data."""
+
+    def __post_init__(self) -> None:
+        """Take the conditions apart that are written as one word: ``age,sex``."""
+        names = tuple(name for each in self.condition for name in each.split(",") if name)
+        object.__setattr__(self, "condition", names)
 
     @property
     def path(self) -> Path:

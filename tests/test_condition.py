@@ -23,7 +23,7 @@ from sigma_vae.evaluation import evaluate
 from sigma_vae.evaluation.classifier import best_temperature, calibration_error, class_bounds, log_probabilities
 from sigma_vae.evaluation.plots import sampled_per_class
 from sigma_vae.priors import ClassMixturePrior, LearnedPrior, MixturePrior
-from sigma_vae.training import fit
+from sigma_vae.training import NonFiniteLossError, fit
 from sigma_vae.vae import keyed_noise
 
 LABEL = Conditions((Variable("label", ("a", "b", "c"), (0.5, 0.25, 0.25)),))
@@ -216,7 +216,11 @@ def test_every_network_reads_its_condition(name: str, conditions: Conditions) ->
     both = vae.network.infer(x, None, None, keyed_noise(torch.arange(3)), mixed)
     torch.testing.assert_close(both.h[:1], same.h[:1])
     torch.testing.assert_close(both.h[1:], changed.h[1:])
-    (-vae.elbo(x, condition=mixed).total.mean()).backward()
+    unknown = torch.full_like(rows, math.nan)
+    hidden = vae.network.infer(x, None, None, keyed_noise(torch.arange(3)), unknown).h
+    assert hidden.isfinite().all()
+    assert not torch.equal(hidden, same.h)
+    (-vae.elbo(x, condition=torch.cat([mixed[:2], unknown[2:]])).total.mean()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in vae.network.embedding.parameters())
 
 
@@ -418,6 +422,14 @@ def pictures(folder: Path) -> str:
     return str(folder / "pictures")
 
 
+def arrays(folder: Path) -> str:
+    for number in range(20):
+        place = folder / "arrays" / ("cat" if number % 2 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        np.save(place / f"{number}.npy", np.full((8, 8), number, np.uint8))
+    return str(folder / "arrays")
+
+
 def archive(folder: Path) -> str:
     values = np.arange(20, dtype=np.uint8).reshape(-1, 1, 1, 1) * np.ones((20, 1, 8, 8), np.uint8)
     np.savez(folder / "a.npz", x_train=values, y_train=np.arange(20) % 2, x_test=values, y_test=np.arange(20) % 2)
@@ -437,6 +449,7 @@ SOURCES = {
     "csv": (table, ("age:number,sex",), (None, ("f", "m")), {}),
     "parquet": (lambda f: table(f).replace("csv", "parquet"), ("sex",), (("f", "m"),), {}),
     "pictures": (pictures, ("label",), (("cat", "dog"),), {}),
+    "arrays": (arrays, ("label",), (("cat", "dog"),), {}),
     "npz": (archive, ("y",), (("0", "1"),), {"layout": "n-c-h-w"}),
     "hdf5": (hdf5, ("kind",), (("p", "q"),), {"columns": ("images",)}),
     "digits": (lambda f: "digits", ("label",), (tuple("0123456789"),), {}),
@@ -566,6 +579,19 @@ def test_a_learned_prior_is_trained_saved_and_kept(tmp_path: Path) -> None:
     assert vae.network.prior.is_learned
     assert vae.network.prior.linear.weight.abs().max() > 0
     assert "standard_prior" not in json.loads((tmp_path / "run" / "evaluation.json").read_text())
+
+
+def test_a_step_that_broke_is_repeated_with_its_condition(tmp_path: Path) -> None:
+    config = RunConfig(
+        DataConfig("digits", condition=("label",)),
+        ModelConfig(network="mlp", latent_dim=2, width=8, prior="standard"),
+        TrainingConfig(max_steps=60, learning_rate=1e25, condition_dropout=0.2, ema_decay=None, logger=()),
+        device="cpu",
+    )
+    with pytest.raises(NonFiniteLossError):
+        runs.train(config, tmp_path / "run", progress=False)
+    found = runs.rerun(tmp_path / "run")
+    assert found["begins_in"]
 
 
 def test_data_of_other_classes_are_refused() -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "PicturePlan",
     "Probe",
     "begins_like_picture",
+    "class_folder",
     "folder_words",
     "has_no_ending",
     "hidden_pictures",
@@ -640,7 +641,7 @@ def read_pictures(config: DataConfig) -> Raw:
     parts = {split: _encoded(group, how, {"files": stamps, "split": split}, path, config) for split, group in splits.items()}
     left_out = [f"left out pictures beside the others, in folders of masks or thumbnails: {listed(beside)}"] if beside else []
     words = [*how.words, *remarks, *left_out, *_ignored(others)]
-    labels = {split: {"label": [_class_of(picture) for picture in group]} for split, group in splits.items()}
+    labels = {split: {"label": [class_folder(each.name, each.word) for each in group]} for split, group in splits.items()}
     return Raw(
         str(path),
         parts,
@@ -651,10 +652,14 @@ def read_pictures(config: DataConfig) -> Raw:
     )
 
 
-def _class_of(picture: "_Picture") -> str | None:
-    """The subfolder that a picture is in; None where that is the folder of its split, or there is none."""
-    folder = PurePosixPath(picture.name).parent.name
-    return None if folder in ("", picture.word) else folder
+def class_folder(name: str, word: str) -> str | None:
+    """The subfolder that a file is in; None where that is the folder of its split, called ``word``, or there is none.
+
+    >>> class_folder("train/cat/1.png", "train"), class_folder("train/1.png", "train")
+    ('cat', None)
+    """
+    folder = PurePosixPath(name).parent.name
+    return None if folder in ("", word) else folder
 
 
 def _holders(path: Path, room: Path) -> list[Container]:

@@ -399,6 +399,17 @@ def test_stratified_splits_have_the_shares_of_the_whole(fraction: float) -> None
     assert "in proportion to label" in splits.record["preprocessing"]
 
 
+def test_whole_files_are_not_stratified(tmp_path: Path) -> None:
+    for number in range(6):
+        place = tmp_path / "files" / ("cat" if number % 2 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        np.save(place / f"{number}.npy", np.zeros((5, 8, 8), np.uint8))
+    config = DataConfig(str(tmp_path / "files"), condition=("label",), layout="n-h-w")
+    assert len(load(config).conditions.variables[0].classes) == 2
+    with pytest.raises(ValueError, match="held out by whole files"):
+        load(DataConfig(**{**vars(config), "stratify": True}))
+
+
 def test_other_labels_are_other_data() -> None:
     x = np.zeros((20, 1, 2, 2), np.uint8)
     marks = [as_splits(x, condition=labels).record["fingerprint"] for labels in (np.arange(20) % 2, np.arange(20) % 4 // 2)]

@@ -400,14 +400,17 @@ def test_stratified_splits_have_the_shares_of_the_whole(fraction: float) -> None
 
 
 def test_whole_files_are_not_stratified(tmp_path: Path) -> None:
+    from PIL import Image
+
+    pages = [Image.fromarray(np.full((8, 8), 50 * page, np.uint8)) for page in range(3)]
     for number in range(6):
-        place = tmp_path / "files" / ("cat" if number % 2 else "dog")
+        place = tmp_path / "scans" / ("cat" if number % 2 else "dog")
         place.mkdir(parents=True, exist_ok=True)
-        np.save(place / f"{number}.npy", np.zeros((5, 8, 8), np.uint8))
-    config = DataConfig(str(tmp_path / "files"), condition=("label",), layout="n-h-w")
-    assert len(load(config).conditions.variables[0].classes) == 2
+        pages[0].save(place / f"{number}.tif", save_all=True, append_images=pages[1:])
+    config = DataConfig(str(tmp_path / "scans"), condition=("label",))
+    assert load(config).conditions.variables[0].frequencies == (0.5, 0.5)
     with pytest.raises(ValueError, match="held out by whole files"):
-        load(DataConfig(**{**vars(config), "stratify": True}))
+        load(DataConfig(config.source, condition=("label",), stratify=True))
 
 
 def test_other_labels_are_other_data() -> None:

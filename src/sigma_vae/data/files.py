@@ -194,8 +194,8 @@ def examples(config: DataConfig, kind: FileKind) -> Raw:
         for split, own in splits.items()
     }
     known = any(any(each["label"]) for each in labels.values())
-    files = [size if path.is_dir() else file_record(path)]
-    return Raw(str(path), parts, files, words, clips=layout in CLIPS, labels=labels if known else {})
+    origin = [size if path.is_dir() else file_record(path)]
+    return Raw(str(path), parts, origin, words, clips=layout in CLIPS, labels=labels if known else {})
 
 
 def _stamp(path: Path) -> list[Any]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CLASS", "NUMBER", "Conditions", "Embedding", "Given", "Variable"]
+__all__ = ["CLASS", "NUMBER", "WIDTH", "Conditions", "Embedding", "Given", "Variable", "split_name"]
 
 CLASS, NUMBER = "class", "number"
 """Kinds of a variable, as they are written after its name: ``year:class``."""
@@ -38,8 +38,8 @@ class Variable:
     Args:
         name: of its column.
         classes: names of the classes, in the order of their numbers; None for a covariate.
-        frequencies: share of each class in the training data.
-        mean: mean of a covariate in the training data.
+        frequencies: share of each class in the training data, before validation and test examples are held out.
+        mean: mean of a covariate in the same data.
         std: its std.
     """
 
@@ -163,6 +163,11 @@ class Conditions:
         """Names of the variables."""
         return tuple(variable.name for variable in self.variables)
 
+    def means_the_same(self, other: "Conditions | None") -> bool:
+        """Whether rows mean the same: names and classes are equal."""
+        theirs = None if other is None else [(each.name, each.classes) for each in other.variables]
+        return theirs == [(each.name, each.classes) for each in self.variables]
+
     @property
     def only_classes(self) -> Variable | None:
         """The variable, where there is one alone and it has classes."""
@@ -175,6 +180,7 @@ class Conditions:
         Raises:
             ValueError: a column is missing, or a value has no meaning.
         """
+        columns = {split_name(name)[0]: column for name, column in columns.items()}
         for name in self.names:
             if name not in columns:
                 raise ValueError(f"the condition {name} is not there, only {', '.join(columns) or 'none'}; give it")

@@ -159,7 +159,7 @@ class DataConfig(_Strict):
     layer: str | None = None
     """Layer of an .h5ad file to read, in place of its matrix X."""
     condition: tuple[str, ...] = ()
-    """Labels or covariates that the model is given: the name of a column (of a table, a hub data set, an NPZ or HDF5 file),
+    """Labels or covariates that the model is given, as age,sex: the name of a column (of a table, a hub data set, an NPZ or HDF5 file),
     or label: the class of a named data set, or the subfolder of a picture. Words and counted integers are classes, other
     numbers covariates; NAME:class and NAME:number decide."""
     stratify: bool = False
@@ -172,6 +172,11 @@ class DataConfig(_Strict):
     """Share of the examples held out for test, if the data have no test split."""
     split_seed: int = 0
     """Seed that decides which examples are held out, and the content of generated data."""
+
+    def __post_init__(self) -> None:
+        """Take the conditions apart that are written as one word: ``age,sex``."""
+        names = tuple(name for each in self.condition for name in each.split(",") if name)
+        object.__setattr__(self, "condition", names)
 
     @property
     def path(self) -> Path:
@@ -273,7 +278,7 @@ class TrainingConfig(_Strict):
 
     start: Literal["auto", "principal", "random"] = "auto"
     """Weights that training starts from: principal adds the best linear VAE (probabilistic PCA) to the network and learns
-    what it leaves; random does not. auto: principal where the network has one layer of flat latents."""
+    what it leaves; random does not. auto: principal where the network has one layer of flat latents and no condition."""
     epochs: int | None = None
     """Passes over the training split. Unless given, 20, but at least 4000 steps and at most 20000."""
     max_steps: int | None = None

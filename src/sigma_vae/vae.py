@@ -179,7 +179,10 @@ class VAE(nn.Module):
         """
         if self.network.reads_clips:
             (single,) = per_layer(temperature, 1)
-            return self.predict(starts(n, context), show=show, generator=generator, temperature=single, condition=condition)[0]
+            if condition is None and self.network.conditions is not None:
+                condition = self.network.conditions.draw(n, generator)
+            context = starts(n, context)
+            return self.predict(context, show=show, generator=generator, temperature=single, condition=condition)[0]
         h = self.network.generate(n, context, generator, temperature, *self._rows(condition, n))
         return _shown(self.likelihood, h, show)
 

@@ -17,6 +17,7 @@ from typing import IO, Any, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
+from sigma_vae.conditions import split_name
 from sigma_vae.config import DataConfig, Layout
 from sigma_vae.data.archives import check_unpacked, gunzipped
 from sigma_vae.data.cache import digest_of, file_record, file_stamp, piece_of
@@ -25,7 +26,17 @@ from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName, few
 from sigma_vae.data.stores import Encoded, Mapped, Part, UnreadableError
 from sigma_vae.registry import register
 
-__all__ = ["CLIPS", "LARGE", "arranged", "layout_like", "parts_by_key", "read_arrays", "read_hdf5", "read_images"]
+__all__ = [
+    "CLIPS",
+    "LARGE",
+    "arranged",
+    "layout_like",
+    "parts_by_key",
+    "read_arrays",
+    "read_hdf5",
+    "read_images",
+    "read_labels",
+]
 
 _AXES: dict[Layout, int] = {layout: layout.count("-") + 1 for layout in get_args(Layout) if layout != "auto"}
 FEW, LONG = 4, 9
@@ -62,10 +73,16 @@ def read_arrays(config: DataConfig) -> Raw:
     if not path.is_file():
         raise ValueError(f"expected a .npy or .npz file at {path}, got no such file; check the path")
     arrays, ignored = _read(path, config.columns, mapped=config.standardise != "yes")
+    labels: dict[SplitName, dict[str, Array]] = {}
+    if config.condition and path.suffix.lower() == ".npz":
+        with _told(path, *_NUMPY), np.load(path, allow_pickle=False) as content:
+            chosen = label_keys(ignored, config.condition, list(arrays), str(path))
+            labels = {split: {name: content[key] for name, key in keys.items()} for split, keys in chosen.items()}
+        ignored = [key for key in ignored if not any(key in keys.values() for keys in chosen.values())]
     ordered, used = arranged(arrays, config.layout, str(path))
     words = [f"axes read as {used}", *([f"ignored the arrays {', '.join(ignored)}"] if ignored else [])]
     parts: dict[SplitName, Part] = {name: _part(array, path, used) for name, array in ordered.items()}
-    return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
+    return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS, labels=labels)
 
 
 def _read(path: Path, columns: tuple[str, ...], mapped: bool) -> tuple[dict[SplitName, Array], list[str]]:
@@ -187,8 +204,48 @@ def read_hdf5(config: DataConfig) -> Raw:
         _check_dtypes({split: str(dataset.dtype) for split, dataset in found.items()}, str(path))
         used = layout_of(found["train"].shape, config.layout, str(path))
         parts = {split: _hdf5_part(dataset, path, used, config) for split, dataset in found.items()}
+        keys = label_keys(ignored, config.condition, list(found), str(path))
+        labels = {split: {name: _label_column(datasets[key]) for name, key in each.items()} for split, each in keys.items()}
+        ignored = [key for key in ignored if not any(key in each.values() for each in keys.values())]
     words = [f"axes read as {used}", *([f"ignored the data sets {', '.join(ignored)}"] if ignored else [])]
-    return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
+    return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS, labels=labels)
+
+
+def _label_column(dataset: Any) -> Array:
+    """A data set of labels; its words as text."""
+    import h5py
+
+    return np.asarray(dataset.asstr()[()] if h5py.check_string_dtype(dataset.dtype) else dataset[()])
+
+
+def label_keys(
+    keys: Sequence[str], wanted: Sequence[str], splits: Sequence[SplitName], name: str
+) -> dict[SplitName, dict[str, str]]:
+    """Choose the key of each label in each split: its name, or where there are splits, its name beside a word for the split.
+
+    >>> label_keys(["y_train", "y_test", "note"], ["y"], ["train", "test"], "keras.npz")
+    {'train': {'y': 'y_train'}, 'test': {'y': 'y_test'}}
+    >>> label_keys(["labels"], ["labels:class"], ["train"], "a.npz")
+    {'train': {'labels': 'labels'}}
+
+    Raises:
+        ValueError: there is no such key.
+    """
+    found: dict[SplitName, dict[str, str]] = {}
+    for split in splits if wanted else ():
+        words = [word for word, of in SPLIT_WORDS.items() if of == split]
+        for text in wanted:
+            plain, _ = split_name(text)
+            likely = [f"{a}{sign}{b}" for word in words for a, b in ((plain, word), (word, plain)) for sign in "_-./"]
+            likely = [*likely, plain] if len(splits) == 1 else likely
+            key = next((key for key in likely if key in keys), None)
+            if key is None:
+                raise ValueError(
+                    f"{name} ({split}) has no {plain} to condition on, such as {likely[0] if len(splits) > 1 else plain}; its other"
+                    f" keys are {few(keys) or 'none'}"
+                )
+            found.setdefault(split, {})[plain] = key
+    return found
 
 
 def _datasets(file: Any) -> dict[str, Any]:

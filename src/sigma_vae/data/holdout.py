@@ -38,6 +38,8 @@ def hold_out(
     videos = train.videos.numpy() if isinstance(train, Mapped) and train.videos is not None else None
     number = 0 if videos is None else len(np.unique(videos))
     if videos is not None and number > len(missing):
+        if config.stratify:
+            raise ValueError(f"{name} is held out by whole {nouns[1]}s, which have no shares of classes; leave --stratify out")
         return _hold_out_videos(config, videos, missing, nouns)
     order = shuffled(examples, config.split_seed)
     rows, words = dict[SplitName, Numbers](), []

@@ -25,10 +25,12 @@ from torch.utils.data import (
     default_collate,
 )
 
+from sigma_vae.conditions import split_name
 from sigma_vae.config import DataConfig, ImageConfig, Layout
 from sigma_vae.data.arrays import CLIPS, LARGE, arranged, layout_like, parts_by_key
 from sigma_vae.data.batches import Batches
 from sigma_vae.data.counts import from_anndata, from_sparse
+from sigma_vae.data.hub import named_labels
 from sigma_vae.data.levels import Array
 from sigma_vae.data.load import load, names, refuse_unread, splits_from, store_of
 from sigma_vae.data.pictures import PICTURE_OPTIONS, PicturePlan, Probe, plan, probe_image
@@ -65,6 +67,8 @@ def as_splits(
     test_fraction: float = 0.1,
     seed: int = 0,
     cache: str | Path | None = None,
+    condition: object = (),
+    stratify: bool = False,
 ) -> Splits:
     """Turn data of any kind into train, validation and test splits.
 
@@ -104,6 +108,11 @@ def as_splits(
         test_fraction: share of the examples held out for test, if there is no test split.
         seed: seed of the hold-out.
         cache: folder for the temporary file, or, for names and paths, for decoded copies.
+        condition: what a model is to be given beside each example. Names (a text, or a tuple of them) of columns: of a data
+            frame, a Hugging Face data set, or a source by name or path; ``"label"`` is the second tensor of a
+            ``TensorDataset``. Or the values: an array or a list of labels, or columns by name; for data in several splits, a
+            dict of these by split.
+        stratify: hold out examples in proportion to the classes.
 
     Raises:
         ValueError: ``data`` is of another kind, or its values are not what the options say.
@@ -116,9 +125,12 @@ def as_splits(
     """
     if name is not None and isinstance(data, str | Path | DataConfig | Splits):
         raise ValueError(f"name is for objects without one, got name={name!r} for {type(data).__name__}; leave it out")
+    wanted, labels = _condition(condition)
     config = DataConfig(
         source=str(data) if isinstance(data, str | Path) else name or type(data).__name__,
         cache=None if cache is None else str(cache),
+        condition=wanted,
+        stratify=stratify,
         layout=layout,
         levels=levels,
         columns=tuple(columns),
@@ -133,8 +145,28 @@ def as_splits(
         test_fraction=test_fraction,
         split_seed=seed,
     )
-    found = _with_splits(data, config)
-    return splits_from(_raw(data, config), config) if found is None else found
+    if (found := _with_splits(data, config)) is not None:
+        return found
+    raw = _raw(data, replace(config, condition=()) if labels else config)
+    return splits_from(replace(raw, labels=labels) if labels else raw, config)
+
+
+def _condition(condition: object) -> tuple[tuple[str, ...], dict[SplitName, Mapping[str, Any]]]:
+    """Names of the columns of a condition; and the columns, where these are given and not their names."""
+    if isinstance(condition, str):
+        return (condition,), {}
+    if isinstance(condition, tuple) and all(isinstance(name, str) for name in condition):
+        return condition, {}
+    by_split = isinstance(condition, Mapping) and bool(condition) and all(key in SPLITS for key in condition)
+    whole: Mapping[Any, Any] = condition if by_split else {"train": condition}  # type: ignore[assignment]
+    labels: dict[SplitName, Mapping[str, Any]] = {split: _columns_of(each) for split, each in whole.items()}
+    return tuple(labels["train"]), labels
+
+
+def _columns_of(labels: Any) -> dict[str, Any]:
+    if isinstance(labels, Mapping) or _is_a(labels, "pandas", "DataFrame"):
+        return {str(name): labels[name] for name in labels}
+    return {"label": labels}
 
 
 def as_batches(
@@ -265,7 +297,22 @@ def _raw(data: object, config: DataConfig, like: Splits | None = None) -> Raw:
         raw = replace(raw, names={split: one.values.index.to_numpy() for split, one in found.items()})
     else:
         raw = _from_arrays(found, config, like)
+    if config.condition and not raw.labels:
+        raw = replace(raw, labels={split: _labels_of(part, config.condition, labels[split]) for split, part in parts.items()})
     return replace(raw, files=files, preprocessing=[*words, *raw.preprocessing])
+
+
+def _labels_of(part: object, wanted: Sequence[str], name: str) -> dict[str, Any]:
+    """Columns of an object's labels by name: of a Hugging Face data set, or the second tensor of a ``TensorDataset``."""
+    columns = [split_name(each)[0] for each in wanted]
+    if _is_a(part, "datasets", "Dataset"):
+        table: Any = part
+        if missing := [column for column in columns if column not in table.features]:
+            raise ValueError(f"{name} has no column {missing[0]} to condition on, only {', '.join(table.features)}")
+        return {column: named_labels(table, column) for column in columns}
+    if isinstance(part, TensorDataset) and columns == ["label"] and len(part.tensors) == 2:
+        return {"label": part.tensors[1]}
+    raise ValueError(f"{name} has no column {columns[0]} to condition on; give the labels themselves: condition=LABELS")
 
 
 def _is_matrix(part: object) -> bool:

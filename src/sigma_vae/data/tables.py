@@ -13,10 +13,11 @@ from decimal import Decimal
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from sigma_vae.conditions import split_name
 from sigma_vae.config import DataConfig
 from sigma_vae.data.archives import check_unpacked, gunzipped
 from sigma_vae.data.cache import file_record
@@ -98,6 +99,10 @@ def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, 
         raise ValueError(f"{config.source}: a table has layout n-c or n-t, got {config.layout}; give one of these, or none")
     frames = {split: frame.set_axis([str(name) for name in frame.columns], axis=1) for split, frame in frames.items()}
     frames = {split: _masked(frame.reset_index(drop=True), config.missing) for split, frame in frames.items()}
+    given = [split_name(name)[0] for name in config.condition]
+    unread = tuple(name for name in given if name not in config.columns and name in frames["train"].columns)
+    config = replace(config, exclude=(*config.exclude, *unread))
+    before = frames
     frames, said = _all_converted(frames, config, names)
     columns, left_out = _columns(frames["train"], config, names["train"])
     whole = {split: _whole(frame, columns, config, names[split]) for split, frame in frames.items()}
@@ -115,7 +120,24 @@ def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, 
         *(word for split, frame in frames.items() if (word := _summed(frame, left_out, split))),
     ]
     rows = {split: frame.index.to_numpy() for split, frame in whole.items()}  # some may be left out
-    return Raw(config.source, parts, preprocessing=words, standardise=True, columns=tuple(columns), names=rows)
+    labels = {split: _labels_of(before[split], given, whole[split].index.to_numpy(), names[split]) for split in frames}
+    return Raw(config.source, parts, preprocessing=words, standardise=True, columns=tuple(columns), names=rows, labels=labels)
+
+
+def _labels_of(frame: "pd.DataFrame", given: Sequence[str], rows: Array, name: str) -> dict[str, Array]:
+    """The columns that a model is given, of the rows that are left."""
+    if missing := [column for column in given if column not in frame.columns]:
+        raise ValueError(
+            f"{name} has no column {missing[0]} to condition on, only {few([str(each) for each in frame.columns])}"
+        )
+    return {column: _plain_column(frame[column].loc[rows.tolist()]) for column in given}
+
+
+def _plain_column(column: "pd.Series[Any]") -> Array:
+    """Numbers as they are, anything else as objects, None where there is nothing."""
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iufb":
+        return column.to_numpy()
+    return np.array([None if missing else value for value, missing in zip(column, column.isna(), strict=True)], dtype=object)
 
 
 def _all_converted(

@@ -395,16 +395,13 @@ class Dispersed(NamedTuple):
     base: Tensor
     x: Tensor
     zero_logit: Tensor | None
-<<<<<<< HEAD
-    weight: Tensor | None = None
-=======
     places: Tensor
+    weight: Tensor | None = None
 
     @classmethod
     def of(cls, log_mean: Tensor, base: Tensor, x: Tensor, zero_logit: Tensor | None) -> "Dispersed":
         """Look the places up once."""
         return cls(log_mean, base, x, zero_logit, _places(x))
->>>>>>> counts
 
 
 @torch.no_grad()

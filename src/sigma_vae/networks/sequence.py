@@ -498,6 +498,7 @@ class SequenceNetwork(Network):
         Raises:
             ValueError: context or show is missing, or does not fit.
         """
+        self.refuse_unread(condition=condition)
         start = starts(n, context)
         if show is None:
             raise ValueError("a video network predicts from frames and needs show, from features to frames; see VAE.predict")

@@ -8,7 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 from sigma_vae.conditions import Conditions, Embedding
 from sigma_vae.registry import register
-from sigma_vae.types import Prior
+from sigma_vae.types import Prior, at_least_float32
 
 __all__ = ["LearnedPrior"]
 
@@ -44,7 +44,7 @@ class LearnedPrior(Prior):
 
     def given(self, condition: Tensor | None) -> Prior:
         """p(z|c), a Gaussian for each condition."""
-        mean, log_variance = self.linear(self.embedding(condition)).float().chunk(2, -1)
+        mean, log_variance = at_least_float32(self.linear(self.embedding(condition))).chunk(2, -1)
         return _Gaussians(mean, (0.5 * log_variance).exp())
 
     def log_prob(self, z: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ BOUNDS_ALONE = EvaluationSettings(metrics=())
 PICTURES = 64
 ALL = "all"
 """Split of examples that are in none."""
-CLASS_SAMPLES = 8
+CLASS_SAMPLES, MOST_ROWS = 8, 50
 CLIPS = 8
 """Clips in a picture, one per row."""
 
@@ -220,8 +220,8 @@ def draw(out: Path, vae: VAE, data: Splits) -> None:
     originals, again = map(data.scaling.undo, (batch.x, reconstructed(vae, batch)))
     if not moving:
         save_grid(out / "samples.png", samples)
-        conditions = vae.network.conditions
-        if conditions is not None and conditions.only_classes is not None:
+        label = None if vae.network.conditions is None else vae.network.conditions.only_classes
+        if label is not None and len(label.classes or ()) <= MOST_ROWS:
             save_grid(out / "samples-per-class.png", data.scaling.undo(sampled_per_class(vae, CLASS_SAMPLES)), CLASS_SAMPLES)
         save_grid(out / "reconstructions.png", pairs(originals, again, columns=8), columns=8)
         return

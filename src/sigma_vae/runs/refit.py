@@ -120,6 +120,12 @@ def _fitting(out: Path, run: Run, data: str | None) -> Splits:
         raise ValueError(
             f"the model was trained on the columns {known}, {config.source} has {has}; pass a config.yaml as --data to choose columns"
         )
+    conditions = run.vae.network.conditions
+    if conditions is not None and not conditions.means_the_same(found.conditions):
+        raise ValueError(
+            f"{config.source} needs the conditions of the model, {', '.join(conditions.names)} with all of their classes, to fit it; give"
+            " data that have them"
+        )
     return replace(found, scaling=run.data.scaling)
 
 

@@ -275,6 +275,8 @@ def _check(cell: Cell) -> None:
         models.check_network(model.network)
     facts = network_facts(model.network)
     for name in cell.priors:
+        if data.condition and register.prior.entry(name).facts.get("reads_condition", False):
+            continue
         if models.prior(name, latent_dim=2).needs_fit and not facts.get("has_prior", True):
             raise ValueError(
                 f"the prior {name} has to be fitted, and {model.network} has no prior that can be replaced; take priors: [standard]"

@@ -103,6 +103,7 @@ def fit(
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[LoggerName | TrainingLogger] | None = None,
     save: bool = True,
+    condition: object = (),
 ) -> FitResult:
     """Train in place, take the weights with the best validation ELBO, and solve σ on the validation data.
 
@@ -128,6 +129,7 @@ def fit(
         loggers: ``csv``, ``tensorboard``, ``wandb``, ``mlflow`` (these write where ``out`` is given), or loggers of
             Lightning Fabric or pytorch-lightning. Default: ``config.logger``.
         save: write the model into ``out/model``.
+        condition: labels and covariates of the data, as :func:`sigma_vae.data.as_splits` takes them.
 
     Raises:
         ValueError: the device does not exist; there is nothing undamaged to resume, or more epochs are over than
@@ -141,7 +143,7 @@ def fit(
     where = resolve_device(device)
     with joined(where) as us, ExitStack() as stack:
         with first_of_node_first():
-            splits = as_splits(data)
+            splits = as_splits(data, condition=condition)
         check_processes(vae)
         check_weights(vae, config)
         _check_clips(vae, splits)
@@ -473,13 +475,13 @@ def _check_clips(vae: VAE, data: Splits) -> None:
 
 
 def _check_conditions(vae: VAE, data: Splits) -> None:
-    if vae.network.conditions != data.conditions:
-        have, reads = (
-            "no condition" if each is None else f"the condition {', '.join(each.names)}"
-            for each in (data.conditions, vae.network.conditions)
+    reads = vae.network.conditions
+    if (reads is None) != (data.conditions is None) or (reads is not None and not reads.means_the_same(data.conditions)):
+        has, wanted = (
+            "no condition" if each is None else f"the condition {', '.join(each.names)}" for each in (data.conditions, reads)
         )
         raise ValueError(
-            f"{data.name} has {have}, and the network reads {reads}, or these have other classes; make the network with"
+            f"{data.name} has {has}, and the network reads {wanted}, perhaps with other classes; make the network with"
             " conditions=data.conditions"
         )
 
@@ -535,7 +537,8 @@ def _start_network(vae: VAE, data: Splits, config: TrainingConfig, first: Batch)
     Returns:
         The residuals' std, None where the start is random; and the start in words.
     """
-    if config.start == "random" or (config.start == "auto" and not vae.network.has_start):
+    conditional = vae.network.conditions is not None  # a linear VAE of all classes keeps the class in its latents
+    if config.start == "random" or (config.start == "auto" and (conditional or not vae.network.has_start)):
         return None, "random"
     chosen = sample_of(len(data.train), data.shape)
     size = min(256, max(START_VALUES // math.prod(data.shape), 1))

@@ -77,17 +77,17 @@ def read_fashion_mnist(config: DataConfig) -> Raw:
 
 def _read(name: str, hub: HubPlace, system: tuple[Path, ...], config: DataConfig) -> Raw:
     official = Official(name, " and ".join(FILES.values()), _COUNTS, _PICTURE, hub, system)
-    return read_official(official, config, lambda folder: _in_folder(folder, name))
+    return read_official(official, config, lambda folder: _in_folder(folder, name, config))
 
 
-def _in_folder(folder: Path, name: str) -> Raw | None:
+def _in_folder(folder: Path, name: str, config: DataConfig) -> Raw | None:
     files = find_splits(folder, FILES, name)
     if not files:
         return None
     parts = {split: _checked(read_images(path), path)[:, np.newaxis] for split, path in files.items()}
     _check_mean(parts["train"], name, files["train"])
     records = [file_record(path) for path in files.values()]
-    found = find_splits(folder, LABELS, name)  # needed only where a condition is asked for
+    found = find_splits(folder, LABELS, name) if config.condition else {}
     labels = {split: {"label": read_labels(path)} for split, path in found.items()}
     return Raw(name, parts, records, ["official train and test images"], levels=256, labels=labels)
 

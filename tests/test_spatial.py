@@ -1,13 +1,16 @@
 """Laws of networks whose latents are maps; truth is a closed form, a sum over places, or the same network at another size."""
 
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
 from sigma_vae import VAE, Gaussian, Optimal, models
 from sigma_vae.cli import main
@@ -17,7 +20,7 @@ from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.information import information
 from sigma_vae.likelihoods.translate import CONVENTIONS, explain
 from sigma_vae.networks import SpatialNetwork, spatial
-from sigma_vae.priors import GaussianPrior
+from sigma_vae.priors import FlowMatchingPrior, GaussianPrior, maps
 from sigma_vae.runs import evaluate_run, open_model
 from sigma_vae.types import Maps
 
@@ -304,3 +307,114 @@ def test_a_customary_weight_is_put_into_words(capsys: pytest.CaptureFixture[str]
 def test_losses_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         explain((3, 8, 8), 1e-3, **options)  # type: ignore[arg-type]
+
+
+# -- flow matching ---------------------------------------------------------------------------------------------------------
+
+TWO = MixtureSameFamily(Categorical(torch.tensor([0.3, 0.7])), Normal(torch.tensor([-1.5, 1.0]), torch.tensor([0.3, 0.4])))
+
+
+def flow(latents: Tensor, shape: tuple[int, ...], steps: int, monkeypatch: pytest.MonkeyPatch) -> FlowMatchingPrior:
+    monkeypatch.setattr(maps, "STEPS", steps)
+    prior = FlowMatchingPrior(latents.shape[1], shape)
+    prior.fit(latents[:-50], latents[-50:], seed=0)
+    return prior.double()
+
+
+GRID = torch.linspace(-4, 4, 161, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def two() -> tuple[FlowMatchingPrior, Tensor]:
+    """A flow fitted to draws of it, and its log-density on the grid."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        prior = flow(TWO.sample(torch.Size([2000, 1])), (1,), 150, patch)
+        return prior, prior.log_prob(GRID[:, None])
+
+
+@torch.no_grad()
+def test_a_flow_s_density_sums_to_one_and_nears_the_truth(two: tuple[FlowMatchingPrior, Tensor]) -> None:
+    prior, density = two
+    assert float(density.exp().sum()) * 0.05 == pytest.approx(1, abs=0.01)
+    truth = TWO.log_prob(GRID)
+    found = float((truth.exp() * (truth - density)).sum()) * 0.05
+    of_gaussian = float((truth.exp() * (truth - Normal(prior.mean, prior.std).log_prob(GRID))).sum()) * 0.05
+    assert 0 < found < 0.5 * of_gaussian  # KL(truth‖flow)
+
+
+@torch.no_grad()
+def test_a_flow_s_draws_have_its_density(two: tuple[FlowMatchingPrior, Tensor]) -> None:
+    prior, density = two
+    draws = prior.sample(1000, torch.Generator().manual_seed(1))[:, 0].numpy()
+    cdf = density.exp().numpy().cumsum() * 0.05
+    assert stats.kstest(draws, lambda z: np.interp(z, GRID.numpy() + 0.025, cdf)).pvalue > 1e-3
+
+
+@torch.no_grad()
+def test_the_estimated_divergence_is_right_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the same for an example in any batch."""
+    torch.manual_seed(0)
+    prior = flow(torch.randn(400, 12) @ torch.randn(12, 12), (3, 2, 2), 30, monkeypatch)
+    z = (torch.randn(300, 12) @ torch.randn(12, 12)).double()
+    exact = prior.log_prob(z)
+    monkeypatch.setattr(maps, "EXACT", 1)
+    estimated = prior.log_prob(z.clone())
+    difference = estimated - exact
+    assert difference.std() > 1e-3
+    assert abs(difference.mean()) < 4 * difference.std() / math.sqrt(300)
+    torch.testing.assert_close(prior.log_prob(z[7:9].clone()), estimated[7:9])
+
+
+@torch.no_grad()
+def test_before_it_learns_a_flow_is_the_gaussian_of_the_same_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    latents = 2 + 3 * torch.randn(400, 24)
+    prior = flow(latents, (6, 2, 2), 0, monkeypatch)
+    z = latents[:20].double()
+    expected = Normal(prior.mean, prior.std).log_prob(z).sum(1)
+    torch.testing.assert_close(prior.log_prob(z), expected, rtol=1e-4, atol=1e-3)
+    posterior = Normal(z + 0.1, torch.full_like(z, 0.5))
+    of_gaussian = kl_divergence(posterior, Normal(prior.mean, prior.std)).sum(1)
+    torch.testing.assert_close(prior.kl(posterior, z), of_gaussian, rtol=1e-4, atol=1e-3)
+
+
+def test_a_flow_fitted_to_a_run_is_saved_with_it_and_sampled(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(maps, "STEPS", 5)
+    monkeypatch.setattr(maps, "ODE_STEPS", 2)
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert main(["fit-prior", str(copy), "--prior", "flow-matching"]) == 0
+    vae = open_model(copy).vae
+    capsys.readouterr()
+    assert main(["sample", str(copy), "--n", "3", "--out", str(tmp_path / "samples.npz")]) == 0
+    if isinstance(vae.network.prior, FlowMatchingPrior):  # the best on held-out latents is taken
+        assert vae.network.prior.shape == (2, 4, 4)
+
+
+def test_a_flow_is_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "STEPS", 3)
+    config, scaling = ModelConfig(network="spatial:f4c3", width=4), Scaling(levels=256)
+    vae, x = models.vae(config, (1, 8, 8), scaling), examples((1, 8, 8), 60)
+    vae.calibrate([x])
+    vae.fit_prior([x], models.prior("flow-matching", 12, shape=(3, 2, 2)))
+    models.save(tmp_path, vae, config, (1, 8, 8), scaling)
+    again = models.load(tmp_path).vae
+    draws = [each.sample(3, generator=torch.Generator().manual_seed(0)) for each in (vae.eval(), again)]
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FlowMatchingPrior(12, (3, 3)), r"a map .* of 12 latents has one or two axes of space, got the shape \(3, 3\)"),
+        (lambda: FlowMatchingPrior(2).fit(torch.zeros(40, 2)), "one of the latents never changes"),
+        (lambda: FlowMatchingPrior(2).fit(torch.randn(5, 2)), "needs at least 20 examples, got 5"),
+        (lambda: FlowMatchingPrior(2).log_prob(torch.zeros(1, 2)), "is not fitted yet"),
+    ],
+)
+def test_flows_that_cannot_be_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -48,13 +48,14 @@ UNNAMED = "unnamed"
 """Name of a part that is not registered: the model can be loaded only into a given object."""
 
 
-def prior(name: str, latent_dim: int, package: str | None = None) -> Prior:
+def prior(name: str, latent_dim: int, package: str | None = None, shape: Sequence[int] | None = None) -> Prior:
     """Make a prior by its name; a prior that is fitted to latents comes unfitted.
 
     Args:
         name: such as ``standard``, ``gaussian``, ``flow``, ``mixture`` or ``mixture:20``, with 20 components.
         latent_dim: size of z.
         package: where a saved model says that the name comes from.
+        shape: of the map that z is the flat form of, for priors that ask for it.
 
     Raises:
         ValueError: the name does not exist (the nearest is suggested), or the text after its colon means nothing.
@@ -62,7 +63,11 @@ def prior(name: str, latent_dim: int, package: str | None = None) -> Prior:
     >>> prior("mixture:20", latent_dim=8).components
     20
     """
-    made: Prior = register.prior.make(name, package)(latent_dim)
+    make = register.prior.make(name, package)
+    if shape is not None and "shape" in inspect.signature(make).parameters:
+        shaped: Prior = make(latent_dim, shape=shape)
+        return shaped
+    made: Prior = make(latent_dim)
     return made
 
 
@@ -104,7 +109,7 @@ def priors(name: str, network: Network, examples: int) -> list[Prior]:
         return []
     ((shape,), (latent_dim,)) = network.latents.shapes, network.latents.sizes
     usual = AUTO_PRIORS if len(shape) == 1 else AUTO_MAP_PRIORS
-    made = [prior(each, latent_dim) for each in (usual if name == AUTO else (name,))]
+    made = [prior(each, latent_dim, shape=shape) for each in (usual if name == AUTO else (name,))]
     return [each for each in made if name != AUTO or each.least_latents <= examples]
 
 
@@ -514,11 +519,13 @@ def sized(
     model = made(trained)
     if model.network.has_prior and config.prior not in (UNNAMED, "standard"):
         check_prior(config.prior, config.network, model.network)
-        (latent_dim,) = model.network.latents.sizes
+        ((shape_of_z,), (latent_dim,)) = model.network.latents.shapes, model.network.latents.sizes
         if register.prior.entry(config.prior).facts.get("sketches", True):
             with torch.device("meta"):
-                _check_sizes(_named(lambda: prior(config.prior, latent_dim), config), stored, "network.prior.")
-        model.network.replace_prior(prior(config.prior, latent_dim))
+                _check_sizes(
+                    _named(lambda: prior(config.prior, latent_dim, shape=shape_of_z), config), stored, "network.prior."
+                )
+        model.network.replace_prior(prior(config.prior, latent_dim, shape=shape_of_z))
     return model
 
 

@@ -3,6 +3,7 @@
 from sigma_vae.priors.base import FittedPrior
 from sigma_vae.priors.flow import FlowPrior
 from sigma_vae.priors.gaussian import GaussianPrior, StandardNormal
+from sigma_vae.priors.maps import FlowMatchingPrior
 from sigma_vae.priors.mixture import MixturePrior
 
-__all__ = ["FittedPrior", "FlowPrior", "GaussianPrior", "MixturePrior", "StandardNormal"]
+__all__ = ["FittedPrior", "FlowMatchingPrior", "FlowPrior", "GaussianPrior", "MixturePrior", "StandardNormal"]

@@ -39,7 +39,8 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 class FlowMatchingPrior(FittedPrior):
     r"""A flow from noise to latent maps along straight lines, learned by regression (flow matching).
 
-    See Lipman et al. 2023 (arXiv 2210.02747) and Liu et al. 2023 (arXiv 2209.03003). With noise ε ~ N(0, I), latents u in units of their mean and std, and :math:`u_t = (1 - t) ε + t u`, the network v
+    See Lipman et al. 2023 (arXiv 2210.02747) and Liu et al. 2023 (arXiv 2209.03003). With noise ε ~ N(0, I), latents u in
+    units of their mean and std, and :math:`u_t = (1 - t) ε + t u`, the network v
     minimises :math:`E \| v(u_t, t) - (u - ε) \|^2`. Draws solve du/dt = v(u, t) from noise at t = 0, by Runge-Kutta
     steps of fourth order. The density follows from the way back (Chen et al. 2018, arXiv 1806.07366):
 

@@ -60,7 +60,13 @@ ARMS: dict[str, tuple[Objective, type[Gaussian] | type[Laplace]]] = {
 
 
 def main(
-    data: str, out: Path | None = None, width: int = 16, steps: int = 400, prior_steps: int = 300, samples: int = 1000, seeds: int = 3
+    data: str,
+    out: Path | None = None,
+    width: int = 16,
+    steps: int = 400,
+    prior_steps: int = 300,
+    samples: int = 1000,
+    seeds: int = 3,
 ) -> None:
     """Train each arm with each seed, measure it, write what was measured, and print the table.
 

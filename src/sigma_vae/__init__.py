@@ -32,11 +32,13 @@ if TYPE_CHECKING:
         HierarchicalNetwork,
         HierarchyPlan,
         SequenceNetwork,
+        SpatialNetwork,
         conv,
         hierarchical,
         mlp,
         residual,
         sequence,
+        spatial,
     )
     from sigma_vae.types import Elbo
     from sigma_vae.vae import VAE
@@ -64,12 +66,14 @@ __all__ = [
     "RunningMinimum",
     "SequenceNetwork",
     "Shared",
+    "SpatialNetwork",
     "StudentT",
     "conv",
     "hierarchical",
     "mlp",
     "residual",
     "sequence",
+    "spatial",
 ]
 
 _HOMES = ("types", "likelihoods", "networks", "vae")

@@ -11,7 +11,7 @@ from torch.distributions import Normal
 from torch.nn.functional import avg_pool1d, avg_pool2d, interpolate, silu
 
 from sigma_vae.priors.base import FittedPrior
-from sigma_vae.registry import register
+from sigma_vae.registry import Argument, register
 
 __all__ = ["FlowMatchingPrior"]
 
@@ -34,7 +34,17 @@ POOLS: dict[int, Callable[..., Tensor]] = {1: avg_pool1d, 2: avg_pool2d}
 Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
-@register.prior("flow-matching")
+def _steps(text: str) -> dict[str, int]:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"flow-matching takes a number of training steps, got {text!r}")
+    return {"steps": int(text)}
+
+
+def _steps_of(prior: "FlowMatchingPrior") -> str | None:
+    return None if prior.steps is None else str(prior.steps)
+
+
+@register.prior("flow-matching", argument=Argument("steps", _steps, "2000", of=_steps_of))
 @final
 class FlowMatchingPrior(FittedPrior):
     r"""A flow from noise to latent maps along straight lines, learned by regression (flow matching).
@@ -57,6 +67,7 @@ class FlowMatchingPrior(FittedPrior):
         latent_dim: size of z.
         shape: of the map that z is the flat form of, ``(C, *space)`` with one or two axes of space; ``(latent_dim,)``
             unless given.
+        steps: of its training, with 128 latents each; 1 000 unless given.
 
     Shapes:
         z ``(*batch, latent_dim)``, log_prob and kl ``(*batch,)`` in nats.
@@ -73,11 +84,12 @@ class FlowMatchingPrior(FittedPrior):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, latent_dim: int, shape: Sequence[int] | None = None) -> None:
+    def __init__(self, latent_dim: int, shape: Sequence[int] | None = None, steps: int | None = None) -> None:
         super().__init__(latent_dim, least_latents=20)
         shape = (latent_dim,) if shape is None else tuple(shape)
         if math.prod(shape) != latent_dim or len(shape) > 3:
             raise ValueError(f"a map (C, *space) of {latent_dim} latents has one or two axes of space, got the shape {shape}")
+        self.steps = steps
         self.shape = (*shape, 1) if len(shape) == 1 else shape
         self.register_buffer("mean", torch.full((latent_dim,), math.nan))
         self.register_buffer("std", torch.full((latent_dim,), math.nan))
@@ -106,7 +118,7 @@ class FlowMatchingPrior(FittedPrior):
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
             net = _Net(self.shape[0], len(self.shape) - 1).to(self.mean.device)
-            best = _learn(net, units, others, generator)
+            best = _learn(net, units, others, generator, self.steps or STEPS)
         self.net.load_state_dict(best)
         self.mean.copy_(mean)
         self.std.copy_(std)
@@ -219,14 +231,14 @@ def _exact_divergence(velocity: Velocity, u: Tensor, t: Tensor) -> tuple[Tensor,
     return value, total
 
 
-def _learn(net: "_Net", latents: Tensor, held_out: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def _learn(net: "_Net", latents: Tensor, held_out: Tensor, generator: torch.Generator, steps: int) -> dict[str, Tensor]:
     """Train the network, and return the averaged weights with the smallest loss on held-out latents."""
     average = copy.deepcopy(net)
     optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     fixed = _noise_and_times(held_out, torch.Generator().manual_seed(0))
     best, best_state = math.inf, copy.deepcopy(net.state_dict())
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         chosen = latents[torch.randint(len(latents), (BATCH_SIZE,), generator=generator)]
         optimizer.zero_grad()
         _loss(net, chosen, *_noise_and_times(chosen, generator)).backward()  # type: ignore[no-untyped-call]
@@ -235,7 +247,7 @@ def _learn(net: "_Net", latents: Tensor, held_out: Tensor, generator: torch.Gene
         with torch.no_grad():
             weight = 1 - min(EMA_DECAY, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), weight)
-            if step % LOOK_EVERY and step != STEPS:
+            if step % LOOK_EVERY and step != steps:
                 continue
             loss = float(_loss(average, held_out, *fixed))
         if loss < best:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.latents --data cifar10_slice.npz --out benchmarks/results/latents.json
 
-Everything but the objective is the same: ``spatial:f4c3``, Adam at 1e-3 with a cosine, steps, batches, seeds. σ is then solved on validation data for
-all, and bits per dimension are those of the better of a Gaussian and a Laplace likelihood. Samples come from the same flow-matching prior, fitted
-to each one's latents for the same number of steps. Discriminator and perceptual term are left out of all. Fréchet distances are those of EfficientNet-Lite0's
-features to the test images; of reconstructions, and of as many samples.
+Everything but the objective is the same: ``spatial:f4c3``, Adam at 1e-3 with a cosine, steps, batches, seeds. σ is then solved on
+validation data for all, and bits per dimension are those of the better of a Gaussian and a Laplace likelihood. Samples come from the
+same flow-matching prior, fitted to each one's latents for the same number of steps. Discriminator and perceptual term are left out of
+all. Fréchet distances are those of EfficientNet-Lite0's features to the test images; of reconstructions, and of samples.
 """
 
 import json

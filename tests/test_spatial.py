@@ -14,15 +14,18 @@ from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_diver
 
 from sigma_vae import VAE, Gaussian, Optimal, models
 from sigma_vae.cli import main
-from sigma_vae.config import EvaluationSettings, ModelConfig
-from sigma_vae.data import Batches, Scaling
+from sigma_vae.config import EvaluationSettings, ModelConfig, TrainingConfig
+from sigma_vae.data import Batches, Scaling, Splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.information import information
 from sigma_vae.likelihoods.translate import CONVENTIONS, explain
 from sigma_vae.networks import SpatialNetwork, spatial
 from sigma_vae.priors import FlowMatchingPrior, GaussianPrior, maps
 from sigma_vae.runs import evaluate_run, open_model
-from sigma_vae.types import Maps
+from sigma_vae.runs.evaluate import read_evaluation
+from sigma_vae.training import fit
+from sigma_vae.training.augment import augmented, check_augmentation
+from sigma_vae.types import Batch, Maps
 
 SHAPES = {"f2c2": (1, 8, 8), "f4c3": (3, 8, 12), "f8c4": (2, 16)}
 every_plan = pytest.mark.parametrize(("plan", "shape"), SHAPES.items())
@@ -418,3 +421,88 @@ def test_a_flow_is_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_flows_that_cannot_be_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# -- crops and mirror images -----------------------------------------------------------------------------------------------
+
+
+def numbered(n: int, *shape: int) -> Batch:
+    """Images whose values say their place."""
+    return Batch(torch.arange(float(math.prod(shape))).reshape(1, *shape).expand(n, *shape), torch.arange(n))
+
+
+def test_crops_are_squares_of_the_image_at_all_places_alike() -> None:
+    batch = numbered(3000, 1, 4, 5)
+    x = augmented(batch, TrainingConfig(random_crop=3), seed=0, step=1).x
+    corners, counts = x[:, 0, 0, 0].unique(return_counts=True)
+    assert corners.tolist() == [0, 1, 2, 5, 6, 7]  # 2 rows and 3 columns of places
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+    square = batch.x[0, 0, :3, :3]
+    assert all(torch.equal(each, square + each[0, 0]) for each in x[:20, 0])
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    batch = numbered(2000, 1, 2, 3)
+    x = augmented(batch, TrainingConfig(flip=True), seed=0, step=1).x
+    mirrored = (x == batch.x.flip(-1)).flatten(1).all(1)
+    assert torch.equal(x[~mirrored], batch.x[~mirrored])
+    assert stats.binomtest(int(mirrored.sum()), 2000).pvalue > 1e-3
+
+
+def test_choices_depend_on_seed_step_and_example_alone() -> None:
+    batch, config = numbered(40, 1, 8, 8), TrainingConfig(random_crop=4, flip=True)
+    whole = augmented(batch, config, seed=0, step=1).x
+    part = augmented(Batch(batch.x[7:9], batch.positions[7:9]), config, seed=0, step=1).x
+    assert torch.equal(whole[7:9], part)
+    for seed, step in ((1, 1), (0, 2)):
+        assert not torch.equal(whole, augmented(batch, config, seed, step).x)
+
+
+def test_a_run_is_trained_on_crops_and_evaluated_on_whole_images(tmp_path: Path) -> None:
+    options = [
+        "--network",
+        "spatial:f2c2",
+        "--width",
+        "4",
+        "--max-steps",
+        "3",
+        "--logger",
+        "csv",
+        "--random-crop",
+        "4",
+        "--flip",
+    ]
+    assert main(["train", "digits", *options, "--prior", "standard", "--out", str(tmp_path / "run")]) == 0
+    report = read_evaluation(tmp_path / "run")
+    assert report.bounds.dims == 64
+    assert report.bounds.latent_dim == 32
+
+
+@pytest.mark.parametrize(
+    ("config", "network", "likelihood", "message"),
+    [
+        (
+            {"random_crop": 9},
+            "spatial:f2c2",
+            "gaussian/optimal",
+            "random_crop=9 cuts squares .* shape .1, 8, 8.; take a smaller one",
+        ),
+        ({"random_crop": 4}, "mlp", "gaussian/optimal", "FlatNetwork reads one size; take spatial"),
+        ({"random_crop": 3}, "spatial:f2c2", "gaussian/optimal", "sizes that 2 divides, got 3×3"),
+        ({"random_crop": 4}, "spatial:f2c2", "gaussian/optimal-pixel", "random_crop moves places about"),
+        ({"random_crop": 0}, "spatial:f2c2", "gaussian/optimal", "random_crop is at least 1, got 0"),
+    ],
+)
+def test_crops_that_cannot_be_are_refused(config: dict[str, int], network: str, likelihood: str, message: str) -> None:
+    data = models.data("digits")
+    vae = models.vae(ModelConfig(network=network, likelihood=likelihood, width=4), data.shape, data.scaling)
+    with pytest.raises(ValueError, match=message):
+        fit(vae, data, TrainingConfig(max_steps=1, start="random", **config), progress=False, loggers=[])
+
+
+def test_series_are_not_mirrored() -> None:
+    part = InMemory(torch.rand(4, 1, 8))
+    data = Splits("series", part, part, part, Scaling(), record={})
+    vae = models.vae(ModelConfig(network="spatial:f2c2", width=4), data.shape, data.scaling)
+    with pytest.raises(ValueError, match="flip mirrors images .*, and series has examples of shape .1, 8.; leave it out"):
+        check_augmentation(vae, data, TrainingConfig(flip=True))

@@ -264,6 +264,11 @@ class TrainingConfig(_Strict):
     """Stop after this many minutes, if that is sooner."""
     batch_size: int = 128
     """Examples per step, of all processes together: results mean the same on any number of them."""
+    random_crop: int | None = None
+    """Train on a random square of this size of each image, or a piece of each series (networks whose latents are maps);
+    evaluation is on whole examples."""
+    flip: bool = False
+    """Mirror half of the training images, left to right."""
     accumulate: int = 1
     """Number of gradient-accumulation micro-batches per step, to need less memory; an optimal σ is then that of each
     micro-batch."""
@@ -320,7 +325,7 @@ class TrainingConfig(_Strict):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
-        counts = ("epochs", "max_steps", "batch_size", "accumulate", "patience", "validate_every", "log_every")
+        counts = ("epochs", "max_steps", "batch_size", "random_crop", "accumulate", "patience", "validate_every", "log_every")
         self._require(1, "at least 1", *counts)
         weights = ("learning_rate", "weight_decay", "free_bits_nats", "checkpoint_minutes")
         self._require(0, "at least 0", *weights, "warmup_steps", "kl_balancing_steps")

@@ -504,5 +504,5 @@ def test_series_are_not_mirrored() -> None:
     part = InMemory(torch.rand(4, 1, 8))
     data = Splits("series", part, part, part, Scaling(), record={})
     vae = models.vae(ModelConfig(network="spatial:f2c2", width=4), data.shape, data.scaling)
-    with pytest.raises(ValueError, match="flip mirrors images .*, and series has examples of shape .1, 8.; leave it out"):
+    with pytest.raises(ValueError, match=r"flip mirrors images .*, and series has examples of shape .1, 8.; leave it out"):
         check_augmentation(vae, data, TrainingConfig(flip=True))

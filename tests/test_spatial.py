@@ -12,12 +12,14 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
-from sigma_vae import VAE, Gaussian, Optimal, models
+from sigma_vae import VAE, Gaussian, Laplace, Optimal, models
 from sigma_vae.cli import main
 from sigma_vae.config import EvaluationSettings, ModelConfig, TrainingConfig
 from sigma_vae.data import Batches, Scaling, Splits
 from sigma_vae.data.stores import InMemory
+from sigma_vae.evaluation import evaluate
 from sigma_vae.evaluation.information import information
+from sigma_vae.likelihoods import Perceptual
 from sigma_vae.likelihoods.translate import CONVENTIONS, explain
 from sigma_vae.networks import SpatialNetwork, spatial
 from sigma_vae.priors import FlowMatchingPrior, GaussianPrior, maps
@@ -506,3 +508,88 @@ def test_series_are_not_mirrored() -> None:
     vae = models.vae(ModelConfig(network="spatial:f2c2", width=4), data.shape, data.scaling)
     with pytest.raises(ValueError, match=r"flip mirrors images .*, and series has examples of shape .1, 8.; leave it out"):
         check_augmentation(vae, data, TrainingConfig(flip=True))
+
+
+# -- the perceptual objective ----------------------------------------------------------------------------------------------
+
+
+class TwoMaps(nn.Module):
+    """Two feature maps of random convolutions; batch norm would tell if it were trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Conv2d(4, 5, 3, stride=2)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first = self.first(x)
+        return [first, self.second(first.relu())]
+
+
+def distance(features: nn.Module, x: Tensor, again: Tensor) -> Tensor:
+    """The sum over layers of the mean over places of 2 − 2·cosine, which the squared difference of unit vectors is."""
+    pairs = zip(features.eval()(x), features(again), strict=True)
+    return sum((2 - 2 * nn.functional.cosine_similarity(a, b, dim=1)).flatten(1).mean(1) for a, b in pairs)  # type: ignore[return-value]
+
+
+def test_the_objective_is_that_of_the_best_scale_of_both_terms() -> None:
+    features = TwoMaps().double()
+    x, again = examples((3, 8, 8)).double(), examples((3, 8, 8), 6)[1:].double()
+    likelihood = Perceptual(3, features, weight=0.7).double().train()
+    r = (x - again).abs() + 0.7 * distance(features, x, again)[:, None, None, None]
+    objective = likelihood(again, x).log_prob(x)
+    torch.testing.assert_close(objective, -(r / r.mean() + (2 * r.mean()).log()).flatten(1).sum(1), rtol=1e-8, atol=0)
+    for scale in (0.99, 1.01):  # no other scale is better
+        other = -(r / (scale * r.mean()) + (2 * scale * r.mean()).log()).sum()
+        assert other < objective.sum()
+    likelihood.calibrate([(again[:2], x[:2]), (again[2:], x[2:])])
+    torch.testing.assert_close(likelihood.eval()(again).log_prob(x), objective, rtol=1e-8, atol=0)
+    assert float(likelihood.sigma()) == pytest.approx(float(r.mean()))
+
+
+def test_without_a_weight_it_is_laplace() -> None:
+    x, again = examples((3, 8, 8)).double(), examples((3, 8, 8), 6)[1:].double()
+    ours, theirs = Perceptual(3, TwoMaps().double(), weight=0).double().train(), Laplace(3).double().train()
+    torch.testing.assert_close(ours(again, x).log_prob(x), theirs(again, x).log_prob(x))
+    torch.testing.assert_close(ours.refitted_log_scales()["density"], theirs.refitted_log_scales()["density"])
+
+
+def test_the_distance_has_a_gradient_to_the_picture_and_none_to_its_features() -> None:
+    likelihood, x = Perceptual(3, TwoMaps().double()).double(), examples((3, 8, 8), 2).double()
+    again = examples((3, 8, 8), 4)[2:].double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda each: likelihood.distance(x, each), again)
+    assert not any(p.requires_grad for p in likelihood.parameters())
+
+
+def test_it_trains_reports_an_objective_and_is_loaded_with_its_features(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).integers(0, 256, (60, 3, 8, 8), dtype=np.uint8)
+    vae = VAE(build("f2c2", (3, 8, 8)), Perceptual(3, TwoMaps()))
+    before = {name: value.clone() for name, value in vae.likelihood.features.state_dict().items()}
+    fit(vae, data, TrainingConfig(max_steps=3, validate_every=3), progress=False, loggers=[], device="cpu")
+    assert all(torch.equal(value, before[name]) for name, value in vae.likelihood.features.state_dict().items())
+    report = evaluate(vae, data)
+    assert "objective_nats" in report
+    assert not any("elbo" in name or "bits" in name for name in report)
+    models.save(tmp_path, vae, None, (3, 8, 8), Scaling(levels=256))
+    again = models.load(tmp_path, network=build("f2c2", (3, 8, 8)), likelihood=Perceptual(3, TwoMaps())).vae
+    x = examples((3, 8, 8))
+    assert torch.equal(again.reconstruct(x, noise=noise), vae.reconstruct(x, noise=noise))
+
+
+@pytest.mark.parametrize(
+    ("misuse", "message"),
+    [
+        (lambda p, h, x: Perceptual(3, TwoMaps(), weight=-1), "is at least 0, got -1"),
+        (lambda p, h, x: p.log_mass(h, x), "is an objective, not a likelihood"),
+        (lambda p, h, x: p(h).sample(), "has nothing to draw from; show the mean"),
+        (lambda p, h, x: p.element_cdf(h, x, "density"), "has no distribution function"),
+        (lambda p, h, x: p(h[:, :2], x), "was given data of shape"),
+        (lambda p, h, x: p.calibrate([]), "no pairs to solve the scale on"),
+    ],
+)
+def test_it_is_no_likelihood_and_says_so(misuse: Callable[..., object], message: str) -> None:
+    x = (examples((3, 8, 8)) * 255).round() / 255
+    likelihood = Perceptual(3, TwoMaps())
+    likelihood.calibrate([(x.flip(0), x)])
+    with pytest.raises(ValueError, match=message):
+        misuse(likelihood.eval(), x, x)

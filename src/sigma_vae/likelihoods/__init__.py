@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from sigma_vae.likelihoods.continuous import Gaussian, Laplace, Logistic, StudentT
     from sigma_vae.likelihoods.discrete import BitwiseCategorical, Categorical
     from sigma_vae.likelihoods.logistic_mixture import LogisticMixture
+    from sigma_vae.likelihoods.perceptual import Perceptual
     from sigma_vae.likelihoods.scales import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Scale, Shared
 
 __all__ = [
@@ -26,13 +27,14 @@ __all__ = [
     "Optimal",
     "PerImage",
     "PerPixel",
+    "Perceptual",
     "RunningMinimum",
     "Scale",
     "Shared",
     "StudentT",
 ]
 
-_HOMES = ("bounded", "continuous", "discrete", "logistic_mixture", "scales")
+_HOMES = ("bounded", "continuous", "discrete", "logistic_mixture", "perceptual", "scales")
 
 
 def __getattr__(name: str) -> Any:

@@ -194,7 +194,7 @@ class ModelConfig(_Strict):
     latents, by default those of the network's size. auto: as many as make validation data likeliest under probabilistic
     PCA, up to 128."""
     width: int | None = None
-    """Channels of the first layer (default: residual 16, conv 32, sequence 64), channels between blocks (hierarchical:
+    """Channels of the first layer (default: residual 16, conv and spatial 32, sequence 64), channels between blocks (hierarchical:
     by its size), or units of a hidden layer (mlp: 400)."""
     context_frames: int = 2
     """Number of given frames at the start of a clip; the likelihood covers the frames after them."""

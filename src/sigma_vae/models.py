@@ -108,7 +108,7 @@ def priors(name: str, network: Network, examples: int) -> list[Prior]:
     if not (network.has_posterior and network.has_prior):
         return []
     ((shape,), (latent_dim,)) = network.latents.shapes, network.latents.sizes
-    usual = AUTO_PRIORS if len(shape) == 1 else AUTO_MAP_PRIORS
+    usual = AUTO_PRIORS if len(shape) == 1 else AUTO_MAP_PRIORS if latent_dim < examples else ()
     made = [prior(each, latent_dim, shape=shape) for each in (usual if name == AUTO else (name,))]
     return [each for each in made if name != AUTO or each.least_latents <= examples]
 

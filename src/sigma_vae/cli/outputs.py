@@ -212,10 +212,10 @@ def encode(
     path = checked(Path(out) if out is not None else Path(run) / f"codes-{examples.word}.npz", (".npz", ".npy"))
     if path.suffix == ".npy":
         _write_batches(path, examples)
-        return print(path)
-    posteriors = [examples.vae.encode(batch.x) for batch in examples.batches]
-    means, stds = (torch.cat(values) for values in ([q.loc for q in posteriors], [q.scale for q in posteriors]))
-    _write_arrays(path, {"mean": means, "std": stds}, example=_plain(examples.names))
+    else:
+        posteriors = [examples.vae.encode(batch.x) for batch in examples.batches]
+        means, stds = (torch.cat(values) for values in ([q.loc for q in posteriors], [q.scale for q in posteriors]))
+        _write_arrays(path, {"mean": means, "std": stds}, example=_plain(examples.names))
     print(path)
 
 

@@ -1,25 +1,33 @@
 """Laws of networks whose latents are maps; truth is a closed form, a sum over places, or the same network at another size."""
 
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
-from sigma_vae import VAE, Gaussian, Optimal, models
+from sigma_vae import VAE, Gaussian, Laplace, Optimal, models
 from sigma_vae.cli import main
-from sigma_vae.config import EvaluationSettings, ModelConfig
-from sigma_vae.data import Batches, Scaling
+from sigma_vae.config import EvaluationSettings, ModelConfig, TrainingConfig
+from sigma_vae.data import Batches, Scaling, Splits
 from sigma_vae.data.stores import InMemory
+from sigma_vae.evaluation import evaluate
 from sigma_vae.evaluation.information import information
+from sigma_vae.likelihoods import Perceptual
 from sigma_vae.likelihoods.translate import CONVENTIONS, explain
 from sigma_vae.networks import SpatialNetwork, spatial
-from sigma_vae.priors import GaussianPrior
+from sigma_vae.priors import FlowMatchingPrior, GaussianPrior, maps
 from sigma_vae.runs import evaluate_run, open_model
-from sigma_vae.types import Maps
+from sigma_vae.runs.evaluate import read_evaluation
+from sigma_vae.training import fit
+from sigma_vae.training.augment import augmented, check_augmentation
+from sigma_vae.types import Batch, Maps
 
 SHAPES = {"f2c2": (1, 8, 8), "f4c3": (3, 8, 12), "f8c4": (2, 16)}
 every_plan = pytest.mark.parametrize(("plan", "shape"), SHAPES.items())
@@ -304,3 +312,284 @@ def test_a_customary_weight_is_put_into_words(capsys: pytest.CaptureFixture[str]
 def test_losses_that_make_no_sense_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         explain((3, 8, 8), 1e-3, **options)  # type: ignore[arg-type]
+
+
+# -- flow matching ---------------------------------------------------------------------------------------------------------
+
+TWO = MixtureSameFamily(Categorical(torch.tensor([0.3, 0.7])), Normal(torch.tensor([-1.5, 1.0]), torch.tensor([0.3, 0.4])))
+
+
+def flow(latents: Tensor, shape: tuple[int, ...], steps: int, monkeypatch: pytest.MonkeyPatch) -> FlowMatchingPrior:
+    monkeypatch.setattr(maps, "STEPS", steps)
+    prior = FlowMatchingPrior(latents.shape[1], shape)
+    prior.fit(latents[:-50], latents[-50:], seed=0)
+    return prior.double()
+
+
+GRID = torch.linspace(-4, 4, 161, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def two() -> tuple[FlowMatchingPrior, Tensor]:
+    """A flow fitted to draws of it, and its log-density on the grid."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        prior = flow(TWO.sample(torch.Size([2000, 1])), (1,), 150, patch)
+        return prior, prior.log_prob(GRID[:, None])
+
+
+@torch.no_grad()
+def test_a_flow_s_density_sums_to_one_and_nears_the_truth(two: tuple[FlowMatchingPrior, Tensor]) -> None:
+    prior, density = two
+    assert float(density.exp().sum()) * 0.05 == pytest.approx(1, abs=0.01)
+    truth = TWO.log_prob(GRID)
+    found = float((truth.exp() * (truth - density)).sum()) * 0.05
+    of_gaussian = float((truth.exp() * (truth - Normal(prior.mean, prior.std).log_prob(GRID))).sum()) * 0.05
+    assert 0 < found < 0.5 * of_gaussian  # KL(truth‖flow)
+
+
+@torch.no_grad()
+def test_a_flow_s_draws_have_its_density(two: tuple[FlowMatchingPrior, Tensor]) -> None:
+    prior, density = two
+    draws = prior.sample(1000, torch.Generator().manual_seed(1))[:, 0].numpy()
+    cdf = density.exp().numpy().cumsum() * 0.05
+    assert stats.kstest(draws, lambda z: np.interp(z, GRID.numpy() + 0.025, cdf)).pvalue > 1e-3
+
+
+@torch.no_grad()
+def test_the_estimated_divergence_is_right_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the same for an example in any batch."""
+    torch.manual_seed(0)
+    prior = flow(torch.randn(400, 12) @ torch.randn(12, 12), (3, 2, 2), 30, monkeypatch)
+    z = (torch.randn(300, 12) @ torch.randn(12, 12)).double()
+    exact = prior.log_prob(z)
+    monkeypatch.setattr(maps, "EXACT", 1)
+    estimated = prior.log_prob(z.clone())
+    difference = estimated - exact
+    assert difference.std() > 1e-3
+    assert abs(difference.mean()) < 4 * difference.std() / math.sqrt(300)
+    torch.testing.assert_close(prior.log_prob(z[7:9].clone()), estimated[7:9])
+
+
+@torch.no_grad()
+def test_before_it_learns_a_flow_is_the_gaussian_of_the_same_moments(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    latents = 2 + 3 * torch.randn(400, 24)
+    prior = flow(latents, (6, 2, 2), 0, monkeypatch)
+    z = latents[:20].double()
+    expected = Normal(prior.mean, prior.std).log_prob(z).sum(1)
+    torch.testing.assert_close(prior.log_prob(z), expected, rtol=1e-4, atol=1e-3)
+    posterior = Normal(z + 0.1, torch.full_like(z, 0.5))
+    of_gaussian = kl_divergence(posterior, Normal(prior.mean, prior.std)).sum(1)
+    torch.testing.assert_close(prior.kl(posterior, z), of_gaussian, rtol=1e-4, atol=1e-3)
+
+
+def test_a_flow_fitted_to_a_run_is_saved_with_it_and_sampled(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(maps, "STEPS", 5)
+    monkeypatch.setattr(maps, "ODE_STEPS", 2)
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert main(["fit-prior", str(copy), "--prior", "flow-matching"]) == 0
+    vae = open_model(copy).vae
+    capsys.readouterr()
+    assert main(["sample", str(copy), "--n", "3", "--out", str(tmp_path / "samples.npz")]) == 0
+    if isinstance(vae.network.prior, FlowMatchingPrior):  # the best on held-out latents is taken
+        assert vae.network.prior.shape == (2, 4, 4)
+
+
+def test_a_flow_is_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "STEPS", 3)
+    config, scaling = ModelConfig(network="spatial:f4c3", width=4), Scaling(levels=256)
+    vae, x = models.vae(config, (1, 8, 8), scaling), examples((1, 8, 8), 60)
+    vae.calibrate([x])
+    vae.fit_prior([x], models.prior("flow-matching", 12, shape=(3, 2, 2)))
+    models.save(tmp_path, vae, config, (1, 8, 8), scaling)
+    again = models.load(tmp_path).vae
+    draws = [each.sample(3, generator=torch.Generator().manual_seed(0)) for each in (vae.eval(), again)]
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FlowMatchingPrior(12, (3, 3)), r"a map .* of 12 latents has one or two axes of space, got the shape \(3, 3\)"),
+        (lambda: FlowMatchingPrior(2).fit(torch.zeros(40, 2)), "one of the latents never changes"),
+        (lambda: FlowMatchingPrior(2).fit(torch.randn(5, 2)), "needs at least 20 examples, got 5"),
+        (lambda: FlowMatchingPrior(2).log_prob(torch.zeros(1, 2)), "is not fitted yet"),
+    ],
+)
+def test_flows_that_cannot_be_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# -- crops and mirror images -----------------------------------------------------------------------------------------------
+
+
+def numbered(n: int, *shape: int) -> Batch:
+    """Images whose values say their place."""
+    return Batch(torch.arange(float(math.prod(shape))).reshape(1, *shape).expand(n, *shape), torch.arange(n))
+
+
+def test_crops_are_squares_of_the_image_at_all_places_alike() -> None:
+    batch = numbered(3000, 1, 4, 5)
+    x = augmented(batch, TrainingConfig(random_crop=3), seed=0, step=1).x
+    corners, counts = x[:, 0, 0, 0].unique(return_counts=True)
+    assert corners.tolist() == [0, 1, 2, 5, 6, 7]  # 2 rows and 3 columns of places
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+    square = batch.x[0, 0, :3, :3]
+    assert all(torch.equal(each, square + each[0, 0]) for each in x[:20, 0])
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    batch = numbered(2000, 1, 2, 3)
+    x = augmented(batch, TrainingConfig(flip=True), seed=0, step=1).x
+    mirrored = (x == batch.x.flip(-1)).flatten(1).all(1)
+    assert torch.equal(x[~mirrored], batch.x[~mirrored])
+    assert stats.binomtest(int(mirrored.sum()), 2000).pvalue > 1e-3
+
+
+def test_choices_depend_on_seed_step_and_example_alone() -> None:
+    batch, config = numbered(40, 1, 8, 8), TrainingConfig(random_crop=4, flip=True)
+    whole = augmented(batch, config, seed=0, step=1).x
+    part = augmented(Batch(batch.x[7:9], batch.positions[7:9]), config, seed=0, step=1).x
+    assert torch.equal(whole[7:9], part)
+    for seed, step in ((1, 1), (0, 2)):
+        assert not torch.equal(whole, augmented(batch, config, seed, step).x)
+
+
+def test_a_run_is_trained_on_crops_and_evaluated_on_whole_images(tmp_path: Path) -> None:
+    options = [
+        "--network",
+        "spatial:f2c2",
+        "--width",
+        "4",
+        "--max-steps",
+        "3",
+        "--logger",
+        "csv",
+        "--random-crop",
+        "4",
+        "--flip",
+    ]
+    assert main(["train", "digits", *options, "--prior", "standard", "--out", str(tmp_path / "run")]) == 0
+    report = read_evaluation(tmp_path / "run")
+    assert report.bounds.dims == 64
+    assert report.bounds.latent_dim == 32
+
+
+@pytest.mark.parametrize(
+    ("config", "network", "likelihood", "message"),
+    [
+        (
+            {"random_crop": 9},
+            "spatial:f2c2",
+            "gaussian/optimal",
+            "random_crop=9 cuts squares .* shape .1, 8, 8.; take a smaller one",
+        ),
+        ({"random_crop": 4}, "mlp", "gaussian/optimal", "FlatNetwork reads one size; take spatial"),
+        ({"random_crop": 3}, "spatial:f2c2", "gaussian/optimal", "sizes that 2 divides, got 3×3"),
+        ({"random_crop": 4}, "spatial:f2c2", "gaussian/optimal-pixel", "random_crop moves places about"),
+        ({"random_crop": 0}, "spatial:f2c2", "gaussian/optimal", "random_crop is at least 1, got 0"),
+    ],
+)
+def test_crops_that_cannot_be_are_refused(config: dict[str, int], network: str, likelihood: str, message: str) -> None:
+    data = models.data("digits")
+    vae = models.vae(ModelConfig(network=network, likelihood=likelihood, width=4), data.shape, data.scaling)
+    with pytest.raises(ValueError, match=message):
+        fit(vae, data, TrainingConfig(max_steps=1, start="random", **config), progress=False, loggers=[])
+
+
+def test_series_are_not_mirrored() -> None:
+    part = InMemory(torch.rand(4, 1, 8))
+    data = Splits("series", part, part, part, Scaling(), record={})
+    vae = models.vae(ModelConfig(network="spatial:f2c2", width=4), data.shape, data.scaling)
+    with pytest.raises(ValueError, match=r"flip mirrors images .*, and series has examples of shape .1, 8.; leave it out"):
+        check_augmentation(vae, data, TrainingConfig(flip=True))
+
+
+# -- the perceptual objective ----------------------------------------------------------------------------------------------
+
+
+class TwoMaps(nn.Module):
+    """Two feature maps of random convolutions; batch norm would tell if it were trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), nn.Conv2d(4, 5, 3, stride=2)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        first = self.first(x)
+        return [first, self.second(first.relu())]
+
+
+def distance(features: nn.Module, x: Tensor, again: Tensor) -> Tensor:
+    """The sum over layers of the mean over places of 2 − 2·cosine, which the squared difference of unit vectors is."""
+    pairs = zip(features.eval()(x), features(again), strict=True)
+    return sum((2 - 2 * nn.functional.cosine_similarity(a, b, dim=1)).flatten(1).mean(1) for a, b in pairs)  # type: ignore[return-value]
+
+
+def test_the_objective_is_that_of_the_best_scale_of_both_terms() -> None:
+    features = TwoMaps().double()
+    x, again = examples((3, 8, 8)).double(), examples((3, 8, 8), 6)[1:].double()
+    likelihood = Perceptual(3, features, weight=0.7).double().train()
+    r = (x - again).abs() + 0.7 * distance(features, x, again)[:, None, None, None]
+    objective = likelihood(again, x).log_prob(x)
+    torch.testing.assert_close(objective, -(r / r.mean() + (2 * r.mean()).log()).flatten(1).sum(1), rtol=1e-8, atol=0)
+    for scale in (0.99, 1.01):  # no other scale is better
+        other = -(r / (scale * r.mean()) + (2 * scale * r.mean()).log()).sum()
+        assert other < objective.sum()
+    likelihood.calibrate([(again[:2], x[:2]), (again[2:], x[2:])])
+    torch.testing.assert_close(likelihood.eval()(again).log_prob(x), objective, rtol=1e-8, atol=0)
+    assert float(likelihood.sigma()) == pytest.approx(float(r.mean()))
+
+
+def test_without_a_weight_it_is_laplace() -> None:
+    x, again = examples((3, 8, 8)).double(), examples((3, 8, 8), 6)[1:].double()
+    ours, theirs = Perceptual(3, TwoMaps().double(), weight=0).double().train(), Laplace(3).double().train()
+    torch.testing.assert_close(ours(again, x).log_prob(x), theirs(again, x).log_prob(x))
+    torch.testing.assert_close(ours.refitted_log_scales()["density"], theirs.refitted_log_scales()["density"])
+
+
+def test_the_distance_has_a_gradient_to_the_picture_and_none_to_its_features() -> None:
+    likelihood, x = Perceptual(3, TwoMaps().double()).double(), examples((3, 8, 8), 2).double()
+    again = examples((3, 8, 8), 4)[2:].double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda each: likelihood.distance(x, each), again)
+    assert not any(p.requires_grad for p in likelihood.parameters())
+
+
+def test_it_trains_reports_an_objective_and_is_loaded_with_its_features(tmp_path: Path) -> None:
+    data = np.random.default_rng(0).integers(0, 256, (60, 3, 8, 8), dtype=np.uint8)
+    vae = VAE(build("f2c2", (3, 8, 8)), Perceptual(3, TwoMaps()))
+    before = {name: value.clone() for name, value in vae.likelihood.features.state_dict().items()}
+    fit(vae, data, TrainingConfig(max_steps=3, validate_every=3), progress=False, loggers=[], device="cpu")
+    assert all(torch.equal(value, before[name]) for name, value in vae.likelihood.features.state_dict().items())
+    report = evaluate(vae, data)
+    assert "objective_nats" in report
+    assert not any("elbo" in name or "bits" in name for name in report)
+    models.save(tmp_path, vae, None, (3, 8, 8), Scaling(levels=256))
+    again = models.load(tmp_path, network=build("f2c2", (3, 8, 8)), likelihood=Perceptual(3, TwoMaps())).vae
+    x = examples((3, 8, 8))
+    assert torch.equal(again.reconstruct(x, noise=noise), vae.reconstruct(x, noise=noise))
+
+
+@pytest.mark.parametrize(
+    ("misuse", "message"),
+    [
+        (lambda p, h, x: Perceptual(3, TwoMaps(), weight=-1), "is at least 0, got -1"),
+        (lambda p, h, x: p.log_mass(h, x), "is an objective, not a likelihood"),
+        (lambda p, h, x: p(h).sample(), "has nothing to draw from; show the mean"),
+        (lambda p, h, x: p.element_cdf(h, x, "density"), "has no distribution function"),
+        (lambda p, h, x: p(h[:, :2], x), "was given data of shape"),
+        (lambda p, h, x: p.calibrate([]), "no pairs to solve the scale on"),
+    ],
+)
+def test_it_is_no_likelihood_and_says_so(misuse: Callable[..., object], message: str) -> None:
+    x = (examples((3, 8, 8)) * 255).round() / 255
+    likelihood = Perceptual(3, TwoMaps())
+    likelihood.calibrate([(x.flip(0), x)])
+    with pytest.raises(ValueError, match=message):
+        misuse(likelihood.eval(), x, x)

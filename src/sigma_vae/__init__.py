@@ -37,11 +37,13 @@ if TYPE_CHECKING:
         HierarchicalNetwork,
         HierarchyPlan,
         SequenceNetwork,
+        SpatialNetwork,
         conv,
         hierarchical,
         mlp,
         residual,
         sequence,
+        spatial,
     )
     from sigma_vae.types import Elbo
     from sigma_vae.vae import VAE
@@ -72,6 +74,7 @@ __all__ = [
     "RunningMinimum",
     "SequenceNetwork",
     "Shared",
+    "SpatialNetwork",
     "StudentT",
     "ZeroInflatedNegativeBinomial",
     "conv",
@@ -80,6 +83,7 @@ __all__ = [
     "mlp",
     "residual",
     "sequence",
+    "spatial",
 ]
 
 _HOMES = ("types", "likelihoods", "likelihoods.translate", "networks", "vae")

@@ -217,7 +217,7 @@ class ModelConfig(_Strict):
     latents, by default those of the network's size. auto: as many as make validation data likeliest under probabilistic
     PCA, up to 128."""
     width: int | None = None
-    """Channels of the first layer (default: residual 16, conv 32, sequence 64), channels between blocks (hierarchical:
+    """Channels of the first layer (default: residual 16, conv and spatial 32, sequence 64), channels between blocks (hierarchical:
     by its size), or units of a hidden layer (mlp: 400)."""
     context_frames: int = 2
     """Number of given frames at the start of a clip; the likelihood covers the frames after them."""
@@ -287,6 +287,11 @@ class TrainingConfig(_Strict):
     """Stop after this many minutes, if that is sooner."""
     batch_size: int = 128
     """Examples per step, of all processes together: results mean the same on any number of them."""
+    random_crop: int | None = None
+    """Train on a random square of this size of each image, or a piece of each series (networks whose latents are maps);
+    evaluation is on whole examples."""
+    flip: bool = False
+    """Mirror half of the training images, left to right."""
     accumulate: int = 1
     """Number of gradient-accumulation micro-batches per step, to need less memory; an optimal σ is then that of each
     micro-batch."""
@@ -349,7 +354,7 @@ class TrainingConfig(_Strict):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
-        counts = ("epochs", "max_steps", "batch_size", "accumulate", "patience", "validate_every", "log_every")
+        counts = ("epochs", "max_steps", "batch_size", "random_crop", "accumulate", "patience", "validate_every", "log_every")
         self._require(1, "at least 1", *counts)
         weights = ("learning_rate", "weight_decay", "free_bits_nats", "checkpoint_minutes")
         self._require(0, "at least 0", *weights, "warmup_steps", "kl_balancing_steps")

@@ -56,7 +56,13 @@ UNNAMED = "unnamed"
 """Name of a part that is not registered: the model can be loaded only into a given object."""
 
 
-def prior(name: str, latent_dim: int, package: str | None = None, conditions: Conditions | None = None) -> Prior:
+def prior(
+    name: str,
+    latent_dim: int,
+    package: str | None = None,
+    conditions: Conditions | None = None,
+    shape: Sequence[int] | None = None,
+) -> Prior:
     """Make a prior by its name; a prior that is fitted to latents comes unfitted.
 
     Args:
@@ -64,6 +70,7 @@ def prior(name: str, latent_dim: int, package: str | None = None, conditions: Co
         latent_dim: size of z.
         package: where a saved model says that the name comes from.
         conditions: what the network is given, for priors that depend on it.
+        shape: of the map that z is the flat form of, for priors that ask for it.
 
     Raises:
         ValueError: the name does not exist (the nearest is suggested), the text after its colon means nothing, or the prior
@@ -73,11 +80,11 @@ def prior(name: str, latent_dim: int, package: str | None = None, conditions: Co
     20
     """
     make = register.prior.make(name, package)
-    if not register.prior.entry(name).facts.get("reads_condition", False):
-        return cast(Prior, make(latent_dim))
-    if conditions is None:
+    reads_condition = register.prior.entry(name).facts.get("reads_condition", False)
+    if reads_condition and conditions is None:
         raise ValueError(f"the prior {name} depends on a condition, and the model has none; give the data's condition")
-    return cast(Prior, make(latent_dim, conditions))
+    known = {"shape": shape} if shape is not None and "shape" in inspect.signature(make).parameters else {}
+    return cast(Prior, make(latent_dim, *([conditions] if reads_condition else []), **known))
 
 
 def prior_name(prior: Prior) -> str:
@@ -120,8 +127,9 @@ def priors(name: str, network: Network, examples: int) -> list[Prior]:
     if network.prior.is_learned and name in (AUTO, "learned"):
         return [network.prior]
     of_classes = network.conditions is not None and network.conditions.only_classes is not None
-    automatic = AUTO_MAP_PRIORS if len(shape) > 1 else AUTO_PRIORS_OF_CLASSES if of_classes else AUTO_PRIORS
-    made = [prior(each, latent_dim, None, network.conditions) for each in (automatic if name == AUTO else (name,))]
+    of_maps = AUTO_MAP_PRIORS if latent_dim < examples else ()
+    automatic = of_maps if len(shape) > 1 else AUTO_PRIORS_OF_CLASSES if of_classes else AUTO_PRIORS
+    made = [prior(each, latent_dim, None, network.conditions, shape) for each in (automatic if name == AUTO else (name,))]
     return [each for each in made if name != AUTO or each.least_latents <= examples]
 
 
@@ -714,12 +722,12 @@ def sized(
     model = made(trained)
     if model.network.has_prior and not learned and config.prior not in (UNNAMED, "standard"):
         check_prior(config.prior, config.network, model.network)
-        (latent_dim,) = model.network.latents.sizes
+        ((shape_of_z,), (latent_dim,)) = model.network.latents.shapes, model.network.latents.sizes
         if register.prior.entry(config.prior).facts.get("sketches", True):
             with torch.device("meta"):
-                sketched = _named(lambda: prior(config.prior, latent_dim, None, conditions), config)
+                sketched = _named(lambda: prior(config.prior, latent_dim, None, conditions, shape_of_z), config)
                 _check_sizes(sketched, stored, "network.prior.")
-        model.network.replace_prior(prior(config.prior, latent_dim, None, conditions))
+        model.network.replace_prior(prior(config.prior, latent_dim, None, conditions, shape_of_z))
     return model
 
 

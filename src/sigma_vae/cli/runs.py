@@ -17,13 +17,11 @@ from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.base import metrics
 from sigma_vae.registry import Names, register
 from sigma_vae.runs import advice
+from sigma_vae.runs.audit import PREFIX, audit, audit_rows, evaluate_audited, name_of, notes, write_page
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-HF_VAE = "hf-vae:"
-"""Begins the name of an autoencoder of diffusers, in place of a run."""
 
 __all__ = [
     "calibrate",
@@ -194,10 +192,9 @@ def evaluate(
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
-    if run.startswith(HF_VAE):
-        from sigma_vae.runs.audit import evaluate_audited
-
-        return _show(evaluate_audited(run, _given(data), settings, device), json)
+    if run.startswith(PREFIX):
+        _show(evaluate_audited(run, _given(data), settings, device), json)
+        return
     if run.startswith(HUB):
         with TemporaryDirectory() as folder:
             copied = shutil.copytree(to_read(run), Path(folder) / "run")
@@ -290,10 +287,11 @@ def calibrate(
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
-    if run.startswith(HF_VAE):
-        return _audit(run, _given(data), split, kl_weight, out, seed, device, json)
+    if run.startswith(PREFIX):
+        _audit(run, _given(data), split, kl_weight, out, seed, device, json)
+        return
     if kl_weight is not None or out is not None:
-        raise ValueError(f"--kl-weight and --out are for an audit of {HF_VAE}FOLDER, and {run} is a run; leave them out")
+        raise ValueError(f"--kl-weight and --out are for an audit of {PREFIX}FOLDER, and {run} is a run; leave them out")
     result = runs.calibrate_run(to_change(run), data, split, device=device, seed=seed)
     if json:
         print(json_module.dumps(result))
@@ -321,8 +319,6 @@ def _audit(
 ) -> None:
     from rich.console import Console
     from rich.table import Table
-
-    from sigma_vae.runs.audit import audit, audit_rows, name_of, notes, write_page
 
     path = checked(Path(f"audit-{name_of(source)}.html" if out is None else out), (".html",))
     found, picture = audit(source, data, kl_weight=kl_weight, split=split, seed=seed, device=device)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sigma_vae.likelihoods.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
     from sigma_vae.likelihoods.discrete import BitwiseCategorical, Categorical
     from sigma_vae.likelihoods.logistic_mixture import LogisticMixture
+    from sigma_vae.likelihoods.perceptual import Perceptual
     from sigma_vae.likelihoods.scales import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Scale, Shared
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Optimal",
     "PerImage",
     "PerPixel",
+    "Perceptual",
     "Poisson",
     "RunningMinimum",
     "Scale",
@@ -37,7 +39,7 @@ __all__ = [
     "ZeroInflatedNegativeBinomial",
 ]
 
-_HOMES = ("bounded", "continuous", "counts", "discrete", "logistic_mixture", "scales")
+_HOMES = ("bounded", "continuous", "counts", "discrete", "logistic_mixture", "perceptual", "scales")
 
 
 def __getattr__(name: str) -> Any:

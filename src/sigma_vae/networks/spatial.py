@@ -366,7 +366,11 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         change: Tensor = self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + change
+        if self.conv_shortcut is None:
+            return x + change
+        # In one memory layout, else DistributedDataParallel warns of gradients in another one than their parameters'.
+        shortcut: Tensor = self.conv_shortcut(x.contiguous() if self.training else x)
+        return shortcut + change
 
 
 @final

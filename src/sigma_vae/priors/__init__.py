@@ -5,6 +5,16 @@ from sigma_vae.priors.class_mixture import ClassMixturePrior
 from sigma_vae.priors.flow import FlowPrior
 from sigma_vae.priors.gaussian import GaussianPrior, StandardNormal
 from sigma_vae.priors.learned import LearnedPrior
+from sigma_vae.priors.maps import FlowMatchingPrior
 from sigma_vae.priors.mixture import MixturePrior
 
-__all__ = ["ClassMixturePrior", "FittedPrior", "FlowPrior", "GaussianPrior", "LearnedPrior", "MixturePrior", "StandardNormal"]
+__all__ = [
+    "ClassMixturePrior",
+    "FittedPrior",
+    "FlowMatchingPrior",
+    "FlowPrior",
+    "GaussianPrior",
+    "LearnedPrior",
+    "MixturePrior",
+    "StandardNormal",
+]

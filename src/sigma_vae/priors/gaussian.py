@@ -165,9 +165,9 @@ def best_prior(
     size = latents.shape[1]
     candidates: dict[str, Prior] = {type(prior).__name__: prior for prior in priors}
     candidates["N(0, I)"] = StandardNormal(size).to(latents)
-    moments = GaussianPrior(size).to(latents)
-    if len(latents) >= moments.least_latents:
+    if size < len(latents):
         with suppress(ValueError):  # latents in a plane have no Gaussian
+            moments = GaussianPrior(size).to(latents)
             moments.fit(latents)
             candidates["moments"] = moments
     found = {name: float(each.given(condition).log_prob(held_out).double().mean()) for name, each in candidates.items()}

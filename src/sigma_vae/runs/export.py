@@ -66,7 +66,8 @@ def _card(
         "# Calibrated autoencoder",
         "",
     )
-    yield f"An `AutoencoderKL` trained by sigma-vae {__version__} on {about['data']}: network `{about['network']}`, likelihood"
+    network = about["network"].partition(":/")[0]  # without the place of a config
+    yield f"An `AutoencoderKL` trained by sigma-vae {__version__} on {Path(about['data']).name}: network `{network}`, likelihood"
     yield f"`{about['likelihood']}`. No KL weight was chosen: σ is solved from the data, and the loss is the negative ELBO."
     yield ""
     if sigma is not None:

@@ -22,6 +22,7 @@ from sigma_vae.config import LoggerName, TrainingConfig
 from sigma_vae.data import Batches, Splits, as_splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.networks.principal import sample_of
+from sigma_vae.training.augment import augmented, check_augmentation
 from sigma_vae.training.callbacks import Callback, Context, Patience, progress_of
 from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
 from sigma_vae.training.distributed import (
@@ -162,6 +163,7 @@ def fit(
             with _fitting(resumed):
                 vae.load_state_dict(state["model"])  # which may have a linear path
             start = "resumed"
+        check_augmentation(vae, splits, config)
         model = to_be_trained(vae, config)
         batches = splits.batches(
             "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
@@ -267,7 +269,7 @@ class _Training:
 
     def _step(self, batch: Batch) -> None:
         context = self.context
-        row = self.stepper.step(batch, context.step)
+        row = self.stepper.step(augmented(batch, self.config, self.batches.seed, context.step), context.step)
         context.step += 1
         if row is not None:
             context.epoch = self._epoch()

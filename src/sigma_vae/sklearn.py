@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.base import BaseEstimator, OutlierMixin, TransformerMixin
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, OutlierMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
@@ -114,7 +114,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
                 self.vae_ = models.load(folder).vae
 
 
-class VAETransformer(TransformerMixin, _Estimator):  # type: ignore[misc]
+class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimator):  # type: ignore[misc]
     """Latents of a VAE as features: posterior means; each row's log-probability as a score.
 
     Rows ``(n, C)`` are standardised column by column; images ``(n, C, H, W)`` channel by channel. Each column has a σ of its own.
@@ -215,7 +215,8 @@ class VAEOutlierDetector(OutlierMixin, _Estimator):  # type: ignore[misc]
 
     Args:
         contamination: share of the training examples that are called outliers; it sets ``offset_``.
-        criterion: ``"density"``, ``"rate"``, ``"reconstruction"``, or ``"p-value"``: the rank of the density among held-out examples, so that
+        criterion: ``"density"``, ``"rate"``, ``"reconstruction"``, or ``"p-value"``: the rank of the density among held-out
+            examples, so that
             ``contamination`` is a rate of false alarms.
         draws: number of posterior draws.
         latent_dim: see :class:`VAETransformer`, as for the rest.
@@ -296,7 +297,7 @@ class VAEOutlierDetector(OutlierMixin, _Estimator):  # type: ignore[misc]
 
     def decision_function(self, X: Any) -> Floats:
         """:meth:`score_samples` less ``offset_``: negative for outliers."""
-        return cast(Floats, self.score_samples(X) - self.offset_)
+        return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> npt.NDArray[np.int64]:
         """1 for inliers, −1 for outliers."""

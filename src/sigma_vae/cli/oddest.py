@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,6 +105,6 @@ def show_oddest(
     for i in order[:LISTED].tolist():
         where = ""
         if shown is not None and shown.dim() == 2:
-            j = int(np.argmax(shown[i]))
+            j = int(shown[i].argmax())
             where = f", most in {titles[j] if titles is not None else f'column {j}'} ({float(shown[i, j]):.2f} nats)"
         print(f"  {names[i]}: {float(values[i]):.4g}{where}")

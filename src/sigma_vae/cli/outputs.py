@@ -372,10 +372,8 @@ def score(
     odd: dict[str, Tensor] = {}
     found = None
     if wanted or map_file is not None:
-        with_bits = "bits-minus-complexity" in wanted
-        found = anomalies(
-            examples.vae, examples.batches, draws, seed, maps=map_file is not None or bool(wanted), bits=with_bits
-        )
+        with_bits, a_row = "bits-minus-complexity" in wanted, len(examples.batches.store.shape) == 1
+        found = anomalies(examples.vae, examples.batches, draws, seed, maps=map_file is not None or a_row, bits=with_bits)
         named = "all" not in scores
         odd = odd_columns(run, examples.vae, examples.batches, found, wanted, draws, seed, named=named)
         columns |= odd

@@ -1,5 +1,7 @@
 """Anomaly scores: exact values on a linear-Gaussian model, ranks, maps, windows, and the command line."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from linear_gaussian import DIM, Proposal, batches_of, draw_data, exact_log_like
 from sigma_vae import VAE, Categorical, Gaussian, mlp
 from sigma_vae.cli import main
 from sigma_vae.data import Batches, Scaling
+from sigma_vae.data.series import on_time_axis, windows
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.anomaly import (
     SCORES,
@@ -16,9 +19,7 @@ from sigma_vae.evaluation.anomaly import (
     check_scores,
     complexity_bits,
     element_nats,
-    on_time_axis,
     p_values,
-    windows,
 )
 
 
@@ -95,7 +96,7 @@ def test_scores_of_windows_go_back_to_their_times() -> None:
     parts = windows(series, 4, 3)
     assert parts.shape == (3, 2, 4)
     np.testing.assert_array_equal(parts[1], series[3:7].T)
-    found = on_time_axis(np.array([1.0, 2.0, 6.0]), 11, 4, 3)
+    found = on_time_axis(np.array([1.0, 2.0, 6.0]), np.array([0, 3, 6]), 4, 11)
     np.testing.assert_array_equal(found, [1, 1, 1, 1.5, 2, 2, 4, 6, 6, 6, np.nan])
     for arguments, words in (((series, 0), "at least 1"), ((series, 11), "shorter window")):
         with pytest.raises(ValueError, match=words):
@@ -152,3 +153,27 @@ def test_the_command_line_lists_the_oddest_rows_of_a_table(trained, capsys) -> N
     assert np.load(trained / "new.npz")["columns"].tolist() == ["a", "b"]
     assert main(["score", str(run), "--scores", "bits-minus-complexity"]) == 1
     assert "levels" in capsys.readouterr().err
+
+
+def test_series_are_scored_on_the_time_axis(tmp_path, capsys) -> None:
+    times = np.arange(700)
+    values = np.sin(times / 4) + 0.05 * np.random.default_rng(0).normal(size=700)
+    pd.DataFrame({"value": values}).to_csv(tmp_path / "series.csv", index=False)
+    values[500:510] += 2
+    pd.DataFrame({"value": values}).to_csv(tmp_path / "new.csv", index=False)
+    sizes = ("--network", "mlp", "--latent-dim", "4", "--width", "16", "--max-steps", "150")
+    words = ("--window", "16", "--stride", "2", "--out", str(tmp_path / "run"))
+    assert main(["train", str(tmp_path / "series.csv"), *sizes, *words]) == 0
+    record = json.loads((tmp_path / "run/environment.json").read_text(encoding="utf-8"))["data"]
+    assert record["counts"] == {"train": 276, "validation": 24, "test": 28}  # of 567, 63 and 70 times
+    assert (
+        main(["score", str(tmp_path / "run"), "--data", str(tmp_path / "new.csv"), "--scores", "density", "--draws", "4"]) == 0
+    )
+    found = pd.read_csv(tmp_path / "run/series-new.csv")
+    assert len(found) == 700
+    assert 490 <= found.density_odd_nats.argmax() < 520
+    assert (tmp_path / "run/series-new.png").exists()
+    assert main(["score", str(tmp_path / "run")]) == 0
+    assert pd.read_csv(tmp_path / "run/series-test.csv").time.tolist() == list(range(630, 700))
+    assert main(["train", str(tmp_path / "series.csv"), "--window", "400", "--out", str(tmp_path / "other")]) == 1
+    assert "take a shorter window" in capsys.readouterr().err

@@ -3,18 +3,21 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sigma_vae import runs
+from sigma_vae.config import replacing
 from sigma_vae.data import Batches
+from sigma_vae.data.series import on_time_axis
 from sigma_vae.data.splits import Names
 from sigma_vae.evaluation.anomaly import Anomalies, Score, anomalies, complexity_bits, p_values
 from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, save_grid
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE
 
-__all__ = ["column_maps", "name_of", "odd_columns", "ranking", "show_oddest"]
+__all__ = ["column_maps", "name_of", "odd_columns", "ranking", "show_oddest", "write_series"]
 
 DRAWN, LISTED = 16, 10
 """Oddest examples that are drawn, and that are listed."""
@@ -108,3 +111,23 @@ def show_oddest(
             j = int(shown[i].argmax())
             where = f", most in {titles[j] if titles is not None else f'column {j}'} ({float(shown[i, j]):.2f} nats)"
         print(f"  {names[i]}: {float(values[i]):.4g}{where}")
+
+
+def write_series(path: Path, values: Tensor, starts: Names, window: int, title: str) -> None:
+    """Write scores of windows on the time axis, as a table and as a plot beside it."""
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    first, length = int(starts.min()), int(starts.max()) + window
+    found = on_time_axis(values.double().numpy(), starts.astype(np.int64), window, length)[first:]
+    table = pd.DataFrame({"time": np.arange(first, length), title: found})
+    with replacing(path) as aside:
+        table.to_csv(aside, index=False)
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(table.time, found, color="#0072B2", linewidth=0.8)
+    axes.set(xlabel="time (row)", ylabel=title, title="mean score of the windows that hold each time")
+    with replacing(path.with_suffix(".png")) as aside:
+        figure.savefig(aside, dpi=150)
+    print(path)
+    print(path.with_suffix(".png"))

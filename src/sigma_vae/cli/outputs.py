@@ -12,7 +12,7 @@ import tyro
 from torch import Tensor
 
 from sigma_vae import runs
-from sigma_vae.cli.oddest import column_maps, odd_columns, ranking, show_oddest
+from sigma_vae.cli.oddest import column_maps, odd_columns, ranking, show_oddest, write_series
 from sigma_vae.cli.options import RunFolder
 from sigma_vae.columns import Cell
 from sigma_vae.config import LARGEST_COUNT, check_seed, replacing
@@ -342,7 +342,8 @@ def score(
     """Write log-likelihood, rate, ELBO and bits per dimension of each example.
 
     Examples are called by their file, or by their row in the file, from 0. Of the run's own data, their split is
-    written too.
+    written too. Scores of windows of a series (train --window) are also put on the time axis, as RUN/series-SPLIT.csv and a
+    plot.
 
     Args:
         run: Folder of the run.
@@ -389,6 +390,9 @@ def score(
         more = {} if titles is None else {"columns": np.array(titles)}
         _write_arrays(map_file, {"maps": values}, example=_plain(examples.names), **more)
         print(map_file)
+    if (window := runs.config_of(Path(run)).data.window) is not None:
+        title, values = next(iter(odd.items()), ("odd_nats", terms.rate - terms.log_likelihood))
+        write_series(Path(run) / f"series-{examples.word}.csv", values, examples.names, window, title)
     if odd and found is not None:
         picture = Path(run) / f"oddest-{examples.word}.png"
         order = ranking(odd, wanted)

@@ -25,9 +25,7 @@ __all__ = [
     "check_scores",
     "complexity_bits",
     "element_nats",
-    "on_time_axis",
     "p_values",
-    "windows",
 ]
 
 Score = Literal["density", "bits-minus-complexity", "rate", "reconstruction", "p-value"]
@@ -187,35 +185,3 @@ def check_scores(scores: Sequence[str]) -> tuple[Score, ...]:
     if unknown := [score for score in scores if score not in (*SCORES, "all")]:
         raise ValueError(f"scores are {', '.join(SCORES)}, or all; got {unknown[0]!r}")
     return SCORES if "all" in scores else tuple(score for score in SCORES if score in scores)
-
-
-def windows(series: npt.NDArray[np.floating], window: int, stride: int = 1) -> npt.NDArray[np.floating]:
-    """Windows ``(n, C, window)`` of a series ``(T, C)``, each a stride after the one before.
-
-    Raises:
-        ValueError: the series is shorter than a window.
-
-    >>> windows(np.arange(5.0)[:, None], window=3, stride=2)[:, 0]
-    array([[0., 1., 2.],
-           [2., 3., 4.]])
-    """
-    if window < 1 or stride < 1:
-        raise ValueError(f"window and stride are at least 1, got {window} and {stride}")
-    if len(series) < window:
-        raise ValueError(f"a window of {window} needs a series as long, got {len(series)} times; take a shorter window")
-    return np.lib.stride_tricks.sliding_window_view(series, window, axis=0)[::stride]
-
-
-def on_time_axis(scores: npt.NDArray[np.float64], length: int, window: int, stride: int = 1) -> npt.NDArray[np.float64]:
-    """Mean score of the windows that hold each time, ``(length,)``; NaN where none does.
-
-    >>> on_time_axis(np.array([1.0, 3.0]), length=5, window=3, stride=2)
-    array([1., 1., 2., 3., 3.])
-    """
-    total, count = np.zeros(length), np.zeros(length)
-    for i, score in enumerate(scores):
-        part = slice(i * stride, i * stride + window)
-        total[part] += score
-        count[part] += 1
-    found: npt.NDArray[np.float64] = np.divide(total, count, out=np.full(length, np.nan), where=count > 0)
-    return found

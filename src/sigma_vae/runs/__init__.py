@@ -2,7 +2,17 @@
 
 from sigma_vae.runs.compare import compare
 from sigma_vae.runs.evaluate import evaluate_run, evaluation_file
-from sigma_vae.runs.folder import Run, evaluation_batch, new_config, new_data, open_model, open_run, read_json, word_of
+from sigma_vae.runs.folder import (
+    Run,
+    config_of,
+    evaluation_batch,
+    new_config,
+    new_data,
+    open_model,
+    open_run,
+    read_json,
+    word_of,
+)
 from sigma_vae.runs.refit import calibrate_run, fit_prior
 from sigma_vae.runs.train import has_checkpoint, rerun, resume, train
 
@@ -10,6 +20,7 @@ __all__ = [
     "Run",
     "calibrate_run",
     "compare",
+    "config_of",
     "evaluate_run",
     "evaluation_batch",
     "evaluation_file",

@@ -157,9 +157,7 @@ def quality(drawn: pd.DataFrame, train: pd.DataFrame, schema: TableSchema) -> fl
     from sdmetrics.reports.single_table import QualityReport
 
     kinds = {column.name: {"sdtype": "categorical" if column.categories else "numerical"} for column in schema.columns}
-    plain = [
-        part.astype({column.name: object for column in schema.columns if column.categories}) for part in (train, drawn)
-    ]
+    plain = [part.astype({column.name: object for column in schema.columns if column.categories}) for part in (train, drawn)]
     report = QualityReport()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

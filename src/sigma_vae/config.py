@@ -143,6 +143,11 @@ class DataConfig(_Strict):
     missing: tuple[str, ...] = ()
     """Words for missing values in a table ('?' -999). Rows with one, or with an empty cell, are dropped and counted; by
     default they are an error."""
+    window: int | None = None
+    """Number of rows in a window of a series whose times are the rows of a table: examples are windows, and training,
+    validation and test follow each other in time."""
+    stride: int = 1
+    """Rows from the start of one window to the start of the next."""
     mixed: bool = False
     """Read a table's columns of all types, missing values included, as the likelihood mixed needs them, which sets this."""
     families: tuple[str, ...] = ()
@@ -174,9 +179,10 @@ class DataConfig(_Strict):
     """Seed that decides which examples are held out, and the content of generated data."""
 
     def __post_init__(self) -> None:
-        """Take the conditions apart that are written as one word: ``age,sex``."""
+        """Take the conditions apart that are written as one word, ``age,sex``, and refuse numbers below 1."""
         names = tuple(name for each in self.condition for name in each.split(",") if name)
         object.__setattr__(self, "condition", names)
+        self._require(1, "at least 1", "window", "stride")
 
     @property
     def path(self) -> Path:

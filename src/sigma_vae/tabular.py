@@ -1,6 +1,7 @@
 """VAEs of tables: fit a data frame, sample rows like it, impute missing values, and compute log-probabilities."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, final
 
@@ -36,6 +37,7 @@ PROPOSALS = 4096
 TOGETHER = 2**20
 """Features decoded together."""
 WIDTH = 200
+LEAST_STEPS = 2_000
 
 
 class Weighted(NamedTuple):
@@ -57,7 +59,8 @@ class TabularVAE:
         latent_dim: number of latents.
         width: units of each hidden layer of the encoder and the decoder, which have two each.
         prior: what is fitted to the latents after training: ``"auto"``, ``"standard"`` for N(0, I), ``"mixture"``, ...
-        training: settings of the training.
+        training: settings of the training; unless given, 2 000 steps or 10 epochs (at most 10 000 steps), with a learning rate
+            that falls to 0.
         families: families of columns, in place of the inferred ones.
         exclude: columns to leave out.
         unknown: a category that :meth:`fit` has not seen is an ``"error"``, or ``"other"``: missing, if the column has no other
@@ -89,7 +92,7 @@ class TabularVAE:
         latent_dim: int = 20,
         width: int = WIDTH,
         prior: str = models.AUTO,
-        training: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
+        training: TrainingConfig | None = None,
         families: Mapping[str, Family] | None = None,
         exclude: Sequence[str] = (),
         unknown: Unknown = "error",
@@ -134,7 +137,7 @@ class TabularVAE:
         data = splits_of_frames(cast(Any, frames), self.data, "frame")
         torch.manual_seed(self.seed)
         vae = models.vae(self.config, data.shape, data.scaling)
-        fit(vae, data, self.training, seed=self.seed, device=self.device, progress=self.progress)
+        fit(vae, data, self.training or _training(len(data.train)), seed=self.seed, device=self.device, progress=self.progress)
         take_prior(self.config.prior, vae, data, self.seed)
         assert data.scaling.schema is not None
         self.vae, self.schema = vae.eval(), data.scaling.schema
@@ -376,6 +379,12 @@ class TabularVAE:
                 h = network.decode(z.flatten(0, 1)).reshape(2 * half, len(part), -1)
                 log_weights = likelihood(h).log_prob(part) + log_prior - log_proposal
                 yield Weighted(log_weights.double().cpu(), h if features else h[:0])
+
+
+def _training(rows: int) -> TrainingConfig:
+    """Training on so many rows: half of the usual least steps, as columns of a table are learned fast."""
+    usual = TrainingConfig(schedule="cosine")
+    return replace(usual, max_steps=max(usual.total_steps(-(-rows // usual.batch_size)) // 2, LEAST_STEPS))
 
 
 def _log_density(q: Normal, z: Tensor) -> Tensor:

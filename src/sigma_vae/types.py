@@ -461,6 +461,10 @@ class DataDistribution(Distribution, ABC):
     def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each value, of the data's shape; of dependent values, given those before."""
 
+    def element_log_prob(self, value: Tensor) -> Tensor | None:
+        """Log-probability of each value, of the data's shape, which add up to ``log_prob``; None where there are none."""
+        return None
+
     def standardised(self, value: Tensor) -> Tensor | None:
         """Residuals in units of σ, of the data's shape; None unless it is a density with a location and a scale."""
         return None

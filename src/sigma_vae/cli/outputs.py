@@ -12,6 +12,7 @@ import tyro
 from torch import Tensor
 
 from sigma_vae import runs
+from sigma_vae.cli.oddest import column_maps, odd_columns, ranking, show_oddest, write_series
 from sigma_vae.cli.options import RunFolder, beside, to_read
 from sigma_vae.columns import Cell
 from sigma_vae.config import LARGEST_COUNT, check_seed, replacing
@@ -22,6 +23,7 @@ from sigma_vae.data.mixed import read_frame
 from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.splits import Names
 from sigma_vae.evaluation import score as score_examples
+from sigma_vae.evaluation.anomaly import anomalies, check_scores
 from sigma_vae.evaluation.classifier import MOST_CLASSES, class_bounds, log_probabilities
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, sampled_per_class, save_clips, save_grid
@@ -377,6 +379,9 @@ def score(
     *,
     data: str | None = None,
     split: Split = "test",
+    scores: tuple[str, ...] = (),
+    maps: str | None = None,
+    draws: int = 16,
     seed: int = 0,
     out: str | None = None,
     device: str = "auto",
@@ -385,12 +390,18 @@ def score(
 
     Examples are called by their file, or by their row in the file, from 0. Of the run's own data, their split is
     written too. Of a model that is given a class label, so are the bounds on log p(x|c) for every class c, and the
-    probabilities of the classes, by the temperature of the run's last evaluation.
+    probabilities of the classes, by the temperature of the run's last evaluation. Scores of windows of a
+    series (train --window) are also put on the time axis, as RUN/series-SPLIT.csv and a plot.
 
     Args:
         run: Folder of the run.
         data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits.
         split: Split to score.
+        scores: Anomaly scores to add, larger for odder examples, the first of which ranks them: density, bits-minus-complexity,
+            rate, reconstruction, p-value (small for odd ones), or all. The oddest images are drawn in RUN/oddest-SPLIT.png;
+            other examples are listed.
+        maps: .npz file to write (key "maps"): the negative log-likelihood of each value, or column of a mixed table, in nats.
+        draws: Number of posterior draws for the anomaly scores and maps.
         seed: Seed of the posterior's noise.
         out: .csv or .parquet file to write; RUN/scores-SPLIT.csv unless given.
         device: auto, cpu, cuda or cuda:1.
@@ -398,20 +409,43 @@ def score(
     import pandas as pd
 
     check_seed(seed)
+    wanted = check_scores(scores)
+    map_file = None if maps is None else checked(Path(maps), (".npz",))
     examples = _examples(run, data, split, device)
     path = checked(Path(out) if out is not None else beside(run) / f"scores-{examples.word}.csv", (".csv", ".parquet"))
-    scores = score_examples(examples.vae, examples.batches, seed)
+    terms = score_examples(examples.vae, examples.batches, seed)
     fit, bound = ("log_likelihood_nats", "elbo_nats") if examples.vae.likelihood.normalised else ("fit_nats", "objective_nats")
-    columns = {fit: scores.log_likelihood, "rate_nats": scores.rate, bound: scores.log_likelihood - scores.rate}
-    if scores.log_mass is not None:
-        columns["bits_per_dim"] = (scores.rate - scores.log_mass) / (scores.dims * torch.tensor(2.0).log())
+    columns = {fit: terms.log_likelihood, "rate_nats": terms.rate, bound: terms.log_likelihood - terms.rate}
+    if terms.log_mass is not None:
+        columns["bits_per_dim"] = (terms.rate - terms.log_mass) / (terms.dims * torch.tensor(2.0).log())
     columns |= _of_classes(run, examples, seed)
+    odd: dict[str, Tensor] = {}
+    found = None
+    if wanted or map_file is not None:
+        with_bits, a_row = "bits-minus-complexity" in wanted, len(examples.batches.store.shape) == 1
+        found = anomalies(examples.vae, examples.batches, draws, seed, maps=map_file is not None or a_row, bits=with_bits)
+        named = "all" not in scores
+        odd = odd_columns(run, examples.vae, examples.batches, found, wanted, draws, seed, named=named)
+        columns |= odd
     told = {} if examples.splits is None else {"split": examples.splits}
     table = pd.DataFrame(told | {name: values.numpy() for name, values in columns.items()}, examples.names)
     table = table.rename_axis("example")
     with replacing(path) as aside:
         (table.to_csv if path.suffix == ".csv" else table.to_parquet)(aside)
     print(path)
+    if found is not None and map_file is not None:
+        assert found.maps is not None
+        values, titles = column_maps(examples.vae, examples.batches, found.maps)
+        more = {} if titles is None else {"columns": np.array(titles)}
+        _write_arrays(map_file, {"maps": values}, example=_plain(examples.names), **more)
+        print(map_file)
+    if (window := runs.config_of(Path(run)).data.window) is not None:
+        title, values = next(iter(odd.items()), ("odd_nats", terms.rate - terms.log_likelihood))
+        write_series(Path(run) / f"series-{examples.word}.csv", values, examples.names, window, title)
+    if odd and found is not None:
+        picture = Path(run) / f"oddest-{examples.word}.png"
+        order = ranking(odd, wanted)
+        show_oddest(picture, examples.vae, examples.batches, examples.names, odd, order, found.maps)
 
 
 def _of_classes(run: str, examples: "_Examples", seed: int) -> dict[str, Tensor]:

@@ -139,6 +139,8 @@ def load_whole(config: DataConfig, split: SplitName, conditions: Conditions | No
         ValueError: as for :func:`load`.
         OSError: as for :func:`load`.
     """
+    if config.window is not None:  # all windows, in their order
+        config = replace(config, validation_fraction=0.0, test_fraction=0.0)
     raw = _required(config).read(config)
     chosen: SplitName = split if split in raw.parts else "train"
     store, names = store_of(raw.parts[chosen], raw, chosen, config, [], conditions)

@@ -27,8 +27,10 @@ TEXTS = (".txt", ".dat", ".txt.gz", ".dat.gz")
 EXCEL = (".xlsx",)
 
 
-def mixed_splits(config: DataConfig) -> Splits:
+def mixed_splits(config: DataConfig, schema: TableSchema | None = None) -> Splits:
     """Read a table with columns of all types; its schema is found in the training rows, categories in all rows.
+
+    A ``schema`` that is known already is used as it is.
 
     Raises:
         ValueError: the source is no table, or its columns do not fit the config.
@@ -41,7 +43,7 @@ def mixed_splits(config: DataConfig) -> Splits:
     read = {split: _read(path, config) for split, path in files.items()}
     words = list(dict.fromkeys(word for _, said in read.values() for word in said))
     frames = {split: _chosen(frame, config, files[split]) for split, (frame, _) in read.items()}
-    found = splits_of_frames(frames, config, str(config.path))
+    found = splits_of_frames(frames, config, str(config.path), schema)
     record = found.record | {"files": [file_record(path) for path in files.values()]}
     record["preprocessing"] = "; ".join([*words, record["preprocessing"]])
     return replace(found, record=record)

@@ -22,7 +22,8 @@ from sigma_vae.config import DataConfig
 from sigma_vae.data.archives import check_unpacked, gunzipped
 from sigma_vae.data.cache import file_record
 from sigma_vae.data.levels import Array
-from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName, counted, few
+from sigma_vae.data.series import segments, windows
+from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName, counted, few
 from sigma_vae.registry import register
 
 __all__ = ["TABLES", "TABLE_OPTIONS", "from_frames", "holds_tables", "read_table", "read_tables", "table_files"]
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 """Endings of table files in a folder; alone, .txt and .dat are tables too."""
-TABLE_OPTIONS = frozenset({"layout", "columns", "exclude", "decimal", "missing"})
+TABLE_OPTIONS = frozenset({"layout", "columns", "exclude", "decimal", "missing", "window", "stride"})
 """Options that apply to tables."""
 _HEAD = 2**16  # bytes from which the dialect of a text file is found
 _SIGNS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas", r"\s+": "blanks"}
@@ -86,7 +87,8 @@ def read_tables(config: DataConfig) -> Raw:
     known = replace(config, decimal=",") if _COMMAS in words else config
     raw = from_frames({split: frame for split, (frame, _) in read.items()}, known, {s: str(f) for s, f in files.items()})
     record = [file_record(file) for file in files.values()]
-    return replace(raw, name=str(path), files=record, preprocessing=[*words, *raw.preprocessing])
+    raw = replace(raw, name=str(path), files=record, preprocessing=[*words, *raw.preprocessing])
+    return raw if config.window is None else _windowed(raw, config)
 
 
 def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, names: Mapping[SplitName, str]) -> Raw:
@@ -138,6 +140,25 @@ def _plain_column(column: "pd.Series[Any]") -> Array:
     if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iufb":
         return column.to_numpy()
     return np.array([None if missing else value for value, missing in zip(column, column.isna(), strict=True)], dtype=object)
+
+
+def _windowed(raw: Raw, config: DataConfig) -> Raw:
+    """Windows ``(n, C, window)`` of series whose times are rows; a single series is cut into three, one after the other."""
+    assert config.window is not None
+    if config.layout not in ("auto", "n-c"):
+        raise ValueError(f"window is for a series whose times are rows, got layout {config.layout}; leave one of them out")
+    parts = {split: np.asarray(part) for split, part in raw.parts.items()}
+    first = dict.fromkeys(parts, 0)
+    if list(parts) == ["train"] and config.test_fraction:
+        whole = parts["train"]
+        cut = segments(len(whole), config.window, config.validation_fraction, config.test_fraction)
+        parts = {split: whole[part] for split, part in zip(SPLITS, cut, strict=True)}
+        first = {split: part.start for split, part in zip(SPLITS, cut, strict=True)}
+    found = {split: np.ascontiguousarray(windows(part, config.window, config.stride)) for split, part in parts.items()}
+    names = {split: first[split] + config.stride * np.arange(len(part)) for split, part in found.items()}
+    words = f"windows of {config.window} rows, each {config.stride} after the one before"
+    cut_words = ["training, validation and test one after the other"] if len(raw.parts) < len(parts) else []
+    return replace(raw, parts=found, names=names, preprocessing=[*raw.preprocessing, words, *cut_words])
 
 
 def _all_converted(

@@ -16,7 +16,7 @@ from sigma_vae.registry import register
 from sigma_vae.types import Batch, Inference, Likelihood, as_argument
 from sigma_vae.vae import VAE, keyed_noise
 
-__all__ = ["Iwae", "IwaeMetric", "Measure", "iwae"]
+__all__ = ["Iwae", "IwaeMetric", "Measure", "inferences", "iwae"]
 
 Measure = Literal["iwae_nats", "iwae_post_hoc_nats", "iwae_bits_per_dim", "iwae_bits_per_dim_post_hoc"]
 """The observed quantity in nats, or the bins of the levels in bits; with the model's own σ, or the refitted one."""
@@ -158,7 +158,7 @@ def _summed_weights(
     """Bounds ``(terms, batch, at)``, effective sample sizes ``(terms, batch)``, numbers of values ``(batch,)``."""
     total = squares = torch.full((len(terms), len(batch.x)), -math.inf, dtype=torch.float64)
     bounds, done, dims = [], 0, torch.empty(0)
-    for inference in _inferences(vae, batch, draws, seed):
+    for inference in inferences(vae, batch, draws, seed):
         h, target = inference.scored()
         log_weights = [inference.per_example(term(vae.likelihood, h, target)) + inference.log_ratio for term in terms]
         dims = inference.dims().reshape(-1, len(batch.x))[0].cpu().double()
@@ -169,8 +169,8 @@ def _summed_weights(
     return torch.stack(bounds, -1), torch.exp(2 * total - squares), dims
 
 
-def _inferences(vae: VAE, batch: Batch, draws: int, seed: int) -> Iterator[Inference]:
-    """One draw after the other; where the network can, many together, encoded once."""
+def inferences(vae: VAE, batch: Batch, draws: int, seed: int) -> Iterator[Inference]:
+    """Posterior draws of a batch, one after the other; where the network can, many together, encoded once."""
     noise, given = keyed_noise(batch.positions, seed), as_argument(batch.condition)
     if not vae.network.has_draw:
         for _ in range(draws):

@@ -17,6 +17,8 @@ from sigma_vae.types import DataDistribution, Likelihood, MeanMap, Observes, at_
 
 __all__ = ["Discrete", "FromFeatures", "LocationScale", "Scaled", "Unscaled", "checked_features"]
 
+SMALLEST_MASS = 1e-12
+"""Stands for the mass of a level whose distribution function rises by less than its rounding."""
 SMALLEST_STD = 1e-37
 """Stands for the std of data that are constant."""
 
@@ -341,6 +343,13 @@ class FromFeatures(DataDistribution):
         """Log-probability of the whole event, in nats."""
         h, x = self._rows(value)
         return self._likelihood.row_log_prob(h, x, self._observes).reshape(value.shape[: -len(self.event_shape)])
+
+    def element_log_prob(self, value: Tensor) -> Tensor | None:
+        """Log-mass of each element's level, given those before where they depend on each other; None for densities."""
+        if self._observes != "level":
+            return None
+        below, upto = self.element_cdf(value.expand(self.batch_shape + self.event_shape))
+        return (upto.double() - below.double()).clamp_min(SMALLEST_MASS).log().to(upto.dtype)
 
     def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each element; of channels that depend on each other, given those before."""

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from sigma_vae import models
-from sigma_vae.config import DataConfig, RunConfig, read, read_text, write_whole
+from sigma_vae.config import DataConfig, RunConfig, parse, read, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits, names
 from sigma_vae.data.load import Whole, load_whole
-from sigma_vae.data.mixed import read_frame
+from sigma_vae.data.mixed import mixed_splits, read_frame
+from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.splits import SPLITS, Names, SplitName, fingerprint
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.base import evaluation_batch
@@ -104,7 +105,8 @@ def data_of(out: Path, config: RunConfig) -> Splits:
     """
     try:
         with first_of_node_first():
-            data = models.data(config.data)
+            schema = _schema_of(out) if config.data.mixed else None
+            data = models.data(config.data) if schema is None else mixed_splits(config.data, schema)
     except ValueError as error:
         if (moved := _moved(out, config.data)) is not None:
             raise moved from error
@@ -120,6 +122,12 @@ def data_of(out: Path, config: RunConfig) -> Splits:
             f"the data of {out} have changed since it was trained; restore them, or train again into another folder"
         )
     return data
+
+
+def _schema_of(out: Path) -> TableSchema | None:
+    """The columns that the run's model reads; None before it has a model."""
+    path = out / models.MODEL / "model.json"
+    return parse(read_json(path).get("scaling"), Scaling, str(path)).schema if path.exists() else None
 
 
 def _same(record: dict[str, Any], other: dict[str, Any]) -> bool:

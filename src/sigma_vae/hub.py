@@ -13,7 +13,7 @@ from typing import Any
 from sigma_vae import models
 from sigma_vae.config import EvaluationSettings, RunConfig, write, write_whole
 from sigma_vae.data import names
-from sigma_vae.evaluation import Evaluation
+from sigma_vae.evaluation import Evaluation, words
 from sigma_vae.extras import needed_by
 from sigma_vae.types import Likelihood, Network
 from sigma_vae.vae import VAE
@@ -189,22 +189,20 @@ def _lines(
         yield f"\nOn the command line: `sigma-vae sample {PREFIX}{name} --out samples.png`"
     if evaluation is not None:
         yield from _numbers(evaluation)
-    for picture, words in PICTURES.items() if folder is not None else ():
+    for picture, caption in PICTURES.items() if folder is not None else ():
         if (folder or Path()).joinpath(picture).is_file():
-            yield f"\n{words}\n\n![{words}]({picture})"
+            yield f"\n{caption}\n\n![{caption}]({picture})"
     if config is not None:
         yield f"\n## Train it again\n\nWith the data `{data}`, and `config.yaml` of this repository:"
         yield "\n```console\n$ sigma-vae replay config.yaml --out again\n```"
 
 
 def _numbers(evaluation: Evaluation) -> Iterator[str]:
-    from sigma_vae.runs import advice
-
     yield f"\n## Numbers\n\nMean ± standard error over {evaluation.bounds.examples} held-out examples.\n"
     yield "| number | value | meaning |\n| --- | --- | --- |"
-    for row in advice.number_rows(evaluation):
+    for row in words.number_rows(evaluation):
         error = f" ± {row.standard_error}" if row.standard_error else ""
-        yield f"| {row.name} | {row.value}{error} | {advice.meaning(row.name)} |"
+        yield f"| {row.name} | {row.value}{error} | {words.meaning(row.name)} |"
 
 
 @needed_by("sigma_vae.hub")

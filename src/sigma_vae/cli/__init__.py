@@ -73,6 +73,8 @@ COMMANDS = {
     "calibrate": Command("runs:calibrate", "Refit σ of a finished run, and evaluate it again", shared=True),
     "sample": Command("outputs:sample", "Draw samples from the prior and decode them"),
     "reconstruct": Command("outputs:reconstruct", "Encode and decode the first examples of a split"),
+    "traverse": Command("outputs:traverse", "Move one latent at a time, and decode: what each of them stands for"),
+    "interpolate": Command("outputs:interpolate", "Decode the line between the latents of two examples, for several pairs"),
     "predict": Command("outputs:predict", "Predict future frames from the start of each clip, several times"),
     "encode": Command("outputs:encode", "Write mean and std of the latents of each example"),
     "score": Command("outputs:score", "Write log-likelihood, rate, ELBO and bits per dimension of each example"),

@@ -253,7 +253,7 @@ def figure_of_latents(vae: VAE, x: Tensor, colours: Sequence[float] | None) -> "
     first, second = (0.5 * (mean**2 + std**2 - 1) - std.log()).mean(0).topk(2).indices.tolist()
     figure = _figure(5, 5)
     axes = figure.subplots()
-    axes.scatter(mean[:, first], mean[:, second], c=colours, s=12, cmap="viridis")
+    axes.scatter(mean[:, first], mean[:, second], c=OKABE_ITO[0] if colours is None else colours, s=12)
     axes.set(xlabel=f"latent {first}", ylabel=f"latent {second}", title="Posterior means")
     return figure
 

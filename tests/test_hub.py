@@ -70,7 +70,9 @@ def test_a_vae_comes_back_to_the_bit(tmp_path: Path) -> None:
     again = VAE.from_pretrained(NAME, network=net, cache_dir=tmp_path / "elsewhere", local_files_only=True)
     assert torch.equal(drawn(again), drawn(vae))
     assert torch.equal(drawn(VAE.from_pretrained(tmp_path / "model", network=net)), drawn(vae))
-    assert "| elbo_nats |" in (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    text = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "| elbo_nats |" in text
+    assert 'from_pretrained("OWNER/NAME", network=your_network)' in text
 
 
 def test_what_is_uploaded_has_a_card_and_no_paths_or_code(staged: Path, digits_run: Path) -> None:

@@ -65,6 +65,25 @@ def test_a_model_made_by_its_name_needs_nothing(tmp_path):
     assert torch.equal(scores(loaded.vae, x), scores(vae, x))
 
 
+def test_a_likelihood_of_other_levels_than_the_data_has_to_be_given(tmp_path):
+    """The name would make it with the levels of the data, and bits."""
+    vae = VAE(own_network(), Gaussian(1, levels=None, mean="unit"))
+    fit(vae, "digits", SHORT, out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="has no name for its likelihood"):
+        models.load(tmp_path, network=own_network())
+    loaded = models.load(tmp_path, network=own_network(), likelihood=Gaussian(1, levels=None, mean="unit"))
+    x = next(iter(models.data("digits").batches("test", 20))).x
+    assert torch.equal(scores(loaded.vae, x), scores(vae, x))
+
+
+def test_a_likelihood_that_replaced_the_named_one_is_saved_as_itself(tmp_path):
+    data = models.data("digits")
+    vae = models.vae(ModelConfig("mlp", "gaussian/optimal", width=8), data.shape, data.scaling)
+    vae.likelihood = Laplace(1, levels=17, mean="unit")
+    fit(vae, data, SHORT, out=tmp_path, progress=False)
+    assert json.loads((tmp_path / "model" / "model.json").read_text())["model"]["likelihood"] == "laplace/optimal"
+
+
 class Odd(Scale):
     """A scale that has no name."""
 

@@ -21,7 +21,8 @@ from sigma_vae import models, runs
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.evaluation import Evaluation
-from sigma_vae.runs.advice import Curves, advice, curves, meaning, number_rows, shows
+from sigma_vae.evaluation.words import meaning, number_rows
+from sigma_vae.runs.advice import Curves, advice, curves, shows
 from sigma_vae.runs.evaluate import read_evaluation
 from sigma_vae.training.callbacks import Bar, Lines
 

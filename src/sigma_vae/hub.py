@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sigma_vae import models
-from sigma_vae.config import EvaluationSettings, RunConfig, write, write_whole
+from sigma_vae.config import EvaluationSettings, ModelConfig, RunConfig, write, write_whole
 from sigma_vae.data import names
-from sigma_vae.evaluation import Evaluation
+from sigma_vae.evaluation import Evaluation, words
 from sigma_vae.extras import needed_by
 from sigma_vae.types import Likelihood, Network
 from sigma_vae.vae import VAE
@@ -51,14 +51,18 @@ def save_pretrained(vae: VAE, folder: str | Path, evaluation: Evaluation | None 
     Raises:
         ValueError: nothing says what data the model is for, or a part cannot be saved.
     """
+    return _saved(vae, Path(folder), evaluation, "OWNER/NAME")
+
+
+def _saved(vae: VAE, folder: Path, evaluation: Evaluation | None, name: str) -> Path:
     if not isinstance(vae.origin, models.Origin):
         raise ValueError(
             "this VAE does not know the shape and scaling of its data; train it with sigma_vae.training.fit, or set vae.origin ="
             " sigma_vae.models.Origin.of(vae, data)"
         )
-    models.save(Path(folder), vae, *vae.origin)
-    write_whole(Path(folder) / "README.md", card(vae.origin.config.likelihood, evaluation))
-    return Path(folder)
+    models.save(folder, vae, *vae.origin)
+    write_whole(folder / "README.md", card(vae.origin.config, evaluation, name=name))
+    return folder
 
 
 def from_pretrained(
@@ -101,7 +105,7 @@ def push_to_hub(
     """
     _check_name(name)
     with tempfile.TemporaryDirectory() as folder:
-        return _upload(save_pretrained(vae, folder, evaluation), name, private, token)
+        return _upload(_saved(vae, Path(folder), evaluation, name), name, private, token)
 
 
 def push(run: Path, name: str, *, private: bool = False, token: str | None = None) -> str:
@@ -141,7 +145,7 @@ def stage(run: Path, folder: Path, name: str) -> Path:
     found.about |= _without_places(found.about, model_digest(folder))
     write_whole(folder / "evaluation.json", json.dumps(found.to_json(), indent=2, ensure_ascii=False) + "\n")
     write_whole(folder / "environment.json", json.dumps(_environment(run), indent=2, ensure_ascii=False) + "\n")
-    write_whole(folder / "README.md", card(config.model.likelihood, found, shared, name, folder))
+    write_whole(folder / "README.md", card(config.model, found, shared, name, folder))
     return folder
 
 
@@ -167,44 +171,43 @@ def _environment(run: Path) -> dict[str, Any]:
 
 
 def card(
-    likelihood: str,
+    model: ModelConfig,
     evaluation: Evaluation | None = None,
     config: RunConfig | None = None,
     name: str = "OWNER/NAME",
     folder: Path | None = None,
 ) -> str:
     """The model card: what it was trained on, its numbers with their meaning, how to use it, how to train it again."""
-    return HEADER + "\n".join(_lines(likelihood, evaluation, config, name, folder)) + "\n"
+    return HEADER + "\n".join(_lines(model, evaluation, config, name, folder)) + "\n"
 
 
 def _lines(
-    likelihood: str, evaluation: Evaluation | None, config: RunConfig | None, name: str, folder: Path | None
+    model: ModelConfig, evaluation: Evaluation | None, config: RunConfig | None, name: str, folder: Path | None
 ) -> Iterator[str]:
     data = None if config is None else config.data.source
     yield f"# {name.rpartition('/')[2]}: a VAE with a calibrated decoder" + (f", trained on {data}" if data else "")
-    yield "\nIts decoder is a likelihood, whose scale σ was found together with the weights: there is no KL weight."
-    yield f"The likelihood is `{likelihood}`. The model is of the library sigma-vae."
-    yield f'\n```python\nfrom sigma_vae import VAE\n\nvae = VAE.from_pretrained("{name}")\nexamples = vae.sample(16)\n```'
+    yield f"\nA variational autoencoder of the library sigma-vae. Its decoder is a likelihood: `{model.likelihood}`."
+    parts = (("network", model.network), ("likelihood", model.likelihood))
+    yours = "".join(f", {kind}=your_{kind}" for kind, part in parts if part == models.UNNAMED)
+    yield f'\n```python\nfrom sigma_vae import VAE\n\nvae = VAE.from_pretrained("{name}"{yours})\nexamples = vae.sample(16)\n```'
     if config is not None:
         yield f"\nOn the command line: `sigma-vae sample {PREFIX}{name} --out samples.png`"
     if evaluation is not None:
         yield from _numbers(evaluation)
-    for picture, words in PICTURES.items() if folder is not None else ():
+    for picture, caption in PICTURES.items() if folder is not None else ():
         if (folder or Path()).joinpath(picture).is_file():
-            yield f"\n{words}\n\n![{words}]({picture})"
+            yield f"\n{caption}\n\n![{caption}]({picture})"
     if config is not None:
         yield f"\n## Train it again\n\nWith the data `{data}`, and `config.yaml` of this repository:"
         yield "\n```console\n$ sigma-vae replay config.yaml --out again\n```"
 
 
 def _numbers(evaluation: Evaluation) -> Iterator[str]:
-    from sigma_vae.runs import advice
-
     yield f"\n## Numbers\n\nMean ± standard error over {evaluation.bounds.examples} held-out examples.\n"
     yield "| number | value | meaning |\n| --- | --- | --- |"
-    for row in advice.number_rows(evaluation):
+    for row in words.number_rows(evaluation):
         error = f" ± {row.standard_error}" if row.standard_error else ""
-        yield f"| {row.name} | {row.value}{error} | {advice.meaning(row.name)} |"
+        yield f"| {row.name} | {row.value}{error} | {words.meaning(row.name)} |"
 
 
 @needed_by("sigma_vae.hub")

@@ -472,12 +472,18 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, model: VAE, data: Splits) -> "Origin":
-        """Describe a model that is trained on these data: as it was made, or for parts of your own, as far as they have names."""
-        if isinstance(model.origin, Origin):
-            return model.origin
-        config = ModelConfig(UNNAMED, likelihood_name(model.likelihood) or UNNAMED)
-        if model.likelihood.has_scale:
-            config = replace(config, mean=model.likelihood.mean_map or "auto", observes=model.likelihood.observes)
+        """Describe a model that is trained on these data.
+
+        Its parts have the names that it was made by, if it still has them; parts of your own as far as a name makes them.
+        """
+        known = model.origin.config if isinstance(model.origin, Origin) else None
+        likelihood, levels = model.likelihood, data.scaling.levels
+        if known is not None and likelihood.levels == levels and _is_made_by(known.likelihood, likelihood):
+            return cls(known, data.shape, data.scaling)
+        name = likelihood_name(likelihood) if likelihood.levels == levels else None
+        config = ModelConfig(UNNAMED, name or UNNAMED)
+        if name is not None and likelihood.has_scale:
+            config = replace(config, mean=likelihood.mean_map or "auto", observes=likelihood.observes)
         return cls(config, data.shape, data.scaling)
 
 

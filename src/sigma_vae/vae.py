@@ -269,6 +269,37 @@ class VAE(nn.Module):
             raise ValueError(f"{type(self.network).__name__} reads no condition; leave condition out")
         return (self.network.conditions.rows(condition, n).to(self.device),)
 
+    def plot_samples(self, n: int = 64, seed: int = 0) -> Any:
+        """A grid of samples as a matplotlib figure; ValueError where examples are no pictures."""
+        return _plots().figure_of_samples(self, n, seed)
+
+    def plot_reconstructions(self, x: Tensor) -> Any:
+        """Pictures x ``(n, C, H, W)`` above their reconstructions, as a matplotlib figure."""
+        return _plots().figure_of_reconstructions(self, x)
+
+    def plot_latents(self, x: Tensor, colours: Sequence[float] | None = None) -> Any:
+        """Posterior means of x in the two latents with the largest KL, as a matplotlib figure.
+
+        Args:
+            x: data ``(n, C, *space)``.
+            colours: a number for each example, such as its class.
+        """
+        return _plots().figure_of_latents(self, x, colours)
+
+    def _repr_html_(self) -> str:
+        weights = sum(parameter.numel() for parameter in self.parameters())
+        sigma = None
+        with suppress(ValueError):  # it is not solved yet
+            sigma = self.likelihood.sigma()
+        rows = {
+            "network": f"{type(self.network).__name__}, {weights:,} weights",
+            "latents": " + ".join(map(str, self.network.latents.sizes)),
+            "likelihood": str(self.likelihood),
+            "σ": "not known yet" if sigma is None else f"{float(sigma.log().mean().exp()):.4g}",
+        }
+        made: str = import_module("sigma_vae.evaluation.words").table("A VAE with a calibrated decoder", rows)
+        return made
+
     def save_pretrained(self, folder: str | Path, evaluation: Any = None) -> Path:
         """Write the model with a card into a folder: see :func:`sigma_vae.hub.save_pretrained`."""
         saved: Path = _hub().save_pretrained(self, folder, evaluation)
@@ -485,6 +516,13 @@ class VAE(nn.Module):
     def __dir__(self) -> list[str]:
         # Without the deprecated names, which inspect.getmembers and torch.jit.trace would look up.
         return [name for name in super().__dir__() if name not in ("flat_network", "video_network")]  # type: ignore[no-untyped-call]
+
+
+@needed_by("plotting")
+def _plots() -> Any:
+    """The module for plots, imported when it is used."""
+    import_module("matplotlib")
+    return import_module("sigma_vae.evaluation.plots")
 
 
 def _hub() -> Any:

@@ -76,6 +76,8 @@ COMMANDS = {
     "sample": Command("outputs:sample", "Draw samples from the prior and decode them"),
     "impute": Command("outputs:impute", "Fill in the missing values of a table, given the others of their rows"),
     "reconstruct": Command("outputs:reconstruct", "Encode and decode the first examples of a split"),
+    "traverse": Command("outputs:traverse", "Move one latent at a time, and decode: what each of them stands for"),
+    "interpolate": Command("outputs:interpolate", "Decode the line between the latents of two examples, for several pairs"),
     "predict": Command("outputs:predict", "Predict future frames from the start of each clip, several times"),
     "encode": Command("outputs:encode", "Write mean and std of the latents of each example"),
     "score": Command("outputs:score", "Write log-likelihood, rate, ELBO and bits per dimension of each example"),

@@ -26,7 +26,17 @@ from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.anomaly import anomalies, check_scores
 from sigma_vae.evaluation.classifier import MOST_CLASSES, class_bounds, log_probabilities
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
-from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, sampled_per_class, save_clips, save_grid
+from sigma_vae.evaluation.plots import (
+    drawable,
+    interpolations,
+    pairs,
+    reconstructed,
+    sampled,
+    sampled_per_class,
+    save_clips,
+    save_grid,
+    traversals,
+)
 from sigma_vae.models import Saved
 from sigma_vae.types import at_least_float32
 from sigma_vae.vae import VAE, Show
@@ -37,11 +47,13 @@ __all__ = [
     "checked",
     "encode",
     "impute",
+    "interpolate",
     "output",
     "predict",
     "reconstruct",
     "sample",
     "score",
+    "traverse",
     "write",
     "write_table",
 ]
@@ -245,6 +257,82 @@ def reconstruct(
     originals, again = scaling.undo(batch.x), scaling.undo(reconstructed(examples.vae, batch, show, seed, other))
     columns = 1 if moving and path.suffix == ".png" else 8  # a clip fills a row
     write(path, pairs(originals, again, columns), {"originals": originals, "reconstructions": again}, columns)
+
+
+@torch.no_grad()
+def traverse(
+    run: RunFolder,
+    *,
+    n: int = 8,
+    steps: int = 9,
+    reach: float = 2.0,
+    seed: int = 0,
+    out: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Move one latent at a time, and decode: what each of them stands for.
+
+    A draw from the prior is the middle of each row. The rows are the latents that change the decoder's mean most.
+
+    Args:
+        run: Folder of the run.
+        n: Number of latents.
+        steps: Number of values of each latent.
+        reach: Largest step to either side; posterior stds are below 1.
+        seed: Seed of the draw.
+        out: .png or .npz file to write (keys "traversals", latents × steps, and "latents"); RUN/traversals.png or .npz
+            unless given.
+        device: auto, cpu, cuda or cuda:1.
+    """
+    opened = runs.open_model(to_read(run), device)
+    vae = opened.vae
+    if not (vae.network.has_posterior and vae.network.has_prior):
+        raise ValueError(f"{run} has no single layer of flat latents that could be moved one by one; sample shows its layers")
+    path = output(out, beside(run) / "traversals", opened.shape, moving=False)
+    check_count(n)
+    check_count(steps)
+    check_seed(seed)
+    z = vae.network.prior.sample(1, torch.Generator(vae.device).manual_seed(seed))[0]
+    rows, chosen = traversals(vae, z, n, steps, reach)
+    images = opened.scaling.undo(rows.flatten(0, 1))
+    write(path, images, {"traversals": images.reshape(rows.shape), "latents": torch.tensor(chosen)}, steps)
+    print(f"latents, a row each: {' '.join(map(str, chosen))}")
+
+
+@torch.no_grad()
+def interpolate(
+    run: RunFolder,
+    *,
+    data: str | None = None,
+    split: Split = "test",
+    n: int = 8,
+    steps: int = 9,
+    out: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Decode the line between the latents of two examples, for several pairs.
+
+    Args:
+        run: Folder of the run.
+        data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits.
+        split: Split that the examples come from: the first 2n.
+        n: Number of pairs, a row each.
+        steps: Number of places on each line, the ends included.
+        out: .png or .npz file to write (key "interpolations": pairs × steps); RUN/interpolations-SPLIT.png or .npz
+            unless given.
+        device: auto, cpu, cuda or cuda:1.
+    """
+    examples = _examples(run, data, split, device)
+    store, scaling = examples.batches.store, examples.batches.scaling
+    check_count(n)
+    check_count(steps)
+    batch = next(iter(Batches(store, scaling, 2 * n))).x.to(examples.vae.device)
+    if len(batch) < 2:
+        raise ValueError(f"a line needs two examples, and the {examples.word} split has {len(batch)}; take another --split")
+    rows = interpolations(examples.vae, batch[: len(batch) // 2], batch[len(batch) // 2 :][: len(batch) // 2], steps)
+    path = output(out, beside(run) / f"interpolations-{examples.word}", store.shape, moving=False)
+    images = scaling.undo(rows.flatten(0, 1))
+    write(path, images, {"interpolations": images.reshape(rows.shape)}, steps)
 
 
 @torch.no_grad()

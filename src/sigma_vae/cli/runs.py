@@ -13,7 +13,7 @@ from sigma_vae import runs
 from sigma_vae.cli.options import HUB, RunFolder, RunFolders, to_change, to_read
 from sigma_vae.cli.outputs import Split, checked
 from sigma_vae.config import EvaluationSettings, RunConfig, read
-from sigma_vae.evaluation import Evaluation
+from sigma_vae.evaluation import Evaluation, words
 from sigma_vae.evaluation.base import metrics
 from sigma_vae.registry import Names, register
 from sigma_vae.runs import advice
@@ -144,9 +144,9 @@ def _finished(folder: Path, found: Evaluation, as_json: bool, quiet: bool) -> No
 
 
 def _in_words(folder: Path, found: Evaluation) -> Iterator[str]:
-    means = {row.name: advice.meaning(row.name) for row in advice.number_rows(found) if "with N(0, I)" not in row.name}
+    means = {row.name: words.meaning(row.name) for row in words.number_rows(found) if "with N(0, I)" not in row.name}
     yield "\nWhat the numbers mean:"
-    yield from (f"  {name}: {words}" for name, words in means.items() if words)
+    yield from (f"  {name}: {sentence}" for name, sentence in means.items() if sentence)
     if "standard_prior" in found:
         yield "  ... with N(0, I): the same with N(0, I) in place of the fitted prior."
     if said := advice.advice(folder, runs.config_of(folder), found, advice.curves(folder)):
@@ -216,7 +216,7 @@ def print_evaluation(report: Evaluation) -> None:
     """Print the bounds, then the section of each further metric, and the notes below."""
     console = _console()
     console.print(_table(report))
-    for line in (*advice.notes(report), *_about_priors(report)):
+    for line in (*words.notes(report), *_about_priors(report)):
         console.print(line)
 
 

@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,10 +15,11 @@ from sigma_vae.conditions import Given
 from sigma_vae.config import replacing
 from sigma_vae.data import Splits
 from sigma_vae.types import Batch, Temperature, per_layer
-from sigma_vae.vae import VAE, Show, keyed_noise
+from sigma_vae.vae import VAE, Show, in_eval_mode, keyed_noise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from PIL.Image import Image
 
 __all__ = [
@@ -28,7 +29,11 @@ __all__ = [
     "Plot",
     "calibration_plots",
     "drawable",
+    "figure_of_latents",
+    "figure_of_reconstructions",
+    "figure_of_samples",
     "in_unit_range",
+    "interpolations",
     "pairs",
     "plot_in_words",
     "png",
@@ -39,6 +44,7 @@ __all__ = [
     "save_grid",
     "save_page",
     "svg",
+    "traversals",
 ]
 
 WIDTH = 500
@@ -233,6 +239,34 @@ def sampled_per_class(
 
 
 @torch.no_grad()
+def traversals(vae: VAE, z: Tensor, latents: int, steps: int, reach: float = 2.0) -> tuple[Tensor, list[int]]:
+    """Move one latent at a time from z ``(latent_dim,)``: a row of data for each latent, and the latents' numbers.
+
+    Those are moved that change the decoder's mean most, the strongest first.
+
+    Shapes:
+        ``(latents, steps, C, *space)``.
+    """
+    eye = torch.eye(len(z), device=z.device)
+    strength = (vae.decode(z + eye) - vae.decode(z - eye)).flatten(1).abs().mean(1)
+    chosen = strength.argsort(descending=True)[:latents]
+    moves = torch.linspace(-reach, reach, steps, device=z.device)
+    moved = z.expand(len(chosen), steps, -1) + moves[:, None] * eye[chosen, None]
+    decoded = vae.decode(moved.flatten(0, 1))
+    return decoded.reshape(len(chosen), steps, *decoded.shape[1:]), chosen.tolist()
+
+
+@torch.no_grad()
+def interpolations(vae: VAE, first: Tensor, last: Tensor, steps: int) -> Tensor:
+    """Decode the straight line between the posterior means of pairs ``(n, C, *space)``: ``(n, steps, C, *space)``."""
+    ends = vae.encode(first).loc, vae.encode(last).loc
+    shares = torch.linspace(0, 1, steps, device=first.device)[:, None]
+    between = ends[0][:, None] * (1 - shares) + ends[1][:, None] * shares
+    decoded = vae.decode(between.flatten(0, 1))
+    return decoded.reshape(len(first), steps, *decoded.shape[1:])
+
+
+@torch.no_grad()
 def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0, shown_as: Given | None = None) -> Tensor:
     """Reconstruct a batch, in its own shape; the given first frames of clips stay as they are.
 
@@ -241,6 +275,57 @@ def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0, sh
     noise = keyed_noise(batch.positions, seed)
     again = vae.reconstruct(batch.x, show, noise=noise, condition=batch.condition, shown_as=shown_as)
     return torch.cat([batch.x[:, : vae.network.context_frames], again], 1) if vae.network.reads_clips else again
+
+
+def figure_of_samples(vae: VAE, n: int, seed: int) -> "Figure":
+    """A grid of samples, in eval mode."""
+    with in_eval_mode(vae), torch.no_grad():
+        return _shown(_grid(vae.sample(n, generator=torch.Generator(vae.device).manual_seed(seed)), None, None), "Samples")
+
+
+def figure_of_reconstructions(vae: VAE, x: Tensor) -> "Figure":
+    """Pictures above their reconstructions, with noise of seed 0."""
+    columns = min(len(x), 8)
+    with in_eval_mode(vae), torch.no_grad():
+        again = vae.reconstruct(x.to(vae.device), noise=keyed_noise(torch.arange(len(x)))).cpu()
+    return _shown(_grid(pairs(x.cpu(), again, columns), columns, None), "Originals above their reconstructions")
+
+
+def figure_of_latents(vae: VAE, x: Tensor, colours: Sequence[float] | None) -> "Figure":
+    """Posterior means in the two latents with the largest KL."""
+    with in_eval_mode(vae), torch.no_grad():
+        posterior = vae.encode(x.to(vae.device))
+    mean, std = posterior.loc.cpu(), posterior.scale.cpu()
+    first, second = (0.5 * (mean**2 + std**2 - 1) - std.log()).mean(0).topk(2).indices.tolist()
+    figure = _figure(5, 5)
+    axes = figure.subplots()
+    axes.scatter(mean[:, first], mean[:, second], c=OKABE_ITO[0] if colours is None else colours, s=12)
+    axes.set(xlabel=f"latent {first}", ylabel=f"latent {second}", title="Posterior means")
+    return figure
+
+
+def _shown(picture: "Image", title: str) -> "Figure":
+    figure = _figure(picture.width / 100 + 0.2, picture.height / 100 + 0.5)
+    axes = figure.subplots()
+    axes.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=255)
+    axes.set_axis_off()
+    axes.set_title(title)
+    return figure
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """A figure that notebooks draw, without pyplot: the caller's figures and back end stay as they are."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+
+    def as_png() -> bytes:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+    figure.__dict__["_repr_png_"] = as_png
+    return figure
 
 
 def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:

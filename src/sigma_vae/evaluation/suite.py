@@ -116,6 +116,11 @@ class Evaluation(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"Evaluation({self.to_json()})"
 
+    def _repr_html_(self) -> str:
+        from sigma_vae.evaluation.words import as_html  # which imports the metrics
+
+        return as_html(self)
+
 
 def evaluate(
     vae: VAE,

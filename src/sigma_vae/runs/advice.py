@@ -7,31 +7,11 @@ from typing import Any, NamedTuple
 
 from sigma_vae.config import RunConfig
 from sigma_vae.evaluation import Evaluation
-from sigma_vae.evaluation.base import Row, metrics
+from sigma_vae.evaluation.words import notes
 from sigma_vae.training.metrics import rows_before
 
-__all__ = ["Curves", "advice", "curves", "meaning", "next_command", "notes", "number_rows", "shows"]
+__all__ = ["Curves", "advice", "curves", "next_command", "shows"]
 
-MEANINGS = {
-    "elbo_nats": "Bound on the log-likelihood of a held-out example, with the model's own σ. Higher is better.",
-    "elbo_post_hoc_nats": "The same with σ refitted on validation data: use it to compare models of different scales.",
-    "objective_nats": "Training objective of a held-out example. It is not a likelihood of these data, and bounds nothing.",
-    "objective_post_hoc_nats": "The same with σ refitted on validation data.",
-    "rate_nats": "Information in the latents: the KL of the posterior from the prior.",
-    "distortion_nats": "Negative log-likelihood of an example given its latents. Densities above 1 make it negative.",
-    "bits_per_dim": "Bits needed to store a value of an example without loss. Lower is better; compares between all decoders.",
-    "bits_per_dim_post_hoc": "The same with the σ that is best for the levels.",
-    "sigma_post_hoc_density": "Noise of the decoder: the typical error of a value, where the data's range is 1 (or its std, if scaled).",
-    "sigma_post_hoc_level": "The σ that fits the levels best.",
-    "factor_post_hoc_density": "Factor by which the predicted σ should be multiplied. 1: they are right on average.",
-    "factor_post_hoc_level": "The same for levels.",
-    "kl_per_layer_nats": "Rate of each layer of latents, from the top down.",
-    "entropy gap": "Difference of the bound from a sum of three entropies, on training data: near 0 where training has converged.",
-    "active_units": "Latents that the encoder uses: their mean varies between examples.",
-    "log_likelihood_nats (pPCA": "Log-likelihood under the best linear model. A VAE below it is under-trained.",
-    "bits_per_dim (pPCA": "Bits per value of that linear model.",
-}
-"""A sentence for each row of the table of a run's bounds, by the beginning of its name; the longest one that fits counts."""
 UNUSED_NATS = 0.1
 """Rate below which the latents say nothing of the data."""
 RISING, FALLEN = 0.01, 0.02
@@ -72,30 +52,6 @@ def curves(out: Path) -> Curves:
             if name != "step" and math.isfinite(number := float(value)):
                 found.setdefault(name, []).append((int(row["step"]), number))
     return Curves(found)
-
-
-def meaning(row: str) -> str:
-    """A sentence for a row of the table of bounds.
-
-    >>> meaning("rate_nats with N(0, I)")
-    'Information in the latents: the KL of the posterior from the prior. With N(0, I) in place of the fitted prior.'
-    """
-    fitting = [name for name in MEANINGS if row.startswith(name)]
-    words = MEANINGS[max(fitting, key=len)] if fitting else ""
-    return f"{words} With N(0, I) in place of the fitted prior." if words and row.endswith("with N(0, I)") else words
-
-
-def number_rows(report: Evaluation) -> Iterator[Row]:
-    """The rows of all metrics of an evaluation, the bounds first."""
-    for name, metric in metrics().items():
-        if report.results.get(name) is not None:
-            yield from metric.rows(report.results[name])
-
-
-def notes(report: Evaluation) -> list[str]:
-    """The remarks of the metrics on their results."""
-    found = ((metric, report.results.get(name)) for name, metric in metrics().items())
-    return [line for metric, result in found if result is not None for line in metric.notes(result, report)]
 
 
 # -- advice ------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.splits import SPLITS, Names, SplitName, fingerprint
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.base import evaluation_batch
+from sigma_vae.evaluation.words import table
 from sigma_vae.training import resolve_device
 from sigma_vae.training.checkpoints import exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first, shared
@@ -61,6 +62,11 @@ class Run(NamedTuple):
     config: RunConfig
     vae: VAE
     data: Splits
+
+    def _repr_html_(self) -> str:
+        made = self.config.model
+        rows = {"data": self.data.name, "examples": str(self.data.record.get("counts", "")), "network": made.network}
+        return table("A run", rows | {"likelihood": made.likelihood, "seed": str(self.config.seed)}) + self.vae._repr_html_()
 
 
 def open_run(out: Path, device: str = "auto") -> Run:

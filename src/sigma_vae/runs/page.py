@@ -11,7 +11,7 @@ from torch import Tensor
 from sigma_vae import __version__
 from sigma_vae.config import write_whole
 from sigma_vae.data import Batches, Splits
-from sigma_vae.evaluation import Evaluation, score
+from sigma_vae.evaluation import Evaluation, score, words
 from sigma_vae.evaluation.base import each_example, evaluation_batch, part, spaced
 from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.plots import OKABE_ITO, Plot, calibration_plots, drawable, plot_in_words, png, svg
@@ -154,8 +154,8 @@ def _replay(made: _Material) -> str:
 
 def _numbers(made: _Material) -> Section:
     rows = tuple(
-        (row.name, f"{row.value} ± {row.standard_error}" if row.standard_error else row.value, advice.meaning(row.name))
-        for row in advice.number_rows(made.evaluation)
+        (row.name, f"{row.value} ± {row.standard_error}" if row.standard_error else row.value, words.meaning(row.name))
+        for row in words.number_rows(made.evaluation)
     )
     examples = f"Mean ± standard error over {made.evaluation.bounds.examples} test examples"
     return Section("Numbers", tables=(Table(examples, ("number", "value", "meaning"), rows, stacks=True),))

@@ -96,7 +96,7 @@ def fit(
     data: object,
     config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
@@ -152,7 +152,7 @@ def fit(
         seed_generators(seed)
         origin = vae.origin = models.Origin.of(vae, splits)
         models.check_savable(vae, origin if out is not None and save else None)
-        folder = (out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))).absolute()
+        folder = Path(out or from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory()))).absolute()
         stack.enter_context(exclusive(folder / "checkpoints"))
         resumed = _resumed(folder / "checkpoints", resume=resume)
         vae.train()
@@ -173,7 +173,7 @@ def fit(
         if progress and us.first:
             print(f"{choices}; start: {start}")
             callbacks = [*callbacks, progress_of()]
-        kept = out and folder
+        kept = None if out is None else folder
         named = config.logger if loggers is None else loggers
         context = Context(model, config, kept, total_steps, _loggers(named, kept, resumed) if us.first else [])
         checkpoints = Checkpoints(folder / "checkpoints", resumed)
@@ -188,8 +188,7 @@ def fit(
         _calibrated(vae, _passing(splits, "validation", held_out_examples(config, splits, total_steps), where))
         if kept is not None and save:
             from_first(lambda: models.save(kept / models.MODEL, vae, *origin))
-        best, skipped = checkpoints.best, training.stepper.skipped_steps
-        return FitResult(context.step, tuple(training.history), best.step, best.score, kept, skipped, training_sigma)
+        return training.result(kept, training_sigma)
 
 
 @final
@@ -251,6 +250,11 @@ class _Training:
                 for logger in context.loggers:
                     logger.finalize(status)
         self.interrupts.check()
+
+    def result(self, kept: Path | None, training_sigma: Mapping[Observes, float]) -> FitResult:
+        """The outcome, after the last step."""
+        best, skipped = self.checkpoints.best, self.stepper.skipped_steps
+        return FitResult(self.context.step, tuple(self.history), best.step, best.score, kept, skipped, training_sigma)
 
     def _steps(self) -> None:
         self.began = self.written = time.monotonic()

@@ -395,13 +395,14 @@ def test_an_h5ad_file_is_trained_on_and_gets_its_latents_back(tmp_path: Path) ->
     x, path, out = factors(), tmp_path / "cells.h5ad", tmp_path / "run"
     annotated(x, path)
     config = RunConfig(
-        DataConfig(str(path), layer="counts", exclude=("gene3",)),
+        DataConfig(str(path), layer="counts", exclude=("gene3",), condition=("batch",)),
         ModelConfig(likelihood="negative-binomial:library/optimal-channel", latent_dim=2, width=16),
         TrainingConfig(max_steps=4, logger=("csv",)),
     )
     report = runs.train(config, out, progress=False)
     assert report.bits_per_dim.mean == pytest.approx(-report.elbo_nats.mean / (11 * np.log(2)))
     assert runs.config_of(out).data.counts
+    assert runs.open_model(out, "cpu").vae.network.conditions.only_classes.classes == ("a", "b")
     encode(str(out), out=str(tmp_path / "encoded.h5ad"), expression=True)
     found = anndata.read_h5ad(tmp_path / "encoded.h5ad")
     data = runs.open_run(out, "cpu").data

@@ -101,7 +101,7 @@ def _opened(path: Path) -> "AnnData":
 
 
 def from_anndata(data: "AnnData", config: DataConfig, name: str) -> Raw:
-    """Read an AnnData object as :func:`read_h5ad` reads a file.
+    """Read an AnnData object as :func:`read_h5ad` reads a file; columns of ``obs`` are its labels.
 
     Raises:
         ValueError: it has no such layer or columns, or no matrix.
@@ -128,7 +128,9 @@ def from_anndata(data: "AnnData", config: DataConfig, name: str) -> Raw:
     rows = np.array([str(each) for each in data.obs_names], dtype=object)
     if len(set(rows)) < len(rows):
         rows = np.arange(len(rows))
-    return replace(from_sparse(matrix, name), preprocessing=words, columns=columns, names={"train": rows})
+    labels = {str(column): data.obs[column].to_numpy() for column in data.obs}
+    made = replace(from_sparse(matrix, name), preprocessing=words, columns=columns)
+    return replace(made, names={"train": rows}, labels={"train": labels})
 
 
 def _chosen(names: list[str], config: DataConfig, name: str) -> list[int]:

@@ -333,9 +333,12 @@ def _from_matrices(
         raws[split] = from_anndata(matrix, chosen, labels[split]) if annotated else from_sparse(matrix, labels[split])
     if len({raw.columns for raw in raws.values()}) > 1:
         raise ValueError(f"{config.source} needs the same columns in all splits; choose those that all have with columns")
-    own = {split: raw.parts["train"] for split, raw in raws.items()}
     return replace(
-        raws["train"], name=config.source, parts=own, names={s: raw.names["train"] for s, raw in raws.items() if raw.names}
+        raws["train"],
+        name=config.source,
+        parts={split: raw.parts["train"] for split, raw in raws.items()},
+        names={split: raw.names["train"] for split, raw in raws.items() if raw.names},
+        labels={split: raw.labels["train"] for split, raw in raws.items() if raw.labels},
     )
 
 

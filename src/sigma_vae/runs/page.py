@@ -226,7 +226,7 @@ def _latents(made: _Material, test: Batches) -> Section | None:
 
 
 def _kl(vae: VAE, batch: Batch) -> Tensor:
-    posterior = vae.encode(batch.x)
+    posterior = vae.encode(batch.x, batch.condition)
     return 0.5 * (posterior.loc.square() + posterior.scale.square() - 1) - posterior.scale.log()
 
 

@@ -813,14 +813,14 @@ class _Dispersion(CountLikelihood, Scaled):
         return log_rate, log_sigma, logit
 
     def _fit(self, log_rate: Tensor, x: Tensor, logit: Tensor | None) -> Fit:
-        part = self._dispersed(log_rate, log_rate.new_zeros(()), x, logit)
-
         def fit(per: Per) -> Tensor:
+            part = self._dispersed(log_rate, log_rate.new_zeros(()), x, logit)
             known = self.scale.all_stored().get("level")
             steps = None if known is None else STEPS_IN_TRAINING
             return best_log_sigma([part], per, self._event_dims, self.log_floor, known, steps)
 
-        return fit
+        beside_the_graph: Fit = torch.compiler.disable(fit)  # type: ignore[no-untyped-call]
+        return beside_the_graph
 
     def _dispersed(self, log_rate: Tensor, base: Tensor, x: Tensor, logit: Tensor | None) -> Dispersed:
         if self.library:

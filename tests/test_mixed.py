@@ -192,6 +192,16 @@ def test_the_dispersion_is_the_likeliest() -> None:
         assert total(best) > max(total(best - 0.01), total(best + 0.01))
 
 
+def test_masses_of_counts_are_right_in_single_precision_too() -> None:
+    """Where r is large, two log-gammas of ten millions cancel."""
+    likelihood = settled((ALL[4],)).float()
+    likelihood.log_dispersion.fill_(14.0)
+    k, mean = torch.arange(10.0), np.exp(1 + 0.5)
+    x = torch.stack([ALL[4].encode(k), 0 * k], 1)
+    found = likelihood(torch.ones(10, 1)).log_prob(x)
+    np.testing.assert_allclose(found.numpy(), stats.poisson.logpmf(k, mean), rtol=1e-4, atol=1e-4)
+
+
 def test_weights_and_sigma_are_saved() -> None:
     likelihood, other = settled(ALL).float(), Mixed(ALL).eval()
     other.load_state_dict(likelihood.state_dict())

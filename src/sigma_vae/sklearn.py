@@ -238,7 +238,7 @@ class VAEOutlierDetector(OutlierMixin, _Estimator):  # type: ignore[misc]
     >>> x = np.random.RandomState(0).randn(100, 3)
     >>> x[0] = 9
     >>> model = VAEOutlierDetector(contamination=0.02, latent_dim=2, width=8, max_steps=20, random_state=0).fit(x)
-    >>> int(model.score_samples(x).argmin()), model.predict(x)[0], model.labels_[0]
+    >>> int(model.score_samples(x).argmin()), int(model.predict(x)[0]), int(model.labels_[0])
     (0, -1, 1)
     """
 

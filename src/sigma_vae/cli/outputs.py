@@ -629,7 +629,12 @@ def write_table(path: Path, frame: "pd.DataFrame", schema: TableSchema | None = 
             case ".parquet":
                 frame.to_parquet(aside, index=False)
             case _:
-                frame.to_excel(aside, index=False)
+                try:
+                    frame.to_excel(aside, index=False)
+                except ImportError as error:
+                    raise ValueError(
+                        f"{path} is written with openpyxl, which is not installed; pip install openpyxl, or write .csv"
+                    ) from error
     print(path)
 
 

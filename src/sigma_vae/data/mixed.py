@@ -35,9 +35,10 @@ def mixed_splits(config: DataConfig, schema: TableSchema | None = None) -> Split
     Raises:
         ValueError: the source is no table, or its columns do not fit the config.
     """
-    if config.levels is not None or config.standardise != "auto" or config.layout not in ("auto", "n-c"):
+    given = (config.levels is not None, config.standardise != "auto", config.layout not in ("auto", "n-c"), config.window)
+    if any(given):
         raise ValueError(
-            "the likelihood mixed reads a table's columns as they are; leave out levels, standardise and layout for it"
+            "the likelihood mixed reads a table's columns as they are; leave out levels, standardise, layout and window for it"
         )
     files = _files(config)
     read = {split: _read(path, config) for split, path in files.items()}
@@ -117,16 +118,23 @@ def _files(config: DataConfig) -> dict[SplitName, Path]:
 
 
 def _read(path: Path, config: DataConfig) -> tuple["pd.DataFrame", list[str]]:
-    import pandas as pd
-
-    frame, words = (
-        (pd.read_excel(path, na_values=list(config.missing)), []) if path.suffix in EXCEL else read_table(path, config)
-    )
+    frame, words = (_excel(path, config), []) if path.suffix in EXCEL else read_table(path, config)
     frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
     for name in frame.columns:
         if (times := _times(frame[name])) is not None:
             frame[name] = times
     return frame, words
+
+
+def _excel(path: Path, config: DataConfig) -> "pd.DataFrame":
+    import pandas as pd
+
+    try:
+        return pd.read_excel(path, na_values=list(config.missing))
+    except ImportError as error:
+        raise ValueError(
+            f"{path} is read with openpyxl, which is not installed; pip install openpyxl, or save it as .csv"
+        ) from error
 
 
 def _chosen(frame: "pd.DataFrame", config: DataConfig, path: Path) -> "pd.DataFrame":

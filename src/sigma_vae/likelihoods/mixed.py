@@ -50,7 +50,7 @@ class Mixed(Likelihood):
     follows Nazábal et al. ("Handling incomplete heterogeneous data using VAEs", 2020, arXiv 1807.03653).
 
     A count's features are the log-mean; the dispersion r of a negative binomial, of variance :math:`\lambda + \lambda^2/r`, is
-    solved per column as σ is, by Newton's method in log r.
+    solved per column by Newton's method in log r: a running mean over training batches, exactly by :meth:`calibrate`.
 
     Args:
         columns: of the table, as :class:`~sigma_vae.data.schema.TableSchema` finds them.
@@ -110,7 +110,7 @@ class Mixed(Likelihood):
         if seen is not None and len(self.log_dispersion):
             self._track_dispersion(h.detach(), seen)
         log_scales = [scale(h, "density", None if seen is None else self._fit(k, h, seen)) for k, scale in self._used()]
-        return MixedRow(self.row, h, torch.cat(log_scales) if log_scales else h.new_zeros(0), self.log_dispersion.to(h))
+        return MixedRow(self.row, h, torch.cat(log_scales) if log_scales else h.new_zeros(0), self.log_dispersion.to(h).clone())
 
     @torch.no_grad()
     def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
@@ -393,8 +393,8 @@ class MixedRow(DataDistribution):
         poisson, negative = self._count_log_means(self.h)
         k = _counts_of([*self._count_columns()[0], *self._count_columns()[1]], x[..., self._numbers : self._binary])
         split = len(self.row.counts[0])
-        masses = negative_binomial_log_prob(k[..., split:], negative, self.log_dispersion)
-        return torch.cat([poisson_log_prob(k[..., :split], poisson), masses], -1)
+        masses = negative_binomial_log_prob(k[..., split:].double(), negative.double(), self.log_dispersion.double())
+        return torch.cat([poisson_log_prob(k[..., :split], poisson), masses.to(k)], -1)  # large log-gammas cancel
 
     def _count_cdf(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Masses below each count and up to it, summed one by one."""

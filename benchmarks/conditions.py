@@ -45,7 +45,7 @@ def main() -> None:
             arm: {name: spread([row[name] for row in each]) for name in each[0]} for arm, each in rows.items()
         }
         RESULTS.write_text(json.dumps(found, indent=2) + "\n")
-        draw(options.runs / f"{data}-with-{options.seeds[0]}", PICTURES / f"conditions-{data}.png")
+        draw(options.runs / f"{data}-with-{options.seeds[0]}", PICTURES / f"conditions-{data}")
     print(json.dumps(found, indent=2))
 
 
@@ -79,10 +79,11 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def draw(out: Path, path: Path) -> None:
-    """Samples of each class, a row each, with the same latents in a column."""
+    """Samples of each class, a row each, from the same random numbers in a column: with N(0, I), and with the run's prior."""
     saved = runs.open_model(out, "cpu")
+    save_grid(path.with_name(f"{path.name}-fitted.png"), saved.scaling.undo(sampled_per_class(saved.vae, COLUMNS)), COLUMNS)
     with standard_prior(saved.vae):
-        save_grid(path, saved.scaling.undo(sampled_per_class(saved.vae, COLUMNS)), COLUMNS)
+        save_grid(path.with_name(f"{path.name}.png"), saved.scaling.undo(sampled_per_class(saved.vae, COLUMNS)), COLUMNS)
 
 
 if __name__ == "__main__":

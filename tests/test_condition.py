@@ -174,6 +174,7 @@ WRONG = {
     "number": (lambda: LABEL.check(torch.tensor([[3.0]])), "0 to 2 .NaN: missing., got 3"),
     "no text": (lambda: LABEL.parse(["label"]), "NAME=VALUE, as in label=3"),
     "twice": (lambda: Conditions(LABEL.variables * 2), "different names"),
+    "shares": (lambda: Variable("label", ("a",), (math.nan,)), "shares from 0 to 1"),
     "constant": (lambda: Variable.of("age:number", np.ones(3)), "one value alone"),
     "words": (lambda: Variable.of("age:number", np.array(["x"], dtype=object)), "write age:class"),
     "keys": (lambda: Variable.of("key", np.array([str(i) for i in range(1001)], dtype=object)), "1001 different values"),

@@ -55,6 +55,8 @@ class Variable:
             raise ValueError(f"the classes of {self.name} are one or more different names, got {self.classes}")
         if self.frequencies is not None and len(self.frequencies) != len(self.classes or ()):
             raise ValueError(f"{self.name} has a frequency for each class, got {len(self.frequencies)}")
+        if self.frequencies is not None and not all(0 <= share <= 1 for share in self.frequencies):
+            raise ValueError(f"the frequencies of {self.name} are shares from 0 to 1, got {self.frequencies[:20]}")
         if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
             raise ValueError(f"{self.name} has a finite mean and a finite std above 0, got {self.mean} and {self.std}")
 

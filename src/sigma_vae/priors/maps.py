@@ -2,9 +2,11 @@
 
 import copy
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -58,8 +60,9 @@ class FlowMatchingPrior(FittedPrior):
 
     Up to 16 latents the divergence is exact. Above, it is Hutchinson's estimate with one probe of random signs per
     evaluation (Grathwohl et al. 2019, arXiv 1810.01367), which is unbiased: an ELBO with this prior is a bound in
-    expectation. Probes depend on the example alone, so that no number depends on its batch. Before it learns anything, v is
-    that of N(0, I), for which this is the Gaussian with the latents' means and variances.
+    expectation. Probes depend on the example alone (on the signs of its latents), so that no number depends on its
+    batch. Before it learns anything, v is that of N(0, I), for which this is the Gaussian with the latents' means and
+    variances.
 
     KL(q‖p) has no closed form and is estimated from the draw z, with that Gaussian as control variate.
 
@@ -158,19 +161,27 @@ class FlowMatchingPrior(FittedPrior):
 
     def _back(self, unit: Tensor) -> Tensor:
         """Log-density of latents in their units ``(n, *shape)``."""
-        signs = torch.where(unit.flatten(1) < 0, -1.0, 1.0).to(unit)
-        random = torch.Generator().manual_seed(self.latent_dim)
-
-        def probe() -> Tensor:
-            """Random signs for each example: fixed ones times those of its own latents in another order."""
-            fixed = torch.randint(2, (self.latent_dim,), generator=random).to(signs) * 2 - 1
-            order = torch.randperm(self.latent_dim, generator=random).to(signs.device)
-            return (fixed * signs[:, order]).reshape(unit.shape)
-
-        divergence = _exact_divergence if self.latent_dim <= EXACT else lambda v, u, t: _probed_divergence(v, u, t, probe())
-        noise, total = _solve_with_divergence(self._velocity, divergence, unit)
+        if self.latent_dim <= EXACT:
+            noise, total = _solve_with_divergence(self._velocity, _exact_divergence, unit)
+        else:
+            probes = iter(_probes(unit))
+            noise, total = _solve_with_divergence(
+                self._velocity, lambda v, u, t: _probed_divergence(v, u, t, next(probes)), unit
+            )
         normal: Tensor = (-0.5 * noise.square() - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
         return normal + total
+
+
+def _probes(unit: Tensor) -> Tensor:
+    """Random signs for each evaluation of each example, ``(evaluations, n, *shape)``.
+
+    Their seed is made from the signs of the example's own latents: it is the same in every batch, and another for others.
+    """
+    flat = (unit.flatten(1) < 0).cpu().numpy()
+    seeds = [zlib.crc32(np.packbits(row).tobytes()) for row in flat]
+    size = (4 * ODE_STEPS, flat.shape[1])
+    drawn = [torch.randint(2, size, generator=torch.Generator().manual_seed(seed), dtype=torch.int8) for seed in seeds]
+    return (2 * torch.stack(drawn, 1) - 1).to(unit).reshape(len(drawn[0]), *unit.shape)
 
 
 def _gaussian_velocity(u: Tensor, t: Tensor) -> Tensor:

@@ -309,7 +309,8 @@ except ValueError as error:
 def test_help_texts_know_the_name(stranger: dict[str, str]) -> None:
     code = "from sigma_vae.registry import register; print(register.network.names(), register.network.entry('mirror').summary)"
     assert python(code, stranger, *STRICT)[0] == (
-        "['conv', 'hierarchical', 'mlp', 'residual', 'sequence', 'bare', 'mirror', 'whole'] An mlp that reads its data mirrored\n"
+        "['autoencoder-kl', 'conv', 'hierarchical', 'mlp', 'residual', 'sequence', 'spatial', 'bare', 'mirror', 'whole']"
+        " An mlp that reads its data mirrored\n"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from sigma_vae import runs
-from sigma_vae.cli.options import RunFolder
+from sigma_vae.cli.options import RunFolder, to_read
 from sigma_vae.cli.outputs import Split, checked
 from sigma_vae.codec import Codec, Unpacked
 from sigma_vae.codec.container import Array, DamagedError, read
@@ -63,8 +63,8 @@ def compress(
         json: Print JSON only.
     """
     path = checked(Path(out), (".sv",))
-    saved = runs.open_model(Path(run), "cpu")
-    examples, about = _examples(Path(run), saved, sources, split)
+    saved = runs.open_model(to_read(run), "cpu")
+    examples, about = _examples(to_read(run), saved, sources, split)
     if not examples:
         raise ValueError("there is nothing to compress: no example was given")
     with _progress("compressing", len(examples) * (1 + (check == "yes"))) as advance:
@@ -89,7 +89,7 @@ def decompress(run: RunFolder, file: File, *, out: str, damaged: Damaged = "refu
     folder = Path(out)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not an empty folder; give a new one")
-    saved = runs.open_model(Path(run), "cpu")
+    saved = runs.open_model(to_read(run), "cpu")
     blob = Path(file).read_bytes()
     try:
         with _progress("decompressing", read(blob).header.examples) as advance:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from sigma_vae.cli.options import RunFolder
+from sigma_vae.cli.options import RunFolder, to_read
 
 __all__ = ["export"]
 
@@ -22,6 +22,6 @@ def export(run: RunFolder, *, out: str, to: Literal["diffusers"] = "diffusers", 
     """
     from sigma_vae.runs.export import export as write
 
-    for name, value in write(Path(run), Path(out), device=device).items():
+    for name, value in write(to_read(run), Path(out), device=device).items():
         print(f"{name}: {value}")
     print(out)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sigma_vae import runs
+from sigma_vae.cli.options import to_read
 from sigma_vae.config import replacing
 from sigma_vae.data import Batches
 from sigma_vae.data.series import on_time_axis
@@ -68,7 +69,7 @@ def _is_real(batches: Batches) -> bool:
 
 def _reference(run: str, vae: VAE, draws: int, seed: int) -> Tensor:
     """Densities of the run's own validation split."""
-    data = runs.open_run(Path(run), str(vae.device)).data
+    data = runs.open_run(to_read(run), str(vae.device)).data
     return anomalies(
         vae, data.batches("validation", runs.evaluation_batch(data), device=vae.device), draws, seed, bits=False
     ).density

@@ -15,6 +15,7 @@ from sigma_vae import runs
 from sigma_vae.cli.oddest import column_maps, odd_columns, ranking, show_oddest, write_series
 from sigma_vae.cli.options import RunFolder, beside, to_read
 from sigma_vae.columns import Cell
+from sigma_vae.conditions import Given
 from sigma_vae.config import LARGEST_COUNT, check_seed, replacing
 from sigma_vae.data import Batches
 from sigma_vae.data.counts import write_h5ad
@@ -167,7 +168,7 @@ def _sample_numbers(run: str, opened: Saved, path: Path, n: int, seed: int, show
     """Write samples of a table of numbers, with the names of its columns."""
     import pandas as pd
 
-    record = runs.read_json(Path(run) / "environment.json").get("data")
+    record = runs.read_json(to_read(run) / "environment.json").get("data")
     columns = record.get("columns") if isinstance(record, dict) else None
     if not columns or opened.shape != (len(columns),):
         raise ValueError(f"{run} was not trained on the columns of a table; write .npz instead")
@@ -207,8 +208,8 @@ def impute(
 
     check_seed(seed)
     path = checked(Path(out), TABLE_FILES)
-    opened = runs.open_model(Path(run), device)
-    config = runs.new_config(Path(run), opened.scaling, data)
+    opened = runs.open_model(to_read(run), device)
+    config = runs.new_config(to_read(run), opened.scaling, data)
     model = TabularVAE.of(opened, run, unknown=config.unknown, device=str(opened.vae.device))
     frame, _ = read_frame(replace(config, columns=()), "train")
     write_table(path, model.impute(frame, show, draws=draws, seed=seed), model.schema)
@@ -266,6 +267,7 @@ def traverse(
     n: int = 8,
     steps: int = 9,
     reach: float = 2.0,
+    condition: tuple[str, ...] = (),
     seed: int = 0,
     out: str | None = None,
     device: str = "auto",
@@ -279,6 +281,7 @@ def traverse(
         n: Number of latents.
         steps: Number of values of each latent.
         reach: Largest step to either side; posterior stds are below 1.
+        condition: What a conditional model is given, such as label=3; drawn unless given.
         seed: Seed of the draw.
         out: .png or .npz file to write (keys "traversals", latents × steps, and "latents"); RUN/traversals.png or .npz
             unless given.
@@ -286,14 +289,17 @@ def traverse(
     """
     opened = runs.open_model(to_read(run), device)
     vae = opened.vae
-    if not (vae.network.has_posterior and vae.network.has_prior):
+    if not (vae.network.has_posterior and vae.network.has_prior) or len(vae.network.latents.shapes[0]) > 1:
         raise ValueError(f"{run} has no single layer of flat latents that could be moved one by one; sample shows its layers")
     path = output(out, beside(run) / "traversals", opened.shape, moving=False)
     check_count(n)
     check_count(steps)
     check_seed(seed)
     z = vae.network.prior.sample(1, torch.Generator(vae.device).manual_seed(seed))[0]
-    rows, chosen = traversals(vae, z, n, steps, reach)
+    given: Given | None = _given(vae, condition)
+    if given is None and vae.network.conditions is not None:
+        given = vae.network.conditions.draw(1, torch.Generator().manual_seed(seed))
+    rows, chosen = traversals(vae, z, n, steps, reach, given)
     images = opened.scaling.undo(rows.flatten(0, 1))
     write(path, images, {"traversals": images.reshape(rows.shape), "latents": torch.tensor(chosen)}, steps)
     print(f"latents, a row each: {' '.join(map(str, chosen))}")
@@ -326,10 +332,12 @@ def interpolate(
     store, scaling = examples.batches.store, examples.batches.scaling
     check_count(n)
     check_count(steps)
-    batch = next(iter(Batches(store, scaling, 2 * n))).x.to(examples.vae.device)
-    if len(batch) < 2:
-        raise ValueError(f"a line needs two examples, and the {examples.word} split has {len(batch)}; take another --split")
-    rows = interpolations(examples.vae, batch[: len(batch) // 2], batch[len(batch) // 2 :][: len(batch) // 2], steps)
+    batch = next(iter(Batches(store, scaling, 2 * n))).to(examples.vae.device)
+    if (pairs_of := len(batch.x) // 2) == 0:
+        raise ValueError(f"a line needs two examples, and the {examples.word} split has one; take another --split")
+    first, last = slice(pairs_of), slice(pairs_of, 2 * pairs_of)
+    conditions = None if batch.condition is None else (batch.condition[first], batch.condition[last])
+    rows = interpolations(examples.vae, batch.x[first], batch.x[last], steps, conditions)
     path = output(out, beside(run) / f"interpolations-{examples.word}", store.shape, moving=False)
     images = scaling.undo(rows.flatten(0, 1))
     write(path, images, {"interpolations": images.reshape(rows.shape)}, steps)
@@ -527,11 +535,11 @@ def score(
         more = {} if titles is None else {"columns": np.array(titles)}
         _write_arrays(map_file, {"maps": values}, example=_plain(examples.names), **more)
         print(map_file)
-    if (window := runs.config_of(Path(run)).data.window) is not None:
+    if (window := runs.config_of(to_read(run)).data.window) is not None:
         title, values = next(iter(odd.items()), ("odd_nats", terms.rate - terms.log_likelihood))
-        write_series(Path(run) / f"series-{examples.word}.csv", values, examples.names, window, title)
+        write_series(beside(run) / f"series-{examples.word}.csv", values, examples.names, window, title)
     if odd and found is not None:
-        picture = Path(run) / f"oddest-{examples.word}.png"
+        picture = beside(run) / f"oddest-{examples.word}.png"
         order = ranking(odd, wanted)
         show_oddest(picture, examples.vae, examples.batches, examples.names, odd, order, found.maps)
 
@@ -544,7 +552,7 @@ def _of_classes(run: str, examples: "_Examples", seed: int) -> dict[str, Tensor]
         return {}
     bounds, _ = class_bounds(examples.vae, examples.batches, seed)
     try:
-        temperature = float(runs.read_evaluation(Path(run)).classifier.temperature or 1.0)
+        temperature = float(runs.read_evaluation(to_read(run)).classifier.temperature or 1.0)
     except (AttributeError, ValueError):  # there is no evaluation, or it has no classifier
         temperature = 1.0
     probabilities = log_probabilities(bounds, label, temperature).exp()

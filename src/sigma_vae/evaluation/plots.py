@@ -239,7 +239,9 @@ def sampled_per_class(
 
 
 @torch.no_grad()
-def traversals(vae: VAE, z: Tensor, latents: int, steps: int, reach: float = 2.0) -> tuple[Tensor, list[int]]:
+def traversals(
+    vae: VAE, z: Tensor, latents: int, steps: int, reach: float = 2.0, given: Given | None = None
+) -> tuple[Tensor, list[int]]:
     """Move one latent at a time from z ``(latent_dim,)``: a row of data for each latent, and the latents' numbers.
 
     Those are moved that change the decoder's mean most, the strongest first.
@@ -248,21 +250,28 @@ def traversals(vae: VAE, z: Tensor, latents: int, steps: int, reach: float = 2.0
         ``(latents, steps, C, *space)``.
     """
     eye = torch.eye(len(z), device=z.device)
-    strength = (vae.decode(z + eye) - vae.decode(z - eye)).flatten(1).abs().mean(1)
+    strength = (vae.decode(z + eye, condition=given) - vae.decode(z - eye, condition=given)).flatten(1).abs().mean(1)
     chosen = strength.argsort(descending=True)[:latents]
     moves = torch.linspace(-reach, reach, steps, device=z.device)
     moved = z.expand(len(chosen), steps, -1) + moves[:, None] * eye[chosen, None]
-    decoded = vae.decode(moved.flatten(0, 1))
+    decoded = vae.decode(moved.flatten(0, 1), condition=given)
     return decoded.reshape(len(chosen), steps, *decoded.shape[1:]), chosen.tolist()
 
 
 @torch.no_grad()
-def interpolations(vae: VAE, first: Tensor, last: Tensor, steps: int) -> Tensor:
-    """Decode the straight line between the posterior means of pairs ``(n, C, *space)``: ``(n, steps, C, *space)``."""
-    ends = vae.encode(first).loc, vae.encode(last).loc
+def interpolations(
+    vae: VAE, first: Tensor, last: Tensor, steps: int, conditions: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Decode the straight line between the posterior means of pairs ``(n, C, *space)``: ``(n, steps, C, *space)``.
+
+    A conditional model decodes it with the conditions of the first ones.
+    """
+    of_first, of_last = conditions or (None, None)
+    ends = vae.encode(first, of_first).loc, vae.encode(last, of_last).loc
     shares = torch.linspace(0, 1, steps, device=first.device)[:, None]
     between = ends[0][:, None] * (1 - shares) + ends[1][:, None] * shares
-    decoded = vae.decode(between.flatten(0, 1))
+    given = None if of_first is None else of_first.repeat_interleave(steps, 0)
+    decoded = vae.decode(between.flatten(0, 1), condition=given)
     return decoded.reshape(len(first), steps, *decoded.shape[1:])
 
 

@@ -568,6 +568,11 @@ def test_the_command_line_makes_samples_grids_codes_and_counterfactuals(run: Pat
     assert np.abs(np.load(tmp_path / "s.npz")["reconstructions"] - other).max() > 0.1
     assert main(["sample", str(run), "--condition", "label=11"]) == 1
     assert (run / "samples-per-class.png").exists()
+    for seen in (["--condition", "label=3"], ["--condition", "label=8"], []):
+        assert main(["traverse", str(run), "--n", "2", "--steps", "3", *seen, *options]) == 0
+    assert np.load(tmp_path / "s.npz")["traversals"].shape == (2, 3, 1, 8, 8)
+    assert main(["interpolate", str(run), "--n", "2", "--steps", "4", *options]) == 0
+    assert np.load(tmp_path / "s.npz")["interpolations"].shape == (2, 4, 1, 8, 8)
 
 
 def test_other_data_are_read_with_the_classes_of_the_model(run: Path, tmp_path: Path) -> None:

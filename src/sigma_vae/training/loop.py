@@ -145,10 +145,7 @@ def fit(
     with joined(where) as us, ExitStack() as stack:
         with first_of_node_first():
             splits = as_splits(data, condition=condition)
-        check_processes(vae)
-        check_weights(vae, config)
-        _check_clips(vae, splits)
-        _check_conditions(vae, splits)
+        _check(vae, splits, config)
         seed_generators(seed)
         origin = vae.origin = models.Origin.of(vae, splits)
         models.check_savable(vae, origin if out is not None and save else None)
@@ -163,7 +160,6 @@ def fit(
             with _fitting(resumed):
                 vae.load_state_dict(state["model"])  # which may have a linear path
             start = "resumed"
-        check_augmentation(vae, splits, config)
         model = to_be_trained(vae, config)
         batches = splits.batches(
             "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
@@ -472,6 +468,15 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def _check(vae: VAE, data: Splits, config: TrainingConfig) -> None:
+    """Refuse a model that cannot be trained in this way, or on these data."""
+    check_processes(vae)
+    check_weights(vae, config)
+    _check_clips(vae, data)
+    _check_conditions(vae, data)
+    check_augmentation(vae, data, config)
 
 
 def _check_clips(vae: VAE, data: Splits) -> None:

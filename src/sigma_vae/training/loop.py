@@ -160,6 +160,7 @@ def fit(
             with _fitting(resumed):
                 vae.load_state_dict(state["model"])  # which may have a linear path
             start = "resumed"
+        check_augmentation(vae, splits, config)
         model = to_be_trained(vae, config)
         batches = splits.batches(
             "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
@@ -476,7 +477,6 @@ def _check(vae: VAE, data: Splits, config: TrainingConfig) -> None:
     check_weights(vae, config)
     _check_clips(vae, data)
     _check_conditions(vae, data)
-    check_augmentation(vae, data, config)
 
 
 def _check_clips(vae: VAE, data: Splits) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import warnings
 from pathlib import Path
 
@@ -528,3 +529,53 @@ def test_real_images_of_cifar10_pixel_for_pixel(small, monkeypatch, tmp_path, bi
     monkeypatch.setattr(cifar10, "_COUNTS", {split: len(part) for split, part in images.items()})
     write_cifar10(tmp_path, images, binary)
     assert_same(load(DataConfig("cifar10", root=str(tmp_path))), "cifar10", images)
+
+
+def write_labels(name, folder, images):
+    """The files of labels that the writers of pictures leave out; the classes that are written, by split."""
+    if name in ("mnist", "fashion-mnist"):
+        for split, stem in (("train", "train-labels-idx1-ubyte"), ("test", "t10k-labels-idx1-ubyte")):
+            labels = np.arange(len(images[split])) % 10
+            (folder / stem).write_bytes(struct.pack(">II", 0x801, len(labels)) + labels.astype(np.uint8).tobytes())
+    if name == "celeba":
+        count = sum(map(len, images.values()))
+        rows = [f"{i:06}.jpg  1 {-1 if i % 2 else 1}" for i in range(1, count + 1)]
+        (folder / "list_attr_celeba.txt").write_text("\n".join([str(count), "Bald Smiling", *rows, ""]))
+
+
+LABELLED = {
+    "mnist": ("label", lambda names, n: [str(i % 10) for i in range(n)]),
+    "fashion-mnist": ("label", lambda names, n: [str(i % 10) for i in range(n)]),
+    "cifar10": ("label", lambda names, n: ["airplane", "automobile", "bird", "cat"][:n]),
+    "svhn": ("label", lambda names, n: ["0"] * n),
+    "celeba": ("Smiling", lambda names, n: [str(int(name[:6]) % 2 == 0) for name in names]),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labels_are_those_of_the_test_images(small, no_network, tmp_path, name):
+    images = images_of(name)
+    WRITERS[name](tmp_path / name, images)
+    write_labels(name, tmp_path / name, images)
+    condition, classes = LABELLED[name]
+    splits = load(DataConfig(name, root=str(tmp_path / name), condition=(condition,), cache=str(tmp_path / "cache")))
+    (variable,) = splits.conditions.variables
+    rows = splits.test.condition(torch.arange(len(splits.test)))[:, 0]
+    assert [variable.classes[int(row)] for row in rows] == classes(splits.names["test"], len(rows))
+
+
+def test_labels_on_the_hub(small, no_network, tmp_path):
+    write_hub(Path.cwd(), "mnist", images_of("mnist"))
+    splits = load(DataConfig("mnist", condition=("label",), cache=str(tmp_path / "cache")))
+    assert [each.classes for each in splits.conditions.variables] == [("0",)]
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"\0\0\x08\x03" + content[4:]])
+def test_damaged_labels_are_refused(small, tmp_path, damage):
+    images = images_of("mnist")
+    WRITERS["mnist"](tmp_path / "mnist", images)
+    write_labels("mnist", tmp_path / "mnist", images)
+    path = tmp_path / "mnist" / "train-labels-idx1-ubyte"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="of labels and a byte for each"):
+        load(DataConfig("mnist", root=str(tmp_path / "mnist"), condition=("label",)))

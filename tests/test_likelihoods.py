@@ -695,7 +695,7 @@ def test_an_optimal_scale_is_known_after_one_step(case: Case) -> None:
 
 KINDS = (
     "gaussian/optimal laplace/per-pixel logistic/per-image student-t/shared bernoulli continuous-bernoulli categorical"
-    " bitwise-categorical logistic-mixture"
+    " bitwise-categorical logistic-mixture poisson multinomial negative-binomial/optimal zero-inflated-negative-binomial/per-pixel"
 ).split()
 BAD_INPUTS = {  # features and data, and what is said, or None where they are as good as float32
     "unsigned features": (lambda h, x: (h.to(torch.uint8), x), None),

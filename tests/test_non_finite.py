@@ -94,7 +94,7 @@ def test_the_last_good_checkpoint_is_the_one_before_where_the_last_holds_the_fai
     vae = models.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
     whole = VAE.elbo
 
-    def broken(self, x, mask=None, noise=None):
+    def broken(self, x, mask=None, noise=None, condition=None):
         elbo = whole(self, x, mask=mask, noise=noise)
         return elbo._replace(kl=elbo.kl * float("nan")) if self.training and next(calls) == 5 else elbo
 
@@ -123,7 +123,7 @@ def test_what_is_kept_is_the_very_step_that_failed(tmp_path, monkeypatch, steps_
     vae = models.vae(ModelConfig("mlp", latent_dim=2, width=8), data.shape, data.scaling)
     whole, found = VAE.elbo, []  # the bounds that are computed: one before the first step
 
-    def broken(self, x, mask=None, noise=None):
+    def broken(self, x, mask=None, noise=None, condition=None):
         found.append(whole(self, x, mask=mask, noise=noise))
         return found[-1]._replace(kl=found[-1].kl * float("nan")) if len(found) == 7 else found[-1]
 

@@ -309,7 +309,8 @@ except ValueError as error:
 def test_help_texts_know_the_name(stranger: dict[str, str]) -> None:
     code = "from sigma_vae.registry import register; print(register.network.names(), register.network.entry('mirror').summary)"
     assert python(code, stranger, *STRICT)[0] == (
-        "['conv', 'hierarchical', 'mlp', 'residual', 'sequence', 'bare', 'mirror', 'whole'] An mlp that reads its data mirrored\n"
+        "['autoencoder-kl', 'conv', 'hierarchical', 'mlp', 'residual', 'sequence', 'spatial', 'bare', 'mirror', 'whole']"
+        " An mlp that reads its data mirrored\n"
     )
 
 
@@ -370,7 +371,7 @@ def test_a_bare_network_passes_every_command_but_those_of_its_latents(stranger: 
 
 
 def test_help_and_errors_know_the_networks_of_packages(stranger: dict[str, str], tmp_path: Path) -> None:
-    told, _ = python("from sigma_vae.cli import main; main(['train', '--help'])", stranger | {"COLUMNS": "200"})
+    told, _ = python("from sigma_vae.cli import main; main(['train', '--help-all'])", stranger | {"COLUMNS": "200"})
     assert "- whole: A network of a test with a posterior" in told
     _, said = run(stranger, tmp_path, [["train", "digits", "--network", "whle"]])
     assert "did you mean 'whole'?" in said

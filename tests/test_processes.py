@@ -17,9 +17,10 @@ from launched import on_processes, results_of
 from torch.distributed.device_mesh import init_device_mesh
 
 from sigma_vae import VAE, models
+from sigma_vae.conditions import Conditions
 from sigma_vae.config import ModelConfig, TrainingConfig
 from sigma_vae.data import Scaling, Splits
-from sigma_vae.data.stores import InMemory
+from sigma_vae.data.stores import InMemory, Labelled
 from sigma_vae.training import NonFiniteLossError, fit
 from sigma_vae.training.distributed import ElsewhereError, from_first, joined, mean_over_all, on_any, processes, shard, shared
 from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step
@@ -41,6 +42,7 @@ class Case(NamedTuple):
     shape: tuple[int, ...] = SHAPE
     own_norm: bool = False
     """Of the codes, as a user's own network may have it."""
+    conditions: Conditions | None = None
     loose: bool = False
     """A bias that batch norm takes away has gradient 0, and Adam makes steps of what rounding leaves of that."""
 
@@ -58,6 +60,7 @@ CASES = {
     "clipped": Case(options={"gradient_clip_norm": 1.0, "ema_decay": 0.9, "patience": 1}),
     "ladder": Case(network=LADDER, options={"free_bits_nats": 0.5, "kl_balancing_steps": 2}),
     "residual": Case(network="residual"),
+    "label": Case(conditions=Conditions.of({"label": [0, 1, 2]})),
     "sharded": Case(
         "gaussian/shared", "hierarchical:tiny", options={"shard_weights": True, "gradient_clip_norm": 5.0, "accumulate": 2}
     ),
@@ -71,9 +74,11 @@ FOUR = ("optimal", "optimal-channel", "shared", "per-pixel", "sequence")
 """On four processes."""
 
 
-def toy_data(examples: int = EXAMPLES, shape: tuple[int, ...] = SHAPE) -> Splits:
+def toy_data(examples: int = EXAMPLES, shape: tuple[int, ...] = SHAPE, conditions: Conditions | None = None) -> Splits:
     x = torch.randint(0, LEVELS, (examples + 20, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     parts = [InMemory(part) for part in x.split([examples, 13, 7])]
+    if conditions is not None:
+        parts = [Labelled(part, conditions, torch.arange(len(part))[:, None] % 3.0) for part in parts]
     return Splits("toy", *parts, Scaling(LEVELS), record={}, clips=len(shape) == 4)
 
 
@@ -81,14 +86,14 @@ def toy_vae(case: Case) -> VAE:
     """In float64, under noise that belongs to the example: nothing then depends on who draws it."""
     torch.manual_seed(0)
     config = ModelConfig(case.network, case.likelihood, latent_dim=3, width=8, observes=case.observes)
-    vae = models.vae(config, case.shape[-3:], Scaling(LEVELS), clips=len(case.shape) == 4)
+    vae = models.vae(config, case.shape[-3:], Scaling(LEVELS), clips=len(case.shape) == 4, conditions=case.conditions)
     if case.own_norm:
         vae.network.decoder.insert(0, torch.nn.BatchNorm1d(3, momentum=None))
     vae.double()
 
-    def repeatable(self, x, context=None, mask=None, noise=None):
+    def repeatable(self, x, context=None, mask=None, noise=None, *condition):
         keys = (x.flatten(1) * torch.arange(1, x[0].numel() + 1) * 16).sum(1).round().long()
-        return type(self).infer(self, x.double(), context, mask, keyed_noise(keys) if noise is None else noise)
+        return type(self).infer(self, x.double(), context, mask, keyed_noise(keys) if noise is None else noise, *condition)
 
     vae.network.infer = MethodType(repeatable, vae.network)  # a copy of the network has its own
     return vae
@@ -96,7 +101,7 @@ def toy_vae(case: Case) -> VAE:
 
 def trained(out: Path, case: Case, *, resume: bool = False, epochs: int = 1, **options: Any) -> dict[str, Any]:
     """All that a training leaves."""
-    vae, data = toy_vae(case), toy_data(shape=case.shape)
+    vae, data = toy_vae(case), toy_data(shape=case.shape, conditions=case.conditions)
     config = TrainingConfig(**({"epochs": epochs, "batch_size": 16, "log_every": 1} | case.options | options))
     fit(vae, data, config, out=out, device="cpu", resume=resume, progress=False)
     with joined(torch.device("cpu")):  # so that the first process has written

@@ -15,7 +15,7 @@ REQUIREMENTS = [
     *PYPROJECT["dependencies"],
     *(
         each
-        for name in ("full", "lightning", "efficientnet", "dask", "test")
+        for name in ("full", "counts", "diffusers", "hub", "lightning", "efficientnet", "dask", "test")
         for each in PYPROJECT["optional-dependencies"][name]
     ),
 ]

@@ -176,7 +176,7 @@ def test_a_loss_that_explodes_keeps_the_last_good_checkpoint(digits, tmp_path, m
     whole = VAE.elbo
     calls = iter(range(100))
 
-    def broken_elbo(self, x, mask=None):
+    def broken_elbo(self, x, mask=None, condition=None):
         elbo = whole(self, x, mask=mask)
         return elbo if next(calls) < 5 else elbo._replace(kl=elbo.kl * float("nan"))
 

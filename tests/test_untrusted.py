@@ -126,6 +126,12 @@ OWN_MODULES = {
     "__init__.py": {"import_module(f'{__name__}.{home}')", "import_module(f'{__name__}.{name}')"},
     "cli/__init__.py": {"import_module(f'{__name__}.{module}')"},
     "likelihoods/__init__.py": {"import_module(f'{__name__}.{home}')"},
+    "vae.py": {
+        "import_module('sigma_vae.evaluation.words')",
+        "import_module('matplotlib')",
+        "import_module('sigma_vae.evaluation.plots')",
+        "import_module('sigma_vae.hub')",
+    },
 }  # fmt: skip
 """Imports when a module is first needed, of names that stand in the sources: the package's own modules, and packages of loggers."""
 

@@ -20,23 +20,30 @@ if TYPE_CHECKING:
         Laplace,
         Logistic,
         LogisticMixture,
+        Multinomial,
+        NegativeBinomial,
         Optimal,
         PerImage,
         PerPixel,
+        Poisson,
         RunningMinimum,
         Shared,
         StudentT,
+        ZeroInflatedNegativeBinomial,
     )
+    from sigma_vae.likelihoods.translate import explain
     from sigma_vae.networks import (
         FlatNetwork,
         HierarchicalNetwork,
         HierarchyPlan,
         SequenceNetwork,
+        SpatialNetwork,
         conv,
         hierarchical,
         mlp,
         residual,
         sequence,
+        spatial,
     )
     from sigma_vae.types import Elbo
     from sigma_vae.vae import VAE
@@ -58,21 +65,28 @@ __all__ = [
     "Laplace",
     "Logistic",
     "LogisticMixture",
+    "Multinomial",
+    "NegativeBinomial",
     "Optimal",
     "PerImage",
     "PerPixel",
+    "Poisson",
     "RunningMinimum",
     "SequenceNetwork",
     "Shared",
+    "SpatialNetwork",
     "StudentT",
+    "ZeroInflatedNegativeBinomial",
     "conv",
+    "explain",
     "hierarchical",
     "mlp",
     "residual",
     "sequence",
+    "spatial",
 ]
 
-_HOMES = ("types", "likelihoods", "networks", "vae")
+_HOMES = ("types", "likelihoods", "likelihoods.translate", "networks", "vae")
 """Modules that define these names, in the order of their layers."""
 
 

@@ -143,9 +143,32 @@ class DataConfig(_Strict):
     missing: tuple[str, ...] = ()
     """Words for missing values in a table ('?' -999). Rows with one, or with an empty cell, are dropped and counted; by
     default they are an error."""
+    window: int | None = None
+    """Number of rows in a window of a series whose times are the rows of a table: examples are windows, and training,
+    validation and test follow each other in time."""
+    stride: int = 1
+    """Rows from the start of one window to the start of the next."""
+    mixed: bool = False
+    """Read a table's columns of all types, missing values included, as the likelihood mixed needs them, which sets this."""
+    families: tuple[str, ...] = ()
+    """Families of a table's columns for the likelihood mixed, in place of the inferred ones (age=student-t visits=poisson):
+    gaussian, laplace, student-t, poisson, negative-binomial, bernoulli, categorical."""
+    unknown: Literal["error", "other"] = "error"
+    """Categories in new data that the likelihood mixed has not seen: an error, or the column's "other" category (missing,
+    where it has none)."""
     standardise: Literal["auto", "yes", "no"] = "auto"
     """Scale real values to mean 0 and std 1, channel by channel; auto: yes for tables (CSV, Parquet), no for others.
     Log-likelihoods are reported in the data's original units."""
+    counts: bool = False
+    """Read values as counts 0, 1, 2, ..., as they are; a likelihood of counts in the same command implies it."""
+    layer: str | None = None
+    """Layer of an .h5ad file to read, in place of its matrix X."""
+    condition: tuple[str, ...] = ()
+    """Labels or covariates that the model is given, as age,sex: the name of a column (of a table, a hub data set, an NPZ or HDF5 file),
+    or label: the class of a named data set, or the subfolder of a picture. Words and counted integers are classes, other
+    numbers covariates; NAME:class and NAME:number decide."""
+    stratify: bool = False
+    """Hold out validation and test examples in proportion to the classes of the condition."""
     images: ImageConfig = field(default_factory=ImageConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)
     validation_fraction: float = 0.1
@@ -154,6 +177,12 @@ class DataConfig(_Strict):
     """Share of the examples held out for test, if the data have no test split."""
     split_seed: int = 0
     """Seed that decides which examples are held out, and the content of generated data."""
+
+    def __post_init__(self) -> None:
+        """Take the conditions apart that are written as one word, ``age,sex``, and refuse numbers below 1."""
+        names = tuple(name for each in self.condition for name in each.split(",") if name)
+        object.__setattr__(self, "condition", names)
+        self._require(1, "at least 1", "window", "stride")
 
     @property
     def path(self) -> Path:
@@ -183,7 +212,7 @@ class ModelConfig(_Strict):
     likelihood: Annotated[
         str,
         Names(
-            "Name of the likelihood: family/scale, or the family alone where it has no scale.",
+            "Name of the likelihood: family/scale, or the family alone where it has no scale; auto: what `inspect` suggests for the data.",
             register.likelihood,
             register.scale,
         ),
@@ -194,7 +223,7 @@ class ModelConfig(_Strict):
     latents, by default those of the network's size. auto: as many as make validation data likeliest under probabilistic
     PCA, up to 128."""
     width: int | None = None
-    """Channels of the first layer (default: residual 16, conv 32, sequence 64), channels between blocks (hierarchical:
+    """Channels of the first layer (default: residual 16, conv and spatial 32, sequence 64), channels between blocks (hierarchical:
     by its size), or units of a hidden layer (mlp: 400)."""
     context_frames: int = 2
     """Number of given frames at the start of a clip; the likelihood covers the frames after them."""
@@ -255,7 +284,7 @@ class TrainingConfig(_Strict):
 
     start: Literal["auto", "principal", "random"] = "auto"
     """Weights that training starts from: principal adds the best linear VAE (probabilistic PCA) to the network and learns
-    what it leaves; random does not. auto: principal where the network has one layer of flat latents."""
+    what it leaves; random does not. auto: principal where the network has one layer of flat latents and no condition."""
     epochs: int | None = None
     """Passes over the training split. Unless given, 20, but at least 4000 steps and at most 20000."""
     max_steps: int | None = None
@@ -264,6 +293,11 @@ class TrainingConfig(_Strict):
     """Stop after this many minutes, if that is sooner."""
     batch_size: int = 128
     """Examples per step, of all processes together: results mean the same on any number of them."""
+    random_crop: int | None = None
+    """Train on a random square of this size of each image, or a piece of each series (networks whose latents are maps);
+    evaluation is on whole examples."""
+    flip: bool = False
+    """Mirror half of the training images, left to right."""
     accumulate: int = 1
     """Number of gradient-accumulation micro-batches per step, to need less memory; an optimal σ is then that of each
     micro-batch."""
@@ -294,6 +328,9 @@ class TrainingConfig(_Strict):
     kl_balancing_steps: int = 0
     """Number of first steps in which layers with more KL for each latent pay more for it (as in NVAE's warm-up); the
     loss is no bound then."""
+    condition_dropout: float = 0.0
+    """Share of training examples whose condition is hidden (classifier-free): the model then also has one for unknown
+    conditions."""
     weight_decay: float = 0.0
     """Decoupled weight decay (AdamW); at 0 the optimiser is Adam."""
     warmup_steps: int = 0
@@ -323,7 +360,7 @@ class TrainingConfig(_Strict):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained with."""
-        counts = ("epochs", "max_steps", "batch_size", "accumulate", "patience", "validate_every", "log_every")
+        counts = ("epochs", "max_steps", "batch_size", "random_crop", "accumulate", "patience", "validate_every", "log_every")
         self._require(1, "at least 1", *counts)
         weights = ("learning_rate", "weight_decay", "free_bits_nats", "checkpoint_minutes")
         self._require(0, "at least 0", *weights, "warmup_steps", "kl_balancing_steps")
@@ -335,6 +372,10 @@ class TrainingConfig(_Strict):
             )
         if not 0 <= self.kl_weight < math.inf:
             raise ValueError(f"kl_weight multiplies the KL and is at least 0 (1: the ELBO), got {self.kl_weight}")
+        if not 0 <= self.condition_dropout < 1:
+            raise ValueError(
+                f"condition_dropout is a share of the examples, from 0 up to but not 1, got {self.condition_dropout}"
+            )
         if not 0 <= self.beta_nll <= 1:
             raise ValueError(f"beta_nll is from 0 (the likelihood) to 1 (all errors weigh the same), got {self.beta_nll}")
         if isinstance(self.ema_decay, float | int) and not 0 <= self.ema_decay < 1:
@@ -370,7 +411,7 @@ class RunConfig(_Strict):
     """Everything that a run is made of."""
 
     data: DataConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(likelihood="auto"))
     training: TrainingConfig = field(default_factory=TrainingConfig)
     seed: int = 0
     """Seed of the weights, the order of the data and the noise."""
@@ -396,6 +437,8 @@ class EvaluationSettings(_Strict):
     """Names of the metrics."""
     split: Literal["validation", "test"] = "test"
     """Split to evaluate."""
+    examples: int | None = None
+    """Most examples to evaluate, chosen at random; all unless given."""
     seed: int = 0
     """Seed of the noise. The noise is keyed by example, so no number depends on the batch size."""
     draws: int = 64
@@ -417,7 +460,7 @@ class EvaluationSettings(_Strict):
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot be measured."""
-        self._require(1, "at least 1", "draws", "samples", "best_of")
+        self._require(1, "at least 1", "examples", "draws", "samples", "best_of")
         check_seed(self.seed)
         if not self.features:
             raise ValueError("features names at least one extractor, got none; efficientnet is one")

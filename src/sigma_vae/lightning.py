@@ -3,15 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from sigma_vae.config import TrainingConfig
-from sigma_vae.training.objective import current_sigma, step_loss, validated_total
-from sigma_vae.training.step import optimizer_for
+from sigma_vae.extras import needed_by
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE, keyed_noise
+
+with needed_by("sigma_vae.lightning"):
+    import pytorch_lightning as pl
+
+    from sigma_vae.training.objective import current_sigma, step_loss, validated_total
+    from sigma_vae.training.step import optimizer_for
 
 __all__ = ["VAEModule"]
 
@@ -54,8 +58,8 @@ class VAEModule(pl.LightningModule):
         """The bound of held-out data, with the σ of the training so far; a sanity check comes before that."""
         if self.trainer.sanity_checking:
             return
-        x, positions, mask = _batch(batch)
-        elbo = self.vae.elbo(x, mask=mask, noise=keyed_noise(positions))
+        x, positions, mask, condition = _batch(batch)
+        elbo = self.vae.elbo(x, mask=mask, noise=keyed_noise(positions), condition=condition)
         self.log(validated_total(self.vae), elbo.total.mean(), batch_size=len(x), prog_bar=True, sync_dist=True)
         terms = {"validation/rate_nats": elbo.rate.mean(), "validation/distortion_nats": elbo.distortion.mean()}
         self.log_dict(terms, batch_size=len(x), sync_dist=True)

@@ -8,14 +8,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
 
 from sigma_vae import data as data_sources
+from sigma_vae.columns import Column
+from sigma_vae.conditions import Conditions
 from sigma_vae.config import ModelConfig, parse, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits
+from sigma_vae.data.inspect import suggested
+from sigma_vae.extras import needed_by
 from sigma_vae.networks.principal import best_components, sample_of
 from sigma_vae.networks.residual import SMALLEST
 from sigma_vae.registry import Entry, Registry, register
@@ -25,13 +29,17 @@ from sigma_vae.vae import VAE
 __all__ = [
     "AUTO",
     "UNNAMED",
+    "Origin",
     "Saved",
     "check_network",
     "check_prior",
+    "check_savable",
     "data",
     "default_network",
+    "from_anywhere",
     "latents_for",
     "likelihood",
+    "likelihood_for",
     "load",
     "network",
     "prior",
@@ -39,6 +47,7 @@ __all__ = [
     "priors",
     "save",
     "sized",
+    "takes_counts",
     "vae",
 ]
 
@@ -47,22 +56,35 @@ UNNAMED = "unnamed"
 """Name of a part that is not registered: the model can be loaded only into a given object."""
 
 
-def prior(name: str, latent_dim: int, package: str | None = None) -> Prior:
+def prior(
+    name: str,
+    latent_dim: int,
+    package: str | None = None,
+    conditions: Conditions | None = None,
+    shape: Sequence[int] | None = None,
+) -> Prior:
     """Make a prior by its name; a prior that is fitted to latents comes unfitted.
 
     Args:
         name: such as ``standard``, ``gaussian``, ``flow``, ``mixture`` or ``mixture:20``, with 20 components.
         latent_dim: size of z.
         package: where a saved model says that the name comes from.
+        conditions: what the network is given, for priors that depend on it.
+        shape: of the map that z is the flat form of, for priors that ask for it.
 
     Raises:
-        ValueError: the name does not exist (the nearest is suggested), or the text after its colon means nothing.
+        ValueError: the name does not exist (the nearest is suggested), the text after its colon means nothing, or the prior
+            depends on a condition and there is none.
 
     >>> prior("mixture:20", latent_dim=8).components
     20
     """
-    made: Prior = register.prior.make(name, package)(latent_dim)
-    return made
+    make = register.prior.make(name, package)
+    reads_condition = register.prior.entry(name).facts.get("reads_condition", False)
+    if reads_condition and conditions is None:
+        raise ValueError(f"the prior {name} depends on a condition, and the model has none; give the data's condition")
+    known = {"shape": shape} if shape is not None and "shape" in inspect.signature(make).parameters else {}
+    return cast(Prior, make(latent_dim, *([conditions] if reads_condition else []), **known))
 
 
 def prior_name(prior: Prior) -> str:
@@ -86,8 +108,8 @@ def prior_name(prior: Prior) -> str:
 
 AUTO = "auto"
 """In place of a name: the best on held-out latents of N(0, I), a Gaussian, and the priors below."""
-AUTO_PRIORS = ("mixture",)
-"""Priors that are fitted in seconds; a flow takes much longer."""
+AUTO_PRIORS, AUTO_PRIORS_OF_CLASSES, AUTO_MAP_PRIORS = ("mixture",), ("mixture", "class-mixture"), ("gaussian",)
+"""Priors of latent vectors, of those whose classes are given, and of maps, that are fitted in seconds; a flow takes longer."""
 
 
 def priors(name: str, network: Network, examples: int) -> list[Prior]:
@@ -101,8 +123,13 @@ def priors(name: str, network: Network, examples: int) -> list[Prior]:
     """
     if not (network.has_posterior and network.has_prior):
         return []
-    (latent_dim,) = network.latents.sizes
-    made = [prior(each, latent_dim) for each in (AUTO_PRIORS if name == AUTO else (name,))]
+    ((shape,), (latent_dim,)) = network.latents.shapes, network.latents.sizes
+    if network.prior.is_learned and name in (AUTO, "learned"):
+        return [network.prior]
+    of_classes = network.conditions is not None and network.conditions.only_classes is not None
+    of_maps = AUTO_MAP_PRIORS if latent_dim < examples else ()
+    automatic = of_maps if len(shape) > 1 else AUTO_PRIORS_OF_CLASSES if of_classes else AUTO_PRIORS
+    made = [prior(each, latent_dim, None, network.conditions, shape) for each in (automatic if name == AUTO else (name,))]
     return [each for each in made if name != AUTO or each.least_latents <= examples]
 
 
@@ -119,7 +146,10 @@ def check_prior(name: str, network_name: str, network: Network | None = None) ->
         takes = not known or register.network.entry(network_name).facts.get("has_prior", True)
     else:
         takes = network.has_posterior and network.has_prior
-    made = prior(name, network.latents.sizes[0] if network is not None and takes else 1)
+    if network is None and register.prior.entry(name).facts.get("reads_condition", False):
+        return
+    conditions = None if network is None else network.conditions
+    made = prior(name, network.latents.sizes[0] if network is not None and takes else 1, None, conditions)
     if not made.is_standard and not takes:
         raise ValueError(
             f"the prior {name} is fitted to a single layer of flat latents, which {network_name} does not have;"
@@ -146,10 +176,12 @@ def likelihood(
     levels: int | None = 256,
     mean: MeanMap = "unit",
     observes: Observes = "density",
+    columns: Sequence[Column] = (),
 ) -> Likelihood:
     """A likelihood by its name: ``family/scale``, or the family alone where it takes no scale.
 
-    Either may have an argument after a colon: ``student-t:3/fixed:0.1``. ``mean`` is for families with a scale.
+    Either may have an argument after a colon: ``student-t:3/fixed:0.1``. ``mean`` is for families with a scale,
+    ``columns`` of a table for ``mixed``.
 
     Raises:
         ValueError: the family or the scale does not exist (the nearest name is given), its argument means nothing, or
@@ -163,20 +195,41 @@ def likelihood(
     head, slash, tail = name.partition("/")
     if head not in register.likelihood:
         raise ValueError(_unknown_likelihood(name))
+    counts = register.likelihood.entry(head).facts.get("counts", False)
+    if counts and observes == "level":
+        raise ValueError(f"{name} is trained on probabilities of counts in any case; leave observes out")
     if _takes_scale(register.likelihood.entry(head)):
         if not slash:
             raise ValueError(f"{name} takes a scale, one of {_patterns(register.scale)}; did you mean '{name}/optimal'?")
         if tail not in register.scale:
             raise ValueError(_unknown_likelihood(name))
         family, scale = register.likelihood.make(head), register.scale.make(tail)
+        if counts:
+            counting: Likelihood = family(channels, scale(), spatial_dims=spatial_dims)
+            return counting
         scaled: Likelihood = family(channels, scale(), spatial_dims=spatial_dims, levels=levels, mean=mean, observes=observes)
         return scaled
     if slash:
         raise ValueError(f"{name}: {head} takes no scale, its features alone say how sure they are; write {head!r}")
-    made: Likelihood = register.likelihood.make(head)(channels, spatial_dims=spatial_dims, levels=levels)
+    given: dict[str, Any] = {} if counts else {"levels": levels}
+    if columns:
+        if "columns" not in inspect.signature(register.likelihood.entry(head).object).parameters:
+            raise ValueError(f"{name} does not read columns of all types; take the likelihood mixed, or leave out mixed data")
+        given["columns"] = columns
+    made: Likelihood = register.likelihood.make(head)(channels, spatial_dims=spatial_dims, **given)
     if observes == "level" and made.observes != "level":
         raise ValueError(f'{name} is trained on the values, not on the probabilities of their levels: take observes="density"')
     return made
+
+
+def takes_counts(name: str) -> bool:
+    """Whether a likelihood of this name is one of counts.
+
+    >>> takes_counts("negative-binomial/optimal"), takes_counts("gaussian/optimal")
+    (True, False)
+    """
+    family = name.partition("/")[0]
+    return family in register.likelihood and bool(register.likelihood.entry(family).facts.get("counts", False))
 
 
 def _unknown_likelihood(name: str) -> str:
@@ -209,6 +262,7 @@ def network(
     width: int | None = None,
     context_frames: int | None = None,
     package: str | None = None,
+    conditions: Conditions | None = None,
 ) -> Network:
     """Make a network by its name; sizes that are not given are its own defaults.
 
@@ -220,9 +274,10 @@ def network(
         width: of its layers.
         context_frames: number of given frames at the start of a clip.
         package: where a saved model says that the name comes from.
+        conditions: labels and covariates that it is given.
 
     Raises:
-        ValueError: the name does not exist, the network has no such size, or the sizes do not fit.
+        ValueError: the name does not exist, it reads no condition, the network has no such size, or the sizes do not fit.
 
     >>> network("hierarchical:14,14d14/1,14m1,14", (1, 28, 28), out_channels=1).latents.layers
     3
@@ -236,8 +291,11 @@ def network(
             raise ValueError(f"the network {name} has no {size}, got {size}={value}; leave it out")
         if value < 1:
             raise ValueError(f"{size} is at least 1, got {value}")
-    made: Network = make(shape, out_channels, **given)
-    return made
+    if conditions is None:
+        return cast(Network, make(shape, out_channels, **given))
+    if "conditions" not in accepted:
+        raise ValueError(f"the network {name} reads no condition; leave out {', '.join(conditions.names)}, or take mlp")
+    return cast(Network, make(shape, out_channels, conditions=conditions, **given))
 
 
 def latents_for(config: ModelConfig, data: Splits) -> int:
@@ -263,7 +321,22 @@ def latents_for(config: ModelConfig, data: Splits) -> int:
     training = Batches(data.train.select(chosen), data.scaling, size)
     held_out = data.batches("validation", size)
     most = min(MOST_LATENTS, max(dims // 2, 1))
-    return best_components(lambda: (batch.x for batch in training), (batch.x for batch in held_out), most)
+    seen = _likelihood_of(config, data.shape, data.scaling).encoder_input
+    return best_components(lambda: (seen(batch.x) for batch in training), (seen(batch.x) for batch in held_out), most)
+
+
+def likelihood_for(config: ModelConfig, data: Splits) -> tuple[str, str]:
+    """The likelihood that ``auto`` stands for, and why: what ``inspect`` suggests, where the other options allow it.
+
+    >>> likelihood_for(ModelConfig(network="mlp"), data("digits"))
+    ('gaussian/optimal', 'one σ for all values, solved exactly, is a good start')
+    """
+    name, reason = suggested(data)
+    try:
+        _likelihood_of(replace(config, likelihood=name), data.shape, data.scaling)
+    except ValueError as error:
+        return "gaussian/optimal", f"{name} suits the data, but not the other options: {error}"
+    return name, reason
 
 
 def check_network(name: str) -> None:
@@ -277,23 +350,49 @@ def check_network(name: str) -> None:
     register.network.make(name)
 
 
-def vae(config: ModelConfig, shape: Sequence[int], scaling: Scaling, *, clips: bool = False) -> VAE:
+def vae(
+    config: ModelConfig,
+    shape: Sequence[int],
+    scaling: Scaling,
+    *,
+    clips: bool = False,
+    conditions: Conditions | None = None,
+) -> VAE:
     """Make the model that a config names.
 
     Its prior is the one for training, N(0, I) where latents are flat: :meth:`VAE.fit_prior` comes after training.
-    ``shape`` is that of one example ``(C, *space)``, or of one frame where examples are ``clips``.
+    ``shape`` is that of one example ``(C, *space)``, or of one frame where examples are ``clips``. The model is given the
+    ``conditions``, if any.
 
     Raises:
         ValueError: a name is unknown, or a part does not fit the data or the other options.
     """
     decoder = _likelihood_of(config, shape, scaling)
-    return VAE(_network_of(config, shape, decoder.in_channels, clips=clips), decoder)
+    made = VAE(_network_of(config, shape, decoder.in_channels, clips=clips, conditions=conditions), decoder)
+    made.origin = Origin(replace(config, network=network_name(config, shape, clips=clips)), tuple(shape), scaling)
+    return made
 
 
 def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> Likelihood:
-    mean: MeanMap = config.mean if config.mean != "auto" else "identity" if scaling.standardised else "unit"
+    if config.likelihood == AUTO:
+        raise ValueError("likelihood auto needs data; give the name that models.likelihood_for(config, data) returns")
+    mean: MeanMap = (
+        config.mean if config.mean != "auto" else "identity" if scaling.standardised else _usual_mean(config.network)
+    )
+    if takes_counts(config.likelihood) != scaling.counts:
+        known = ", ".join(entry.name for entry in register.likelihood if entry.facts.get("counts"))
+        needs, remedy = ("no ", f"take one of {known}") if scaling.counts else ("a ", "read them as counts: --counts")
+        raise ValueError(
+            f"{config.likelihood} is {needs}likelihood of counts, and the data are {'' if scaling.counts else 'no '}counts; {remedy}"
+        )
     decoder = likelihood(
-        config.likelihood, shape[0], spatial_dims=len(shape) - 1, levels=scaling.levels, mean=mean, observes=config.observes
+        config.likelihood,
+        shape[0],
+        spatial_dims=len(shape) - 1,
+        levels=scaling.levels,
+        mean=mean,
+        observes=config.observes,
+        columns=() if scaling.schema is None else scaling.schema.columns,
     )
     if config.mean != "auto" and not decoder.has_scale:
         raise ValueError(
@@ -302,22 +401,50 @@ def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) 
     return decoder
 
 
+def from_anywhere(network: str) -> str:
+    """The same network's name, with a path that holds in any folder where it has one.
+
+    >>> from_anywhere("spatial:f4c3")
+    'spatial:f4c3'
+    """
+    head, _, text = network.partition(":")
+    reads_path = network in register.network and register.network.entry(network).facts.get("reads_path", False)
+    return f"{head}:{Path(text).resolve()}" if reads_path and not text.startswith("{") and Path(text).exists() else network
+
+
+def _usual_mean(network: str) -> MeanMap:
+    """The map from features to means in [0, 1] that a network was made for."""
+    facts = register.network.entry(network).facts if network in register.network else {}
+    mean: MeanMap = facts.get("mean", "unit")
+    return mean
+
+
 def network_name(config: ModelConfig, shape: Sequence[int], *, clips: bool = False) -> str:
     """The network's name, or the default one for data of this shape where it is ``auto``."""
     return config.network if config.network != "auto" else default_network(shape, clips=clips)
 
 
-def _network_of(config: ModelConfig, shape: Sequence[int], out_channels: int, *, clips: bool = False) -> Network:
+def _network_of(
+    config: ModelConfig,
+    shape: Sequence[int],
+    out_channels: int,
+    *,
+    clips: bool = False,
+    conditions: Conditions | None = None,
+) -> Network:
     name = network_name(config, shape, clips=clips)
     takes_frames = "context_frames" in inspect.signature(register.network.make(name)).parameters
     frames = config.context_frames if takes_frames else None
     if config.latent_dim == "auto":
         raise ValueError("latent_dim auto needs data; give the number that models.latents_for(config, data) returns")
-    made = network(name, shape, out_channels, config.latent_dim, config.width, frames)
+    made = network(name, shape, out_channels, config.latent_dim, config.width, frames, conditions=conditions)
     check_prior(config.prior, name, made)
+    if config.prior == "learned":
+        made.replace_prior(prior(config.prior, made.latents.sizes[0], None, conditions))
     return made
 
 
+@needed_by("models.data")
 def data(source: object) -> Splits:
     """Read data: a name or path, a config, or an object from Python; see :func:`sigma_vae.data.as_splits`.
 
@@ -336,6 +463,63 @@ BUFFER_VALUES = 2**24
 """Most values that a model may have beside those in its file, such as a likelihood's tables."""
 
 
+class Origin(NamedTuple):
+    """What a model was made of: the names and sizes of its parts, and shape and scaling of the data that it is for."""
+
+    config: ModelConfig
+    shape: tuple[int, ...]
+    scaling: Scaling
+
+    @classmethod
+    def of(cls, model: VAE, data: Splits) -> "Origin":
+        """Describe a model that is trained on these data.
+
+        Its parts have the names that it was made by, if it still has them; parts of your own as far as a name makes them.
+        """
+        known = model.origin.config if isinstance(model.origin, Origin) else None
+        likelihood, levels = model.likelihood, data.scaling.levels
+        if known is not None and likelihood.levels == levels and _is_made_by(known.likelihood, likelihood):
+            return cls(known, data.shape, data.scaling)
+        name = likelihood_name(likelihood) if likelihood.levels == levels else None
+        config = ModelConfig(UNNAMED, name or UNNAMED)
+        if name is not None and likelihood.has_scale:
+            config = replace(config, mean=likelihood.mean_map or "auto", observes=likelihood.observes)
+        return cls(config, data.shape, data.scaling)
+
+
+def likelihood_name(made: Likelihood) -> str | None:
+    """The name that makes such a likelihood, ``family/scale``; None where no name does.
+
+    >>> from sigma_vae import Fixed, Gaussian
+    >>> likelihood_name(Gaussian(channels=3)), likelihood_name(Gaussian(3, Fixed(0.3)))
+    ('gaussian/optimal', 'gaussian/fixed:0.3')
+    """
+    family = register.likelihood.name_of(made)
+    if family is None:
+        return None
+    scales = [entry.name for entry in register.scale if entry.argument is None] if made.has_scale else []
+    given = register.scale.name_of(made.scale) if made.has_scale else None
+    names = [f"{family}/{scale}" for scale in filter(None, dict.fromkeys((*scales, given)))] or [family]
+    return next((name for name in names if _is_made_by(name, made)), None)
+
+
+def _is_made_by(name: str, made: Likelihood) -> bool:
+    observes = made.observes if made.has_scale else "density"
+    try:
+        other = likelihood(
+            name,
+            made.channels,
+            spatial_dims=made.spatial_dims,
+            levels=made.levels,
+            mean=made.mean_map or "unit",
+            observes=observes,
+        )
+    except ValueError:
+        return False
+    sizes = [{key: value.shape for key, value in each.state_dict().items()} for each in (made, other)]
+    return repr(other) == repr(made) and sizes[0] == sizes[1]
+
+
 class Saved(NamedTuple):
     """A model, and the names and sizes that it was made from."""
 
@@ -345,6 +529,59 @@ class Saved(NamedTuple):
     scaling: Scaling
 
 
+def check_savable(model: VAE, origin: Origin | None) -> None:
+    """Refuse, before training, a model of which checkpoints, or with an origin :func:`save`, could not be written.
+
+    Raises:
+        ValueError: a part has a name that is not registered, or state that is no tensor.
+    """
+    _tensors(model)
+    if origin is not None:
+        _named_config(model, origin.config)
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights, each in memory of its own: tied ones are written twice.
+
+    Raises:
+        ValueError: some state is no tensor, or has no values yet.
+    """
+    found = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor) or nn.parameter.is_lazy(value):
+            raise ValueError(
+                f"{name} is {type(value).__name__}, and a file of weights holds tensors alone; keep it in a buffer (register_buffer), or"
+                " make lazy layers by a first pass"
+            )
+        found[name] = value.detach().cpu().contiguous()
+    seen = set[int]()
+    for name, value in found.items():
+        if value.untyped_storage().data_ptr() in seen:
+            found[name] = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+    return found
+
+
+def _named_config(model: VAE, config: ModelConfig) -> ModelConfig:
+    """The config with the name of the model's prior.
+
+    Raises:
+        ValueError: a name is not registered.
+    """
+    if config.network != UNNAMED and model.network.portable_name is not None:
+        config = replace(config, network=model.network.portable_name)
+    if model.network.has_prior:
+        known = register.prior.name_of(model.network.prior) is not None
+        given_with_network = config.network == UNNAMED and not known
+        config = replace(config, prior=UNNAMED if given_with_network else prior_name(model.network.prior))
+    elif config.prior == AUTO:
+        config = replace(config, prior="standard")
+    for _, registry, name in _registered(config):
+        registry.entry(name)
+    return config
+
+
+@needed_by("models.save")
 def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[int], scaling: Scaling) -> None:
     """Write weights and scales (safetensors) and a description (JSON): enough to load the model without training code.
 
@@ -364,29 +601,25 @@ def save(folder: Path, model: VAE, config: ModelConfig | None, shape: Sequence[i
     """
     from safetensors.torch import save as packed
 
-    config = config or ModelConfig(network=UNNAMED, likelihood=UNNAMED)
-    if model.network.has_prior:
-        known = register.prior.name_of(model.network.prior) is not None
-        given_with_network = config.network == UNNAMED and not known
-        config = replace(config, prior=UNNAMED if given_with_network else prior_name(model.network.prior))
-    elif config.prior == AUTO:
-        config = replace(config, prior="standard")
+    config = _named_config(model, config or ModelConfig(network=UNNAMED, likelihood=UNNAMED))
     description = {
         "format": FORMAT,
         "model": asdict(config),
         "shape": list(shape),
         "scaling": asdict(scaling),
+        **({} if model.network.conditions is None else {"conditions": asdict(model.network.conditions)}),
         "packages": {kind: registry.entry(name).package for kind, registry, name in _registered(config)},
     }
     parts = (("network", config.network, model.network), ("likelihood", config.likelihood, model.likelihood))
     if unnamed := {kind: type(part).__name__ for kind, name, part in parts if name == UNNAMED}:
         description["unnamed"] = unnamed  # for the person who has to give them
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = _tensors(model)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "model.safetensors", packed(state))
     write_whole(folder / "model.json", json.dumps(description, indent=2) + "\n")
 
 
+@needed_by("models.load")
 def load(folder: str | Path, network: Network | None = None, likelihood: Likelihood | None = None) -> Saved:
     """Read a model that :func:`save` wrote.
 
@@ -413,14 +646,17 @@ def load(folder: str | Path, network: Network | None = None, likelihood: Likelih
     config = parse(_with_standard_prior(description["model"]), ModelConfig, str(path))
     shape = tuple(description["shape"])
     scaling = parse(description["scaling"], Scaling, str(path))
+    known = description.get("conditions")
+    conditions = None if known is None else parse(known, Conditions, str(path))
     _check_named(path, description, config, network, likelihood)
     weights = folder / "model.safetensors"
     try:
-        model = sized(config, shape, scaling, _shapes(weights), network, likelihood)
+        model = sized(config, shape, scaling, _shapes(weights), network, likelihood, conditions)
         model.load_state_dict(load_file(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{weights} does not hold the weights of {config}: {error}") from error
     _check_finite(weights, model)
+    model.origin = Origin(config, shape, scaling)
     return Saved(model.eval(), config, shape, scaling)
 
 
@@ -468,6 +704,7 @@ def sized(
     stored: Mapping[str, Sequence[int]],
     network: Network | None = None,
     likelihood: Likelihood | None = None,
+    conditions: Conditions | None = None,
 ) -> VAE:
     """Make a new model, after comparing its sizes with those of ``stored`` weights: before that, no memory is taken.
 
@@ -480,21 +717,23 @@ def sized(
 
     def made(config: ModelConfig) -> VAE:
         decoder = likelihood or _likelihood_of(config, shape, scaling)
-        return VAE(network or _network_of(config, shape, decoder.in_channels), decoder)
+        return VAE(network or _network_of(config, shape, decoder.in_channels, conditions=conditions), decoder)
 
-    trained = replace(config, prior="standard")  # a fitted prior comes after
+    learned = config.prior == "learned"
+    trained = config if learned else replace(config, prior="standard")  # a fitted prior comes after
     if network is not None or register.network.entry(network_name(config, shape)).facts.get("sketches", True):
         with torch.device("meta"):
             sketch = _named(lambda: made(trained), config)
         _check_sizes(sketch, stored)
     model = made(trained)
-    if model.network.has_prior and config.prior not in (UNNAMED, "standard"):
+    if model.network.has_prior and not learned and config.prior not in (UNNAMED, "standard"):
         check_prior(config.prior, config.network, model.network)
-        (latent_dim,) = model.network.latents.sizes
+        ((shape_of_z,), (latent_dim,)) = model.network.latents.shapes, model.network.latents.sizes
         if register.prior.entry(config.prior).facts.get("sketches", True):
             with torch.device("meta"):
-                _check_sizes(_named(lambda: prior(config.prior, latent_dim), config), stored, "network.prior.")
-        model.network.replace_prior(prior(config.prior, latent_dim))
+                sketched = _named(lambda: prior(config.prior, latent_dim, None, conditions, shape_of_z), config)
+                _check_sizes(sketched, stored, "network.prior.")
+        model.network.replace_prior(prior(config.prior, latent_dim, None, conditions, shape_of_z))
     return model
 
 

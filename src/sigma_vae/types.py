@@ -6,14 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
+from sigma_vae.conditions import Conditions
+
 __all__ = [
     "Batch",
+    "ChooseLatents",
     "DataDistribution",
     "Elbo",
     "Flat",
@@ -30,6 +33,7 @@ __all__ = [
     "Prediction",
     "Prior",
     "Temperature",
+    "as_argument",
     "at_least_float32",
     "in_full_precision",
     "per_layer",
@@ -50,11 +54,17 @@ Observes = Literal["density", "level"]
 
 
 class Batch(NamedTuple):
-    """Examples, their positions in their split, and for clips of unequal lengths the mask of valid frames."""
+    """Examples and their positions in their split; the mask of valid frames, for clips of unequal lengths; conditions."""
 
     x: Tensor
     positions: Tensor
     mask: Tensor | None = None
+    condition: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device; positions stay on the CPU."""
+        mask, condition = (None if each is None else each.to(device) for each in (self.mask, self.condition))
+        return Batch(self.x.to(device), self.positions, mask, condition)
 
 
 class Inference(NamedTuple):
@@ -128,10 +138,16 @@ class Prior(nn.Module, ABC):
 
     is_standard: bool = False
     """Whether it is N(0, I)."""
+    is_learned: bool = False
+    """Whether it is trained together with the network."""
     needs_fit: bool = False
     """Whether :meth:`fit` has to be called before the prior can be used."""
     least_latents: int = 0
     """The smallest number of latents that :meth:`fit` accepts."""
+
+    def given(self, condition: Tensor | None) -> "Prior":
+        """p(z|c) of the examples with these conditions ``(batch, variables)``; itself, where it does not depend on them."""
+        return self
 
     @abstractmethod
     def log_prob(self, z: Tensor) -> Tensor:
@@ -157,6 +173,32 @@ class Prior(nn.Module, ABC):
             ValueError: the prior has nothing to fit, or cannot be fitted to these latents.
         """
         raise ValueError(f"{type(self).__name__} has nothing to fit: it does not define fit(latents)")
+
+    def fit_given(
+        self,
+        latents: Tensor,
+        condition: Tensor | None,
+        held_out: Tensor | None = None,
+        held_condition: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Fit p(z|c) to latents and their conditions ``(n, variables)``; a prior without conditions fits p(z)."""
+        self.fit(latents, held_out, seed)
+
+    def as_mixture(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The density as a mixture of K Gaussians: log-weights ``(K,)``, means ``(K, d)``, Cholesky factors ``(K, d, d)``.
+
+        Raises:
+            ValueError: it is no such mixture.
+        """
+        raise ValueError(
+            f"{type(self).__name__} is no mixture of Gaussians, so its latents cannot be coded one after the other; take the"
+            " prior mixture, gaussian or standard (sigma-vae fit-prior RUN --prior mixture)"
+        )
+
+
+ChooseLatents = Callable[[Normal, Normal | None], Tensor]
+"""Chooses a layer's latents, given their prior, and their posterior where there are data."""
 
 
 class Prediction(NamedTuple):
@@ -222,6 +264,10 @@ class Hierarchy(Latents):
     """Several layers, each conditioned on those above it."""
 
 
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 class Network(nn.Module, ABC):
     """Encoder, latents and decoder.
 
@@ -236,11 +282,19 @@ class Network(nn.Module, ABC):
     context_frames: int = 0
     """Number of given frames at the start of a clip: the likelihood covers the frames after them."""
     reads_condition: bool = False
-    """Whether ``condition`` is read: labels or covariates, ``(batch, ...)``."""
+    """Whether ``condition`` is read: labels or covariates, ``(batch, variables)``."""
+    conditions: Conditions | None = None
+    """The variables of ``condition``, where it is read."""
+    encoder_input: Callable[[Tensor], Tensor] = staticmethod(_unchanged)
+    """What the encoder reads of data x; :class:`~sigma_vae.VAE` sets it to :meth:`Likelihood.encoder_input`."""
     trains_in_bfloat16: bool = False
     """Whether bfloat16 training was measured to give the same results, so that ``precision="auto"`` may choose it."""
     prior: Prior
     """p(z), where :attr:`has_prior`."""
+    portable_name: str | None = None
+    """Name that makes such a network again without other files, where the name that it was made by needs some."""
+    diffusers_config: dict[str, Any] | None = None
+    """Configuration of the ``AutoencoderKL`` of diffusers that has the same layers, where there is one."""
 
     @property
     @abstractmethod
@@ -263,7 +317,7 @@ class Network(nn.Module, ABC):
             context: conditioning frames of clips.
             mask: valid frames of clips, ``(batch, frames)``.
             noise: source of the posterior's standard normal numbers; torch's global generator unless given.
-            condition: labels or covariates.
+            condition: labels or covariates ``(batch, variables)``, NaN where unknown.
         """
 
     @abstractmethod
@@ -275,7 +329,10 @@ class Network(nn.Module, ABC):
         temperature: Temperature = 1.0,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """Features ``(n, in_channels, *space)`` of n draws from the prior."""
+        """Features ``(n, in_channels, *space)`` of n draws from the prior.
+
+        A network that reads conditions draws them too where none is given.
+        """
 
     @property
     def has_posterior(self) -> bool:
@@ -293,6 +350,11 @@ class Network(nn.Module, ABC):
         return self._defines("draw")
 
     @property
+    def has_descent(self) -> bool:
+        """Whether :meth:`descend` decodes latents that are chosen layer by layer."""
+        return self._defines("descend")
+
+    @property
     def has_latent_kl(self) -> bool:
         """Whether :meth:`latent_kl` gives the KL of each latent."""
         return self._defines("latent_kl")
@@ -305,7 +367,7 @@ class Network(nn.Module, ABC):
         """Features of given latents."""
         raise self._lacks("no way to decode given latents", "decode(z)")
 
-    def draw(self, x: Tensor, posterior: Normal, unit: Tensor) -> Inference:
+    def draw(self, x: Tensor, posterior: Normal, unit: Tensor, condition: Tensor | None = None) -> Inference:
         """Do what :meth:`infer` does, for several draws of each example from a posterior that is already computed.
 
         Shapes:
@@ -313,6 +375,17 @@ class Network(nn.Module, ABC):
             kl ``(*draws, batch, layers)`` and so on.
         """
         raise self._lacks("no way to decode several draws at once", "draw(x, posterior, unit)")
+
+    def draw_latents(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> Tensor | Sequence[Tensor]:
+        """One posterior draw of the latents, as :meth:`decode` takes them."""
+        raise self._lacks("no latents that could be decoded again", "draw_latents(x)")
+
+    def descend(self, choose: ChooseLatents, x: Tensor | None = None) -> Tensor:
+        """Features of one example whose latents are chosen layer by layer, from the top down.
+
+        ``choose(prior, posterior)`` gets p(z_l | z_<l), and with data ``(1, C, *space)`` also q(z_l | z_<l, x); it returns z_l.
+        """
+        raise self._lacks("no layers of latents that are chosen one by one", "descend(choose, x)")
 
     @property
     def has_start(self) -> bool:
@@ -351,6 +424,7 @@ class Network(nn.Module, ABC):
         temperature: float = 1.0,
         *,
         batch_statistics: bool = False,
+        condition: Tensor | None = None,
     ) -> Prediction:
         """Continue clips frame by frame; ``show`` turns features into the frame that the next one is predicted from."""
         raise ValueError(f"{type(self).__name__} predicts no frames: it reads single examples, not clips")
@@ -387,6 +461,10 @@ class DataDistribution(Distribution, ABC):
     def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each value, of the data's shape; of dependent values, given those before."""
 
+    def element_log_prob(self, value: Tensor) -> Tensor | None:
+        """Log-probability of each value, of the data's shape, which add up to ``log_prob``; None where there are none."""
+        return None
+
     def standardised(self, value: Tensor) -> Tensor | None:
         """Residuals in units of σ, of the data's shape; None unless it is a density with a location and a scale."""
         return None
@@ -417,6 +495,8 @@ class Likelihood(nn.Module, ABC):
     """Objective of training: the density of the values, or the probability of their levels' bins."""
     normalised: bool = True
     """Whether ``log_prob`` is the logarithm of a probability; otherwise it is an objective, without ``log_mass``."""
+    independent_channels: bool = True
+    """Whether the channels of a place are independent of each other given the features; else each follows those before it."""
 
     def __init__(self, channels: int, spatial_dims: int, levels: int | None) -> None:
         super().__init__()
@@ -532,9 +612,22 @@ class Likelihood(nn.Module, ABC):
     def widen(self, ratio: float) -> None:
         """Train a solved σ with so many times the batch's: the ratio of held-out residuals to training residuals."""
 
+    @property
+    def has_mass(self) -> bool:
+        """Whether :meth:`log_mass` gives a probability, so that there are bits per dimension."""
+        return self.levels is not None and self.normalised
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """What an encoder should read of data x, of the same shape: x itself, or for counts their logarithm."""
+        return x
+
     def start_features(self, std: float) -> Tensor:
         """Features ``(in_channels,)`` from which training may start, if residuals have this std; 0 where nothing is known."""
         return torch.zeros(self.in_channels)
+
+    def start_features_for(self, data: Iterable[Tensor], std: float) -> Tensor:
+        """Do the same for these data, batches ``(batch, channels, *space)``: by :meth:`start_features`, or by a look at them."""
+        return self.start_features(std)
 
     def set_floor(self, relative: float | None = None, std: float = 1.0) -> None:
         """Set the least σ where there is one and none was given to the scale.
@@ -627,6 +720,11 @@ def standard_normal(like: Tensor, noise: Noise | None) -> Tensor:
 def in_full_precision(device: str) -> AbstractContextManager[object]:
     """Context that switches autocast off: half precision would round a likelihood's terms to whole nats."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def as_argument(condition: Tensor | None) -> tuple[Tensor, ...]:
+    """A condition as the last argument of a network's method: none where there is none, as not every network takes it."""
+    return () if condition is None else (condition,)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

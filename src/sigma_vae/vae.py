@@ -3,13 +3,20 @@
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Literal, NamedTuple, final
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from sigma_vae.conditions import Given
+from sigma_vae.extras import needed_by
+from sigma_vae.networks.autoencoder_kl import as_autoencoder_kl
 from sigma_vae.networks.sequence import FRAMES, starts
+from sigma_vae.networks.spatial import MapStatistics, SpatialNetwork, map_statistics
 from sigma_vae.priors.base import fitted
 from sigma_vae.priors.gaussian import best_prior
 from sigma_vae.types import (
@@ -20,6 +27,7 @@ from sigma_vae.types import (
     Noise,
     Prior,
     Temperature,
+    as_argument,
     in_full_precision,
     per_layer,
     standard_normal,
@@ -93,12 +101,22 @@ class VAE(nn.Module):
         super().__init__()
         self.network = network
         self.likelihood = likelihood
+        network.encoder_input = likelihood.encoder_input
+        self.origin: Any = None
+        """:class:`sigma_vae.models.Origin`, for saving: names of the parts, shape and scaling of the data; None where not known."""
 
-    def forward(self, x: Tensor) -> Elbo:
+    def forward(self, x: Tensor, condition: Given | None = None) -> Elbo:
         """Call :meth:`elbo`; wrappers such as DistributedDataParallel need it."""
-        return self.elbo(x)
+        return self.elbo(x, condition=condition)
 
-    def elbo(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, noise: Noise | None = None) -> Elbo:
+    def elbo(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Noise | None = None,
+        condition: Given | None = None,
+    ) -> Elbo:
         """Log-likelihood and KL of each example (each clip for video), in nats, from one posterior draw.
 
         Under ``torch.autocast`` only the network is in half precision; the likelihood of its features is in float32.
@@ -108,19 +126,23 @@ class VAE(nn.Module):
             context: conditioning frames of clips, where x does not begin with them.
             mask: valid frames of clips ``(batch, frames)``; the other frames do not count.
             noise: source of the posterior's standard normal numbers; torch's global generator unless given.
+            condition: of a network that reads conditions: rows ``(batch, variables)``, one row for all, or values by
+                name. The bound is then one on log p(x|c).
         """
-        inference = self.network.infer(x, context, mask, noise)
+        inference = self.network.infer(x, context, mask, noise, *self._rows(condition, len(x)))
         h, target = inference.scored()
         with in_full_precision(x.device.type):
             return Elbo(inference.per_example(self.likelihood(h, target).log_prob(target)), inference.kl)
 
     @torch.no_grad()
-    def score(self, x: Tensor, noise: Noise | None = None, mask: Tensor | None = None) -> Scores:
+    def score(
+        self, x: Tensor, noise: Noise | None = None, mask: Tensor | None = None, condition: Given | None = None
+    ) -> Scores:
         """Terms of each example's bound, from one posterior draw; call it in eval mode, after :meth:`calibrate`."""
-        inference = self.network.infer(x, mask=mask, noise=noise)
+        inference = self.network.infer(x, None, mask, noise, *self._rows(condition, len(x)))
         h, target = inference.scored()
         mass = mass_post_hoc = None
-        if self.likelihood.levels is not None and self.likelihood.normalised:
+        if self.likelihood.has_mass:
             mass = inference.per_example(self.likelihood.log_mass(h, target))
             mass_post_hoc = inference.per_example(self.likelihood.log_mass(h, target, refitted=True))
         return Scores(
@@ -142,6 +164,7 @@ class VAE(nn.Module):
         context: Tensor | None = None,
         generator: torch.Generator | None = None,
         temperature: Temperature = 1.0,
+        condition: Given | None = None,
     ) -> Tensor:
         """Draw n latents from the prior, and decode them to data ``(n, C, *space)``.
 
@@ -152,11 +175,15 @@ class VAE(nn.Module):
                 then the ten frames that follow; :meth:`predict` makes more.
             generator: source of the latents' randomness; a draw from p(x|z) uses torch's global one.
             temperature: scales the spread of the latents: one number, or one per layer from the top down.
+            condition: as for :meth:`elbo`; where a network reads conditions and none is given, they are drawn too.
         """
         if self.network.reads_clips:
             (single,) = per_layer(temperature, 1)
-            return self.predict(starts(n, context), show=show, generator=generator, temperature=single)[0]
-        h = self.network.generate(n, context, generator, temperature)
+            if condition is None and self.network.conditions is not None:
+                condition = self.network.conditions.draw(n, generator)
+            context = starts(n, context)
+            return self.predict(context, show=show, generator=generator, temperature=single, condition=condition)[0]
+        h = self.network.generate(n, context, generator, temperature, *self._rows(condition, n))
         return _shown(self.likelihood, h, show)
 
     def predict(
@@ -169,6 +196,7 @@ class VAE(nn.Module):
         generator: torch.Generator | None = None,
         temperature: float = 1.0,
         batch_statistics: bool = False,
+        condition: Given | None = None,
     ) -> Tensor:
         """Continue clips, with several samples per clip: ``(samples, batch, frames, C, H, W)``.
 
@@ -183,12 +211,14 @@ class VAE(nn.Module):
             generator: likewise.
             temperature: scales the spread of the latents.
             batch_statistics: use batch norm as SVG's own evaluation does; see :meth:`SequenceNetwork.predict`.
+            condition: as for :meth:`elbo`.
 
         Raises:
             ValueError: the network does not read clips, or context and counts do not fit.
         """
         if samples < 1:
             raise ValueError(f"samples is the number of predictions per clip and at least 1, got {samples}")
+        rows = [rows.repeat(samples, 1) for rows in self._rows(condition, len(context))]
         predicted = self.network.predict(
             context.repeat(samples, *(1 for _ in context.shape[1:])),
             frames,
@@ -196,20 +226,113 @@ class VAE(nn.Module):
             lambda shape: torch.randn(shape, device=context.device, generator=generator),
             temperature,
             batch_statistics=batch_statistics,
+            condition=rows[0] if rows else None,
         )
         return predicted.frames.reshape(samples, len(context), *predicted.frames.shape[1:])
 
-    def reconstruct(self, x: Tensor, show: Show = "mean", *, noise: Noise | None = None) -> Tensor:
-        """Encode x, draw its latents and decode them; for clips, to the frames after the conditioning frames."""
-        return _shown(self.likelihood, self.network.infer(x, noise=noise).h, show)
+    def reconstruct(
+        self,
+        x: Tensor,
+        show: Show = "mean",
+        *,
+        noise: Noise | None = None,
+        condition: Given | None = None,
+        shown_as: Given | None = None,
+    ) -> Tensor:
+        """Encode x, draw its latents and decode them; for clips, to the frames after the conditioning frames.
 
-    def encode(self, x: Tensor) -> Normal:
+        With ``shown_as`` the latents are decoded with another condition than that of x: a counterfactual.
+
+        Raises:
+            ValueError: ``shown_as`` is given, and the network cannot decode given latents.
+        """
+        rows = self._rows(condition, len(x))
+        if shown_as is None:
+            return _shown(self.likelihood, self.network.infer(x, None, None, noise, *rows).h, show)
+        other = self._rows(shown_as, len(x))
+        return _shown(self.likelihood, self.network.decode(self.network.draw_latents(x, noise, *rows), *other), show)
+
+    def encode(self, x: Tensor, condition: Given | None = None) -> Normal:
         """q(z|x), parameters ``(batch, latent_dim)``; ValueError unless ``network.has_posterior``."""
-        return self.network.posterior(x)
+        return self.network.posterior(x, *self._rows(condition, len(x)))
 
-    def decode(self, z: Tensor, show: Show = "mean") -> Tensor:
+    def decode(self, z: Tensor, show: Show = "mean", condition: Given | None = None) -> Tensor:
         """Data of given latents ``(batch, *shape of z)``: the mean of p(x|z), or a draw; ValueError if the network cannot."""
-        return _shown(self.likelihood, self.network.decode(z), show)
+        n = len(z) if isinstance(z, Tensor) else len(z[0])
+        return _shown(self.likelihood, self.network.decode(z, *self._rows(condition, n)), show)
+
+    def _rows(self, condition: Given | None, n: int) -> tuple[Tensor, ...]:
+        """A condition as rows ``(n, variables)`` on the model's device, and as an argument: none where none is given."""
+        if condition is None:
+            return ()
+        if self.network.conditions is None:
+            raise ValueError(f"{type(self.network).__name__} reads no condition; leave condition out")
+        return (self.network.conditions.rows(condition, n).to(self.device),)
+
+    def plot_samples(self, n: int = 64, seed: int = 0) -> Any:
+        """A grid of samples as a matplotlib figure; ValueError where examples are no pictures."""
+        return _plots().figure_of_samples(self, n, seed)
+
+    def plot_reconstructions(self, x: Tensor) -> Any:
+        """Pictures x ``(n, C, H, W)`` above their reconstructions, as a matplotlib figure."""
+        return _plots().figure_of_reconstructions(self, x)
+
+    def plot_latents(self, x: Tensor, colours: Sequence[float] | None = None) -> Any:
+        """Posterior means of x in the two latents with the largest KL, as a matplotlib figure.
+
+        Args:
+            x: data ``(n, C, *space)``.
+            colours: a number for each example, such as its class.
+        """
+        return _plots().figure_of_latents(self, x, colours)
+
+    def _repr_html_(self) -> str:
+        weights = sum(parameter.numel() for parameter in self.parameters())
+        sigma = None
+        with suppress(ValueError):  # it is not solved yet
+            sigma = self.likelihood.sigma()
+        rows = {
+            "network": f"{type(self.network).__name__}, {weights:,} weights",
+            "latents": " + ".join(map(str, self.network.latents.sizes)),
+            "likelihood": str(self.likelihood),
+            "σ": "not known yet" if sigma is None else f"{float(sigma.log().mean().exp()):.4g}",
+        }
+        made: str = import_module("sigma_vae.evaluation.words").table("A VAE with a calibrated decoder", rows)
+        return made
+
+    def save_pretrained(self, folder: str | Path, evaluation: Any = None) -> Path:
+        """Write the model with a card into a folder: see :func:`sigma_vae.hub.save_pretrained`."""
+        saved: Path = _hub().save_pretrained(self, folder, evaluation)
+        return saved
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        network: Network | None = None,
+        likelihood: Likelihood | None = None,
+    ) -> "VAE":
+        """Open a model from a folder, or from the Hugging Face Hub as OWNER/NAME: see :func:`sigma_vae.hub.from_pretrained`."""
+        found: VAE = _hub().from_pretrained(
+            name,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            network=network,
+            likelihood=likelihood,
+        )
+        return found
+
+    def push_to_hub(self, name: str, *, evaluation: Any = None, private: bool = False, token: str | None = None) -> str:
+        """Write the model with a card to the Hugging Face Hub, and return its address: see :func:`sigma_vae.hub.push_to_hub`."""
+        address: str = _hub().push_to_hub(self, name, evaluation=evaluation, private=private, token=token)
+        return address
 
     @property
     def device(self) -> torch.device:
@@ -254,10 +377,12 @@ class VAE(nn.Module):
         >>> abs(vae.likelihood.sigma().item() - std) < 0.02
         True
         """
+        data = _Values(loader)
         with in_eval_mode(self):  # layers such as batch norm see one example
-            return self.network.start_from(_Values(loader), self.likelihood.mean_map, self.likelihood.start_features)
+            return self.network.start_from(data, self.likelihood.mean_map, partial(self.likelihood.start_features_for, data))
 
     @torch.no_grad()
+    @needed_by("VAE.fit_prior")
     def fit_prior(
         self,
         loader: "Iterable[Examples]",
@@ -301,10 +426,12 @@ class VAE(nn.Module):
         if not (network.has_posterior and network.has_prior):
             raise ValueError(f"{type(network).__name__} has no single layer of flat latents with a prior that can be replaced")
         with in_eval_mode(self):
-            draws = latents_of(network, loader, seed + SEED_OFFSET)
-            held_out = None if validation is None else latents_of(network, validation, seed + 2 * SEED_OFFSET)
+            draws, condition = _draws_of(network, loader, seed + SEED_OFFSET)
+            held_out, held_condition = (
+                (None, None) if validation is None else _draws_of(network, validation, seed + 2 * SEED_OFFSET)
+            )
         if isinstance(prior, Prior):
-            fitted(prior.to(draws), draws, held_out, seed)
+            fitted(prior.to(draws), draws, held_out, seed, condition, held_condition)
             priors = [prior]
         elif held_out is None:
             raise ValueError("several priors are compared on held-out data, and there are none; give validation")
@@ -312,11 +439,63 @@ class VAE(nn.Module):
             priors = []
             for each in prior:
                 with suppress(ValueError):
-                    fitted(each.to(draws), draws, held_out, seed)
+                    fitted(each.to(draws), draws, held_out, seed, condition, held_condition)
                     priors.append(each)
-        best, densities = (priors[0], {}) if held_out is None else best_prior(priors, draws, held_out)
+        best, densities = (priors[0], {}) if held_out is None else best_prior(priors, draws, held_out, held_condition)
         network.replace_prior(best)
         return densities
+
+    @torch.no_grad()
+    def map_statistics(self, loader: "Iterable[Examples]") -> MapStatistics:
+        """Mean, std and kurtosis of each channel of latent maps over these data; see :func:`map_statistics`.
+
+        Args:
+            loader: as for :meth:`calibrate`.
+
+        Raises:
+            ValueError: the network's latents are no maps.
+        """
+        (shape, *others) = self.network.latents.shapes
+        if others or len(shape) == 1 or not self.network.has_posterior:
+            raise ValueError(f"{type(self.network).__name__} has no latent maps; take spatial or autoencoder-kl")
+        with in_eval_mode(self):
+            return map_statistics(self.encode(batch.x.to(self.device)) for batch in _examples(loader))
+
+    @torch.no_grad()
+    def to_diffusers(self, loader: "Iterable[Examples] | None" = None) -> Any:
+        """Make an ``AutoencoderKL`` of diffusers that encodes and decodes as this model does, bit for bit.
+
+        It reads and gives pictures in [−1, 1]. Feature channels for a predicted σ are left out.
+
+        Args:
+            loader: training data, on which ``scaling_factor``, ``shift_factor``, ``latents_mean`` and ``latents_std`` are
+                measured: moments over examples, posterior draws and places. Without it they are those of the network's
+                configuration, or diffusers' defaults.
+
+        Raises:
+            ValueError: the network has no such layers, or the likelihood's mean is not the decoder's output.
+
+        >>> from sigma_vae import VAE, Gaussian, models
+        >>> vae = VAE(models.network("spatial:f2c4", (3, 8, 8), 3, width=8), Gaussian(channels=3))
+        >>> x = torch.rand(16, 3, 8, 8)
+        >>> exported = vae.to_diffusers([x])
+        >>> torch.equal(exported.encode(2 * x - 1).latent_dist.mean, vae.encode(x).loc)
+        True
+        """
+        network, likelihood = self.network, self.likelihood
+        if network.diffusers_config is None:
+            raise ValueError(
+                f"{type(network).__name__} does not have the layers of diffusers' AutoencoderKL; train --network spatial:f4c3 on images, or"
+                " autoencoder-kl"
+            )
+        if likelihood.mean_map != "identity":
+            raise ValueError(
+                f"the mean of {likelihood} is not the decoder's output, which is all that diffusers decodes; train a likelihood with a mean"
+                " and a scale, such as gaussian/optimal, with --mean auto"
+            )
+        assert isinstance(network, SpatialNetwork)
+        with in_eval_mode(self):
+            return as_autoencoder_kl(network, {} if loader is None else self.map_statistics(loader).to_config())
 
     @property
     def flat_network(self) -> Network:
@@ -337,6 +516,18 @@ class VAE(nn.Module):
     def __dir__(self) -> list[str]:
         # Without the deprecated names, which inspect.getmembers and torch.jit.trace would look up.
         return [name for name in super().__dir__() if name not in ("flat_network", "video_network")]  # type: ignore[no-untyped-call]
+
+
+@needed_by("plotting")
+def _plots() -> Any:
+    """The module for plots, imported when it is used."""
+    import_module("matplotlib")
+    return import_module("sigma_vae.evaluation.plots")
+
+
+def _hub() -> Any:
+    """The module for the Hub, imported when it is used: it is above this one, and needs more than torch."""
+    return import_module("sigma_vae.hub")
 
 
 def keyed_noise(positions: Tensor, seed: int = 0) -> Noise:
@@ -385,9 +576,10 @@ class FeaturePairs:
     def _decoded(self) -> Iterator[tuple[Tensor, Tensor]]:
         cache: list[tuple[Tensor, Tensor]] = []
         size = 0
-        for x, positions, mask in _examples(self.loader):
-            mask = None if mask is None else mask.to(self.device)
-            pair = self.network.infer(x.to(self.device), mask=mask, noise=keyed_noise(positions, self.seed)).scored()
+        for batch in _examples(self.loader):
+            x, positions, mask, condition = batch.to(self.device)
+            noise = keyed_noise(positions, self.seed)
+            pair = self.network.infer(x, None, mask, noise, *as_argument(condition)).scored()
             size += sum(t.nbytes for t in pair)
             if size <= CACHE_BYTES:
                 cache.append(pair)
@@ -404,14 +596,22 @@ def latents_of(network: Network, loader: Iterable[Examples], seed: int) -> Tenso
     Raises:
         ValueError: the loader is empty.
     """
+    return _draws_of(network, loader, seed)[0]
+
+
+def _draws_of(network: Network, loader: Iterable[Examples], seed: int) -> tuple[Tensor, Tensor | None]:
+    """Do what :func:`latents_of` does, and return the conditions too."""
     device = next(network.parameters()).device
-    draws = []
-    for x, positions, _ in _examples(loader):
-        posterior = network.posterior(x.to(device))
-        draws.append(posterior.loc + posterior.scale * standard_normal(posterior.loc, keyed_noise(positions, seed)))
+    draws, conditions = [], []
+    for batch in _examples(loader):
+        x, positions, _, condition = batch.to(device)
+        posterior = network.posterior(x, *as_argument(condition))
+        conditions += [] if condition is None else [condition]
+        z = posterior.loc + posterior.scale * standard_normal(posterior.loc, keyed_noise(positions, seed))
+        draws.append(z.flatten(1))
     if not draws:
         raise ValueError("the loader gave no batch, so there are no latents")
-    return torch.cat(draws)
+    return torch.cat(draws), torch.cat(conditions) if conditions else None
 
 
 def _examples(loader: Iterable[Examples]) -> Iterator[Batch]:
@@ -433,7 +633,7 @@ class _Values:
         self.loader = loader
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (x for x, _, _ in _examples(self.loader))
+        return (batch.x for batch in _examples(self.loader))
 
 
 def _shown(likelihood: Likelihood, h: Tensor, show: Show) -> Tensor:

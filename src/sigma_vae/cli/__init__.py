@@ -60,21 +60,33 @@ STUDY = {
 }
 
 COMMANDS = {
+    "new": Command("new:new", "Write a commented config.yaml for DATA, and print the command that trains it"),
     "inspect": Command("inspect:inspect", "Describe DATA: sizes, levels, ranges, duplicates, and a likelihood that suits them"),
     "train": Command("runs:train", "Train a VAE on DATA, calibrate and evaluate it, and draw samples", shared=True),
     "resume": Command("runs:resume", "Continue a run exactly where it stopped", shared=True),
     "replay": Command("runs:replay", "Train again what a config.yaml describes, into a new folder", shared=True),
     "rerun": Command("runs:rerun", "Repeat the step whose loss was not finite, and report the first layer where that begins"),
+    "report": Command("runs:report", "Write the page of a finished run anew: report.html, in one file"),
     "evaluate": Command("runs:evaluate", "Measure a finished run on held-out data", shared=True),
     "compare": Command("runs:compare", "Compare finished runs on the same examples"),
     "fit-prior": Command("runs:fit_prior", "Fit a prior to the latents of a finished run, and evaluate it again", shared=True),
-    "calibrate": Command("runs:calibrate", "Refit σ of a finished run, and evaluate it again", shared=True),
+    "calibrate": Command(
+        "runs:calibrate", "Refit σ of a finished run, and evaluate it again; or audit a VAE of diffusers", shared=True
+    ),
     "sample": Command("outputs:sample", "Draw samples from the prior and decode them"),
+    "impute": Command("outputs:impute", "Fill in the missing values of a table, given the others of their rows"),
     "reconstruct": Command("outputs:reconstruct", "Encode and decode the first examples of a split"),
+    "traverse": Command("outputs:traverse", "Move one latent at a time, and decode: what each of them stands for"),
+    "interpolate": Command("outputs:interpolate", "Decode the line between the latents of two examples, for several pairs"),
     "predict": Command("outputs:predict", "Predict future frames from the start of each clip, several times"),
     "encode": Command("outputs:encode", "Write mean and std of the latents of each example"),
     "score": Command("outputs:score", "Write log-likelihood, rate, ELBO and bits per dimension of each example"),
+    "compress": Command("codec:compress", "Compress pictures or DATA without loss, to the size that the model's bound says"),
+    "decompress": Command("codec:decompress", "Restore what ``compress`` wrote"),
+    "export": Command("export:export", "Write a run's autoencoder for another library"),
+    "push": Command("runs:push", "Write a finished run to the Hugging Face Hub, with a model card made from its evaluation"),
     "explain": Command("inspect:explain", "Compute the effective β and the implied σ of a hand-tuned loss"),
+    "completion": Command("new:completion", "Print a script that completes commands and options in your shell"),
     "study": Command("study", "Train a grid of runs, and report what they show", commands=STUDY),
 }
 
@@ -111,7 +123,9 @@ def _answer(words: list[str], speaker: str) -> int:
             f"\n{PROGRAM}: terminated (SIGTERM). If training had begun, `{PROGRAM} resume RUN` continues it", TERMINATED
         )
     except ModuleNotFoundError as error:
-        return _say(f"{speaker}: this command needs {error.name}: pip install 'sigma-vae[full]'", FAILED)
+        from sigma_vae.extras import remedy
+
+        return _say(f"{speaker}: this command needs {error.name}: {remedy(error.name)}", FAILED)
     except (ValueError, OSError) as error:
         return _say(f"{speaker}: {_line(error)}", FAILED)
     except MemoryError:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from sigma_vae.config import DataConfig
-from sigma_vae.likelihoods.translate import Reduction
+from sigma_vae.likelihoods.translate import CONVENTIONS, Convention, Loss, Reduction
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +43,7 @@ def inspect(
         print(json_module.dumps(asdict(found)))
     else:
         _print(found)
-    if not drawable(splits.shape) or splits.scaling.standardised:
+    if not drawable(splits.shape) or splits.scaling.standardised or splits.scaling.counts:
         return
     path = Path(out) if out is not None else Path(f"inspect-{Path(config.source.replace(':', '-')).stem}.png")
     batch = next(iter(splits.batches("train", PICTURES))).x
@@ -60,7 +60,8 @@ def _print(found: "Inspection") -> None:
     counts = ", ".join(f"{split} {count}" for split, count in found.counts.items())
     console.print(f"examples: {counts}; shape {found.shape}{_clips(found)}")
     if found.levels is None:
-        console.print("real values" + (", standardised for the model" if found.standardised else ""))
+        kind = "counts" if "kept as counts" in found.preprocessing else "real values"
+        console.print(kind + (", standardised for the model" if found.standardised else ""))
     else:
         ends = f"{found.share_at_least_level:.1%} of values at the lowest, {found.share_at_largest_level:.1%} at the highest"
         console.print(f"levels: {found.levels}, of which {found.levels_used} occur; {ends}")
@@ -98,9 +99,12 @@ def explain(
     *,
     shape: str,
     beta: float = 1.0,
+    convention: Convention | None = None,
+    loss: Loss = "squared",
     reduction: Reduction = "mean",
     kl_reduction: Reduction = "batch-mean",
     half: bool = False,
+    perceptual_weight: float = 0.0,
     batch_size: int | None = None,
     latent_dim: int | None = None,
     value_range: float = 1.0,
@@ -108,15 +112,19 @@ def explain(
 ) -> None:
     """Compute the effective β and the implied σ of a hand-tuned loss.
 
-    The loss is reduction(squared error) + beta · kl_reduction(KL), as it stands in the code.
+    The loss is reduction(error) + beta · kl_reduction(KL), as it stands in the code.
 
     Args:
         shape: Shape of one example: 3,64,64.
         beta: Weight of the KL.
-        reduction: Reduction of the squared error: sum over everything, batch-mean (summed over each example, then
+        convention: Take loss, reductions, range and perceptual weight of a known code base: compvis (L1 and LPIPS summed over pixels and
+            divided by the batch), diffusers (mean squared error); both on [−1, 1], with the KL summed over each example.
+        loss: Error of a value: squared, absolute (L1), or bce (binary cross-entropy).
+        reduction: Reduction of the error: sum over everything, batch-mean (summed over each example, then
             averaged), or mean over everything.
         kl_reduction: Reduction of the KL, likewise.
-        half: The squared error has a factor ½.
+        half: The error has a factor ½.
+        perceptual_weight: Weight of a perceptual distance (LPIPS) that is added to the error of every value.
         batch_size: Batch size; needed where exactly one of the two terms is summed over the batch.
         latent_dim: Size of the latents; needed where the KL is a mean over them.
         value_range: Range of the data's values: 1 for [0, 1], 2 for [-1, 1].
@@ -128,6 +136,8 @@ def explain(
         sizes = [int(size) for size in shape.split(",")]
     except ValueError:
         raise ValueError(f"--shape takes sizes with commas between, as 3,64,64; got {shape!r}") from None
+    if convention is not None:
+        loss, reduction, value_range, perceptual_weight = CONVENTIONS[convention]
     result = explain_loss(
         sizes,
         beta,
@@ -137,10 +147,13 @@ def explain(
         batch_size=batch_size,
         latent_dim=latent_dim,
         value_range=value_range,
+        loss=loss,
+        perceptual_weight=perceptual_weight,
     )
     if json:
         print(json_module.dumps(asdict(result)))
         return
-    print(f"effective β   {result.effective_beta:.6g}   (of ‖x − x̂‖² + β·KL, summed over {result.dims} values)")
-    print(f"implied σ     {result.implied_sigma:.6g}")
+    term, scale = {"squared": ("‖x − x̂‖²", "σ"), "absolute": ("‖x − x̂‖₁", "b"), "bce": ("BCE(x, x̂)", "σ")}[loss]
+    print(f"effective β   {result.effective_beta:.6g}   (of {term} + β·KL, summed over {result.dims} values)")
+    print(f"implied {scale}     {result.implied_sigma:.6g}")
     print(result.advice)

@@ -5,28 +5,74 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TextIO, get_args
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from sigma_vae.cli.help import has_short_help, parser, show_help
 from sigma_vae.config import RenamedWarning
 
-__all__ = ["RunFolder", "RunFolders", "call"]
+__all__ = ["CONFIG", "HUB", "RunFolder", "RunFolders", "beside", "call", "rules", "to_change", "to_read"]
 
 RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-"""The folder of a run, as the argument of a command."""
+"""The folder of a run, or where it is only read hub:OWNER/NAME, as the argument of a command."""
 
 RunFolders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
 """Folders of several runs."""
 
 
+CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+"""How tyro makes options of a function."""
+HUB = "hub:"
+
+
+def to_read(run: str) -> Path:
+    """The folder of a run that is read: of ``hub:OWNER/NAME`` its downloaded copy.
+
+    Raises:
+        ValueError: the Hub does not have it.
+    """
+    if not run.startswith(HUB):
+        return Path(run)
+    from sigma_vae.hub import fetch
+
+    return fetch(run)
+
+
+def beside(run: str) -> Path:
+    """The folder for what is written of a run: the run's, or for one on the Hub the current one."""
+    return Path() if run.startswith(HUB) else Path(run)
+
+
+def to_change(run: str) -> Path:
+    """The folder of a run that is written into.
+
+    Raises:
+        ValueError: it is on the Hub.
+    """
+    if run.startswith(HUB):
+        name = run.removeprefix(HUB).partition("@")[0]
+        raise ValueError(
+            f"{run} is only read; copy it, then work on the copy: hf download {name} --local-dir {Path(name).name}"
+        )
+    return Path(run)
+
+
 def call(function: Callable[..., Any], options: list[str], program: str) -> None:
-    """Call the function with these options; old names of options are remarked upon."""
-    config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    """Call the function with these options; old names of options are remarked upon.
+
+    ``--help`` shows a dozen options where there are many, and ``--help-all`` all of them.
+    """
+    asked = {"-h", "--help", "--help-all"} & set(options)
+    if asked and has_short_help(function):
+        show_help(parser(function, program, CONFIG, rules()), program, everything="--help-all" in asked)
+        raise SystemExit(0)
+    options = ["--help" if word == "--help-all" else word for word in options]
     with _remarks(program):
-        tyro.cli(function, prog=program, args=options, config=config, registry=_rules())
+        tyro.cli(function, prog=program, args=options, config=CONFIG, registry=rules())
 
 
 @contextmanager
@@ -55,10 +101,11 @@ def _remarks(program: str) -> Iterator[None]:
         yield
 
 
-def _rules() -> ConstructorRegistry:
-    rules = ConstructorRegistry()
-    rules.primitive_rule(_optional)
-    return rules
+def rules() -> ConstructorRegistry:
+    """How types are shown and read beside tyro's own rules."""
+    made = ConstructorRegistry()
+    made.primitive_rule(_optional)
+    return made
 
 
 def _optional(found: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:

@@ -1,57 +1,85 @@
 """Commands that train runs, evaluate, refit and compare them."""
 
 import json as json_module
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from sigma_vae import runs
-from sigma_vae.cli.options import RunFolder, RunFolders
-from sigma_vae.cli.outputs import Split
+from sigma_vae.cli.options import HUB, RunFolder, RunFolders, to_change, to_read
+from sigma_vae.cli.outputs import Split, checked
 from sigma_vae.config import EvaluationSettings, RunConfig, read
-from sigma_vae.evaluation import Evaluation
+from sigma_vae.evaluation import Evaluation, words
 from sigma_vae.evaluation.base import metrics
 from sigma_vae.registry import Names, register
+from sigma_vae.runs import advice
+from sigma_vae.runs.audit import PREFIX, audit, audit_rows, evaluate_audited, name_of, notes, write_page
 
-__all__ = ["calibrate", "compare", "evaluate", "fit_prior", "print_evaluation", "replay", "rerun", "resume", "train"]
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = [
+    "calibrate",
+    "compare",
+    "evaluate",
+    "fit_prior",
+    "print_evaluation",
+    "push",
+    "replay",
+    "report",
+    "rerun",
+    "resume",
+    "train",
+]
 
 
 def train(
-    config: Annotated[RunConfig, tyro.conf.PositionalRequiredArgs], *, out: str | None = None, json: bool = False
+    config: Annotated[RunConfig, tyro.conf.PositionalRequiredArgs],
+    *,
+    out: str | None = None,
+    quiet: bool = False,
+    json: bool = False,
 ) -> None:
     """Train a VAE on DATA, calibrate and evaluate it, and draw samples.
 
-    Everything is written into a new run folder. The evaluation is on the test split.
+    Everything is written into a new run folder, with a page to read: report.html. The evaluation is on the test split.
 
     Args:
         config: The run.
-        out: Folder of the run, never overwritten; runs/DATA-NETWORK-LIKELIHOOD-SEED unless given (without NETWORK where
-            it is auto).
+        out: Folder of the run, never overwritten; runs/DATA-NETWORK-LIKELIHOOD-SEED unless given (without what is auto).
+        quiet: Print the folder of the run only.
         json: Print the evaluation as JSON only.
     """
-    network = "" if config.model.network == "auto" else f"-{config.model.network}"
-    name = f"{Path(config.data.source).stem}{network}-{config.model.likelihood}-{config.seed}"
+    chosen = [name for name in (config.model.network, config.model.likelihood) if name != "auto"]
+    name = "-".join([Path(config.data.source).stem, *chosen, str(config.seed)])
     folder = Path(out) if out is not None else Path("runs") / name.replace("/", "-").replace(":", "")
-    _show(runs.train(config, folder, progress=not json), json)
-    _say(f"run folder: {folder}", json)
+    _finished(folder, runs.train(config, folder, progress=not (json or quiet)), json, quiet)
 
 
 def replay(
-    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")], *, out: str, json: bool = False
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
+    *,
+    out: str,
+    quiet: bool = False,
+    json: bool = False,
 ) -> None:
     """Train again what a config.yaml describes, into a new folder.
 
     Args:
         config: The config.yaml of a run, or one written by hand.
         out: Folder of the new run, never overwritten.
+        quiet: Print the folder of the run only.
         json: Print the evaluation as JSON only.
     """
-    _show(runs.train(read(Path(config), RunConfig), Path(out), progress=not json), json)
+    _finished(Path(out), runs.train(read(Path(config), RunConfig), Path(out), progress=not (json or quiet)), json, quiet)
 
 
-def resume(run: RunFolder, *, epochs: int | None = None, json: bool = False) -> None:
+def resume(run: RunFolder, *, epochs: int | None = None, quiet: bool = False, json: bool = False) -> None:
     """Continue a run exactly where it stopped.
 
     The run is then calibrated and evaluated, as ``train`` would have done.
@@ -59,9 +87,76 @@ def resume(run: RunFolder, *, epochs: int | None = None, json: bool = False) -> 
     Args:
         run: Folder of the run.
         epochs: Total number of epochs, in place of the run's own.
+        quiet: Print the folder of the run only.
         json: Print the evaluation as JSON only.
     """
-    _show(runs.resume(Path(run), epochs=epochs, progress=not json), json)
+    folder = to_change(run)
+    _finished(folder, runs.resume(folder, epochs=epochs, progress=not (json or quiet)), json, quiet)
+
+
+def report(run: RunFolder, *, device: str = "auto") -> None:
+    """Write the page of a finished run anew: report.html, in one file.
+
+    It says what was trained on what, and has curves, pictures, calibration, latents, the oddest and the most typical test
+    examples, and advice in words.
+
+    Args:
+        run: Folder of the run.
+        device: auto, cpu, cuda or cuda:1.
+    """
+    print(runs.report(to_change(run), device))
+
+
+def push(
+    run: RunFolder,
+    name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OWNER/NAME")],
+    *,
+    private: bool = False,
+    out: str | None = None,
+) -> None:
+    """Write a finished run to the Hugging Face Hub, with a model card made from its evaluation.
+
+    Log in first: hf auth login. Weights, configuration, evaluation and pictures are uploaded; paths of your machine are
+    not. The model is then a RUN wherever one is read: hub:OWNER/NAME.
+
+    Args:
+        run: Folder of the run.
+        name: Repository; made where there is none.
+        private: Make a new repository private.
+        out: Folder to write in place of the Hub, to look at first.
+    """
+    from sigma_vae import hub
+
+    print(hub.push(Path(run), name, private=private) if out is None else hub.stage(Path(run), Path(out), name))
+
+
+def _finished(folder: Path, found: Evaluation, as_json: bool, quiet: bool) -> None:
+    """Print the numbers of a run that has ended, what they mean, advice, its files, and the next command."""
+    if as_json:
+        print(json_module.dumps(found.to_json()))
+        return
+    if not quiet:
+        console = _console()
+        console.print(_table(found))
+        for line in (*_about_priors(found), *_in_words(folder, found)):
+            console.print(line)
+    print(f"run folder: {folder}")
+
+
+def _in_words(folder: Path, found: Evaluation) -> Iterator[str]:
+    means = {row.name: words.meaning(row.name) for row in words.number_rows(found) if "with N(0, I)" not in row.name}
+    yield "\nWhat the numbers mean:"
+    yield from (f"  {name}: {sentence}" for name, sentence in means.items() if sentence)
+    if "standard_prior" in found:
+        yield "  ... with N(0, I): the same with N(0, I) in place of the fitted prior."
+    if said := advice.advice(folder, runs.config_of(folder), found, advice.curves(folder)):
+        yield "\nWhat to do:"
+        yield from (f"  {line}" for line in said)
+    pictures = sorted(str(path) for path in folder.iterdir() if path.suffix in (".png", ".gif"))
+    yield f"\npage: {folder / 'report.html'}"
+    if pictures:
+        yield f"pictures: {' '.join(pictures)}"
+    yield f"next: {advice.next_command(folder, found)}"
 
 
 def rerun(run: RunFolder, *, json: bool = False) -> None:
@@ -71,7 +166,7 @@ def rerun(run: RunFolder, *, json: bool = False) -> None:
         run: Folder of the run.
         json: Print JSON only.
     """
-    report = runs.rerun(Path(run))
+    report = runs.rerun(to_change(run))
     if json:
         print(json_module.dumps(report))
         return
@@ -85,16 +180,26 @@ def evaluate(
 ) -> None:
     """Measure a finished run on held-out data.
 
-    Its bounds are always measured, in nats and in bits per dimension; other metrics as asked.
+    Its bounds are always measured, in nats and in bits per dimension; other metrics as asked. Of a run on the Hub
+    (hub:OWNER/NAME) the results are only printed.
 
     Args:
-        run: Folder of the run.
+        run: Folder of the run; or hf-vae:FOLDER, an autoencoder of diffusers (or hf-vae:OWNER/NAME on the Hugging Face Hub), with
+            --data. Its σ is solved on validation data, and nothing is written.
         settings: The metrics.
         data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits. The
             results are written into RUN/evaluation-DATA.json.
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
+    if run.startswith(PREFIX):
+        _show(evaluate_audited(run, _given(data), settings, device), json)
+        return
+    if run.startswith(HUB):
+        with TemporaryDirectory() as folder:
+            copied = shutil.copytree(to_read(run), Path(folder) / "run")
+            _show(runs.evaluate_run(copied, settings, data, device=device), json)
+        return
     _show(runs.evaluate_run(Path(run), settings, data, device=device), json)
     if data is not None:
         _say(f"written: {runs.evaluation_file(Path(run), data)}", json)
@@ -109,18 +214,30 @@ def _show(report: Evaluation, as_json: bool) -> None:
 
 def print_evaluation(report: Evaluation) -> None:
     """Print the bounds, then the section of each further metric, and the notes below."""
+    console = _console()
+    console.print(_table(report))
+    for line in (*words.notes(report), *_about_priors(report)):
+        console.print(line)
+
+
+def _console() -> "Console":
     from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False)  # names of files may look like either
+
+
+def _table(report: Evaluation) -> "Table":
     from rich.table import Table
 
     about = report.about
     prior = "" if about.get("prior", "standard") == "standard" else f" · prior {about['prior']}"
     split = "" if about["split"] == "all" else f"{about['split']} "
-    examples = f"{report.bounds.examples} {split}examples"
+    of = f" of {about['of_examples']}" if "of_examples" in about else ""
+    examples = f"{report.bounds.examples}{of} {split}examples"
     table = Table(title=f"{about['data']} · {about['network']} · {about['likelihood']}{prior} · {examples}")
     table.add_column("")
     table.add_column("mean", justify="right")
     table.add_column("± s.e.", justify="right")
-    notes: list[str] = []
     for name, metric in metrics().items():
         result = report.results.get(name)
         if result is None:
@@ -129,12 +246,7 @@ def print_evaluation(report: Evaluation) -> None:
             table.add_section()
         for row in metric.rows(result):
             table.add_row(*row)
-        notes += metric.notes(result, report)
-    notes += _about_priors(report)
-    console = Console(markup=False, emoji=False)  # names of files may look like either
-    console.print(table)
-    for line in notes:
-        console.print(line)
+    return table
 
 
 def _say(text: str, quiet: bool) -> None:
@@ -147,27 +259,40 @@ def calibrate(
     *,
     data: str | None = None,
     split: Split = "validation",
+    kl_weight: float | None = None,
+    out: str | None = None,
     seed: int = 0,
     device: str = "auto",
     json: bool = False,
 ) -> None:
-    """Refit σ of a finished run, and evaluate it again.
+    """Refit σ of a finished run, and evaluate it again; or audit a VAE of diffusers.
 
     With refitted ("post-hoc") σ, runs of different scales compare, β-VAEs included. Only an optimal scale takes the
     refitted σ as its own; fixed, shared, running and predicted scales keep theirs, and the numbers reported with it.
     The weights do not change. A refit on the run's own validation split gives the σ that training ended with.
 
+    Of an autoencoder of diffusers, σ, rate, bits per dimension, the moments of the latents, the scaling factor that it should have,
+    and the KL weight that its σ implies are printed and written as a page.
+
     Args:
-        run: Folder of the run.
+        run: Folder of the run; or hf-vae:FOLDER, an autoencoder of diffusers (or hf-vae:OWNER/NAME on the Hugging Face Hub), with
+            --data. Only safetensors are opened.
         data: Data to fit σ on, by name or path, in place of the run's own. They are read with the run's options (from a
             .yaml file: with the options in its data section) and scaled like the run's data.
         split: Split to fit σ on. From training data, σ is too small where the model overfits; a σ fitted on test has seen
             the examples that it is evaluated on.
+        kl_weight: KL weight that the autoencoder of diffusers was trained with, to be compared.
+        out: Page of the audit (.html); audit-NAME.html unless given.
         seed: Seed of the posterior's noise.
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
-    result = runs.calibrate_run(Path(run), data, split, device=device, seed=seed)
+    if run.startswith(PREFIX):
+        _audit(run, _given(data), split, kl_weight, out, seed, device, json)
+        return
+    if kl_weight is not None or out is not None:
+        raise ValueError(f"--kl-weight and --out are for an audit of {PREFIX}FOLDER, and {run} is a run; leave them out")
+    result = runs.calibrate_run(to_change(run), data, split, device=device, seed=seed)
     if json:
         print(json_module.dumps(result))
         return
@@ -181,6 +306,34 @@ def calibrate(
     if split == "test" and data is None:
         print("the evaluation uses the same examples, so its post-hoc numbers are not held-out numbers")
     print(f"evaluated again: {Path(run) / 'evaluation.json'}")
+
+
+def _given(data: str | None) -> str:
+    if data is None:
+        raise ValueError("an autoencoder of diffusers is measured on your data: give --data, a name or a path")
+    return data
+
+
+def _audit(
+    source: str, data: str, split: Split, kl_weight: float | None, out: str | None, seed: int, device: str, as_json: bool
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    path = checked(Path(f"audit-{name_of(source)}.html" if out is None else out), (".html",))
+    found, picture = audit(source, data, kl_weight=kl_weight, split=split, seed=seed, device=device)
+    write_page(found, picture, path)
+    if as_json:
+        print(json_module.dumps(found.to_json()))
+        return
+    table = Table("", "", "meaning", title=f"{found.name} · {found.examples} test examples of {found.data}")
+    for row in audit_rows(found):
+        table.add_row(*row)
+    console = Console(markup=False, emoji=False)
+    console.print(table)
+    for line in notes(found):
+        console.print(line)
+    print(path)
 
 
 def fit_prior(
@@ -205,7 +358,7 @@ def fit_prior(
         device: auto, cpu, cuda or cuda:1.
         json: Print the evaluation as JSON only.
     """
-    report = runs.fit_prior(Path(run), prior, data, device=device)
+    report = runs.fit_prior(to_change(run), prior, data, device=device)
     if json:
         print(json_module.dumps(report.to_json()))
     else:
@@ -256,7 +409,7 @@ def compare(
         device: Device for the scoring: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
-    rows = runs.compare([Path(run) for run in folders], paired=paired, device=device)
+    rows = runs.compare([to_read(run) for run in folders], paired=paired, device=device)
     if json:
         print(json_module.dumps(rows))
     else:

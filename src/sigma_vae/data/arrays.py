@@ -17,6 +17,7 @@ from typing import IO, Any, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
+from sigma_vae.conditions import split_name
 from sigma_vae.config import DataConfig, Layout
 from sigma_vae.data.archives import check_unpacked, gunzipped
 from sigma_vae.data.cache import digest_of, file_record, file_stamp, piece_of
@@ -25,9 +26,21 @@ from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName, few
 from sigma_vae.data.stores import Encoded, Mapped, Part, UnreadableError
 from sigma_vae.registry import register
 
-__all__ = ["CLIPS", "LARGE", "arranged", "layout_like", "parts_by_key", "read_arrays", "read_hdf5", "read_images"]
+__all__ = [
+    "CLIPS",
+    "LARGE",
+    "arranged",
+    "layout_like",
+    "parts_by_key",
+    "read_arrays",
+    "read_hdf5",
+    "read_images",
+    "read_labels",
+]
 
 _AXES: dict[Layout, int] = {layout: layout.count("-") + 1 for layout in get_args(Layout) if layout != "auto"}
+FEW, LONG = 4, 9
+"""Channels that a series may have, and its least length, to be told from a picture by its shape."""
 _ONE_CHANNEL = {"n-h-w": 1, "n-t": 1, "n-t-h-w": 2}
 CLIPS = frozenset(("n-t-h-w", "n-t-h-w-c", "n-t-c-h-w"))
 """Layouts of clips, whose examples are ``(T, C, H, W)``."""
@@ -41,6 +54,7 @@ LARGE = 2**28
 _CHUNKS = 2**28
 """Bytes of decompressed chunks that HDF5 caches: neighbouring blocks often share one."""
 _MAGIC = 0x00000803  # unsigned bytes, three axes
+_MAGIC_OF_LABELS = 0x00000801
 _GZIP = b"\x1f\x8b"
 
 
@@ -59,10 +73,16 @@ def read_arrays(config: DataConfig) -> Raw:
     if not path.is_file():
         raise ValueError(f"expected a .npy or .npz file at {path}, got no such file; check the path")
     arrays, ignored = _read(path, config.columns, mapped=config.standardise != "yes")
+    labels: dict[SplitName, dict[str, Array]] = {}
+    if config.condition and path.suffix.lower() == ".npz":
+        with _told(path, *_NUMPY), np.load(path, allow_pickle=False) as content:
+            chosen = label_keys(ignored, config.condition, list(arrays), str(path))
+            labels = {split: {name: content[key] for name, key in keys.items()} for split, keys in chosen.items()}
+        ignored = [key for key in ignored if not any(key in keys.values() for keys in chosen.values())]
     ordered, used = arranged(arrays, config.layout, str(path))
     words = [f"axes read as {used}", *([f"ignored the arrays {', '.join(ignored)}"] if ignored else [])]
     parts: dict[SplitName, Part] = {name: _part(array, path, used) for name, array in ordered.items()}
-    return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
+    return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS, labels=labels)
 
 
 def _read(path: Path, columns: tuple[str, ...], mapped: bool) -> tuple[dict[SplitName, Array], list[str]]:
@@ -184,8 +204,48 @@ def read_hdf5(config: DataConfig) -> Raw:
         _check_dtypes({split: str(dataset.dtype) for split, dataset in found.items()}, str(path))
         used = layout_of(found["train"].shape, config.layout, str(path))
         parts = {split: _hdf5_part(dataset, path, used, config) for split, dataset in found.items()}
+        keys = label_keys(ignored, config.condition, list(found), str(path))
+        labels = {split: {name: _label_column(datasets[key]) for name, key in each.items()} for split, each in keys.items()}
+        ignored = [key for key in ignored if not any(key in each.values() for each in keys.values())]
     words = [f"axes read as {used}", *([f"ignored the data sets {', '.join(ignored)}"] if ignored else [])]
-    return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS)
+    return Raw(str(path), parts, [file_record(path)], words, clips=used in CLIPS, labels=labels)
+
+
+def _label_column(dataset: Any) -> Array:
+    """A data set of labels; its words as text."""
+    import h5py
+
+    return np.asarray(dataset.asstr()[()] if h5py.check_string_dtype(dataset.dtype) else dataset[()])
+
+
+def label_keys(
+    keys: Sequence[str], wanted: Sequence[str], splits: Sequence[SplitName], name: str
+) -> dict[SplitName, dict[str, str]]:
+    """Choose the key of each label in each split: its name, or where there are splits, its name beside a word for the split.
+
+    >>> label_keys(["y_train", "y_test", "note"], ["y"], ["train", "test"], "keras.npz")
+    {'train': {'y': 'y_train'}, 'test': {'y': 'y_test'}}
+    >>> label_keys(["labels"], ["labels:class"], ["train"], "a.npz")
+    {'train': {'labels': 'labels'}}
+
+    Raises:
+        ValueError: there is no such key.
+    """
+    found: dict[SplitName, dict[str, str]] = {}
+    for split in splits if wanted else ():
+        words = [word for word, of in SPLIT_WORDS.items() if of == split]
+        for text in wanted:
+            plain, _ = split_name(text)
+            likely = [f"{a}{sign}{b}" for word in words for a, b in ((plain, word), (word, plain)) for sign in "_-./"]
+            likely = [*likely, plain] if len(splits) == 1 else likely
+            key = next((key for key in likely if key in keys), None)
+            if key is None:
+                raise ValueError(
+                    f"{name} ({split}) has no {plain} to condition on, such as {likely[0] if len(splits) > 1 else plain}; its other"
+                    f" keys are {few(keys) or 'none'}"
+                )
+            found.setdefault(split, {})[plain] = key
+    return found
 
 
 def _datasets(file: Any) -> dict[str, Any]:
@@ -294,6 +354,22 @@ def read_images(path: Path) -> npt.NDArray[np.uint8]:
     return np.frombuffer(content, dtype=np.uint8, offset=16).reshape(shape)
 
 
+def read_labels(path: Path) -> npt.NDArray[np.uint8]:
+    """Read labels ``(N,)`` from an IDX file, gzipped or not.
+
+    Raises:
+        ValueError: the file cannot be read, has no labels, or has the wrong length.
+    """
+    content = _content(path)
+    magic, count = struct.unpack(">II", content[:8]) if len(content) >= 8 else (0, 0)
+    if magic != _MAGIC_OF_LABELS or len(content) != 8 + count:
+        raise ValueError(
+            f"{path} needs the magic number {_MAGIC_OF_LABELS:#010x} of labels and a byte for each, got {magic:#010x} and"
+            f" {len(content)} bytes; fetch the file again"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=8)
+
+
 def _content(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
@@ -390,8 +466,10 @@ def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:
     """
     if layout != "auto":
         return layout
-    if len(shape) in (2, 3):
-        return "n-c" if len(shape) == 2 else "n-h-w"
+    if len(shape) == 2:
+        return "n-c"
+    if len(shape) == 3:
+        return _of_three_axes(shape, name)
     if len(shape) == 1:
         raise ValueError(
             f"{name} needs 2 to 5 axes, examples first, got shape {shape}; save array[:, None] for examples of one value each, or"
@@ -411,6 +489,26 @@ def layout_of(shape: tuple[int, ...], layout: Layout, name: str) -> Layout:
             + (f", or for volumes --layout {before}, whose channels are then the {shape[1]} slices" if len(shape) == 4 else "")
         )
     return before if first else after
+
+
+def _of_three_axes(shape: tuple[int, ...], name: str) -> Layout:
+    """Pictures, or series of a few channels, as no picture has so few rows.
+
+    Raises:
+        ValueError: the channels are last, which could be meant as slim pictures as well.
+
+    >>> _of_three_axes((100, 28, 28), "x.npy"), _of_three_axes((100, 3, 64), "x.npy")
+    ('n-h-w', 'n-c-t')
+    """
+    rows, columns = shape[1:]
+    if rows <= FEW < LONG <= columns:
+        return "n-c-t"
+    if 1 < columns <= FEW < LONG <= rows:
+        raise ValueError(
+            f"{name} has shape {shape}: for series of {columns} channels save array.swapaxes(1, 2); for pictures of {columns} columns"
+            " give --layout n-h-w"
+        )
+    return "n-h-w"
 
 
 def layout_like(shape: tuple[int, ...], example: tuple[int, ...], clips: bool) -> Layout:

@@ -94,7 +94,8 @@ class Batches:
             self._epoch, self._position = (epoch, number + 1) if number + 1 < len(self) else (epoch + 1, 0)
             mine = self._share(number)
             # Generated examples change from epoch to epoch only in training: unshuffled passes, which measure, always see the same.
-            yield Batch(self.scaling(self.store.take(order[mine], epoch if self.shuffle else 0)), order[mine])
+            x = self.scaling(self.store.take(order[mine], epoch if self.shuffle else 0))
+            yield Batch(x, order[mine], condition=self.store.condition(order[mine]))
 
     def _order(self, epoch: int) -> Tensor:
         if not self.shuffle:

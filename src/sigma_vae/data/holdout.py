@@ -2,10 +2,11 @@
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from sigma_vae.config import DataConfig
 from sigma_vae.data.splits import SplitName
-from sigma_vae.data.stores import Mapped, Store
+from sigma_vae.data.stores import Labelled, Mapped, Store
 
 __all__ = ["count_of", "hold_out", "shuffled"]
 
@@ -27,7 +28,8 @@ def hold_out(
     Raises:
         ValueError: there are too few examples, or a fraction or the seed is out of range.
     """
-    train, examples = parts["train"], len(parts["train"])
+    labelled, examples = parts["train"], len(parts["train"])
+    train = labelled.examples if isinstance(labelled, Labelled) else labelled
     missing = [split for split in ORDER if split not in parts]
     if examples <= len(missing):
         raise ValueError(
@@ -36,17 +38,53 @@ def hold_out(
     videos = train.videos.numpy() if isinstance(train, Mapped) and train.videos is not None else None
     number = 0 if videos is None else len(np.unique(videos))
     if videos is not None and number > len(missing):
+        if config.stratify:
+            raise ValueError(f"{name} is held out by whole {nouns[1]}s, which have no shares of classes; leave --stratify out")
         return _hold_out_videos(config, videos, missing, nouns)
     order = shuffled(examples, config.split_seed)
     rows, words = dict[SplitName, Numbers](), []
+    label, strata = _strata(labelled, name) if config.stratify and missing else ("", None)
     for split in missing:
         count = count_of(split, len(order), config)
+        if strata is not None:
+            order = _spread(order, strata, count)
         rows[split], order = order[:count], order[count:]
-        words.append(f"{split}: {count} of {examples} examples at random (seed {config.split_seed})")
+        how = "at random" if strata is None else f"at random in proportion to {label}"
+        words.append(f"{split}: {count} of {examples} examples {how} (seed {config.split_seed})")
     if missing and number:
         few = "is only one" if number == 1 else f"are only {number}"
         words.append(f"{nouns[0]} of one {nouns[1]} are in several splits, as there {few}")
     return (rows | {"train": order} if missing else rows), words
+
+
+def _strata(train: Store, name: str) -> tuple[str, Numbers]:
+    """The name of the class label, and the class of each example.
+
+    Raises:
+        ValueError: the examples have no single class label.
+    """
+    label = None if train.conditions is None else train.conditions.only_classes
+    condition = train.condition(torch.arange(len(train)))
+    if label is None or condition is None:
+        raise ValueError(f"{name} is stratified by one class label; give it as --condition NAME, or leave --stratify out")
+    return label.name, condition[:, 0].nan_to_num(-1).long().numpy()
+
+
+def _spread(order: Numbers, strata: Numbers, count: int) -> Numbers:
+    """The same examples, with first so many in which each class has its share, as near as whole examples can.
+
+    >>> _spread(np.array([0, 1, 2, 3, 4, 5]), np.array([0, 0, 0, 0, 1, 1]), count=3).tolist()
+    [0, 1, 4, 2, 3, 5]
+    """
+    classes, counts = np.unique(strata[order], return_counts=True)
+    shares = counts * count / len(order)
+    taken = np.floor(shares).astype(np.int64)
+    short = count - int(taken.sum())
+    taken[np.argsort(-(shares - taken), kind="stable")[:short]] += 1  # the largest remainders
+    first = np.zeros(len(order), dtype=bool)
+    for one, number in zip(classes, taken, strict=True):
+        first[np.flatnonzero(strata[order] == one)[:number]] = True
+    return np.concatenate([order[first], order[~first]])
 
 
 def _hold_out_videos(

@@ -1,11 +1,12 @@
 """Images from the Hugging Face hub: any data set with a column of them."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sigma_vae.conditions import split_name
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import file_stamp
 from sigma_vae.data.levels import Array
@@ -17,7 +18,7 @@ from sigma_vae.registry import Argument, register
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["HubError", "HubPlace", "fetch", "pictures_of", "read_hub"]
+__all__ = ["HubError", "HubPlace", "fetch", "labels_of", "named_labels", "pictures_of", "read_hub"]
 
 _SOURCE = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>.+))?")
 _PLACE = Argument("OWNER/NAME[:CONFIG]", lambda text: {}, "ylecun/mnist", required=True)
@@ -62,7 +63,8 @@ def read_hub(config: DataConfig) -> Raw:
         remedy = "give the name and config that its page says, see to the network, or save the pictures in a folder"
         raise ValueError(f"{error}; {remedy}") from error
     chosen = plan((size for table in tables.values() for size in _headers(table)), config.images, config.source)
-    return pictures_of(tables, place, chosen, chosen.read, skip_unreadable=config.images.unreadable == "skip")
+    raw = pictures_of(tables, place, chosen, chosen.read, skip_unreadable=config.images.unreadable == "skip")
+    return replace(raw, labels=labels_of(place, config.condition))
 
 
 def fetch(place: HubPlace) -> "dict[SplitName, Dataset]":
@@ -79,6 +81,35 @@ def fetch(place: HubPlace) -> "dict[SplitName, Dataset]":
         reason = " ".join(str(error).split())  # some span several lines
         raise HubError(f"{place} cannot be loaded from the hub ({type(error).__name__}: {reason})") from error
     return {split: _undecoded(found[name], place) for split, name in _named_splits(list(found), place).items()}
+
+
+def labels_of(place: HubPlace, wanted: Sequence[str]) -> "dict[SplitName, dict[str, list[Any]]]":
+    """Columns of labels or covariates of each split, classes by their names.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    if not wanted:
+        return {}
+    from datasets import load_dataset
+
+    found = load_dataset(place.repository, place.config)
+    columns = [split_name(name)[0] for name in wanted]
+    labels: dict[SplitName, dict[str, list[Any]]] = {}
+    for split, name in _named_splits(list(found), place).items():
+        if missing := [column for column in columns if column not in found[name].features]:
+            raise ValueError(
+                f"{place} ({name}) has no column {missing[0]} to condition on, only {', '.join(found[name].features)}"
+            )
+        labels[split] = {column: named_labels(found[name], column) for column in columns}
+    return labels
+
+
+def named_labels(table: "Dataset", column: str) -> list[Any]:
+    """The values of a column, classes by their names."""
+    values = list(table.select_columns([column])[column])
+    names = getattr(table.features[column], "names", None)
+    return values if names is None else [None if value is None or value < 0 else names[value] for value in values]
 
 
 def pictures_of(

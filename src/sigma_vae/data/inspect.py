@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,14 +11,17 @@ from torch import Tensor
 from sigma_vae.data.scaling import chunks
 from sigma_vae.data.splits import SPLITS, SplitName, Splits, counted
 
-__all__ = ["ChannelStatistics", "Duplicates", "Inspection", "inspect"]
+__all__ = ["ChannelStatistics", "Duplicates", "Inspection", "inspect", "suggested"]
 
 HEAVY_TAILS = 6.0
 """Excess kurtosis above which residuals probably have heavy tails too: twice that of a Laplace distribution."""
 MANY_AT_THE_ENDS = 0.2
 FEW_LEVELS = 32
+WIDE_COUNTS = 10
 ENOUGH_FOR_A_CATEGORICAL = 1_000
 """Examples per level below which a categorical likelihood learns badly."""
+LOOKED_AT = 2**24
+"""Values of a large training split that a suggestion alone looks at: a second or two."""
 SMALL = 20_000
 """Training examples below which σ from training data is too small for new data."""
 
@@ -106,6 +109,25 @@ def inspect(data: Splits) -> Inspection:
     )
 
 
+def suggested(data: Splits) -> tuple[str, str]:
+    """The likelihood that :func:`inspect` suggests, and why; of a large training split it looks at a part, evenly spaced.
+
+    >>> from sigma_vae.data.scaling import Scaling
+    >>> from sigma_vae.data.stores import InMemory
+    >>> columns = [InMemory(torch.randn(n, 3)) for n in (50, 5, 5)]
+    >>> suggested(Splits("a table", *columns, Scaling(), record={}))[0]
+    'gaussian/optimal-channel'
+    """
+    size = math.prod(data.shape) * (data.frames or 1)
+    n = min(len(data.train), max(LOOKED_AT // size, 1))
+    looked_at = replace(data, train=data.train.select(torch.arange(n) * len(data.train) // n))
+    passed = _Pass(looked_at)
+    for stored in chunks(looked_at.train):
+        passed.add(stored)
+    likelihood, reasons = _suggestion(data, passed.channels(), passed)
+    return likelihood, reasons[0]
+
+
 class _Pass:
     """Sums over the training split, channel by channel, in float64."""
 
@@ -113,6 +135,7 @@ class _Pass:
         self.data = data
         channels = data.shape[0]
         self.count = 0
+        self.whole = True
         self.shift: Tensor | None = None
         self.powers = torch.zeros(4, channels, dtype=torch.float64)
         self.least = torch.full((channels,), math.inf, dtype=torch.float64)
@@ -127,6 +150,7 @@ class _Pass:
         if self.data.levels is not None:
             self.used += torch.bincount(examples.flatten().to(torch.int64), minlength=self.data.levels)
         values = examples.double() / ((self.data.levels or 2) - 1)
+        self.whole = self.whole and bool(((values >= 0) & (values == values.round())).all())
         if self.first is None:
             self.first, self.changes = values[0].clone(), torch.zeros(values.shape[1:], dtype=torch.bool)
             self.shift = values.transpose(0, 1).flatten(1).mean(1)
@@ -183,18 +207,29 @@ def _suggestion(data: Splits, channels: tuple[ChannelStatistics, ...], passed: _
     """Suggest a likelihood, with reasons and warnings."""
     levels, used = data.levels, passed.levels_used()
     warnings = list(_warnings(data, passed))
+    if data.scaling.counts or _look_like_counts(data, channels, passed):
+        return "negative-binomial/optimal", (
+            "all values are whole numbers from 0 up, as of counts: with this likelihood they are read as such",
+            *warnings,
+        )
     if levels == 2:
         return "bernoulli", ("there are two levels: Bernoulli is an exact likelihood", *warnings)
     if levels is not None and used is not None and used <= FEW_LEVELS and len(data.train) >= ENOUGH_FOR_A_CATEGORICAL * used:
         return "categorical", (f"{used} levels occur, and there are enough examples to learn each of them", *warnings)
-    if max(channel.excess_kurtosis for channel in channels) > HEAVY_TAILS:
+    if len(data.shape) == 1 and len(channels) > 1:
+        return "gaussian/optimal-channel", ("each column of a table has its own noise: one solved σ per column", *warnings)
+    if levels is None and max(channel.excess_kurtosis for channel in channels) > HEAVY_TAILS:
         return "student-t/optimal", (
             "some values are extreme (excess kurtosis above 6): they should not decide the scale",
             *warnings,
         )
-    if len(data.shape) == 1 and len(channels) > 1:
-        return "gaussian/optimal-channel", ("each column of a table has its own noise: one solved σ per column", *warnings)
     return "gaussian/optimal", ("one σ for all values, solved exactly, is a good start", *warnings)
+
+
+def _look_like_counts(data: Splits, channels: tuple[ChannelStatistics, ...], passed: _Pass) -> bool:
+    """Whether a table of real values has whole numbers alone, from 0 up to ten or more in most columns."""
+    wide = [channel for channel in channels if channel.least == 0 and channel.largest >= WIDE_COUNTS]
+    return data.levels is None and len(data.shape) == 1 and passed.whole and 2 * len(wide) > len(channels)
 
 
 def _warnings(data: Splits, passed: _Pass) -> Iterator[str]:

@@ -18,13 +18,16 @@ from typing import Any, NamedTuple, final
 import numpy as np
 import torch
 
+from sigma_vae.conditions import Conditions, split_name
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import cached
+from sigma_vae.data.counts import count_store
 from sigma_vae.data.holdout import hold_out
 from sigma_vae.data.levels import Array, Grid, discrete_columns, encode, find_grid, given_grid, native_levels, real_values
+from sigma_vae.data.mixed import mixed_splits
 from sigma_vae.data.scaling import Scaling, standardisation
 from sigma_vae.data.splits import SPLITS, Names, Raw, SplitName, Splits, few, fingerprint
-from sigma_vae.data.stores import Encoded, Generated, InMemory, Mapped, Part, Store
+from sigma_vae.data.stores import Encoded, Generated, InMemory, Labelled, Mapped, Part, Sparse, Store
 from sigma_vae.registry import register
 
 __all__ = [
@@ -41,7 +44,12 @@ __all__ = [
     "store_of",
 ]
 
-COMMON = frozenset({"source", "levels", "levels_from", "standardise", "validation_fraction", "test_fraction", "split_seed"})
+COMMON = frozenset(
+    {
+        *("source", "levels", "levels_from", "standardise", "counts", "validation_fraction", "test_fraction", "split_seed"),
+        *("condition", "stratify"),
+    }
+)
 """Options of :class:`~sigma_vae.config.DataConfig` that apply to all data."""
 CHUNK = 2**22
 """Values of a mapped file checked at a time."""
@@ -98,6 +106,8 @@ def load(config: DataConfig) -> Splits:
         ValueError: the source is unknown, missing or damaged, or its values contradict the config.
         OSError: decoded copies cannot be written.
     """
+    if config.mixed:
+        return mixed_splits(config)
     return splits_from(_required(config).read(config), config)
 
 
@@ -120,16 +130,20 @@ class Whole(NamedTuple):
     split: SplitName | None
 
 
-def load_whole(config: DataConfig, split: SplitName) -> Whole:
+def load_whole(config: DataConfig, split: SplitName, conditions: Conditions | None = None) -> Whole:
     """Read one split of a data set where it has splits, else all of it; nothing is held out.
+
+    ``conditions`` are those of a model; the examples' own are read as these.
 
     Raises:
         ValueError: as for :func:`load`.
         OSError: as for :func:`load`.
     """
+    if config.window is not None:  # all windows, in their order
+        config = replace(config, validation_fraction=0.0, test_fraction=0.0)
     raw = _required(config).read(config)
     chosen: SplitName = split if split in raw.parts else "train"
-    store, names = store_of(raw.parts[chosen], raw, chosen, config, [])
+    store, names = store_of(raw.parts[chosen], raw, chosen, config, [], conditions)
     return Whole(store, names, raw.clips, chosen if len(raw.parts) > 1 else None)
 
 
@@ -207,15 +221,21 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
     decoded = {split: _decoded(part, raw, split, config, words) for split, part in raw.parts.items()}
     read = {split: part for split, (part, _) in decoded.items()}
     names = {split: each for split, (_, each) in decoded.items()}
-    grid = None if standardise else _grid(raw, read, config, words)
-    stored = {split: _store(part, grid, standardise, f"{raw.name} ({split})") for split, part in read.items()}
+    labels = {split: _labels(raw, split, config.condition, names[split]) for split in raw.parts}
+    grid = None if standardise or config.counts else _grid(raw, read, config, words)
+    stored = {split: _store(part, grid, standardise, config, f"{raw.name} ({split})") for split, part in read.items()}
     nouns = ("clips", "video") if raw.clips else ("examples", "file")
+    if config.condition:
+        conditions = Conditions.of(labels["train"])
+        stored = {split: Labelled(store, conditions, conditions.encode(labels[split])) for split, store in stored.items()}
     rows, held_out = hold_out(stored, config, raw.name, nouns)
     parts = stored | {split: stored["train"].select(torch.from_numpy(chosen)) for split, chosen in rows.items()}
     parts = {split: parts[split] for split in SPLITS}
     names |= {split: names["train"][chosen] for split, chosen in rows.items()}
-    scaling = standardisation(parts["train"], raw.name, raw.columns) if standardise else Scaling(grid and grid.levels)
-    words += [*(_discrete(read["train"], raw.columns) if grid is None else []), _stored_as(scaling), *held_out]
+    scaling = Scaling(grid and grid.levels, counts=config.counts)
+    if standardise:
+        scaling = standardisation(parts["train"], raw.name, raw.columns)
+    words += [*(_discrete(read["train"], raw.columns) if not scaling.discrete else []), _stored_as(scaling), *held_out]
     record = {
         "source": config.source,
         "files": raw.files,
@@ -227,8 +247,12 @@ def splits_from(raw: Raw, config: DataConfig) -> Splits:
     return Splits(raw.name, parts["train"], parts["validation"], parts["test"], scaling, record, raw.clips, names)
 
 
-def store_of(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: list[str]) -> tuple[Store, Names]:
+def store_of(
+    part: Part, raw: Raw, split: SplitName, config: DataConfig, words: list[str], conditions: Conditions | None = None
+) -> tuple[Store, Names]:
     """Check one split's values and bring them into stored form, with their names; ``words`` gets what had to be left out.
+
+    The examples get these conditions, where there are any.
 
     Raises:
         ValueError: values contradict the config.
@@ -236,16 +260,35 @@ def store_of(part: Part, raw: Raw, split: SplitName, config: DataConfig, words: 
     """
     read, names = _decoded(part, raw, split, config, words)
     standardise = _standardise(config, raw)
-    grid = None if standardise else _grid(raw, {split: read}, config, words)
-    return _store(read, grid, standardise, f"{raw.name} ({split})"), names
+    grid = None if standardise or config.counts else _grid(raw, {split: read}, config, words)
+    store = _store(read, grid, standardise, config, f"{raw.name} ({split})")
+    if conditions is None:
+        return store, names
+    return Labelled(store, conditions, conditions.encode(_labels(raw, split, conditions.names, names))), names
 
 
-Read = Array | Mapped | Generated
+def _labels(raw: Raw, split: SplitName, wanted: Sequence[str], names: Names) -> dict[str, Array]:
+    """The columns of a split's labels that are wanted, of the examples that are left."""
+    known = raw.labels.get(split, {})
+    plain = {name: split_name(name)[0] for name in wanted}
+    if missing := [name for name in plain.values() if name not in known]:
+        have = f"only {few(list(known))}" if known else "no labels at all"
+        raise ValueError(f"{raw.name} ({split}) has no {missing[0]} to condition on, {have}; give one of these, or none")
+    found = {name: np.asarray(known[column]) for name, column in plain.items()}
+    part = raw.parts[split]
+    if not isinstance(part, Encoded) or len(part) == len(names):
+        return found
+    left = set(names.tolist())
+    kept = [number for number, name in enumerate(part.names) if name in left]
+    return {name: column[kept] for name, column in found.items()}
+
+
+Read = Array | Mapped | Generated | Sparse
 
 
 def _discrete(train: Read, columns: Sequence[str]) -> list[str]:
     """Say which columns of rows of real values are discrete."""
-    if isinstance(train, Generated) or len(train.shape) != (1 if isinstance(train, Mapped) else 2):
+    if isinstance(train, Generated | Sparse) or len(train.shape) != (1 if isinstance(train, Mapped) else 2):
         return []
     found = discrete_columns(train.array if isinstance(train, Mapped) else train)
     names = [columns[i] if columns else str(i) for i in found]
@@ -273,7 +316,11 @@ def _grid(raw: Raw, read: Mapping[SplitName, Read], config: DataConfig, words: l
     if raw.levels is not None:
         return Grid(raw.levels)
     stored = {split: part.array if isinstance(part, Mapped) else part for split, part in read.items()}
-    arrays = {split: array for split, array in stored.items() if not isinstance(array, Generated)}
+    if any(isinstance(part, Sparse) for part in stored.values()):
+        raise ValueError(
+            f"{raw.name} is sparse, and is read as counts (--counts) or as real values to standardise; give one of these"
+        )
+    arrays = {split: array for split, array in stored.items() if not isinstance(array, Generated | Sparse)}
     if len(dtypes := {array.dtype.name for array in arrays.values()}) > 1:
         raise ValueError(f"{raw.name} needs one dtype for all splits, got {', '.join(sorted(dtypes))}; save them alike")
     if config.levels is not None:
@@ -286,8 +333,13 @@ def _grid(raw: Raw, read: Mapping[SplitName, Read], config: DataConfig, words: l
     return grid
 
 
-def _store(part: Read, grid: Grid | None, standardise: bool, name: str) -> Store:
+def _store(part: Read, grid: Grid | None, standardise: bool, config: DataConfig, name: str) -> Store:
+    if config.counts:
+        return count_store(part, name)
     if isinstance(part, Generated):
+        return part
+    if isinstance(part, Sparse):
+        real_values(part.matrix.data, name)
         return part
     if isinstance(part, Mapped):
         return _checked(part, grid, standardise, name)
@@ -321,6 +373,13 @@ def _checked(mapped: Mapped, grid: Grid | None, standardise: bool, name: str) ->
 
 def _standardise(config: DataConfig, raw: Raw) -> bool:
     known = config.levels if config.levels is not None else raw.levels
+    if config.counts and (raw.clips or config.levels is not None or config.standardise == "yes"):
+        what = "clips" if raw.clips else "levels" if config.levels is not None else "standardise"
+        raise ValueError(
+            f"{raw.name}: counts are modelled as they are, which does not go with {what}; leave out --{what} or --counts"
+        )
+    if config.counts:
+        return False
     if config.standardise == "yes" and known is not None:
         raise ValueError(f"{raw.name} has {known} levels, which are not standardised; leave out one of levels and standardise")
     wanted = config.standardise == "yes" or (config.standardise == "auto" and raw.standardise and known is None)
@@ -330,6 +389,8 @@ def _standardise(config: DataConfig, raw: Raw) -> bool:
 
 
 def _stored_as(scaling: Scaling) -> str:
+    if scaling.counts:
+        return "kept as counts"
     if scaling.levels is not None:
         return f"kept as levels 0..{scaling.levels - 1}"
     return "standardised by mean and std of the training split" if scaling.standardised else "kept as float32 values"

@@ -25,9 +25,12 @@ from torch.utils.data import (
     default_collate,
 )
 
+from sigma_vae.conditions import split_name
 from sigma_vae.config import DataConfig, ImageConfig, Layout
 from sigma_vae.data.arrays import CLIPS, LARGE, arranged, layout_like, parts_by_key
 from sigma_vae.data.batches import Batches
+from sigma_vae.data.counts import from_anndata, from_sparse
+from sigma_vae.data.hub import named_labels
 from sigma_vae.data.levels import Array
 from sigma_vae.data.load import load, names, refuse_unread, splits_from, store_of
 from sigma_vae.data.pictures import PICTURE_OPTIONS, PicturePlan, Probe, plan, probe_image
@@ -41,8 +44,8 @@ __all__ = ["as_batches", "as_splits"]
 MEMORY = 2**30
 """Bytes of examples that are collected in memory; more go into a temporary file."""
 EXPECTED = (
-    "a NumPy array, tensor, pandas DataFrame, torch Dataset or DataLoader, Hugging Face data set, list of examples, a tuple or dict of"
-    " these for train, validation and test, a name or path, a DataConfig, or Splits"
+    "a NumPy array, tensor, sparse matrix, AnnData, pandas DataFrame, torch Dataset or DataLoader, Hugging Face data set, list of"
+    " examples, a tuple or dict of these for train, validation and test, a name or path, a DataConfig, or Splits"
 )
 
 
@@ -57,11 +60,15 @@ def as_splits(
     decimal: Literal["auto", ".", ","] = "auto",
     missing: Sequence[str] = (),
     standardise: Literal["auto", "yes", "no"] = "auto",
+    counts: bool = False,
+    layer: str | None = None,
     images: ImageConfig | None = None,
     validation_fraction: float = 0.1,
     test_fraction: float = 0.1,
     seed: int = 0,
     cache: str | Path | None = None,
+    condition: object = (),
+    stratify: bool = False,
 ) -> Splits:
     """Turn data of any kind into train, validation and test splits.
 
@@ -75,6 +82,7 @@ def as_splits(
 
             * a NumPy array, or a tensor on any device, with the examples along the first axis;
             * a pandas DataFrame, whose numeric columns are taken;
+            * a sparse matrix of SciPy, or an AnnData, rows by columns: rows are made dense batch by batch;
             * a map-style torch ``Dataset``, or a list: of each item, the item itself, or the first of a tuple: a
               tensor, an array or a PIL image. All are read once, into memory, or into a temporary file if they are more
               than 1 GiB; random transforms are frozen by that;
@@ -93,11 +101,18 @@ def as_splits(
         decimal: decimal sign of a data frame's texts; auto: found where it is sure.
         missing: words that mean a missing value in a data frame; rows with one, or with an empty cell, are dropped.
         standardise: scale real values to mean 0 and std 1; auto: only tables.
+        counts: read values as counts 0, 1, 2, ..., for likelihoods of counts.
+        layer: of an AnnData, the layer to read in place of X.
         images: how pictures of a Hugging Face data set or PIL images get one shape.
         validation_fraction: share of the training examples held out for validation, if there is no validation split.
         test_fraction: share of the examples held out for test, if there is no test split.
         seed: seed of the hold-out.
         cache: folder for the temporary file, or, for names and paths, for decoded copies.
+        condition: what a model is to be given beside each example. Names (a text, or a tuple of them) of columns: of a data
+            frame, a Hugging Face data set, or a source by name or path; ``"label"`` is the second tensor of a
+            ``TensorDataset``. Or the values: an array or a list of labels, or columns by name; for data in several splits, a
+            dict of these by split.
+        stratify: hold out examples in proportion to the classes.
 
     Raises:
         ValueError: ``data`` is of another kind, or its values are not what the options say.
@@ -110,9 +125,12 @@ def as_splits(
     """
     if name is not None and isinstance(data, str | Path | DataConfig | Splits):
         raise ValueError(f"name is for objects without one, got name={name!r} for {type(data).__name__}; leave it out")
+    wanted, labels = _condition(condition)
     config = DataConfig(
         source=str(data) if isinstance(data, str | Path) else name or type(data).__name__,
         cache=None if cache is None else str(cache),
+        condition=wanted,
+        stratify=stratify,
         layout=layout,
         levels=levels,
         columns=tuple(columns),
@@ -120,13 +138,35 @@ def as_splits(
         decimal=decimal,
         missing=tuple(missing),
         standardise=standardise,
+        counts=counts,
+        layer=layer,
         images=images or ImageConfig(),
         validation_fraction=validation_fraction,
         test_fraction=test_fraction,
         split_seed=seed,
     )
-    found = _with_splits(data, config)
-    return splits_from(_raw(data, config), config) if found is None else found
+    if (found := _with_splits(data, config)) is not None:
+        return found
+    raw = _raw(data, replace(config, condition=()) if labels else config)
+    return splits_from(replace(raw, labels=labels) if labels else raw, config)
+
+
+def _condition(condition: object) -> tuple[tuple[str, ...], dict[SplitName, Mapping[str, Any]]]:
+    """Names of the columns of a condition; and the columns, where these are given and not their names."""
+    if isinstance(condition, str):
+        return (condition,), {}
+    if isinstance(condition, tuple) and all(isinstance(name, str) for name in condition):
+        return condition, {}
+    by_split = isinstance(condition, Mapping) and bool(condition) and all(key in SPLITS for key in condition)
+    whole: Mapping[Any, Any] = condition if by_split else {"train": condition}  # type: ignore[assignment]
+    labels: dict[SplitName, Mapping[str, Any]] = {split: _columns_of(each) for split, each in whole.items()}
+    return tuple(labels["train"]), labels
+
+
+def _columns_of(labels: Any) -> dict[str, Any]:
+    if isinstance(labels, Mapping) or _is_a(labels, "pandas", "DataFrame"):
+        return {str(name): labels[name] for name in labels}
+    return {"label": labels}
 
 
 def as_batches(
@@ -172,7 +212,7 @@ def as_batches(
     if not isinstance(data, Splits | DataConfig) and config.source not in names():  # those know their own levels
         standardise: Literal["yes", "no"] = "yes" if scaling.standardised else "no"
         levels_from: Literal["values", "dtype"] = "dtype" if scaling.levels is None else "values"
-        config = replace(config, levels=scaling.levels, levels_from=levels_from, standardise=standardise)
+        config = replace(config, levels=scaling.levels, levels_from=levels_from, standardise=standardise, counts=scaling.counts)
     if (splits := _with_splits(data, config)) is not None:
         _check_scaling(splits, scaling)
         store, clips = splits.store(split), splits.clips
@@ -197,14 +237,17 @@ def _with_splits(data: object, config: DataConfig) -> Splits | None:
 
 
 def _check_scaling(splits: Splits, scaling: Scaling) -> None:
-    if (splits.levels, splits.scaling.standardised) != (scaling.levels, scaling.standardised):
+    own = splits.scaling
+    if (own.levels, own.standardised, own.counts) != (scaling.levels, scaling.standardised, scaling.counts):
         raise ValueError(
             f"{splits.name} needs {_scale_words(scaling)}, like the model's data, got {_scale_words(splits.scaling)}; read it with other"
-            " levels or standardise"
+            " levels, standardise or counts"
         )
 
 
 def _scale_words(scaling: Scaling) -> str:
+    if scaling.counts:
+        return "counts"
     if scaling.levels is not None:
         return f"{scaling.levels} levels"
     return "real values to standardise" if scaling.standardised else "real values in [0, 1]"
@@ -237,6 +280,9 @@ def _raw(data: object, config: DataConfig, like: Splits | None = None) -> Raw:
     """Read an object whole; where the config leaves it open, columns and layout are those of the model's data."""
     parts, ignored = _by_split(data, config.source)
     labels = {split: f"{config.source} ({split})" for split in parts}
+    files = [{"object": f"{type(part).__module__}.{type(part).__qualname__}", "split": split} for split, part in parts.items()]
+    if any(_is_matrix(part) for part in parts.values()):
+        return replace(_from_matrices(parts, config, labels, like), files=files)
     found = {split: _found(part, config, labels[split]) for split, part in parts.items()}
     for one in found.values():
         refuse_unread(config, one.options)
@@ -251,8 +297,49 @@ def _raw(data: object, config: DataConfig, like: Splits | None = None) -> Raw:
         raw = replace(raw, names={split: one.values.index.to_numpy() for split, one in found.items()})
     else:
         raw = _from_arrays(found, config, like)
-    files = [{"object": f"{type(part).__module__}.{type(part).__qualname__}", "split": split} for split, part in parts.items()]
+    if config.condition and not raw.labels:
+        raw = replace(raw, labels={split: _labels_of(part, config.condition, labels[split]) for split, part in parts.items()})
     return replace(raw, files=files, preprocessing=[*words, *raw.preprocessing])
+
+
+def _labels_of(part: object, wanted: Sequence[str], name: str) -> dict[str, Any]:
+    """Columns of an object's labels by name: of a Hugging Face data set, or the second tensor of a ``TensorDataset``."""
+    columns = [split_name(each)[0] for each in wanted]
+    if _is_a(part, "datasets", "Dataset"):
+        table: Any = part
+        if missing := [column for column in columns if column not in table.features]:
+            raise ValueError(f"{name} has no column {missing[0]} to condition on, only {', '.join(table.features)}")
+        return {column: named_labels(table, column) for column in columns}
+    if isinstance(part, TensorDataset) and columns == ["label"] and len(part.tensors) == 2:
+        return {"label": part.tensors[1]}
+    raise ValueError(f"{name} has no column {columns[0]} to condition on; give the labels themselves: condition=LABELS")
+
+
+def _is_matrix(part: object) -> bool:
+    """Whether it is an AnnData or a sparse matrix."""
+    return _is_a(part, "anndata", "AnnData") or hasattr(part, "tocsr")
+
+
+def _from_matrices(
+    parts: Mapping[SplitName, object], config: DataConfig, labels: Mapping[SplitName, str], like: Splits | None
+) -> Raw:
+    known = tuple(like.record.get("columns", ())) if like is not None else ()
+    raws = {}
+    for split, part in parts.items():
+        annotated = _is_a(part, "anndata", "AnnData")
+        refuse_unread(config, {"layer", "columns", "exclude"} if annotated else set())
+        chosen = replace(config, columns=config.columns or known)
+        matrix: Any = part
+        raws[split] = from_anndata(matrix, chosen, labels[split]) if annotated else from_sparse(matrix, labels[split])
+    if len({raw.columns for raw in raws.values()}) > 1:
+        raise ValueError(f"{config.source} needs the same columns in all splits; choose those that all have with columns")
+    return replace(
+        raws["train"],
+        name=config.source,
+        parts={split: raw.parts["train"] for split, raw in raws.items()},
+        names={split: raw.names["train"] for split, raw in raws.items() if raw.names},
+        labels={split: raw.labels["train"] for split, raw in raws.items() if raw.labels},
+    )
 
 
 def _by_split(data: object, name: str) -> tuple[dict[SplitName, object], list[str]]:

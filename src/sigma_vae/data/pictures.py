@@ -33,6 +33,7 @@ __all__ = [
     "PicturePlan",
     "Probe",
     "begins_like_picture",
+    "class_folder",
     "folder_words",
     "has_no_ending",
     "hidden_pictures",
@@ -639,7 +640,25 @@ def read_pictures(config: DataConfig) -> Raw:
     parts = {split: _encoded(group, how, {"files": stamps, "split": split}, path, config) for split, group in splits.items()}
     left_out = [f"left out pictures beside the others, in folders of masks or thumbnails: {listed(beside)}"] if beside else []
     words = [*how.words, *remarks, *left_out, *_ignored(others)]
-    return Raw(str(path), parts, [_record(holder, found) for holder in holders], words, levels=2 if how.levels == 2 else None)
+    labels = {split: {"label": [class_folder(each.name, each.word) for each in group]} for split, group in splits.items()}
+    return Raw(
+        str(path),
+        parts,
+        [_record(holder, found) for holder in holders],
+        words,
+        levels=2 if how.levels == 2 else None,
+        labels=labels if any(any(each["label"]) for each in labels.values()) else {},
+    )
+
+
+def class_folder(name: str, word: str) -> str | None:
+    """The subfolder that a file is in; None where that is the folder of its split, called ``word``, or there is none.
+
+    >>> class_folder("train/cat/1.png", "train"), class_folder("train/1.png", "train")
+    ('cat', None)
+    """
+    folder = PurePosixPath(name).parent.name
+    return None if folder in ("", word) else folder
 
 
 def _holders(path: Path, room: Path) -> list[Container]:

@@ -9,6 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.stores import Store
 
 __all__ = ["Scaling", "chunks", "standardisation"]
@@ -29,6 +30,8 @@ class Scaling:
         levels: number of values that a datum can take; None for real values.
         mean: mean m of each channel, if values are standardised.
         deviation: std s of each channel.
+        counts: whether values are counts, which stay as they are.
+        schema: columns of a table whose rows are stored as the model reads them; the likelihood counts their Jacobians.
 
     >>> Scaling(levels=256)(torch.tensor([0, 51, 255], dtype=torch.uint8))
     tensor([0.0000, 0.2000, 1.0000])
@@ -40,6 +43,8 @@ class Scaling:
     levels: int | None = None
     mean: tuple[float, ...] | None = None
     deviation: tuple[float, ...] | None = None
+    counts: bool = False
+    schema: TableSchema | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that nothing can be scaled by."""
@@ -60,11 +65,18 @@ class Scaling:
         """Whether values are shifted and scaled to mean 0 and std 1."""
         return self.mean is not None
 
+    @property
+    def discrete(self) -> bool:
+        """Whether values are levels or counts."""
+        return self.counts or self.levels is not None
+
     def __call__(self, stored: Tensor) -> Tensor:
         """Scale stored values ``(n, [T,] C, *space)`` to float32, correctly rounded on every device."""
         if self.levels is not None:
             # Divide by a tensor on the device: for a Python number, CUDA multiplies by the reciprocal, one ulp off for some levels.
             return stored.float() / torch.full((), self.levels - 1, dtype=torch.float32, device=stored.device)
+        if self.counts:
+            return stored.float()
         if not stored.is_floating_point():
             raise ValueError(
                 f"a model of real values needs floats, got {stored.dtype}; save the data as floats, like those of the model"

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sigma_vae.conditions import Conditions
 from sigma_vae.config import ClipConfig
 from sigma_vae.data.batches import Batches
 from sigma_vae.data.scaling import Scaling
@@ -74,6 +75,11 @@ class Splits:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
     @property
+    def conditions(self) -> Conditions | None:
+        """The variables of the examples' conditions; None where they have none."""
+        return self.train.conditions
+
+    @property
     def levels(self) -> int | None:
         """Number of values that a datum can take; None for real values."""
         return self.scaling.levels
@@ -102,6 +108,22 @@ class Splits:
     def values(self, split: SplitName) -> Tensor:
         """Return a whole split as a model reads it: in [0, 1], or standardised."""
         return self.scaling(self.stored(split))
+
+    def sampled(self, split: SplitName, count: int, seed: int = 0) -> "Splits":
+        """The same data with at most so many examples of a split: chosen at random, as files may be sorted; in their order.
+
+        >>> from sigma_vae.data.stores import InMemory
+        >>> part = InMemory(torch.arange(100)[:, None])
+        >>> splits = Splits("numbers", part, part, part, Scaling(levels=100), record={}).sampled("test", 3)
+        >>> splits.names["test"].tolist() == splits.stored("test")[:, 0].tolist(), len(splits.test), len(splits.train)
+        (True, 3, 100)
+        """
+        store = self.store(split)
+        if count >= len(store):
+            return self
+        chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        parts: dict[str, Any] = {str(name): each for name, each in self._parts.items()} | {split: store.select(chosen)}
+        return replace(self, **parts, names={**self.names, split: self.names[split][chosen.numpy()]})
 
     def batches(
         self,
@@ -152,6 +174,8 @@ class Raw:
     """Names of a table's columns, in order."""
     names: Mapping[SplitName, Names] = field(default_factory=dict)
     """Names of the examples, where they have other ones than files and numbers."""
+    labels: Mapping[SplitName, Mapping[str, Any]] = field(default_factory=dict)
+    """Labels and covariates of the examples by name, a column for each, before any example is left out."""
 
 
 def fingerprint(parts: dict[SplitName, Store]) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -11,15 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sigma_vae.conditions import Conditions
 from sigma_vae.data.levels import Array, Grid
 
-__all__ = ["Encoded", "Generated", "InMemory", "Mapped", "Part", "Store", "UnreadableError"]
+__all__ = ["Encoded", "Generated", "InMemory", "Labelled", "Mapped", "Part", "Sparse", "Store", "UnreadableError"]
 
 CPU = torch.device("cpu")
 
 
 class Store(ABC):
     """Examples by number, in their stored form: integer levels 0..levels−1, or float32 values."""
+
+    conditions: Conditions | None = None
+    """The variables of the examples' conditions, where they have any."""
+
+    def condition(self, positions: Tensor) -> Tensor | None:
+        """Conditions of these examples ``(n, variables)`` on the store's device; None where they have none."""
+        return None
 
     @property
     @abstractmethod
@@ -194,6 +202,112 @@ class Generated(Store):
         return self.make(np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch, row)))))
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Labelled(Store):
+    """Examples with a condition each, which goes with them into every subset.
+
+    Args:
+        examples: the examples.
+        conditions: meaning of the conditions.
+        rows: the conditions ``(N, variables)``.
+
+    >>> store = Labelled(InMemory(torch.tensor([[1], [2], [3]])), Conditions.of({"label": [0, 1, 1]}), torch.tensor([[0.0], [1], [1]]))
+    >>> store.select(torch.tensor([0, 2])).condition(torch.tensor([1]))
+    tensor([[1.]])
+    """
+
+    examples: Store
+    conditions: Conditions = field()  # not the base class's None
+    rows: Tensor
+
+    def __post_init__(self) -> None:
+        """Refuse conditions of other examples."""
+        if self.rows.shape != (len(self.examples), len(self.conditions.variables)):
+            raise ValueError(
+                f"{len(self.examples)} examples with the conditions {', '.join(self.conditions.names)} need a row each, got"
+                f" {tuple(self.rows.shape)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return self.examples.shape
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def take(self, positions: Tensor, epoch: int = 0) -> Tensor:
+        """Return these examples."""
+        return self.examples.take(positions, epoch)
+
+    def condition(self, positions: Tensor) -> Tensor:
+        """Return these examples' conditions."""
+        return self.rows[positions.to(self.rows.device)]
+
+    def select(self, rows: Tensor) -> "Labelled":
+        """Return a subset."""
+        return replace(self, examples=self.examples.select(rows), rows=self.rows[rows.to(self.rows.device)])
+
+    def to(self, device: torch.device) -> "Labelled":
+        """Deliver examples and conditions on that device."""
+        return replace(self, examples=self.examples.to(device), rows=self.rows.to(device))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the examples' fingerprint, and of names and classes of the conditions and their rows."""
+        digest = hashlib.sha256(self.examples.fingerprint().encode())
+        digest.update(repr([(each.name, each.classes) for each in self.conditions.variables]).encode())
+        digest.update(self.rows.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Sparse(Store):
+    """Rows of a sparse matrix of SciPy; those of a batch alone are made dense.
+
+    Args:
+        matrix: compressed by rows (CSR), ``(N, C)``.
+        rows: the examples of this subset; default all.
+        device: device of the batches; the matrix stays on the host.
+    """
+
+    matrix: Any
+    rows: Tensor | None = None
+    device: torch.device = CPU
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return (int(self.matrix.shape[1]),)
+
+    def __len__(self) -> int:
+        return int(self.matrix.shape[0]) if self.rows is None else len(self.rows)
+
+    def take(self, positions: Tensor, epoch: int = 0) -> Tensor:
+        """Return these rows, dense: in float64 if the matrix is, else in float32."""
+        rows = positions if self.rows is None else self.rows[positions]
+        dense = self.matrix[rows.numpy()].toarray()
+        return torch.from_numpy(dense if dense.dtype == np.float64 else dense.astype(np.float32)).to(self.device)
+
+    def select(self, rows: Tensor) -> "Sparse":
+        """Return a subset without copying the matrix."""
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+    def to(self, device: torch.device) -> "Sparse":
+        """Deliver batches on that device."""
+        return replace(self, device=device)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the matrix and the rows."""
+        own = self.matrix
+        digest = hashlib.sha256(f"{own.shape} {own.dtype}".encode())
+        for part in (own.indptr, own.indices, own.data):
+            digest.update(np.ascontiguousarray(part).data)
+        digest.update(b"" if self.rows is None else self.rows.numpy().tobytes())
+        return digest.hexdigest()
+
+
 class UnreadableError(ValueError):
     """One example cannot be decoded; the others may be fine."""
 
@@ -229,5 +343,5 @@ class Encoded:
         return len(self.names)
 
 
-Part = Array | Encoded | Generated | Mapped
+Part = Array | Encoded | Generated | Mapped | Sparse
 """One split of a source, before its values are checked."""

@@ -13,18 +13,20 @@ from decimal import Decimal
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from sigma_vae.conditions import split_name
 from sigma_vae.config import DataConfig
 from sigma_vae.data.archives import check_unpacked, gunzipped
 from sigma_vae.data.cache import file_record
 from sigma_vae.data.levels import Array
-from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName, counted, few
+from sigma_vae.data.series import segments, windows
+from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName, counted, few
 from sigma_vae.registry import register
 
-__all__ = ["TABLES", "TABLE_OPTIONS", "from_frames", "holds_tables", "read_tables"]
+__all__ = ["TABLES", "TABLE_OPTIONS", "from_frames", "holds_tables", "read_table", "read_tables", "table_files"]
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 """Endings of table files in a folder; alone, .txt and .dat are tables too."""
-TABLE_OPTIONS = frozenset({"layout", "columns", "exclude", "decimal", "missing"})
+TABLE_OPTIONS = frozenset({"layout", "columns", "exclude", "decimal", "missing", "window", "stride"})
 """Options that apply to tables."""
 _HEAD = 2**16  # bytes from which the dialect of a text file is found
 _SIGNS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas", r"\s+": "blanks"}
@@ -54,7 +56,7 @@ _NAMELESS = "Unnamed: "  # how pandas names a column without a name: usually row
 
 def holds_tables(path: Path, config: DataConfig) -> bool:
     """Whether a path is a folder with a table for its training split: train.csv, say."""
-    return path.is_dir() and "train" in _tables(path)
+    return path.is_dir() and "train" in table_files(path)
 
 
 @register.source(
@@ -77,15 +79,16 @@ def read_tables(config: DataConfig) -> Raw:
     path = config.path
     if not path.exists():
         raise ValueError(f"expected a table at {path}, got no such file; check the path")
-    files: dict[SplitName, Path] = _tables(path) if path.is_dir() else {"train": path}
-    read = {split: _read(file, config) for split, file in files.items()}
+    files: dict[SplitName, Path] = table_files(path) if path.is_dir() else {"train": path}
+    read = {split: read_table(file, config) for split, file in files.items()}
     for split, (frame, _) in read.items():
         _check_header([str(name) for name in frame.columns], config.layout, str(files[split]))
     words = list(dict.fromkeys(word for _, said in read.values() for word in said))
     known = replace(config, decimal=",") if _COMMAS in words else config
     raw = from_frames({split: frame for split, (frame, _) in read.items()}, known, {s: str(f) for s, f in files.items()})
     record = [file_record(file) for file in files.values()]
-    return replace(raw, name=str(path), files=record, preprocessing=[*words, *raw.preprocessing])
+    raw = replace(raw, name=str(path), files=record, preprocessing=[*words, *raw.preprocessing])
+    return raw if config.window is None else _windowed(raw, config)
 
 
 def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, names: Mapping[SplitName, str]) -> Raw:
@@ -98,6 +101,10 @@ def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, 
         raise ValueError(f"{config.source}: a table has layout n-c or n-t, got {config.layout}; give one of these, or none")
     frames = {split: frame.set_axis([str(name) for name in frame.columns], axis=1) for split, frame in frames.items()}
     frames = {split: _masked(frame.reset_index(drop=True), config.missing) for split, frame in frames.items()}
+    given = [split_name(name)[0] for name in config.condition]
+    unread = tuple(name for name in given if name not in config.columns and name in frames["train"].columns)
+    config = replace(config, exclude=(*config.exclude, *unread))
+    before = frames
     frames, said = _all_converted(frames, config, names)
     columns, left_out = _columns(frames["train"], config, names["train"])
     whole = {split: _whole(frame, columns, config, names[split]) for split, frame in frames.items()}
@@ -115,7 +122,43 @@ def from_frames(frames: Mapping[SplitName, "pd.DataFrame"], config: DataConfig, 
         *(word for split, frame in frames.items() if (word := _summed(frame, left_out, split))),
     ]
     rows = {split: frame.index.to_numpy() for split, frame in whole.items()}  # some may be left out
-    return Raw(config.source, parts, preprocessing=words, standardise=True, columns=tuple(columns), names=rows)
+    labels = {split: _labels_of(before[split], given, whole[split].index.to_numpy(), names[split]) for split in frames}
+    return Raw(config.source, parts, preprocessing=words, standardise=True, columns=tuple(columns), names=rows, labels=labels)
+
+
+def _labels_of(frame: "pd.DataFrame", given: Sequence[str], rows: Array, name: str) -> dict[str, Array]:
+    """The columns that a model is given, of the rows that are left."""
+    if missing := [column for column in given if column not in frame.columns]:
+        raise ValueError(
+            f"{name} has no column {missing[0]} to condition on, only {few([str(each) for each in frame.columns])}"
+        )
+    return {column: _plain_column(frame[column].loc[rows.tolist()]) for column in given}
+
+
+def _plain_column(column: "pd.Series[Any]") -> Array:
+    """Numbers as they are, anything else as objects, None where there is nothing."""
+    if isinstance(column.dtype, np.dtype) and column.dtype.kind in "iufb":
+        return column.to_numpy()
+    return np.array([None if missing else value for value, missing in zip(column, column.isna(), strict=True)], dtype=object)
+
+
+def _windowed(raw: Raw, config: DataConfig) -> Raw:
+    """Windows ``(n, C, window)`` of series whose times are rows; a single series is cut into three, one after the other."""
+    assert config.window is not None
+    if config.layout not in ("auto", "n-c"):
+        raise ValueError(f"window is for a series whose times are rows, got layout {config.layout}; leave one of them out")
+    parts = {split: np.asarray(part) for split, part in raw.parts.items()}
+    first = dict.fromkeys(parts, 0)
+    if list(parts) == ["train"] and config.test_fraction:
+        whole = parts["train"]
+        cut = segments(len(whole), config.window, config.validation_fraction, config.test_fraction)
+        parts = {split: whole[part] for split, part in zip(SPLITS, cut, strict=True)}
+        first = {split: part.start for split, part in zip(SPLITS, cut, strict=True)}
+    found = {split: np.ascontiguousarray(windows(part, config.window, config.stride)) for split, part in parts.items()}
+    names = {split: first[split] + config.stride * np.arange(len(part)) for split, part in found.items()}
+    words = f"windows of {config.window} rows, each {config.stride} after the one before"
+    cut_words = ["training, validation and test one after the other"] if len(raw.parts) < len(parts) else []
+    return replace(raw, parts=found, names=names, preprocessing=[*raw.preprocessing, words, *cut_words])
 
 
 def _all_converted(
@@ -135,7 +178,8 @@ def _all_converted(
     return done, list(dict.fromkeys(word for words in said.values() for word in words))
 
 
-def _tables(folder: Path) -> dict[SplitName, Path]:
+def table_files(folder: Path) -> dict[SplitName, Path]:
+    """The table of each split in a folder."""
     found: dict[SplitName, Path] = {}
     for word, split in SPLIT_WORDS.items():
         for path in (folder / f"{word}{ending}" for ending in TABLES):
@@ -146,7 +190,7 @@ def _tables(folder: Path) -> dict[SplitName, Path]:
     return found
 
 
-def _read(path: Path, config: DataConfig) -> tuple["pd.DataFrame", list[str]]:
+def read_table(path: Path, config: DataConfig) -> tuple["pd.DataFrame", list[str]]:
     """Read a table, and say how where that was not plain."""
     import pandas as pd
 

@@ -320,8 +320,7 @@ def add_up(vae: VAE, batches: Batches, sums: Iterable[Tensor]) -> None:
 
 
 def _on(device: torch.device, batches: Batches) -> Iterator[Batch]:
-    for x, positions, mask in batches:
-        yield Batch(x.to(device), positions, None if mask is None else mask.to(device))
+    return (batch.to(device) for batch in batches)
 
 
 def _check_group(batches: Batches) -> None:
@@ -367,11 +366,7 @@ def spaced(n: int, most: int) -> Tensor:
 
 def subset(data: Splits, split: SplitName, n: int, batch: int, seed: int, device: torch.device) -> Batches:
     """N examples of a split in their order, chosen at random as files may be sorted; all if there are no more."""
-    store = data.store(split)
-    if n < len(store):
-        chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:n]
-        store = store.select(chosen.sort().values)
-    return Batches(store.to(device), data.scaling, batch)
+    return Batches(data.sampled(split, n, seed).store(split).to(device), data.scaling, batch)
 
 
 def about(data: Splits) -> dict[str, Any]:

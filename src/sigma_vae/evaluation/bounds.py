@@ -13,10 +13,10 @@ from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
 from sigma_vae.evaluation.base import Estimate, EvaluationData, Metric, Record, Row, each_example, number_rows
 from sigma_vae.registry import register
-from sigma_vae.types import Batch, Inference, Likelihood
+from sigma_vae.types import Batch, Inference, Likelihood, as_argument
 from sigma_vae.vae import VAE, keyed_noise
 
-__all__ = ["Iwae", "IwaeMetric", "Measure", "iwae"]
+__all__ = ["Iwae", "IwaeMetric", "Measure", "inferences", "iwae"]
 
 Measure = Literal["iwae_nats", "iwae_post_hoc_nats", "iwae_bits_per_dim", "iwae_bits_per_dim_post_hoc"]
 """The observed quantity in nats, or the bins of the levels in bits; with the model's own σ, or the refitted one."""
@@ -142,12 +142,12 @@ def _terms(likelihood: Likelihood, measures: Collection[Measure] | None) -> dict
         )
     refitted, level = likelihood.has_post_hoc, likelihood.observes == "level"
     known: dict[Measure, _Term] = {"iwae_nats": _Term(level, False), "iwae_post_hoc_nats": _Term(level, refitted)}
-    if likelihood.levels is not None:
+    if likelihood.has_mass:
         known |= {"iwae_bits_per_dim": _Term(True, False), "iwae_bits_per_dim_post_hoc": _Term(True, refitted)}
     if measures is None:
         return known
     if not measures or not set(measures) <= set(known):
-        why = "" if likelihood.levels is not None else " (there are bits only of data with levels)"
+        why = "" if likelihood.has_mass else " (there are bits only of data with levels)"
         raise ValueError(f"measures of this model are one or more of {', '.join(known)}{why}; got {list(measures)}")
     return {measure: term for measure, term in known.items() if measure in measures}
 
@@ -158,7 +158,7 @@ def _summed_weights(
     """Bounds ``(terms, batch, at)``, effective sample sizes ``(terms, batch)``, numbers of values ``(batch,)``."""
     total = squares = torch.full((len(terms), len(batch.x)), -math.inf, dtype=torch.float64)
     bounds, done, dims = [], 0, torch.empty(0)
-    for inference in _inferences(vae, batch, draws, seed):
+    for inference in inferences(vae, batch, draws, seed):
         h, target = inference.scored()
         log_weights = [inference.per_example(term(vae.likelihood, h, target)) + inference.log_ratio for term in terms]
         dims = inference.dims().reshape(-1, len(batch.x))[0].cpu().double()
@@ -169,18 +169,18 @@ def _summed_weights(
     return torch.stack(bounds, -1), torch.exp(2 * total - squares), dims
 
 
-def _inferences(vae: VAE, batch: Batch, draws: int, seed: int) -> Iterator[Inference]:
-    """One draw after the other; where the network can, many together, encoded once."""
-    noise = keyed_noise(batch.positions, seed)
+def inferences(vae: VAE, batch: Batch, draws: int, seed: int) -> Iterator[Inference]:
+    """Posterior draws of a batch, one after the other; where the network can, many together, encoded once."""
+    noise, given = keyed_noise(batch.positions, seed), as_argument(batch.condition)
     if not vae.network.has_draw:
         for _ in range(draws):
-            yield vae.network.infer(batch.x, mask=batch.mask, noise=noise)
+            yield vae.network.infer(batch.x, None, batch.mask, noise, *given)
         return
-    posterior = vae.network.posterior(batch.x)
+    posterior = vae.network.posterior(batch.x, *given)
     most, together = FEATURES if batch.x.device.type == "cpu" else GPU_FEATURES, 1
     while draws:
         unit = torch.stack([noise(posterior.loc.shape) for _ in range(min(together, draws))]).to(posterior.loc)
-        inference = vae.network.draw(batch.x, posterior, unit)
+        inference = vae.network.draw(batch.x, posterior, unit, *given)
         yield inference
         draws -= len(unit)
         together = max(1, most * len(unit) // inference.h.numel())

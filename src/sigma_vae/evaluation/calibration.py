@@ -14,7 +14,7 @@ from sigma_vae.data import Batches
 from sigma_vae.evaluation.base import Column, Estimate, EvaluationData, Metric, Record, Row, add_up, each_example, estimate_rows
 from sigma_vae.evaluation.plots import save_page
 from sigma_vae.registry import register
-from sigma_vae.types import Batch, DataDistribution, Inference, Likelihood, Observes
+from sigma_vae.types import Batch, DataDistribution, Inference, Likelihood, Observes, as_argument
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = [
@@ -204,7 +204,7 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
 
     def rows(batch: Batch) -> Tensor:
         noise = keyed_noise(batch.positions, seed)
-        inference = vae.network.infer(batch.x, mask=batch.mask, noise=noise)
+        inference = vae.network.infer(batch.x, None, batch.mask, noise, *as_argument(batch.condition))
         uniform = torch.special.ndtr(noise(inference.target.shape).to(inference.target.device))  # the same generators go on
         u = _pits(vae.likelihood, inference, uniform if inference.mask is None else uniform[inference.mask])
         h, target = inference.scored()
@@ -236,7 +236,7 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
 def _asked(likelihood: Likelihood) -> list[str]:
     """The kinds that this likelihood has."""
     refitted = likelihood.has_post_hoc and bool(likelihood.refitted_log_scales())
-    there = {"density": likelihood.observes == "density", "level": likelihood.levels is not None}
+    there = {"density": likelihood.observes == "density", "level": likelihood.has_mass}
     return [name for name, (observes, post_hoc) in KINDS.items() if there[observes] and (refitted or not post_hoc)]
 
 
@@ -275,8 +275,8 @@ class _Pit:
         self.histogram += torch.bincount((u * PIT_BINS).long().clamp(0, PIT_BINS - 1).flatten(), minlength=PIT_BINS).cpu()
         probability = 2 * (u - 0.5).abs()  # of the smallest central interval that holds the value
         inside = [probability <= nominal for nominal in INTERVALS]
-        if likelihood.levels is not None:
-            above = inference.scored()[1] > 0.5 / (likelihood.levels - 1)
+        if likelihood.has_mass:
+            above = inference.scored()[1] > 0.5 / ((likelihood.levels or 2) - 1)  # counts are a whole number apart
             self.above_zero += torch.stack([above.sum(), *((above & one).sum() for one in inside)]).cpu()
         return torch.stack([_sums(inference, one, likelihood) for one in inside], 1)
 

@@ -63,7 +63,8 @@ class ElboResult(Bounds):
     lengths. ``kl_per_layer_nats`` has the mean KL of each layer, from the top down; its sum is the rate.
     ``sigma_post_hoc_...`` is the refitted σ, as a geometric mean where there are many; ``factor_post_hoc_...`` the
     factor on predicted σ. ``sigma_on_floor_share`` is the share of refitted σ that lie on the floor ``sigma_floor``;
-    both are left out where none does. ``standard_prior`` has the bounds with N(0, I), from the same posterior draws, where the
+    both are left out where none does. ``condition`` has the names of what the model is given: bounds are then on log p(x|c).
+    ``standard_prior`` has the bounds with N(0, I), from the same posterior draws, where the
     prior is a fitted one.
     """
 
@@ -83,6 +84,7 @@ class ElboResult(Bounds):
     latent_dim: int | None = None
     active_units: int | None = None
     standard_prior: Bounds | None = None
+    condition: list[str] | None = None
 
 
 @register.metric("elbo")
@@ -116,7 +118,9 @@ class ElboMetric(Metric):
             yield Row("active_units", f"{result.active_units} of {result.latent_dim}")
 
     def notes(self, result: ElboResult, report: Mapping[str, Any]) -> Iterator[str]:
-        """Say how far σ of validation data is from that of training data, and which σ lie on their floor."""
+        """Say what is given, how far σ of validation data is from that of training data, and which σ lie on their floor."""
+        if result.condition is not None:
+            yield f"The model is given {', '.join(result.condition)}: bounds are on log p(x | {', '.join(result.condition)})."
         known = (report.get("sigma_fitted_on") or {}).get("training_sigma", {}).get("density")
         if known and result.sigma_post_hoc_density and (ratio := result.sigma_post_hoc_density / known) > OVERFITTING:
             yield (
@@ -169,6 +173,7 @@ def elbo(vae: VAE, batches: Batches, seed: int = 0) -> ElboResult:
         latent_dim=sum(latents.sizes) if vae.network.has_posterior else None,
         active_units=active_units(vae, batches) if vae.network.has_posterior else None,
         **refitted,
+        condition=None if vae.network.conditions is None else list(vae.network.conditions.names),
         standard_prior=scores_under_standard_prior(vae, batches, seed) if has_fitted_prior(vae) else None,
     )
 
@@ -178,10 +183,10 @@ def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
 
     See :func:`sigma_vae.evaluation.score`, which takes data of any kind.
     """
-    masses = vae.likelihood.levels is not None and vae.likelihood.normalised
+    masses = vae.likelihood.has_mass
 
     def rows(batch: Batch) -> Tensor:
-        scores = vae.score(batch.x, keyed_noise(batch.positions, seed), batch.mask)
+        scores = vae.score(batch.x, keyed_noise(batch.positions, seed), batch.mask, batch.condition)
         columns = [scores.rate, scores.log_likelihood, scores.log_likelihood_post_hoc, scores.dims, scores.log_ratio]
         columns += [mass for mass in (scores.log_mass, scores.log_mass_post_hoc) if mass is not None]
         return torch.cat([torch.stack([each.cpu().double() for each in columns], 1), scores.kl.cpu().double()], 1)
@@ -228,8 +233,8 @@ def _on_floor(likelihood: Likelihood) -> dict[str, Any]:
 
 
 def has_fitted_prior(vae: VAE) -> bool:
-    """Whether the network has a replaceable prior other than N(0, I)."""
-    return vae.network.has_prior and not vae.network.prior.is_standard
+    """Whether the network has a replaceable prior that was fitted to latents, after training with N(0, I)."""
+    return vae.network.has_prior and not vae.network.prior.is_standard and not vae.network.prior.is_learned
 
 
 @contextmanager

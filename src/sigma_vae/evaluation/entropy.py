@@ -12,7 +12,7 @@ from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
 from sigma_vae.evaluation.base import EvaluationData, Metric, Record, Row, each_example, part
 from sigma_vae.registry import register
-from sigma_vae.types import Batch, DataDistribution
+from sigma_vae.types import Batch, DataDistribution, as_argument
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["EntropyIdentity", "EntropyIdentityMetric", "entropy_identity"]
@@ -72,17 +72,17 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> EntropyIdenti
     network = vae.network
     if not (network.has_posterior and network.has_prior and network.prior.is_standard):
         return None
-    x = next(iter(batches)).x[:1].to(vae.device)
-    density = vae.likelihood.distribution(network.infer(x, noise=torch.zeros).h, refitted=True)
+    x, _, _, condition = next(iter(batches)).to(vae.device)
+    density = vae.likelihood.distribution(network.infer(x, None, None, torch.zeros, *as_argument(condition)).h, refitted=True)
     assert isinstance(density, DataDistribution)
     if not density.exponential_family:
         return None
 
     def rows(batch: Batch) -> Tensor:
-        inference = vae.network.infer(batch.x, noise=keyed_noise(batch.positions, seed))
+        inference = vae.network.infer(batch.x, None, None, keyed_noise(batch.positions, seed), *as_argument(batch.condition))
         distribution = vae.likelihood.distribution(inference.h, refitted=True)
         elbo = distribution.log_prob(batch.x).cpu().double() - inference.kl.sum(-1).cpu().double()
-        posterior: Tensor = vae.encode(batch.x).entropy().flatten(1).sum(-1)  # type: ignore[no-untyped-call]
+        posterior: Tensor = vae.encode(batch.x, batch.condition).entropy().flatten(1).sum(-1)  # type: ignore[no-untyped-call]
         return torch.stack([elbo, (posterior - distribution.entropy()).cpu().double()], 1)
 
     elbo, entropies = each_example(vae, batches, rows).mean(0).tolist()

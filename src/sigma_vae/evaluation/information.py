@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -49,6 +49,10 @@ COMPONENTS = 20
 """Components, at most, of the mixture that is fitted to training latents."""
 MOST_TRAINING_LATENTS = 12_000
 """Training latents used at most; more change the mixture little."""
+MOST_VALUES = 2**25
+"""Numbers in a table of latents, examples × latents, used at most: 256 MB."""
+MOST_DIMENSIONS = 1_000
+"""A mixture with full covariances is fitted to no more latents than these: the time is their cube."""
 CHUNK = 2**21
 """Log-densities kept together: 16 MB."""
 
@@ -74,8 +78,8 @@ class Information(Record):
 
     ``marginal_kl_at_least_nats`` is the largest of its two bounds and of 0, and ``mutual_information_at_most_nats`` the
     rest of the mean KL. The two bounds are ``marginal_kl_moments_nats`` (None where the prior is not N(0, I)) and
-    ``marginal_kl_held_out_nats`` (None where there are too few training latents). They are estimates: bounds in
-    expectation over test examples, with standard errors.
+    ``marginal_kl_held_out_nats`` (None where there are too few training latents, or more than 1 000 latents in each).
+    They are estimates: bounds in expectation over test examples, with standard errors.
     """
 
     examples: int
@@ -88,6 +92,10 @@ class Information(Record):
     marginal_kl_moments_nats: float | None
     marginal_kl_held_out_nats: Estimate | None
     log_sum_exp: LogSumExp
+    kl_per_channel_nats: list[float] | None = None
+    """Of latents that are a map: the mean KL of each channel from N(0, I), summed over places."""
+    active_channels: int | None = None
+    """Channels with an active latent."""
     standard_errors: dict[str, float | None] | None = None
     """Standard errors of the plain numbers above, by name; None for a bound that is 0."""
 
@@ -113,7 +121,9 @@ class InformationMetric(Metric):
     measured = "by default"
 
     def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
-        """It needs a posterior and training latents, or the KL of each latent."""
+        """It needs a posterior and training latents, or the KL of each latent, and no condition."""
+        if vae.network.conditions is not None:
+            return "it compares the latents of all examples with one prior, and here each condition has its own"
         if vae.network.has_posterior:
             if len(data.held_out.store) < 2:
                 return "it is about the spread of latents, and there is one example"
@@ -131,6 +141,10 @@ class InformationMetric(Metric):
             words = " (in expectation)" if "_at_" in row.name else ""
             error = errors.get(row.name)
             yield Row(row.name + words, row.value, row.standard_error if error is None else f"{error:.4f}")
+        if channels := result.get("kl_per_channel_nats"):
+            active = f"{result['active_channels']} of {len(channels)}"
+            yield Row("active_channels", active)
+            yield Row("kl_per_channel_nats", ", ".join(f"{nats:.3g}" for nats in channels))
 
 
 def _lacks_latents(vae: VAE) -> str:
@@ -175,13 +189,14 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
         if not vae.network.has_latent_kl:
             raise ValueError(f"there is no information to measure: {_lacks_latents(vae)}")
         return _of_layers(vae, test, seed)
+    dims = sum(vae.network.latents.sizes)
     whole = _latents(vae, test, seed)
     if len(whole.z) < 2:
         raise ValueError("information is about the spread of latents and needs at least two test examples, got one")
-    latents = _Latents(*(values[spaced(len(whole.z), MOST_LATENTS)] for values in whole))
-    n = len(training.store)
-    few = training if n <= MOST_TRAINING_LATENTS else part(training, spaced(n, MOST_TRAINING_LATENTS))
-    fitted_to = _latents(vae, few, seed + SEED_OFFSET)
+    latents = _Latents(*(values[spaced(len(whole.z), min(MOST_LATENTS, MOST_VALUES // dims))] for values in whole))
+    n, most = len(training.store), min(MOST_TRAINING_LATENTS, MOST_VALUES // dims)
+    few = training if n <= most else part(training, spaced(n, most))
+    fitted_to = _latents(vae, few, seed + SEED_OFFSET, under_prior=False)
     held_out = _held_out(latents, fitted_to.z, seed)
     standard = vae.network.has_prior and vae.network.prior.is_standard
     moments = _moment_bound(latents, fitted_to) if standard else None
@@ -201,6 +216,7 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
         marginal_kl_moments_nats=means.get("marginal_kl_moments_nats"),
         marginal_kl_held_out_nats=None if held_out is None else Estimate.of(held_out),
         log_sum_exp=_bracket(latents),
+        **_of_channels(vae, whole),
         standard_errors=errors,
     )
 
@@ -219,22 +235,39 @@ def active_units(vae: VAE, batches: Batches) -> int:
     Raises:
         ValueError: the network has no posterior of one layer of latents.
     """
-    return _active(each_example(vae, batches, lambda batch: vae.encode(batch.x).loc.flatten(1)))
+    return _active(each_example(vae, batches, lambda batch: vae.encode(batch.x, batch.condition).loc.flatten(1)))
 
 
 def _active(means: Tensor) -> int:
-    return int((means.var(0, correction=0) > ACTIVE_VARIANCE).sum())
+    return int(_varies(means).sum())
 
 
-def _latents(vae: VAE, batches: Batches, seed: int) -> _Latents:
-    """The draw of every example from which the ELBO is computed with this seed."""
+def _varies(means: Tensor) -> Tensor:
+    return means.var(0, correction=0) > ACTIVE_VARIANCE
+
+
+def _of_channels(vae: VAE, latents: _Latents) -> dict[str, Any]:
+    """KL from N(0, I), and activity, of each channel of a map; nothing for vectors."""
+    (shape,) = vae.network.latents.shapes
+    if len(shape) == 1:
+        return {}
+    kl = 0.5 * (latents.mean.square() + latents.std.square() - 1) - latents.std.log()
+    channels = kl.mean(0).reshape(shape[0], -1).sum(1)
+    active = _varies(latents.mean).reshape(shape[0], -1).any(1)
+    return {"kl_per_channel_nats": channels.tolist(), "active_channels": int(active.sum())}
+
+
+def _latents(vae: VAE, batches: Batches, seed: int, *, under_prior: bool = True) -> _Latents:
+    """The draw of every example from which the ELBO is computed with this seed; its KL and log p(z) unless left out (0)."""
 
     def rows(batch: Batch) -> Tensor:
         posterior = vae.encode(batch.x)
         unit = keyed_noise(batch.positions, seed)(posterior.loc.shape).to(posterior.loc)
         z = posterior.loc + posterior.scale * unit
         wide = [values.flatten(1) for values in (posterior.loc, posterior.scale, unit, z)]
-        return torch.cat([*wide, *(column[:, None] for column in _kl_and_log_prior(vae, batch, posterior, unit, z))], 1)
+        nothing = z.new_zeros(len(z))  # a prior that solves a differential equation takes its time
+        columns = _kl_and_log_prior(vae, batch, posterior, unit, z) if under_prior else (nothing, nothing)
+        return torch.cat([*wide, *(column[:, None] for column in columns)], 1)
 
     found = each_example(vae, batches, rows)
     mean, std, unit, z = found[:, :-2].chunk(4, 1)
@@ -244,7 +277,8 @@ def _latents(vae: VAE, batches: Batches, seed: int) -> _Latents:
 def _kl_and_log_prior(vae: VAE, batch: Batch, posterior: Normal, unit: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q(z|x)‖p) and log p(z), from the prior, or from the network's own draw under the same noise."""
     if vae.network.has_prior:
-        return vae.network.prior.kl(posterior, z), vae.network.prior.log_prob(z)
+        flat, vectors = Normal(posterior.loc.flatten(1), posterior.scale.flatten(1), validate_args=False), z.flatten(1)
+        return vae.network.prior.kl(flat, vectors), vae.network.prior.log_prob(vectors)
     inference = vae.network.infer(batch.x, noise=lambda shape: unit.reshape(shape))
     log_q: Tensor = posterior.log_prob(z)  # type: ignore[no-untyped-call]
     return inference.kl.sum(-1), inference.log_ratio + log_q.flatten(1).sum(-1)
@@ -299,7 +333,7 @@ def _held_out(latents: _Latents, training: Tensor, seed: int) -> Tensor | None:
     """Compute log h(z) − log p(z) of each test latent; h is a mixture fitted to training latents; None if they are few."""
     latent_dim = training.shape[1]
     components = min(COMPONENTS, len(training) // (latent_dim + 1))
-    if components < 1:
+    if components < 1 or latent_dim > MOST_DIMENSIONS:
         return None
     density = MixturePrior(latent_dim, components).double()
     density.fit(training, seed=seed)

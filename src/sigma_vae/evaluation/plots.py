@@ -1,24 +1,51 @@
-"""Pictures: grids of images as PNG, clips as PNG or GIF, and the page of calibration plots."""
+"""Pictures: grids of images as PNG, clips as PNG or GIF, single plots as SVG, and the page of calibration plots."""
 
+import io
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sigma_vae.conditions import Given
 from sigma_vae.config import replacing
 from sigma_vae.data import Splits
 from sigma_vae.types import Batch, Temperature, per_layer
-from sigma_vae.vae import VAE, Show, keyed_noise
+from sigma_vae.vae import VAE, Show, in_eval_mode, keyed_noise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = ["drawable", "in_unit_range", "pairs", "reconstructed", "sampled", "save_clips", "save_grid", "save_page"]
+__all__ = [
+    "DASHES",
+    "MARKERS",
+    "OKABE_ITO",
+    "Plot",
+    "calibration_plots",
+    "drawable",
+    "figure_of_latents",
+    "figure_of_reconstructions",
+    "figure_of_samples",
+    "in_unit_range",
+    "interpolations",
+    "pairs",
+    "plot_in_words",
+    "png",
+    "reconstructed",
+    "sampled",
+    "sampled_per_class",
+    "save_clips",
+    "save_grid",
+    "save_page",
+    "svg",
+    "traversals",
+]
 
 WIDTH = 500
 """Approximate width of a grid of images, in pixels."""
@@ -43,8 +70,22 @@ AXIS_STYLES: tuple[dict[str, Any], ...] = (
 BAND: dict[str, Any] = {"color": "0.75", "alpha": 0.6, "linewidth": 0}
 TICKS = ((1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0,))
 """Ticks of each decade, on axes with one, two or more decades."""
+PANEL = (4.6, 3.3)
+"""Inches of a single plot; on a phone the text shrinks by only a fifth."""
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
+DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
+CLIP_PATH = re.compile(rb'(?<=<clipPath id=")[^"]+')
+Draw = Callable[["Axes"], None]
 STDS = 2.58
 """Half the width of bands, in stds: they hold 99 % of what a calibrated model with independent values would show."""
+
+
+class Plot(NamedTuple):
+    """An SVG file with its numbers in words."""
+
+    content: bytes
+    alt: str
 
 
 def drawable(shape: tuple[int, ...]) -> bool:
@@ -103,6 +144,17 @@ def save_clips(path: Path, clips: Tensor, columns: int | None = None) -> None:
         first.save(aside, save_all=True, append_images=rest, duration=MILLISECONDS, loop=0)
 
 
+def png(images: Tensor, columns: int | None = None) -> bytes:
+    """The picture of :func:`save_grid`, as the content of a PNG file.
+
+    Raises:
+        ValueError: the channels are neither 1 nor 3.
+    """
+    buffer = io.BytesIO()
+    _grid(images, columns, None).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def _grid(images: Tensor, columns: int | None, zoom: int | None) -> "Image":
     from PIL import Image
 
@@ -125,32 +177,164 @@ def _grid(images: Tensor, columns: int | None, zoom: int | None) -> "Image":
 
 @torch.no_grad()
 def sampled(
-    vae: VAE, data: Splits | None, n: int, generator: torch.Generator, show: Show = "mean", temperature: Temperature = 1.0
+    vae: VAE,
+    data: Splits | None,
+    n: int,
+    generator: torch.Generator,
+    show: Show = "mean",
+    temperature: Temperature = 1.0,
+    condition: Given | None = None,
 ) -> Tensor:
     """Draw n samples; a video model continues the first frames of its test clips, to the length of these clips.
 
-    Only a video model needs the data; if there are fewer than n test clips, they are repeated. ``show`` and
-    ``temperature`` are those of :meth:`~sigma_vae.vae.VAE.sample`.
+    Only a video model needs the data; if there are fewer than n test clips, they are repeated. ``show``,
+    ``temperature`` and ``condition`` are those of :meth:`~sigma_vae.vae.VAE.sample`.
 
     Raises:
         ValueError: the test clips are no longer than the frames that are given, or the temperature has too many
             numbers.
     """
     if not vae.network.reads_clips:
-        return vae.sample(n, show, generator=generator, temperature=temperature)
+        return vae.sample(n, show, generator=generator, temperature=temperature, condition=condition)
     assert data is not None
     past, (single,) = vae.network.context_frames, per_layer(temperature, 1)
-    clips = next(iter(data.batches("test", min(n, len(data.test)), device=generator.device))).x
-    given = clips[torch.arange(n) % len(clips), :past]
-    predicted = vae.predict(given, clips.shape[1] - past, 1, show, generator=generator, temperature=single)[0]
+    batch = next(iter(data.batches("test", min(n, len(data.test)), device=generator.device)))
+    clips, chosen = batch.x, torch.arange(n) % len(batch.x)
+    given = clips[chosen, :past]
+    if condition is None and batch.condition is not None:
+        condition = batch.condition[chosen]
+    (predicted,) = vae.predict(
+        given, clips.shape[1] - past, 1, show, generator=generator, temperature=single, condition=condition
+    )
     return torch.cat([given, predicted], 1)
 
 
 @torch.no_grad()
-def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0) -> Tensor:
-    """Reconstruct a batch, in its own shape; the given first frames of clips stay as they are."""
-    again = vae.reconstruct(batch.x, show, noise=keyed_noise(batch.positions, seed))
+def sampled_per_class(
+    vae: VAE,
+    n: int,
+    seed: int = 0,
+    given: Mapping[str, Any] | None = None,
+    show: Show = "mean",
+    temperature: Temperature = 1.0,
+) -> Tensor:
+    """Draw n samples of each class from the same random numbers: ``(classes · n, C, *space)``, class by class.
+
+    With a prior that does not depend on the class, sample i of each class has the same latents. ``given`` are the other
+    conditions.
+
+    Raises:
+        ValueError: the model has no class label, or several that are not given, or reads clips.
+    """
+    conditions, given = vae.network.conditions, dict(given or {})
+    if conditions is None or vae.network.reads_clips:
+        raise ValueError("samples of each class are made by models of single examples that are given a class label")
+    label = conditions.class_to_vary(given)
+    rows = []
+    for name in label.classes or ():
+        generator = torch.Generator(vae.device).manual_seed(seed)
+        condition = given | {label.name: name}
+        rows.append(vae.sample(n, show, generator=generator, temperature=temperature, condition=condition))
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def traversals(
+    vae: VAE, z: Tensor, latents: int, steps: int, reach: float = 2.0, given: Given | None = None
+) -> tuple[Tensor, list[int]]:
+    """Move one latent at a time from z ``(latent_dim,)``: a row of data for each latent, and the latents' numbers.
+
+    Those are moved that change the decoder's mean most, the strongest first.
+
+    Shapes:
+        ``(latents, steps, C, *space)``.
+    """
+    eye = torch.eye(len(z), device=z.device)
+    strength = (vae.decode(z + eye, condition=given) - vae.decode(z - eye, condition=given)).flatten(1).abs().mean(1)
+    chosen = strength.argsort(descending=True)[:latents]
+    moves = torch.linspace(-reach, reach, steps, device=z.device)
+    moved = z.expand(len(chosen), steps, -1) + moves[:, None] * eye[chosen, None]
+    decoded = vae.decode(moved.flatten(0, 1), condition=given)
+    return decoded.reshape(len(chosen), steps, *decoded.shape[1:]), chosen.tolist()
+
+
+@torch.no_grad()
+def interpolations(
+    vae: VAE, first: Tensor, last: Tensor, steps: int, conditions: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Decode the straight line between the posterior means of pairs ``(n, C, *space)``: ``(n, steps, C, *space)``.
+
+    A conditional model decodes it with the conditions of the first ones.
+    """
+    of_first, of_last = conditions or (None, None)
+    ends = vae.encode(first, of_first).loc, vae.encode(last, of_last).loc
+    shares = torch.linspace(0, 1, steps, device=first.device)[:, None]
+    between = ends[0][:, None] * (1 - shares) + ends[1][:, None] * shares
+    given = None if of_first is None else of_first.repeat_interleave(steps, 0)
+    decoded = vae.decode(between.flatten(0, 1), condition=given)
+    return decoded.reshape(len(first), steps, *decoded.shape[1:])
+
+
+@torch.no_grad()
+def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0, shown_as: Given | None = None) -> Tensor:
+    """Reconstruct a batch, in its own shape; the given first frames of clips stay as they are.
+
+    ``shown_as`` is that of :meth:`~sigma_vae.vae.VAE.reconstruct`.
+    """
+    noise = keyed_noise(batch.positions, seed)
+    again = vae.reconstruct(batch.x, show, noise=noise, condition=batch.condition, shown_as=shown_as)
     return torch.cat([batch.x[:, : vae.network.context_frames], again], 1) if vae.network.reads_clips else again
+
+
+def figure_of_samples(vae: VAE, n: int, seed: int) -> "Figure":
+    """A grid of samples, in eval mode."""
+    with in_eval_mode(vae), torch.no_grad():
+        return _shown(_grid(vae.sample(n, generator=torch.Generator(vae.device).manual_seed(seed)), None, None), "Samples")
+
+
+def figure_of_reconstructions(vae: VAE, x: Tensor) -> "Figure":
+    """Pictures above their reconstructions, with noise of seed 0."""
+    columns = min(len(x), 8)
+    with in_eval_mode(vae), torch.no_grad():
+        again = vae.reconstruct(x.to(vae.device), noise=keyed_noise(torch.arange(len(x)))).cpu()
+    return _shown(_grid(pairs(x.cpu(), again, columns), columns, None), "Originals above their reconstructions")
+
+
+def figure_of_latents(vae: VAE, x: Tensor, colours: Sequence[float] | None) -> "Figure":
+    """Posterior means in the two latents with the largest KL."""
+    with in_eval_mode(vae), torch.no_grad():
+        posterior = vae.encode(x.to(vae.device))
+    mean, std = posterior.loc.cpu(), posterior.scale.cpu()
+    first, second = (0.5 * (mean**2 + std**2 - 1) - std.log()).mean(0).topk(2).indices.tolist()
+    figure = _figure(5, 5)
+    axes = figure.subplots()
+    axes.scatter(mean[:, first], mean[:, second], c=OKABE_ITO[0] if colours is None else colours, s=12)
+    axes.set(xlabel=f"latent {first}", ylabel=f"latent {second}", title="Posterior means")
+    return figure
+
+
+def _shown(picture: "Image", title: str) -> "Figure":
+    figure = _figure(picture.width / 100 + 0.2, picture.height / 100 + 0.5)
+    axes = figure.subplots()
+    axes.imshow(np.asarray(picture), cmap="gray", vmin=0, vmax=255)
+    axes.set_axis_off()
+    axes.set_title(title)
+    return figure
+
+
+def _figure(width: float, height: float) -> "Figure":
+    """A figure that notebooks draw, without pyplot: the caller's figures and back end stay as they are."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+
+    def as_png() -> bytes:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+    figure.__dict__["_repr_png_"] = as_png
+    return figure
 
 
 def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:
@@ -176,6 +360,26 @@ def save_page(path: Path, report: Mapping[str, Any], title: str = "") -> None:
     figure.suptitle(title or f"{report['values']} values of {report['examples']} examples")
     with replacing(path) as aside:
         figure.savefig(aside, dpi=150, metadata=UNDATED[path.suffix])
+
+
+def calibration_plots(report: Mapping[str, Any]) -> dict[str, Plot]:
+    """The four plots of :func:`save_page`, each by itself: ``coverage``, ``pit``, ``error`` and ``residuals``."""
+    own = next(iter(_kinds(report).values()))
+    covered = (f"{percent} %: {100 * share['mean']:.1f}" for percent, share in own["coverage"].items())
+    bars = (f"{share * len(own['pit']):.2f}" for share in own["pit"])
+    axes = report["residuals"]["axes"] or {}
+    lags = (f"{name} {', '.join(f'{value:.2f}' for value in axis['autocorrelation'])}" for name, axis in axes.items())
+    bins = report["sigma"]["per_value"] if report["sigma"] is not None else {"predicted_variance": [], "mean_squared_error": []}
+    pairs = zip(bins["predicted_variance"], bins["mean_squared_error"], strict=True)
+    against = (f"{math.sqrt(variance):.3g} and {math.sqrt(error):.3g}" for variance, error in pairs)
+    return {
+        "coverage": Plot(svg(lambda axes: _coverage(axes, report), 0), plot_in_words("Percent of values inside", covered)),
+        "pit": Plot(svg(lambda axes: _pit(axes, report), 0), plot_in_words("PIT histogram, densities", bars)),
+        "error": Plot(svg(lambda axes: _error(axes, report["sigma"]), 0), plot_in_words("Predicted σ and error", against)),
+        "residuals": Plot(
+            svg(lambda axes: _residuals(axes, report["residuals"]), 0), plot_in_words("Correlation of errors by lag", lags)
+        ),
+    }
 
 
 def _kinds(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -266,3 +470,43 @@ def _residuals(axes: "Axes", residuals: Mapping[str, Any]) -> None:
 
 def _say(axes: "Axes", words: str) -> None:
     axes.text(0.5, 0.5, words, ha="center", va="center", transform=axes.transAxes, color="0.4")
+
+
+def svg(draw: Draw, entries: int, height: float = PANEL[1]) -> bytes:
+    """Draw an SVG; the same numbers give the same bytes, whatever the user's style."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context(
+        [
+            "default",
+            {
+                "svg.hashsalt": "sigma-vae",
+                "svg.fonttype": "none",
+                "font.size": 9,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+            },
+        ]
+    ):
+        figure = Figure(figsize=(PANEL[0], height + 0.2 * math.ceil(entries / 2)), layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        if entries:
+            figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return _with_plain_names(buffer.getvalue())
+
+
+def _with_plain_names(svg: bytes) -> bytes:
+    """Number the clip paths: matplotlib's names depend on the last bits of coordinates."""
+    names = dict.fromkeys(CLIP_PATH.findall(svg))
+    for number, name in enumerate(names):
+        svg = svg.replace(name, b"clip-%d" % number)
+    return svg
+
+
+def plot_in_words(what: str, numbers: Iterable[str]) -> str:
+    """Alternative text of a plot: its numbers."""
+    return f"Plot. {what}: {'; '.join(numbers)}."

@@ -60,6 +60,10 @@ class PpcaMetric(Metric):
             return "it is fitted to training data, and none are given"
         if vae.network.reads_clips:
             return "it models examples of one shape, and these are clips"
+        if data.training.scaling.counts:
+            return "it models real values, and these are counts"
+        if data.held_out.scaling.schema is not None:
+            return "it models real values, and these rows have columns of all types"
         return "it is fitted to several training examples, and there is one" if len(data.training.store) < 2 else None
 
     def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> LinearBound | None:

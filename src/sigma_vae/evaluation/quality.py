@@ -336,7 +336,8 @@ def quality(
         with standard_prior(vae):
             standard = _samples(vae, data, extractor, compare)
     again = extractor.of(
-        data.scaling.undo(vae.reconstruct(batch.x, noise=keyed_noise(batch.positions, seed))) for batch in images
+        data.scaling.undo(vae.reconstruct(batch.x, noise=keyed_noise(batch.positions, seed), condition=batch.condition))
+        for batch in images
     )
     return ImageQuality(
         examples=count,

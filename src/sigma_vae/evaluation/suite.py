@@ -11,7 +11,18 @@ from sigma_vae.data import Batches, Scaling, Splits, as_batches, as_splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.evaluation import elbo as _elbo
 from sigma_vae.evaluation import entropy as _entropy
-from sigma_vae.evaluation.base import EVALUATION_BATCH, Column, EvaluationData, Metric, Result, evaluation_batch, metrics, plain
+from sigma_vae.evaluation.base import (
+    EVALUATION_BATCH,
+    Column,
+    EvaluationData,
+    Metric,
+    Result,
+    evaluation_batch,
+    metrics,
+    part,
+    plain,
+    spaced,
+)
 from sigma_vae.evaluation.elbo import Bounds, ElboResult
 from sigma_vae.registry import register
 from sigma_vae.vae import VAE, Scores
@@ -20,7 +31,7 @@ __all__ = ["ABOUT", "Evaluation", "calibrate", "chosen", "columns", "evaluate", 
 
 ABOUT = (
     *("data", "split", "network", "likelihood", "context_frames"),
-    *("prior", "prior_held_out_nats", "prior_fitted_on", "sigma_fitted_on", "how"),
+    *("prior", "prior_held_out_nats", "prior_fitted_on", "sigma_fitted_on", "of_examples", "how"),
 )
 """Keys of ``evaluation.json`` that say which run, data and versions it is about."""
 
@@ -105,6 +116,11 @@ class Evaluation(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"Evaluation({self.to_json()})"
 
+    def _repr_html_(self) -> str:
+        from sigma_vae.evaluation.words import as_html  # which imports the metrics
+
+        return as_html(self)
+
 
 def evaluate(
     vae: VAE,
@@ -171,6 +187,8 @@ def evaluation_data(
     splits = data if isinstance(data, Splits) else None
     training = splits if training is None else training
     held_out = _batches(vae, data, settings.split, like)
+    if settings.examples is not None and settings.examples < len(held_out.store):
+        held_out = part(held_out, spaced(len(held_out.store), settings.examples))
     return EvaluationData(held_out, None if training is None else _batches(vae, training, "train", like), splits)
 
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sigma_vae.likelihoods.bounded import Bernoulli, ContinuousBernoulli
     from sigma_vae.likelihoods.continuous import Gaussian, Laplace, Logistic, StudentT
+    from sigma_vae.likelihoods.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
     from sigma_vae.likelihoods.discrete import BitwiseCategorical, Categorical
     from sigma_vae.likelihoods.logistic_mixture import LogisticMixture
+    from sigma_vae.likelihoods.perceptual import Perceptual
     from sigma_vae.likelihoods.scales import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Scale, Shared
 
 __all__ = [
@@ -23,16 +25,21 @@ __all__ = [
     "Laplace",
     "Logistic",
     "LogisticMixture",
+    "Multinomial",
+    "NegativeBinomial",
     "Optimal",
     "PerImage",
     "PerPixel",
+    "Perceptual",
+    "Poisson",
     "RunningMinimum",
     "Scale",
     "Shared",
     "StudentT",
+    "ZeroInflatedNegativeBinomial",
 ]
 
-_HOMES = ("bounded", "continuous", "discrete", "logistic_mixture", "scales")
+_HOMES = ("bounded", "continuous", "counts", "discrete", "logistic_mixture", "perceptual", "scales")
 
 
 def __getattr__(name: str) -> Any:

@@ -15,13 +15,78 @@ from sigma_vae.likelihoods.scales import LEVEL_FLOOR, LOG_RANGE, SPREAD_FLOOR, F
 from sigma_vae.likelihoods.solve import Observed, best_batch_log_scale, best_log_scale
 from sigma_vae.types import DataDistribution, Likelihood, MeanMap, Observes, at_least_float32
 
-__all__ = ["Discrete", "FromFeatures", "LocationScale", "Unscaled"]
+__all__ = ["Discrete", "FromFeatures", "LocationScale", "Scaled", "Unscaled", "checked_features"]
 
+SMALLEST_MASS = 1e-12
+"""Stands for the mass of a level whose distribution function rises by less than its rounding."""
 SMALLEST_STD = 1e-37
 """Stands for the std of data that are constant."""
 
 
-class LocationScale(Likelihood):
+class Scaled(Likelihood):
+    """A likelihood with a :class:`Scale`: the source of its σ, and the values that ``calibrate`` has stored."""
+
+    takes_scale = True
+    scale: Scale
+
+    @property
+    def has_scale(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def predicts_scale(self) -> bool:
+        """Whether the scale reads decoder features."""
+        return self.scale.predicted
+
+    @property
+    def has_post_hoc(self) -> bool:
+        """True unless the scale itself is solved."""
+        return not self.scale.solved
+
+    @property
+    def log_floor(self) -> float:
+        """The scale's floor; for predicted scales, the least log factor."""
+        return -LOG_RANGE if self.scale.predicted else self.scale.log_floor
+
+    @torch.no_grad()
+    def log_sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
+        """Log σ in evaluation; None where the decoder predicts it.
+
+        Raises:
+            ValueError: no σ is known yet.
+        """
+        if self.scale.predicted:
+            return None
+        observes, raw = observes or self.observes, self.scale.density_log_scale.new_zeros(())
+        return self.scale.refitted(raw, observes) if refitted else self.scale(raw, observes, None)
+
+    def refitted_log_scales(self) -> dict[Observes, Tensor]:
+        """The values that the scale has stored."""
+        return self.scale.all_stored()
+
+    def start(self, std: float) -> None:
+        """Start a learned scale from the std of the data."""
+        self.scale.start(std)
+
+    def widen(self, ratio: float) -> None:
+        """Train a solved σ with so many times the batch's."""
+        self.scale.widen(ratio)
+
+    def extra_repr(self) -> str:
+        """Arguments as they would be written."""
+        return f"channels={self.channels}, scale={self.scale}"
+
+    @property
+    def _scale_channels(self) -> int:
+        return self.channels * self.scale.extra_per_channel + self.scale.extra
+
+    @property
+    def _event_dims(self) -> int:
+        return 1 + self.spatial_dims
+
+
+class LocationScale(Scaled):
     """A likelihood whose residual x − mean follows one distribution at every scale.
 
     Args:
@@ -41,7 +106,6 @@ class LocationScale(Likelihood):
         ValueError: an argument is out of range, or ``observes="level"`` without levels.
     """
 
-    takes_scale = True
     solves_rmse = False
     """Whether the best σ of any set of values is the root of their mean squared error."""
 
@@ -121,54 +185,10 @@ class LocationScale(Likelihood):
             self.scale.store("level", level)
 
     @property
-    def has_scale(self) -> bool:
-        """True."""
-        return True
-
-    @property
-    def predicts_scale(self) -> bool:
-        """Whether the scale reads decoder features."""
-        return self.scale.predicted
-
-    @property
-    def has_post_hoc(self) -> bool:
-        """True unless the scale itself is solved."""
-        return not self.scale.solved
-
-    @property
     def sigma_is_rmse(self) -> bool:
         """Whether this is the density of a Gaussian with one σ."""
         one = not self.scale.predicted and self.scale.refit_per == "batch"
         return self.solves_rmse and one and self.observes == "density"
-
-    @property
-    def log_floor(self) -> float:
-        """The scale's floor; for predicted scales, the least log factor."""
-        return -LOG_RANGE if self.scale.predicted else self.scale.log_floor
-
-    @torch.no_grad()
-    def log_sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
-        """Log σ in evaluation; None where the decoder predicts it.
-
-        Raises:
-            ValueError: no σ is known yet.
-        """
-        if self.scale.predicted:
-            return None
-        observes, raw = observes or self.observes, self.scale.density_log_scale.new_zeros(())
-        return self.scale.refitted(raw, observes) if refitted else self.scale(raw, observes, None)
-
-    def refitted_log_scales(self) -> dict[Observes, Tensor]:
-        """The values that the scale has stored."""
-        return self.scale.all_stored()
-
-    def start(self, std: float) -> None:
-        """Start a learned scale from the std of the data."""
-        self.scale.start(std)
-
-    def widen(self, ratio: float) -> None:
-        """Train a solved σ with so many times the batch's."""
-        self.scale.widen(ratio)
 
     def start_features(self, std: float) -> Tensor:
         """Mean 0, predicted scales at this std, and 0 for the family's own features."""
@@ -183,18 +203,6 @@ class LocationScale(Likelihood):
         else:
             self.scale.set_floor((relative or LEVEL_FLOOR) / (self.levels - 1))
 
-    def extra_repr(self) -> str:
-        """Arguments as they would be written."""
-        return f"channels={self.channels}, scale={self.scale}"
-
-    @property
-    def _scale_channels(self) -> int:
-        return self.channels * self.scale.extra_per_channel + self.scale.extra
-
-    @property
-    def _event_dims(self) -> int:
-        return 1 + self.spatial_dims
-
     def _fit(self, observed: Observed) -> Fit:
         levels = self.levels if self.observes == "level" else None
 
@@ -206,7 +214,7 @@ class LocationScale(Likelihood):
     def _split(self, h: Tensor) -> tuple[ResidualDistribution, Tensor, Tensor]:
         """Residual distribution, mean and scale features."""
         sizes = [self.channels, self._scale_channels, self.own_channels]
-        loc, raw, own = torch.split(_checked_features(self, h), sizes, dim=-self._event_dims)
+        loc, raw, own = torch.split(checked_features(self, h), sizes, dim=-self._event_dims)
         return self.residual(own), (torch.sigmoid(loc) if self.mean == "unit" else loc), raw
 
     def _observed(self, residual: ResidualDistribution, loc: Tensor, x: Tensor) -> Observed:
@@ -288,7 +296,7 @@ class Unscaled(Likelihood):
         observes = self.check_observes(observes)
         if observes == "density" and self.observes == "level":
             raise ValueError(f'{self} is a distribution over levels and has no density; ask with observes="level"')
-        distribution = FromFeatures(self, _checked_features(self, h), observes)
+        distribution = FromFeatures(self, checked_features(self, h), observes)
         if x is not None:
             x = at_least_float32(x)
             self.check_data(x, distribution.batch_shape + distribution.event_shape, observes)
@@ -335,6 +343,13 @@ class FromFeatures(DataDistribution):
         """Log-probability of the whole event, in nats."""
         h, x = self._rows(value)
         return self._likelihood.row_log_prob(h, x, self._observes).reshape(value.shape[: -len(self.event_shape)])
+
+    def element_log_prob(self, value: Tensor) -> Tensor | None:
+        """Log-mass of each element's level, given those before where they depend on each other; None for densities."""
+        if self._observes != "level":
+            return None
+        below, upto = self.element_cdf(value.expand(self.batch_shape + self.event_shape))
+        return (upto.double() - below.double()).clamp_min(SMALLEST_MASS).log().to(upto.dtype)
 
     def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each element; of channels that depend on each other, given those before."""
@@ -411,7 +426,7 @@ class FromFeatures(DataDistribution):
         return self._h.expand(extra + self._h.shape).reshape(-1, *self._h.shape[-2:])
 
 
-def _checked_features(likelihood: Likelihood, h: Tensor) -> Tensor:
+def checked_features(likelihood: Likelihood, h: Tensor) -> Tensor:
     """Features of the right number of channels, in float32 at least."""
     axis = -1 - likelihood.spatial_dims
     if h.dim() <= likelihood.spatial_dims or h.shape[axis] != likelihood.in_channels:

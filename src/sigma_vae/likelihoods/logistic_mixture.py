@@ -66,6 +66,7 @@ class LogisticMixture(Discrete):
         if components < 1:
             raise ValueError(f"LogisticMixture has at least 1 component, got {components}")
         self.components = components
+        self.independent_channels = channels == 1
 
     @property
     def in_channels(self) -> int:

@@ -173,7 +173,14 @@ class Scale(nn.Module, ABC):
 
 
 @register.scale(
-    "fixed", argument=Argument("σ", number_above_zero("sigma", "σ, in units of the data's range"), "0.1", required=True)
+    "fixed",
+    argument=Argument(
+        "σ",
+        number_above_zero("sigma", "σ, in units of the data's range"),
+        "0.1",
+        required=True,
+        of=lambda made: repr(made.sigma),
+    ),
 )
 @final
 class Fixed(Scale):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from sigma_vae.likelihoods.residuals import RESIDUALS, ResidualDistribution
 from sigma_vae.likelihoods.scales import Per
 
-__all__ = ["Observed", "best_batch_log_scale", "best_log_scale", "shared_shape"]
+__all__ = ["Newton", "Observed", "Sums", "best_batch_log_scale", "best_log_scale", "highest", "maximum", "shared_shape"]
 
 HEAD = 2**18  # values
 MAX_ITERATIONS = 200
@@ -22,15 +22,30 @@ LARGEST_STEP = 0.7  # in log σ: a factor of two, so that a bad quadratic model 
 
 
 class Observed(NamedTuple):
-    """Data and their prediction: the scale sought is multiplied onto exp(base)."""
+    """Data and their prediction: the scale sought is multiplied onto exp(base). Values of weight 0 are missing."""
 
     residual: ResidualDistribution
     loc: Tensor
     base: Tensor
     x: Tensor
+    weight: Tensor | None = None
 
 
-Slopes = Callable[[Observed, Tensor], Tensor]
+class WithData(Protocol):
+    """Data, and whatever is predicted for them."""
+
+    @property
+    def x(self) -> Tensor:
+        """The data."""
+
+    @property
+    def weight(self) -> Tensor | None:
+        """How much each value counts, of the data's shape."""
+
+
+Part = TypeVar("Part", bound=WithData)
+
+Slopes = Callable[[Part, Tensor], Tensor]
 """First and second derivative of each element's log-probability in its log σ, in two rows."""
 
 
@@ -63,20 +78,20 @@ def best_log_scale(
         return _slope_and_curvature(observed, log_scale, levels)
 
     def search(start: Tensor) -> Tensor:
-        return _maximum(slopes, data, per, event_dims, (log_floor, LARGEST_LOG_SCALE), start)
+        return maximum(slopes, data, per, event_dims, (log_floor, LARGEST_LOG_SCALE), start)
 
     def score(log_scale: Tensor, part: Callable[[Iterable[Observed]], Iterator[Observed]] = iter) -> Tensor:
-        sums = _Sums(per, event_dims)
+        sums = Sums(per, event_dims)
         for observed in part(data):
-            sums.add(_bins(observed, log_scale, levels).log_mass[None])
+            sums.add(_bins(observed, log_scale, levels).log_mass[None], observed.weight)
         return sums.means()[0]
 
     found = search(start.double())
     coarse = torch.linspace(max(math.log(0.25 / (levels - 1)), log_floor), math.log(4), COARSE, dtype=found.dtype)
-    return _best(found, coarse.tolist(), score, search).to(start.dtype)
+    return highest(found, coarse.tolist(), score, search).to(start.dtype)
 
 
-def _best(found: Tensor, coarse: Sequence[float], score: Callable[..., Tensor], search: Callable[[Tensor], Tensor]) -> Tensor:
+def highest(found: Tensor, coarse: Sequence[float], score: Callable[..., Tensor], search: Callable[[Tensor], Tensor]) -> Tensor:
     """A found maximum, or a higher one near a coarse point: bins at the ends give several.
 
     There a right prediction's probability falls from 1 to 1/2 with σ, and a wrong one's rises from 0 to 1/2. The first
@@ -99,7 +114,7 @@ def best_batch_log_scale(observed: Observed, per: Per, event_dims: int, log_floo
     Raises:
         ValueError: a compiled solver has to iterate for a residual distribution that is not in :data:`RESIDUALS`.
     """
-    residual, loc, _, x = observed
+    residual, loc, _, x, _ = observed
     iterates = levels is not None or not residual.closed_form
     if not (iterates and torch.compiler.is_compiling()):
         return best_log_scale([observed], per, event_dims, log_floor, levels)
@@ -137,63 +152,71 @@ def _shared_axes(dims: int, per: Per, event_dims: int) -> tuple[int, ...]:
     return tuple(shared[per])
 
 
-class _Sums:
+class Sums:
     """Sums over everything that shares one σ, across batches and processes; batches are added up in float64."""
 
     def __init__(self, per: Per, event_dims: int) -> None:
         self.per = per
         self.event_dims = event_dims
         self.total: Tensor | None = None
-        self.count = 0.0
+        self.count: float | Tensor = 0.0
 
-    def add(self, values: Tensor) -> None:
-        """Add elementwise values; their first axis has one kind of value a row."""
-        sums = values.sum(_shared_axes(values.dim() - 1, self.per, self.event_dims), keepdim=True, dtype=torch.float64)
-        if self.per != "image":
-            sums = sums.reshape(len(values), *sums.shape[-self.event_dims :])
+    def add(self, values: Tensor, weight: Tensor | None = None) -> None:
+        """Add elementwise values; their first axis has one kind of value a row, and ``weight`` has the shape of a row."""
+        sums = self._sum(values if weight is None else values * weight)
         self.total = sums if self.total is None else self.total + sums
-        self.count += values.numel() / sums.numel()
+        self.count = self.count + (values.numel() / sums.numel() if weight is None else self._sum(weight[None])[0])
 
     def means(self) -> Tensor:
-        """Sum over count, the same on every process."""
+        """Sum over count, the same on every process; 0 where nothing was counted."""
+        total, count = self.totals()
+        return total / count.clamp_min(1)
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """Sum and count, the same on every process."""
         if self.total is None:
             raise ValueError("no data to fit a scale on: `pairs` was empty, or a generator that had been used up")
+        count = torch.as_tensor(self.count).to(self.total)
         if self.per == "image" or not (distributed.is_available() and distributed.is_initialized()):
-            return self.total / self.count
-        message = torch.cat([self.total.flatten(), self.total.new_tensor([self.count])])
+            return self.total, count
+        message = torch.cat([self.total, count.expand(self.total[:1].shape)])
         distributed.all_reduce(message)
-        return (message[:-1] / message[-1]).reshape(self.total.shape)
+        return message[:-1], message[-1:]
+
+    def _sum(self, values: Tensor) -> Tensor:
+        sums = values.sum(_shared_axes(values.dim() - 1, self.per, self.event_dims), keepdim=True, dtype=torch.float64)
+        return sums if self.per == "image" else sums.reshape(len(values), *sums.shape[-self.event_dims :])
 
 
 def _best_for_density(data: Iterable[Observed], per: Per, event_dims: int, log_floor: float) -> Tensor:
     """In closed form, or by Newton's method from the root mean square."""
-    sums = _Sums(per, event_dims)
-    for residual, loc, base, x in data:
+    sums = Sums(per, event_dims)
+    for residual, loc, base, x, weight in data:
         z = (x - loc) * torch.exp(-base)
-        sums.add((residual.statistic(z) if residual.closed_form else z.square())[None])
+        sums.add((residual.statistic(z) if residual.closed_form else z.square())[None], weight)
     log_scale = (sums.means()[0].log() / residual.power).clamp_min(log_floor)
     if not residual.closed_form:
-        log_scale = _maximum(_slope_of_density, data, per, event_dims, (log_floor, math.inf), log_scale)
+        log_scale = maximum(_slope_of_density, data, per, event_dims, (log_floor, math.inf), log_scale)
     return log_scale.to(x.dtype)
 
 
-def _maximum(
-    slopes: Slopes, data: Iterable[Observed], per: Per, event_dims: int, bounds: tuple[float, float], log_scale: Tensor
+def maximum(
+    slopes: Slopes[Part], data: Iterable[Part], per: Per, event_dims: int, bounds: tuple[float, float], log_scale: Tensor
 ) -> Tensor:
     """Find where the slopes add up to 0. After steps on the first data alone, two passes over all of them are enough."""
     for part in (_head, iter):
-        search = _Newton(log_scale, *bounds)
+        search = Newton(log_scale, *bounds)
         for _ in range(MAX_ITERATIONS):
-            sums = _Sums(per, event_dims)
+            sums = Sums(per, event_dims)
             for observed in part(data):
-                sums.add(slopes(observed, search.at))
+                sums.add(slopes(observed, search.at), observed.weight)
             if search.step(*sums.means()):
                 break
         log_scale = search.at
     return log_scale
 
 
-def _head(data: Iterable[Observed]) -> Iterator[Observed]:
+def _head(data: Iterable[Part]) -> Iterator[Part]:
     """The first data, enough of them to come near the optimum."""
     seen = 0
     for observed in data:
@@ -203,7 +226,7 @@ def _head(data: Iterable[Observed]) -> Iterator[Observed]:
             return
 
 
-class _Newton:
+class Newton:
     """Newton's method for maxima of many functions, kept between points where the slope is known to turn."""
 
     def __init__(self, start: Tensor, floor: float, ceiling: float) -> None:
@@ -229,7 +252,7 @@ class _Newton:
 
 def _slope_of_density(observed: Observed, log_scale: Tensor) -> Tensor:
     """:data:`Slopes` of the density; the first is statistic − 1."""
-    residual, loc, base, x = observed
+    residual, loc, base, x, _ = observed
     with torch.enable_grad():
         variable = (base + log_scale.to(loc.dtype)).expand(loc.shape).detach().requires_grad_()
         statistic = residual.statistic((x - loc) * torch.exp(-variable))
@@ -270,7 +293,7 @@ class _Bins(NamedTuple):
 
 
 def _bins(observed: Observed, log_scale: Tensor, levels: int) -> _Bins:
-    residual, loc, base, x = observed
+    residual, loc, base, x, _ = observed
     top = levels - 1
     width = torch.exp(-base - log_scale.to(loc.dtype)) / top
     center = (torch.round(x * top) - loc * top) * width

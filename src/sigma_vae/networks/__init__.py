@@ -8,17 +8,20 @@ from sigma_vae.networks.hierarchical import HierarchicalNetwork, HierarchyPlan, 
 from sigma_vae.networks.mlp import mlp
 from sigma_vae.networks.residual import residual
 from sigma_vae.networks.sequence import SequenceNetwork, sequence
+from sigma_vae.networks.spatial import SpatialNetwork, spatial
 
 __all__ = [
     "FlatNetwork",
     "HierarchicalNetwork",
     "HierarchyPlan",
     "SequenceNetwork",
+    "SpatialNetwork",
     "conv",
     "hierarchical",
     "mlp",
     "residual",
     "sequence",
+    "spatial",
 ]
 
 

@@ -5,6 +5,8 @@ from typing import final
 
 from torch import Tensor, nn
 
+from sigma_vae.conditions import Conditions
+from sigma_vae.networks.condition import Joined, Shifted, width_of
 from sigma_vae.networks.flat import FlatNetwork
 from sigma_vae.registry import register
 
@@ -14,7 +16,13 @@ SMALLEST = 4
 
 
 @register.network("conv", latents="flat", reads_clips=False, has_prior=True)
-def conv(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 32) -> FlatNetwork:
+def conv(
+    shape: Sequence[int],
+    out_channels: int,
+    latent_dim: int = 20,
+    width: int = 32,
+    conditions: Conditions | None = None,
+) -> FlatNetwork:
     """The paper's released network for SVHN: three convolutions down to a quarter of the size, and three back.
 
     With 28×28×1 data, 20 latents and width 32 it has the reference's 990 249 parameters. Where 4 does not divide a
@@ -25,6 +33,8 @@ def conv(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: i
         out_channels: ``likelihood.in_channels``.
         latent_dim: size of z.
         width: channels of the first layer.
+        conditions: labels and covariates to be given; their embedding is added to the channels of the first layer, and
+            joined to the latents.
 
     Raises:
         ValueError: the data are not images, or smaller than 4×4.
@@ -53,7 +63,7 @@ def conv(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: i
         nn.Linear(flat, 2 * latent_dim),
     )
     decoder = nn.Sequential(
-        nn.Linear(latent_dim, flat),
+        nn.Linear(latent_dim + width_of(conditions), flat),
         nn.Unflatten(1, small),
         nn.ConvTranspose2d(4 * width, 2 * width, 6, stride=2, padding=2),
         nn.ReLU(),
@@ -62,7 +72,9 @@ def conv(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: i
         nn.ConvTranspose2d(width, out_channels, 5, padding=2),
         _Crop(rows, columns),
     )
-    return FlatNetwork(encoder, decoder, latent_dim)
+    if conditions is None:
+        return FlatNetwork(encoder, decoder, latent_dim)
+    return FlatNetwork(Shifted(encoder[0], encoder[1:], width), Joined(decoder), latent_dim, conditions=conditions)
 
 
 @final

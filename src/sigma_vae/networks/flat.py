@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from sigma_vae.conditions import Conditions, Embedding
 from sigma_vae.networks.principal import LinearPath, solved_path
 from sigma_vae.priors import StandardNormal
 from sigma_vae.types import (
@@ -38,6 +39,8 @@ class FlatNetwork(Network):
             channels.
         latent_dim: size of z.
         prior: p(z); N(0, I) unless given.
+        conditions: labels and covariates that the network is given. Encoder and decoder are then called with a second
+            argument, the embedding of the condition ``(batch, WIDTH)``; see :mod:`sigma_vae.networks.condition`.
 
     Raises:
         ValueError: the encoder's output does not have ``2·latent_dim`` numbers per example.
@@ -51,12 +54,22 @@ class FlatNetwork(Network):
 
     trains_in_bfloat16 = True
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, latent_dim: int, prior: Prior | None = None) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_dim: int,
+        prior: Prior | None = None,
+        conditions: Conditions | None = None,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.latent_dim = latent_dim
         self.prior = StandardNormal(latent_dim) if prior is None else prior
+        self.conditions = conditions
+        self.reads_condition = conditions is not None
+        self.embedding = None if conditions is None else Embedding(conditions)
         self.linear: LinearPath | None = None
         """A linear encoder and decoder whose outputs are added; :meth:`start_from` makes it."""
 
@@ -75,8 +88,8 @@ class FlatNetwork(Network):
     ) -> Inference:
         """Decode one posterior draw; the KL is that of one layer, ``(batch, 1)``."""
         self.refuse_unread(context, mask, condition)
-        posterior = self.posterior(x)
-        return self.draw(x, posterior, standard_normal(posterior.loc, noise))
+        posterior = self.posterior(x, condition)
+        return self.draw(x, posterior, standard_normal(posterior.loc, noise), condition)
 
     def generate(
         self,
@@ -88,12 +101,14 @@ class FlatNetwork(Network):
     ) -> Tensor:
         """Features of n draws from the prior."""
         self.refuse_unread(context, condition=condition)
-        return self.decode(self.prior.sample(n, generator, per_layer(temperature, 1)[0]))
+        if self.conditions is not None and condition is None:
+            condition = self.conditions.draw(n, generator)
+        z = self.prior.given(condition).sample(n, generator, per_layer(temperature, 1)[0])
+        return self.decode(z, condition)
 
     def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
         """q(z|x), parameters ``(batch, latent_dim)``, in float32 at least."""
-        self.refuse_unread(condition=condition)
-        raw = self.encoder(x)
+        raw = self.encoder(self.encoder_input(x), *self._embedded(condition))
         if raw.dim() != 2 or raw.shape[-1] != 2 * self.latent_dim:
             raise ValueError(
                 f"the encoder gives mean and log-variance of {self.latent_dim} latents, {2 * self.latent_dim} numbers per example;"
@@ -105,6 +120,11 @@ class FlatNetwork(Network):
             mean, log_variance = mean + linear_mean, log_variance + linear_log_variance
         return Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
 
+    def draw_latents(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> Tensor:
+        """One posterior draw ``(batch, latent_dim)``."""
+        posterior = self.posterior(x, condition)
+        return posterior.loc + posterior.scale * standard_normal(posterior.loc, noise)
+
     def encode(self, x: Tensor) -> Normal:
         """Deprecated name of :meth:`posterior`."""
         warnings.warn("FlatNetwork.encode(x) is now posterior(x)", DeprecationWarning, stacklevel=2)
@@ -112,8 +132,7 @@ class FlatNetwork(Network):
 
     def decode(self, z: Tensor | Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
         """Features of z."""
-        self.refuse_unread(condition=condition)
-        features: Tensor = self.decoder(z)
+        features: Tensor = self.decoder(z, *self._embedded(condition))
         if self.linear is not None:
             assert isinstance(z, Tensor)
             features = features + self.linear.decoder(z)
@@ -129,10 +148,11 @@ class FlatNetwork(Network):
         Raises:
             ValueError: setting the last layer with weights to 0 does not make the encoder's, or the decoder's, output 0.
         """
-        example = next(iter(data))[:1].to(next(self.parameters()))
-        h = self.decoder(example.new_zeros(1, self.latent_dim))
+        example = self.encoder_input(next(iter(data))[:1].to(next(self.parameters())))
+        embedded = self._embedded(None if self.conditions is None else self.conditions.rows({}, 1))
+        h = self.decoder(example.new_zeros(1, self.latent_dim), *embedded)
         solved = solved_path(
-            lambda: (x.cpu() for x in data),
+            lambda: (self.encoder_input(x.cpu()) for x in data),
             self.latent_dim,
             mean,
             lambda std: features(std).cpu().reshape(-1, *[1] * (h.dim() - 2)).expand(h.shape[1:]).clone(),
@@ -140,9 +160,9 @@ class FlatNetwork(Network):
         if solved is None:
             return None
         before = copy.deepcopy(self.encoder.state_dict())
-        _silence(self.encoder, example, "encoder")
+        _silence(self.encoder, (example, *embedded), "encoder")
         try:
-            _silence(self.decoder, torch.linspace(-1, 1, self.latent_dim).to(example)[None], "decoder")
+            _silence(self.decoder, (torch.linspace(-1, 1, self.latent_dim).to(example)[None], *embedded), "decoder")
         except ValueError:
             self.encoder.load_state_dict(before)
             raise
@@ -157,26 +177,33 @@ class FlatNetwork(Network):
             self.linear = LinearPath.shaped(shapes, self.latent_dim).to(next(self.parameters())) if shapes else None
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def draw(self, x: Tensor, posterior: Normal, unit: Tensor) -> Inference:
+    def _embedded(self, condition: Tensor | None) -> tuple[Tensor, ...]:
+        """The condition as a second argument of encoder and decoder; none where it is not read."""
+        self.refuse_unread(condition=condition)
+        return () if self.embedding is None else (self.embedding(condition),)
+
+    def draw(self, x: Tensor, posterior: Normal, unit: Tensor, condition: Tensor | None = None) -> Inference:
         """Do what :meth:`infer` does, for given standard normal numbers ``(*draws, batch, latent_dim)``."""
         z = posterior.loc + posterior.scale * unit
         log_posterior = (-0.5 * unit.square() - posterior.scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
-        h = self.decode(z.reshape(-1, self.latent_dim).to(x.dtype))
+        many = None if condition is None else condition.expand(*unit.shape[:-1], -1).reshape(-1, condition.shape[-1])
+        h = self.decode(z.reshape(-1, self.latent_dim).to(x.dtype), many)
+        prior = self.prior.given(condition)
         return Inference(
             h=h.reshape(*unit.shape[:-1], *h.shape[1:]),
             target=x if unit.dim() == 2 else x.expand(*unit.shape[:-2], *x.shape),
-            kl=self.prior.kl(posterior, z).expand(unit.shape[:-1]).unsqueeze(-1),
-            log_ratio=self.prior.log_prob(z) - log_posterior,
+            kl=prior.kl(posterior, z).expand(unit.shape[:-1]).unsqueeze(-1),
+            log_ratio=prior.log_prob(z) - log_posterior,
         )
 
 
-def _silence(half: nn.Module, example: Tensor, name: str) -> None:
+def _silence(half: nn.Module, example: tuple[Tensor, ...], name: str) -> None:
     """Set the last layer with weights to 0, so that the output is 0 until training changes it."""
     layers = [module for module in half.modules() if any(True for _ in module.parameters(recurse=False))]
     before = [p.clone() for p in layers[-1].parameters(recurse=False)] if layers else []
     for parameter in layers[-1].parameters(recurse=False) if layers else ():
         parameter.zero_()
-    if half(example).count_nonzero():
+    if half(*example).count_nonzero():
         for parameter, value in zip(layers[-1].parameters(recurse=False), before, strict=True) if layers else ():
             parameter.copy_(value)
         raise ValueError(

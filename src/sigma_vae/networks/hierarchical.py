@@ -2,17 +2,29 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 from torch.nn import functional
 
+from sigma_vae.conditions import WIDTH, Conditions, Embedding
 from sigma_vae.registry import Argument, register
-from sigma_vae.types import Hierarchy, Inference, Network, Noise, Temperature, at_least_float32, per_layer, standard_normal
+from sigma_vae.types import (
+    ChooseLatents,
+    Hierarchy,
+    Inference,
+    Network,
+    Noise,
+    Temperature,
+    at_least_float32,
+    per_layer,
+    standard_normal,
+)
 
 __all__ = ["DecoderBlock", "Diagonal", "Draw", "EncoderBlock", "HierarchicalNetwork", "HierarchyPlan", "draw", "hierarchical"]
 
@@ -269,6 +281,10 @@ def _diagonal(raw: Tensor) -> Diagonal:
     return Diagonal(*at_least_float32(raw).chunk(2, 1))
 
 
+def _normal(diagonal: Diagonal) -> Normal:
+    return Normal(diagonal.mean, diagonal.log_std.exp(), validate_args=False)
+
+
 def draw(posterior: Diagonal, prior: Diagonal, unit: Tensor) -> Draw:
     """Draw latents; the KL is in closed form, the log-ratio is that of this draw."""
     z = posterior.mean + posterior.log_std.exp() * unit
@@ -322,6 +338,8 @@ class HierarchicalNetwork(Network):
         plan: the blocks.
         latent_dim: channels of each layer of latents.
         width: channels between blocks.
+        conditions: labels and covariates to be given: a linear map of their embedding is added to the channels that enter
+            the encoder and each resolution of the decoder. Every layer's prior is then p(z_l | z_<l, c).
 
     Raises:
         ValueError: the plan does not fit the image.
@@ -334,7 +352,15 @@ class HierarchicalNetwork(Network):
     ([(5, 2, 1, 1), (5, 2, 8, 8)], torch.Size([5, 1, 8, 8]))
     """
 
-    def __init__(self, shape: Sequence[int], out_channels: int, plan: HierarchyPlan, latent_dim: int, width: int) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        out_channels: int,
+        plan: HierarchyPlan,
+        latent_dim: int,
+        width: int,
+        conditions: Conditions | None = None,
+    ) -> None:
         super().__init__()
         channels, self.rows, self.columns = shape
         self.channels = channels
@@ -353,6 +379,15 @@ class HierarchicalNetwork(Network):
         self.gain = nn.Parameter(torch.ones(1, width, 1, 1))
         self.offset = nn.Parameter(torch.zeros(1, width, 1, 1))
         self.head = conv_same(width, out_channels * self.patch**2)
+        self.conditions = conditions
+        self.reads_condition = conditions is not None
+        self.embedding = None if conditions is None else Embedding(conditions)
+        opening = [number for number, block in enumerate(plan.decoder) if number == 0 or block.mix_in is not None]
+        self.shifts = nn.ModuleDict(
+            {name: nn.Linear(WIDTH, width, bias=False) for name in ("stem", *map(str, opening))}
+            if conditions is not None
+            else {}
+        )
 
     @property
     def latents(self) -> Hierarchy:
@@ -369,7 +404,7 @@ class HierarchicalNetwork(Network):
     ) -> Inference:
         """Decode one posterior draw of every layer, from the top down; KL in closed form, summed over each layer."""
         self.refuse_unread(context, mask, condition)
-        h, draws = self._infer(x, noise)
+        h, draws = self._infer(x, noise, condition)
         return Inference(
             h=h,
             target=x,
@@ -387,15 +422,17 @@ class HierarchicalNetwork(Network):
     ) -> Tensor:
         """Features of n draws from the prior; temperature 0 gives each layer's mean."""
         self.refuse_unread(context, condition=condition)
-        return self._descend(n, self._prior_draws([], generator, temperature))
+        if self.conditions is not None and condition is None:
+            condition = self.conditions.draw(n, generator)
+        return self._descend(n, self._prior_draws([], generator, temperature), self._shifts(condition))
 
-    def draw_latents(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
+    def draw_latents(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> list[Tensor]:
         """One posterior draw of every layer, ``(batch, latent_dim, rows, columns)`` each, from the top down."""
-        return [draw.z for draw in self._infer(x, noise)[1]]
+        return [draw.z for draw in self._infer(x, noise, condition)[1]]
 
-    def latent_kl(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
+    def latent_kl(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> list[Tensor]:
         """KL(q‖p) of each latent, given a draw of the layers above: ``(batch, latent_dim, rows, columns)`` each."""
-        return [draw.latent_kl for draw in self._infer(x, noise)[1]]
+        return [draw.latent_kl for draw in self._infer(x, noise, condition)[1]]
 
     def decode(
         self,
@@ -418,14 +455,34 @@ class HierarchicalNetwork(Network):
         given = [tuple(z.shape) for z in latents]
         if not given or given != shapes[: len(given)]:
             raise ValueError(f"decode takes latents of the top layer or more, of shapes {shapes}; got {given}")
-        return self._descend(len(latents[0]), self._prior_draws(latents, generator, temperature))
+        return self._descend(len(latents[0]), self._prior_draws(latents, generator, temperature), self._shifts(condition))
+
+    def descend(self, choose: ChooseLatents, x: Tensor | None = None) -> Tensor:
+        """Features of one example whose latents are chosen layer by layer: see :meth:`Network.descend`."""
+        shifts = self._shifts(None)
+        features = None if x is None else self._encode(x, shifts)
+
+        def chosen(layer: HierarchyLayer, state: Tensor, prior: Diagonal) -> Tensor:
+            posterior = None if features is None else layer.posterior_of(state, features[layer.resolution])
+            return choose(_normal(prior), None if posterior is None else _normal(posterior))
+
+        return self._descend(1, chosen, shifts)
 
     def shards(self) -> list[nn.Module]:
         """Every residual block: each is whole only while it computes."""
         return [module for module in self.modules() if isinstance(module, nn.Sequential)]
 
-    def _infer(self, x: Tensor, noise: Noise | None) -> tuple[Tensor, list[Draw]]:
-        features = self._encode(x)
+    def _shifts(self, condition: Tensor | None) -> Mapping[str, Tensor]:
+        """What is added to the channels of the stem, and of the decoder's layers by their number; nothing without conditions."""
+        self.refuse_unread(condition=condition)
+        if self.embedding is None:
+            return {}
+        embedded = self.embedding(condition)
+        return {name: linear(embedded)[..., None, None] for name, linear in self.shifts.items()}
+
+    def _infer(self, x: Tensor, noise: Noise | None, condition: Tensor | None) -> tuple[Tensor, list[Draw]]:
+        shifts = self._shifts(condition)
+        features = self._encode(x, shifts)
         draws: list[Draw] = []
 
         def choose(layer: HierarchyLayer, state: Tensor, prior: Diagonal) -> Tensor:
@@ -433,7 +490,7 @@ class HierarchicalNetwork(Network):
             draws.append(draw(posterior, prior, standard_normal(posterior.mean, noise)))
             return draws[-1].z
 
-        return self._descend(len(x), choose), draws
+        return self._descend(len(x), choose, shifts), draws
 
     def _prior_draws(self, given: Sequence[Tensor], generator: torch.Generator | None, temperature: Temperature) -> Choose:
         known = iter(given)
@@ -449,14 +506,17 @@ class HierarchicalNetwork(Network):
 
         return choose
 
-    def _encode(self, x: Tensor) -> dict[int, Tensor]:
+    def _encode(self, x: Tensor, shifts: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """The last features at each resolution."""
+        x = self.encoder_input(x)
         expected = (self.channels, self.rows, self.columns)
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(f"this network was built for examples of shape {expected}, got a batch of shape {tuple(x.shape)}")
         side = self.patch * self.plan.resolution
         padded = functional.pad(x, (0, side - self.columns, 0, side - self.rows), mode="replicate")
         state = self.stem(functional.pixel_unshuffle(INPUT_GAIN * (padded - 0.5), self.patch))
+        if "stem" in shifts:
+            state = state + shifts["stem"].to(state.dtype)
         features = {self.plan.resolution: state}
         for block, residual in zip(self.plan.encoder, self.encoder, strict=True):
             state = state + residual(state)
@@ -464,12 +524,14 @@ class HierarchicalNetwork(Network):
             features[state.shape[-1]] = state
         return features
 
-    def _descend(self, n: int, choose: Choose) -> Tensor:
+    def _descend(self, n: int, choose: Choose, shifts: Mapping[str, Tensor]) -> Tensor:
         """Go through the layers from the top down."""
         state: Tensor | None = None
-        for layer in self.decoder:
+        for number, layer in enumerate(self.decoder):
             assert isinstance(layer, HierarchyLayer)
             state = layer.enter(state, n)
+            if str(number) in shifts:
+                state = state + shifts[str(number)].to(state.dtype)
             prior, residual = layer.prior_of(state)
             z = choose(layer, state, prior)
             state = layer.leave(state + residual, z)
@@ -509,6 +571,7 @@ def hierarchical(
     latent_dim: int | None = None,
     width: int | None = None,
     plan: str = "tiny",
+    conditions: Conditions | None = None,
 ) -> HierarchicalNetwork:
     """Layers of latents from coarse to fine (VDVAE): by a preset (tiny, cifar10), or by a plan.
 
@@ -522,6 +585,7 @@ def hierarchical(
         latent_dim: channels of each layer of latents; 16 for cifar10, else 8, unless given.
         width: channels between blocks; 384 for cifar10, else 128, unless given.
         plan: tiny, cifar10, or ``ENCODER/DECODER``.
+        conditions: labels and covariates to be given.
 
     Raises:
         ValueError: the data are not images or too small, or the plan cannot be read or does not fit the image.
@@ -542,4 +606,5 @@ def hierarchical(
         _plan_of(plan, max(shape[1:])),
         default_latents if latent_dim is None else latent_dim,
         default_width if width is None else width,
+        conditions,
     )

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from sigma_vae.conditions import Conditions
+from sigma_vae.networks.condition import Joined, Shifted, width_of
 from sigma_vae.networks.flat import FlatNetwork
 from sigma_vae.registry import register
 
@@ -33,7 +35,13 @@ _Weighted = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn
 
 
 @register.network("residual", latents="flat", reads_clips=False, has_prior=True)
-def residual(shape: Sequence[int], out_channels: int, latent_dim: int = 20, width: int = 16) -> FlatNetwork:
+def residual(
+    shape: Sequence[int],
+    out_channels: int,
+    latent_dim: int = 20,
+    width: int = 16,
+    conditions: Conditions | None = None,
+) -> FlatNetwork:
     r"""Pre-activation residual blocks, most of them at low resolution, for images and series.
 
     The size is halved until it is at most 8, with residual blocks below the first level. Dense layers follow. The
@@ -55,6 +63,8 @@ def residual(shape: Sequence[int], out_channels: int, latent_dim: int = 20, widt
         latent_dim: size of z.
         width: channels at half the data's size; they double with each level, up to eightfold. Dense layers have 32
             times as many units.
+        conditions: labels and covariates to be given; their embedding is added to the channels of the first layer, and
+            joined to the latents.
 
     Raises:
         ValueError: the data are neither images nor series, or an axis is shorter than 4.
@@ -85,7 +95,7 @@ def residual(shape: Sequence[int], out_channels: int, latent_dim: int = 20, widt
         nn.Linear(hidden, 2 * latent_dim),
     )
     decoder = nn.Sequential(
-        nn.Linear(latent_dim, hidden),
+        nn.Linear(latent_dim + width_of(conditions), hidden),
         nn.SiLU(),
         nn.Linear(hidden, math.prod(coarsest)),
         nn.Unflatten(1, coarsest),
@@ -93,7 +103,9 @@ def residual(shape: Sequence[int], out_channels: int, latent_dim: int = 20, widt
     )
     for half in (encoder, decoder):
         _initialise(half, blocks=max(len(widths) - 1, 1))
-    return FlatNetwork(encoder, decoder, latent_dim)
+    if conditions is None:
+        return FlatNetwork(encoder, decoder, latent_dim)
+    return FlatNetwork(Shifted(encoder[0], encoder[1:], width), Joined(decoder), latent_dim, conditions=conditions)
 
 
 def _halvings(size: tuple[int, ...]) -> list[tuple[int, ...]]:

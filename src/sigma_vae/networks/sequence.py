@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sigma_vae.conditions import WIDTH, Conditions, Embedding
 from sigma_vae.registry import Argument, register
 from sigma_vae.types import Frames, Inference, Network, Noise, Prediction, Temperature, at_least_float32, per_layer
 
@@ -103,6 +104,7 @@ class Recurrence(nn.Module):
 
     def __init__(self, code_dim: int, latent_dim: int, rnn_size: int = 256, *, learned_prior: bool = True) -> None:
         super().__init__()
+        self.code_dim = code_dim
         self.latent_dim = latent_dim
         self.posterior = _GaussianLstm(code_dim, rnn_size, latent_dim)
         self.prior = _GaussianLstm(code_dim, rnn_size, latent_dim) if learned_prior else None
@@ -404,6 +406,8 @@ class SequenceNetwork(Network):
         decoder: its counterpart.
         recurrence: the LSTMs between them.
         context_frames: number of given frames at the start of a clip, where they do not come separately.
+        conditions: labels and covariates to be given for a clip: a linear map of their embedding is added to the codes of
+            its frames, so that posterior, prior and predictor see it.
 
     Shapes:
         x ``(batch, T, C, H, W)`` with values in [0, 1]; h ``(batch, T − context, in_channels, H, W)``; kl ``(batch,
@@ -417,7 +421,14 @@ class SequenceNetwork(Network):
 
     reads_clips = True
 
-    def __init__(self, encoder: FrameEncoder, decoder: FrameDecoder, recurrence: Recurrence, context_frames: int = 2) -> None:
+    def __init__(
+        self,
+        encoder: FrameEncoder,
+        decoder: FrameDecoder,
+        recurrence: Recurrence,
+        context_frames: int = 2,
+        conditions: Conditions | None = None,
+    ) -> None:
         super().__init__()
         if context_frames < 1:
             raise ValueError(
@@ -427,6 +438,10 @@ class SequenceNetwork(Network):
         self.decoder = decoder
         self.recurrence = recurrence
         self.context_frames = context_frames
+        self.conditions = conditions
+        self.reads_condition = conditions is not None
+        self.embedding = None if conditions is None else Embedding(conditions)
+        self.shift = None if conditions is None else nn.Linear(WIDTH, recurrence.code_dim, bias=False)
 
     @property
     def latents(self) -> Frames:
@@ -448,15 +463,16 @@ class SequenceNetwork(Network):
             context: the conditioning frames ``(batch, frames, C, H, W)``.
             mask: ``(batch, T)``, True for the valid frames of x, which come first. Others change no number.
             noise: asked for ``(batch, latent_dim)`` once per frame from the second on.
-            condition: refused.
+            condition: of the clips, ``(batch, variables)``.
 
         Raises:
             ValueError: shapes do not fit, no frame is left to predict, or the mask has gaps or leaves out conditioning
                 frames.
         """
-        self.refuse_unread(condition=condition)
+        shift = self._shift(condition)
         clip, mask, past = self._clip(x, context, mask)
         codes, skips = self._encode(clip, mask, past)
+        codes = codes + shift
         steps, _ = self.recurrence.advance(codes[:, :-1], codes[:, 1:], noise or _torch_noise(clip), State())
         predicted, valid = steps.codes[:, past - 1 :], None if mask is None else mask[:, past:]
         kl, log_ratio = (_sum_over(term[:, past - 1 :], valid) for term in (steps.kl(), steps.log_ratio()))
@@ -487,7 +503,9 @@ class SequenceNetwork(Network):
         if show is None:
             raise ValueError("a video network predicts from frames and needs show, from features to frames; see VAE.predict")
         (single,) = per_layer(temperature, 1)  # perhaps a sequence of one
-        return self.predict(start, frames, show, _torch_noise(start, generator), single).h
+        if self.conditions is not None and condition is None:
+            condition = self.conditions.draw(n, generator)
+        return self.predict(start, frames, show, _torch_noise(start, generator), single, condition=condition).h
 
     def predict(
         self,
@@ -498,6 +516,7 @@ class SequenceNetwork(Network):
         temperature: float = 1.0,
         *,
         batch_statistics: bool = False,
+        condition: Tensor | None = None,
     ) -> Prediction:
         """Predict frame after frame, each from the last frame shown.
 
@@ -509,6 +528,7 @@ class SequenceNetwork(Network):
             temperature: scales the spread of all latents.
             batch_statistics: let batch norm use the statistics of the frames at hand, those of one time step of all clips,
                 in any mode, as the published evaluation does. Predictions then depend on each other.
+            condition: of the clips, ``(n, variables)``.
 
         Raises:
             ValueError: context is no batch of clips with frames, or a number is out of range.
@@ -516,6 +536,7 @@ class SequenceNetwork(Network):
         _check_clip("context", context)
         if frames < 1:
             raise ValueError(f"frames is the number of frames to predict and at least 1, got {frames}")
+        shift = self._shift(condition)
         unit, (spread,) = noise or _torch_noise(context), per_layer(temperature, 1)
 
         def draw(shape: torch.Size) -> Tensor:
@@ -525,6 +546,7 @@ class SequenceNetwork(Network):
             codes, skips = (
                 self._encode_one_by_one(context) if batch_statistics else self._encode(context, None, context.shape[1])
             )
+            codes = codes + shift
             state, code, shares = State(), codes[:, -1:], self.decoder.shares(skips)
             if context.shape[1] > 1:
                 _, state = self.recurrence.advance(codes[:, :-1], codes[:, 1:], draw, state)
@@ -533,8 +555,16 @@ class SequenceNetwork(Network):
                 steps, state = self.recurrence.advance(code, None, draw, state)
                 features.append(self._decode(steps.codes, shares, None))
                 shown.append(show(features[-1].squeeze(1)))
-                code = self.encoder(shown[-1]).code.unsqueeze(1)
+                code = self.encoder(shown[-1]).code.unsqueeze(1) + shift
         return Prediction(torch.cat(features, 1), torch.stack(shown, 1))
+
+    def _shift(self, condition: Tensor | None) -> Tensor | float:
+        """What is added to the codes of a clip's frames, ``(batch, 1, code_dim)``; nothing without conditions."""
+        self.refuse_unread(condition=condition)
+        if self.embedding is None or self.shift is None:
+            return 0.0
+        shift: Tensor = self.shift(self.embedding(condition))
+        return shift.unsqueeze(1)
 
     def _clip(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None, int]:
         """Whole clips, the mask of all their frames, and the number of given frames."""
@@ -641,6 +671,7 @@ def sequence(
     backbone: Literal["dcgan", "vgg"] = "dcgan",
     context_frames: int = 2,
     learned_prior: bool = True,
+    conditions: Conditions | None = None,
 ) -> SequenceNetwork:
     """Stochastic video generation (SVG): one vector of latents per frame, with a learned prior.
 
@@ -655,6 +686,7 @@ def sequence(
         backbone: a name.
         context_frames: number of given frames at the start of a clip.
         learned_prior: SVG-LP; False for SVG-FP, whose prior is N(0, I).
+        conditions: labels and covariates to be given.
 
     Raises:
         ValueError: a name or a size does not fit.
@@ -668,4 +700,4 @@ def sequence(
     code_dim = 2 * width
     encoder, decoder = BACKBONES[backbone](shape, out_channels, width, code_dim)
     recurrence = Recurrence(code_dim, latent_dim, rnn_size=4 * width, learned_prior=learned_prior)
-    return SequenceNetwork(encoder, decoder, recurrence, context_frames)
+    return SequenceNetwork(encoder, decoder, recurrence, context_frames, conditions)

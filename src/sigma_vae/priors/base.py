@@ -65,14 +65,21 @@ class FittedPrior(Prior):
             raise ValueError(f"this {type(self).__name__} is not fitted yet; fit it to latents: vae.fit_prior(loader, prior)")
 
 
-def fitted(prior: Prior, latents: Tensor, held_out: Tensor | None, seed: int) -> None:
-    """Fit a prior to latents in place.
+def fitted(
+    prior: Prior,
+    latents: Tensor,
+    held_out: Tensor | None,
+    seed: int,
+    condition: Tensor | None = None,
+    held_condition: Tensor | None = None,
+) -> None:
+    """Fit a prior to latents, and to their conditions, in place.
 
     Raises:
         ValueError: it cannot be fitted to them, or not in the numbers that it is kept in.
     """
     try:
-        prior.fit(latents, held_out, seed)
+        prior.fit_given(latents, condition, held_out, held_condition, seed)
     except RuntimeError as error:  # of a decomposition
         raise ValueError(
             f"{type(prior).__name__} cannot be fitted to these latents, they are too large or lie in a plane"

@@ -36,8 +36,8 @@ class StandardNormal(Prior):
     device_marker: Tensor
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of z, in nats."""
-        return -0.5 * z.square().sum(-1) - 0.5 * math.log(2 * math.pi) * self.latent_dim
+        """Log-density of z, in nats; also of vectors of another size, as maps of pictures of another size are."""
+        return -0.5 * z.square().sum(-1) - 0.5 * math.log(2 * math.pi) * z.shape[-1]
 
     def kl(self, posterior: Normal, z: Tensor) -> Tensor:
         """KL(q‖p) in closed form; the draw z is not needed."""
@@ -121,6 +121,11 @@ class GaussianPrior(FittedPrior):
         unit = torch.empty(n, self.latent_dim, device=self.mean.device, dtype=self.mean.dtype).normal_(generator=generator)
         return self.colour(temperature * unit)
 
+    def as_mixture(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Itself, as a mixture of one: see :meth:`Prior.as_mixture`."""
+        self.require_fitted()
+        return self.mean.new_zeros(1), self.mean[None], self.scale_tril[None]
+
     def whiten(self, z: Tensor) -> Tensor:
         """Map N(μ, Σ) to N(0, I)."""
         self.require_fitted()
@@ -140,8 +145,12 @@ class GaussianPrior(FittedPrior):
 
 
 @torch.no_grad()
-def best_prior(priors: Iterable[Prior], latents: Tensor, held_out: Tensor) -> tuple[Prior, dict[str, float]]:
+def best_prior(
+    priors: Iterable[Prior], latents: Tensor, held_out: Tensor, condition: Tensor | None = None
+) -> tuple[Prior, dict[str, float]]:
     """Compare fitted priors with N(0, I), and with a Gaussian fitted to the same latents, on held-out ones.
+
+    ``condition`` are those of the held-out latents, for priors that depend on it.
 
     Returns:
         The best, and each one's mean log-density of the held-out latents in nats, by name, the best first.
@@ -156,12 +165,12 @@ def best_prior(priors: Iterable[Prior], latents: Tensor, held_out: Tensor) -> tu
     size = latents.shape[1]
     candidates: dict[str, Prior] = {type(prior).__name__: prior for prior in priors}
     candidates["N(0, I)"] = StandardNormal(size).to(latents)
-    moments = GaussianPrior(size).to(latents)
-    if len(latents) >= moments.least_latents:
+    if size < len(latents):
         with suppress(ValueError):  # latents in a plane have no Gaussian
+            moments = GaussianPrior(size).to(latents)
             moments.fit(latents)
             candidates["moments"] = moments
-    found = {name: float(each.log_prob(held_out).double().mean()) for name, each in candidates.items()}
+    found = {name: float(each.given(condition).log_prob(held_out).double().mean()) for name, each in candidates.items()}
     ranked = dict(sorted(found.items(), key=lambda item: -item[1] if item[1] == item[1] else math.inf))
     return candidates[next(iter(ranked))], ranked
 

@@ -12,7 +12,7 @@ from sigma_vae.priors.base import FittedPrior
 from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
 from sigma_vae.registry import Argument, register
 
-__all__ = ["MixturePrior"]
+__all__ = ["MixturePrior", "components_of", "expectation_maximisation", "read_components"]
 
 NUMBERS = (1, 5, 10, 20, 50, 100)
 """Numbers of components to try."""
@@ -23,17 +23,19 @@ REGULARISATION = 1e-6
 ITERATIONS = 100
 
 
-def _components(text: str) -> dict[str, int]:
+def read_components(text: str) -> dict[str, int]:
+    """Read a number of components."""
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"mixture takes a number of components, got {text!r}")
     return {"components": int(text)}
 
 
-def _components_of(prior: "MixturePrior") -> str | None:
+def components_of(prior: Any) -> str | None:
+    """The number of components of a mixture, as text; None before it is known."""
     return None if prior.components is None else str(prior.components)
 
 
-@register.prior("mixture", argument=Argument("components", _components, "20", of=_components_of))
+@register.prior("mixture", argument=Argument("components", read_components, "20", of=components_of))
 @final
 class MixturePrior(FittedPrior):
     r"""A mixture of Gaussians with full covariances.
@@ -91,7 +93,7 @@ class MixturePrior(FittedPrior):
         """
         some = _some(self.checked(latents), seed)
         if self._asked is not None:
-            fitted = _expectation_maximisation(some, self._asked, seed)
+            fitted = expectation_maximisation(some, self._asked, seed)
         elif held_out is None:
             raise ValueError(
                 "the number of components is chosen by held-out latents: give held_out (validation), or a number such as components=20"
@@ -127,6 +129,11 @@ class MixturePrior(FittedPrior):
         unit = torch.empty(n, self.latent_dim, device=self.means.device, dtype=self.means.dtype).normal_(generator=generator)
         return self.means[which] + temperature * (self.scale_trils[which] @ unit[..., None]).squeeze(-1)
 
+    def as_mixture(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-weights, means and Cholesky factors: see :meth:`Prior.as_mixture`."""
+        self.require_fitted()
+        return self.log_weights, self.means, self.scale_trils
+
 
 def _some(latents: Tensor, seed: int) -> Tensor:
     return latents[torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))[:MOST_LATENTS]]
@@ -134,12 +141,12 @@ def _some(latents: Tensor, seed: int) -> Tensor:
 
 def _chosen(latents: Tensor, held_out: Tensor, seed: int) -> Any:
     """The mixture with the largest number of components that held-out latents gained from."""
-    best = _expectation_maximisation(latents, NUMBERS[0], seed)
+    best = expectation_maximisation(latents, NUMBERS[0], seed)
     density = best.score_samples(held_out.numpy())
     for components in NUMBERS[1:]:
         if components * (latents.shape[1] + 1) > len(latents):  # too few latents for so many covariances
             break
-        richer = _expectation_maximisation(latents, components, seed)
+        richer = expectation_maximisation(latents, components, seed)
         gain = richer.score_samples(held_out.numpy()) - density
         if gain.mean() <= gain.std() / math.sqrt(len(gain)):
             break
@@ -147,7 +154,7 @@ def _chosen(latents: Tensor, held_out: Tensor, seed: int) -> Any:
     return best
 
 
-def _expectation_maximisation(latents: Tensor, components: int, seed: int) -> Any:
+def expectation_maximisation(latents: Tensor, components: int, seed: int) -> Any:
     """Fit in float64: from float32 scikit-learn gets covariances that are not positive definite."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture

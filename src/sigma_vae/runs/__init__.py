@@ -1,23 +1,44 @@
 """A run folder: trained into, resumed, opened, evaluated."""
 
-from sigma_vae.runs.compare import compare
-from sigma_vae.runs.evaluate import evaluate_run, evaluation_file
-from sigma_vae.runs.folder import Run, evaluation_batch, new_data, open_model, open_run, word_of
-from sigma_vae.runs.refit import calibrate_run, fit_prior
-from sigma_vae.runs.train import has_checkpoint, rerun, resume, train
+from sigma_vae.extras import needed_by
+
+with needed_by("sigma_vae.runs"):
+    from sigma_vae.runs.compare import compare
+    from sigma_vae.runs.evaluate import evaluate_run, evaluation_file, read_evaluation
+    from sigma_vae.runs.folder import (
+        Run,
+        columns_of,
+        config_of,
+        evaluation_batch,
+        new_config,
+        new_data,
+        open_model,
+        open_run,
+        read_json,
+        word_of,
+    )
+    from sigma_vae.runs.page import report
+    from sigma_vae.runs.refit import calibrate_run, fit_prior
+    from sigma_vae.runs.train import has_checkpoint, rerun, resume, train
 
 __all__ = [
     "Run",
     "calibrate_run",
+    "columns_of",
     "compare",
+    "config_of",
     "evaluate_run",
     "evaluation_batch",
     "evaluation_file",
     "fit_prior",
     "has_checkpoint",
+    "new_config",
     "new_data",
     "open_model",
     "open_run",
+    "read_evaluation",
+    "read_json",
+    "report",
     "rerun",
     "resume",
     "train",

@@ -13,7 +13,7 @@ from sigma_vae.data import Splits
 from sigma_vae.evaluation import Evaluation, EvaluationData
 from sigma_vae.evaluation.base import metrics
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
-from sigma_vae.evaluation.plots import pairs, reconstructed, sampled, save_clips, save_grid
+from sigma_vae.evaluation.plots import pairs, reconstructed, sampled, sampled_per_class, save_clips, save_grid
 from sigma_vae.evaluation.suite import chosen, measure
 from sigma_vae.runs.folder import (
     SIGMA_FITTED_ON,
@@ -50,6 +50,7 @@ BOUNDS_ALONE = EvaluationSettings(metrics=())
 PICTURES = 64
 ALL = "all"
 """Split of examples that are in none."""
+CLASS_SAMPLES, MOST_ROWS = 8, 50
 CLIPS = 8
 """Clips in a picture, one per row."""
 
@@ -114,7 +115,9 @@ def evaluation(
 
     ``priors`` is what :meth:`VAE.fit_prior` found.
     """
-    config, vae, data = run
+    config, vae, whole = run
+    count = len(whole.store(settings.split))
+    data = whole.sampled(settings.split, settings.examples or count)
     size = evaluation_batch(data)
     held_out, training = (shared(data, split, size, vae.device) for split in (settings.split, "train"))
     about = _about(out, config.model, vae, config.data.source, settings.split, priors)
@@ -123,6 +126,8 @@ def evaluation(
         "split_fingerprint": data.store(settings.split).fingerprint(),
         "preprocessing": data.record["preprocessing"],
     }
+    if data is not whole:
+        about["of_examples"] = count
     return _measured(vae, EvaluationData(held_out, training, data), settings, about)
 
 
@@ -215,6 +220,9 @@ def draw(out: Path, vae: VAE, data: Splits) -> None:
     originals, again = map(data.scaling.undo, (batch.x, reconstructed(vae, batch)))
     if not moving:
         save_grid(out / "samples.png", samples)
+        label = None if vae.network.conditions is None else vae.network.conditions.only_classes
+        if label is not None and len(label.classes or ()) <= MOST_ROWS:
+            save_grid(out / "samples-per-class.png", data.scaling.undo(sampled_per_class(vae, CLASS_SAMPLES)), CLASS_SAMPLES)
         save_grid(out / "reconstructions.png", pairs(originals, again, columns=8), columns=8)
         return
     for ending, columns in ((".png", 1), (".gif", 8)):

@@ -13,11 +13,15 @@ import numpy as np
 import torch
 
 from sigma_vae import models
-from sigma_vae.config import DataConfig, RunConfig, read, read_text, write_whole
+from sigma_vae.config import DataConfig, RunConfig, parse, read, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits, names
 from sigma_vae.data.load import Whole, load_whole
+from sigma_vae.data.mixed import mixed_splits, read_frame
+from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.splits import SPLITS, Names, SplitName, fingerprint
+from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.base import evaluation_batch
+from sigma_vae.evaluation.words import table
 from sigma_vae.training import resolve_device
 from sigma_vae.training.checkpoints import exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first, shared
@@ -27,6 +31,7 @@ __all__ = [
     "SIGMA_FITTED_ON",
     "NewData",
     "Run",
+    "columns_of",
     "config_of",
     "data_of",
     "evaluation_batch",
@@ -57,6 +62,11 @@ class Run(NamedTuple):
     config: RunConfig
     vae: VAE
     data: Splits
+
+    def _repr_html_(self) -> str:
+        made = self.config.model
+        rows = {"data": self.data.name, "examples": str(self.data.record.get("counts", "")), "network": made.network}
+        return table("A run", rows | {"likelihood": made.likelihood, "seed": str(self.config.seed)}) + self.vae._repr_html_()
 
 
 def open_run(out: Path, device: str = "auto") -> Run:
@@ -101,7 +111,8 @@ def data_of(out: Path, config: RunConfig) -> Splits:
     """
     try:
         with first_of_node_first():
-            data = models.data(config.data)
+            schema = _schema_of(out) if config.data.mixed else None
+            data = models.data(config.data) if schema is None else mixed_splits(config.data, schema)
     except ValueError as error:
         if (moved := _moved(out, config.data)) is not None:
             raise moved from error
@@ -117,6 +128,12 @@ def data_of(out: Path, config: RunConfig) -> Splits:
             f"the data of {out} have changed since it was trained; restore them, or train again into another folder"
         )
     return data
+
+
+def _schema_of(out: Path) -> TableSchema | None:
+    """The columns that the run's model reads; None before it has a model."""
+    path = out / models.MODEL / "model.json"
+    return parse(read_json(path).get("scaling"), Scaling, str(path)).schema if path.exists() else None
 
 
 def _same(record: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -171,7 +188,7 @@ def new_data(out: Path, saved: models.Saved, source: str, split: SplitName) -> N
         ValueError: the data cannot be read in this way, or have another shape.
     """
     with first_of_node_first():
-        found = load_whole(new_config(out, saved.scaling, source), split)
+        found = _found(new_config(out, saved.scaling, source), saved, split)
     store = found.store
     shape = store.shape[1:] if found.clips else store.shape
     if (shape, found.clips) != (saved.shape, saved.vae.network.reads_clips):
@@ -181,6 +198,15 @@ def new_data(out: Path, saved: models.Saved, source: str, split: SplitName) -> N
     alone = Splits(source, store, store, store, saved.scaling, {}, found.clips)
     batches = shared(alone, split, evaluation_batch(alone), saved.vae.device)
     return NewData(batches, found.names, found.split, None if found.split else _splits_of(out, found))
+
+
+def _found(config: DataConfig, saved: models.Saved, split: SplitName) -> Whole:
+    schema = saved.scaling.schema
+    if schema is None:
+        return load_whole(config, split, saved.vae.network.conditions)
+    frame, chosen = read_frame(config, split)
+    store = InMemory(schema.encode(frame, unknown=config.unknown))
+    return Whole(store, np.arange(len(frame)), False, chosen)
 
 
 def word_of(source: str) -> str:
@@ -193,17 +219,26 @@ def word_of(source: str) -> str:
     return word if word and word not in SPLITS else f"data-{word}".strip("-")
 
 
+def columns_of(out: Path) -> list[str]:
+    """Names of the columns of a run's data; empty where they have none.
+
+    Raises:
+        ValueError: the run does not say them.
+    """
+    record = read_json(out / "environment.json").get("data")
+    known = record.get("columns", []) if isinstance(record, dict) else None
+    if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
+        raise ValueError(f"{out / 'environment.json'} does not say the columns of the run's data, got {known!r}")
+    return known
+
+
 def new_config(out: Path, scaling: Scaling, source: str) -> DataConfig:
     """How to read other data for a run's model: as its own data, with the levels or the standardisation of the model.
 
     Raises:
         ValueError: the run does not say the columns of its data.
     """
-    own = config_of(out).data
-    record = read_json(out / "environment.json").get("data")
-    known = record.get("columns", []) if isinstance(record, dict) else None
-    if not isinstance(known, list) or not all(isinstance(name, str) for name in known):
-        raise ValueError(f"{out / 'environment.json'} does not say the columns of the run's data, got {known!r}")
+    own, known = config_of(out).data, columns_of(out)
     named = source in names()
     return replace(
         own,

@@ -120,6 +120,12 @@ def _fitting(out: Path, run: Run, data: str | None) -> Splits:
         raise ValueError(
             f"the model was trained on the columns {known}, {config.source} has {has}; pass a config.yaml as --data to choose columns"
         )
+    conditions = run.vae.network.conditions
+    if conditions is not None and not conditions.means_the_same(found.conditions):
+        raise ValueError(
+            f"{config.source} needs the conditions of the model, {', '.join(conditions.names)} with all of their classes, to fit it; give"
+            " data that have them"
+        )
     return replace(found, scaling=run.data.scaling)
 
 
@@ -196,7 +202,7 @@ def check_latents(prior: str, vae: VAE, data: Splits) -> None:
     if prior in ("standard", models.AUTO):
         return
     (size,) = vae.network.latents.sizes
-    made = models.prior(prior, size)
+    made = models.prior(prior, size, None, vae.network.conditions)
     if made.needs_fit and len(data.train) < made.least_latents:
         raise ValueError(
             f"the prior {prior} over {size} latents needs at least {made.least_latents} training examples,"
@@ -204,12 +210,14 @@ def check_latents(prior: str, vae: VAE, data: Splits) -> None:
         )
 
 
-def take_prior(prior: str, vae: VAE, data: Splits, seed: int) -> dict[str, float]:
+def take_prior(prior: str, vae: VAE, data: Splits, seed: int, most: int | None = None) -> dict[str, float]:
     """Put the named prior into the model, fitted to the latents of the training split, and return what its fit found.
 
     The validation split makes its choices, and takes a simpler prior where that is better. Where several processes
-    train, the first one fits it and the others take it over.
+    train, the first one fits it and the others take it over. At most ``most`` examples of each split are encoded.
     """
+    if most is not None:
+        data = data.sampled("train", most).sampled("validation", most)
     made = models.priors(prior, vae.network, len(data.train))
     if not any(each.needs_fit for each in made):
         for each in made:

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from sigma_vae import __version__, models
+from sigma_vae.conditions import Conditions
 from sigma_vae.config import DataConfig, RunConfig, parse, write
 from sigma_vae.data import Scaling, Splits, names
 from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.plots import drawable
-from sigma_vae.runs.evaluate import draw, evaluation, store
+from sigma_vae.runs.evaluate import BOUNDS_ALONE, draw, evaluation, store
 from sigma_vae.runs.folder import Run, config_of, data_of, fitted_on, save_refitted, write_json, write_splits
+from sigma_vae.runs.page import write_page
 from sigma_vae.runs.refit import check_latents, take_prior
-from sigma_vae.training import fit, resolve_device
-from sigma_vae.training.checkpoints import LOCK, exclusive, with_remedy
+from sigma_vae.training import fit, held_out_examples, resolve_device
+from sigma_vae.training.checkpoints import BEFORE, LOCK, exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first, from_first, joined, processes
 from sigma_vae.training.hardware import Choices, choices_for
 from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step
@@ -34,10 +36,16 @@ NOT_YET_A_RUN = {
 """Files left by a training that stopped before its folder was a run."""
 
 
-def train(config: RunConfig, out: Path, *, progress: bool = True) -> Evaluation:
+def train(config: RunConfig, out: Path, *, progress: bool = True, page: bool = True) -> Evaluation:
     """Train into a new folder, calibrate, fit the prior, evaluate on the test split, and draw pictures.
 
     Processes started by ``torchrun`` share the work; all of them have to see the folder.
+
+    Args:
+        config: of the run.
+        out: a new folder.
+        progress: show a bar, or where output is redirected a line a minute.
+        page: write ``report.html``, which takes seconds.
 
     Returns:
         The evaluation, as in ``evaluation.json``.
@@ -47,7 +55,7 @@ def train(config: RunConfig, out: Path, *, progress: bool = True) -> Evaluation:
         OSError: the folder cannot be written; files written before are whole.
     """
     with joined(resolve_device(config.device)):
-        return _train(config, out, progress=progress)
+        return _train(config, out, progress=progress, page=page)
 
 
 def _check_new(out: Path) -> None:
@@ -57,15 +65,23 @@ def _check_new(out: Path) -> None:
         )
 
 
-def _train(config: RunConfig, out: Path, *, progress: bool) -> Evaluation:
+def _train(config: RunConfig, out: Path, *, progress: bool, page: bool) -> Evaluation:
     from_first(lambda: _check_new(out))
-    config = replace(config, data=_from_anywhere(config.data))
+    name, given = config.model.likelihood, _from_anywhere(config.data)
+    mixed, counts = given.mixed or name.partition(":")[0] == "mixed", given.counts or models.takes_counts(name)
+    config = replace(config, data=replace(given, mixed=mixed, counts=counts))
     with first_of_node_first():
         data = models.data(config.data)
     if progress and processes().first:
         print(f"{data.name}: {data.record['counts']}; {data.record['preprocessing']}")
     if config.model.network == "auto":
         config = replace(config, model=replace(config.model, network=models.default_network(data.shape, clips=data.clips)))
+    config = replace(config, model=replace(config.model, network=models.from_anywhere(config.model.network)))
+    if config.model.likelihood == "auto":
+        name, reason = models.likelihood_for(config.model, data)
+        config = replace(config, model=replace(config.model, likelihood=name))
+        if progress and processes().first:
+            print(f"likelihood {name}: {reason}")
     if config.model.latent_dim == "auto":
         config = replace(config, model=replace(config.model, latent_dim=models.latents_for(config.model, data)))
         if progress and processes().first:
@@ -76,7 +92,7 @@ def _train(config: RunConfig, out: Path, *, progress: bool) -> Evaluation:
     with with_remedy(out, "train again"), exclusive(out):
         from_first(lambda: _begin(config, out, environment, data))
         with with_remedy(out, f"continue: sigma-vae resume {out}"):
-            return _finish(config, out, vae, data, resumed=False, progress=progress)
+            return _finish(config, out, vae, data, resumed=False, progress=progress, page=page)
 
 
 def _from_anywhere(data: DataConfig) -> DataConfig:
@@ -145,7 +161,10 @@ def rerun(out: Path) -> dict[str, Any]:
     scaling = parse(step.about.get("scaling"), Scaling, str(out / FILE))
     sizes = {name: value.shape for name, value in step.weights.items()}
     try:
-        vae = models.sized(replace(config.model, prior="standard"), tuple(shape), scaling, sizes)
+        trained = config.model if config.model.prior == "learned" else replace(config.model, prior="standard")
+        known = step.about.get("conditions")
+        conditions = None if known is None else parse(known, Conditions, str(out / FILE))
+        vae = models.sized(trained, tuple(shape), scaling, sizes, conditions=conditions)
         begins = first_broken(vae, step, config.training)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:  # tensors of any kind and size
         raise ValueError(f"{out / FILE} does not fit the model of {out}: {error}") from error
@@ -157,15 +176,28 @@ def has_checkpoint(out: Path) -> bool:
     return any((out / "checkpoints" / name).exists() for name in ("last.ckpt", "previous.ckpt"))
 
 
-def _finish(config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool) -> Evaluation:
-    done = fit(vae, data, config.training, out=out, seed=config.seed, device=config.device, resume=resumed, progress=progress)
+def _finish(
+    config: RunConfig, out: Path, vae: VAE, data: Splits, *, resumed: bool, progress: bool, page: bool = True
+) -> Evaluation:
+    done = fit(
+        vae,
+        data,
+        config.training,
+        out=out,
+        seed=config.seed,
+        device=config.device,
+        resume=resumed,
+        progress=progress,
+        save=False,  # the model of a run is there when its prior is fitted: the run is then finished
+    )
     if progress and done.skipped_steps:
         print(f"{done.skipped_steps} of {done.steps} steps were skipped: their gradient norm reached skip_gradient_norm")
     vae.to(resolve_device(config.device))
-    priors = take_prior(config.model.prior, vae, data, config.seed)
+    priors = take_prior(config.model.prior, vae, data, config.seed, held_out_examples(config.training, data, done.steps))
     from_first(lambda: _save(out, config, vae, data, done.training_sigma))
-    report = evaluation(out, Run(config, vae, data), priors=priors)
-    return from_first(lambda: _write_report(out, report, vae, data))
+    examples = held_out_examples(config.training, data, done.steps)
+    report = evaluation(out, Run(config, vae, data), replace(BOUNDS_ALONE, examples=examples), priors)
+    return from_first(lambda: _write_report(out, report, Run(config, vae, data), page=page))
 
 
 def _save(out: Path, config: RunConfig, vae: VAE, data: Splits, training_sigma: Mapping[Observes, float]) -> None:
@@ -175,16 +207,20 @@ def _save(out: Path, config: RunConfig, vae: VAE, data: Splits, training_sigma: 
         save_refitted(out, vae, record)
 
 
-def _write_report(out: Path, report: Evaluation, vae: VAE, data: Splits) -> Evaluation:
+def _write_report(out: Path, report: Evaluation, run: Run, *, page: bool) -> Evaluation:
     report = store(out, report)  # sections are kept where nothing was left to train
-    if drawable(data.shape):
-        draw(out, vae, data)
+    if drawable(run.data.shape) and not run.data.scaling.counts:
+        draw(out, run.vae, run.data)
+    if page:
+        write_page(out, run, report)
+    for name in BEFORE.values():  # the run is whole: the newest checkpoint is enough to continue it
+        (out / "checkpoints" / name).unlink(missing_ok=True)
     return report
 
 
 def _new_vae(config: RunConfig, data: Splits) -> VAE:
     torch.manual_seed(config.seed)
-    vae = models.vae(config.model, data.shape, data.scaling)
+    vae = models.vae(config.model, data.shape, data.scaling, conditions=data.conditions)
     if vae.network.reads_clips != data.clips:
         have, remedy = ("clips", "take sequence") if data.clips else ("no clips", "take residual, conv, hierarchical or mlp")
         raise ValueError(f"{config.data.source} has {have}, and the network {config.model.network} is not for that; {remedy}")

@@ -154,7 +154,7 @@ def _measured(cell: Cell, folder: Path) -> dict[str, Any]:
             runs.resume(run, progress=False)
         elif not (run / "evaluation.json").exists():
             shutil.rmtree(run, ignore_errors=True)
-            runs.train(cell.config, run, progress=False)
+            runs.train(cell.config, run, progress=False, page=False)
     by = tuple(m for m in cell.evaluation.metrics or () if m in CHOSEN_BY)
     validation = replace(cell.evaluation, metrics=by, split="validation")
     of_samples = replace(cell.evaluation, metrics=tuple(m for m in cell.evaluation.metrics or () if m in OF_SAMPLES))

@@ -180,6 +180,7 @@ def _cell(spec: StudySpec, place: dict[str, Any], chosen: Sequence[Mapping[str, 
     for settings in chosen:
         for path, value in settings.items():
             _put(content, path, value)
+    content.setdefault("model", {})  # a study says its likelihoods: none is chosen by the data
     config = parse(content, RunConfig, f"{spec.title}, cell {place}")
     if config.model.prior == "auto":
         config = replace(config, model=replace(config.model, prior=STANDARD))
@@ -274,6 +275,8 @@ def _check(cell: Cell) -> None:
         models.check_network(model.network)
     facts = network_facts(model.network)
     for name in cell.priors:
+        if data.condition and register.prior.entry(name).facts.get("reads_condition", False):
+            continue
         if models.prior(name, latent_dim=2).needs_fit and not facts.get("has_prior", True):
             raise ValueError(
                 f"the prior {name} has to be fitted, and {model.network} has no prior that can be replaced; take priors: [standard]"

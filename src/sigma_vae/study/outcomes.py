@@ -1,8 +1,9 @@
 """The results of each place of a grid beside the paper's figures, for the report and the terminal."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from sigma_vae.runs.sections import Section, Table
 from sigma_vae.study.comparisons import ELBO, STANDARD
 from sigma_vae.study.grid import StudySpec, cells, format_place, in_words
 from sigma_vae.study.statistics import shown, summary
@@ -10,66 +11,10 @@ from sigma_vae.study.statistics import shown, summary
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["PLOTS", "Card", "Picture", "Section", "Table", "failures", "how_far", "minus", "results"]
+__all__ = ["PLOTS", "failures", "how_far", "minus", "results"]
 
 PLOTS = "report-files"
 """Folder of the plots of a report in Markdown."""
-
-
-class Card(NamedTuple):
-    """A claim with its verdicts, each a word and a finding."""
-
-    name: str
-    sentence: str
-    verdicts: tuple[tuple[str, str], ...]
-    rule: str
-
-
-class Table(NamedTuple):
-    """A table of words; the first column names the row."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    folded: bool = False
-    """Whether HTML shows it only on demand."""
-
-
-class Picture(NamedTuple):
-    """A picture with its alternative text and caption."""
-
-    place: str
-    """Path relative to the study's folder, of a plot or of a run's picture."""
-    content: bytes
-    alt: str
-    caption: str
-
-    @property
-    def kind(self) -> str:
-        """Its media type."""
-        return "image/svg+xml" if self.is_plot else "image/png"
-
-    @property
-    def is_plot(self) -> bool:
-        """Whether it is drawn from numbers, which its alternative text has."""
-        return self.place.endswith(".svg")
-
-
-class Section(NamedTuple):
-    """A heading with its content."""
-
-    title: str
-    words: tuple[str, ...] = ()
-    cards: tuple[Card, ...] = ()
-    tables: tuple[Table, ...] = ()
-    pictures: tuple[Picture, ...] = ()
-    further: tuple[str, ...] = ()
-    """Paragraphs at the end."""
-
-    @property
-    def empty(self) -> bool:
-        """Whether there is nothing to show."""
-        return not (self.cards or self.tables or self.pictures)
 
 
 def minus(number: str) -> str:

@@ -1,12 +1,10 @@
 """Pictures of a study: plots as SVG with one panel each, which fits a phone, and small copies of sample grids."""
 
 import io
-import math
-import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from sigma_vae.evaluation.plots import DASHES, MARKERS, OKABE_ITO, Plot, plot_in_words, svg
 from sigma_vae.study.comparisons import ELBO, Setting, frechet_columns
 from sigma_vae.study.statistics import KINDS
 
@@ -14,29 +12,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL.Image import Image
 
-__all__ = ["Plot", "coverage", "curves", "frechet", "information", "rate_distortion", "small"]
+__all__ = ["coverage", "curves", "frechet", "information", "rate_distortion", "small"]
 
-WIDTH, HEIGHT = 4.6, 3.3
-"""Inches; on a phone the text shrinks by only a fifth."""
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "*")
 LIGHTEST = 0.6
 """Lightest place in the palette with three times the contrast to white that lines need (WCAG 2.2, 1.4.11)."""
 OWN = ("*", "P", "X", "D", "v", "^", "<", ">")
 """Markers of arms that find their own σ."""
-DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 NOMINAL = (50, 80, 90, 95)
-CLIP_PATH = re.compile(rb'(?<=<clipPath id=")[^"]+')
 THUMBNAIL, GREYS, COLOURS = 240, 16, 48
 """Largest number of pixels, grey levels and colours of small copies."""
-Draw = Callable[["Axes"], None]
-
-
-class Plot(NamedTuple):
-    """An SVG file with its numbers in words."""
-
-    content: bytes
-    alt: str
 
 
 def curves(setting: Setting, observes: str) -> Plot | None:
@@ -60,7 +44,7 @@ def curves(setting: Setting, observes: str) -> Plot | None:
         )
 
     ends = (f"{arm} {rows[-1][1]:.1f}" for arm, rows in known.items())
-    return Plot(_svg(draw, len(known)), _alt(f"Validation ELBO of {KINDS[observes]} at the last step, nats", ends))
+    return Plot(svg(draw, len(known)), plot_in_words(f"Validation ELBO of {KINDS[observes]} at the last step, nats", ends))
 
 
 def rate_distortion(setting: Setting, observes: str) -> Plot | None:
@@ -79,7 +63,7 @@ def rate_distortion(setting: Setting, observes: str) -> Plot | None:
 
     middles = {arm: _middle(found) for arm, found in points.items()}
     words = (f"{arm} {rate:.1f} and {distortion:.1f}" for arm, (rate, distortion) in middles.items())
-    return Plot(_svg(draw, len(points)), _alt("Mean rate and distortion, nats", words))
+    return Plot(svg(draw, len(points)), plot_in_words("Mean rate and distortion, nats", words))
 
 
 def information(setting: Setting) -> Plot | None:
@@ -120,7 +104,7 @@ def information(setting: Setting) -> Plot | None:
         for kind, words in kinds.items()
         for arm in places
     )
-    return Plot(_svg(draw, 2 + len(own)), _alt("Nats", words))
+    return Plot(svg(draw, 2 + len(own)), plot_in_words("Nats", words))
 
 
 def frechet(setting: Setting, features: str) -> Plot | None:
@@ -156,7 +140,7 @@ def frechet(setting: Setting, features: str) -> Plot | None:
         axes.set(xscale="log", xlabel=f"Fréchet distance ({features}), less is better")
 
     words = (f"{arm}, prior {setting.called(prior)}, {found.mean():.2f}" for (arm, prior), found in there.items())
-    return Plot(_svg(draw, len(setting.priors), height=1.4 + 0.28 * len(rows)), _alt("Mean Fréchet distance", words))
+    return Plot(svg(draw, len(setting.priors), height=1.4 + 0.28 * len(rows)), plot_in_words("Mean Fréchet distance", words))
 
 
 def coverage(setting: Setting) -> Plot | None:
@@ -178,7 +162,7 @@ def coverage(setting: Setting) -> Plot | None:
         axes.set_xticks(NOMINAL)
 
     words = (f"{arm} {', '.join(f'{100 * each.mean():.1f}' for each in values)}" for arm, values in there.items())
-    return Plot(_svg(draw, len(there)), _alt("Percent of values inside intervals of 50, 80, 90 and 95 percent", words))
+    return Plot(svg(draw, len(there)), plot_in_words("Percent of values inside intervals of 50, 80, 90 and 95 percent", words))
 
 
 def small(path: Path) -> bytes:
@@ -200,44 +184,6 @@ def _grey(picture: "Image") -> bool:
     """Whether all channels are equal."""
     red, *others = picture.split()
     return all(red.tobytes() == other.tobytes() for other in others)
-
-
-def _alt(what: str, numbers: Iterable[str]) -> str:
-    return f"Plot. {what}: {'; '.join(numbers)}."
-
-
-def _svg(draw: Draw, entries: int, height: float = HEIGHT) -> bytes:
-    """Draw an SVG; the same numbers give the same bytes, whatever the user's style."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    with style.context(
-        [
-            "default",
-            {
-                "svg.hashsalt": "sigma-vae",
-                "svg.fonttype": "none",
-                "font.size": 9,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-            },
-        ]
-    ):
-        figure = Figure(figsize=(WIDTH, height + 0.2 * math.ceil(entries / 2)), layout="constrained")
-        axes = figure.subplots()
-        draw(axes)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return _with_plain_names(buffer.getvalue())
-
-
-def _with_plain_names(svg: bytes) -> bytes:
-    """Number the clip paths: matplotlib's names depend on the last bits of coordinates."""
-    names = dict.fromkeys(CLIP_PATH.findall(svg))
-    for number, name in enumerate(names):
-        svg = svg.replace(name, b"clip-%d" % number)
-    return svg
 
 
 def _style(setting: Setting, arm: str) -> dict[str, Any]:

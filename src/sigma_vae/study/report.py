@@ -1,23 +1,23 @@
 """The report of a study as one HTML page and as Markdown: verdicts, tables, plots and samples."""
 
-import base64
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sigma_vae import __version__
 from sigma_vae.config import write_whole
+from sigma_vae.evaluation.plots import Plot
+from sigma_vae.runs.sections import Card, Picture, Section, Table, template
 from sigma_vae.study import outcomes, plots
 from sigma_vae.study.cell import CELLS
 from sigma_vae.study.claims import CLAIMS, Word, diverges, signed
 from sigma_vae.study.comparisons import ARM, BITS, ELBO, LEARNED, OPTIMAL, STANDARD, Setting, frechet_columns, settings
 from sigma_vae.study.grid import StudySpec, cells
-from sigma_vae.study.outcomes import PLOTS, Card, Picture, Section, Table, failures, how_far
+from sigma_vae.study.outcomes import PLOTS, failures, how_far
 from sigma_vae.study.results import PICTURE, is_kept, tabulate, write_table
 from sigma_vae.study.runner import claim, spec_of
 from sigma_vae.study.statistics import cost
@@ -26,31 +26,12 @@ __all__ = ["keep", "report", "verdicts"]
 
 if TYPE_CHECKING:
     import pandas as pd
-    from jinja2 import Template
 
 SIGNS = {"holds": "✓", "does not": "✗", "indicated": "(✓)", "indicated against": "(✗)", "not shown": "?"}
 """Signs beside the words, so that nothing depends on colour alone."""
 
 
-def template(name: str, *, escape: bool) -> "Template":
-    """Load a template of this package; ``escape`` is for HTML."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters |= {"base64": lambda content: base64.b64encode(content).decode(), "line": _line}
-    return environment.from_string(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
-
-
-def _line(words: str) -> str:
-    """Escape a text for one line of Markdown."""
-    for sign in ("\\", "`", "*", "|", "[", "_", "~"):
-        words = words.replace(sign, "\\" + sign)
-    return " ".join(words.replace("&", "&amp;").replace("<", "&lt;").split())
-
-
-Draw = Callable[[Setting], plots.Plot | None]
+Draw = Callable[[Setting], Plot | None]
 HOW = (
     "Brackets hold the 95 % interval (Student's t) of a mean of differences that are paired by seed. A claim holds where the whole"
     " interval satisfies the rule, and does not where the whole interval violates it: each word is wrong in at most 2.5 of 100 studies"
@@ -257,12 +238,14 @@ def report(out: Path) -> None:
     plots = [picture for part in there for picture in part.pictures if beside and picture.place.startswith(PLOTS)]
     made = f"Made on {datetime.now(UTC):%Y-%m-%d} by sigma-vae {__version__}."
     content = {"title": spec.title, "about": spec.about, "made": made, "sections": there, "signs": SIGNS}
-    write_whole(out / "report.html", template("report.html.j2", escape=True).render(content))
+    write_whole(out / "report.html", template("report.html.j2").render(content))
     if plots:
         (out / PLOTS).mkdir(exist_ok=True)
     for plot in plots:
         write_whole(out / plot.place, plot.content)
-    write_whole(out / "report.md", template("report.md.j2", escape=False).render(content | {"beside": beside}))
+    write_whole(
+        out / "report.md", template("report.md.j2", "sigma_vae.study", escape=False).render(content | {"beside": beside})
+    )
     _remove_others(out / PLOTS, {plot.place.rpartition("/")[2] for plot in plots})
 
 
@@ -400,7 +383,7 @@ def verdicts(studies: Sequence[Path]) -> str:
         )
         for claim in CLAIMS
     ]
-    return template("verdicts.md.j2", escape=False).render(
+    return template("verdicts.md.j2", "sigma_vae.study", escape=False).render(
         studies={study.name: spec.title for study, spec in specs.items()},
         claims=[claim for claim in judged if claim.found],
         missing=[claim for claim in judged if not claim.found],

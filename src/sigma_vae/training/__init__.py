@@ -1,9 +1,12 @@
 """Training: one loop on Lightning Fabric, with exact resumption, several processes, callbacks and loggers."""
 
-from sigma_vae.training.callbacks import Callback, Context
-from sigma_vae.training.loop import FitResult, Terminated, fit, resolve_device
-from sigma_vae.training.metrics import make_loggers
-from sigma_vae.training.nonfinite import NonFiniteLossError
+from sigma_vae.extras import needed_by
+
+with needed_by("sigma_vae.training"):
+    from sigma_vae.training.callbacks import Callback, Context
+    from sigma_vae.training.loop import FitResult, Terminated, fit, held_out_examples, resolve_device
+    from sigma_vae.training.metrics import make_loggers
+    from sigma_vae.training.nonfinite import NonFiniteLossError
 
 __all__ = [
     "Callback",
@@ -12,6 +15,7 @@ __all__ = [
     "NonFiniteLossError",
     "Terminated",
     "fit",
+    "held_out_examples",
     "make_loggers",
     "resolve_device",
 ]

@@ -11,17 +11,21 @@ from sigma_vae.config import TrainingConfig
 from sigma_vae.training.metrics import TrainingLogger
 from sigma_vae.vae import VAE
 
-__all__ = ["Bar", "Callback", "Context", "Patience"]
+__all__ = ["Bar", "Callback", "Context", "Lines", "Patience", "progress_of"]
 
+BAR_WIDTH = 4
+"""With it, a line has 80 columns."""
 SECONDS_BETWEEN = 0.25
 """Time between two drawings of the bar. Drawing takes milliseconds, which would slow the steps of small networks."""
+SECONDS_BETWEEN_LINES = 60.0
+"""Time between two lines where output is redirected."""
 SHOWN = {
-    "train/loss_nats": "loss",
-    "validation/elbo_nats": "elbo_nats",
-    "validation/objective_nats": "objective_nats",
-    "validation/bits_per_dim": "bits_per_dim",
+    "train/loss_nats": "loss {}",
+    "validation/elbo_nats": "validation {} nats",
+    "validation/objective_nats": "validation {} nats",
+    "validation/bits_per_dim": "{} bits/dim",
 }
-"""The values beside the bar, and their names there."""
+"""The values beside the bar, and how they are written there; bits per dimension are those of validation data."""
 
 
 @dataclass
@@ -129,9 +133,16 @@ class Bar(Callback):
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self.progress = Progress(*columns, TextColumn("{task.fields[numbers]}"), auto_refresh=False)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(BAR_WIDTH),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+        )
+        numbers = TextColumn("{task.fields[numbers]}", table_column=Column())  # alone it may wrap, in a narrow terminal
+        self.progress = Progress(*columns, numbers, auto_refresh=False)
         self.task = self.progress.add_task("", numbers="")
         self.drawn_at = 0.0
 
@@ -155,9 +166,67 @@ class Bar(Callback):
         self.progress.stop()
 
     def _draw(self, context: Context) -> None:
-        numbers = " ".join(f"{SHOWN[name]} {value:.5g}" for name, value in context.metrics.items() if name in SHOWN)
-        epoch, epochs = context.epoch + 1, context.config.epochs
-        description = f"epoch {epoch}" if epochs is None else f"epoch {min(epoch, epochs)}/{epochs}"
+        description, numbers = f"epoch {context.epoch + 1}", _numbers(context)
         self.progress.update(self.task, description=description, completed=context.step, numbers=numbers)
         self.progress.refresh()
         self.drawn_at = time.monotonic()
+
+
+@final
+class Lines(Callback):
+    """Print a line a minute, and one at the end: progress where output goes to a file."""
+
+    def __init__(self, seconds: float = SECONDS_BETWEEN_LINES) -> None:
+        self.seconds = seconds
+        self.began = self.said = time.monotonic()
+        self.first = 0
+
+    def on_fit_start(self, context: Context) -> None:
+        """Begin to count."""
+        self.began = self.said = time.monotonic()
+        self.first = context.step
+
+    def on_step(self, context: Context) -> None:
+        """Print, if it is time."""
+        if time.monotonic() - self.said >= self.seconds:
+            self._say(context)
+
+    def on_fit_end(self, context: Context) -> None:
+        """Print how far it came."""
+        if context.step > self.first:
+            self._say(context)
+
+    def _say(self, context: Context) -> None:
+        self.said = time.monotonic()
+        left = (self.said - self.began) / max(context.step - self.first, 1) * (context.total_steps - context.step)
+        rest = (
+            f", at most {math.ceil(left / 60)} min left" if context.step < context.total_steps and not context.stopping else ""
+        )
+        print(f"epoch {_epoch(context)}, step {context.step} of {context.total_steps}{rest}: {_numbers(context)}", flush=True)
+
+
+def progress_of() -> Callback:
+    """A bar in a terminal or notebook, else a line a minute."""
+    from rich import get_console
+
+    console = get_console()
+    return Bar() if console.is_terminal or console.is_jupyter else Lines()
+
+
+def _epoch(context: Context) -> str:
+    epoch, epochs = context.epoch + 1, context.config.epochs
+    return str(epoch) if epochs is None else f"{min(epoch, epochs)}/{epochs}"
+
+
+def _numbers(context: Context) -> str:
+    """The newest values."""
+    return " ".join(words.format(_number(context.metrics[name])) for name, words in SHOWN.items() if name in context.metrics)
+
+
+def _number(value: float) -> str:
+    """A number in few digits.
+
+    >>> _number(-1234.5), _number(41.769), _number(2.4635)
+    ('-1234', '41.8', '2.46')
+    """
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"

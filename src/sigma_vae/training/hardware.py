@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Splits
+from sigma_vae.types import as_argument
 from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 
 __all__ = ["Choices", "Machine", "Work", "applied", "choices_for", "choose", "keep_freed_memory", "machine_of", "work_of"]
@@ -176,15 +177,15 @@ def _lines(path: str) -> list[str]:
 def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
     """Count the cost of a step's forward pass on one example (or clip), times those of the batch."""
     device = next(vae.parameters()).device
-    example = next(iter(data.batches("train", 1, limit=1)))
-    mask = None if example.mask is None else example.mask.to(device)
+    example = next(iter(data.batches("train", 1, limit=1))).to(device)
     with in_eval_mode(vae), _Flops() as counted:
-        vae.network.infer(example.x.to(device), mask=mask, noise=keyed_noise(example.positions))
+        noise = keyed_noise(example.positions)
+        vae.network.infer(example.x, None, example.mask, noise, *as_argument(example.condition))
     kernels = [max(m.kernel_size) for m in vae.network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     return Work(
         flops=float(counted.total) * batch_size,
         widest_kernel=max(kernels, default=0),
-        measured=vae.network.trains_in_bfloat16,
+        measured=vae.network.trains_in_bfloat16 and not data.scaling.counts,
     )
 
 

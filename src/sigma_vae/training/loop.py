@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain, islice, repeat
 from operator import index
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import Any, final
 import numpy as np
 import torch
 
+from sigma_vae import models
 from sigma_vae.config import LoggerName, TrainingConfig
 from sigma_vae.data import Batches, Splits, as_splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.networks.principal import sample_of
-from sigma_vae.training.callbacks import Bar, Callback, Context, Patience
+from sigma_vae.training.augment import augmented, check_augmentation
+from sigma_vae.training.callbacks import Callback, Context, Patience, progress_of
 from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
 from sigma_vae.training.distributed import (
     check_processes,
@@ -94,13 +96,15 @@ def fit(
     data: object,
     config: TrainingConfig = TrainingConfig(),  # noqa: B008 (frozen)
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[LoggerName | TrainingLogger] | None = None,
+    save: bool = True,
+    condition: object = (),
 ) -> FitResult:
     """Train in place, take the weights with the best validation ELBO, and solve σ on the validation data.
 
@@ -115,19 +119,23 @@ def fit(
         vae: model to train.
         data: splits, or anything that :func:`sigma_vae.data.as_splits` reads; the test split is not used.
         config: training settings.
-        out: folder for ``metrics.csv``, TensorBoard events and ``checkpoints/``; without it nothing is kept.
+        out: folder for the model, ``metrics.csv``, TensorBoard events and ``checkpoints/``; without it nothing is kept.
+            ``models.load(out)`` opens the model; a network or likelihood of your own is given to it
+            (``models.load(out, network=mine)``), unless it was made by its registered name.
         seed: seed of the data's order and of the noise. The weights were drawn when ``vae`` was made.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         resume: continue exactly from the newest undamaged checkpoint in ``out/checkpoints``.
-        progress: show a progress bar.
+        progress: show a progress bar, or where output is redirected a line a minute.
         callbacks: hooks; see :class:`Callback`.
         loggers: ``csv``, ``tensorboard``, ``wandb``, ``mlflow`` (these write where ``out`` is given), or loggers of
             Lightning Fabric or pytorch-lightning. Default: ``config.logger``.
+        save: write the model into ``out/model``.
+        condition: labels and covariates of the data, as :func:`sigma_vae.data.as_splits` takes them.
 
     Raises:
         ValueError: the device does not exist; there is nothing undamaged to resume, or more epochs are over than
             ``config`` has; ``out`` has checkpoints although ``resume`` is off, or another process writes there; the
-            network reads clips and the data have none, or the other way round.
+            network reads clips and the data have none, or the other way round; the model cannot be saved.
         NonFiniteLossError: the loss is NaN or infinite; the error names step, term, σ and the batch's range.
         KeyboardInterrupt: Ctrl-C, after the step was finished and a checkpoint written.
         Terminated: SIGTERM, likewise; if not caught, it ends the process with exit code 143.
@@ -136,12 +144,12 @@ def fit(
     where = resolve_device(device)
     with joined(where) as us, ExitStack() as stack:
         with first_of_node_first():
-            splits = as_splits(data)
-        check_processes(vae)
-        check_weights(vae, config)
-        _check_clips(vae, splits)
+            splits = as_splits(data, condition=condition)
+        _check(vae, splits, config)
         seed_generators(seed)
-        folder = (out or Path(from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory())))).absolute()
+        origin = vae.origin = models.Origin.of(vae, splits)
+        models.check_savable(vae, origin if out is not None and save else None)
+        folder = Path(out or from_first(lambda: stack.enter_context(tempfile.TemporaryDirectory()))).absolute()
         stack.enter_context(exclusive(folder / "checkpoints"))
         resumed = _resumed(folder / "checkpoints", resume=resume)
         vae.train()
@@ -152,6 +160,7 @@ def fit(
             with _fitting(resumed):
                 vae.load_state_dict(state["model"])  # which may have a linear path
             start = "resumed"
+        check_augmentation(vae, splits, config)
         model = to_be_trained(vae, config)
         batches = splits.batches(
             "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
@@ -160,8 +169,8 @@ def fit(
         choices = choices_for(model, splits, config, where)
         if progress and us.first:
             print(f"{choices}; start: {start}")
-            callbacks = [*callbacks, Bar()]
-        kept = out and folder
+            callbacks = [*callbacks, progress_of()]
+        kept = None if out is None else folder
         named = config.logger if loggers is None else loggers
         context = Context(model, config, kept, total_steps, _loggers(named, kept, resumed) if us.first else [])
         checkpoints = Checkpoints(folder / "checkpoints", resumed)
@@ -173,9 +182,10 @@ def fit(
             vae.load_state_dict(checkpoints.newest_weights())
         vae.to(where).eval()
         training_sigma = _calibrated(vae, _sample(splits, "train", where))
-        _calibrated(vae, shared(splits, "validation", _passing_batch(splits), where))
-        best, skipped = checkpoints.best, training.stepper.skipped_steps
-        return FitResult(context.step, tuple(training.history), best.step, best.score, kept, skipped, training_sigma)
+        _calibrated(vae, _passing(splits, "validation", held_out_examples(config, splits, total_steps), where))
+        if kept is not None and save:
+            from_first(lambda: models.save(kept / models.MODEL, vae, *origin))
+        return training.result(kept, training_sigma)
 
 
 @final
@@ -201,9 +211,12 @@ class _Training:
         self.choices = choices
         self.where = where
         self.about = {"shape": list(data.shape), "scaling": asdict(data.scaling), "choices": asdict(choices)}
+        if self.vae.network.conditions is not None:
+            self.about["conditions"] = asdict(self.vae.network.conditions)
         self.part = _sample(data, "validation", where)
         self.trained_part = _sample(data, "train", where)
-        held_out = shared(data, "validation", _passing_batch(data), where)
+        interval = min(self.config.validation_interval(len(batches)), context.total_steps)
+        held_out = _passing(data, "validation", held_out_examples(self.config, data, interval), where)
         self.validation = Validation(self.vae, held_out, batches.log_volume_nats)
         self.history: list[dict[str, float]] = []
         self.seconds_before = 0.0
@@ -235,6 +248,11 @@ class _Training:
                     logger.finalize(status)
         self.interrupts.check()
 
+    def result(self, kept: Path | None, training_sigma: Mapping[Observes, float]) -> FitResult:
+        """The outcome, after the last step."""
+        best, skipped = self.checkpoints.best, self.stepper.skipped_steps
+        return FitResult(self.context.step, tuple(self.history), best.step, best.score, kept, skipped, training_sigma)
+
     def _steps(self) -> None:
         self.began = self.written = time.monotonic()
         context, batches = self.context, chain.from_iterable(repeat(self.batches))
@@ -252,7 +270,7 @@ class _Training:
 
     def _step(self, batch: Batch) -> None:
         context = self.context
-        row = self.stepper.step(batch, context.step)
+        row = self.stepper.step(augmented(batch, self.config, self.batches.seed, context.step), context.step)
         context.step += 1
         if row is not None:
             context.epoch = self._epoch()
@@ -453,10 +471,30 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _check(vae: VAE, data: Splits, config: TrainingConfig) -> None:
+    """Refuse a model that cannot be trained in this way, or on these data."""
+    check_processes(vae)
+    check_weights(vae, config)
+    _check_clips(vae, data)
+    _check_conditions(vae, data)
+
+
 def _check_clips(vae: VAE, data: Splits) -> None:
     if vae.network.reads_clips != data.clips:
         have, reads = ("clips", "clips") if data.clips else ("no clips", "single examples")
         raise ValueError(f"{data.name} has {have} and needs a network that reads {reads}, got {type(vae.network).__name__}")
+
+
+def _check_conditions(vae: VAE, data: Splits) -> None:
+    reads = vae.network.conditions
+    if (reads is None) != (data.conditions is None) or (reads is not None and not reads.means_the_same(data.conditions)):
+        has, wanted = (
+            "no condition" if each is None else f"the condition {', '.join(each.names)}" for each in (data.conditions, reads)
+        )
+        raise ValueError(
+            f"{data.name} has {has}, and the network reads {wanted}, perhaps with other classes; make the network with"
+            " conditions=data.conditions"
+        )
 
 
 def _total_steps(config: TrainingConfig, steps_per_epoch: int, resumed: Path | None) -> int:
@@ -494,23 +532,24 @@ def _start(vae: VAE, data: Splits, config: TrainingConfig) -> str:
     first = next(iter(data.batches("train", _passing_batch(data), limit=limit)))  # the same on every process
     std = float(first.x.std())
     vae.likelihood.set_floor(config.scale_floor, std)
-    residual_std, start = _start_network(vae, data, config, first.x)
+    residual_std, start = _start_network(vae, data, config, first)
     if config.scale_start == "data":
         vae.likelihood.start(std if residual_std is None else residual_std)
-    x = first.x.to(next(vae.parameters()).device)
-    vae.calibrate([x])
+    first = first.to(vae.device)
+    vae.calibrate([first])
     with torch.no_grad():  # averaged weights need every buffer in its final shape, a running scale's too
-        vae.elbo(x, noise=keyed_noise(first.positions))
+        vae.elbo(first.x, noise=keyed_noise(first.positions), condition=first.condition)
     return start
 
 
-def _start_network(vae: VAE, data: Splits, config: TrainingConfig, x: torch.Tensor) -> tuple[float | None, str]:
-    """Start at the best linear VAE where that is asked for and possible, judged by examples x.
+def _start_network(vae: VAE, data: Splits, config: TrainingConfig, first: Batch) -> tuple[float | None, str]:
+    """Start at the best linear VAE where that is asked for and possible, judged by these examples.
 
     Returns:
         The residuals' std, None where the start is random; and the start in words.
     """
-    if config.start == "random" or (config.start == "auto" and not vae.network.has_start):
+    conditional = vae.network.conditions is not None  # a linear VAE of all classes keeps the class in its latents
+    if config.start == "random" or (config.start == "auto" and (conditional or not vae.network.has_start)):
         return None, "random"
     chosen = sample_of(len(data.train), data.shape)
     size = min(256, max(START_VALUES // math.prod(data.shape), 1))
@@ -527,7 +566,7 @@ def _start_network(vae: VAE, data: Splits, config: TrainingConfig, x: torch.Tens
     residual_std, weights, problem = from_first(solved)
     vae.load_state_dict(weights)
     try:
-        vae.calibrate([x.to(vae.device)])  # which fails where values are too large for their squares
+        vae.calibrate([first.to(vae.device)])  # which fails where values are too large for their squares
     except ValueError as error:
         vae.load_state_dict(before)
         problem = problem or str(error)
@@ -549,14 +588,19 @@ def _calibrated_examples(data: Splits) -> int:
     return max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), 2, processes().world_size)
 
 
+def held_out_examples(config: TrainingConfig, data: Splits, steps: int) -> int:
+    """Most examples that may be looked at beside so many steps: as many as these train on, or those of a quick look."""
+    return max(_calibrated_examples(data), steps * config.batch_size)
+
+
 def _sample(data: Splits, split: SplitName, where: torch.device | str = "cpu") -> Batches:
-    """This process's share of some examples of a split, chosen at random as files may be sorted: a quick look."""
-    store = data.store(split)
-    chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))[: _calibrated_examples(data)]
-    chosen = chosen.sort().values
-    part = store.select(chosen)
-    data = replace(data, train=part) if split == "train" else replace(data, validation=part)
-    return shared(data, split, _passing_batch(data), where)
+    """This process's share of some examples of a split: a quick look."""
+    return _passing(data, split, _calibrated_examples(data), where)
+
+
+def _passing(data: Splits, split: SplitName, count: int, where: torch.device | str) -> Batches:
+    """This process's share of at most so many examples of a split, where nothing is trained."""
+    return shared(data.sampled(split, count), split, _passing_batch(data), where)
 
 
 def _passing_batch(data: Splits) -> int:

@@ -160,7 +160,7 @@ def load_broken_step(path: Path) -> BrokenStep:
         weights = {name.removeprefix(WEIGHTS): value for name, value in tensors.items() if name.startswith(WEIGHTS)}
         if tensors["rng"].dtype != torch.uint8 or tensors["rng"].dim() != 1:
             raise ValueError(f"the state of a generator is bytes, got {tensors['rng'].dtype}")
-        batch = Batch(tensors["x"], tensors["positions"], tensors.get("mask"))
+        batch = Batch(tensors["x"], tensors["positions"], tensors.get("mask"), tensors.get("condition"))
         return BrokenStep(batch, tensors["rng"], weights, dict(about))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no step whose loss was not finite: {type(error).__name__}: {error}") from error
@@ -195,11 +195,10 @@ def first_broken(vae: VAE, step: BrokenStep, config: TrainingConfig = TrainingCo
 
 
 def _again(vae: VAE, step: BrokenStep, config: TrainingConfig, choices: Choices) -> Elbo:
-    x, positions, mask = step.batch
-    batch = Batch(x.to(choices.device), positions, None if mask is None else mask.to(choices.device))
+    batch = step.batch.to(torch.device(choices.device))
     if not vae.training:
         with torch.no_grad():
-            return vae.elbo(batch.x, mask=batch.mask, noise=keyed_noise(positions))
+            return vae.elbo(batch.x, mask=batch.mask, noise=keyed_noise(batch.positions), condition=batch.condition)
     if len(step.rng) == len(torch.get_rng_state()):
         torch.set_rng_state(step.rng)
     elif choices.device == "cuda" and len(step.rng):

@@ -1,5 +1,6 @@
 """The training loss: the negative ELBO, or a weighted objective, which is never called one."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.training.distributed import mean_over_all, processes, sum_over_all
-from sigma_vae.types import Batch, Elbo, Inference, in_full_precision
+from sigma_vae.types import Batch, Elbo, Inference, as_argument, in_full_precision
 from sigma_vae.vae import VAE
 
 __all__ = [
@@ -62,6 +63,10 @@ def check_weights(vae: VAE, config: TrainingConfig) -> None:
             f"beta_nll weights each value by the σ predicted for it, which {vae.likelihood} does not predict; use a per-pixel or"
             " per-image scale, or beta_nll=0"
         )
+    if config.condition_dropout and vae.network.conditions is None:
+        raise ValueError(
+            "condition_dropout hides conditions, and this network reads none; give the data's condition, or condition_dropout=0"
+        )
     if config.kl_balancing_steps and vae.network.latents.layers == 1:
         raise ValueError(
             f"kl_balancing_steps balances several layers of latents, and {type(vae.network).__name__} has one; use a hierarchical"
@@ -80,12 +85,21 @@ def losses(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0, elbo_o
     ``kl_balancing_steps``. With β = λ = 0, w = 1 and no balance it is the negative ELBO, ``vae.elbo`` or a compiled
     ``elbo_of``. Under autocast the network alone is in half precision.
     """
+    condition = _partly_hidden(batch.condition, config.condition_dropout)
     if not is_weighted(config):
-        elbo = (elbo_of or vae.elbo)(batch.x, mask=batch.mask)
+        elbo = (elbo_of or vae.elbo)(batch.x, mask=batch.mask, condition=condition)
         return Losses(elbo, -elbo.total)
-    inference = vae.network.infer(batch.x, mask=batch.mask)
+    inference = vae.network.infer(batch.x, None, batch.mask, None, *as_argument(condition))
     with in_full_precision(batch.x.device.type):
         return _weighted(vae, inference, config, step)
+
+
+def _partly_hidden(condition: Tensor | None, share: float) -> Tensor | None:
+    """The conditions, with a share of the examples' hidden at random (Ho and Salimans 2022, arXiv 2207.12598)."""
+    if condition is None or not share:
+        return condition
+    hidden = torch.rand(len(condition), 1, device=condition.device) < share
+    return condition.masked_fill(hidden, math.nan)
 
 
 def _weighted(vae: VAE, inference: Inference, config: TrainingConfig, step: int) -> Losses:
@@ -179,6 +193,5 @@ def step_loss(
 
 
 def _split(batch: Batch, parts: int) -> Iterator[Batch]:
-    masks = [None] * parts if batch.mask is None else batch.mask.tensor_split(parts)
-    for x, positions, mask in zip(batch.x.tensor_split(parts), batch.positions.tensor_split(parts), masks, strict=True):
-        yield Batch(x, positions, mask)
+    columns = ([None] * parts if each is None else each.tensor_split(parts) for each in batch)
+    return (Batch(*part) for part in zip(*columns, strict=True))

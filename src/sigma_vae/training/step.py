@@ -30,7 +30,7 @@ from sigma_vae.training.distributed import (
 from sigma_vae.training.hardware import Choices
 from sigma_vae.training.nonfinite import Suspect, diagnosis
 from sigma_vae.training.objective import StepLoss, current_sigma, is_weighted, step_loss, validated_total
-from sigma_vae.types import Batch, Elbo, Flat, Noise
+from sigma_vae.types import Batch, Elbo, Flat, Noise, as_argument
 from sigma_vae.vae import VAE, keyed_noise
 
 __all__ = ["Averaged", "Stepper", "Validation", "endless_skipping", "optimizer_for"]
@@ -302,7 +302,8 @@ class Validation:
         return {name: float(total / examples) for name, total in totals.items()}
 
     def _means(self, batch: Batch, number: int, step: int) -> dict[str, Tensor]:
-        inference = self.vae.network.infer(batch.x, mask=batch.mask, noise=self._noise_of(batch, number))
+        noise = self._noise_of(batch, number)
+        inference = self.vae.network.infer(batch.x, None, batch.mask, noise, *as_argument(batch.condition))
         likelihood, (h, target) = self.vae.likelihood, inference.scored()
         elbo = Elbo(inference.per_example(likelihood(h).log_prob(target)), inference.kl)
         metrics = {
@@ -310,7 +311,7 @@ class Validation:
             "validation/rate_nats": elbo.rate,
             "validation/distortion_nats": elbo.distortion + self.log_volume_nats,
         }
-        if likelihood.levels is not None and likelihood.normalised:
+        if likelihood.has_mass:
             mass = inference.per_example(likelihood.log_mass(h, target))
             metrics["validation/bits_per_dim"] = (elbo.rate - mass) / (inference.dims() * math.log(2))
         means = mean_over_all(torch.stack(list(metrics.values()), 1))

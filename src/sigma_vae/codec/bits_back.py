@@ -1,0 +1,269 @@
+"""Bits-back coding of one example with a VAE: latents are popped from the stack, the example and its latents pushed."""
+
+import math
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Protocol, final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+
+from sigma_vae.codec.stack import Floats, Ints, MassBelow, Pops, Pushes, Stack, Steps, code
+from sigma_vae.types import DataDistribution, Likelihood, Network, Prior
+from sigma_vae.vae import VAE
+
+__all__ = ["CELL", "BitsBack"]
+
+LATENT_WIDTHS = (2, 4, 4, 4)
+"""Bits of a latent's digits."""
+CELLS = 2 ** sum(LATENT_WIDTHS)
+CELL = 2.0**-9
+"""Width of a latent's cell, in stds of its prior: they reach from −16 to 16."""
+LEVEL_WIDTH = 2
+"""Bits of a level's digits."""
+SMALLEST_STD = 1e-9
+"""Of a posterior, in stds of the prior."""
+
+
+class _Latents(Protocol):
+    """The two halves of a network, in which the cells of latents are coded; known cells are given."""
+
+    def posterior(self, steps: Steps, x: Tensor, cells: Sequence[Ints] | None = None) -> list[Ints]:
+        """Code the latents of each layer by q(z|x)."""
+
+    def features(self, steps: Steps, cells: Sequence[Ints] | None = None) -> tuple[Tensor, list[Ints]]:
+        """Code the latents of each layer by p(z), and decode them."""
+
+
+@final
+class BitsBack:
+    r"""Code examples on a stack by a VAE, at the length of its bound (Townsend et al. 2019, arXiv 1901.04866).
+
+    To encode x, pop z by q(z|x), then push x by p(x|z) and z by p(z):
+
+    .. math:: \log_2 q(z|x) - \log_2 p(x|z) - \log_2 p(z) \text{ bits}, \quad z \sim q(z|x)
+
+    To decode, do the opposite. Latents of several layers are popped all together before x is pushed: their posteriors read
+    x, which a decoder knows last (Townsend et al. 2020, HiLLoC, arXiv 1912.09953).
+
+    A latent is the centre of one of 2¹⁴ cells, equally wide in stds of its prior.
+
+    Args:
+        vae: in eval mode, on the CPU, in float32.
+
+    Raises:
+        ValueError: its parts have no probabilities of levels, or of latents one after the other.
+    """
+
+    def __init__(self, vae: VAE) -> None:
+        self.likelihood = vae.likelihood
+        self.latents = _latents_of(vae.network)
+        self.refitted = _refitted(vae.likelihood)
+        assert self.likelihood.levels is not None
+        self.top = self.likelihood.levels - 1
+        bits = self.top.bit_length()
+        self.widths = (bits % LEVEL_WIDTH,) * (bits % LEVEL_WIDTH > 0) + (LEVEL_WIDTH,) * (bits // LEVEL_WIDTH)
+
+    def encode(self, stack: Stack, levels: Ints) -> list[Ints]:
+        """Push an example ``(C, *space)``; return the cells of its latents."""
+        x = torch.from_numpy(levels).float()[None] / self.top
+        cells = self.latents.posterior(Pops(stack), x)
+        pushes = Pushes()
+        h, _ = self.latents.features(pushes, cells)
+        self._levels(pushes, h, levels)
+        pushes.onto(stack)
+        return cells
+
+    def decode(self, stack: Stack) -> Ints:
+        """Pop an example.
+
+        Raises:
+            ValueError: the bits end too early, or are those of no example.
+        """
+        h, cells = self.latents.features(Pops(stack))
+        levels = self._levels(Pops(stack), h)
+        if levels.max() > self.top:
+            raise ValueError(f"the stream of bits has a level {levels.max()} of {self.top}: no encoder wrote it")
+        pushes = Pushes()
+        self.latents.posterior(pushes, torch.from_numpy(levels).float()[None] / self.top, cells)
+        pushes.onto(stack)
+        return levels
+
+    def _levels(self, steps: Steps, h: Tensor, levels: Ints | None = None) -> Ints:
+        """Code the data: all channels at once, or each one given those before it."""
+        p = self.likelihood.distribution(h.double(), observes="level", refitted=self.refitted)
+        found = np.zeros(p.event_shape, np.int64)
+        channels = len(found)
+        groups = [slice(0, channels)] if self.likelihood.independent_channels else [slice(c, c + 1) for c in range(channels)]
+        for group in groups:
+            known = None if levels is None else levels[group].reshape(-1)
+            below = partial(self._mass_below, p, found, group)
+            coded = code(steps, below, self.widths, found[group].size, known)
+            found[group] = coded.reshape(found[group].shape)
+        return found
+
+    def _mass_below(self, p: DataDistribution, found: Ints, group: slice, edges: Ints) -> Floats:
+        """Mass below levels of some channels, given the channels that are already found."""
+        asked = np.repeat(found[None, None], edges.shape[1], 0)
+        asked[:, 0, group] = np.minimum(edges.T - 1, self.top).reshape(-1, *found[group].shape)
+        _, upto = p.element_cdf(torch.from_numpy(asked).double() / self.top)
+        mass: Floats = upto[:, 0, group].reshape(edges.shape[1], -1).T.numpy()
+        return np.where(edges > self.top, 1.0, mass)
+
+
+def _refitted(likelihood: Likelihood) -> bool:
+    """Whether to take the σ that was refitted for levels.
+
+    Raises:
+        ValueError: the likelihood has no probabilities of levels.
+    """
+    likelihood.check_observes("level")
+    return "level" in likelihood.refitted_log_scales()
+
+
+def _latents_of(network: Network) -> _Latents:
+    name = type(network).__name__
+    if network.reads_clips:
+        raise ValueError(f"{name} reads clips, which the codec does not code; take a network of single examples")
+    if network.reads_condition:
+        raise ValueError(f"{name} reads a condition, which the codec does not store; take a network without one")
+    if network.has_descent:
+        return _Layers(network)
+    if not (network.has_posterior and network.has_prior):
+        raise ValueError(
+            f"the codec needs q(z|x) and p(z), which {name} does not offer: posterior, decode and prior, or descend"
+        )
+    return _Flat(network)
+
+
+@final
+class _Flat:
+    """One layer of latents with N(0, I), or a mixture of Gaussians, as their prior."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        (self.shape,) = network.latents.shapes
+        count = math.prod(self.shape)
+        self.mixture = None if network.prior.is_standard else _Mixture(network.prior)
+        self.mean = np.zeros(count) if self.mixture is None else self.mixture.mean
+        self.std = np.ones(count) if self.mixture is None else self.mixture.std
+
+    def posterior(self, steps: Steps, x: Tensor, cells: Sequence[Ints] | None = None) -> list[Ints]:
+        """Code the latents by q(z|x)."""
+        q = self.network.posterior(x)
+        below = _gaussian((_numbers(q.loc) - self.mean) / self.std, _numbers(q.scale) / self.std)
+        return [code(steps, below, LATENT_WIDTHS, len(self.mean), None if cells is None else cells[0])]
+
+    def features(self, steps: Steps, cells: Sequence[Ints] | None = None) -> tuple[Tensor, list[Ints]]:
+        """Code the latents by p(z), and decode them."""
+        known = None if cells is None else cells[0]
+        if self.mixture is None:
+            found = code(steps, _standard, LATENT_WIDTHS, len(self.mean), known)
+        else:
+            found = self.mixture.code(steps, known)
+        z = torch.from_numpy(self.mean + self.std * _centres(found)).float()
+        return self.network.decode(z.reshape(1, *self.shape)), [found]
+
+
+@final
+class _Layers:
+    """Several layers, whose priors are Gaussians given the layers above."""
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+
+    def posterior(self, steps: Steps, x: Tensor, cells: Sequence[Ints] | None = None) -> list[Ints]:
+        """Code the latents of each layer by q(z|x)."""
+        return self._descend(steps, x, cells)[1]
+
+    def features(self, steps: Steps, cells: Sequence[Ints] | None = None) -> tuple[Tensor, list[Ints]]:
+        """Code the latents of each layer by p(z), and decode them."""
+        return self._descend(steps, None, cells)
+
+    def _descend(self, steps: Steps, x: Tensor | None, cells: Sequence[Ints] | None) -> tuple[Tensor, list[Ints]]:
+        found: list[Ints] = []
+
+        def choose(prior: Normal, posterior: Normal | None) -> Tensor:
+            mean, std = _numbers(prior.loc), _numbers(prior.scale)
+            below: MassBelow = _standard
+            if posterior is not None:
+                below = _gaussian((_numbers(posterior.loc) - mean) / std, _numbers(posterior.scale) / std)
+            found.append(code(steps, below, LATENT_WIDTHS, len(mean), None if cells is None else cells[len(found)]))
+            return torch.from_numpy(mean + std * _centres(found[-1])).float().reshape(prior.loc.shape)
+
+        return self.network.descend(choose, x), found
+
+
+@final
+class _Mixture:
+    """A mixture of Gaussians, coded latent by latent: given those before, each has a mixture in one dimension."""
+
+    def __init__(self, prior: Prior) -> None:
+        log_weights, means, factors = (part.double().numpy() for part in prior.as_mixture())
+        self.log_weights, self.means, self.factors = log_weights, means, factors
+        weights = np.exp(log_weights)[:, None]
+        self.mean = (weights * means).sum(0)
+        variances = np.square(factors).sum(2) + np.square(means - self.mean)
+        self.std = np.sqrt((weights * variances).sum(0))
+
+    def code(self, steps: Steps, cells: Ints | None) -> Ints:
+        """Code all latents; each of the components keeps the latents so far in its own units."""
+        count = self.means.shape[1]
+        found, units = np.zeros(count, np.int64), np.zeros(self.means.shape)
+        log_shares = self.log_weights
+        for i in range(count):
+            own = self.factors[:, i, i]
+            means = self.means[:, i] + (self.factors[:, i, :i] * units[:, :i]).sum(1)
+            shares = np.exp(log_shares - log_shares.max())
+            below = partial(_mixed, shares / shares.sum(), (means - self.mean[i]) / self.std[i], own / self.std[i])
+            found[i : i + 1] = code(steps, below, LATENT_WIDTHS, 1, None if cells is None else cells[i : i + 1])
+            units[:, i] = (self.mean[i] + self.std[i] * _centres(found[i]) - means) / own
+            log_shares = log_shares - 0.5 * np.square(units[:, i]) - np.log(own)
+        return found
+
+
+def _mixed(shares: Floats, means: Floats, stds: Floats, edges: Ints) -> Floats:
+    """Mass of a mixture in one dimension below the edges of cells ``(1, edges)``."""
+    inside: Floats = (shares[:, None] * _normal_cdf((_places(edges) - means[:, None]) / stds[:, None])).sum(0)
+    return inside[None]
+
+
+def _gaussian(mean: Floats, std: Floats) -> MassBelow:
+    """Mass of Gaussians below the edges of cells, in stds of the prior."""
+    wide = np.maximum(std, SMALLEST_STD)  # keeps NaN
+    return lambda edges: _normal_cdf((_places(edges) - mean[:, None]) / wide[:, None])
+
+
+def _standard(edges: Ints) -> Floats:
+    """Mass of N(0, 1) below the edges of cells."""
+    mass: Floats = _standard_masses()[edges]
+    return mass
+
+
+@cache
+def _standard_masses() -> Floats:
+    return _normal_cdf(_places(np.arange(CELLS + 1)))
+
+
+def _normal_cdf(z: Floats) -> Floats:
+    mass: Floats = torch.special.ndtr(torch.from_numpy(z)).numpy()
+    return mass
+
+
+def _places(edges: Ints) -> Floats:
+    """Where the edges of cells lie, in stds of the prior."""
+    places: Floats = (edges - CELLS // 2) * CELL
+    return places
+
+
+def _centres(cells: Ints) -> Floats:
+    """Centres of cells, in stds of the prior."""
+    return _places(cells) + CELL / 2
+
+
+def _numbers(values: Tensor) -> Floats:
+    """All numbers of a tensor in a row, in float64."""
+    numbers: Floats = values.detach().double().reshape(-1).numpy()
+    return numbers

@@ -1,0 +1,178 @@
+"""VAEs of data frames, in Python and on the command line."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sigma_vae import models
+from sigma_vae.cli import main
+from sigma_vae.config import TrainingConfig
+from sigma_vae.tabular import ESS, TabularVAE
+
+
+def people(n: int = 500) -> pd.DataFrame:
+    """Sex decides about height; height about mass; some values are missing."""
+    rng = np.random.default_rng(0)
+    male = rng.random(n) < 0.5
+    height = (rng.normal(165, 6, n) + 13 * male).round(1)
+    mass = (height - 100 + rng.normal(0, 5, n)).round(1)
+    frame = pd.DataFrame({"sex": np.where(male, "male", "female"), "height": height, "mass": mass, "visits": rng.poisson(3, n)})
+    frame.loc[rng.random(n) < 0.2, "mass"] = np.nan
+    return frame
+
+
+@pytest.fixture(scope="module")
+def fitted() -> TabularVAE:
+    return TabularVAE(latent_dim=4, width=32, training=TrainingConfig(max_steps=800)).fit(people())
+
+
+def test_samples_are_like_the_data(fitted: TabularVAE) -> None:
+    data, drawn = people(), fitted.sample(2000)
+    assert drawn.dtypes.to_dict() == data.dtypes.to_dict()
+    assert drawn.mass.isna().mean() == pytest.approx(data.mass.isna().mean(), abs=0.04)
+    assert drawn.height.mean() == pytest.approx(data.height.mean(), abs=1.5)
+    assert drawn.height.corr(drawn.mass) == pytest.approx(data.height.corr(data.mass), abs=0.12)
+    difference = drawn.groupby("sex").height.mean()
+    assert difference["male"] - difference["female"] == pytest.approx(13, abs=4)
+    pd.testing.assert_frame_equal(fitted.sample(5, seed=3), fitted.sample(5, seed=3))
+
+
+def test_conditional_samples_have_the_known_values_and_the_rest_given_them(fitted: TabularVAE) -> None:
+    drawn = fitted.sample(500, where={"sex": "male"})
+    assert (drawn.sex == "male").all()
+    assert 100 < drawn.attrs[ESS] <= 10_000
+    known = people().query("sex == 'male'")
+    assert drawn.height.mean() == pytest.approx(known.height.mean(), abs=2.5)
+    tall = fitted.sample(300, where={"height": 185.0})
+    assert (tall.height == 185.0).all()
+    assert (tall.sex == "male").mean() > 0.8
+    assert tall.mass.mean() == pytest.approx(85, abs=5)
+
+
+def test_missing_values_are_filled_in_from_the_others(fitted: TabularVAE) -> None:
+    data = people().assign(other="kept")
+    filled = fitted.impute(data)
+    assert not filled.drop(columns="other").isna().any().any()
+    observed = data.mass.notna()
+    pd.testing.assert_frame_equal(filled[observed], data[observed])
+    assert np.corrcoef(filled.mass[~observed], data.height[~observed])[0, 1] > 0.8
+    one, two = (fitted.impute(data, "draw", seed=seed).mass[~observed] for seed in (0, 1))
+    assert (one - two).std() == pytest.approx(np.sqrt(2) * 5, rel=0.35)
+
+
+def test_log_probabilities_add_up_and_do_not_depend_on_other_rows(fitted: TabularVAE) -> None:
+    data = people(60)
+    terms, log_prob = fitted.elbo(data), fitted.log_prob(data)
+    np.testing.assert_allclose(terms[list(data.columns)].sum(axis=1) - terms.rate, terms.elbo, rtol=1e-10)
+    assert (terms.mass[data.mass.isna()] == 0).all()
+    assert log_prob.mean() > np.mean([fitted.elbo(data, seed=seed).elbo.mean() for seed in range(8)])
+    np.testing.assert_allclose(fitted.log_prob(data.iloc[:7]), log_prob[:7], rtol=1e-5)
+    report = fitted.report(data)
+    assert report.bits.notna().tolist() == [True, False, False, True]
+    assert report.bits["sex"] == pytest.approx(-report.log_likelihood_nats["sex"] / np.log(2))
+    assert report.observed["mass"] == data.mass.notna().sum()
+
+
+def test_units_change_densities_by_their_jacobian_alone() -> None:
+    """Metres in place of centimetres: log 100 nats for each observed height, and the same model."""
+    config = TrainingConfig(max_steps=20)
+    data = people(100)[["sex", "height"]]
+    one = TabularVAE(latent_dim=2, width=8, training=config, prior="standard").fit(data)
+    two = TabularVAE(latent_dim=2, width=8, training=config, prior="standard").fit(data.assign(height=data.height / 100))
+    np.testing.assert_allclose(two.log_prob(data.assign(height=data.height / 100)) - one.log_prob(data), np.log(100), atol=2e-3)
+
+
+def test_models_are_saved_without_pickle(fitted: TabularVAE, tmp_path) -> None:
+    data = people(20)
+    fitted.save(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["model.json", "model.safetensors"]
+    again = TabularVAE.load(tmp_path / "model")
+    np.testing.assert_array_equal(again.log_prob(data), fitted.log_prob(data))
+    assert again.schema == fitted.schema
+    assert again.encode(data).shape == (20, 4)
+
+
+def test_misuse_is_explained(fitted: TabularVAE, tmp_path) -> None:
+    with pytest.raises(ValueError, match="not fitted yet"):
+        TabularVAE().sample(1)
+    with pytest.raises(ValueError, match="where names columns"):
+        fitted.sample(1, where={"age": 3})
+    with pytest.raises(ValueError, match="has the categories female, male"):
+        fitted.sample(1, where={"sex": "none"})
+    with pytest.raises(ValueError, match="at least 1"):
+        fitted.sample(0)
+    with pytest.raises(ValueError, match="two rows"):
+        TabularVAE().fit(people(1))
+    with pytest.raises(ValueError, match="at least one row"):
+        fitted.log_prob(people(3).iloc[:0])
+    with pytest.raises(ValueError, match="at least 2"):
+        fitted.log_prob(people(3), draws=1)
+
+
+def run(*words: str) -> int:
+    return main(list(words))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of the command line on a CSV file."""
+    folder = tmp_path_factory.mktemp("table")
+    people().to_csv(folder / "people.csv", index=False)
+    sizes = ("--latent-dim", "3", "--width", "16", "--max-steps", "150")
+    assert run("train", str(folder / "people.csv"), "--likelihood", "mixed", "--out", str(folder / "run"), *sizes) == 0
+    return folder
+
+
+def test_the_command_line_trains_samples_imputes_and_scores_tables(trained, capsys) -> None:
+    run_folder = str(trained / "run")
+    description = json.loads((trained / "run/model/model.json").read_text(encoding="utf-8"))
+    assert [column["name"] for column in description["scaling"]["schema"]["columns"]] == ["sex", "height", "mass", "visits"]
+    assert run("sample", run_folder, "--n", "30", "--where", "sex=male", "visits=2", "--out", str(trained / "x.csv")) == 0
+    assert "effective sample size" in capsys.readouterr().out
+    drawn = pd.read_csv(trained / "x.csv")
+    assert list(drawn.columns) == ["sex", "height", "mass", "visits"]
+    assert (drawn.sex == "male").all()
+    assert (drawn.visits == 2).all()
+    assert run("sample", run_folder, "--n", "4", "--out", str(trained / "x.parquet")) == 0
+    assert pd.read_parquet(trained / "x.parquet").dtypes.to_dict() == people().dtypes.to_dict()
+    assert run("impute", run_folder, str(trained / "people.csv"), "--draws", "16", "--out", str(trained / "y.csv")) == 0
+    assert not pd.read_csv(trained / "y.csv").isna().any().any()
+    assert run("score", run_folder, "--data", str(trained / "people.csv")) == 0
+    scores = pd.read_csv(trained / "run/scores-people.csv")
+    assert scores.split.value_counts().to_dict() == {"train": 405, "test": 50, "validation": 45}
+    assert run("evaluate", run_folder, "--json") == 0
+    assert "elbo_nats" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("sample", "RUN", "--where", "sex", "--out", "x.csv"), "column=value"),
+        (("sample", "RUN", "--show", "draw"), "always draws"),
+        (("sample", "RUN", "--out", "x.png"), ".csv or .parquet or .xlsx"),
+        (("impute", "RUN", "nowhere.csv", "--out", "x.csv"), "nowhere.csv"),
+    ],
+)
+def test_wrong_words_are_explained(trained, capsys, words: tuple[str, ...], said: str) -> None:
+    assert run(*(str(trained / "run") if word == "RUN" else word for word in words)) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_tables_of_numbers_are_sampled_as_tables_too(trained, capsys) -> None:
+    people()[["height", "visits"]].astype(float).to_csv(trained / "numbers.csv", index=False)
+    words = ("--latent-dim", "2", "--width", "8", "--max-steps", "10", "--out", str(trained / "numbers"))
+    assert run("train", str(trained / "numbers.csv"), *words) == 0
+    assert run("sample", str(trained / "numbers"), "--n", "3", "--out", str(trained / "z.csv")) == 0
+    assert list(pd.read_csv(trained / "z.csv").columns) == ["height", "visits"]
+    assert run("sample", str(trained / "numbers"), "--where", "height=2") == 1
+    assert "likelihood mixed" in capsys.readouterr().err
+    assert run("impute", str(trained / "numbers"), str(trained / "numbers.csv"), "--out", str(trained / "z.csv")) == 1
+
+
+def test_mixed_is_for_tables(capsys) -> None:
+    assert run("train", "digits", "--likelihood", "mixed", "--out", "nowhere") == 1
+    assert "reads tables" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="mixed is for tables"):
+        models.likelihood("mixed", 3)

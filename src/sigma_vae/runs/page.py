@@ -221,8 +221,10 @@ def _latents(made: _Material, test: Batches) -> Section | None:
     if not (made.vae.network.has_posterior and made.vae.network.has_prior):
         return None
     kl = each_example(made.vae, test, lambda batch: _kl(made.vae, batch)).mean(0)
+    noun = "latent" if kl.dim() == 1 else "channel"
+    kl = kl.flatten(1).sum(1) if kl.dim() > 1 else kl
     order = kl.argsort(descending=True).tolist()
-    return _bars([(place, float(kl[place])) for place in order], "latent", "KL of each latent from N(0, 1), largest first")
+    return _bars([(place, float(kl[place])) for place in order], noun, f"KL of each {noun} from N(0, 1), largest first")
 
 
 def _kl(vae: VAE, batch: Batch) -> Tensor:

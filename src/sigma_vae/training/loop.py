@@ -299,8 +299,10 @@ class _Training:
     def _validation_is_due(self) -> bool:
         """The last step is always followed by a validation: its weights have their chance to be the best."""
         context = self.context
-        over = context.stopping or context.step >= context.total_steps
-        return over or context.step % self.config.validation_interval(len(self.batches)) == 0
+        return context.stopping or context.step >= context.total_steps or self._interval_is_over()
+
+    def _interval_is_over(self) -> bool:
+        return self.context.step % self.config.validation_interval(len(self.batches)) == 0
 
     def _validate(self) -> None:
         """Refit the scales on a fixed part of the validation data, measure the bound, and keep the best weights."""
@@ -318,7 +320,8 @@ class _Training:
             self.history.append({"step": context.step - 1, **row})
             for callback in self.callbacks:
                 callback.on_validation(context)
-        self.vae.likelihood.widen(ratio)
+        if self._interval_is_over():  # a validation at the end of training must not tell a resumed one from a longer one
+            self.vae.likelihood.widen(ratio)
         score = found[validated_total(self.vae)]
         self.checkpoints.best.offer(score, context.step - 1, self.stepper.weights)
 

@@ -11,6 +11,7 @@ import pytest
 
 from sigma_vae.cli import COMMANDS, main
 from sigma_vae.config import RunConfig, read
+from sigma_vae.registry import register
 
 
 def helped(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -36,7 +37,7 @@ def test_help_shows_a_dozen_options_and_help_all_the_rest(
     for heading in ("Data:", "Pictures:", "Model:", "How long:", "Optimisation:", "Speed and memory:", "Run and files:"):
         assert f"\n{heading}\n" in whole
     assert max(map(len, short.splitlines())) <= 80
-    assert "One of conv, hierarchical, mlp, residual, sequence." in " ".join(short.split())
+    assert f"One of {', '.join(register.network.names())}." in " ".join(short.split())
     assert "- mlp: " in whole
 
 
@@ -105,7 +106,7 @@ def test_bash_completes_commands_options_and_choices(tmp_path: Path, capsys: pyt
         done = subprocess.run(["bash", "-c", f'{line}; echo "${{COMPREPLY[@]}}"'], capture_output=True, text=True, check=True)
         return done.stdout.split()
 
-    assert completed("sigma-vae", "tr") == ["train"]
+    assert completed("sigma-vae", "tra") == ["train", "traverse"]
     assert set(completed("sigma-vae", "''")) == set(COMMANDS)
     assert {"--learning-rate", "--likelihood"} <= set(completed("sigma-vae", "train", "x", "--l"))
     assert completed("sigma-vae", "train", "--precision", "b") == ["bfloat16"]

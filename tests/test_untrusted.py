@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -434,6 +435,11 @@ PLACES = {  # words with which each command is called, and those for options tha
     "predict": {"": ["VIDEO", "--out", "OUT.npz"]},
     "score": {"": ["RUN", "--out", "OUT.csv"]},
     "explain": {"": ["--shape", "1,8,8"]},
+    "new": {"": ["digits", "--out", "OUT.yaml"]},
+    "impute": {"": ["TABLE", "CELLS", "--out", "OUT.csv"]},
+    "traverse": {"": ["RUN", "--out", "OUT.npz"]},
+    "interpolate": {"": ["RUN", "--out", "OUT.npz"]},
+    "compress": {"": ["RUN", "PICTURE", "--out", "OUT.sv"]},
 }
 
 
@@ -474,14 +480,23 @@ def extreme(digits_run, tmp_path_factory):
     clips = [str(folder / "clips"), *CLIPS[:-1], str(folder / "video"), "--max-steps", "1", "--batch-size", "2"]
     assert main(["train", *clips, "--json"]) == 0
     shutil.copytree(digits_run, folder / "run")
+    cells = pd.DataFrame({"size": random.standard_normal(40), "kind": ["a", "b"] * 20})
+    cells.to_csv(folder / "cells.csv", index=False)
+    table = [str(folder / "cells.csv"), *SMALL[:-1], str(folder / "table"), "--likelihood", "mixed", "--max-steps", "1"]
+    assert main(["train", *table, "--json"]) == 0
     places = {
         "RUN": "run",
+        "TABLE": "table",
+        "CELLS": "cells.csv",
+        "PICTURE": "pictures/0-0.png",
         "PICTURES": "pictures",
         "CLIPS": "clips",
         "VIDEO": "video",
         "OUT": "out",
         "OUT.npz": "o.npz",
         "OUT.csv": "o.csv",
+        "OUT.yaml": "o.yaml",
+        "OUT.sv": "o.sv",
     }
     return {word: str(folder / name) for word, name in places.items()}
 

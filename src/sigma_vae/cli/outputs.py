@@ -65,6 +65,10 @@ if TYPE_CHECKING:
 Split = Literal["train", "validation", "test"]
 TABLE_FILES = (".csv", ".parquet", ".xlsx")
 
+FARTHEST = 1000.0
+"""Stds of the prior that a latent is moved at most."""
+MOST_DRAWS = 100_000
+"""Latents that are drawn for a row at most."""
 FRAMES = 10
 """Number of frames predicted where the clips end with the given ones."""
 
@@ -207,6 +211,8 @@ def impute(
     from sigma_vae.tabular import TabularVAE
 
     check_seed(seed)
+    if not 2 <= draws <= MOST_DRAWS:
+        raise ValueError(f"--draws counts latents for each row, from 2 to {MOST_DRAWS}, got {draws}")
     path = checked(Path(out), TABLE_FILES)
     opened = runs.open_model(to_read(run), device)
     config = runs.new_config(to_read(run), opened.scaling, data)
@@ -295,6 +301,8 @@ def traverse(
     check_count(n)
     check_count(steps)
     check_seed(seed)
+    if not 0 < reach <= FARTHEST:
+        raise ValueError(f"--reach is in stds of the prior, above 0 and at most {FARTHEST:g}, got {reach}")
     z = vae.network.prior.sample(1, torch.Generator(vae.device).manual_seed(seed))[0]
     given: Given | None = _given(vae, condition)
     if given is None and vae.network.conditions is not None:

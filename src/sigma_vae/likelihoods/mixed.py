@@ -10,6 +10,7 @@ from torch.distributions import constraints
 from torch.nn.functional import log_softmax, logsigmoid
 
 from sigma_vae.columns import DF, Column, Row
+from sigma_vae.likelihoods.counts import negative_binomial_log_prob, poisson_log_prob
 from sigma_vae.likelihoods.distributions import Shape
 from sigma_vae.likelihoods.residuals import LAPLACE, NORMAL, ResidualDistribution, student_t
 from sigma_vae.likelihoods.scales import MOMENTUM, SPREAD_FLOOR, Fit, Optimal
@@ -226,27 +227,12 @@ def best_log_dispersion(log_mean: Tensor, counts: Tensor, weight: Tensor, start:
     for _ in range(MAX_ITERATIONS):
         with torch.enable_grad():
             at = search.at.detach().requires_grad_()
-            total = (negative_binomial_log_prob(counts.double(), log_mean.double(), at) * weight).sum(0)
+            total = (negative_binomial_log_prob(counts.double(), log_mean.double(), -0.5 * at) * weight).sum(0)
             (slope,) = torch.autograd.grad(total.sum(), at, create_graph=True)
             (curvature,) = torch.autograd.grad(slope.sum(), at)
         if search.step(slope.detach(), curvature):
             break
     return search.at
-
-
-def negative_binomial_log_prob(k: Tensor, log_mean: Tensor, log_dispersion: Tensor) -> Tensor:
-    r"""Log-mass of each count k with mean λ and variance λ + λ²/r.
-
-    .. math:: \log\frac{\Gamma(k+r)}{\Gamma(r)\, k!} + r \log\frac{r}{r+\lambda} + k \log\frac{\lambda}{r+\lambda}
-    """
-    r = log_dispersion.exp()
-    both = torch.logaddexp(log_mean, log_dispersion)
-    return torch.lgamma(k + r) - torch.lgamma(r) - torch.lgamma(k + 1) + r * (log_dispersion - both) + k * (log_mean - both)
-
-
-def poisson_log_prob(k: Tensor, log_mean: Tensor) -> Tensor:
-    r"""Elementwise log-mass :math:`k \log \lambda - \lambda - \log k!`."""
-    return k * log_mean - log_mean.exp() - torch.lgamma(k + 1)
 
 
 def _counts_of(columns: Sequence[Column], y: Tensor) -> Tensor:
@@ -393,7 +379,7 @@ class MixedRow(DataDistribution):
         poisson, negative = self._count_log_means(self.h)
         k = _counts_of([*self._count_columns()[0], *self._count_columns()[1]], x[..., self._numbers : self._binary])
         split = len(self.row.counts[0])
-        masses = negative_binomial_log_prob(k[..., split:].double(), negative.double(), self.log_dispersion.double())
+        masses = negative_binomial_log_prob(k[..., split:].double(), negative.double(), -0.5 * self.log_dispersion.double())
         return torch.cat([poisson_log_prob(k[..., :split], poisson), masses.to(k)], -1)  # large log-gammas cancel
 
     def _count_cdf(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -148,6 +148,7 @@ def test_samples_have_the_mean_and_the_variance(name: str) -> None:
     assert torch.equal(draws, draws.round())
     error = (draws.mean(0) - p.mean) / (p.variance / len(draws)).sqrt()
     assert error.abs().max() < 4.5
+    assert likelihood(h[:0]).sample().shape == (0, *p.event_shape)
     torch.testing.assert_close(draws.var(0), p.variance, rtol=0.15, atol=0)
     if name == "multinomial":
         assert (draws.sum(-1) == 40).all()

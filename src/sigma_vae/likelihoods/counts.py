@@ -370,7 +370,7 @@ class MultinomialCounts(CountDistribution):
             else torch.zeros_like(p, dtype=torch.int64)
             for p, n in zip(shares, totals.tolist(), strict=True)
         ]
-        return torch.stack(rows).to(mean).reshape(mean.shape)
+        return torch.cat([mean.new_zeros(0), *(row.to(mean) for row in rows)]).reshape(mean.shape)  # perhaps of no example
 
 
 def _dealt(k: Tensor, log_share: Tensor) -> Tensor:

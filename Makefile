@@ -8,7 +8,7 @@ OLDEST := .venv-oldest
 
 .PHONY: demo test test-oldest lint bench study docs wheel clean
 
-demo: $(STAMP)  ## three minutes: a calibrated and a unit-variance VAE on mnist-5k, then look at demo/
+demo: $(STAMP)  ## a few minutes: a calibrated and a unit-variance VAE on mnist-5k, then look at demo/
 	$(PYTHON) -m examples.demo
 
 test: $(STAMP) lint  ## linters, types, layers, then all tests, each file on a core

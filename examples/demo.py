@@ -1,4 +1,4 @@
-"""Compare a calibrated decoder with one of unit variance on 5 000 digits, in three minutes on two cores.
+"""Compare a calibrated decoder with one of unit variance on 5 000 digits, in a few minutes on two cores.
 
 Both use the same network. Each is trained with N(0, I); then a mixture is fitted to its latents. Numbers and samples are
 shown with both priors. `make demo` runs it, and writes the runs with their pictures into demo/.

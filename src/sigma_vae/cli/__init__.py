@@ -83,7 +83,7 @@ COMMANDS = {
     "score": Command("outputs:score", "Write log-likelihood, rate, ELBO and bits per dimension of each example"),
     "compress": Command("codec:compress", "Compress pictures or DATA without loss, to the size that the model's bound says"),
     "decompress": Command("codec:decompress", "Restore what ``compress`` wrote"),
-    "export": Command("export:export", "Write a run's autoencoder for another library"),
+    "export": Command("runs:export", "Write a run's autoencoder for another library"),
     "push": Command("runs:push", "Write a finished run to the Hugging Face Hub, with a model card made from its evaluation"),
     "explain": Command("inspect:explain", "Compute the effective β and the implied σ of a hand-tuned loss"),
     "completion": Command("new:completion", "Print a script that completes commands and options in your shell"),

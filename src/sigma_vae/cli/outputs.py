@@ -570,7 +570,7 @@ def _of_classes(run: str, examples: "_Examples", seed: int) -> dict[str, Tensor]
 
 
 def _given(vae: VAE, texts: tuple[str, ...]) -> dict[str, str] | None:
-    """What the options give the model; None where they give nothing."""
+    """The conditions in the options, by name; None without such options."""
     if not texts:
         return None
     if vae.network.conditions is None:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -27,6 +27,7 @@ __all__ = [
     "calibrate",
     "compare",
     "evaluate",
+    "export",
     "fit_prior",
     "print_evaluation",
     "push",
@@ -440,3 +441,22 @@ def _cell(value: Any) -> str:
             return f"{value:.4f}"
         case _:
             return str(value)
+
+
+def export(run: RunFolder, *, out: str, to: Literal["diffusers"] = "diffusers", device: str = "auto") -> None:
+    """Write a run's autoencoder for another library.
+
+    The folder has config.json, weights (safetensors) and a model card: AutoencoderKL.from_pretrained opens it. Scaling
+    factor, shift factor, and mean and std of each channel of the latents are measured on the training split.
+
+    Args:
+        run: Folder of the run: network spatial (images) or autoencoder-kl, and a likelihood with a mean and a scale.
+        out: Folder to write, never overwritten.
+        to: Library.
+        device: auto, cpu, cuda or cuda:1.
+    """
+    from sigma_vae.runs.export import export as write
+
+    for name, value in write(to_read(run), Path(out), device=device).items():
+        print(f"{name}: {value}")
+    print(out)

@@ -194,7 +194,7 @@ class Row:
 
     @cached_property
     def _tables(self) -> tuple[Tensor, ...]:
-        """Of the real values: s, m, whether the transform is log or logit, inner knots and log dt/dx between them."""
+        """For columns of real values: s, m, whether the transform is log or logit, inner knots and log dt/dx between them."""
         chosen = [self.columns[i] for block in self.numbers for i in block]
         knots = [torch.tensor(column.knots or ((0.0, 0.0), (1.0, 1.0)), dtype=torch.float64) for column in chosen]
         steps = [(table[1:] - table[:-1]) for table in knots]

@@ -155,7 +155,7 @@ def _shown(source: str) -> str:
 
 
 def _without_places(about: dict[str, Any], digest: str) -> dict[str, Any]:
-    """What an evaluation says of its data, without folders; and the digest of the weights in their new file."""
+    """The record of an evaluation without the folders of its data, and with the digest of the weights in their new file."""
     records = ("sigma_fitted_on", "prior_fitted_on")
     cut = {
         key: about[key] | {"data": _shown(str(about[key].get("data")))} for key in records if isinstance(about.get(key), dict)

@@ -245,9 +245,8 @@ def _unknown_likelihood(name: str) -> str:
 
 def _takes_scale(entry: Entry) -> bool:
     """Whether a likelihood is made with a scale: its class says so, or its function has a parameter ``scale``."""
-    if isinstance(entry.object, type) and issubclass(entry.object, Likelihood):
-        return entry.object.takes_scale
-    return "scale" in inspect.signature(entry.object).parameters
+    said: bool | None = getattr(entry.object, "takes_scale", None)
+    return said if said is not None else "scale" in inspect.signature(entry.object).parameters
 
 
 def _patterns(entries: Iterable[Entry]) -> str:

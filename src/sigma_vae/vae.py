@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, final
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from sigma_vae.conditions import Given
 from sigma_vae.extras import needed_by
 from sigma_vae.networks.autoencoder_kl import as_autoencoder_kl
 from sigma_vae.networks.sequence import FRAMES, starts
-from sigma_vae.networks.spatial import MapStatistics, SpatialNetwork, map_statistics
+from sigma_vae.networks.spatial import MapStatistics, map_statistics
 from sigma_vae.priors.base import fitted
 from sigma_vae.priors.gaussian import best_prior
 from sigma_vae.types import (
@@ -32,6 +32,9 @@ from sigma_vae.types import (
     per_layer,
     standard_normal,
 )
+
+if TYPE_CHECKING:
+    from sigma_vae.networks.spatial import SpatialNetwork
 
 __all__ = [
     "SEED_OFFSET",
@@ -493,9 +496,10 @@ class VAE(nn.Module):
                 f"the mean of {likelihood} is not the decoder's output, which is all that diffusers decodes; train a likelihood with a mean"
                 " and a scale, such as gaussian/optimal, with --mean auto"
             )
-        assert isinstance(network, SpatialNetwork)
         with in_eval_mode(self):
-            return as_autoencoder_kl(network, {} if loader is None else self.map_statistics(loader).to_config())
+            return as_autoencoder_kl(
+                cast("SpatialNetwork", network), {} if loader is None else self.map_statistics(loader).to_config()
+            )
 
     @property
     def flat_network(self) -> Network:

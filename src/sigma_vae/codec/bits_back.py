@@ -24,7 +24,7 @@ CELL = 2.0**-9
 LEVEL_WIDTH = 2
 """Bits of a level's digits."""
 SMALLEST_STD = 1e-9
-"""Of a posterior, in stds of the prior."""
+"""The smallest std of a posterior, in stds of the prior."""
 
 
 class _Latents(Protocol):

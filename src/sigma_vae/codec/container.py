@@ -60,7 +60,7 @@ class Part:
 @final
 @dataclass(frozen=True)
 class Header:
-    """What a decoder has to know.
+    """The beginning of a file: all that a decoder has to know.
 
     Args:
         model: digest of the weights.

@@ -294,7 +294,7 @@ def _reproducible() -> Iterator[None]:
 
 
 def _machine() -> dict[str, str]:
-    """What the last bits of a number depend on."""
+    """The processor and versions on which the last bits of a number depend."""
     processor = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {"torch": torch.__version__, "constriction": version("constriction"), "processor": processor}
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["TableSchema", "Unknown"]
 
 Unknown = Literal["error", "other"]
-"""What becomes of a value that the model has no category for: an error, or a column's other category or a missing value."""
+"""How to read a value that the model has no category for: as an error, or a column's other category or a missing value."""
 Numbers = npt.NDArray[np.float64]
 
 MOST_CATEGORIES = 60

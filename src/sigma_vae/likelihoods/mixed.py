@@ -21,7 +21,7 @@ from sigma_vae.types import DataDistribution, Likelihood, Observes, at_least_flo
 __all__ = ["Mixed", "MixedRow"]
 
 RESIDUALS: tuple[ResidualDistribution, ...] = (NORMAL, LAPLACE, student_t(DF))
-"""Of the families of real values, in their order."""
+"""Residual distributions of the families of real values, in their order."""
 DISPERSION_BOUNDS = (-7.0, 14.0)
 """Least and largest log r of a negative binomial; with the largest it is a Poisson distribution."""
 LARGEST_LOG_MEAN = 40.0
@@ -91,7 +91,7 @@ class Mixed(Likelihood):
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """Of the table."""
+        """Columns of the table."""
         return self.row.columns
 
     def distribution(

@@ -74,7 +74,7 @@ def write_page(out: Path, run: Run, found: Evaluation) -> None:
 
 
 class _Material(NamedTuple):
-    """What a page is made of."""
+    """The run, its data and its results, for a page."""
 
     out: Path
     config: Any

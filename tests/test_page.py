@@ -21,7 +21,7 @@ from sigma_vae import models, runs
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.evaluation import Evaluation
-from sigma_vae.evaluation.words import meaning, number_rows
+from sigma_vae.evaluation.suite import meaning, report_rows
 from sigma_vae.runs.advice import Curves, advice, curves, shows
 from sigma_vae.runs.evaluate import read_evaluation
 from sigma_vae.training.callbacks import Bar, Lines
@@ -93,7 +93,7 @@ def test_the_advice_to_go_on_is_a_command_that_works(digits_run: Path, tmp_path:
 
 
 def test_every_number_has_a_meaning(digits_run: Path) -> None:
-    rows = list(number_rows(read_evaluation(digits_run)))
+    rows = list(report_rows(read_evaluation(digits_run)))
     assert len(rows) > 8
     assert [row.name for row in rows if not meaning(row.name)] == []
 

@@ -13,7 +13,7 @@ from sigma_vae import runs
 from sigma_vae.cli.options import HUB, RunFolder, RunFolders, to_change, to_read
 from sigma_vae.cli.outputs import Split, checked
 from sigma_vae.config import EvaluationSettings, RunConfig, read
-from sigma_vae.evaluation import Evaluation, words
+from sigma_vae.evaluation import Evaluation, suite
 from sigma_vae.evaluation.base import metrics
 from sigma_vae.registry import Names, register
 from sigma_vae.runs import advice
@@ -145,7 +145,7 @@ def _finished(folder: Path, found: Evaluation, as_json: bool, quiet: bool) -> No
 
 
 def _in_words(folder: Path, found: Evaluation) -> Iterator[str]:
-    means = {row.name: words.meaning(row.name) for row in words.number_rows(found) if "with N(0, I)" not in row.name}
+    means = {row.name: suite.meaning(row.name) for row in suite.report_rows(found) if "with N(0, I)" not in row.name}
     yield "\nWhat the numbers mean:"
     yield from (f"  {name}: {sentence}" for name, sentence in means.items() if sentence)
     if "standard_prior" in found:
@@ -217,7 +217,7 @@ def print_evaluation(report: Evaluation) -> None:
     """Print the bounds, then the section of each further metric, and the notes below."""
     console = _console()
     console.print(_table(report))
-    for line in (*words.notes(report), *_about_priors(report)):
+    for line in (*suite.notes(report), *_about_priors(report)):
         console.print(line)
 
 

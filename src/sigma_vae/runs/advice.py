@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sigma_vae.config import RunConfig
 from sigma_vae.evaluation import Evaluation
-from sigma_vae.evaluation.words import notes
+from sigma_vae.evaluation.suite import notes
 from sigma_vae.training.metrics import rows_before
 
 __all__ = ["Curves", "advice", "curves", "next_command", "shows"]

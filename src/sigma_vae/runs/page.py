@@ -1,7 +1,9 @@
 """The page of a run: ``report.html``, one file with numbers in words, curves, pictures, calibration and advice."""
 
+import base64
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,21 +13,22 @@ from torch import Tensor
 from sigma_vae import __version__
 from sigma_vae.config import write_whole
 from sigma_vae.data import Batches, Splits
-from sigma_vae.evaluation import Evaluation, score, words
+from sigma_vae.evaluation import Evaluation, score
 from sigma_vae.evaluation.base import each_example, evaluation_batch, part, spaced
 from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.plots import OKABE_ITO, Plot, calibration_plots, drawable, plot_in_words, png, svg
+from sigma_vae.evaluation.suite import meaning, report_rows
 from sigma_vae.runs import advice
 from sigma_vae.runs.evaluate import read_evaluation
 from sigma_vae.runs.folder import Run, config_of, data_of, open_model, read_json
-from sigma_vae.runs.sections import Picture, Section, Table, template
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from matplotlib.axes import Axes
 
-__all__ = ["PAGE", "report", "write_page"]
+__all__ = ["PAGE", "Card", "Picture", "Section", "Table", "report", "template", "write_page"]
 
 PAGE = "report.html"
 EXAMPLES = 5_000
@@ -49,6 +52,105 @@ CALIBRATION = (
     " with independent errors would show."
 )
 Facts = tuple[tuple[str, str], ...]
+
+
+# -- sections: tables, pictures and words, and the templates that set them in one HTML file ----------------------------
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+
+class Card(NamedTuple):
+    """A claim with its verdicts, each a word and a finding."""
+
+    name: str
+    sentence: str
+    verdicts: tuple[tuple[str, str], ...]
+    rule: str
+
+
+class Table(NamedTuple):
+    """A table of words; the first column names the row."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    folded: bool = False
+    """Whether HTML shows it only on demand."""
+    stacks: bool = False
+    """Whether a narrow screen shows the cells of a row below each other."""
+
+
+class Picture(NamedTuple):
+    """A picture with its alternative text and caption."""
+
+    place: str
+    """Path relative to the folder of the study or run, of a plot or a picture."""
+    content: bytes
+    alt: str
+    caption: str
+
+    @property
+    def kind(self) -> str:
+        """Its media type."""
+        return "image/svg+xml" if self.is_plot else "image/png"
+
+    @property
+    def is_plot(self) -> bool:
+        """Whether it is drawn from numbers, which its alternative text has."""
+        return self.place.endswith(".svg")
+
+
+class Section(NamedTuple):
+    """A heading with its content."""
+
+    title: str
+    words: tuple[str, ...] = ()
+    cards: tuple[Card, ...] = ()
+    tables: tuple[Table, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    further: tuple[str, ...] = ()
+    """Paragraphs at the end."""
+    points: tuple[str, ...] = ()
+    """A list at the beginning."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not (self.cards or self.tables or self.pictures)
+
+
+def template(name: str, package: str = "sigma_vae.runs", *, escape: bool = True) -> "Template":
+    """Load a template of a package, this one unless given; ``escape`` is for HTML."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"base64": _base64, "line": _line, "code": _code}
+    return environment.from_string(resources.files(package).joinpath(name).read_text(encoding="utf-8"))
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _code(words: str) -> str:
+    """Set what stands between backticks as code that is not broken."""
+    from markupsafe import Markup, escape
+
+    parts = str(escape(words)).split("`")
+    return Markup("").join(Markup(f"<code>{part}</code>" if i % 2 else part) for i, part in enumerate(parts))
+
+
+def _line(words: str) -> str:
+    """Escape a text for one line of Markdown."""
+    for sign in ("\\", "`", "*", "|", "[", "_", "~"):
+        words = words.replace(sign, "\\" + sign)
+    return " ".join(words.replace("&", "&amp;").replace("<", "&lt;").split())
+
+
+# -- the page of a run -------------------------------------------------------------------------------------------------
 
 
 def report(out: Path, device: str = "auto") -> Path:
@@ -154,8 +256,8 @@ def _replay(made: _Material) -> str:
 
 def _numbers(made: _Material) -> Section:
     rows = tuple(
-        (row.name, f"{row.value} ± {row.standard_error}" if row.standard_error else row.value, words.meaning(row.name))
-        for row in words.number_rows(made.evaluation)
+        (row.name, f"{row.value} ± {row.standard_error}" if row.standard_error else row.value, meaning(row.name))
+        for row in report_rows(made.evaluation)
     )
     examples = f"Mean ± standard error over {made.evaluation.bounds.examples} test examples"
     return Section("Numbers", tables=(Table(examples, ("number", "value", "meaning"), rows, stacks=True),))

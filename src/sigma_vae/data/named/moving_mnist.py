@@ -15,10 +15,9 @@ import numpy.typing as npt
 from sigma_vae.config import DataConfig
 from sigma_vae.data.arrays import read_images
 from sigma_vae.data.cache import file_record
-from sigma_vae.data.holdout import ORDER, count_of, shuffled
 from sigma_vae.data.named.mnist import FILES, mnist_5k, whose
 from sigma_vae.data.named.official import find_splits, folders
-from sigma_vae.data.splits import Raw, SplitName, clip_lengths
+from sigma_vae.data.splits import ORDER, Raw, SplitName, clip_lengths, count_of, shuffled
 from sigma_vae.data.stores import Generated
 from sigma_vae.registry import register
 

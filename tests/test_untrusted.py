@@ -122,7 +122,7 @@ BANNED = {
 
 OWN_MODULES = {
     "registry.py": {"importlib.import_module(self.home)", "importlib.import_module(module.name)"},
-    "training/metrics.py": {"importlib.import_module(package)"},
+    "training/callbacks.py": {"importlib.import_module(package)"},
     "data/files.py": {"import_module(module)"},
     "__init__.py": {"import_module(f'{__name__}.{home}')", "import_module(f'{__name__}.{name}')"},
     "cli/__init__.py": {"import_module(f'{__name__}.{module}')"},

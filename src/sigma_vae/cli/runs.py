@@ -16,7 +16,7 @@ from sigma_vae.config import EvaluationSettings, RunConfig, read
 from sigma_vae.evaluation import Evaluation, suite
 from sigma_vae.evaluation.base import metrics
 from sigma_vae.registry import Names, register
-from sigma_vae.runs import advice
+from sigma_vae.runs import page
 from sigma_vae.runs.audit import PREFIX, audit, audit_rows, evaluate_audited, name_of, notes, write_page
 
 if TYPE_CHECKING:
@@ -150,14 +150,14 @@ def _in_words(folder: Path, found: Evaluation) -> Iterator[str]:
     yield from (f"  {name}: {sentence}" for name, sentence in means.items() if sentence)
     if "standard_prior" in found:
         yield "  ... with N(0, I): the same with N(0, I) in place of the fitted prior."
-    if said := advice.advice(folder, runs.config_of(folder), found, advice.curves(folder)):
+    if said := page.advice(folder, runs.config_of(folder), found, page.read_curves(folder)):
         yield "\nWhat to do:"
         yield from (f"  {line}" for line in said)
     pictures = sorted(str(path) for path in folder.iterdir() if path.suffix in (".png", ".gif"))
     yield f"\npage: {folder / 'report.html'}"
     if pictures:
         yield f"pictures: {' '.join(pictures)}"
-    yield f"next: {advice.next_command(folder, found)}"
+    yield f"next: {page.next_command(folder, found)}"
 
 
 def rerun(run: RunFolder, *, json: bool = False) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_non_finite import look_later
+from test_start import look_later
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sigma_vae import models

@@ -4,7 +4,6 @@ The loop is what public repositories have: a PIL image made and converted exampl
 float32, Adam at 1e-3, batches of 128, ``loss.item()`` in each step. The network is the paper's at full width.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import keep
 from sigma_vae import VAE, Gaussian
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import score
@@ -88,7 +88,7 @@ def network_of(data: Splits, seed: int) -> FlatNetwork:
 
 
 def plain(out: Path, data: Splits, epochs: int, seed: int) -> None:
-    """Train as usual, and write what the model is worth as soon as it is known: images seen, seconds of training, test ELBO."""
+    """Train as usual; write images seen, seconds of training and test ELBO as soon as they are known."""
     network = network_of(data, seed)
     loop, loader = PlainLoop(network.encoder, network.decoder), images_of(data)
     looks = {round(part * len(loader)) for part in FIRST_LOOKS} | {len(loader) * (epoch + 1) for epoch in range(epochs)}
@@ -97,8 +97,7 @@ def plain(out: Path, data: Splits, epochs: int, seed: int) -> None:
     for images, seconds in timed(loop, loader, epochs, looks):
         rows.append({"images": images, "seconds": round(seconds, 2), "test_elbo_nats": judged_elbo(network, data)})
         print(rows[-1], flush=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        keep(out, "plain", record)
 
 
 def timed(loop: PlainLoop, loader: DataLoader[Tensor], epochs: int, looks: set[int]) -> Iterator[tuple[int, float]]:

@@ -8,7 +8,7 @@
     python -m benchmarks.speed --part sooner     # seconds to what `plain` reached
     python -m benchmarks.speed --part gpu
 
-Each writes ``OUT/speed-PART.json`` measurement by measurement, and goes on where it was stopped. Seconds are the processor's, of one
+Each writes its part of ``OUT/speed.json`` measurement by measurement, and goes on where it was stopped. Seconds are the processor's, of one
 thread; the trainers take turns, each measurement in a process of its own. pythae has to be installed: see :mod:`benchmarks.trainers`.
 """
 
@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from benchmarks import keep, kept
 from benchmarks.plain import BATCH, judged_elbo, plain
 from benchmarks.trainers import network_named, ours, train_one
 from sigma_vae import Gaussian, models
@@ -75,31 +76,30 @@ def main(
         case: one measurement, as JSON: what this runs in processes of its own.
         data: name of the data set.
     """
-    path = out / f"speed-{part}.json"
+    path = out / "speed.json"
     if part == "gpu" and not torch.cuda.is_available():
         sys.exit("no GPU here: nothing measured")
     if case:
         print(json.dumps(measured(part, *case.rsplit("|", 1), data=data)))
     elif part == "plain":
-        if not path.exists() or len(json.loads(path.read_text())["rows"]) < epochs:
+        if len(kept(path, "plain").get("rows", [])) < epochs:
             plain(path, models.data(DataConfig(data)), epochs, seed=0)
     else:
         results = each(part, path, rounds, data)
-        print("\n".join(table(part, results, out)))
+        print("\n".join(table(part, results, kept(path, "plain").get("rows", []))))
 
 
 def each(part: Part, path: Path, rounds: int, data: str) -> dict[str, list[Measured]]:
     """Every case in every round, unless it is there already."""
-    results: dict[str, list[Measured]] = json.loads(path.read_text())["results"] if path.exists() else {}
+    results: dict[str, list[Measured]] = kept(path, part).get("results", {})
     for number in range(rounds):
         for case in cases(part):
             rows = results.setdefault(case, [])
             if len(rows) <= number:
                 rows.append(in_fresh_process(part, f"{case}|{number}", data))
                 print(case, rows[-1], flush=True)
-                record = {"command": f"python -m benchmarks.speed --part {part} --rounds {rounds}", "results": results}
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                command = f"python -m benchmarks.speed --part {part} --rounds {rounds}"
+                keep(path, part, {"command": command, "results": results})
     return results
 
 
@@ -182,7 +182,7 @@ def trained(network: str, splits: Splits, config: TrainingConfig, seed: int) -> 
     }
 
 
-def table(part: Part, results: dict[str, list[Measured]], out: Path) -> Iterator[str]:
+def table(part: Part, results: dict[str, list[Measured]], loop: list[Measured]) -> Iterator[str]:
     """Markdown: medians and ranges; ratios are taken within a round."""
     keys = list(next(iter(results.values()))[0])
     reference = next(iter(results))
@@ -191,9 +191,7 @@ def table(part: Part, results: dict[str, list[Measured]], out: Path) -> Iterator
     for case, rows in results.items():
         ratios = [row[keys[0]] / base[keys[0]] for row, base in zip(rows, results[reference], strict=False)]
         yield f"| {case} | {' | '.join(spread([row[key] for row in rows], nats='nats' in key) for key in keys)} | {spread(ratios)} |"
-    target = out / "speed-plain.json"
-    if part == "sooner" and target.exists():
-        loop = json.loads(target.read_text())["rows"]
+    if part == "sooner" and loop:
         reached = loop[-1]["test_elbo_nats"]
         first = next(row["seconds"] for row in loop if row["test_elbo_nats"] >= reached)
         yield f"\nThe plain loop ends at {reached:.1f} nats after {loop[-1]['images']} images; first there after {first:.0f} s."

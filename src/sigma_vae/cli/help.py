@@ -153,7 +153,10 @@ def completion(shell: Literal["bash", "zsh"], found: Mapping[str, Any], others: 
         found: the options of each command.
         others: the words of groups of commands.
     """
-    options = {name: [each for action in one._actions for each in action.option_strings] for name, one in found.items()}
+    options = {
+        name: list(dict.fromkeys([*(each for action in one._actions for each in action.option_strings), "--quiet"]))
+        for name, one in found.items()
+    }
     cases = [f"                {name}) words={_quoted(words)} ;;" for name, words in options.items()]
     choices = [
         f'            "{name} {action.option_strings[0]}") words={_quoted(list(map(str, action.choices)))} ;;'

@@ -1,10 +1,12 @@
 """Options of a command, made by tyro from a function's signature and docstring."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TextIO, get_args
@@ -14,6 +16,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from sigma_vae.cli.help import has_short_help, parser, show_help
 from sigma_vae.config import RenamedWarning
+from sigma_vae.progress import hidden, shown
 
 __all__ = ["CONFIG", "HUB", "RunFolder", "RunFolders", "beside", "call", "rules", "to_change", "to_read"]
 
@@ -64,14 +67,18 @@ def to_change(run: str) -> Path:
 def call(function: Callable[..., Any], options: list[str], program: str) -> None:
     """Call the function with these options; old names of options are remarked upon.
 
-    ``--help`` shows a dozen options where there are many, and ``--help-all`` all of them.
+    ``--help`` shows a dozen options where there are many, and ``--help-all`` all of them. Progress is shown, unless the options
+    have ``--quiet`` or ``--json``.
     """
     asked = {"-h", "--help", "--help-all"} & set(options)
     if asked and has_short_help(function):
         show_help(parser(function, program, CONFIG, rules()), program, everything="--help-all" in asked)
         raise SystemExit(0)
     options = ["--help" if word == "--help-all" else word for word in options]
-    with _remarks(program):
+    silent = {"--quiet", "--json"} & set(options) or int(os.environ.get("RANK", 0)) > 0
+    if "quiet" not in signature(function).parameters:  # every command takes it
+        options = [word for word in options if word != "--quiet"]
+    with _remarks(program), hidden() if silent else shown(program):
         tyro.cli(function, prog=program, args=options, config=CONFIG, registry=rules())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, final
 
 from sigma_vae.config import TrainingConfig
+from sigma_vae.progress import SECONDS_BETWEEN, SECONDS_BETWEEN_LINES
 from sigma_vae.training.metrics import TrainingLogger
 from sigma_vae.vae import VAE
 
@@ -15,10 +16,6 @@ __all__ = ["Bar", "Callback", "Context", "Lines", "Patience", "progress_of"]
 
 BAR_WIDTH = 4
 """With it, a line has 80 columns."""
-SECONDS_BETWEEN = 0.25
-"""Time between two drawings of the bar. Drawing takes milliseconds, which would slow the steps of small networks."""
-SECONDS_BETWEEN_LINES = 60.0
-"""Time between two lines where output is redirected."""
 SHOWN = {
     "train/loss_nats": "loss {}",
     "validation/elbo_nats": "validation {} nats",

@@ -20,6 +20,7 @@ from sigma_vae.data.schema import TableSchema, Unknown
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.base import each_example
 from sigma_vae.evaluation.elbo import score
+from sigma_vae.progress import steps
 from sigma_vae.runs.refit import take_prior
 from sigma_vae.training import fit
 from sigma_vae.types import Batch
@@ -366,7 +367,7 @@ class TabularVAE:
         half, network, likelihood = draws // 2, self._vae.network, self._vae.likelihood
         most = max(1, TOGETHER // (2 * half * max(likelihood.in_channels, WIDTH)))
         with in_eval_mode(self._vae):
-            for positions in torch.split(torch.arange(len(x)), most):
+            for positions in steps("rows", torch.split(torch.arange(len(x)), most), len):
                 part = x[positions].to(self._vae.device)
                 q = network.posterior(part)
                 noise = keyed_noise(positions, seed)

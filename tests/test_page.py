@@ -1,5 +1,6 @@
 """The page of a run and the words about it: numbers from the files, advice from made-up curves, plots in sentences."""
 
+import io
 import json
 import math
 import re
@@ -17,9 +18,11 @@ from rich.console import Console
 from scipy import stats
 from test_study_report import CHROMIUM, FRAME, LOOK, Page
 
-from sigma_vae import models, runs
+from sigma_vae import models, progress, runs
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from sigma_vae.data import Batches, Scaling
+from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.suite import meaning, report_rows
 from sigma_vae.runs.evaluate import read_evaluation
@@ -272,6 +275,81 @@ def test_redirected_progress_is_a_line_a_minute(capsys: pytest.CaptureFixture[st
     assert all(
         re.match(r"epoch 12/100, step \d+ of 20000, at most \d+ min left: loss -611.8 validation 601.8 nats", s) for s in said
     )
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def pass_over_data(file: io.StringIO, monkeypatch: pytest.MonkeyPatch, seconds: int) -> list[int]:
+    """Two passes over 100 examples in batches of 10, each of which takes this long."""
+    clock = iter(range(0, 10**6, seconds))
+    monkeypatch.setattr("sigma_vae.progress.time.monotonic", lambda: next(clock))
+    batches = Batches(InMemory(torch.zeros(100, 1, dtype=torch.uint8)), Scaling(levels=2), 10)
+    with progress.shown("sigma-vae score", file=file):
+        return [len(batch.x) for _ in range(2) for batch in batches]
+
+
+def test_a_redirected_pass_over_data_has_a_line_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    assert pass_over_data(file, monkeypatch, 25) == [10] * 20
+    said = file.getvalue().splitlines()
+    assert said[0] == "sigma-vae score: examples, 20 of 100 done, about 3 min left"  # 50 s for 20 examples
+    assert len(said) == 7  # of 20 batches, 25 seconds each and one more for each pass
+
+
+def test_a_pass_over_data_has_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Terminal()
+    assert pass_over_data(file, monkeypatch, 25) == [10] * 20
+    assert "examples" in file.getvalue()
+    assert "/100" in file.getvalue()
+    assert "score" not in file.getvalue()
+
+
+def test_progress_is_shown_once_and_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 10**6, 90))
+    monkeypatch.setattr("sigma_vae.progress.time.monotonic", lambda: next(clock))
+    file = io.StringIO()
+    assert list(progress.steps("nowhere", "ab")) == ["a", "b"]
+    with progress.shown("x", file=file):
+        with progress.hidden():
+            assert list(progress.steps("hidden", "ab")) == ["a", "b"]
+        assert [inner for _ in progress.steps("outer", "ab") for inner in progress.steps("inner", "cd")] == [*"cdcd"]
+        next(iter(progress.steps("left", "ab")))
+        with progress.bar("unknown") as advance:
+            advance(7)
+    assert (
+        file.getvalue()
+        == "x: outer, 1 of 2 done, about 2 min left\nx: outer, 2 of 2 done, about 0 min left\nx: unknown, 7 done\n"
+    )
+
+
+SHOWN_BY = {
+    "evaluate": ("examples", []),
+    "score": ("examples", ["--out", "scores.csv"]),
+    "encode": ("examples", ["--out", "codes.npz"]),
+    "calibrate": ("examples", []),
+    "fit-prior": ("fitting a mixture", ["--prior", "mixture:2"]),
+    "sample": ("decoding samples", ["--out", "samples.png"]),
+    "report": ("writing the page", []),
+    "compress": ("compressing", ["--out", "digits.sv"]),
+}
+
+
+@pytest.mark.parametrize("command", SHOWN_BY)
+def test_a_command_shows_its_progress_on_a_terminal(
+    command: str, digits_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(progress, "SECONDS_BEFORE", -1.0)
+    shutil.copytree(digits_run, "run")
+    doing, options = SHOWN_BY[command]
+    for more, expected in (["--quiet"], False), ([], True):
+        monkeypatch.setattr("sys.stderr", terminal := Terminal())
+        assert main([command, "run", *options, *more]) == 0
+        assert (doing in terminal.getvalue()) is expected
+        assert "\x1b" not in capsys.readouterr().out
 
 
 def binary() -> np.ndarray:

@@ -146,6 +146,22 @@ def test_the_command_line_trains_samples_imputes_and_scores_tables(trained, caps
     assert "elbo_nats" in capsys.readouterr().out
 
 
+def test_excel_files_are_read_and_written(trained, capsys) -> None:
+    sheet, drawn = trained / "people.xlsx", trained / "drawn.xlsx"
+    people().to_excel(sheet, index=False)
+    assert run("sample", str(trained / "run"), "--n", "40", "--out", str(drawn)) == 0
+    again = pd.read_excel(drawn)
+    assert list(again.columns) == list(people().columns)
+    assert set(again.sex.dropna()) <= {"female", "male"}
+    assert (again.visits.dropna() % 1 == 0).all()
+    assert run("impute", str(trained / "run"), str(sheet), "--draws", "4", "--out", str(trained / "filled.xlsx")) == 0
+    filled, missing = pd.read_excel(trained / "filled.xlsx"), people().isna()
+    assert not filled.isna().any().any()
+    pd.testing.assert_frame_equal(filled.mask(missing), people(), check_dtype=False)
+    assert run("score", str(trained / "run"), "--data", str(sheet)) == 0
+    assert len(pd.read_csv(trained / "run/scores-people.csv")) == len(people())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -40,6 +40,31 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
 
     vae_: VAE
 
+    def __init__(
+        self,
+        latent_dim: int = 20,
+        *,
+        width: int | None = None,
+        network: str = "auto",
+        likelihood: str | None = None,
+        prior: str = "auto",
+        max_steps: int | None = None,
+        batch_size: int = 128,
+        validation_fraction: float = 0.1,
+        random_state: Any = None,
+        device: str = "cpu",
+    ) -> None:
+        self.latent_dim = latent_dim
+        self.width = width
+        self.network = network
+        self.likelihood = likelihood
+        self.prior = prior
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.validation_fraction = validation_fraction
+        self.random_state = random_state
+        self.device = device
+
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
@@ -136,31 +161,6 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimat
     >>> model.transform(x).shape, model.inverse_transform(model.transform(x)).shape, model.score_samples(x).shape
     ((60, 2), (60, 4), (60,))
     """
-
-    def __init__(
-        self,
-        latent_dim: int = 20,
-        *,
-        width: int | None = None,
-        network: str = "auto",
-        likelihood: str | None = None,
-        prior: str = "auto",
-        max_steps: int | None = None,
-        batch_size: int = 128,
-        validation_fraction: float = 0.1,
-        random_state: Any = None,
-        device: str = "cpu",
-    ) -> None:
-        self.latent_dim = latent_dim
-        self.width = width
-        self.network = network
-        self.likelihood = likelihood
-        self.prior = prior
-        self.max_steps = max_steps
-        self.batch_size = batch_size
-        self.validation_fraction = validation_fraction
-        self.random_state = random_state
-        self.device = device
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train on examples; y is not used."""
@@ -259,19 +259,21 @@ class VAEOutlierDetector(OutlierMixin, _Estimator):  # type: ignore[misc]
         random_state: Any = None,
         device: str = "cpu",
     ) -> None:
+        super().__init__(
+            latent_dim,
+            width=width,
+            network=network,
+            likelihood=likelihood,
+            prior=prior,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            validation_fraction=validation_fraction,
+            random_state=random_state,
+            device=device,
+        )
         self.contamination = contamination
         self.criterion = criterion
         self.draws = draws
-        self.latent_dim = latent_dim
-        self.width = width
-        self.network = network
-        self.likelihood = likelihood
-        self.prior = prior
-        self.max_steps = max_steps
-        self.batch_size = batch_size
-        self.validation_fraction = validation_fraction
-        self.random_state = random_state
-        self.device = device
 
     def fit(self, X: Any, y: Any = None) -> Self:
         """Train on examples, most of which are inliers; y is not used."""

@@ -157,7 +157,7 @@ def _run(words: list[str], commands: Mapping[str, Command], program: str, about:
 def _listing(commands: Mapping[str, Command], program: str, about: str) -> str:
     width = max(map(len, commands))
     rows = (f"  {name:<{width}}  {command.summary}" for name, command in commands.items())
-    options = f"`{program} COMMAND --help` lists the options of a command."
+    options = f"`{program} COMMAND --help` lists the options of a command; with --quiet none shows its progress."
     return "\n".join([f"usage: {program} COMMAND ...", "", about, "", "commands:", *rows, "", options])
 
 

@@ -1,8 +1,7 @@
 """Commands that compress data by a model's probabilities, and restore them."""
 
 import json as json_module
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,7 @@ from sigma_vae.config import replacing, write_whole
 from sigma_vae.data.pictures import picture_endings
 from sigma_vae.data.stores import Store
 from sigma_vae.models import Saved
+from sigma_vae.progress import bar
 
 __all__ = ["compress", "decompress"]
 
@@ -67,7 +67,7 @@ def compress(
     examples, about = _examples(to_read(run), saved, sources, split)
     if not examples:
         raise ValueError("there is nothing to compress: no example was given")
-    with _progress("compressing", len(examples) * (1 + (check == "yes"))) as advance:
+    with bar("compressing", len(examples) * (1 + (check == "yes"))) as advance:
         codec = Codec(saved.vae, saved.shape, chunk=chunk, check=check == "yes", on_example=advance)
         blob = codec.pack(examples, raw=raw == "yes", about=about)
     write_whole(path, blob)
@@ -92,7 +92,7 @@ def decompress(run: RunFolder, file: File, *, out: str, damaged: Damaged = "refu
     saved = runs.open_model(to_read(run), "cpu")
     blob = Path(file).read_bytes()
     try:
-        with _progress("decompressing", read(blob).header.examples) as advance:
+        with bar("decompressing", read(blob).header.examples) as advance:
             found = Codec(saved.vae, saved.shape, on_example=advance).unpack(blob, damaged)
     except DamagedError as error:
         remedy = "; --damaged skip restores those that are whole" if error.whole else ""
@@ -232,15 +232,3 @@ def _sentence(path: Path, found: dict[str, Any]) -> str:
         f" the initial bits are {8 * found['initial_bytes'] / found['values']:.3f} and the header"
         f" {8 * found['header_bytes'] / found['values']:.3f}"
     )
-
-
-@contextmanager
-def _progress(doing: str, total: int) -> Iterator[Callable[[], object]]:
-    """A bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(doing, total=total)
-        yield lambda: progress.advance(task)

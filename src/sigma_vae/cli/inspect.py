@@ -9,6 +9,7 @@ import tyro
 
 from sigma_vae.config import DataConfig
 from sigma_vae.likelihoods.translate import CONVENTIONS, Convention, Loss, Reduction
+from sigma_vae.progress import bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,8 +38,9 @@ def inspect(
     from sigma_vae.data.inspect import inspect as inspect_data
     from sigma_vae.evaluation.plots import drawable, save_grid
 
-    splits = models.data(config)
-    found = inspect_data(splits)
+    with bar("reading the data"):
+        splits = models.data(config)
+        found = inspect_data(splits)
     if json:
         print(json_module.dumps(asdict(found)))
     else:

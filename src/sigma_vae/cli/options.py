@@ -1,5 +1,6 @@
 """Options of a command, made by tyro from a function's signature and docstring."""
 
+import os
 import re
 import shutil
 import sys
@@ -9,6 +10,7 @@ from argparse import Action
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, TextIO, get_args
@@ -17,6 +19,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sigma_vae.config import RenamedWarning
+from sigma_vae.progress import hidden, shown
 
 __all__ = [
     "CONFIG",
@@ -81,14 +84,18 @@ def to_change(run: str) -> Path:
 def call(function: Callable[..., Any], options: list[str], program: str) -> None:
     """Call the function with these options; old names of options are remarked upon.
 
-    ``--help`` shows a dozen options where there are many, and ``--help-all`` all of them.
+    ``--help`` shows a dozen options where there are many, and ``--help-all`` all of them. Progress is shown, unless the options
+    have ``--quiet`` or ``--json``.
     """
     asked = {"-h", "--help", "--help-all"} & set(options)
     if asked and has_short_help(function):
         show_help(parser(function, program, CONFIG, rules()), program, everything="--help-all" in asked)
         raise SystemExit(0)
     options = ["--help" if word == "--help-all" else word for word in options]
-    with _remarks(program):
+    silent = {"--quiet", "--json"} & set(options) or int(os.environ.get("RANK", 0)) > 0
+    if "quiet" not in signature(function).parameters:  # every command takes it
+        options = [word for word in options if word != "--quiet"]
+    with _remarks(program), hidden() if silent else shown(program):
         tyro.cli(function, prog=program, args=options, config=CONFIG, registry=rules())
 
 
@@ -284,7 +291,10 @@ def completion(shell: Literal["bash", "zsh"], found: Mapping[str, Any], others: 
         found: the options of each command.
         others: the words of groups of commands.
     """
-    options = {name: [each for action in one._actions for each in action.option_strings] for name, one in found.items()}
+    options = {
+        name: list(dict.fromkeys([*(each for action in one._actions for each in action.option_strings), "--quiet"]))
+        for name, one in found.items()
+    }
     cases = [f"                {name}) words={_quoted(words)} ;;" for name, words in options.items()]
     choices = [
         f'            "{name} {action.option_strings[0]}") words={_quoted(list(map(str, action.choices)))} ;;'

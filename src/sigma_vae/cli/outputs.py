@@ -39,6 +39,7 @@ from sigma_vae.evaluation.plots import (
     traversals,
 )
 from sigma_vae.models import Saved
+from sigma_vae.progress import bar
 from sigma_vae.types import at_least_float32
 from sigma_vae.vae import VAE, Show
 
@@ -137,7 +138,7 @@ def sample(
     data = runs.open_run(to_read(run), device).data if network.reads_clips else None
     generator = torch.Generator(opened.vae.device).manual_seed(seed)
     torch.manual_seed(seed)
-    with standard_prior(opened.vae) if prior == "standard" else nullcontext():
+    with bar("decoding samples"), standard_prior(opened.vae) if prior == "standard" else nullcontext():
         if per_class is None:
             images = sampled(opened.vae, data, n, generator, show, spread, given)
         else:
@@ -407,16 +408,17 @@ def predict(
         raise ValueError(f"--frames and --samples are at most {LARGEST_COUNT:g}, got {future} and {samples}")
     torch.empty(max(samples, 1), len(clips), max(future, 1), *clips.shape[2:])  # raises at once if memory is not enough
     torch.manual_seed(seed)
-    predicted = vae.predict(
-        clips[:, :past],
-        future,
-        samples,
-        show,
-        generator=torch.Generator(where).manual_seed(seed),
-        temperature=temperature,
-        batch_statistics=batch_statistics,
-        condition=batch.condition,
-    )
+    with bar("predicting frames"):
+        predicted = vae.predict(
+            clips[:, :past],
+            future,
+            samples,
+            show,
+            generator=torch.Generator(where).manual_seed(seed),
+            temperature=temperature,
+            batch_statistics=batch_statistics,
+            condition=batch.condition,
+        )
     for path in paths:
         write(path, _beside(clips, predicted, past), {"originals": clips, "predictions": predicted}, columns=1 + samples)
 

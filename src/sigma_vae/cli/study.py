@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, final
 import tyro
 
 from sigma_vae import study as studies
+from sigma_vae.progress import hidden
 from sigma_vae.study import StudySpec, cells
 from sigma_vae.study.comparisons import failures, how_far, results
 from sigma_vae.study.grid import SHIPPED, format_place
@@ -35,7 +36,7 @@ def live_or_lines(spec: StudySpec, out: Path, console: "Console") -> Iterator[Te
         yield lambda record, ended, of: print(_line(record, ended, of), flush=True)
         return
     shown = Live(spec, out)
-    with live.Live(get_renderable=shown.table, console=console, refresh_per_second=1, transient=True):
+    with hidden(), live.Live(get_renderable=shown.table, console=console, refresh_per_second=1, transient=True):
 
         def tell(record: dict[str, Any], ended: int, of: int) -> None:
             shown.add(record)

@@ -1,6 +1,6 @@
 """Mini-batches of one split: shuffled, distributed over processes, and resumable in the middle of an epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypedDict, final
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.stores import Store
+from sigma_vae.progress import steps
 from sigma_vae.types import Batch
 
 __all__ = ["BatchState", "Batches"]
@@ -88,7 +89,8 @@ class Batches:
 
     def _iterate(self, epoch: int, start: int) -> Iterator[Batch]:
         order = self._order(epoch)
-        for number in range(start, len(self)):
+        numbers: Sequence[int] = range(start, len(self))
+        for number in numbers if self.shuffle else steps("examples", numbers, self._size):
             # Set before the yield: a caller that knows the length never reaches the end of the iteration.
             self._resuming = False
             self._epoch, self._position = (epoch, number + 1) if number + 1 < len(self) else (epoch + 1, 0)
@@ -103,9 +105,11 @@ class Batches:
         seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0]
         return torch.randperm(len(self.store), generator=torch.Generator().manual_seed(int(seed)))
 
+    def _size(self, number: int) -> int:
+        return min(self.batch_size, len(self.store) - number * self.batch_size)
+
     def _share(self, number: int) -> slice:
-        start = number * self.batch_size
-        size = min(self.batch_size, len(self.store) - start)
+        start, size = number * self.batch_size, self._size(number)
         return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
 
     def state_dict(self) -> BatchState:

@@ -14,6 +14,7 @@ from sigma_vae.evaluation.base import Column, EvaluationData, Metric, Record, Ro
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.features import Extractor, load_clip_extractor, load_extractor, reads_clips
 from sigma_vae.evaluation.plots import drawable, in_unit_range
+from sigma_vae.progress import steps
 from sigma_vae.registry import register
 from sigma_vae.types import Noise
 from sigma_vae.vae import VAE, Show, keyed_noise
@@ -363,7 +364,7 @@ def _samples(vae: VAE, data: Splits, extractor: Extractor, compare: _Reference) 
     """Compare decoder means and draws of p(x|z), made in chunks of one size, each with a seed of its own."""
     means, draws = [], []
     count = len(compare.features)
-    for start in range(0, count, SAMPLES_AT_ONCE):
+    for start in steps("batches of samples", range(0, count, SAMPLES_AT_ONCE)):
         with seeded(compare.seed, start, vae.device):
             distribution = vae.likelihood.distribution(vae.network.generate(SAMPLES_AT_ONCE))
             mean, draw = distribution.mean, distribution.sample()

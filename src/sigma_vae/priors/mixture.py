@@ -12,6 +12,7 @@ from torch.distributions import Normal
 from sigma_vae.conditions import Conditions
 from sigma_vae.priors.base import FittedPrior
 from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
+from sigma_vae.progress import bar
 from sigma_vae.registry import Argument, register
 from sigma_vae.types import Prior
 
@@ -164,7 +165,7 @@ def expectation_maximisation(latents: Tensor, components: int, seed: int) -> Any
 
     floor = REGULARISATION * float(latents.var(0).mean())
     mixture = GaussianMixture(components, reg_covar=floor, max_iter=ITERATIONS, random_state=seed)
-    with warnings.catch_warnings():  # held-out latents judge a mixture that has not converged
+    with bar("fitting a mixture"), warnings.catch_warnings():  # held-out latents judge a mixture that has not converged
         warnings.simplefilter("ignore", ConvergenceWarning)
         return mixture.fit(latents.numpy())
 

@@ -19,6 +19,7 @@ from sigma_vae.evaluation.base import each_example, evaluation_batch, part, spac
 from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.plots import OKABE_ITO, Plot, calibration_plots, drawable, plot_in_words, png, svg
 from sigma_vae.evaluation.suite import meaning, notes, report_rows
+from sigma_vae.progress import bar
 from sigma_vae.runs.evaluate import read_evaluation
 from sigma_vae.runs.folder import Run, config_of, data_of, open_model, read_json
 from sigma_vae.training.callbacks import rows_before
@@ -389,12 +390,14 @@ def report(out: Path, device: str = "auto") -> Path:
         data, missing = data_of(out, config), ""
     except (ValueError, OSError) as error:
         data, missing = None, f"Calibration, latents and examples are left out, as the data cannot be read: {error}"
-    return _write(_Material(out, config, saved.vae, data, read_evaluation(out)), missing)
+    with bar("writing the page"):
+        return _write(_Material(out, config, saved.vae, data, read_evaluation(out)), missing)
 
 
 def write_page(out: Path, run: Run, found: Evaluation) -> None:
     """Write the page of a run that has just ended."""
-    _write(_Material(out, run.config, run.vae, run.data, found), "")
+    with bar("writing the page"):
+        _write(_Material(out, run.config, run.vae, run.data, found), "")
 
 
 class _Material(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any, Protocol, final
 from lightning_fabric.loggers.logger import Logger
 
 from sigma_vae.config import LoggerName, TrainingConfig, write_whole
+from sigma_vae.progress import SECONDS_BETWEEN, SECONDS_BETWEEN_LINES
 from sigma_vae.vae import VAE
 
 __all__ = [
@@ -257,10 +258,6 @@ def _keep_id(folder: Path, service: str, run_id: str) -> None:
 
 BAR_WIDTH = 4
 """With it, a line has 80 columns."""
-SECONDS_BETWEEN = 0.25
-"""Time between two drawings of the bar. Drawing takes milliseconds, which would slow the steps of small networks."""
-SECONDS_BETWEEN_LINES = 60.0
-"""Time between two lines where output is redirected."""
 SHOWN = {
     "train/loss_nats": "loss {}",
     "validation/elbo_nats": "validation {} nats",

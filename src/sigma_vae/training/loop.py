@@ -22,6 +22,7 @@ from sigma_vae.config import LoggerName, TrainingConfig
 from sigma_vae.data import Batches, Splits, as_splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.networks.principal import sample_of
+from sigma_vae.progress import hidden
 from sigma_vae.training.callbacks import Callback, Context, Patience, TrainingLogger, make_loggers, progress_of, rows_before
 from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
 from sigma_vae.training.distributed import (
@@ -231,7 +232,7 @@ class _Training:
         self.stepper = Stepper(self.vae, self.config, self.choices, context.total_steps, self.batches.log_volume_nats, fabric)
         self._restore()
         status = "failed"
-        with _Interrupts() as self.interrupts, self._keeping_broken_steps():
+        with _Interrupts() as self.interrupts, self._keeping_broken_steps(), hidden():  # callbacks show the progress
             try:
                 for callback in self.callbacks:
                     callback.on_fit_start(context)

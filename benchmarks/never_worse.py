@@ -24,7 +24,7 @@ from sigma_vae.data import Splits, as_splits
 from sigma_vae.evaluation import evaluate
 from sigma_vae.runs.refit import take_prior
 from sigma_vae.study.claims import signed
-from sigma_vae.study.statistics import mean_difference
+from sigma_vae.study.comparisons import mean_difference
 from sigma_vae.training import fit
 
 BETAS = (0.003, 0.006, 0.01, 0.02, 0.03, 0.06, 0.1, 0.3, 1.0)

@@ -11,8 +11,8 @@ from pyarrow import parquet
 
 from sigma_vae.columns import Column
 from sigma_vae.config import DataConfig, parse
+from sigma_vae.data.batches import Scaling
 from sigma_vae.data.mixed import mixed_splits
-from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.schema import TableSchema
 
 N = 300

@@ -10,9 +10,9 @@ import torch
 
 from sigma_vae.columns import Family
 from sigma_vae.config import DataConfig
+from sigma_vae.data.batches import Scaling
 from sigma_vae.data.cache import cached_rows, file_record, file_stamp
 from sigma_vae.data.levels import Array
-from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.splits import SPLITS, SplitName, Splits, few, fingerprint, hold_out
 from sigma_vae.data.stores import InMemory, Mapped, Store

@@ -72,9 +72,6 @@ Facts = tuple[tuple[str, str], ...]
 
 # -- sections: tables, pictures and words, and the templates that set them in one HTML file ----------------------------
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-
 
 class Card(NamedTuple):
     """A claim with its verdicts, each a word and a finding."""

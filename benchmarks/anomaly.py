@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 import tyro
 
-from sigma_vae.data.series import windows
+from sigma_vae.data.tables import windows
 from sigma_vae.sklearn import VAEOutlierDetector
 
 WINDOW = 64

@@ -22,10 +22,10 @@ from sigma_vae import models, runs
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import score
+from sigma_vae.evaluation.bounds import oracle
 from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.features import Extractor, load_extractor
 from sigma_vae.evaluation.information import information
-from sigma_vae.evaluation.oracle import oracle
 from sigma_vae.evaluation.quality import frechet_distance
 from sigma_vae.priors import MixturePrior
 from sigma_vae.vae import VAE, keyed_noise

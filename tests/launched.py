@@ -1,10 +1,14 @@
 """Functions on processes of their own: on several that know of each other what ``torchrun`` tells them, or on one that may die."""
 
+import faulthandler
 import multiprocessing
 import os
+import random
 import socket
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -12,14 +16,39 @@ from typing import Any
 import torch
 from torch.multiprocessing import start_processes
 
+from sigma_vae.training import distributed
+
 PRELOADED = ["sigma_vae.training", "sigma_vae.runs", "sigma_vae.cli"]
 """Imported once, and not in each process."""
 
+DEADLINE = 110.0
+"""Seconds that processes may take together; they need 5 to 40, also beside other tests."""
+
 
 def on_processes(count: int, function: Callable[..., Any], *arguments: Any) -> None:
-    """Call ``function(rank, *arguments)`` on each; an error of one of them is raised here."""
+    """Call ``function(rank, *arguments)`` on each; an error of one of them is raised here.
+
+    Processes that do not end by the deadline print their stacks, are killed and are started once more: a machine can lose a
+    process between its start and its first word. Those that wait for each other do so again, and fail.
+    """
+    if not _in_time(count, function, *arguments):
+        print(f"{count} processes did not end in {DEADLINE:.0f} s; they are started once more", file=sys.__stderr__)
+        assert _in_time(count, function, *arguments), f"{count} processes did not end in {DEADLINE:.0f} s, twice"
+
+
+def _in_time(count: int, function: Callable[..., Any], *arguments: Any) -> bool:
     _preloaded()
-    start_processes(_one, (count, _free_port(), function, arguments), count, start_method="forkserver")
+    given = (count, _free_port(), function, arguments)
+    context = start_processes(_one, given, count, join=False, start_method="forkserver")
+    assert context is not None
+    began = time.monotonic()
+    while not context.join(timeout=1):
+        if time.monotonic() - began > DEADLINE:
+            for process in context.processes:
+                process.kill()
+                process.join()
+            return False
+    return True
 
 
 def results_of(count: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
@@ -59,6 +88,8 @@ def _telling(told: Path, task: Callable[..., int | None], arguments: tuple[Any, 
 
 
 def _one(rank: int, count: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    faulthandler.dump_traceback_later(DEADLINE - 10)
+    distributed.PATIENCE = timedelta(seconds=DEADLINE)
     torch.set_num_threads(1)
     known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "GROUP_RANK": 0}
     os.environ |= {name: str(value) for name, value in known.items()}
@@ -71,7 +102,9 @@ def _kept(rank: int, function: Callable[..., Any], folder: Path, *arguments: Any
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A free port outside of the range from which the system takes ports for outgoing connections, so that none takes it first."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port

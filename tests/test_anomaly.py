@@ -11,8 +11,8 @@ from linear_gaussian import DIM, Proposal, batches_of, draw_data, exact_log_like
 from sigma_vae import VAE, Categorical, Gaussian, mlp
 from sigma_vae.cli import main
 from sigma_vae.data import Batches, Scaling
-from sigma_vae.data.series import on_time_axis, windows
 from sigma_vae.data.stores import InMemory
+from sigma_vae.data.tables import on_time_axis, windows
 from sigma_vae.evaluation.anomaly import (
     SCORES,
     anomalies,

@@ -42,10 +42,9 @@ from sigma_vae import (
 from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import bounds, evaluate, score
-from sigma_vae.evaluation.bounds import iwae
+from sigma_vae.evaluation.bounds import iwae, oracle
 from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.information import information
-from sigma_vae.evaluation.oracle import oracle
 from sigma_vae.likelihoods.scales import Scale
 from sigma_vae.vae import keyed_noise
 

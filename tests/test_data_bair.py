@@ -10,7 +10,7 @@ from google_crc32c import value as crc32c
 
 from sigma_vae.config import ClipConfig, DataConfig, ImageConfig
 from sigma_vae.data import load
-from sigma_vae.data.named import bair
+from sigma_vae.data.named import clips
 
 COUNTS = {"train": 12, "test": 3}
 SEQUENCES = {
@@ -77,7 +77,7 @@ def write(folder, sequences=SEQUENCES, change=lambda features: features):
 
 @pytest.fixture(autouse=True)
 def _small_bair(monkeypatch):
-    monkeypatch.setattr(bair, "_COUNTS", COUNTS)
+    monkeypatch.setattr(clips, "_BAIR_COUNTS", COUNTS)
     monkeypatch.delenv("SIGMA_VAE_DATA", raising=False)
 
 

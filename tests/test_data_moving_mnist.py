@@ -12,9 +12,9 @@ from PIL import Image
 
 from sigma_vae.config import ClipConfig, DataConfig, ImageConfig
 from sigma_vae.data import load
-from sigma_vae.data.named import moving_mnist
-from sigma_vae.data.named.mnist import mnist_5k
-from sigma_vae.data.named.moving_mnist import BouncingDigits
+from sigma_vae.data.named import clips
+from sigma_vae.data.named.clips import BouncingDigits
+from sigma_vae.data.named.images import mnist_5k
 
 WHITE, GREY = (np.full((1, 28, 28), level, np.uint8) for level in (255, 100))
 SIDES = (64, 32)
@@ -23,7 +23,7 @@ SIDES = (64, 32)
 @pytest.fixture(autouse=True)
 def _nothing_lies_around(monkeypatch):
     monkeypatch.delenv("SIGMA_VAE_DATA", raising=False)
-    monkeypatch.setattr(moving_mnist, "mnist_5k", lambda config: five_thousand())
+    monkeypatch.setattr(clips, "mnist_5k", lambda config: five_thousand())
 
 
 @cache
@@ -220,4 +220,4 @@ def test_bad_configs_are_refused(options, message):
 
 
 def test_defaults_are_svgs():
-    assert (moving_mnist._FRAMES, moving_mnist._TEST_FRAMES, moving_mnist._SIDE) == (5 + 10, 30, 64)
+    assert (clips._FRAMES, clips._TEST_FRAMES, clips._SIDE) == (5 + 10, 30, 64)

@@ -30,7 +30,7 @@ from scipy.io import savemat
 
 from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data import load
-from sigma_vae.data.named import celeba, cifar10, matlab, mnist
+from sigma_vae.data.named import images as named
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CIFAR_SLICE = Path(__file__).parents[2] / "shared" / "data" / "cifar10_slice.npz"
@@ -41,13 +41,13 @@ NAMES = list(COUNTS)
 def small(monkeypatch, tmp_path):
     """Every data set in miniature, and no other place that might hold the real one."""
     datasets = pytest.importorskip("datasets", reason="the hub needs the package datasets")
-    monkeypatch.setattr(mnist, "_COUNTS", COUNTS["mnist"])
-    monkeypatch.setattr(mnist, "_MEANS", {name: float(images_of(name)["train"].mean()) for name in ("mnist", "fashion-mnist")})
-    monkeypatch.setattr(mnist, "_PREFIXES", (tmp_path / "nowhere", tmp_path / "usr"))
-    monkeypatch.setattr(cifar10, "_COUNTS", COUNTS["cifar10"])
-    monkeypatch.setattr(matlab, "_SVHN_COUNTS", COUNTS["svhn"])
-    monkeypatch.setattr(matlab, "_FREY_COUNTS", COUNTS["frey-faces"])
-    monkeypatch.setattr(celeba, "_COUNTS", COUNTS["celeba"])
+    monkeypatch.setattr(named, "_MNIST_COUNTS", COUNTS["mnist"])
+    monkeypatch.setattr(named, "_MEANS", {name: float(images_of(name)["train"].mean()) for name in ("mnist", "fashion-mnist")})
+    monkeypatch.setattr(named, "_PREFIXES", (tmp_path / "nowhere", tmp_path / "usr"))
+    monkeypatch.setattr(named, "_CIFAR_COUNTS", COUNTS["cifar10"])
+    monkeypatch.setattr(named, "_SVHN_COUNTS", COUNTS["svhn"])
+    monkeypatch.setattr(named, "_FREY_COUNTS", COUNTS["frey-faces"])
+    monkeypatch.setattr(named, "_CELEBA_COUNTS", COUNTS["celeba"])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub-cache")
     monkeypatch.delenv("SIGMA_VAE_DATA", raising=False)
     (tmp_path / "here").mkdir()
@@ -158,7 +158,7 @@ def test_the_folder_of_its_name_comes_first(small, monkeypatch, tmp_path):
     monkeypatch.setenv("SIGMA_VAE_DATA", str(tmp_path))
     write_idx(tmp_path, images_of("mnist"))
     write_idx(tmp_path / "fashion-mnist", images_of("fashion-mnist", 1))
-    monkeypatch.setitem(mnist._MEANS, "fashion-mnist", float(images_of("fashion-mnist", 1)["train"].mean()))
+    monkeypatch.setitem(named._MEANS, "fashion-mnist", float(images_of("fashion-mnist", 1)["train"].mean()))
     assert_same(load(DataConfig("mnist")), "mnist", images_of("mnist"))
     assert_same(load(DataConfig("fashion-mnist")), "fashion-mnist", images_of("fashion-mnist", 1))
 
@@ -526,7 +526,7 @@ def test_real_images_of_cifar10_pixel_for_pixel(small, monkeypatch, tmp_path, bi
         pytest.skip(f"no images of CIFAR-10 at {CIFAR_SLICE}")
     with np.load(CIFAR_SLICE) as content:
         images = {split: content[split].transpose(0, 2, 3, 1) for split in ("train", "test")}
-    monkeypatch.setattr(cifar10, "_COUNTS", {split: len(part) for split, part in images.items()})
+    monkeypatch.setattr(named, "_CIFAR_COUNTS", {split: len(part) for split, part in images.items()})
     write_cifar10(tmp_path, images, binary)
     assert_same(load(DataConfig("cifar10", root=str(tmp_path))), "cifar10", images)
 

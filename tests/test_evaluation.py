@@ -17,7 +17,7 @@ from sigma_vae.cli.runs import print_evaluation
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Scaling
 from sigma_vae.evaluation import Column, Estimate, Evaluation, Metric, Row, calibrate, evaluate, score
-from sigma_vae.evaluation.entropy import entropy_identity
+from sigma_vae.evaluation.bounds import entropy_identity
 from sigma_vae.evaluation.plots import drawable, pairs, save_grid
 from sigma_vae.evaluation.suite import columns
 from sigma_vae.registry import register
@@ -267,7 +267,6 @@ def test_frames_of_data_are_scored_in_their_own_units():
 # -- old names -------------------------------------------------------------------------------------------------------------
 
 OLD = (
-    ("bounds", "oracle"),
     ("suite", "entropy_identity"),
     ("suite", "scores_under_standard_prior"),
     ("suite", "standard_prior"),

@@ -16,7 +16,7 @@ from PIL import Image
 from sigma_vae import runs
 from sigma_vae.cli import main
 from sigma_vae.data import as_splits
-from sigma_vae.data.named import mnist
+from sigma_vae.data.named import images
 from sigma_vae.vae import keyed_noise
 
 RANDOM = np.random.default_rng(0)
@@ -259,8 +259,8 @@ MOVED = {
 
 @pytest.mark.parametrize("make", MOVED.values(), ids=MOVED)
 def test_a_run_whose_data_have_moved_says_how_to_go_on(make, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(mnist, "_COUNTS", COUNTS["mnist"])
-    monkeypatch.setitem(mnist._MEANS, "mnist", float(images_of("mnist")["train"].mean()))
+    monkeypatch.setattr(images, "_MNIST_COUNTS", COUNTS["mnist"])
+    monkeypatch.setitem(images._MEANS, "mnist", float(images_of("mnist")["train"].mean()))
     place = make(tmp_path)
     run = (tmp_path / "run").rename(tmp_path / "elsewhere")
     key = "root" if make is named else "source"
@@ -284,8 +284,8 @@ def test_a_run_whose_data_have_moved_says_how_to_go_on(make, tmp_path, capsys, m
 
 def test_a_run_of_a_named_set_without_its_files_says_where_they_are_given(tmp_path, capsys, monkeypatch):
     """Their folder is there, and other ones may be given."""
-    monkeypatch.setattr(mnist, "_COUNTS", COUNTS["mnist"])
-    monkeypatch.setitem(mnist._MEANS, "mnist", float(images_of("mnist")["train"].mean()))
+    monkeypatch.setattr(images, "_MNIST_COUNTS", COUNTS["mnist"])
+    monkeypatch.setitem(images._MEANS, "mnist", float(images_of("mnist")["train"].mean()))
     root = named(tmp_path)
     for file in root.iterdir():
         file.unlink()

@@ -24,9 +24,9 @@ from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import Evaluation
-from sigma_vae.evaluation.words import meaning, number_rows
-from sigma_vae.runs.advice import Curves, advice, curves, shows
+from sigma_vae.evaluation.suite import meaning, report_rows
 from sigma_vae.runs.evaluate import read_evaluation
+from sigma_vae.runs.page import Curves, advice, read_curves, shows
 from sigma_vae.training.callbacks import Bar, Lines
 
 CONFIG = RunConfig(DataConfig("digits"), ModelConfig("mlp"), TrainingConfig())
@@ -88,15 +88,17 @@ def test_advice_follows_from_curves_and_numbers(case: str) -> None:
 
 def test_the_advice_to_go_on_is_a_command_that_works(digits_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(digits_run, tmp_path / "run")
-    (said,) = [line for line in advice(run, runs.config_of(run), read_evaluation(run), curves(run)) if "still rising" in line]
+    (said,) = [
+        line for line in advice(run, runs.config_of(run), read_evaluation(run), read_curves(run)) if "still rising" in line
+    ]
     words = re.search(r"`sigma-vae (.*)`", said)[1].split()
     assert words[-1] == "12"
     assert main([*words, "--quiet"]) == 0
-    assert len(curves(run).score) == 12
+    assert len(read_curves(run).score) == 12
 
 
 def test_every_number_has_a_meaning(digits_run: Path) -> None:
-    rows = list(number_rows(read_evaluation(digits_run)))
+    rows = list(report_rows(read_evaluation(digits_run)))
     assert len(rows) > 8
     assert [row.name for row in rows if not meaning(row.name)] == []
 

@@ -10,7 +10,7 @@ from sigma_vae import VAE, Gaussian, mlp
 from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import evaluate
-from sigma_vae.evaluation.ppca import ppca
+from sigma_vae.evaluation.bounds import ppca
 from sigma_vae.networks import principal as module
 from sigma_vae.networks.principal import Principal, principal
 

@@ -26,7 +26,7 @@ from sigma_vae.priors import FlowMatchingPrior, GaussianPrior, maps
 from sigma_vae.runs import evaluate_run, open_model
 from sigma_vae.runs.evaluate import read_evaluation
 from sigma_vae.training import fit
-from sigma_vae.training.augment import augmented, check_augmentation
+from sigma_vae.training.step import augmented, check_augmentation
 from sigma_vae.types import Batch, Maps
 
 SHAPES = {"f2c2": (1, 8, 8), "f4c3": (3, 8, 12), "f8c4": (2, 16)}

@@ -21,12 +21,10 @@ from sigma_vae import study
 from sigma_vae.cli import main
 from sigma_vae.cli.study import Live, live_or_lines
 from sigma_vae.registry import Entry, register
-from sigma_vae.study import cell as of_cells
-from sigma_vae.study.cell import do, folder_of, known
+from sigma_vae.study import runner as of_cells
 from sigma_vae.study.comparisons import Ended, Setting
 from sigma_vae.study.grid import SHIPPED, check
-from sigma_vae.study.results import collect
-from sigma_vae.study.runner import claim
+from sigma_vae.study.runner import claim, collect, do, folder_of, known
 from sigma_vae.study.statistics import chosen_on_validation, cost, mean_difference, paired_difference, summary
 
 TIMES = ["training_seconds", "core_seconds"]
@@ -372,7 +370,7 @@ def test_a_cell_that_raises_is_written_down_and_tried_again(spec, tmp_path, caps
     record = known(bad, tmp_path / "out")
     assert (record["status"], record["failures"]) == ("failed", 2)  # and once more
     assert "broken.npz" in record["error"]
-    assert 'File "sigma_vae/study/cell.py"' in record["traceback"]
+    assert 'File "sigma_vae/study/runner.py"' in record["traceback"]
     assert f'File "{Path(study.__file__).anchor}' not in record["traceback"]
     table = results(tmp_path / "out")
     assert table.set_index("key")["error"].dropna().to_dict() == {bad.key: record["error"]}

@@ -17,10 +17,9 @@ from sigma_vae import study
 from sigma_vae.cli import main
 from sigma_vae.study import plots
 from sigma_vae.study import report as report_function
-from sigma_vae.study.cell import folder_of
 from sigma_vae.study.claims import CLAIMS
 from sigma_vae.study.comparisons import settings
-from sigma_vae.study.runner import claim
+from sigma_vae.study.runner import claim, folder_of
 
 OPTIMAL, SHARED, PIXEL = "gaussian/optimal", "gaussian/shared", "gaussian/per-pixel"
 BETAS = ["gaussian/beta:0.002", "gaussian/beta:0.02", "gaussian/beta:0.2", "gaussian/beta:2"]

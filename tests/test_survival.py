@@ -28,8 +28,8 @@ from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, read
 from sigma_vae.data import Splits, load
 from sigma_vae.training import NonFiniteLossError, checkpoints
+from sigma_vae.training.callbacks import MetricsTable, rows_before
 from sigma_vae.training.checkpoints import damage, exclusive, newest, read_sealed, step_of, write_sealed
-from sigma_vae.training.metrics import MetricsTable, rows_before
 from sigma_vae.training.step import Stepper
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="forks, mounts and limits of Linux")

@@ -122,13 +122,13 @@ BANNED = {
 
 OWN_MODULES = {
     "registry.py": {"importlib.import_module(self.home)", "importlib.import_module(module.name)"},
-    "training/metrics.py": {"importlib.import_module(package)"},
+    "training/callbacks.py": {"importlib.import_module(package)"},
     "data/files.py": {"import_module(module)"},
     "__init__.py": {"import_module(f'{__name__}.{home}')", "import_module(f'{__name__}.{name}')"},
     "cli/__init__.py": {"import_module(f'{__name__}.{module}')"},
     "likelihoods/__init__.py": {"import_module(f'{__name__}.{home}')"},
     "vae.py": {
-        "import_module('sigma_vae.evaluation.words')",
+        "import_module('sigma_vae.evaluation.base')",
         "import_module('matplotlib')",
         "import_module('sigma_vae.evaluation.plots')",
         "import_module('sigma_vae.hub')",

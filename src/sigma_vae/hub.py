@@ -13,7 +13,8 @@ from typing import Any
 from sigma_vae import models
 from sigma_vae.config import EvaluationSettings, ModelConfig, RunConfig, write, write_whole
 from sigma_vae.data import names
-from sigma_vae.evaluation import Evaluation, words
+from sigma_vae.evaluation import Evaluation
+from sigma_vae.evaluation.suite import meaning, report_rows
 from sigma_vae.extras import needed_by
 from sigma_vae.types import Likelihood, Network
 from sigma_vae.vae import VAE
@@ -205,9 +206,9 @@ def _lines(
 def _numbers(evaluation: Evaluation) -> Iterator[str]:
     yield f"\n## Numbers\n\nMean ± standard error over {evaluation.bounds.examples} held-out examples.\n"
     yield "| number | value | meaning |\n| --- | --- | --- |"
-    for row in words.number_rows(evaluation):
+    for row in report_rows(evaluation):
         error = f" ± {row.standard_error}" if row.standard_error else ""
-        yield f"| {row.name} | {row.value}{error} | {words.meaning(row.name)} |"
+        yield f"| {row.name} | {row.value}{error} | {meaning(row.name)} |"
 
 
 @needed_by("sigma_vae.hub")

@@ -300,7 +300,7 @@ class VAE(nn.Module):
             "likelihood": str(self.likelihood),
             "σ": "not known yet" if sigma is None else f"{float(sigma.log().mean().exp()):.4g}",
         }
-        made: str = import_module("sigma_vae.evaluation.words").table("A VAE with a calibrated decoder", rows)
+        made: str = import_module("sigma_vae.evaluation.base").table("A VAE with a calibrated decoder", rows)
         return made
 
     def save_pretrained(self, folder: str | Path, evaluation: Any = None) -> Path:

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 from sigma_vae.cli import COMMANDS, PROGRAM
-from sigma_vae.cli.help import completion as script_of
 from sigma_vae.cli.options import CONFIG, rules
+from sigma_vae.cli.options import completion as script_of
 
 __all__ = ["completion", "new"]
 
@@ -107,7 +107,7 @@ def completion(shell: Annotated[Literal["bash", "zsh"], tyro.conf.Positional, ty
     Args:
         shell: Your shell.
     """
-    from sigma_vae.cli.help import parser
+    from sigma_vae.cli.options import parser
 
     found = {
         name: parser(command.load(), f"{PROGRAM} {name}", CONFIG, rules())

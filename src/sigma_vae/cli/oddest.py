@@ -11,8 +11,8 @@ from sigma_vae import runs
 from sigma_vae.cli.options import to_read
 from sigma_vae.config import replacing
 from sigma_vae.data import Batches
-from sigma_vae.data.series import on_time_axis
 from sigma_vae.data.splits import Names
+from sigma_vae.data.tables import on_time_axis
 from sigma_vae.evaluation.anomaly import Anomalies, Score, anomalies, complexity_bits, p_values
 from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, save_grid
 from sigma_vae.types import Batch

@@ -13,10 +13,10 @@ from sigma_vae import runs
 from sigma_vae.cli.options import HUB, RunFolder, RunFolders, to_change, to_read
 from sigma_vae.cli.outputs import Split, checked
 from sigma_vae.config import EvaluationSettings, RunConfig, read
-from sigma_vae.evaluation import Evaluation, words
+from sigma_vae.evaluation import Evaluation, suite
 from sigma_vae.evaluation.base import metrics
 from sigma_vae.registry import Names, register
-from sigma_vae.runs import advice
+from sigma_vae.runs import page
 from sigma_vae.runs.audit import PREFIX, audit, audit_rows, evaluate_audited, name_of, notes, write_page
 
 if TYPE_CHECKING:
@@ -145,19 +145,19 @@ def _finished(folder: Path, found: Evaluation, as_json: bool, quiet: bool) -> No
 
 
 def _in_words(folder: Path, found: Evaluation) -> Iterator[str]:
-    means = {row.name: words.meaning(row.name) for row in words.number_rows(found) if "with N(0, I)" not in row.name}
+    means = {row.name: suite.meaning(row.name) for row in suite.report_rows(found) if "with N(0, I)" not in row.name}
     yield "\nWhat the numbers mean:"
     yield from (f"  {name}: {sentence}" for name, sentence in means.items() if sentence)
     if "standard_prior" in found:
         yield "  ... with N(0, I): the same with N(0, I) in place of the fitted prior."
-    if said := advice.advice(folder, runs.config_of(folder), found, advice.curves(folder)):
+    if said := page.advice(folder, runs.config_of(folder), found, page.read_curves(folder)):
         yield "\nWhat to do:"
         yield from (f"  {line}" for line in said)
     pictures = sorted(str(path) for path in folder.iterdir() if path.suffix in (".png", ".gif"))
     yield f"\npage: {folder / 'report.html'}"
     if pictures:
         yield f"pictures: {' '.join(pictures)}"
-    yield f"next: {advice.next_command(folder, found)}"
+    yield f"next: {page.next_command(folder, found)}"
 
 
 def rerun(run: RunFolder, *, json: bool = False) -> None:
@@ -217,7 +217,7 @@ def print_evaluation(report: Evaluation) -> None:
     """Print the bounds, then the section of each further metric, and the notes below."""
     console = _console()
     console.print(_table(report))
-    for line in (*words.notes(report), *_about_priors(report)):
+    for line in (*suite.notes(report), *_about_priors(report)):
         console.print(line)
 
 

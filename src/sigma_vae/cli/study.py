@@ -12,10 +12,9 @@ import tyro
 from sigma_vae import study as studies
 from sigma_vae.progress import hidden
 from sigma_vae.study import StudySpec, cells
-from sigma_vae.study.cell import finished, running_since
+from sigma_vae.study.comparisons import failures, how_far, results
 from sigma_vae.study.grid import SHIPPED, format_place
-from sigma_vae.study.outcomes import failures, how_far, results
-from sigma_vae.study.runner import Backend
+from sigma_vae.study.runner import Backend, finished, running_since
 
 __all__ = ["Live", "keep", "live_or_lines", "names", "report", "run", "table", "verdicts"]
 

@@ -11,10 +11,9 @@ import torch
 from sigma_vae.columns import Family
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import file_record
-from sigma_vae.data.holdout import hold_out
 from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.schema import TableSchema
-from sigma_vae.data.splits import SPLITS, SplitName, Splits, fingerprint
+from sigma_vae.data.splits import SPLITS, SplitName, Splits, fingerprint, hold_out
 from sigma_vae.data.stores import InMemory, Store
 from sigma_vae.data.tables import TABLES, read_table, table_files
 

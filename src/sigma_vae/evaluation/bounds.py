@@ -1,8 +1,8 @@
 """The importance-weighted bound, which rises from the ELBO to log p(x) with the number of draws."""
 
+import copy
 import math
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, final
 
@@ -11,12 +11,40 @@ from torch import Tensor
 
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
-from sigma_vae.evaluation.base import Estimate, EvaluationData, Metric, Record, Row, each_example, number_rows
+from sigma_vae.evaluation.base import (
+    Column,
+    Estimate,
+    EvaluationData,
+    Metric,
+    Record,
+    Row,
+    each_example,
+    estimate_rows,
+    number_rows,
+    part,
+)
+from sigma_vae.evaluation.elbo import score
+from sigma_vae.networks.principal import principal, sample_of
 from sigma_vae.registry import register
-from sigma_vae.types import Batch, Inference, Likelihood, as_argument
-from sigma_vae.vae import VAE, keyed_noise
+from sigma_vae.types import Batch, DataDistribution, Inference, Likelihood, as_argument
+from sigma_vae.vae import VAE, Scores, keyed_noise
 
-__all__ = ["Iwae", "IwaeMetric", "Measure", "inferences", "iwae"]
+__all__ = [
+    "EntropyIdentity",
+    "EntropyIdentityMetric",
+    "Iwae",
+    "IwaeMetric",
+    "LinearBound",
+    "Measure",
+    "Oracle",
+    "OracleMetric",
+    "PpcaMetric",
+    "entropy_identity",
+    "inferences",
+    "iwae",
+    "oracle",
+    "ppca",
+]
 
 Measure = Literal["iwae_nats", "iwae_post_hoc_nats", "iwae_bits_per_dim", "iwae_bits_per_dim_post_hoc"]
 """The observed quantity in nats, or the bins of the levels in bits; with the model's own σ, or the refitted one."""
@@ -186,10 +214,280 @@ def inferences(vae: VAE, batch: Batch, draws: int, seed: int) -> Iterator[Infere
         together = max(1, most * len(unit) // inference.h.numel())
 
 
-def __getattr__(name: str) -> Any:
-    if name != "oracle":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sigma_vae.evaluation import oracle
+# -- the gain from solving σ on the scored data: no bound, but the most that a choice of σ could give ------------------
 
-    warnings.warn(f"{__name__}.oracle is now {oracle.__name__}.oracle", DeprecationWarning, stacklevel=2)
-    return oracle.oracle
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Oracle(Record):
+    """Values with σ solved on the scored examples.
+
+    ``oracle_nats`` uses the σ that is best for the observed quantity, and ``leak_nats`` is its gain over the post-hoc
+    value. Data with levels have ``oracle_level_nats`` and ``leak_level_nats``, of the log-probability of the levels'
+    bins. ``leak_formula_nats`` and ``mse_over_variance``, r, are None where the formula does not apply to the
+    likelihood, or where the solved σ lies at its floor.
+    """
+
+    examples: int
+    noise_seed: int
+    oracle_nats: Estimate
+    leak_nats: Estimate
+    oracle_level_nats: Estimate | None = None
+    leak_level_nats: Estimate | None = None
+    leak_formula_nats: float | None
+    mse_over_variance: float | None
+
+
+@register.metric("oracle")
+@final
+class OracleMetric(Metric):
+    """Values with σ taken from the examples that are scored: no likelihood."""
+
+    result = Oracle
+
+    def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
+        """It solves σ."""
+        return None if vae.likelihood.has_scale else f"{vae.likelihood} has no σ"
+
+    def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> Oracle:
+        """On the held-out examples."""
+        return oracle(vae, data.held_out, settings.seed)
+
+    def rows(self, result: Oracle) -> Iterator[Row]:
+        """All numbers, with a reminder."""
+        for row in number_rows(result):
+            yield row._replace(name=f"{row.name} (no likelihood)")
+
+
+@torch.no_grad()
+def oracle(vae: VAE, batches: Batches, seed: int = 0) -> Oracle:
+    r"""Report what σ solved on the very examples that are scored would give.
+
+    Evaluations print such values when they take σ from the batch at hand; here it is solved for all examples together.
+    Where the refit is one σ of a Gaussian, the difference to the post-hoc value, the leak, is
+
+    .. math:: \tfrac D2 (r - 1 - \ln r), \qquad r = \text{MSE}_\text{eval} / \sigma^2_\text{train}.
+
+    The model is put into eval mode, and left with the σ that it has; the arguments are those of
+    :func:`~sigma_vae.evaluation.elbo.elbo`.
+
+    Raises:
+        ValueError: the likelihood has no scale, or none is stored yet.
+    """
+    if not vae.likelihood.has_scale:
+        raise ValueError(f"{vae.likelihood} has no σ to solve on the scored data; use a family with a scale, such as gaussian")
+    vae.eval()
+    solved = VAE(vae.network, copy.deepcopy(vae.likelihood))
+    solved.calibrate(batches, seed)
+    known, best = score(vae, batches, seed), score(solved.eval(), batches, seed)
+    levels: dict[str, Any] = {}
+    if known.log_mass_post_hoc is not None and best.log_mass_post_hoc is not None:
+        levels = {
+            "oracle_level_nats": Estimate.of(best.log_mass_post_hoc - known.rate),
+            "leak_level_nats": Estimate.of(best.log_mass_post_hoc - known.log_mass_post_hoc),
+        }
+    formula, ratio = _leak_formula(vae.likelihood, solved.likelihood, known)
+    return Oracle(
+        examples=len(known.rate),
+        noise_seed=seed,
+        oracle_nats=Estimate.of(best.log_likelihood_post_hoc - known.rate),
+        leak_nats=Estimate.of(best.log_likelihood_post_hoc - known.log_likelihood_post_hoc),
+        **levels,
+        leak_formula_nats=formula,
+        mse_over_variance=ratio,
+    )
+
+
+def _leak_formula(likelihood: Likelihood, solved: Likelihood, scores: Scores) -> tuple[float | None, float | None]:
+    """Leak by the formula, and r."""
+    if not likelihood.sigma_is_rmse:
+        return None, None
+    best, fitted = (float(each.refitted_log_scales()["density"]) for each in (solved, likelihood))
+    if best <= likelihood.log_floor + 1e-6:  # in float32; its square is not the mean squared error then
+        return None, None
+    log_ratio = 2 * (best - fitted)
+    dims = float(scores.dims.mean())
+    return 0.5 * dims * (math.expm1(log_ratio) - log_ratio), math.exp(log_ratio)
+
+
+# -- ELBO against the sum of three entropies: has training converged? --------------------------------------------------
+
+MOST_EXAMPLES = 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class EntropyIdentity(Record):
+    """ELBO, sum of the entropies, and their difference per dimension of the data."""
+
+    elbo_nats: float
+    entropies_nats: float
+    gap_nats_per_dim: float
+
+
+@register.metric("entropy_identity")
+@final
+class EntropyIdentityMetric(Metric):
+    """ELBO against the sum of three entropies on training data: a gap means that training has not converged."""
+
+    result = EntropyIdentity
+    measured = "always"
+
+    def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
+        """It is about training data."""
+        return "it is about training data, and none are given" if data.training is None else None
+
+    def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> EntropyIdentity | None:
+        """Over the first 10 000 training examples."""
+        assert data.training is not None
+        few = len(data.training.store) <= MOST_EXAMPLES
+        training = data.training if few else part(data.training, torch.arange(MOST_EXAMPLES))
+        return entropy_identity(vae, training, settings.seed)
+
+    def rows(self, result: EntropyIdentity) -> Iterator[Row]:
+        """The gap."""
+        yield Row("entropy gap, nats/dim", f"{result.gap_nats_per_dim:.4f}")
+
+
+@torch.no_grad()
+def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> EntropyIdentity | None:
+    r"""Compare the ELBO with the sum of three entropies, on *training* data.
+
+    Damm et al. 2023, arXiv 2010.14860, theorem 2:
+
+    .. math:: \text{ELBO} = \tfrac1N \sum_n H[q(z|x_n)] - H[p(z)] - \tfrac1N \sum_n H[p(x|z_n)]
+
+    The identity holds at every stationary point of the objective, without weight decay, on the data that the model was
+    trained on. A gap far from 0 means that training has not converged (or that σ does not fit these data).
+
+    Returns:
+        None where the identity does not apply: several layers of latents, a prior other than N(0, I), or a likelihood
+        whose density is no exponential family (Student's t) or that has none.
+    """
+    vae.eval()
+    network = vae.network
+    if not (network.has_posterior and network.has_prior and network.prior.is_standard):
+        return None
+    x, _, _, condition = next(iter(batches)).to(vae.device)
+    density = vae.likelihood.distribution(network.infer(x, None, None, torch.zeros, *as_argument(condition)).h, refitted=True)
+    assert isinstance(density, DataDistribution)
+    if not density.exponential_family:
+        return None
+
+    def rows(batch: Batch) -> Tensor:
+        inference = vae.network.infer(batch.x, None, None, keyed_noise(batch.positions, seed), *as_argument(batch.condition))
+        distribution = vae.likelihood.distribution(inference.h, refitted=True)
+        elbo = distribution.log_prob(batch.x).cpu().double() - inference.kl.sum(-1).cpu().double()
+        posterior: Tensor = vae.encode(batch.x, batch.condition).entropy().flatten(1).sum(-1)  # type: ignore[no-untyped-call]
+        return torch.stack([elbo, (posterior - distribution.entropy()).cpu().double()], 1)
+
+    elbo, entropies = each_example(vae, batches, rows).mean(0).tolist()
+    elbo -= batches.log_volume_nats
+    prior = 0.5 * sum(vae.network.latents.sizes) * math.log(2 * math.pi * math.e)
+    entropies -= prior + batches.log_volume_nats
+    return EntropyIdentity(elbo, entropies, gap_nats_per_dim=(elbo - entropies) / math.prod(batches.store.shape))
+
+
+# -- likelihood under the best linear model, probabilistic PCA: a bound that every VAE should exceed -------------------
+
+MOST_COMPONENTS = 256
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearBound(Record):
+    """Log-likelihood of held-out data under probabilistic PCA, which was fitted to training data.
+
+    ``log_likelihood_nats`` is of the values, in the data's own units: it stands beside an ELBO of densities.
+    ``bits_per_dim`` is of levels: it stands beside a VAE's bits per dimension. ``components`` counts the linear latents.
+    """
+
+    log_likelihood_nats: Estimate
+    bits_per_dim: Estimate | None = None
+    components: int
+    training_examples: int
+
+
+@register.metric("ppca")
+@final
+class PpcaMetric(Metric):
+    """Likelihood under probabilistic PCA, the best linear VAE: a network that stays below it is under-trained."""
+
+    result = LinearBound
+    measured = "always"
+    on_one_process = True
+    columns = (
+        Column("ppca.bits_per_dim", "bits/dim of probabilistic PCA", 4),
+        Column("ppca.log_likelihood_nats", "log-likelihood of probabilistic PCA, nats", 1),
+    )
+
+    def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
+        """It needs whole training examples of one shape."""
+        if data.training is None:
+            return "it is fitted to training data, and none are given"
+        if vae.network.reads_clips:
+            return "it models examples of one shape, and these are clips"
+        if data.training.scaling.counts:
+            return "it models real values, and these are counts"
+        if data.held_out.scaling.schema is not None:
+            return "it models real values, and these rows have columns of all types"
+        return "it is fitted to several training examples, and there is one" if len(data.training.store) < 2 else None
+
+    def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> LinearBound | None:
+        """With as many components as the model has latents, at most 256."""
+        assert data.training is not None
+        return ppca(vae, data.training, data.held_out, min(sum(vae.network.latents.sizes), MOST_COMPONENTS))
+
+    def rows(self, result: LinearBound) -> Iterator[Row]:
+        """The likelihood, in nats and in bits."""
+        yield from estimate_rows(result, f" (pPCA, {result.components} latents)")
+
+    def notes(self, result: LinearBound, report: Mapping[str, Any]) -> Iterator[str]:
+        """Say so where the model is behind."""
+        elbo, bits = report.get("elbo_post_hoc_nats"), report.get("bits_per_dim_post_hoc")
+        if report["observes"] == "density" and elbo is not None:
+            behind = result.log_likelihood_nats.mean - elbo.mean
+        elif result.bits_per_dim is not None and bits is not None:
+            behind = (bits.mean - result.bits_per_dim.mean) * report["dims"] * math.log(2)
+        else:
+            return
+        if behind > 0:
+            yield (
+                f"The model is {behind:.1f} nats per example behind a linear one (probabilistic PCA with {result.components} latents):"
+                " it is under-trained. Train it for longer: more --epochs."
+            )
+
+
+def ppca(vae: VAE, training: Batches, held_out: Batches, components: int) -> LinearBound | None:
+    r"""Fit probabilistic PCA to training data, and compute the likelihood of held-out data.
+
+    Of levels at a distance Δ, the bound is that of uniform dequantisation (Theis et al. 2016, arXiv 1511.01844),
+    :math:`\log P(x) \ge \mathbb{E}_u \log p(x + u) + D \log Δ` with u uniform in ±Δ/2: for a Gaussian, its expectation
+    is :math:`\log p(x) - \tfrac12 \operatorname{tr}(C^{-1}) Δ^2/12`.
+
+    Args:
+        vae: names the device, and the levels.
+        training: at most 12 000 of its examples are used, and at most half a billion of its values.
+        held_out: examples to score.
+        components: number of linear latents; fewer where the data have fewer dimensions or examples.
+
+    Returns:
+        None where the training data have no variance.
+    """
+    few = part(training, sample_of(len(training.store), training.store.shape).sort().values)
+    fitted = principal(lambda: (batch.x.cpu() for batch in few), components)
+    if fitted is None:
+        return None
+    dims, levels = len(fitted.mean), vae.likelihood.levels
+    values = each_example(vae, held_out, lambda batch: fitted.log_prob(batch.x.cpu())) - held_out.log_volume_nats
+    bits = None
+    if levels is not None:
+        distance = 1 / (levels - 1)
+        noise = distance**2 / 12
+        wide = fitted.widened(noise)
+        masses = each_example(vae, held_out, lambda batch: wide.log_prob(batch.x.cpu()))
+        masses = masses - 0.5 * noise * wide.trace_of_precision + dims * math.log(distance)
+        bits = Estimate.of(-masses / (dims * math.log(2)))
+    return LinearBound(
+        log_likelihood_nats=Estimate.of(values),
+        bits_per_dim=bits,
+        components=len(fitted.variances),
+        training_examples=len(few.store),
+    )

@@ -6,8 +6,7 @@ from typing import final
 from torch import Tensor, nn
 
 from sigma_vae.conditions import Conditions
-from sigma_vae.networks.condition import Joined, Shifted, width_of
-from sigma_vae.networks.flat import FlatNetwork
+from sigma_vae.networks.flat import FlatNetwork, Joined, Shifted, width_of
 from sigma_vae.registry import register
 
 __all__ = ["conv"]

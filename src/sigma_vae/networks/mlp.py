@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from sigma_vae.conditions import Conditions
-from sigma_vae.networks.condition import Joined, width_of
-from sigma_vae.networks.flat import FlatNetwork
+from sigma_vae.networks.flat import FlatNetwork, Joined, width_of
 from sigma_vae.registry import register
 
 __all__ = ["mlp"]

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from sigma_vae.conditions import Conditions
-from sigma_vae.networks.condition import Joined, Shifted, width_of
-from sigma_vae.networks.flat import FlatNetwork
+from sigma_vae.networks.flat import FlatNetwork, Joined, Shifted, width_of
 from sigma_vae.registry import register
 
 __all__ = ["residual"]

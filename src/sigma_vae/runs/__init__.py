@@ -3,8 +3,7 @@
 from sigma_vae.extras import needed_by
 
 with needed_by("sigma_vae.runs"):
-    from sigma_vae.runs.compare import compare
-    from sigma_vae.runs.evaluate import evaluate_run, evaluation_file, read_evaluation
+    from sigma_vae.runs.evaluate import compare, evaluate_run, evaluation_file, read_evaluation
     from sigma_vae.runs.folder import (
         Run,
         columns_of,

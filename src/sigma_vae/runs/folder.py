@@ -21,7 +21,7 @@ from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.splits import SPLITS, Names, SplitName, fingerprint
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.base import evaluation_batch
-from sigma_vae.evaluation.words import table
+from sigma_vae.evaluation.suite import table
 from sigma_vae.training import resolve_device
 from sigma_vae.training.checkpoints import exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first, shared

@@ -5,7 +5,6 @@ from sigma_vae.extras import needed_by
 with needed_by("sigma_vae.study"):
     from sigma_vae.study.grid import Cell, StudySpec, cells, read_spec
     from sigma_vae.study.report import keep, report, verdicts
-    from sigma_vae.study.results import collect
-    from sigma_vae.study.runner import run, spec_of
+    from sigma_vae.study.runner import collect, run, spec_of
 
 __all__ = ["Cell", "StudySpec", "cells", "collect", "keep", "read_spec", "report", "run", "spec_of", "verdicts"]

@@ -11,15 +11,26 @@ from typing import TYPE_CHECKING, NamedTuple
 from sigma_vae import __version__
 from sigma_vae.config import write_whole
 from sigma_vae.evaluation.plots import Plot
-from sigma_vae.runs.sections import Card, Picture, Section, Table, template
-from sigma_vae.study import outcomes, plots
-from sigma_vae.study.cell import CELLS
+from sigma_vae.runs.page import Card, Picture, Section, Table, template
+from sigma_vae.study import plots
 from sigma_vae.study.claims import CLAIMS, Word, diverges, signed
-from sigma_vae.study.comparisons import ARM, BITS, ELBO, LEARNED, OPTIMAL, STANDARD, Setting, frechet_columns, settings
+from sigma_vae.study.comparisons import (
+    ARM,
+    BITS,
+    ELBO,
+    LEARNED,
+    OPTIMAL,
+    PLOTS,
+    STANDARD,
+    Setting,
+    failures,
+    frechet_columns,
+    how_far,
+    results,
+    settings,
+)
 from sigma_vae.study.grid import StudySpec, cells
-from sigma_vae.study.outcomes import PLOTS, failures, how_far
-from sigma_vae.study.results import PICTURE, is_kept, tabulate, write_table
-from sigma_vae.study.runner import claim, spec_of
+from sigma_vae.study.runner import CELLS, PICTURE, claim, is_kept, spec_of, tabulate, write_table
 from sigma_vae.study.statistics import cost
 
 __all__ = ["keep", "report", "verdicts"]
@@ -228,7 +239,7 @@ def report(out: Path) -> None:
     parts = [
         judged(found),
         ended(spec, rows, found),
-        outcomes.results(spec, rows),
+        results(spec, rows),
         differences(found),
         figures(found),
         samples(found, out),

@@ -63,7 +63,7 @@ def summary(table: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
     so they have columns of their own where a study has both.
 
     Args:
-        table: of :func:`~sigma_vae.study.results.collect`.
+        table: of :func:`~sigma_vae.study.runner.collect`.
         by: the axes that make a place: all but the seed.
 
     Returns:
@@ -115,7 +115,7 @@ def paired_difference(table: "pd.DataFrame", metric: str, ours: dict[str, Any], 
     """Subtract theirs from ours on the test split, seed by seed, so that the effect of the seed cancels.
 
     Args:
-        table: of :func:`~sigma_vae.study.results.collect`.
+        table: of :func:`~sigma_vae.study.runner.collect`.
         metric: a column.
         ours: which rows: columns and their values.
         theirs: which rows ours are compared with.
@@ -151,7 +151,7 @@ def chosen_on_validation(table: "pd.DataFrame", axis: str, candidates: Sequence[
     """Choose the best of a grid as in tuning: by the mean over seeds on the validation split.
 
     Args:
-        table: of :func:`~sigma_vae.study.results.collect`, of one prior.
+        table: of :func:`~sigma_vae.study.runner.collect`, of one prior.
         axis: the axis that is tuned.
         candidates: its values.
         metric: a column that both splits have.

@@ -3,9 +3,8 @@
 from sigma_vae.extras import needed_by
 
 with needed_by("sigma_vae.training"):
-    from sigma_vae.training.callbacks import Callback, Context
+    from sigma_vae.training.callbacks import Callback, Context, make_loggers
     from sigma_vae.training.loop import FitResult, Terminated, fit, held_out_examples, resolve_device
-    from sigma_vae.training.metrics import make_loggers
     from sigma_vae.training.nonfinite import NonFiniteLossError
 
 __all__ = [

@@ -23,8 +23,7 @@ from sigma_vae.data import Batches, Splits, as_splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.networks.principal import sample_of
 from sigma_vae.progress import hidden
-from sigma_vae.training.augment import augmented, check_augmentation
-from sigma_vae.training.callbacks import Callback, Context, Patience, progress_of
+from sigma_vae.training.callbacks import Callback, Context, Patience, TrainingLogger, make_loggers, progress_of, rows_before
 from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
 from sigma_vae.training.distributed import (
     check_processes,
@@ -43,10 +42,9 @@ from sigma_vae.training.distributed import (
     to_be_trained,
 )
 from sigma_vae.training.hardware import Choices, applied, choices_for
-from sigma_vae.training.metrics import TrainingLogger, make_loggers, rows_before
 from sigma_vae.training.nonfinite import REMEDY, NonFiniteLossError, keep_broken_step, with_saved_step
 from sigma_vae.training.objective import check_weights, validated_total
-from sigma_vae.training.step import Stepper, Validation, endless_skipping
+from sigma_vae.training.step import Stepper, Validation, augmented, check_augmentation, endless_skipping
 from sigma_vae.types import Batch, Observes
 from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 

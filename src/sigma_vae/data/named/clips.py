@@ -1,30 +1,40 @@
-"""BAIR robot pushing, 64×64 (Ebert et al. 2017, https://arxiv.org/abs/1710.05268), from its official TFRecord files."""
+"""Published sets of clips: BAIR robot pushing from its official TFRecord files, and Moving MNIST.
 
+BAIR: Ebert et al. 2017, https://arxiv.org/abs/1710.05268. Stochastic Moving MNIST has digits that bounce off the walls
+in random directions, generated anew in each epoch by the rules of SVG (Denton and Fergus 2018,
+https://arxiv.org/abs/1802.07687; data/moving_mnist.py of https://github.com/edenton/svg). It is not the fixed,
+deterministic file mnist_test_seq.npy of Srivastava et al. (2015).
+"""
+
+import hashlib
 import struct
 import tarfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, final
 
 import numpy as np
+import numpy.typing as npt
 
 from sigma_vae.config import DataConfig
-from sigma_vae.data.cache import file_stamp, remembered
+from sigma_vae.data.arrays import read_images
+from sigma_vae.data.cache import file_record, file_stamp, remembered
 from sigma_vae.data.levels import Array
-from sigma_vae.data.named.official import folders
-from sigma_vae.data.splits import Raw, SplitName, clip_lengths
-from sigma_vae.data.stores import Encoded, UnreadableError
+from sigma_vae.data.named.images import FILES, mnist_5k, whose
+from sigma_vae.data.named.official import find_splits, folders
+from sigma_vae.data.splits import ORDER, Raw, SplitName, clip_lengths, count_of, shuffled
+from sigma_vae.data.stores import Encoded, Generated, UnreadableError
 from sigma_vae.registry import register
 
-__all__ = ["Record", "bytes_features", "find_records", "read_bair", "read_record"]
+__all__ = ["BouncingDigits", "Record", "bytes_features", "find_records", "read_bair", "read_moving_mnist", "read_record"]
 
-_ARCHIVE = "bair_robot_pushing_dataset_v0.tar"
-_FOLDER = "softmotion30_44k"
-_COUNTS: dict[SplitName, int] = {"train": 43264, "test": 256}
-_KEY = "{}/image_aux1/encoded"  # nothing is encoded: these are the bytes of the pixels
-_LENGTH, _SIDE, _CHANNELS = 30, 64, 3
-_FRAMES, _TEST_FRAMES = 12, 30
+_BAIR_ARCHIVE = "bair_robot_pushing_dataset_v0.tar"
+_BAIR_FOLDER = "softmotion30_44k"
+_BAIR_COUNTS: dict[SplitName, int] = {"train": 43264, "test": 256}
+_BAIR_KEY = "{}/image_aux1/encoded"  # nothing is encoded: these are the bytes of the pixels
+_BAIR_LENGTH, _BAIR_SIDE, _BAIR_CHANNELS = 30, 64, 3
+_BAIR_FRAMES, _BAIR_TEST_FRAMES = 12, 30
 
 
 @dataclass(frozen=True)
@@ -59,15 +69,17 @@ def read_bair(config: DataConfig) -> Raw:
     Raises:
         ValueError: the files are missing, incomplete or damaged; or the clips are longer than the sequences.
     """
-    frames, test_frames = clip_lengths(config.clips, _FRAMES, _TEST_FRAMES)
-    if max(frames, test_frames) > _LENGTH:
-        raise ValueError(f"bair has sequences of {_LENGTH} frames, got clips of {max(frames, test_frames)}; ask for fewer")
+    frames, test_frames = clip_lengths(config.clips, _BAIR_FRAMES, _BAIR_TEST_FRAMES)
+    if max(frames, test_frames) > _BAIR_LENGTH:
+        raise ValueError(f"bair has sequences of {_BAIR_LENGTH} frames, got clips of {max(frames, test_frames)}; ask for fewer")
     place, pieces = _find(config.root)
     parts = {
         split: _encoded(split, found, place, frames if split == "train" else test_frames, config)
         for split, found in pieces.items()
     }
-    words = [f"official train and test sequences, camera image_aux1, first {frames} frames (test: {test_frames}) of {_LENGTH}"]
+    words = [
+        f"official train and test sequences, camera image_aux1, first {frames} frames (test: {test_frames}) of {_BAIR_LENGTH}"
+    ]
     return Raw("bair", parts, _records(pieces), words, levels=256, clips=True)
 
 
@@ -75,11 +87,11 @@ def _find(root: str | None) -> tuple[Path, _Pieces]:
     """Find the files of each split, and the folder in which decoded clips are kept."""
     places = folders("bair", root)
     for place in places:
-        for where, look in ((place / _FOLDER, _unpacked), (place, _unpacked), (place / _ARCHIVE, _archived)):
+        for where, look in ((place / _BAIR_FOLDER, _unpacked), (place, _unpacked), (place / _BAIR_ARCHIVE, _archived)):
             if any((pieces := look(where)).values()):
                 return place, _complete(pieces, where)
     raise ValueError(
-        f"bair needs {_FOLDER}/train/*.tfrecords and {_FOLDER}/test/*.tfrecords, or {_ARCHIVE}, found neither in "
+        f"bair needs {_BAIR_FOLDER}/train/*.tfrecords and {_BAIR_FOLDER}/test/*.tfrecords, or {_BAIR_ARCHIVE}, found neither in "
         f"{', '.join(map(str, places)) or 'any place, as none is given'}; give the folder that holds them as --root or in"
         " SIGMA_VAE_DATA"
     )
@@ -95,7 +107,7 @@ def _unpacked(folder: Path) -> _Pieces:
     try:
         return {
             split: [_Piece(path, path.name, 0, path.stat().st_size) for path in sorted((folder / split).glob("*.tfrecords"))]
-            for split in _COUNTS
+            for split in _BAIR_COUNTS
         }
     except OSError as error:
         raise ValueError(f"bair: {error.filename} cannot be read ({error.strerror}); fetch it again") from error
@@ -114,9 +126,9 @@ def _archived(archive: Path) -> _Pieces:
         split: [
             _Piece(archive, member.name, member.offset_data, member.offset_data + member.size)
             for member in members
-            if Path(member.name).parent == Path(_FOLDER, split)
+            if Path(member.name).parent == Path(_BAIR_FOLDER, split)
         ]
-        for split in _COUNTS
+        for split in _BAIR_COUNTS
     }
 
 
@@ -130,14 +142,14 @@ def _encoded(split: SplitName, pieces: Sequence[_Piece], place: Path, frames: in
 
     found = remembered(place, config.cache, identity | {"of": "records"}, index)
     records = [Record(pieces[number].path, offset, length) for number, offset, length in found]
-    if len(records) != _COUNTS[split]:
+    if len(records) != _BAIR_COUNTS[split]:
         raise ValueError(
-            f"bair needs the published {_COUNTS[split]} sequences of {split}, got {len(records)} in {len(pieces)} files of "
+            f"bair needs the published {_BAIR_COUNTS[split]} sequences of {split}, got {len(records)} in {len(pieces)} files of "
             f"{pieces[0].path.parent}; take the official files, whole"
         )
     return Encoded(
         names=[f"{pieces[number].name} at byte {offset}" for number, offset, _ in found],
-        shape=(frames, _CHANNELS, _SIDE, _SIDE),
+        shape=(frames, _BAIR_CHANNELS, _BAIR_SIDE, _BAIR_SIDE),
         dtype="uint8",
         decode=lambda i: _clip(records[i], frames),
         identity=identity | {"frames": frames},
@@ -147,14 +159,14 @@ def _encoded(split: SplitName, pieces: Sequence[_Piece], place: Path, frames: in
 
 
 def _clip(record: Record, frames: int) -> Array:
-    names = [_KEY.format(number) for number in range(frames)]
+    names = [_BAIR_KEY.format(number) for number in range(frames)]
     found = bytes_features(read_record(record), names)
-    expected = _SIDE * _SIDE * _CHANNELS
+    expected = _BAIR_SIDE * _BAIR_SIDE * _BAIR_CHANNELS
     if wrong := [name for name in names if len(found.get(name, b"")) != expected]:
         got = f"{len(found[wrong[0]])} bytes" if wrong[0] in found else "none"
         raise UnreadableError(f"{record.path}, record at byte {record.offset}: {wrong[0]} needs {expected} bytes, got {got}")
     pixels = np.frombuffer(b"".join(found[name] for name in names), np.uint8)
-    return pixels.reshape(frames, _SIDE, _SIDE, _CHANNELS).transpose(0, 3, 1, 2)
+    return pixels.reshape(frames, _BAIR_SIDE, _BAIR_SIDE, _BAIR_CHANNELS).transpose(0, 3, 1, 2)
 
 
 def _records(pieces: _Pieces) -> list[dict[str, Any]]:
@@ -288,3 +300,143 @@ def _masked(data: bytes) -> int:
 
     checksum = int(google_crc32c.value(data))
     return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+# -- Moving MNIST ------------------------------------------------------------------------------------------------------
+
+Images = npt.NDArray[np.uint8]
+
+_CLIPS: dict[SplitName, int] = {"train": 10_000, "validation": 1_000, "test": 1_000}
+_FRAMES, _TEST_FRAMES = 15, 30
+_SIDE = 64
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class BouncingDigits:
+    """Generate clips of two digits that move over a black square.
+
+    On a canvas of 64×64, digits are 32×32, start at 0 to 31 from the top and the left, and move by −4 to 4 pixels per
+    frame in each direction, all uniform. A digit that would leave is put at that edge (0 or 31); its velocity across
+    the edge is drawn again from 1 to 4 inwards, and the one along it from −4 to 4. Top and bottom are checked before
+    left and right. Levels of overlapping digits add up, to 255 at most. On canvases of other sides, all of these
+    numbers are scaled in proportion.
+
+    Args:
+        images: images of digits ``(N, H, W)``, resized to half the side (Pillow, bilinear with antialiasing).
+        frames: frames per clip.
+        side: side of the canvas, a multiple of 16.
+
+    Shapes:
+        a clip ``(frames, 1, side, side)``, uint8.
+
+    >>> white = BouncingDigits(np.full((1, 28, 28), 255, np.uint8), frames=5, side=64)
+    >>> clip = white(np.random.default_rng(0))
+    >>> clip.shape, int(clip.max())
+    ((5, 1, 64, 64), 255)
+    """
+
+    images: Images
+    frames: int
+    side: int
+
+    def __call__(self, generator: np.random.Generator) -> Images:
+        """Generate one clip."""
+        canvas = np.zeros((self.frames, self.side, self.side), np.uint16)
+        digit_side = self.side // 2
+        for _ in range(2):
+            digit = self._resized(self.images[generator.integers(len(self.images))])
+            for frame, (y, x) in zip(canvas, self._path(generator), strict=False):
+                frame[y : y + digit_side, x : x + digit_side] += digit
+        return np.minimum(canvas, 255).astype(np.uint8)[:, np.newaxis]
+
+    def _resized(self, image: Images) -> Images:
+        from PIL import Image
+
+        return np.asarray(Image.fromarray(image).resize((self.side // 2, self.side // 2), Image.Resampling.BILINEAR))
+
+    def _path(self, generator: np.random.Generator) -> Iterator[tuple[int, int]]:
+        """Yield the digit's position in each frame, endlessly."""
+        limit, fastest = self.side // 2 - 1, self.side // 16
+        x, y = generator.integers(0, limit + 1, 2).tolist()
+        dx, dy = generator.integers(-fastest, fastest + 1, 2).tolist()
+        while True:
+            if not 0 <= y <= limit:
+                y, dy, dx = _bounce(y, limit, fastest, generator)
+            if not 0 <= x <= limit:
+                x, dx, dy = _bounce(x, limit, fastest, generator)
+            yield y, x
+            x, y = x + dx, y + dy
+
+
+def _bounce(position: int, limit: int, fastest: int, generator: np.random.Generator) -> tuple[int, int, int]:
+    """Return the position at the crossed edge, and new velocities across and along it."""
+    inward = int(generator.integers(1, fastest + 1))
+    along = int(generator.integers(-fastest, fastest + 1))
+    return (0, inward, along) if position < 0 else (limit, -inward, along)
+
+
+@register.source("moving-mnist", options={"root", "size", "frames", "test_frames"})
+def read_moving_mnist(config: DataConfig) -> Raw:
+    """Generate 10 000 new training clips per epoch (15 frames), and 1 000 fixed ones for validation (15) and test (30).
+
+    The three splits use different images of digits. If MNIST's official files are in ``root``, or in the folder of
+    SIGMA_VAE_DATA or its subfolder mnist, test uses the test images, and validation a share of the training images.
+    Otherwise all use shares of the 5 000 images of ``mnist-5k``. Files of the same kind, such as Fashion-MNIST's, work
+    as well.
+
+    Raises:
+        ValueError: a file is missing in ``root``, or damaged; or a size or fraction is out of range.
+    """
+    side = config.images.size or _SIDE
+    if side % 16:
+        raise ValueError(f"moving-mnist needs a canvas whose side is a multiple of 16, got size {side}; give 64 or 32, say")
+    frames, test_frames = clip_lengths(config.clips, _FRAMES, _TEST_FRAMES)
+    images, source, files = _digits(config)
+    split, fastest = _without_overlap(images, config), side // 16
+    parts = {
+        name: _clips(name, split[name], test_frames if name == "test" else frames, side, config.split_seed) for name in _CLIPS
+    }
+    words = [
+        f"two digits of {source} at {side // 2}×{side // 2} (Pillow, bilinear with antialiasing), bouncing stochastically as in SVG,"
+        f" velocities -{fastest} to {fastest}",
+        f"clips of {frames} frames (test: {test_frames}), generated anew in each training epoch from {len(split['train'])} images;"
+        f" validation and test fixed, from {len(split['validation'])} and {len(split['test'])} others",
+    ]
+    return Raw("moving-mnist", parts, files, words, levels=256, clips=True)
+
+
+def _clips(name: SplitName, images: Images, frames: int, side: int, seed: int) -> Generated:
+    digest = hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
+    # Each split has its own stream: with the seed itself, validation would repeat the paths of the first epoch.
+    own = int(np.random.SeedSequence((seed, list(_CLIPS).index(name))).generate_state(1)[0])
+    identity = f"moving-mnist-1 {digest} {frames} {side}"
+    return Generated(BouncingDigits(images, frames, side), _CLIPS[name], own, identity, fresh=name == "train")
+
+
+def _digits(config: DataConfig) -> tuple[dict[SplitName, Images], str, list[dict[str, Any]]]:
+    """Return train images, and test images if there are any; their name; their files."""
+    places = folders("mnist", config.root)
+    for folder in places:
+        if files := find_splits(folder, FILES, "moving-mnist"):
+            images = {name: read_images(path) for name, path in files.items()}
+            return images, whose(images["train"]) or f"the files in {folder}", [file_record(path) for path in files.values()]
+    if config.root:
+        raise ValueError(
+            f"moving-mnist needs {' and '.join(FILES.values())} in {places[0]}, got no such file; give the folder, or none for"
+            " mnist-5k"
+        )
+    raw = mnist_5k(config)
+    train = raw.parts["train"]
+    assert isinstance(train, np.ndarray), "the package has an array"
+    return {"train": train[:, 0].astype(np.uint8)}, "mnist-5k", raw.files
+
+
+def _without_overlap(images: dict[SplitName, Images], config: DataConfig) -> dict[SplitName, Images]:
+    """Hold out images for each split, with the fractions and the seed that hold out examples elsewhere."""
+    order = shuffled(len(images["train"]), config.split_seed)
+    result = dict(images)
+    for name in (split for split in ORDER if split not in images):
+        count = count_of(name, len(order), config)
+        result[name], order = images["train"][np.sort(order[:count])], order[count:]
+    return result | {"train": images["train"][np.sort(order)]}

@@ -18,7 +18,7 @@ test-oldest:  ## all tests on Python 3.11 with the oldest dependencies that pypr
 	python3.11 -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt torch
 	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
-	$(OLDEST)/bin/python -m pytest -W default --numprocesses auto --dist loadfile --ignore tests/test_studies_kept.py
+	SCIPY_ARRAY_API=1 $(OLDEST)/bin/python -m pytest -W default --numprocesses auto --dist loadfile --ignore tests/test_studies_kept.py
 
 constraints-oldest.txt: pyproject.toml  ## the lowest version of each direct dependency
 	uv pip compile --quiet --resolution lowest-direct --python-version 3.11 --extra test --no-annotate \

@@ -393,9 +393,9 @@ def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) 
         observes=config.observes,
         columns=() if scaling.schema is None else scaling.schema.columns,
     )
-    if config.mean != "auto" and not decoder.has_scale:
+    if config.mean != "auto" and not (decoder.has_scale and decoder.mean_map == config.mean):
         raise ValueError(
-            f"{config.likelihood} turns features into more than a mean, and takes no mean={config.mean!r}; leave it at auto"
+            f"{config.likelihood} has its own map from features to the mean, and takes no mean={config.mean!r}; leave it at auto"
         )
     return decoder
 

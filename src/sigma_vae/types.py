@@ -654,7 +654,7 @@ class Likelihood(nn.Module, ABC):
                 f"{self} models real-valued data (levels=None), which have a density but no probability of a level; report"
                 " `likelihood(h).log_prob(x)`, or say how many levels the data have"
             )
-        if observes == "level" and not self.normalised:
+        if observes == "level" and not self.has_mass:
             raise ValueError(
                 f"{self} is an objective, not a likelihood, of data with {self.levels} levels: its values sum to no probability,"
                 " so there are no bits/dim to report; build it with levels=2 for binary data, or take ContinuousBernoulli"

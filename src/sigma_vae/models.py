@@ -463,7 +463,7 @@ BUFFER_VALUES = 2**24
 
 
 class Origin(NamedTuple):
-    """What a model was made of: the names and sizes of its parts, and shape and scaling of the data that it is for."""
+    """Parts of a model, by name and size, and shape and scaling of the data that it is for."""
 
     config: ModelConfig
     shape: tuple[int, ...]

@@ -57,7 +57,7 @@ SEED_OFFSET = 2**20
 """Added to a seed, so that a density is fitted to latents with other noise than those that it is evaluated on."""
 
 Show = Literal["mean", "draw"]
-"""How p(x|z) is shown: by its mean, or by a draw."""
+"""Value that stands for p(x|z): its mean, or a draw."""
 
 
 class Scores(NamedTuple):

@@ -211,7 +211,7 @@ class QualityMetric(Metric):
             yield from _image_rows(features, part) if isinstance(part, ImageQuality) else _video_rows(features, part)
 
     def notes(self, result: Mapping[str, Quality], report: Mapping[str, Any]) -> Iterator[str]:
-        """How images were cut and resized: distances compare only where it is the same."""
+        """Cuts and sizes of the images: distances compare only where they are the same."""
         for features, part in result.items():
             for section in (part,) if isinstance(part, ImageQuality) else part.sections.values():
                 how = section.extractor

@@ -721,7 +721,7 @@ class Poisson(CountLikelihood):
 @register.likelihood("multinomial", counts=True)
 @final
 class Multinomial(CountLikelihood):
-    r"""How a row's total N is dealt out among its columns: the total is given.
+    r"""Counts of a row's columns given their total N.
 
     .. math:: \log p(x \mid h, N) = \log N! + \sum_i x_i \log p_i - \log x_i!, \qquad p = \text{softmax}(h)
 

@@ -282,7 +282,7 @@ def _loss(net: "_Net", latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 @final
 class _Net(nn.Module):
-    """What the velocity adds to that of a Gaussian; two resolutions, with attention at the lower one; 0 at first."""
+    """Network for the difference of the velocity from a Gaussian's; two resolutions, attention at the lower; 0 at first."""
 
     def __init__(self, channels: int, dims: int) -> None:
         super().__init__()

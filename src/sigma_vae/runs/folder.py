@@ -274,7 +274,7 @@ def columns_of(out: Path) -> list[str]:
 
 
 def new_config(out: Path, scaling: Scaling, source: str) -> DataConfig:
-    """How to read other data for a run's model: as its own data, with the levels or the standardisation of the model.
+    """Options that read other data for a run's model: those of its own, with the model's levels or standardisation.
 
     Raises:
         ValueError: the run does not say the columns of its data.

@@ -251,7 +251,7 @@ class Rival(NamedTuple):
     arm: str | None
     """None where there are too few to choose from; several names where the choice differs from seed to seed."""
     words: str = ""
-    """How it was chosen, and which arms could not be."""
+    """The rule that chose it, and the arms that could not be chosen."""
     numbers: "pd.Series[float] | None" = None
     """Its metric on the test split, by seed."""
 

@@ -64,7 +64,7 @@ __all__ = [
 Made = TypeVar("Made")
 
 PATIENCE = timedelta(days=1)
-"""How long a process waits for others, one of which may be measuring alone. None waits for one that has died."""
+"""Time that a process waits for others, one of which may be measuring alone. None waits for one that has died."""
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 

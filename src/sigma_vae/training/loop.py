@@ -28,7 +28,6 @@ from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_
 from sigma_vae.training.distributed import (
     check_processes,
     each_on_any,
-    fabric_for,
     first_of_node_first,
     from_first,
     global_statistics,
@@ -227,9 +226,10 @@ class _Training:
     def run(self) -> None:
         """Train, validate and write checkpoints until the last step, or until something ends it before."""
         self.vae.to(self.where)
-        fabric = fabric_for(self.vae, self.config, self.where)
+        if self.where.type == "cuda":
+            torch.cuda.set_device(self.where.index or 0)
         context = self.context
-        self.stepper = Stepper(self.vae, self.config, self.choices, context.total_steps, self.batches.log_volume_nats, fabric)
+        self.stepper = Stepper(self.vae, self.config, self.choices, context.total_steps, self.batches.log_volume_nats)
         self._restore()
         status = "failed"
         with _Interrupts() as self.interrupts, self._keeping_broken_steps(), hidden():  # callbacks show the progress

@@ -18,7 +18,7 @@ from PIL import Image
 from sigma_vae.cli import main as sigma_vae
 
 PAGE = Path("docs/gallery.md")
-COLUMNS, TILE_INCHES, DPI = 2, 4.2, 100
+COLUMNS, TILE_INCHES, DPI = 2, 4.2, 80
 SECTION = re.compile(r"^## (.+?)\n(.*?)^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -56,7 +56,7 @@ def main(out: Path = Path("docs/pictures/gallery.png"), steps: int | None = None
             axes.axis("off")
     figure.savefig(out)
     with Image.open(out) as whole:
-        small = whole.convert("RGB").quantize(64)
+        small = whole.convert("RGB").quantize(32)
     small.save(out, optimize=True)
 
 

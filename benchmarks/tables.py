@@ -37,11 +37,12 @@ import tyro
 from scipy import stats
 
 from sigma_vae.columns import COUNTS
+from sigma_vae.config import TrainingConfig
 from sigma_vae.data.schema import TableSchema
 from sigma_vae.tabular import TabularVAE
 
 FLIGHTS = 5_000
-LARGE = "large"
+LARGE, STEPS = "large", 500
 
 
 def folder_of(package: str) -> Path:
@@ -343,7 +344,7 @@ def write_large(path: str, rows: str) -> None:
 def train_large(path: str) -> None:
     torch.set_num_threads(1)
     began = time.process_time()
-    model = TabularVAE(seed=0).fit(path)
+    model = TabularVAE(seed=0, training=TrainingConfig(schedule="cosine", batch_size=256, max_steps=STEPS)).fit(path)
     seconds = time.process_time() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     test = pd.read_parquet(path).iloc[:1000]

@@ -1,6 +1,7 @@
 """Anomaly scores: exact values on a linear-Gaussian model, ranks, maps, windows, and the command line."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,8 +9,9 @@ import pytest
 import torch
 from linear_gaussian import DIM, Proposal, batches_of, draw_data, exact_log_likelihood
 
-from sigma_vae import VAE, Categorical, Gaussian, mlp
+from sigma_vae import VAE, Categorical, Gaussian, mlp, runs
 from sigma_vae.cli import main
+from sigma_vae.config import DataConfig, RunConfig
 from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.data.tables import on_time_axis, windows
@@ -176,3 +178,30 @@ def test_series_are_scored_on_the_time_axis(tmp_path, capsys) -> None:
     assert pd.read_csv(tmp_path / "run/series-test.csv").time.tolist() == list(range(630, 700))
     assert main(["train", str(tmp_path / "series.csv"), "--window", "400", "--out", str(tmp_path / "other")]) == 1
     assert "take a shorter window" in capsys.readouterr().err
+
+
+def test_one_command_goes_from_a_csv_to_anomaly_scores(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    cause = rng.normal(size=(400, 2))
+    table = pd.DataFrame(cause @ rng.normal(size=(2, 5)) + 0.1 * rng.normal(size=(400, 5)), columns=list("abcde"))
+    table.loc[[7, 77, 177], "a"] += 4
+    table.to_csv("table.csv", index=False)
+    train, asked = runs.train, []
+
+    def shortly(config, folder, **words):
+        asked.append((config, words))
+        return train(replace(config, training=replace(config.training, max_steps=300)), folder, **words)
+
+    monkeypatch.setattr("sigma_vae.cli.outputs.runs.train", shortly)
+    assert main(["score", "table.csv", "--out", "scores.csv"]) == 0
+    assert asked == [(RunConfig(DataConfig("table.csv")), {"progress": True})]
+    found = pd.read_csv("scores.csv")
+    assert len(found) == 400
+    assert set(found.split) == {"train", "validation", "test"}
+    assert set(found.density_odd_nats.nlargest(3).index) == {7, 77, 177}
+    assert "177" in capsys.readouterr().out.partition("scores.csv")[2]
+    assert main(["score", "table.csv"]) == 1
+    assert "sigma-vae score runs/table --data table.csv" in capsys.readouterr().err
+    assert main(["score", "nothing.csv"]) == 1
+    assert "nothing.csv" in capsys.readouterr().err

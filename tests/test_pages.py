@@ -1,11 +1,18 @@
 """Tutorials run from their first cell to their last, at toy size; links lead somewhere; the README is short."""
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import gallery  # noqa: E402
+
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *TUTORIALS])
 CELL = re.compile(r"^```\{code-cell\} ipython3\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -43,6 +50,43 @@ def test_every_page_is_in_the_index() -> None:
     for path in [*ROOT.glob("docs/*.md"), *TUTORIALS]:
         name = path.relative_to(ROOT / "docs").with_suffix("").as_posix()
         assert name == "index" or name in tree
+
+
+def test_the_api_page_has_a_sentence_for_every_public_name() -> None:
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    every = [(module, name, says) for module, names in conf["all_names"]().items() for name, says in names.items()]
+    assert [(module, name, says) for module, name, says in every if not re.fullmatch(r"\S.{8,}[.:]", says)] == []
+    source = [(ROOT / "docs" / "api.rst").read_text(encoding="utf-8")]
+    conf["_listed"](None, "api", source)
+    assert [name for module, name, says in every if f"<{module}.{name}>`\n      {says}" not in source[0]] == []
+
+
+def test_every_module_with_public_names_is_listed_or_inside_a_package_that_is() -> None:
+    listed = runpy.run_path(str(ROOT / "docs" / "conf.py"))["MODULES"]
+    inside = {path.stem if path.is_file() else path.name for path in (ROOT / "src" / "sigma_vae").iterdir()}
+    assert inside - {name.partition(".")[2] for name in listed} == {
+        "__init__",
+        "__main__",
+        "__pycache__",
+        "py",
+        "build",
+        "cli",
+        "extras",
+    }
+
+
+def test_the_gallery_is_made_by_the_commands_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for _, commands in gallery.sections(gallery.PAGE):
+        assert gallery.picture_of(commands).suffix == ".png"
+    short = [
+        ["train", "digits", "--network", "mlp", "--max-steps", "9000", "--out", "run"],
+        ["sample", "run", "--out", "a.png"],
+    ]
+    monkeypatch.setattr(gallery, "sections", lambda page: [("Samples", short)])
+    gallery.main(tmp_path / "gallery.png", steps=2)
+    with Image.open(tmp_path / "gallery.png") as picture:
+        assert min(picture.size) > 100
 
 
 def test_the_readme_is_short() -> None:

@@ -94,7 +94,26 @@ def test_models_are_saved_without_pickle(fitted: TabularVAE, tmp_path) -> None:
     assert again.encode(data).shape == (20, 4)
 
 
+def test_a_large_file_gives_the_same_model_as_a_small_one(tmp_path, monkeypatch) -> None:
+    """Its rows are in a mapped file, and are read a part at a time."""
+    people(100).to_parquet(tmp_path / "people.parquet")
+
+    def log_prob() -> np.ndarray:
+        model = TabularVAE(latent_dim=2, width=8, training=TrainingConfig(max_steps=20), prior="standard")
+        return model.fit(tmp_path / "people.parquet").log_prob(people(10), draws=4)
+
+    whole = log_prob()
+    monkeypatch.setattr("sigma_vae.data.mixed.LARGE", 1)
+    monkeypatch.setattr("sigma_vae.data.mixed.PART", 40)
+    np.testing.assert_array_equal(log_prob(), whole)
+    assert list(tmp_path.glob(".sigma-vae/*/examples.npy"))
+
+
 def test_misuse_is_explained(fitted: TabularVAE, tmp_path) -> None:
+    with pytest.raises(ValueError, match="beside a data frame"):
+        TabularVAE().fit("people.csv", validation=people(3))
+    with pytest.raises(ValueError, match=r"nowhere\.csv"):
+        TabularVAE().fit("nowhere.csv")
     with pytest.raises(ValueError, match="not fitted yet"):
         TabularVAE().sample(1)
     with pytest.raises(ValueError, match="where names columns"):

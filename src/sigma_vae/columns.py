@@ -13,7 +13,9 @@ from torch.nn.functional import pad, softplus
 __all__ = ["COUNTS", "DF", "NUMBERS", "Cell", "Column", "Family", "Row", "Transform"]
 
 Family = Literal["gaussian", "laplace", "student-t", "poisson", "negative-binomial", "bernoulli", "categorical"]
+"""Distribution of a column given its features."""
 Transform = Literal["identity", "log", "logit", "knots"]
+"""Monotone map of a column of numbers before it is standardised."""
 Cell = str | int | float | bool
 """A value of a category."""
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 __all__ = ["CLASS", "NUMBER", "WIDTH", "Conditions", "Embedding", "Given", "Variable", "split_name"]
 
-CLASS, NUMBER = "class", "number"
-"""Kinds of a variable, as they are written after its name: ``year:class``."""
+CLASS = "class"
+"""A variable with classes, as it is written after its name: ``year:class``."""
+NUMBER = "number"
+"""A variable with numbers: ``year:number``."""
 MOST_CLASSES = 1000
 FEW_CLASSES = 20
 """Integers with no more different values are classes."""

@@ -38,14 +38,18 @@ __all__ = [
 ]
 
 Layout = Literal["auto", "n-h-w", "n-h-w-c", "n-c-h-w", "n-c-t", "n-t", "n-c", "n-t-c-h-w", "n-t-h-w-c", "n-t-h-w"]
+"""Axes of an array: n examples, c channels, h × w pixels, t times or frames."""
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
+"""Where the metrics of a training are written."""
 
 MOST_MINUTES = 1e9
 """Largest time limit of a training: two thousand years, which clocks can count."""
 
 
-LARGEST, LARGEST_COUNT = 1e30, 10**15
-"""Largest real and whole number that an option takes: tensors can hold both."""
+LARGEST = 1e30
+"""Largest real number that an option takes: tensors can hold it."""
+LARGEST_COUNT = 10**15
+"""Largest whole number that an option takes: tensors can hold it."""
 
 
 USUAL_EPOCHS, LEAST_STEPS, MOST_STEPS = 20, 4_000, 20_000

@@ -11,12 +11,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from sigma_vae import runs
+from sigma_vae import progress, runs
+from sigma_vae.cli import PROGRAM
 from sigma_vae.cli.oddest import column_maps, odd_columns, ranking, show_oddest, write_series
 from sigma_vae.cli.options import RunFolder, beside, to_read
 from sigma_vae.columns import Cell
 from sigma_vae.conditions import Given
-from sigma_vae.config import LARGEST_COUNT, check_seed, replacing
+from sigma_vae.config import LARGEST_COUNT, DataConfig, RunConfig, check_seed, replacing
 from sigma_vae.data import Batches
 from sigma_vae.data.counts import write_h5ad
 from sigma_vae.data.levels import Array
@@ -63,6 +64,7 @@ __all__ = [
 if TYPE_CHECKING:
     import pandas as pd
 
+RunOrFile = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FILE")]
 Split = Literal["train", "validation", "test"]
 TABLE_FILES = (".csv", ".parquet", ".xlsx")
 
@@ -481,7 +483,7 @@ def encode(
 
 
 def score(
-    run: RunFolder,
+    run: RunOrFile,
     *,
     data: str | None = None,
     split: Split = "test",
@@ -499,8 +501,11 @@ def score(
     probabilities of the classes, by the temperature of the run's last evaluation. Scores of windows of a
     series (train --window) are also put on the time axis, as RUN/series-SPLIT.csv and a plot.
 
+    With a file of data in place of RUN, a model is trained on it first, as train would, into runs/NAME; then all of its examples
+    are scored by their density, and the oddest ones listed.
+
     Args:
-        run: Folder of the run.
+        run: Folder of the run; or a file of data, as table.csv, to train on first.
         data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits.
         split: Split to score.
         scores: Anomaly scores to add, larger for odder examples, the first of which ranks them: density, bits-minus-complexity,
@@ -515,6 +520,8 @@ def score(
     import pandas as pd
 
     check_seed(seed)
+    if Path(run).is_file():
+        run, data, scores = _trained_on(run, device), data or run, scores or ("density",)
     wanted = check_scores(scores)
     map_file = None if maps is None else checked(Path(maps), (".npz",))
     examples = _examples(run, data, split, device)
@@ -552,6 +559,15 @@ def score(
         picture = beside(run) / f"oddest-{examples.word}.png"
         order = ranking(odd, wanted)
         show_oddest(picture, examples.vae, examples.batches, examples.names, odd, order, found.maps)
+
+
+def _trained_on(source: str, device: str) -> str:
+    """Train on a file with all defaults, and return the folder of the run."""
+    folder = Path("runs") / Path(source).stem
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; score with it: {PROGRAM} score {folder} --data {source}")
+    runs.train(RunConfig(DataConfig(source), device=device), folder, progress=progress.screen is not None)
+    return str(folder)
 
 
 def _of_classes(run: str, examples: "_Examples", seed: int) -> dict[str, Tensor]:

@@ -121,7 +121,7 @@ def _splits(
 
     def column(of: str) -> "pd.Series":
         every = [table[of] for table in tables.values() if of in table.columns]
-        return pd.concat(every, ignore_index=True) if len(every) > 1 else every[0]
+        return cast("pd.Series", pd.concat(every, ignore_index=True) if len(every) > 1 else every[0])
 
     if schema is None:
         names = list(config.columns or tables["train"].columns)

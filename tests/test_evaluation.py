@@ -308,7 +308,6 @@ OLD = (
     ("suite", "entropy_identity"),
     ("suite", "scores_under_standard_prior"),
     ("suite", "standard_prior"),
-    ("video", "video_quality"),
 )
 
 

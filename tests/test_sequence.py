@@ -22,7 +22,7 @@ from sigma_vae.config import read as read_config
 from sigma_vae.data import Batches, Scaling, Splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.plots import save_clips
-from sigma_vae.evaluation.video import predictions, psnr, ssim
+from sigma_vae.evaluation.quality import predictions, psnr, ssim
 from sigma_vae.networks.sequence import Backbone, SequenceNetwork, State, dcgan, sequence, vgg
 from sigma_vae.training import fit
 from sigma_vae.training.objective import losses

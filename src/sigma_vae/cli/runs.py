@@ -473,7 +473,7 @@ def export(run: RunFolder, *, out: str, to: Literal["diffusers"] = "diffusers", 
         to: Library.
         device: auto, cpu, cuda or cuda:1.
     """
-    from sigma_vae.runs.export import export as write
+    from sigma_vae.runs.audit import export as write
 
     for name, value in write(to_read(run), Path(out), device=device).items():
         print(f"{name}: {value}")

@@ -198,3 +198,39 @@ def test_a_resumed_run_goes_on_in_mlflow(few, tmp_path, monkeypatch):  # noqa: F
     assert asked == [None, "abc"]
     assert MLflowClient.states == ["RUNNING", "FINISHED"] * 2
     assert [step for name, step in MLflowClient.rows if name == "train/loss_nats"] == list(range(STEPS))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_file_store_of_mlflow_receives_the_metrics(few, tmp_path, monkeypatch):  # noqa: F811
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    fitted(few, tmp_path / "run", loggers=["mlflow", "csv"])
+    client, run_id = mlflow.MlflowClient(), (tmp_path / "run" / "mlflow-run.txt").read_text(encoding="utf-8").strip()
+    found = client.get_metric_history(run_id, "train/loss_nats")
+    with (tmp_path / "run" / "metrics.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss_nats"]]
+    assert [point.step for point in found] == list(range(STEPS))
+    assert [point.value for point in found] == pytest.approx([float(row["train/loss_nats"]) for row in rows])
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_and_biases_offline_receives_the_metrics(few, tmp_path, monkeypatch):  # noqa: F811
+    wandb = pytest.importorskip("wandb", reason="needs wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    fitted(few, tmp_path / "run", loggers=["wandb"])
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, steps = DataStore(), []
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        row = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+        steps += [int(row["step"])] if "train/loss_nats" in row else []
+    assert steps == list(range(STEPS))
+    assert wandb.run is None

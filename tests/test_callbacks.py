@@ -1,6 +1,7 @@
 """Hooks and loggers of a training, what it returns, and the data that it takes."""
 
 import csv
+import json
 import sys
 from types import SimpleNamespace
 
@@ -198,3 +199,46 @@ def test_a_resumed_run_goes_on_in_mlflow(few, tmp_path, monkeypatch):  # noqa: F
     assert asked == [None, "abc"]
     assert MLflowClient.states == ["RUNNING", "FINISHED"] * 2
     assert [step for name, step in MLflowClient.rows if name == "train/loss_nats"] == list(range(STEPS))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_file_store_of_mlflow_receives_the_metrics(few, tmp_path, monkeypatch):  # noqa: F811
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    fitted(few, tmp_path / "run", loggers=["mlflow", "csv"])
+    client, run_id = mlflow.MlflowClient(), (tmp_path / "run" / "mlflow-run.txt").read_text(encoding="utf-8").strip()
+    found = client.get_metric_history(run_id, "train/loss_nats")
+    with (tmp_path / "run" / "metrics.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss_nats"]]
+    assert [point.step for point in found] == list(range(STEPS))
+    assert [point.value for point in found] == pytest.approx([float(row["train/loss_nats"]) for row in rows])
+    assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def payload(log: bytes) -> bytes:
+    """The records of a LevelDB log after a header of seven bytes; each has seven of its own, and none crosses 32 KiB."""
+    at, found = 7, b""
+    while at + 7 <= len(log):
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left
+            continue
+        size = int.from_bytes(log[at + 4 : at + 6], "little")
+        found, at = found + log[at + 7 : at + 7 + size], at + 7 + size
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_and_biases_offline_receives_the_metrics(few, tmp_path, monkeypatch):  # noqa: F811
+    wandb = pytest.importorskip("wandb", reason="needs wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    fitted(few, tmp_path / "run", loggers=["wandb", "csv"])
+    (file,) = (tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb")
+    with (tmp_path / "run" / "metrics.csv").open(encoding="utf-8") as rows:
+        losses = [float(row["train/loss_nats"]) for row in csv.DictReader(rows) if row["train/loss_nats"]]
+    kept = payload(file.read_bytes())
+    assert len(losses) == STEPS
+    assert kept.count(b"train/loss_nats") >= STEPS
+    assert [loss for loss in losses if json.dumps(loss).encode() not in kept] == []
+    assert wandb.run is None

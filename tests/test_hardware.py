@@ -1,12 +1,15 @@
 """What a training step makes of the hardware: what is chosen where, that it can be overruled, and that no result depends on calls."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from test_non_finite import look_later
+from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import speed_gpu
 from sigma_vae import models
 from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import load
@@ -198,3 +201,16 @@ def test_training_in_bfloat16_keeps_float32_weights_and_resumes_to_the_same(digi
     assert all(value.is_contiguous() for value in whole.values())
     plain = HardwareConfig(precision="float32", memory_format="channels-last")
     assert not same(whole, trained(digits, network="conv", batch_size=512, hardware=plain))
+
+
+def test_the_benchmark_for_a_gpu_is_whole(tmp_path, capsys):
+    """Its lines run on a CPU, with small shapes; numbers of the same model agree with themselves."""
+    speed_gpu.main(tmp_path / "gpu.json", device="cpu", cases=("conv, float32", "sequence"), small=True)
+    found = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert set(found) == {"conv, float32", "sequence"}
+    for row in found.values():
+        assert row["agreement"]["float32"]["relative_difference"] == 0
+        assert row["flops_of_a_step"] > 0
+        assert {"plain loop", "ours", "ours, one process of a group"} <= set(row)
+    assert "| sequence | ours |" in capsys.readouterr().out
+    distributed.destroy_process_group()

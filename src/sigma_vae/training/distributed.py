@@ -495,7 +495,7 @@ class GlobalBatchNorm(nn.Module):
             self.register_buffer(name, getattr(norm, name))
         self.train(norm.training)
         # A compiled graph ends where processes talk. Not as a decorator, which would import the compiler with this module.
-        self.forward = torch.compiler.disable(self.forward)  # type: ignore[method-assign]
+        self.forward = torch.compiler.disable(self.forward)  # type: ignore[method-assign, no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise by the statistics of all processes in training, by the running ones else."""

@@ -30,13 +30,21 @@ WARMUP = 3
 """One part in so many of a case's steps is not timed."""
 
 
-def main(against: str = "HEAD", minutes: float = 5.0, rounds: int = 20, case: str = "", out: Path | None = None) -> None:
+def main(
+    against: str = "HEAD",
+    minutes: float = 5.0,
+    rounds: int = 20,
+    only: tuple[str, ...] = (),
+    case: str = "",
+    out: Path | None = None,
+) -> None:
     """Compare.
 
     Args:
         against: the commit.
         minutes: after these no new round is begun; there are always two.
         rounds: at most so many.
+        only: rows of the table; all unless given.
         case: one of the cases inside a process, which is what this runs itself.
         out: file for the figures, as JSON.
     """
@@ -44,7 +52,7 @@ def main(against: str = "HEAD", minutes: float = 5.0, rounds: int = 20, case: st
         print(CASES[case]())
         return
     here, begin = Path(__file__).resolve().parents[1], time.monotonic()
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in (*COMMANDS, *CASES)}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in only or (*COMMANDS, *CASES)}
     with tempfile.TemporaryDirectory() as folder:
         there = Path(folder) / "commit"
         git = ["git", "-C", str(here), "worktree"]

@@ -6,7 +6,6 @@
     python -m benchmarks.speed --part elbo       # test ELBO after equal training
     python -m benchmarks.speed --part precision  # whether bfloat16 does harm
     python -m benchmarks.speed --part sooner     # seconds to what `plain` reached
-    python -m benchmarks.speed --part gpu
 
 Each writes its part of ``OUT/speed.json`` measurement by measurement, and goes on where it was stopped. Seconds are the processor's, of one
 thread; the trainers take turns, each measurement in a process of its own. pythae has to be installed: see :mod:`benchmarks.trainers`.
@@ -33,7 +32,7 @@ from sigma_vae.config import DataConfig, HardwareConfig, TrainingConfig
 from sigma_vae.data import Splits
 
 RESULTS = Path("benchmarks/results")
-Part = Literal["plain", "images", "tiny", "elbo", "precision", "sooner", "gpu"]
+Part = Literal["plain", "images", "tiny", "elbo", "precision", "sooner"]
 Measured = dict[str, Any]
 
 LEVERS = ("retaining allocator", "fused optimiser", "bfloat16", "bfloat16, channels last")
@@ -77,8 +76,6 @@ def main(
         data: name of the data set.
     """
     path = out / "speed.json"
-    if part == "gpu" and not torch.cuda.is_available():
-        sys.exit("no GPU here: nothing measured")
     if case:
         print(json.dumps(measured(part, *case.rsplit("|", 1), data=data)))
     elif part == "plain":
@@ -112,7 +109,6 @@ def cases(part: Part) -> list[str]:
         "tiny": [*TINY],
         "elbo": [*EQUAL],
         "sooner": [*SOONER],
-        "gpu": ["plain loop", "ours"],
     }[part]
 
 
@@ -147,21 +143,17 @@ def measured(part: Part, case: str, number: str, data: str) -> Measured:
             hardware=HardwareConfig(precision=precision),  # type: ignore[arg-type]
         )
         return trained(network, splits, config, seed)
-    if part == "sooner":
-        network, batch, images = SOONER[case]
-        rate = SOONER_RATE[network]
-        config = TrainingConfig(
-            epochs=100,
-            max_steps=images // batch,
-            batch_size=batch,
-            learning_rate=rate,
-            schedule="cosine",
-            hardware=HardwareConfig(precision="bfloat16"),
-        )
-        return trained(network, splits, config, seed)
-    from benchmarks.speed_gpu import on_gpu
-
-    return on_gpu(case, splits, seed)
+    network, batch, images = SOONER[case]
+    rate = SOONER_RATE[network]
+    config = TrainingConfig(
+        epochs=100,
+        max_steps=images // batch,
+        batch_size=batch,
+        learning_rate=rate,
+        schedule="cosine",
+        hardware=HardwareConfig(precision="bfloat16"),
+    )
+    return trained(network, splits, config, seed)
 
 
 def slice_of(splits: Splits, examples: int) -> Splits:

@@ -1,6 +1,7 @@
 """What a training step makes of the hardware: what is chosen where, that it can be overruled, and that no result depends on calls."""
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from test_start import look_later
+from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import speed_gpu
 from sigma_vae import VAE, Gaussian, hierarchical, models
 from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import load
@@ -450,3 +453,16 @@ def test_a_ladder_resumes_to_the_very_same_model(deep_digits, tmp_path, options)
     if options:
         assert 0 < int(rows(tmp_path / "whole")[-1]["train/skipped_steps"]) < len(rows(tmp_path / "whole"))
         assert all(row["train/weighted_objective_nats"] for row in rows(tmp_path / "whole"))
+
+
+def test_the_benchmark_for_a_gpu_is_whole(tmp_path, capsys):
+    """Its lines run on a CPU, with small shapes; numbers of the same model agree with themselves."""
+    speed_gpu.main(tmp_path / "gpu.json", device="cpu", cases=("conv, float32", "sequence"), small=True)
+    found = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    assert set(found) == {"conv, float32", "sequence"}
+    for row in found.values():
+        assert row["agreement"]["float32"]["relative_difference"] == 0
+        assert row["flops_of_a_step"] > 0
+        assert {"plain loop", "ours", "ours, one process of a group"} <= set(row)
+    assert "| sequence | ours |" in capsys.readouterr().out
+    distributed.destroy_process_group()

@@ -3,6 +3,8 @@
 from sigma_vae.extras import needed_by
 
 with needed_by("sigma_vae.runs"):
+    import yaml  # noqa: F401  # every run has a config.yaml: what is missing is named before anything is read
+
     from sigma_vae.runs.evaluate import compare, evaluate_run, evaluation_file, read_evaluation
     from sigma_vae.runs.folder import (
         Run,

@@ -21,6 +21,7 @@ from sigma_vae import models
 from sigma_vae.config import LoggerName, TrainingConfig
 from sigma_vae.data import Batches, Splits, as_splits
 from sigma_vae.data.splits import SplitName
+from sigma_vae.extras import needed_by
 from sigma_vae.networks.principal import sample_of
 from sigma_vae.progress import hidden
 from sigma_vae.training.callbacks import Callback, Context, Patience, TrainingLogger, make_loggers, progress_of, rows_before
@@ -89,6 +90,7 @@ class Terminated(SystemExit):
         super().__init__(128 + signal.SIGTERM)
 
 
+@needed_by("fit")
 def fit(
     vae: VAE,
     data: object,

@@ -11,7 +11,6 @@ part of both limits a step reaches. A compiled step moves fewer bytes, so that i
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -209,9 +208,9 @@ def plain(vae: VAE) -> Step:
 
 def grouped(vae: VAE, case: Case, device: torch.device) -> Step:
     """A step of a group of one process: what NCCL (gloo on a CPU) adds."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29511")}
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     wrapped = DistributedDataParallel(vae)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, fused=True)
 

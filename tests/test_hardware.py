@@ -457,7 +457,10 @@ def test_a_ladder_resumes_to_the_very_same_model(deep_digits, tmp_path, options)
 
 def test_the_benchmark_for_a_gpu_is_whole(tmp_path, capsys):
     """Its lines run on a CPU, with small shapes; numbers of the same model agree with themselves."""
-    speed_gpu.main(tmp_path / "gpu.json", device="cpu", cases=("conv, float32", "sequence"), small=True)
+    try:
+        speed_gpu.main(tmp_path / "gpu.json", device="cpu", cases=("conv, float32", "sequence"), small=True)
+    finally:
+        distributed.destroy_process_group()
     found = json.loads((tmp_path / "gpu.json").read_text())["results"]
     assert set(found) == {"conv, float32", "sequence"}
     for row in found.values():
@@ -465,4 +468,3 @@ def test_the_benchmark_for_a_gpu_is_whole(tmp_path, capsys):
         assert row["flops_of_a_step"] > 0
         assert {"plain loop", "ours", "ours, one process of a group"} <= set(row)
     assert "| sequence | ours |" in capsys.readouterr().out
-    distributed.destroy_process_group()

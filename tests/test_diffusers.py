@@ -25,6 +25,7 @@ from sigma_vae.runs.audit import Audit, Fit, audit, audit_rows, write_page
 from sigma_vae.vae import keyed_noise
 
 diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("safetensors.torch")  # which diffusers 0.32 uses without importing it
 
 CONFIG = {
     "in_channels": 3,

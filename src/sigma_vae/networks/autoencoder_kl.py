@@ -152,10 +152,16 @@ def _check_data(known: Mapping[str, Any], shape: Sequence[int], out_channels: in
         )
 
 
-def _made(known: dict[str, Any], source: str | Path | Mapping[str, Any]) -> Any:
-    """The model, with the weights of its folder where there are some."""
+def _diffusers_class() -> Any:
+    import safetensors.torch  # noqa: F401  # diffusers 0.32 uses it without importing it
     from diffusers import AutoencoderKL
 
+    return AutoencoderKL
+
+
+def _made(known: dict[str, Any], source: str | Path | Mapping[str, Any]) -> Any:
+    """The model, with the weights of its folder where there are some."""
+    AutoencoderKL = _diffusers_class()  # noqa: N806
     on_meta = torch.empty(0).device.type == "meta"  # sizes alone are wanted
     is_folder = not isinstance(source, Mapping) and not str(source).startswith("{") and Path(source).expanduser().is_dir()
     folder = folder_of(Path(str(source)).expanduser()) if is_folder and not on_meta else None
@@ -239,9 +245,7 @@ def as_autoencoder_kl(network: SpatialNetwork, numbers: Mapping[str, Any]) -> An
         network: whose ``diffusers_config`` is known.
         numbers: entries of the configuration to set, such as ``scaling_factor``.
     """
-    from diffusers import AutoencoderKL
-
-    model = AutoencoderKL.from_config({**(network.diffusers_config or {}), **numbers})
+    model = _diffusers_class().from_config({**(network.diffusers_config or {}), **numbers})
     weights = {_name(name): value for name, value in network.state_dict().items() if name.startswith(("encoder.", "decoder."))}
     for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):
         weights[name] = weights[name][: network.picture_channels]

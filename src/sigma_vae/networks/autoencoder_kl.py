@@ -161,7 +161,7 @@ def _diffusers_class() -> Any:
 
 def _made(known: dict[str, Any], source: str | Path | Mapping[str, Any]) -> Any:
     """The model, with the weights of its folder where there are some."""
-    AutoencoderKL = _diffusers_class()  # noqa: N806
+    AutoencoderKL = _diffusers_class()
     on_meta = torch.empty(0).device.type == "meta"  # sizes alone are wanted
     is_folder = not isinstance(source, Mapping) and not str(source).startswith("{") and Path(source).expanduser().is_dir()
     folder = folder_of(Path(str(source)).expanduser()) if is_folder and not on_meta else None

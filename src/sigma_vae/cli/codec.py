@@ -145,6 +145,8 @@ def _pixels(path: Path, levels: int | None) -> Array:
     try:
         with Image.open(path) as image:
             whole = image.convert("RGBA" if "transparency" in image.info else "RGB") if image.mode == "P" else image
+            if (image.format, image.mode) == ("PNG", "I"):  # 16-bit grey, as old versions of Pillow call it
+                whole = image.convert("I;16")
             if whole.mode not in MODES or getattr(image, "n_frames", 1) > 1:
                 raise ValueError(f"it has the mode {image.mode} and {getattr(image, 'n_frames', 1)} frames")
             values = np.asarray(whole.convert("L") if whole.mode == "1" else whole)

@@ -316,7 +316,7 @@ def test_an_unfinished_run_is_resumed_where_its_data_are_now(tmp_path, capsys):
     assert main(["resume", str(run)]) == 1
     assert f"sigma-vae resume {run} --root FOLDER" in capsys.readouterr().err
     assert main(["resume", str(run), "--root", str(tmp_path)]) == 0
-    assert runs.open_run(run, "cpu").data.name == source.name
+    assert runs.config_of(run).data.path == tmp_path / source.name
 
 
 def test_a_run_of_a_named_set_without_its_files_says_where_they_are_given(tmp_path, capsys, monkeypatch):

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sigma_vae.likelihoods.continuous import Bernoulli, ContinuousBernoulli, Gaussian, Laplace, Logistic, StudentT
     from sigma_vae.likelihoods.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-    from sigma_vae.likelihoods.discrete import BitwiseCategorical, Categorical
-    from sigma_vae.likelihoods.logistic_mixture import LogisticMixture
+    from sigma_vae.likelihoods.discrete import BitwiseCategorical, Categorical, LogisticMixture
     from sigma_vae.likelihoods.perceptual import Perceptual
     from sigma_vae.likelihoods.scales import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Scale, Shared
 
@@ -38,7 +37,7 @@ __all__ = [
     "ZeroInflatedNegativeBinomial",
 ]
 
-_HOMES = ("continuous", "counts", "discrete", "logistic_mixture", "perceptual", "scales")
+_HOMES = ("continuous", "counts", "discrete", "perceptual", "scales")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Families over the levels themselves: a probability for each level, or for each bit."""
 
 import math
-from typing import final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -9,10 +9,10 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from sigma_vae.likelihoods.base import Discrete
 from sigma_vae.likelihoods.densities import in_chunks
-from sigma_vae.registry import register
+from sigma_vae.registry import Argument, register
 from sigma_vae.types import Observes
 
-__all__ = ["BitwiseCategorical", "Categorical"]
+__all__ = ["BitwiseCategorical", "Categorical", "LogisticMixture"]
 
 LOG2_E = 1 / math.log(2)
 
@@ -200,3 +200,226 @@ class BitwiseCategorical(Discrete):
 
     def _places(self, h: Tensor) -> Tensor:
         return torch.arange(self.bits - 1, -1, -1, device=h.device)[:, None]
+
+
+# -- mixtures of logistics ---------------------------------------------------------------------------------------------
+
+LEAST_LOG_SCALE_OF_8_BITS = -7.0
+"""As in VDVAE: a ninth of the distance of two levels, and so for other numbers of levels."""
+MAX_LOG_SCALE = 20.0
+"""So wide that all levels but the end ones have lost their mass; beyond it 1/scale would underflow."""
+
+
+def _components(text: str) -> dict[str, Any]:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"it takes a number of components, got {text!r}")
+    return {"components": int(text)}
+
+
+@register.likelihood("logistic-mixture", argument=Argument("K", _components, "10"))
+@final
+class LogisticMixture(Discrete):
+    r"""A mixture of K logistic distributions for each pixel, in bins (Salimans et al. 2017; as in VDVAE).
+
+    With y = 2x − 1 in [−1, 1], and the end bins reaching to ±∞,
+
+    .. math::
+        P(x) = \prod_{\text{pixels}} \sum_k \pi_k \prod_c \left[ \sigma\left(\frac{y_c - \mu_{kc} +
+        \delta}{s_{kc}}\right)
+            - \sigma\left(\frac{y_c - \mu_{kc} - \delta}{s_{kc}}\right) \right], \qquad \delta = \frac{1}{L-1}
+
+    The channels of a pixel share its component. Of three channels the later means follow the earlier values, linearly,
+    with predicted coefficients: :math:`\mu_G = m_G + a\,y_R, \mu_B = m_B + b\,y_R + c\,y_G`; a, b, c = tanh of
+    features. Bin probabilities are exact in the far tails and for the narrowest bins, where the usual implementation
+    takes the density at the bin's centre.
+
+    ``mean`` is exact for other channel counts and for the first of three. For the later ones it puts the component's
+    expected y in place of the drawn ones: exact but for the cut at the ends of the range.
+
+    Shapes:
+        h ``(*batch, in_channels, *space)``: K logits, then channels × K means, then log-scales (at least a ninth of a level),
+        then of three channels 3 × K coefficients (a, b, c); x ``(*batch, channels, *space)``.
+
+    Raises:
+        ValueError: x is off the levels, h has the wrong channels, or there is no component.
+
+    >>> likelihood = LogisticMixture(channels=3)
+    >>> likelihood.in_channels
+    100
+    >>> p = likelihood(torch.zeros(2, 100, 4, 4))
+    >>> p.log_prob(torch.ones(2, 3, 4, 4)).shape, p.mean.unique()
+    (torch.Size([2]), tensor([0.5000]))
+    """
+
+    def __init__(self, channels: int, components: int = 10, *, spatial_dims: int = 2, levels: int | None = 256) -> None:
+        super().__init__(channels, spatial_dims=spatial_dims, levels=levels)
+        self._log_floor = LEAST_LOG_SCALE_OF_8_BITS + math.log(255 / (self.levels - 1))
+        if components < 1:
+            raise ValueError(f"LogisticMixture has at least 1 component, got {components}")
+        self.components = components
+        self.independent_channels = channels == 1
+
+    @property
+    def in_channels(self) -> int:
+        """Logits, means, log-scales, and for three channels coefficients."""
+        return self.components * (1 + self.channels * (3 if self.channels == 3 else 2))
+
+    def row_log_prob(self, h: Tensor, x: Tensor, observes: Observes) -> Tensor:
+        """Part by part, with the gradient by hand."""
+        return in_chunks(self._log_mass, h, x, self._gradient)
+
+    def _log_mass(self, h: Tensor, x: Tensor) -> Tensor:
+        logits = self._split(h).logits
+        joint = logits + self._bins(h, x).log_mass.sum(1)
+        return (torch.logsumexp(joint, 1) - torch.logsumexp(logits, 1)).sum(-1)
+
+    @torch.no_grad()
+    def _gradient(self, h: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        features, bins, to = self._split(h), self._bins(h, x), self._split(out)
+        joint = features.logits + bins.log_mass.sum(1)
+        values, total = torch.logsumexp(joint, 1), torch.logsumexp(features.logits, 1)
+        share = torch.exp(joint - values[:, None])
+        torch.sub(share, torch.exp(features.logits - total[:, None]), out=to.logits)
+        share = share[:, None]
+        # With the bin's ends u, l in scales: ∂ log mass/∂u = σ(−u) + w, ∂/∂l = −σ(l) − w, w = 1/(e^{u−l} − 1).
+        above, below = torch.sigmoid(-bins.upper).mul_(bins.not_last), torch.sigmoid(bins.lower).mul_(bins.not_first)
+        half_levels = 0.5 * (self.levels - 1)
+        torch.mul(torch.sub(below, above).mul_(bins.rate).mul_(half_levels), share, out=to.means)
+        narrow = (1 - bins.inner).div_(bins.inner).mul_(bins.rate).mul_(bins.not_first * bins.not_last)
+        slope = below.mul_(bins.lower).sub_(above.mul_(bins.upper)).sub_(narrow).mul_(share)
+        torch.mul(slope, (features.log_scales >= self._log_floor) & (features.log_scales <= MAX_LOG_SCALE), out=to.log_scales)
+        if self.channels == 3:
+            y = self._centred(bins.level)
+            for i, (later, earlier) in enumerate(COEFFICIENTS):
+                torch.mul(to.means[:, later], y[:, earlier], out=to.coefficients[:, i])
+            to.coefficients.mul_(1 - _tanh(features.coefficients).square_())
+        return (values - total).sum(-1)
+
+    def _bins(self, h: Tensor, x: Tensor) -> "_Bins":
+        # In units of levels, so that means are rounded once for all bins.
+        features, top = self._split(h), self.levels - 1
+        level = torch.round(x * top)[:, :, None]
+        rate = torch.exp(-features.log_scales.clamp(self._log_floor, MAX_LOG_SCALE)) * (2 / top)
+        center, half = (level - self._locations(features, level)).mul_(rate), 0.5 * rate
+        upper, lower = center + half, center - half
+        not_first, not_last = (level > 0).to(h.dtype), (level < top).to(h.dtype)
+        inner = torch.expm1(-rate).neg()
+        # σ(u) − σ(l) = σ(u) σ(−l) (1 − e^{−(u−l)}), exactly: nothing cancels. And σ(u) = e^{min(u, 0)}/(1 + e^{−|u|}).
+        below_0, above_0 = upper.clamp(max=0), (-lower).clamp_(max=0)
+        a = (2 * below_0).sub_(upper).exp_().mul(not_last).add_(1)
+        b = (2 * above_0).add_(lower).exp_().mul(not_first).add_(1)
+        both = not_first * not_last
+        log_mass = torch.log((inner * both).add_(1 - both) / (a * b))
+        log_mass = log_mass.addcmul_(below_0, not_last).addcmul_(above_0, not_first)
+        return _Bins(log_mass, level, upper, lower, rate, inner, not_first, not_last)
+
+    def row_cdf(self, h: Tensor, x: Tensor, observes: Observes) -> tuple[Tensor, Tensor]:
+        """F of each channel given the true values of those before it, which weigh the components (Rosenblatt 1952)."""
+        below, upto = in_chunks(self._cdf, h, x).unbind(1)
+        return below, upto
+
+    def _cdf(self, h: Tensor, x: Tensor) -> Tensor:
+        """F(x−) and F(x), ``(rows, 2, channels, n)``."""
+        bins = self._bins(h, x)
+        earlier = torch.cat([torch.zeros_like(bins.log_mass[:, :1]), bins.log_mass[:, :-1].cumsum(1)], 1)
+        weights = torch.softmax(self._split(h).logits[:, None] + earlier, 2)
+        below = torch.sigmoid(bins.lower) * bins.not_first
+        below, upto = ((weights * cdf).sum(2) for cdf in (below, torch.sigmoid(bins.upper)))
+        last = bins.level[:, :, 0] >= self.levels - 1
+        return torch.stack([below, upto.masked_fill(last, 1)], 1).clamp_max(1)  # a sum of weights may be 1 + a rounding error
+
+    def _locations(self, features: "_Features", level: Tensor) -> Tensor:
+        """Means ``(rows, channels, K, n)`` given all channels' levels ``(rows, channels, 1 or K, n)``, in levels."""
+        means = features.means
+        if self.channels == 3:
+            y, (a, b, c) = self._centred(level), _tanh(features.coefficients).unbind(1)
+            red, green, blue = means.unbind(1)
+            means = torch.stack([red, green + a * y[:, 0], blue + b * y[:, 0] + c * y[:, 1]], 1)
+        return (means + 1) * (0.5 * (self.levels - 1))
+
+    def row_mean(self, h: Tensor) -> Tensor:
+        """The mixture's mean, with the expected earlier channels in place of drawn ones."""
+        features = self._split(h)
+        level = torch.zeros_like(features.means)
+        for c in range(self.channels):
+            level = level.index_copy(1, level.new_tensor([c], dtype=torch.long), self._expected(features, level, c)[:, None])
+        weights = torch.softmax(features.logits, 1)[:, None]
+        return (weights * level).sum(2) / (self.levels - 1)
+
+    def _expected(self, features: "_Features", level: Tensor, c: int) -> Tensor:
+        """Expected level of a channel in each component: the masses above each bin edge."""
+        location = self._locations(features, level)[:, c]
+        rate = torch.exp(-features.log_scales[:, c].clamp(self._log_floor, MAX_LOG_SCALE)) * (2 / (self.levels - 1))
+        total = torch.zeros_like(location)
+        for k in range(self.levels - 1):
+            total += torch.sigmoid((location - (k + 0.5)) * rate)
+        return total
+
+    def row_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
+        """A component by the Gumbel trick, then channel after channel, each rounded to its level before the next."""
+        features = self._split(h)
+        tiny = torch.finfo(h.dtype).tiny
+        uniform = torch.rand(features.logits.shape, dtype=h.dtype, device=h.device, generator=generator).clamp_min(tiny)
+        k = (features.logits - (-uniform.log()).clamp_min(tiny).log()).argmax(1, keepdim=True)
+        chosen = _Features(*(_take(part, k) for part in features))
+        top, level = self.levels - 1, torch.zeros_like(chosen.means)
+        scale = torch.exp(chosen.log_scales.clamp(self._log_floor, MAX_LOG_SCALE)) * (0.5 * top)
+        uniform = torch.rand(level.shape, dtype=h.dtype, device=h.device, generator=generator)
+        noise = torch.logit(uniform, eps=torch.finfo(h.dtype).eps) * scale
+        for c in range(self.channels):
+            level[:, c] = torch.round(self._locations(chosen, level)[:, c] + noise[:, c]).clamp(0, top)
+        return level[:, :, 0] / top
+
+    def _split(self, h: Tensor) -> "_Features":
+        """Views: K logits, then for each channel K of each other kind."""
+        logits, rest = h[:, : self.components], h[:, self.components :]
+        kinds = rest.view(len(h), 3 if self.channels == 3 else 2, self.channels, self.components, h.shape[-1]).unbind(1)
+        return _Features(logits, kinds[0], kinds[1], kinds[2] if self.channels == 3 else kinds[0][:, :0])
+
+    def _centred(self, level: Tensor) -> Tensor:
+        """Levels on [−1, 1]."""
+        return level * (2 / (self.levels - 1)) - 1
+
+    def extra_repr(self) -> str:
+        """Arguments as they would be written."""
+        return f"{super().extra_repr()}, components={self.components}"
+
+
+COEFFICIENTS = ((1, 0), (2, 0), (2, 1))
+"""For each coefficient, the channel whose mean follows, and the earlier channel that it follows."""
+
+
+class _Features(NamedTuple):
+    """logits ``(rows, K, n)``, the others ``(rows, channels, K, n)``; no coefficients where nothing is conditioned."""
+
+    logits: Tensor
+    means: Tensor
+    log_scales: Tensor
+    coefficients: Tensor
+
+
+class _Bins(NamedTuple):
+    """Bins of the observed levels in each component, ``(rows, channels, K, n)``; ends and width (rate) in scales."""
+
+    log_mass: Tensor
+    level: Tensor
+    upper: Tensor
+    lower: Tensor
+    rate: Tensor
+    inner: Tensor
+    """1 − e^{−rate}."""
+    not_first: Tensor
+    not_last: Tensor
+    """0 where the bin reaches to infinity, else 1."""
+
+
+def _tanh(x: Tensor) -> Tensor:
+    """As fast as a sigmoid, four times faster than torch's."""
+    return torch.sigmoid(2 * x) * 2 - 1
+
+
+def _take(part: Tensor, k: Tensor) -> Tensor:
+    """The chosen component ``(rows, 1, n)`` of each pixel."""
+    if part.dim() == 3:
+        return part.gather(1, k)
+    return part.gather(2, k[:, None].expand(-1, part.shape[1], -1, -1))

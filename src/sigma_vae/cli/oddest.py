@@ -40,9 +40,7 @@ def odd_columns(
     """
     columns: dict[str, Tensor] = {}
     for score in scores:
-        if score == "bits-minus-complexity" and (
-            found.bits is None or batches.store.take(torch.zeros(1, dtype=torch.int64)).is_floating_point()
-        ):
+        if score == "bits-minus-complexity" and (found.bits is None or _is_real(batches)):
             if named:
                 raise ValueError(f"{score} is for data with levels, which are compressed; these have real values: leave it out")
             continue

@@ -67,9 +67,9 @@ def _listed(app: object, document: str, source: list[str]) -> None:
         lines = []
         for module, names in all_names().items():
             lines += [
-                f"``{module}``",
+                f"**{module}**",
                 "",
-                *(f"   :py:obj:`{name} <{module}.{name}>`\n      {say}\n" for name, say in names.items()),
+                *(f":py:obj:`{name} <{module}.{name}>`\n   {say}\n" for name, say in names.items()),
             ]
         source[0] = source[0].replace(".. all-names::", "\n".join(lines))
 

@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest lint bench study docs wheel clean
+.PHONY: demo test test-oldest lint bench bench-use bench-quick study docs wheel clean
 
 demo: $(STAMP)  ## a few minutes: a calibrated and a unit-variance VAE on mnist-5k, then look at demo/
 	$(PYTHON) -m examples.demo
@@ -18,7 +18,7 @@ test-oldest:  ## all tests on Python 3.11 with the oldest dependencies that pypr
 	python3.11 -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt torch
 	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
-	$(OLDEST)/bin/python -m pytest -W default --numprocesses auto --dist loadfile --ignore tests/test_studies_kept.py
+	SCIPY_ARRAY_API=1 $(OLDEST)/bin/python -m pytest -W default --numprocesses auto --dist loadfile --ignore tests/test_studies_kept.py
 
 constraints-oldest.txt: pyproject.toml  ## the lowest version of each direct dependency
 	uv pip compile --quiet --resolution lowest-direct --python-version 3.11 --extra test --no-annotate \
@@ -35,6 +35,13 @@ bench: $(STAMP)  ## speed on Fashion-MNIST beside pythae and the usual loop: hou
 	$(PYTHON) -m pip install --quiet --no-deps pythae==0.1.2
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt cloudpickle imageio pydantic scikit-learn scipy tqdm
 	for part in plain images tiny elbo precision sooner; do $(PYTHON) -m benchmarks.speed --part $$part || exit 1; done
+
+bench-use: $(STAMP)  ## what a user waits for: each command on seven data sets, against its budget; 20 minutes
+	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.use
+
+AGAINST := HEAD
+bench-quick: $(STAMP)  ## the working tree beside a commit (AGAINST=main), in five minutes
+	$(PYTHON) -m benchmarks.quick --against $(AGAINST)
 
 study: $(STAMP)  ## the smallest study: four runs on the digits, a table, a report
 	$(VENV)/bin/sigma-vae study run smallest --out studies/smallest

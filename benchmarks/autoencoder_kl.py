@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from lightning_fabric import Fabric
 
 from sigma_vae import VAE, Gaussian
 from sigma_vae.config import TrainingConfig
@@ -77,7 +76,7 @@ def ours(width: int) -> Callable[[torch.Tensor], None]:
         threads=1,
         steps_per_call=1,
     )
-    stepper = Stepper(vae, settings, choices, 10**6, 0.0, Fabric(accelerator="cpu"))
+    stepper = Stepper(vae, settings, choices, 10**6, 0.0)
     numbers = iter(range(1, 10**6))
 
     def step(x: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
     pip install lda scanpy scvi-tools
     python -m benchmarks.counts prepare --out counts-data       # Reuters (lda) and PBMC (scanpy) as files of counts
-    python -m benchmarks.counts compare --data counts-data/reuters.npz --out counts-reuters.json
+    python -m benchmarks.counts compare --data counts-data/reuters.npz --out counts.json
     python -m benchmarks.counts memory                          # 200 000 × 2 000 at 5 %: prints the peak of resident memory
 
 Where scvi-tools is not importable, ``compare`` runs our side alone. Both sides have the same split, latents, layers, width, batch
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import keep
 from sigma_vae import models
 from sigma_vae.config import DataConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import Splits
@@ -101,7 +102,7 @@ def compare(path: Path, epochs: int, seeds: int, likelihoods: list[str], out: Pa
         rows.append(row)
         found = {"about": about(data, path, epochs), "summary": summary(rows), "runs": rows}
         if out is not None:
-            out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            keep(out, f"{path.stem}, {epochs} epochs", found)
     return found
 
 

@@ -4,7 +4,6 @@ The loop is what public repositories have: a PIL image made and converted exampl
 float32, Adam at 1e-3, batches of 128, ``loss.item()`` in each step. The network is the paper's at full width.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import keep
 from sigma_vae import VAE, Gaussian
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import score
@@ -56,11 +57,13 @@ def images_of(data: Splits) -> DataLoader[Tensor]:
 
 @dataclass
 class PlainLoop:
-    """Encoder, decoder, Adam; ``sigma`` None: optimal."""
+    """Encoder, decoder, Adam; ``sigma`` None: optimal, and softly clipped from below where the paper's code does so."""
 
     encoder: nn.Module
     decoder: nn.Module
     sigma: float | None = None
+    soft_clip: float | None = None
+    """In log σ; -6 in the paper's code."""
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()], lr=RATE)
@@ -73,6 +76,8 @@ class PlainLoop:
         z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
         x_hat = torch.sigmoid(self.decoder(z))
         sigma = ((x - x_hat) ** 2).mean().sqrt() if self.sigma is None else torch.tensor(self.sigma, device=x.device)
+        if self.soft_clip is not None:
+            sigma = (self.soft_clip + functional.softplus(sigma.log() - self.soft_clip)).exp()
         nll = (0.5 * ((x - x_hat) / sigma) ** 2 + sigma.log() + 0.5 * np.log(2 * np.pi)).flatten(1).sum(1)
         kl = -0.5 * (1 + logvar - mu**2 - logvar.exp()).sum(1)
         loss = (nll + kl).mean()
@@ -88,7 +93,7 @@ def network_of(data: Splits, seed: int) -> FlatNetwork:
 
 
 def plain(out: Path, data: Splits, epochs: int, seed: int) -> None:
-    """Train as usual, and write what the model is worth as soon as it is known: images seen, seconds of training, test ELBO."""
+    """Train as usual; write images seen, seconds of training and test ELBO as soon as they are known."""
     network = network_of(data, seed)
     loop, loader = PlainLoop(network.encoder, network.decoder), images_of(data)
     looks = {round(part * len(loader)) for part in FIRST_LOOKS} | {len(loader) * (epoch + 1) for epoch in range(epochs)}
@@ -97,8 +102,7 @@ def plain(out: Path, data: Splits, epochs: int, seed: int) -> None:
     for images, seconds in timed(loop, loader, epochs, looks):
         rows.append({"images": images, "seconds": round(seconds, 2), "test_elbo_nats": judged_elbo(network, data)})
         print(rows[-1], flush=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        keep(out, "plain", record)
 
 
 def timed(loop: PlainLoop, loader: DataLoader[Tensor], epochs: int, looks: set[int]) -> Iterator[tuple[int, float]]:

@@ -6,9 +6,8 @@
     python -m benchmarks.speed --part elbo       # test ELBO after equal training
     python -m benchmarks.speed --part precision  # whether bfloat16 does harm
     python -m benchmarks.speed --part sooner     # seconds to what `plain` reached
-    python -m benchmarks.speed --part gpu
 
-Each writes ``OUT/speed-PART.json`` measurement by measurement, and goes on where it was stopped. Seconds are the processor's, of one
+Each writes its part of ``OUT/speed.json`` measurement by measurement, and goes on where it was stopped. Seconds are the processor's, of one
 thread; the trainers take turns, each measurement in a process of its own. pythae has to be installed: see :mod:`benchmarks.trainers`.
 """
 
@@ -25,6 +24,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from benchmarks import keep, kept
 from benchmarks.plain import BATCH, judged_elbo, plain
 from benchmarks.trainers import network_named, ours, train_one
 from sigma_vae import Gaussian, models
@@ -32,7 +32,7 @@ from sigma_vae.config import DataConfig, HardwareConfig, TrainingConfig
 from sigma_vae.data import Splits
 
 RESULTS = Path("benchmarks/results")
-Part = Literal["plain", "images", "tiny", "elbo", "precision", "sooner", "gpu"]
+Part = Literal["plain", "images", "tiny", "elbo", "precision", "sooner"]
 Measured = dict[str, Any]
 
 LEVERS = ("retaining allocator", "fused optimiser", "bfloat16", "bfloat16, channels last")
@@ -75,31 +75,28 @@ def main(
         case: one measurement, as JSON: what this runs in processes of its own.
         data: name of the data set.
     """
-    path = out / f"speed-{part}.json"
-    if part == "gpu" and not torch.cuda.is_available():
-        sys.exit("no GPU here: nothing measured")
+    path = out / "speed.json"
     if case:
         print(json.dumps(measured(part, *case.rsplit("|", 1), data=data)))
     elif part == "plain":
-        if not path.exists() or len(json.loads(path.read_text())["rows"]) < epochs:
+        if len(kept(path, "plain").get("rows", [])) < epochs:
             plain(path, models.data(DataConfig(data)), epochs, seed=0)
     else:
         results = each(part, path, rounds, data)
-        print("\n".join(table(part, results, out)))
+        print("\n".join(table(part, results, kept(path, "plain").get("rows", []))))
 
 
 def each(part: Part, path: Path, rounds: int, data: str) -> dict[str, list[Measured]]:
     """Every case in every round, unless it is there already."""
-    results: dict[str, list[Measured]] = json.loads(path.read_text())["results"] if path.exists() else {}
+    results: dict[str, list[Measured]] = kept(path, part).get("results", {})
     for number in range(rounds):
         for case in cases(part):
             rows = results.setdefault(case, [])
             if len(rows) <= number:
                 rows.append(in_fresh_process(part, f"{case}|{number}", data))
                 print(case, rows[-1], flush=True)
-                record = {"command": f"python -m benchmarks.speed --part {part} --rounds {rounds}", "results": results}
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                command = f"python -m benchmarks.speed --part {part} --rounds {rounds}"
+                keep(path, part, {"command": command, "results": results})
     return results
 
 
@@ -112,7 +109,6 @@ def cases(part: Part) -> list[str]:
         "tiny": [*TINY],
         "elbo": [*EQUAL],
         "sooner": [*SOONER],
-        "gpu": ["plain loop", "ours"],
     }[part]
 
 
@@ -147,21 +143,17 @@ def measured(part: Part, case: str, number: str, data: str) -> Measured:
             hardware=HardwareConfig(precision=precision),  # type: ignore[arg-type]
         )
         return trained(network, splits, config, seed)
-    if part == "sooner":
-        network, batch, images = SOONER[case]
-        rate = SOONER_RATE[network]
-        config = TrainingConfig(
-            epochs=100,
-            max_steps=images // batch,
-            batch_size=batch,
-            learning_rate=rate,
-            schedule="cosine",
-            hardware=HardwareConfig(precision="bfloat16"),
-        )
-        return trained(network, splits, config, seed)
-    from benchmarks.speed_gpu import on_gpu
-
-    return on_gpu(case, splits, seed)
+    network, batch, images = SOONER[case]
+    rate = SOONER_RATE[network]
+    config = TrainingConfig(
+        epochs=100,
+        max_steps=images // batch,
+        batch_size=batch,
+        learning_rate=rate,
+        schedule="cosine",
+        hardware=HardwareConfig(precision="bfloat16"),
+    )
+    return trained(network, splits, config, seed)
 
 
 def slice_of(splits: Splits, examples: int) -> Splits:
@@ -182,7 +174,7 @@ def trained(network: str, splits: Splits, config: TrainingConfig, seed: int) -> 
     }
 
 
-def table(part: Part, results: dict[str, list[Measured]], out: Path) -> Iterator[str]:
+def table(part: Part, results: dict[str, list[Measured]], loop: list[Measured]) -> Iterator[str]:
     """Markdown: medians and ranges; ratios are taken within a round."""
     keys = list(next(iter(results.values()))[0])
     reference = next(iter(results))
@@ -191,9 +183,7 @@ def table(part: Part, results: dict[str, list[Measured]], out: Path) -> Iterator
     for case, rows in results.items():
         ratios = [row[keys[0]] / base[keys[0]] for row, base in zip(rows, results[reference], strict=False)]
         yield f"| {case} | {' | '.join(spread([row[key] for row in rows], nats='nats' in key) for key in keys)} | {spread(ratios)} |"
-    target = out / "speed-plain.json"
-    if part == "sooner" and target.exists():
-        loop = json.loads(target.read_text())["rows"]
+    if part == "sooner" and loop:
         reached = loop[-1]["test_elbo_nats"]
         first = next(row["seconds"] for row in loop if row["test_elbo_nats"] >= reached)
         yield f"\nThe plain loop ends at {reached:.1f} nats after {loop[-1]['images']} images; first there after {first:.0f} s."

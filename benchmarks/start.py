@@ -25,7 +25,7 @@ from sigma_vae.config import DataConfig, EvaluationSettings, ModelConfig, Traini
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import evaluate
 from sigma_vae.study.claims import signed
-from sigma_vae.study.statistics import mean_difference
+from sigma_vae.study.comparisons import mean_difference
 from sigma_vae.training import fit
 from sigma_vae.training.loop import _start_network
 from sigma_vae.training.step import optimizer_for

@@ -18,7 +18,7 @@ import tyro
 from benchmarks.priors import spread
 from sigma_vae import cli, models, runs
 from sigma_vae.config import ClipConfig, DataConfig, ImageConfig, ModelConfig, RunConfig, TrainingConfig
-from sigma_vae.evaluation.video import predictions, psnr, ssim
+from sigma_vae.evaluation.quality import predictions, psnr, ssim
 
 GIVEN, FRAMES, TEST_FRAMES = 5, 10, 15
 DATA = DataConfig("moving-mnist", images=ImageConfig(size=32), clips=ClipConfig(FRAMES, TEST_FRAMES))

@@ -14,6 +14,7 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax",
 myst_heading_anchors = 2  # so that pages can link to a heading
 myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "auto"
+nb_execution_in_temp = True  # tutorials write runs and pictures
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 exclude_patterns = ["studies/**"]  # reports of studies are pages of their own

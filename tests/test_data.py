@@ -1,6 +1,14 @@
 """Laws of every source; misuse is refused with what was expected, what was found and what to do."""
 
+import inspect
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +17,9 @@ from PIL import Image
 
 from sigma_vae import data
 from sigma_vae.config import ClipConfig, DataConfig
-from sigma_vae.data import load, names
+from sigma_vae.data import Batches, Scaling, Splits, load, names
+from sigma_vae.data.cache import BLOCK, cached
+from sigma_vae.data.stores import Encoded, InMemory, UnreadableError
 
 SPLITS = ("train", "validation", "test")
 GREY = np.random.RandomState(0).randint(0, 256, (40, 6, 5)).astype(np.uint8)
@@ -299,3 +309,424 @@ def test_names_are_what_load_knows():
 def test_the_old_list_of_names_warns():
     with pytest.warns(DeprecationWarning, match=r"call sigma_vae\.data\.names\(\)"):
         assert data.NAMES == names()
+
+
+# -- Batches hand out every example once, in an order that can be repeated, shared out and resumed ---------------------
+
+
+def numbered(examples=23):
+    """Splits whose example i is the level i."""
+    part = torch.arange(examples, dtype=torch.uint8).reshape(-1, 1, 1)
+    one = InMemory(part[:1])
+    return Splits("numbers", InMemory(part), one, one, Scaling(levels=256), record={})
+
+
+def seen(batches):
+    return [batch.positions.tolist() for batch in batches]
+
+
+def flat(parts):
+    return [index for part in parts for index in part]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("batch_size", "world_size"), [(5, 1), (23, 1), (100, 1), (5, 2), (5, 3), (9, 4), (23, 23), (7, 2)])
+def test_ranks_share_every_batch(batch_size, world_size, shuffle):
+    options = {"shuffle": shuffle, "seed": 3}
+    whole = seen(numbered().batches("train", batch_size, **options))
+    ranks = [
+        seen(numbered().batches("train", batch_size, **options, rank=rank, world_size=world_size)) for rank in range(world_size)
+    ]
+    assert [flat(parts) for parts in zip(*ranks, strict=True)] == whole
+    assert sorted(flat(whole)) == list(range(23))
+    for parts in zip(*ranks, strict=True):
+        sizes = [len(part) for part in parts]
+        assert 1 <= min(sizes)
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256, 4096, 65536])
+def test_scaling_is_exact(levels):
+    stored = torch.arange(levels, dtype=torch.int32 if levels > 256 else torch.int64).reshape(-1, 1)
+    (batch,) = Batches(InMemory(stored.to(torch.uint8) if levels <= 256 else stored), Scaling(levels), levels)
+    expected = (np.arange(levels, dtype=np.float64) / (levels - 1)).astype(np.float32)
+    assert np.array_equal(batch.x[:, 0].numpy(), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_scaling_on_the_device_is_exact():
+    splits = numbered()
+    batches = splits.batches("train", 23, device="cuda", shuffle=True)
+    (batch,) = batches
+    assert batch.x.is_cuda
+    assert not batch.positions.is_cuda
+    assert torch.equal(batch.x.cpu(), splits.values("train")[batch.positions])
+    assert batches.store is splits.batches("train", 5, device="cuda").store
+
+
+def test_batch_is_what_the_index_says():
+    splits = numbered()
+    for batch in splits.batches("train", 5, shuffle=True):
+        assert batch.x.dtype == torch.float32
+        assert batch.positions.dtype == torch.int64
+        assert torch.equal(batch.x, splits.values("train")[batch.positions])
+
+
+def test_order_is_a_function_of_seed_and_epoch():
+    first, again = (numbered().batches("train", 5, shuffle=True, seed=4) for _ in range(2))
+    epochs = [seen(first) for _ in range(3)]
+    assert epochs == [seen(again) for _ in range(3)]
+    assert len({str(epoch) for epoch in epochs}) == 3
+    assert seen(numbered().batches("train", 5, shuffle=True, seed=5)) not in epochs
+    global_state = torch.get_rng_state()
+    seen(first)
+    assert torch.equal(global_state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("stop", range(11))
+def test_resuming_equals_going_on(stop):
+    straight = numbered().batches("train", 5, shuffle=True)
+    expected = [index for _ in range(3) for index in seen(straight)]
+    batches = numbered().batches("train", 5, shuffle=True)
+    seen_one_by_one = []
+    while len(seen_one_by_one) < stop:
+        for batch in batches:
+            seen_one_by_one.append(batch.positions.tolist())
+            if len(seen_one_by_one) == stop:
+                break
+    resumed = numbered().batches("train", 5, shuffle=True)
+    resumed.load_state_dict(batches.state_dict())
+    iter(resumed)  # making an iterator takes nothing
+    while len(seen_one_by_one) < len(expected):
+        seen_one_by_one.extend(seen(resumed))
+    assert seen_one_by_one == expected
+
+
+def test_an_iteration_left_early_starts_a_new_epoch():
+    straight = numbered().batches("train", 5, shuffle=True)
+    epochs = [seen(straight) for _ in range(2)]
+    batches = numbered().batches("train", 5, shuffle=True)
+    assert next(iter(batches)).positions.tolist() == epochs[0][0]
+    assert seen(batches) == epochs[1]
+    evaluation = numbered().batches("train", 5)
+    next(iter(evaluation))
+    assert flat(seen(evaluation)) == list(range(23))
+
+
+def test_state_of_another_order_is_refused():
+    batches = numbered().batches("train", 5, shuffle=True)
+    next(iter(batches))
+    for options in ({"seed": 1}, {"limit": 20}, {"shuffle": False}):
+        with pytest.raises(ValueError, match="cannot go on in the middle of an epoch"):
+            numbered().batches("train", 5, **{"shuffle": True, **options}).load_state_dict(batches.state_dict())
+    seen(batches)
+    other = numbered().batches("train", 7, shuffle=True)
+    other.load_state_dict(batches.state_dict())  # between epochs, nothing is lost
+    assert other.state_dict()["epoch"] == 2
+
+
+def test_limit_takes_the_first_examples():
+    batches = numbered().batches("train", 5, limit=7)
+    assert seen(batches) == [[0, 1, 2, 3, 4], [5, 6]]
+    assert len(batches) == 2
+    assert flat(seen(numbered().batches("train", 5, limit=100))) == list(range(23))
+
+
+def test_batches_copy_nothing():
+    splits = numbered()
+    assert splits.batches("train", 5).store is splits.train
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size counts examples and is at least 1, got 0"),
+        ({"seed": -1}, "seed of the order is not negative, got -1"),
+        ({"limit": 0}, "limit counts the examples"),
+        ({"rank": 2, "world_size": 2}, "rank is one of"),
+        ({"batch_size": 2, "world_size": 3}, "leave 2 for the last one|leave 1 for the last one"),
+        ({"batch_size": 11, "world_size": 2}, "23 examples in batches of 11 leave 1 for the last one; batch_size 12 would do"),
+        ({"world_size": 24}, "use at most 23 processes"),
+        ({"split": "tset"}, "a split is one of train, validation, test, got 'tset'"),
+    ],
+)
+def test_bad_batches_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        numbered().batches(**{"split": "train", "batch_size": 5, **options})
+
+
+def test_no_batches_of_nothing():
+    with pytest.raises(ValueError, match="at least one example"):
+        Batches(InMemory(torch.zeros(0, 1)), Scaling(), 5)
+    with pytest.raises(ValueError, match="every split needs an example"):
+        Splits("none", InMemory(torch.zeros(1, 1)), InMemory(torch.zeros(0, 1)), InMemory(torch.zeros(1, 1)), Scaling(), {})
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of Lightning's own code
+def test_lightning_trains_and_resumes_in_the_middle_of_an_epoch(tmp_path):
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Recorder(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen = []
+
+        def training_step(self, batch, _):
+            self.seen.append(batch.positions.tolist())
+            return (self.weight - batch.x).square().mean()
+
+        def validation_step(self, batch, _):
+            assert len(batch.x) in (5, 3)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def fit(steps, checkpoint=None):
+        recorder = Recorder()
+        trainer = lightning.Trainer(
+            max_steps=steps,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        batches = numbered().batches("train", 5, shuffle=True)
+        known = inspect.signature(trainer.fit).parameters
+        whole = {"weights_only": False} if "weights_only" in known else {}  # older Lightning loads whole checkpoints anyway
+        trainer.fit(recorder, batches, numbered().batches("train", 5), ckpt_path=checkpoint, **whole)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return recorder.seen
+
+    whole = fit(13)
+    straight = numbered().batches("train", 5, shuffle=True)
+    assert whole == [index for _ in range(3) for index in seen(straight)][:13]
+    for steps in (3, 5, 7):
+        start = fit(steps)
+        assert start + fit(13, tmp_path / f"{steps}.ckpt") == whole
+
+
+# -- The cache of decoded examples: whole or absent, checked on opening, built by one process alone --------------------
+
+COUNT, SHAPE = 200, (3, 5, 4)
+
+
+def example(i: int, dtype: str = "uint8") -> np.ndarray:
+    return np.random.RandomState(i).randint(0, np.iinfo(dtype).max + 1, SHAPE).astype(dtype)
+
+
+def encoded(home: Path, decode=example, dtype: str = "uint8", skip: bool = False, **identity) -> Encoded:
+    names = [f"{i}.png" for i in range(COUNT)]
+    return Encoded(names, SHAPE, dtype, decode, {"source": "test", **identity}, home, skip)
+
+
+def all_of(store) -> np.ndarray:
+    return store.take(torch.arange(len(store))).numpy()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_what_is_decoded_is_what_comes_out(tmp_path, dtype):
+    store, skipped = cached(encoded(tmp_path, lambda i: example(i, dtype), dtype))
+    assert skipped == []
+    assert np.array_equal(all_of(store), np.stack([example(i, dtype) for i in range(COUNT)]))
+    rows = torch.tensor([7, 199, 0])
+    assert np.array_equal(store.select(rows).take(torch.tensor([1])).numpy()[0], example(199, dtype))
+    assert store.select(rows).fingerprint() != store.fingerprint()
+
+
+def test_a_second_opening_decodes_nothing_and_another_identity_everything(tmp_path):
+    calls = []
+
+    def counted(i):
+        calls.append(i)
+        return example(i)
+
+    first, _ = cached(encoded(tmp_path, counted))
+    again, _ = cached(encoded(tmp_path, counted))
+    assert sorted(calls) == list(range(COUNT))
+    assert first.fingerprint() == again.fingerprint()
+    other, _ = cached(encoded(tmp_path, lambda i: example(i + 1), size=4))
+    assert other.fingerprint() != first.fingerprint()
+    cached(encoded(tmp_path, counted), tmp_path / "elsewhere")
+    assert len(calls) == 2 * COUNT
+
+
+def broken(i):
+    if i in (3, 64, 199):
+        raise UnreadableError("truncated")
+    return example(i)
+
+
+def test_unreadable_examples_are_refused_or_left_out_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"3 of 200 examples cannot be decoded \(3.png, 64.png, 199.png\)"):
+        cached(encoded(tmp_path, broken))
+    assert not [path for path in (tmp_path / ".sigma-vae").iterdir() if path.suffix != ".lock"]
+    store, skipped = cached(encoded(tmp_path, broken, skip=True))
+    assert skipped == ["3.png", "64.png", "199.png"]
+    assert np.array_equal(all_of(store), np.stack([example(i) for i in range(COUNT) if i not in (3, 64, 199)]))
+    assert cached(encoded(tmp_path, broken, skip=True))[1] == skipped
+    with pytest.raises(ValueError, match=r"3 of 200 examples cannot be decoded \(3.png, .*--unreadable skip"):
+        cached(encoded(tmp_path, broken))
+
+
+def nothing(i):
+    raise UnreadableError("no picture")
+
+
+def test_nothing_readable_is_an_error_even_where_examples_may_be_skipped(tmp_path):
+    with pytest.raises(ValueError, match="200 of 200 examples cannot be decoded"):
+        cached(encoded(tmp_path, nothing, skip=True))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a flipped bit": (lambda place: flip(place / "examples.npy"), "1 of 1 blocks have changed"),
+    "a truncated file": (lambda place: os.truncate(place / "examples.npy", 500), "blocks have changed"),
+    "an empty file": (lambda place: (place / "examples.npy").write_bytes(b""), "blocks have changed"),
+    "no examples": (lambda place: (place / "examples.npy").unlink(), "cannot be read"),
+    "no record": (lambda place: (place / "cache.json").unlink(), "cannot be read"),
+    "half a record": (lambda place: os.truncate(place / "cache.json", 9), "cannot be read"),
+    "another record": (lambda place: (place / "cache.json").write_text("[]"), "cannot be read"),
+    "a newer one": (lambda place: renumber(place / "cache.json"), "format 99"),
+}
+
+
+def renumber(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_cache_is_found_and_made_anew_once_deleted(tmp_path, kind):
+    damage, says = DAMAGES[kind]
+    cached(encoded(tmp_path))
+    (place,) = (path for path in (tmp_path / ".sigma-vae").iterdir() if path.is_dir())
+    damage(place)
+    with pytest.raises(ValueError, match=f"{says}.*delete the folder"):
+        cached(encoded(tmp_path))
+    shutil.rmtree(place)
+    assert len(cached(encoded(tmp_path))[0]) == COUNT
+
+
+BUILDER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_data as t
+def slow(i):
+    with open(sys.argv[1] + "/calls", "a") as file:
+        file.write("x")
+    time.sleep(0.005)
+    return t.example(i)
+t.cached(t.encoded(Path(sys.argv[1]), slow))
+"""
+
+
+def builder(folder: Path) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", BUILDER, str(folder), str(Path(__file__).parent)])
+
+
+def calls(folder: Path) -> int:
+    return len((folder / "calls").read_bytes()) if (folder / "calls").exists() else 0
+
+
+def test_a_builder_that_is_killed_leaves_nothing_that_is_used(tmp_path):
+    process = builder(tmp_path)
+    while calls(tmp_path) < 20:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert calls(tmp_path) < COUNT
+    store, _ = cached(encoded(tmp_path))
+    assert np.array_equal(all_of(store), np.stack([example(i) for i in range(COUNT)]))
+    assert not list(tmp_path.glob(".sigma-vae/*.part"))
+
+
+def test_two_processes_that_want_one_cache_build_it_once(tmp_path):
+    processes = [builder(tmp_path) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert calls(tmp_path) == COUNT
+    assert len(cached(encoded(tmp_path))[0]) == COUNT
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_data as t
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+try:
+    t.cached(t.encoded(Path(sys.argv[1])))
+except OSError as error:
+    assert "--cache FOLDER" in str(error), error
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("room", [4096, 128 + COUNT * 60 - 1])  # the system fills it and says how much it wrote, then fails
+def test_a_disk_that_fills_up_leaves_nothing_and_says_what_to_do(tmp_path, room):
+    command = [sys.executable, "-c", FULL, str(tmp_path), str(Path(__file__).parent), str(room)]
+    assert subprocess.run(command, check=False).returncode == 7
+    assert not [path for path in (tmp_path / ".sigma-vae").iterdir() if path.suffix != ".lock"]
+    assert len(cached(encoded(tmp_path))[0]) == COUNT
+
+
+def test_too_little_room_is_said_before_anything_is_decoded(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(OSError, match=r"0 MB are free.*--cache FOLDER"):
+        cached(encoded(tmp_path, nothing))
+
+
+def test_who_waits_for_another_builder_needs_no_room(tmp_path, monkeypatch):
+    process = builder(tmp_path)
+    while calls(tmp_path) < 20:
+        time.sleep(0.01)
+        assert process.poll() is None
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    assert len(cached(encoded(tmp_path, nothing))[0]) == COUNT
+    assert process.wait() == 0
+
+
+def test_data_sets_alike_in_all_but_their_place_may_share_a_folder(tmp_path):
+    shared = tmp_path / "shared"
+    first, second = (
+        cached(encoded(tmp_path / name, lambda i, k=k: example(i + k)), shared)[0] for k, name in enumerate(("a", "b"))
+    )
+    assert np.array_equal(all_of(second)[:-1], all_of(first)[1:])
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"cannot be kept in .*--cache FOLDER"):
+        cached(encoded(tmp_path / "file"))
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "away")
+    with pytest.raises(OSError, match="cannot be kept in"):
+        cached(encoded(tmp_path), tmp_path / "link")
+
+
+def test_blocks_cover_files_of_every_length(tmp_path):
+    """A changed byte is found wherever it lies, beyond the first block too."""
+    big = Encoded(["0", "1"], (BLOCK,), "uint8", lambda i: np.full(BLOCK, i, np.uint8), {"big": 1}, tmp_path)
+    cached(big)
+    (path,) = tmp_path.glob(".sigma-vae/*/examples.npy")
+    for position in (200, BLOCK + 3, path.stat().st_size - 1):
+        with path.open("r+b") as file:
+            file.seek(position)
+            before = file.read(1)
+            file.seek(position)
+            file.write(bytes([before[0] ^ 255]))
+        with pytest.raises(ValueError, match="1 of 3 blocks have changed"):
+            cached(big)
+        with path.open("r+b") as file:
+            file.seek(position)
+            file.write(before)
+    cached(big)

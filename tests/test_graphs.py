@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import CASES, FAMILIES, Case
-from test_discrete_use import ALL as UNSCALED
+from test_discrete import ALL as UNSCALED
 from torch import Tensor, nn
 
 from sigma_vae import VAE, Gaussian, Laplace, Logistic, RunningMinimum, StudentT, mlp

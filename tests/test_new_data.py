@@ -263,7 +263,6 @@ def test_a_run_whose_data_have_moved_says_how_to_go_on(make, tmp_path, capsys, m
     monkeypatch.setitem(images._MEANS, "mnist", float(images_of("mnist")["train"].mean()))
     place = make(tmp_path)
     run = (tmp_path / "run").rename(tmp_path / "elsewhere")
-    key = "root" if make is named else "source"
     folder = place if make is named else place.parent
     there = folder.rename(tmp_path / "moved")
     moved = there if make is named else there / place.name
@@ -272,14 +271,52 @@ def test_a_run_whose_data_have_moved_says_how_to_go_on(make, tmp_path, capsys, m
         assert main([command, str(run)]) == 1
         (said,) = capsys.readouterr().err.strip().splitlines()
         assert f"no longer at {place}" in said
-        assert f"`{key}` into {run / 'config.yaml'}" in said
+        assert f"sigma-vae evaluate {run} --root FOLDER" in said
     if make is not named:
         for command in ("score", "evaluate", "encode", "reconstruct"):
             assert main([command, str(run), "--data", str(moved)]) == 0  # one way that it says
-    config = (run / "config.yaml").read_text(encoding="utf-8")
-    (run / "config.yaml").write_text(config.replace(str(place), str(moved)), encoding="utf-8")
+    assert main(["evaluate", str(run), "--root", str(there)]) == 0  # the other
     for command in COMMANDS:
-        assert main([command, str(run)]) == 0  # the other
+        assert main([command, str(run)]) == 0
+    assert str(moved) in (run / "config.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("deep", ["", "data", "data/deeper"])
+def test_data_are_found_in_the_folders_that_they_were_in(deep, tmp_path):
+    run, source = trained(tmp_path, "folder")
+    before = runs.evaluate.read_evaluation(run)
+    (tmp_path / "new" / deep).mkdir(parents=True)
+    source.rename(tmp_path / "new" / deep / source.name)
+    if deep == "data/deeper":
+        with pytest.raises(ValueError, match=f"the folder that holds own, the data of {run}; .*new does not have it"):
+            runs.move_data(run, str(tmp_path / "new"))
+        return
+    runs.move_data(run, str(tmp_path / "new"))
+    assert runs.evaluate_run(run, device="cpu").elbo_nats.mean == before.elbo_nats.mean
+
+
+def test_other_data_are_not_taken_for_those_that_moved(tmp_path, capsys):
+    run, source = trained(tmp_path, "array")
+    config = (run / "config.yaml").read_bytes()
+    (tmp_path / "new").mkdir()
+    np.save(tmp_path / "new" / source.name, PICTURES[::-1])
+    for root, says in (("new", "have changed since it was trained"), ("empty", "does not have it")):
+        for command in ("evaluate", "resume"):
+            assert main([command, str(run), "--root", str(tmp_path / root)]) == 1
+            assert says in capsys.readouterr().err
+    assert main(["evaluate", "hf-vae:x", "--data", "digits", "--root", str(tmp_path)]) == 1
+    assert "has none; give the data as --data PATH" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == config
+
+
+def test_an_unfinished_run_is_resumed_where_its_data_are_now(tmp_path, capsys):
+    run, source = trained(tmp_path, "array")
+    shutil.rmtree(run / "model")
+    source.rename(tmp_path / source.name)
+    assert main(["resume", str(run)]) == 1
+    assert f"sigma-vae resume {run} --root FOLDER" in capsys.readouterr().err
+    assert main(["resume", str(run), "--root", str(tmp_path)]) == 0
+    assert runs.open_run(run, "cpu").data.name == source.name
 
 
 def test_a_run_of_a_named_set_without_its_files_says_where_they_are_given(tmp_path, capsys, monkeypatch):
@@ -293,10 +330,8 @@ def test_a_run_of_a_named_set_without_its_files_says_where_they_are_given(tmp_pa
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "run")]) == 1
     (said,) = capsys.readouterr().err.strip().splitlines()
-    assert f"for this run: as `root` in the data section of {tmp_path / 'run' / 'config.yaml'}" in said
-    config = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
-    (tmp_path / "run" / "config.yaml").write_text(config.replace(str(root), str(tmp_path / "other")), encoding="utf-8")
-    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert f"for this run: sigma-vae evaluate {tmp_path / 'run'} --root FOLDER" in said
+    assert main(["evaluate", str(tmp_path / "run"), "--root", str(tmp_path / "other")]) == 0
 
 
 WRITERS = {

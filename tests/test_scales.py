@@ -5,18 +5,29 @@ import math
 from pathlib import Path
 from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 import torch
 from cases import CASES, FAMILIES, FLOOR, LEAST_SIGMA, NAMES, Case, Family, features_and_data, log_density, log_mass, minimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import Tensor, distributed, multiprocessing
 
-from sigma_vae import Fixed, Gaussian, Laplace, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT
+from sigma_vae import Fixed, Gaussian, Laplace, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT, models
+from sigma_vae.cli import main
 from sigma_vae.likelihoods.base import LocationScale
+from sigma_vae.likelihoods.densities import (
+    student_t_entropy,
+    student_t_interval_log_prob,
+    student_t_log_cdf,
+    student_t_log_prob,
+)
 from sigma_vae.likelihoods.distributions import Discretized
+from sigma_vae.likelihoods.logistic_mixture import LogisticMixture
 from sigma_vae.likelihoods.residuals import LAPLACE, LOGISTIC, NORMAL, ResidualDistribution, student_t
+from sigma_vae.likelihoods.scales import OLD_BOUNDS
 from sigma_vae.likelihoods.solve import Observed, _slope_and_curvature
 
 EVENT = (2, 2, 3)
@@ -550,3 +561,306 @@ def test_a_given_scale_is_not_moved_to_the_data():
         scale.start(0.7)  # a second training starts from what the first has learnt
     assert given_sigma.log_scale.exp().item() == pytest.approx(0.25)
     assert free.log_scale.exp().item() == pytest.approx(0.5)
+
+
+# -- Floors on σ are relative: no unit, no number of levels, and no spread of the data makes them tell in ordinary data
+
+SCALES = {
+    "optimal": Optimal, "optimal-channel": lambda: Optimal(per="channel"), "shared": Shared, "per-image": PerImage,
+    "per-pixel": PerPixel, "running-minimum": RunningMinimum,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("levels", [2, 16, 256, 4096, 65536])
+@pytest.mark.parametrize("family", FAMILIES, **NAMES)
+def test_exact_predictions_cost_no_bits(family: Family, levels: int) -> None:
+    x = torch.arange(0, levels, max(1, levels // 50)).double()[:, None] / (levels - 1)
+    for dtype, most in ((torch.float64, 1e-3), (torch.float32, 5e-3)):
+        likelihood = family.likelihood(1, Optimal(), spatial_dims=0, levels=levels).to(dtype)
+        likelihood.calibrate([(x.to(dtype), x.to(dtype))])
+        bits = -likelihood.eval().log_mass(x.to(dtype), x.to(dtype)).mean() / math.log(2)
+        assert 0 <= float(bits) < most
+
+
+@pytest.mark.parametrize("levels", [16, 256, 65536])
+@pytest.mark.parametrize("std_levels", [0.3, 3.0])
+def test_bits_of_levels_are_the_code_length_by_hand(levels: int, std_levels: float) -> None:
+    """Means between levels, and residuals of less than a level: the ideal code of a Gaussian in bins, by scipy."""
+    random = np.random.default_rng(0)
+    mean = random.uniform(0.3, 0.7, 4000) * (levels - 1)
+    level = np.clip(np.round(mean + std_levels * random.standard_normal(4000)), 0, levels - 1)
+    law = stats.norm(mean, std_levels)
+    upper, lower = np.where(level == levels - 1, np.inf, level + 0.5), np.where(level == 0, -np.inf, level - 0.5)
+    code_length = -np.log2(law.cdf(upper) - law.cdf(lower)).mean()
+    h, x = (torch.from_numpy(values / (levels - 1))[:, None] for values in (mean, level))
+    likelihood = Gaussian(1, Optimal(), spatial_dims=0, levels=levels)
+    likelihood.calibrate([(h, x)])
+    bits = -likelihood.eval().log_mass(h, x).mean() / math.log(2)
+    assert float(bits) == pytest.approx(code_length, abs=0.01)  # with σ solved for these values, not the one they came from
+    assert float(likelihood.sigma("level")) * (levels - 1) == pytest.approx(std_levels, rel=0.05)
+
+
+@pytest.mark.parametrize("power", [-30, -12, -3, 0, 3, 12, 30])
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("family", FAMILIES, **NAMES)
+def test_real_values_in_other_units_have_the_same_nats(family: Family, scale: type, power: int) -> None:
+    """log p(a·x) = log p(x) − D·log a, where data and mean are scaled, and predicted log σ shifted, by a."""
+    a, random = 10.0**power, np.random.default_rng(0)
+    x = torch.from_numpy(random.standard_normal((50, 2)))
+    loc = x + 0.01 * torch.from_numpy(random.standard_normal((50, 2)))
+
+    def nats(unit: float) -> torch.Tensor:
+        likelihood = family.likelihood(2, scale(), spatial_dims=0, levels=None).double()
+        likelihood.set_floor(std=unit)
+        likelihood.start(0.02 * unit)
+        raw = torch.full((50, likelihood.in_channels - 2), math.log(0.02 * unit), dtype=torch.float64)
+        h = torch.cat([loc * unit, raw], 1)
+        likelihood.calibrate([(h, x * unit)])
+        return likelihood.train().distribution(h, x * unit).log_prob(x * unit).detach() + 2 * math.log(unit)
+
+    torch.testing.assert_close(nats(a), nats(1.0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("levels", [2, 16, 256, 65536])
+def test_the_mixture_resolves_the_same_part_of_a_level(levels: int) -> None:
+    """A narrow component on a level leaves the same mass outside its bin, whatever the number of levels."""
+    likelihood = LogisticMixture(1, components=1, spatial_dims=0, levels=levels)
+    x = torch.full((1, 1), (levels // 2) / (levels - 1), dtype=torch.float64)
+    h = torch.cat([torch.zeros(1, 1), 2 * x - 1, torch.full((1, 1), -100.0)], 1).double()
+    mass = 2 / (1 + math.exp(-0.5 * math.exp(7) * 2 / 255)) - 1 if levels > 2 else None
+    if mass is not None:
+        assert float(likelihood.log_mass(h, x).exp()) == pytest.approx(mass, rel=1e-6)
+    assert float(likelihood.log_mass(h, x)) > -0.2
+
+
+@pytest.mark.parametrize("seed", [20, 48])
+@pytest.mark.parametrize("family", FAMILIES, **NAMES)
+def test_black_and_white_data_get_the_best_of_several_maxima(family: Family, seed: int) -> None:
+    """Right and wrong predictions of end levels: with Student-t a search from the density's σ ends 0.1 to 0.2 bits too low."""
+    random = np.random.default_rng(seed)
+    x = (random.random(2000) < 0.3) * 1.0
+    spreads = np.exp(random.uniform(-12, -1, size=3))
+    kind = random.choice(3, 2000, p=random.dirichlet([1, 1, 1]))
+    error = np.abs(random.standard_normal(2000) * spreads[kind])
+    error = np.where(random.random(2000) < random.choice([0.02, 0.1, 0.2, 0.3]), 1 - error * 0.5, error)
+    loc = np.clip(np.where(x > 0.5, 1 - error, error), 0, 1)
+    likelihood = family.likelihood(1, Optimal(), spatial_dims=0, observes="level").double()
+    found = float(likelihood(torch.from_numpy(loc)[:, None], torch.from_numpy(x)[:, None]).log_scale)
+    heights = [log_mass(family.law, x, loc, log_scale, 256).mean() for log_scale in np.linspace(likelihood.log_floor, 8, 100)]
+    assert log_mass(family.law, x, loc, found, 256).mean() >= max(heights) - 1e-6
+
+
+def test_floors_are_saved_with_the_model_and_old_models_keep_theirs() -> None:
+    made = Gaussian(1, PerPixel(), spatial_dims=0, levels=None)
+    made.set_floor(std=1e-9)
+    again = Gaussian(1, PerPixel(), spatial_dims=0, levels=None)
+    again.load_state_dict(made.state_dict())
+    assert (again.scale.log_floor, again.scale.log_ceiling) == (made.scale.log_floor, made.scale.log_ceiling)
+    old = {name: value for name, value in made.state_dict().items() if not name.endswith("log_bounds")}
+    again.load_state_dict(old)
+    assert (again.scale.log_floor, again.scale.log_ceiling) == OLD_BOUNDS
+    given = Gaussian(1, PerPixel(floor=0.1), spatial_dims=0, levels=None)
+    given.load_state_dict(old)
+    assert given.scale.log_floor == pytest.approx(math.log(0.1))
+
+
+def test_a_given_floor_is_kept() -> None:
+    likelihood = Gaussian(1, Optimal(floor=0.5), spatial_dims=0)
+    likelihood.set_floor(1e-3, std=7.0)
+    assert likelihood.log_floor == pytest.approx(math.log(0.5))
+    assert Gaussian(1, Fixed(0.1), spatial_dims=0).log_floor == pytest.approx(-math.log(64 * 255))
+    assert StudentT(1, Optimal(), spatial_dims=0, levels=None).log_floor == pytest.approx(math.log(1e-6))
+
+
+SMALL = ["--network", "mlp", "--width", "8", "--latent-dim", "2", "--batch-size", "20"]
+
+
+def test_an_evaluation_says_that_sigma_lies_on_its_floor(tmp_path, capsys) -> None:
+    """A constant picture: every value is predicted exactly, in the end."""
+    np.save(tmp_path / "grey.npy", np.full((60, 2, 2), 0, dtype=np.uint8))
+    words = ["train", str(tmp_path / "grey.npy"), *SMALL, "--levels", "256", "--learning-rate", "0.3", "--epochs", "60"]
+    assert main([*words, "--scale-floor", "1", "--out", str(tmp_path / "run")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "100.0% of σ lie on the floor, 0.00392" in said
+    assert "would add up to 2.8 nats" in said  # 4 values × log 2
+    saved = models.load(tmp_path / "run")
+    assert saved.vae.likelihood.log_floor == pytest.approx(-math.log(255))
+
+
+# -- Student-t: its distribution function against mpmath, and degrees of freedom that are told, learned and predicted --
+
+DF = (1.0, 1.5, 4.0, 30.0, 1000.0)
+POINTS = [-1e8, -1e3, -40.0, -9.0, -3.01, -3.0, -2.99, -2.0, -1.0, -0.3, -1e-3, 0.0, 0.5, 2.0, 2.9, 3.1, 12.0]
+
+
+def above(z: float, df: float) -> mpmath.mpf:
+    z, df = mpmath.mpf(z), mpmath.mpf(df)
+    if z < 0:
+        return 1 - above(-z, df)
+    return mpmath.betainc(df / 2, mpmath.mpf(1) / 2, 0, df / (df + z**2), regularized=True) / 2
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("df", DF)
+def test_log_cdf_is_mpmaths(df: float, as_tensor: bool) -> None:
+    with mpmath.workdps(50):
+        truth = np.array([float(mpmath.log(above(-z, df))) for z in POINTS])
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+        z = torch.tensor(POINTS, dtype=dtype)
+        ours = student_t_log_cdf(z, torch.full_like(z, df) if as_tensor else df)
+        assert ours.dtype == dtype
+        np.testing.assert_allclose(ours.double().numpy(), truth, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("df", DF)
+def test_log_cdf_has_slope_and_curvature_of_the_law(df: float) -> None:
+    z = torch.tensor([-40.0, -9.0, -3.1, -2.9, -1.0, 0.0, 0.5, 2.9, 3.1], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(student_t_log_cdf(z, df).sum(), z, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), z)
+    at = z.detach().numpy()
+    mills = np.exp(stats.t.logpdf(at, df) - stats.t.logcdf(at, df))
+    np.testing.assert_allclose(slope.detach().numpy(), mills, rtol=1e-9)
+    np.testing.assert_allclose(curvature.numpy(), mills * (-(df + 1) * at / (df + at**2) - mills), rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("df", DF)
+def test_interval_is_mpmaths(df: float) -> None:
+    centers, widths = [0, 1e-3, -0.3, 0.9, -1.7, 3, -6, 30, 100, 1e4], [1e-8, 1e-4, 0.01, 0.3, 0.49, 0.51, 0.99, 2, 5, 60]
+    grid = np.array(list(itertools.product(centers, widths)), dtype=float)
+    with mpmath.workdps(60):
+        edges = [(abs(mpmath.mpf(c)) - mpmath.mpf(w) / 2, abs(mpmath.mpf(c)) + mpmath.mpf(w) / 2) for c, w in grid]
+        truth = np.array([float(mpmath.log(above(lower, df) - above(upper, df))) for lower, upper in edges])
+    for dtype, tolerance in ((torch.float64, 2e-11), (torch.float32, 5e-6)):
+        ours = student_t_interval_log_prob(*torch.from_numpy(grid).to(dtype).T, df)
+        np.testing.assert_allclose(ours.double().numpy(), truth, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(
+    center=st.floats(-1e30, 1e30),
+    small=st.floats(-9, 9),
+    log_width=st.floats(-20, 20),
+    df=st.floats(1, 1000),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_no_nan_and_no_infinity(center: float, small: float, log_width: float, df: float, dtype: torch.dtype) -> None:
+    c = torch.tensor([center, small], dtype=dtype, requires_grad=True)
+    w = torch.tensor(log_width, dtype=dtype).exp().requires_grad_()
+    for value in (student_t_interval_log_prob(c, w, df), student_t_log_cdf(c, df), student_t_log_prob(c, df)):
+        assert value.isfinite().all()
+        grads = torch.autograd.grad(value.sum(), (c, w), allow_unused=True)
+        assert all(grad.isfinite().all() for grad in grads if grad is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tensor_of_degrees_is_many_numbers(dtype: torch.dtype) -> None:
+    """Values and the gradient in ν; two large log-gammas would lose four digits of float32 here."""
+    df = torch.tensor([1.0, 1.7, 4.0, 33.0, 1000.0], dtype=dtype, requires_grad=True)
+    nu = df.detach().double().numpy()
+    z = torch.full_like(df, 1.3)
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-10
+    np.testing.assert_allclose(
+        student_t_log_prob(z, df).detach().double().numpy(), stats.t.logpdf(z.double().numpy(), nu), rtol=tolerance
+    )
+    np.testing.assert_allclose(
+        student_t_entropy(df).detach().double().numpy(), stats.t.entropy(nu), rtol=1e-4 if dtype == torch.float32 else 1e-9
+    )
+    (grad,) = torch.autograd.grad(student_t_log_prob(z, df).sum(), df)
+    step = 1e-4 * nu
+    slope = (stats.t.logpdf(1.3, nu + step) - stats.t.logpdf(1.3, nu - step)) / (2 * step)
+    np.testing.assert_allclose(grad.double().numpy(), slope, rtol=1e-3, atol=1e-6 if dtype == torch.float32 else 1e-10)
+
+
+def data(df: float, n: int = 20_000) -> torch.Tensor:
+    return torch.from_numpy(stats.t.rvs(df, size=(n, 1), scale=0.1, random_state=0)).float()
+
+
+def test_learned_degrees_of_freedom_find_those_of_the_data() -> None:
+    x = data(3.0)
+    likelihood = StudentT(1, Optimal(), df="learned", spatial_dims=0, levels=None)
+    assert likelihood.in_channels == 1
+    optimizer = torch.optim.Adam(likelihood.parameters(), lr=0.05)
+    for _ in range(60):
+        loss = -likelihood(torch.zeros_like(x), x).log_prob(x).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    truth, _, scale = stats.t.fit(x.double().numpy().ravel(), floc=0)
+    assert float(likelihood.log_df.detach().exp()) == pytest.approx(truth, rel=0.02)
+    assert float(likelihood.eval()(torch.zeros_like(x)).scale) == pytest.approx(scale, rel=0.1)  # its running mean lags
+    with torch.no_grad():
+        likelihood.log_df.fill_(99.0)  # a step too far is taken back, and has a gradient again
+    likelihood.train()(torch.zeros_like(x), x).log_prob(x).sum().backward()
+    assert float(likelihood.log_df.detach().exp()) == pytest.approx(1000)
+
+
+@pytest.mark.parametrize("space", [(), (3,), (2, 3)])
+def test_predicted_degrees_of_freedom_are_scipys(space: tuple[int, ...]) -> None:
+    """As Takahashi et al.: mean, scale and ν of each value from the decoder."""
+    likelihood = StudentT(2, PerPixel(), df="predicted", spatial_dims=len(space)).double().eval()
+    assert likelihood.in_channels == 6
+    random = np.random.default_rng(0)
+    h, x = random.standard_normal((5, 6, *space)), random.integers(0, 256, (5, 2, *space)) / 255
+    loc, raw, own = np.split(h, 3, axis=1)
+    scale = np.exp(clip(raw, -math.log(64 * 255), 20 - math.log(64 * 255)))
+    df = np.exp(clip(own + math.log(4), 0, math.log(1000)))
+    axes = tuple(range(1, h.ndim))
+    distribution = likelihood(torch.from_numpy(h))
+    ours = distribution.log_prob(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(ours, stats.t.logpdf(x, df, loc, scale).sum(axes), rtol=1e-9)
+    np.testing.assert_allclose(distribution.entropy().numpy(), (stats.t.entropy(df) + np.log(scale)).sum(axes), rtol=1e-9)
+    lower, upper = ((x + side / 510 - loc) / scale for side in (-1, 1))
+    mirrored = lower + upper > 0
+    lower, upper = np.where(mirrored, -upper, lower), np.where(mirrored, -lower, upper)
+    mass = np.log(stats.t.cdf(upper, df) - stats.t.cdf(lower, df))
+    inner = (x > 0) & (x < 1)
+    elements = likelihood.distribution(torch.from_numpy(h), observes="level")
+    np.testing.assert_allclose(elements.element_log_prob(torch.from_numpy(x)).numpy()[inner], mass[inner], rtol=1e-8)
+
+
+def clip(x: np.ndarray, low: float, high: float) -> np.ndarray:
+    return low + np.logaddexp(0, high - np.logaddexp(0, high - x) - low)
+
+
+def test_predicted_degrees_of_freedom_are_trained_and_survive_extremes() -> None:
+    likelihood = StudentT(1, PerPixel(), df="predicted", spatial_dims=0)
+    h = torch.tensor(list(itertools.product([-1e4, 0.5, 1e4], [-20.0, 20.0], [-1e4, 0.0, 1e4])), requires_grad=True)
+    log_prob = likelihood(h).log_prob(torch.full((len(h), 1), 0.5))
+    log_prob.sum().backward()
+    assert log_prob.isfinite().all()
+    assert h.grad.isfinite().all()
+    assert h.grad[:, 2].abs().max() > 0.1
+    assert likelihood.eval().log_mass(h, torch.ones(len(h), 1)).isfinite().all()
+    draw = likelihood(torch.zeros(1000, 3, requires_grad=True)).rsample()
+    assert draw.isfinite().all()
+    assert draw.requires_grad
+
+
+def test_a_mass_has_no_gradient_in_the_degrees_of_freedom() -> None:
+    likelihood = StudentT(1, Fixed(0.1), df="learned", spatial_dims=0).eval()
+    mass = likelihood.log_mass(torch.zeros(3, 1), torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="has no gradient in its degrees of freedom"):
+        mass.sum().backward()
+
+
+@pytest.mark.parametrize(("zeros", "log_sigma"), [(1.0, -7.0), (0.9, -7.0), (0.5, None)])
+def test_many_perfect_values_are_no_harm(zeros: float, log_sigma: float | None) -> None:
+    """With more than 1/(ν + 1) of the values off 0 the optimum is finite; else it is the floor."""
+    residual = np.where(np.arange(100) < 100 * zeros, 0, np.linspace(0.1, 0.3, 100))
+    x = torch.from_numpy(residual)[:, None]
+    solved = float(StudentT(1, Optimal(floor=math.exp(-7)), spatial_dims=0).double()(torch.zeros_like(x), x).log_scale)
+    if log_sigma is None:
+        score = np.mean(5 * residual**2 / (4 * math.exp(2 * solved) + residual**2))
+        assert score == pytest.approx(1, abs=1e-9)
+        assert solved > -7
+    else:
+        assert solved == log_sigma
+
+
+def test_outliers_of_any_size_are_solved() -> None:
+    residual = np.concatenate([stats.norm.rvs(scale=0.02, size=500, random_state=0), [1e3, -1e6]])
+    x = torch.from_numpy(residual)[:, None]
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        solved = float(StudentT(1, Optimal(), spatial_dims=0).to(dtype)(torch.zeros_like(x).to(dtype), x.to(dtype)).log_scale)
+        score = np.mean(5 * residual**2 / (4 * math.exp(2 * solved) + residual**2))
+        assert score == pytest.approx(1, abs=tolerance)

@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pyarrow import parquet
 
 from sigma_vae.columns import Column
 from sigma_vae.config import DataConfig, parse
+from sigma_vae.data.batches import Scaling
 from sigma_vae.data.mixed import mixed_splits
-from sigma_vae.data.scaling import Scaling
 from sigma_vae.data.schema import TableSchema
 
 N = 300
@@ -163,6 +164,39 @@ def test_numbers_that_a_file_wrote_in_another_way_are_the_same_categories() -> N
 def test_impossible_tables_are_refused(frame: pd.DataFrame, options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TableSchema.infer(frame, **options)
+
+
+def test_a_large_parquet_file_is_read_a_column_or_a_part_at_a_time(tmp_path, monkeypatch) -> None:
+    frame = table()
+    frame.to_parquet(tmp_path / "table.parquet", row_group_size=70)
+    config = DataConfig(str(tmp_path / "table.parquet"), mixed=True, exclude=("few",), families=("normal=student-t",))
+    whole = mixed_splits(config)
+    held: list[int] = []
+
+    class Counted(parquet.ParquetFile):
+        def read(self, **options):
+            found = super().read(**options)
+            held.append(found.num_rows * found.num_columns)
+            return found
+
+        def iter_batches(self, **options):
+            for batch in super().iter_batches(**options):
+                held.append(batch.num_rows * batch.num_columns)
+                yield batch
+
+    monkeypatch.setattr(parquet, "ParquetFile", Counted)
+    monkeypatch.setattr("sigma_vae.data.mixed.LARGE", 1)
+    monkeypatch.setattr("sigma_vae.data.mixed.PART", N)
+    parts = mixed_splits(config)
+    assert sum(held) > 2 * N * (len(whole.scaling.schema.columns))  # for the schema, and for the rows
+    assert max(held) == N  # of 300 × 19
+    assert parts.scaling.schema == whole.scaling.schema
+    assert parts.record["preprocessing"] == whole.record["preprocessing"]
+    for split in ("train", "validation", "test"):
+        assert torch.equal(parts.stored(split), whole.stored(split))
+    held.clear()
+    assert mixed_splits(config, whole.scaling.schema).record["fingerprint"] == parts.record["fingerprint"]
+    assert not held  # it is in the cache
 
 
 def test_files_are_read_with_dates_text_and_missing_values(tmp_path) -> None:

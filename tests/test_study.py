@@ -22,10 +22,9 @@ from sigma_vae.cli import main
 from sigma_vae.cli.study import Live, live_or_lines
 from sigma_vae.registry import Entry, register
 from sigma_vae.study import runner as of_cells
-from sigma_vae.study.comparisons import Ended, Setting
+from sigma_vae.study.comparisons import Ended, Setting, chosen_on_validation, cost, mean_difference, paired_difference, summary
 from sigma_vae.study.grid import SHIPPED, check
 from sigma_vae.study.runner import claim, collect, do, folder_of, known
-from sigma_vae.study.statistics import chosen_on_validation, cost, mean_difference, paired_difference, summary
 
 TIMES = ["training_seconds", "core_seconds"]
 

@@ -94,7 +94,26 @@ def test_models_are_saved_without_pickle(fitted: TabularVAE, tmp_path) -> None:
     assert again.encode(data).shape == (20, 4)
 
 
+def test_a_large_file_gives_the_same_model_as_a_small_one(tmp_path, monkeypatch) -> None:
+    """Its rows are in a mapped file, and are read a part at a time."""
+    people(100).to_parquet(tmp_path / "people.parquet")
+
+    def log_prob() -> np.ndarray:
+        model = TabularVAE(latent_dim=2, width=8, training=TrainingConfig(max_steps=20), prior="standard")
+        return model.fit(tmp_path / "people.parquet").log_prob(people(10), draws=4)
+
+    whole = log_prob()
+    monkeypatch.setattr("sigma_vae.data.mixed.LARGE", 1)
+    monkeypatch.setattr("sigma_vae.data.mixed.PART", 40)
+    np.testing.assert_array_equal(log_prob(), whole)
+    assert list(tmp_path.glob(".sigma-vae/*/examples.npy"))
+
+
 def test_misuse_is_explained(fitted: TabularVAE, tmp_path) -> None:
+    with pytest.raises(ValueError, match="beside a data frame"):
+        TabularVAE().fit("people.csv", validation=people(3))
+    with pytest.raises(ValueError, match=r"nowhere\.csv"):
+        TabularVAE().fit("nowhere.csv")
     with pytest.raises(ValueError, match="not fitted yet"):
         TabularVAE().sample(1)
     with pytest.raises(ValueError, match="where names columns"):
@@ -144,6 +163,22 @@ def test_the_command_line_trains_samples_imputes_and_scores_tables(trained, caps
     assert scores.split.value_counts().to_dict() == {"train": 405, "test": 50, "validation": 45}
     assert run("evaluate", run_folder, "--json") == 0
     assert "elbo_nats" in capsys.readouterr().out
+
+
+def test_excel_files_are_read_and_written(trained, capsys) -> None:
+    sheet, drawn = trained / "people.xlsx", trained / "drawn.xlsx"
+    people().to_excel(sheet, index=False)
+    assert run("sample", str(trained / "run"), "--n", "40", "--out", str(drawn)) == 0
+    again = pd.read_excel(drawn)
+    assert list(again.columns) == list(people().columns)
+    assert set(again.sex.dropna()) <= {"female", "male"}
+    assert (again.visits.dropna() % 1 == 0).all()
+    assert run("impute", str(trained / "run"), str(sheet), "--draws", "4", "--out", str(trained / "filled.xlsx")) == 0
+    filled, missing = pd.read_excel(trained / "filled.xlsx"), people().isna()
+    assert not filled.isna().any().any()
+    pd.testing.assert_frame_equal(filled.mask(missing), people(), check_dtype=False)
+    assert run("score", str(trained / "run"), "--data", str(sheet)) == 0
+    assert len(pd.read_csv(trained / "run/scores-people.csv")) == len(people())
 
 
 @pytest.mark.parametrize(

@@ -32,19 +32,11 @@ if TYPE_CHECKING:
         ZeroInflatedNegativeBinomial,
     )
     from sigma_vae.likelihoods.translate import explain
-    from sigma_vae.networks import (
-        FlatNetwork,
-        HierarchicalNetwork,
-        HierarchyPlan,
-        SequenceNetwork,
-        SpatialNetwork,
-        conv,
-        hierarchical,
-        mlp,
-        residual,
-        sequence,
-        spatial,
-    )
+    from sigma_vae.networks.flat import FlatNetwork, conv, mlp
+    from sigma_vae.networks.hierarchical import HierarchicalNetwork, HierarchyPlan, hierarchical
+    from sigma_vae.networks.residual import residual
+    from sigma_vae.networks.sequence import SequenceNetwork, sequence
+    from sigma_vae.networks.spatial import SpatialNetwork, spatial
     from sigma_vae.types import Elbo
     from sigma_vae.vae import VAE
 

@@ -85,7 +85,7 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class ImageConfig(_Strict):
-    """How pictures become arrays of one shape."""
+    """Crop, size and colours that make arrays of one shape of pictures."""
 
     crop: int | None = None
     """Side of the square cut from the centre, in pixels, before resizing."""
@@ -106,7 +106,7 @@ class ImageConfig(_Strict):
 
 @dataclass(frozen=True)
 class ClipConfig(_Strict):
-    """How videos become clips of one length."""
+    """Lengths and steps that make clips of one length of videos."""
 
     frames: int | None = None
     """Frames per clip in training and validation, the given (context) frames included; default 16 (bair 12,
@@ -284,7 +284,7 @@ class HardwareConfig(_Strict):
 
 @dataclass(frozen=True)
 class TrainingConfig(_Strict):
-    """How the weights are found."""
+    """Settings of the training."""
 
     start: Literal["auto", "principal", "random"] = "auto"
     """Weights that training starts from: principal adds the best linear VAE (probabilistic PCA) to the network and learns

@@ -1,4 +1,4 @@
-"""What to install where a package is missing: torch and numpy are enough for a loop of your own, the rest are extras."""
+"""Remedies for missing packages: torch and numpy are enough for a loop of your own, the rest are extras."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

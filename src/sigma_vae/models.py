@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sigma_vae import data as data_sources
 from sigma_vae.columns import Column
@@ -393,9 +394,9 @@ def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) 
         observes=config.observes,
         columns=() if scaling.schema is None else scaling.schema.columns,
     )
-    if config.mean != "auto" and not decoder.has_scale:
+    if config.mean != "auto" and not (decoder.has_scale and decoder.mean_map == config.mean):
         raise ValueError(
-            f"{config.likelihood} turns features into more than a mean, and takes no mean={config.mean!r}; leave it at auto"
+            f"{config.likelihood} has its own map from features to the mean, and takes no mean={config.mean!r}; leave it at auto"
         )
     return decoder
 
@@ -463,7 +464,7 @@ BUFFER_VALUES = 2**24
 
 
 class Origin(NamedTuple):
-    """What a model was made of: the names and sizes of its parts, and shape and scaling of the data that it is for."""
+    """Parts of a model, by name and size, and shape and scaling of the data that it is for."""
 
     config: ModelConfig
     shape: tuple[int, ...]
@@ -721,7 +722,7 @@ def sized(
     learned = config.prior == "learned"
     trained = config if learned else replace(config, prior="standard")  # a fitted prior comes after
     if network is not None or register.network.entry(network_name(config, shape)).facts.get("sketches", True):
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             sketch = _named(lambda: made(trained), config)
         _check_sizes(sketch, stored)
     model = made(trained)
@@ -729,11 +730,20 @@ def sized(
         check_prior(config.prior, config.network, model.network)
         ((shape_of_z,), (latent_dim,)) = model.network.latents.shapes, model.network.latents.sizes
         if register.prior.entry(config.prior).facts.get("sketches", True):
-            with torch.device("meta"):
+            with torch.device("meta"), _Undrawn():
                 sketched = _named(lambda: prior(config.prior, latent_dim, None, conditions, shape_of_z), config)
                 _check_sizes(sketched, stored, "network.prior.")
         model.network.replace_prior(prior(config.prior, latent_dim, None, conditions, shape_of_z))
     return model
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no normal weights: on the meta device there are none, and torch would import its compiler for it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.init.normal_:  # which hands itself on with names
+            return kwargs["tensor"]
+        return args[0] if func is Tensor.normal_ else func(*args, **(kwargs or {}))
 
 
 def _named(make: Callable[[], Made], config: ModelConfig) -> Made:

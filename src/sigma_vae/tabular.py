@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, final
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self, cast, final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,10 @@ from torch.distributions import Normal
 from sigma_vae import models
 from sigma_vae.columns import Cell, Family
 from sigma_vae.config import DataConfig, ModelConfig, TrainingConfig, check_seed
-from sigma_vae.data import Batches, Scaling
-from sigma_vae.data.mixed import splits_of_frames
+from sigma_vae.data import Batches, Scaling, Splits
+from sigma_vae.data.mixed import mixed_splits, splits_of_frames
 from sigma_vae.data.schema import TableSchema, Unknown
+from sigma_vae.data.splits import SplitName
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.base import each_example
 from sigma_vae.evaluation.elbo import score
@@ -37,8 +38,11 @@ PROPOSALS = 4096
 """Least number of latents that conditional samples are chosen from."""
 TOGETHER = 2**20
 """Features decoded together."""
+ENCODED = 50_000
+"""Most rows that the prior is fitted to."""
 WIDTH = 200
-LEAST_STEPS = 2_000
+BATCH, LEARNING_RATE = 256, 3e-3
+EPOCHS, LEAST_STEPS, MOST_STEPS = 10, 750, 5_000
 
 
 class Weighted(NamedTuple):
@@ -60,8 +64,8 @@ class TabularVAE:
         latent_dim: number of latents.
         width: units of each hidden layer of the encoder and the decoder, which have two each.
         prior: what is fitted to the latents after training: ``"auto"``, ``"standard"`` for N(0, I), ``"mixture"``, ...
-        training: settings of the training; unless given, 2 000 steps or 10 epochs (at most 10 000 steps), with a learning rate
-            that falls to 0.
+        training: settings of the training; unless given, 750 steps or 10 epochs (at most 5 000 steps) of 256 rows, with a
+            learning rate that falls from 0.003 to 0.
         families: families of columns, in place of the inferred ones.
         exclude: columns to leave out.
         unknown: a category that :meth:`fit` has not seen is an ``"error"``, or ``"other"``: missing, if the column has no other
@@ -117,32 +121,42 @@ class TabularVAE:
         )
         self.seed, self.device, self.progress = seed, device, progress
 
-    def fit(self, frame: "pd.DataFrame", validation: "pd.DataFrame | None" = None) -> Self:
+    def fit(self, frame: "pd.DataFrame | str | Path", validation: "pd.DataFrame | None" = None) -> Self:
         """Find the columns' types, train, solve each σ on held-out rows, and fit the prior.
 
         Args:
-            frame: the rows.
+            frame: the rows; or the path of a file, or of a folder with train.csv, which is read and split as ``sigma-vae
+                train`` does it. A large Parquet file is read a part at a time, into a mapped file beside it.
             validation: held-out rows, in place of a share of these.
 
         Raises:
-            ValueError: there are too few rows, or no column that varies.
+            ValueError: there are too few rows, no column that varies, or a path and ``validation`` are given.
         """
+        if not isinstance(frame, str | Path):
+            data = self._held_out(frame, validation)
+        elif validation is None:
+            data = mixed_splits(replace(self.data, source=str(frame)))
+        else:
+            raise ValueError(f"fit takes validation beside a data frame, got it beside {frame}; put both into a folder")
+        torch.manual_seed(self.seed)
+        vae = models.vae(self.config, data.shape, data.scaling)
+        fit(vae, data, self.training or _training(len(data.train)), seed=self.seed, device=self.device, progress=self.progress)
+        take_prior(self.config.prior, vae, data, self.seed, ENCODED)
+        assert data.scaling.schema is not None
+        self.vae, self.schema = vae.eval(), data.scaling.schema
+        return self
+
+    def _held_out(self, frame: "pd.DataFrame", validation: "pd.DataFrame | None") -> Splits:
+        """Training and validation rows; the latter stand for a test split too, which is not used."""
         if validation is None:
             held_out = max(1, round(self.data.validation_fraction * len(frame)))
             if held_out >= len(frame):
                 raise ValueError(f"fit needs two rows or more, got {len(frame)}; add some")
             order = np.random.RandomState(self.seed).permutation(len(frame))
             frame, validation = frame.iloc[np.sort(order[held_out:])], frame.iloc[np.sort(order[:held_out])]
-        parts = {"train": frame, "validation": validation, "test": validation}
+        parts: dict[SplitName, pd.DataFrame] = {"train": frame, "validation": validation, "test": validation}
         frames = {split: part.reset_index(drop=True) for split, part in parts.items()}
-        data = splits_of_frames(cast(Any, frames), self.data, "frame")
-        torch.manual_seed(self.seed)
-        vae = models.vae(self.config, data.shape, data.scaling)
-        fit(vae, data, self.training or _training(len(data.train)), seed=self.seed, device=self.device, progress=self.progress)
-        take_prior(self.config.prior, vae, data, self.seed)
-        assert data.scaling.schema is not None
-        self.vae, self.schema = vae.eval(), data.scaling.schema
-        return self
+        return splits_of_frames(frames, self.data, "frame")
 
     @torch.no_grad()
     def sample(
@@ -383,9 +397,9 @@ class TabularVAE:
 
 
 def _training(rows: int) -> TrainingConfig:
-    """Training on so many rows: half of the usual least steps, as columns of a table are learned fast."""
-    usual = TrainingConfig(schedule="cosine")
-    return replace(usual, max_steps=max(usual.total_steps(-(-rows // usual.batch_size)) // 2, LEAST_STEPS))
+    """Training on so many rows: large batches and few steps, as columns of a table are learned fast."""
+    steps = min(max(EPOCHS * -(-rows // BATCH), LEAST_STEPS), MOST_STEPS)
+    return TrainingConfig(schedule="cosine", batch_size=BATCH, learning_rate=LEARNING_RATE, max_steps=steps)
 
 
 def _log_density(q: Normal, z: Tensor) -> Tensor:

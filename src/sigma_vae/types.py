@@ -54,7 +54,14 @@ Observes = Literal["density", "level"]
 
 
 class Batch(NamedTuple):
-    """Examples and their positions in their split; the mask of valid frames, for clips of unequal lengths; conditions."""
+    """Examples of a data set.
+
+    Args:
+        x: the examples ``(batch, C, *space)``, or clips ``(batch, frames, C, H, W)``.
+        positions: their positions in their split ``(batch,)``, which key the noise of an evaluation.
+        mask: valid frames of clips of unequal lengths ``(batch, frames)``; None where all are.
+        condition: labels or covariates ``(batch, variables)``, NaN where unknown; None where the data have none.
+    """
 
     x: Tensor
     positions: Tensor
@@ -286,7 +293,7 @@ class Network(nn.Module, ABC):
     conditions: Conditions | None = None
     """The variables of ``condition``, where it is read."""
     encoder_input: Callable[[Tensor], Tensor] = staticmethod(_unchanged)
-    """What the encoder reads of data x; :class:`~sigma_vae.VAE` sets it to :meth:`Likelihood.encoder_input`."""
+    """Map from data x to the encoder's input; :class:`~sigma_vae.VAE` sets it to :meth:`Likelihood.encoder_input`."""
     trains_in_bfloat16: bool = False
     """Whether bfloat16 training was measured to give the same results, so that ``precision="auto"`` may choose it."""
     prior: Prior
@@ -618,7 +625,7 @@ class Likelihood(nn.Module, ABC):
         return self.levels is not None and self.normalised
 
     def encoder_input(self, x: Tensor) -> Tensor:
-        """What an encoder should read of data x, of the same shape: x itself, or for counts their logarithm."""
+        """Encoder input for data x, of the same shape: x itself, or for counts their logarithm."""
         return x
 
     def start_features(self, std: float) -> Tensor:
@@ -654,7 +661,7 @@ class Likelihood(nn.Module, ABC):
                 f"{self} models real-valued data (levels=None), which have a density but no probability of a level; report"
                 " `likelihood(h).log_prob(x)`, or say how many levels the data have"
             )
-        if observes == "level" and not self.normalised:
+        if observes == "level" and not self.has_mass:
             raise ValueError(
                 f"{self} is an objective, not a likelihood, of data with {self.levels} levels: its values sum to no probability,"
                 " so there are no bits/dim to report; build it with levels=2 for binary data, or take ContinuousBernoulli"

@@ -57,7 +57,7 @@ SEED_OFFSET = 2**20
 """Added to a seed, so that a density is fitted to latents with other noise than those that it is evaluated on."""
 
 Show = Literal["mean", "draw"]
-"""How p(x|z) is shown: by its mean, or by a draw."""
+"""Value that stands for p(x|z): its mean, or a draw."""
 
 
 class Scores(NamedTuple):
@@ -300,7 +300,7 @@ class VAE(nn.Module):
             "likelihood": str(self.likelihood),
             "σ": "not known yet" if sigma is None else f"{float(sigma.log().mean().exp()):.4g}",
         }
-        made: str = import_module("sigma_vae.evaluation.base").table("A VAE with a calibrated decoder", rows)
+        made: str = import_module("sigma_vae.evaluation.suite").table("A VAE with a calibrated decoder", rows)
         return made
 
     def save_pretrained(self, folder: str | Path, evaluation: Any = None) -> Path:

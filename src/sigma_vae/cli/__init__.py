@@ -60,7 +60,7 @@ STUDY = {
 }
 
 COMMANDS = {
-    "new": Command("new:new", "Write a commented config.yaml for DATA, and print the command that trains it"),
+    "new": Command("inspect:new", "Write a commented config.yaml for DATA, and print the command that trains it"),
     "inspect": Command("inspect:inspect", "Describe DATA: sizes, levels, ranges, duplicates, and a likelihood that suits them"),
     "train": Command("runs:train", "Train a VAE on DATA, calibrate and evaluate it, and draw samples", shared=True),
     "resume": Command("runs:resume", "Continue a run exactly where it stopped", shared=True),
@@ -86,7 +86,7 @@ COMMANDS = {
     "export": Command("runs:export", "Write a run's autoencoder for another library"),
     "push": Command("runs:push", "Write a finished run to the Hugging Face Hub, with a model card made from its evaluation"),
     "explain": Command("inspect:explain", "Compute the effective β and the implied σ of a hand-tuned loss"),
-    "completion": Command("new:completion", "Print a script that completes commands and options in your shell"),
+    "completion": Command("inspect:completion", "Print a script that completes commands and options in your shell"),
     "study": Command("study", "Train a grid of runs, and report what they show", commands=STUDY),
 }
 

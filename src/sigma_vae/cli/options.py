@@ -45,7 +45,7 @@ RunFolders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(meta
 
 
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-"""How tyro makes options of a function."""
+"""Settings by which tyro makes options of a function."""
 HUB = "hub:"
 
 
@@ -126,7 +126,7 @@ def _remarks(program: str) -> Iterator[None]:
 
 
 def rules() -> ConstructorRegistry:
-    """How types are shown and read beside tyro's own rules."""
+    """Rules for showing and reading types beside tyro's own."""
     made = ConstructorRegistry()
     made.primitive_rule(_optional)
     return made

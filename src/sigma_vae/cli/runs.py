@@ -80,7 +80,9 @@ def replay(
     _finished(Path(out), runs.train(read(Path(config), RunConfig), Path(out), progress=not (json or quiet)), json, quiet)
 
 
-def resume(run: RunFolder, *, epochs: int | None = None, quiet: bool = False, json: bool = False) -> None:
+def resume(
+    run: RunFolder, *, epochs: int | None = None, root: str | None = None, quiet: bool = False, json: bool = False
+) -> None:
     """Continue a run exactly where it stopped.
 
     The run is then calibrated and evaluated, as ``train`` would have done.
@@ -88,10 +90,13 @@ def resume(run: RunFolder, *, epochs: int | None = None, quiet: bool = False, js
     Args:
         run: Folder of the run.
         epochs: Total number of epochs, in place of the run's own.
+        root: Folder that holds the run's data now, if they have moved; the run keeps it.
         quiet: Print the folder of the run only.
         json: Print the evaluation as JSON only.
     """
     folder = to_change(run)
+    if root is not None:
+        runs.move_data(folder, root)
     _finished(folder, runs.resume(folder, epochs=epochs, progress=not (json or quiet)), json, quiet)
 
 
@@ -177,7 +182,13 @@ def rerun(run: RunFolder, *, json: bool = False) -> None:
 
 
 def evaluate(
-    run: RunFolder, settings: EvaluationSettings, *, data: str | None = None, device: str = "auto", json: bool = False
+    run: RunFolder,
+    settings: EvaluationSettings,
+    *,
+    data: str | None = None,
+    root: str | None = None,
+    device: str = "auto",
+    json: bool = False,
 ) -> None:
     """Measure a finished run on held-out data.
 
@@ -190,17 +201,24 @@ def evaluate(
         settings: The metrics.
         data: Other data, by name or path, read and scaled like the run's own; all of them, where they have no splits. The
             results are written into RUN/evaluation-DATA.json.
+        root: Folder that holds the run's own data now, if they have moved; the run keeps it, for all commands.
         device: auto, cpu, cuda or cuda:1.
         json: Print JSON only.
     """
     if run.startswith(PREFIX):
+        if root is not None:
+            raise ValueError(f"--root is for the data of a run, and {run} has none; give the data as --data PATH")
         _show(evaluate_audited(run, _given(data), settings, device), json)
         return
     if run.startswith(HUB):
         with TemporaryDirectory() as folder:
             copied = shutil.copytree(to_read(run), Path(folder) / "run")
+            if root is not None:
+                runs.move_data(copied, root)
             _show(runs.evaluate_run(copied, settings, data, device=device), json)
         return
+    if root is not None:
+        runs.move_data(Path(run), root)
     _show(runs.evaluate_run(Path(run), settings, data, device=device), json)
     if data is not None:
         _say(f"written: {runs.evaluation_file(Path(run), data)}", json)
@@ -455,7 +473,7 @@ def export(run: RunFolder, *, out: str, to: Literal["diffusers"] = "diffusers", 
         to: Library.
         device: auto, cpu, cuda or cuda:1.
     """
-    from sigma_vae.runs.export import export as write
+    from sigma_vae.runs.audit import export as write
 
     for name, value in write(to_read(run), Path(out), device=device).items():
         print(f"{name}: {value}")

@@ -33,7 +33,7 @@ SYSTEM_FOLDERS = frozenset(("__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECY
 LARGEST_MEMBER = 2**30
 """Bytes of the largest file in an archive that is read whole: a small archive can claim any size."""
 MOST_TIMES = 500
-"""How much larger than its file content of more than 1 GiB may be: dSprites unpacks to 120 times, zeros to 1000 times."""
+"""Largest ratio of content above 1 GiB to its file: dSprites unpacks to 120 times, zeros to 1000 times."""
 
 
 class Container(ABC):

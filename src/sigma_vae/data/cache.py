@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from sigma_vae.data.levels import Array
 from sigma_vae.data.stores import Encoded, Mapped, UnreadableError
 
-__all__ = ["cached", "digest_of", "file_record", "file_stamp", "key_of", "piece_of", "remembered"]
+__all__ = ["cached", "cached_rows", "digest_of", "file_record", "file_stamp", "key_of", "piece_of", "remembered"]
 
 FORMAT = 1
 FOLDER = ".sigma-vae"
@@ -43,20 +43,61 @@ def cached(encoded: Encoded, folder: Path | None = None) -> tuple[Mapped, list[s
         ValueError: the cache is damaged; or examples are unreadable and may not be skipped.
         OSError: it cannot be written: no permission, or no room.
     """
-    from filelock import FileLock
-
-    home = folder or encoded.home / FOLDER
-    key = key_of(encoded.identity, encoded.home if folder else None)
-    place = home / key
-    if not place.exists():
-        with _writing(home), FileLock(home / f"{key}.lock"):
-            if not place.exists():  # no other process has built it in the meantime
-                _check_room(home, encoded)
-                _build(encoded, place)
+    identity, size = encoded.identity, len(encoded.names) * int(np.prod(encoded.shape)) * np.dtype(encoded.dtype).itemsize
+    place = _entry(identity, encoded.home, folder, size, lambda path: _decode_all(encoded, path))
     array, digest, skipped = _open(place)
     if skipped and not encoded.skip_unreadable:  # by a run that allowed it
         raise ValueError(_unreadable(skipped, len(encoded.names), f"they were left out of {place}"))
     return Mapped(array, digest, videos=_videos(encoded, set(skipped))), skipped
+
+
+def cached_rows(
+    parts: Callable[[], Iterable[Array]],
+    shape: tuple[int, ...],
+    identity: Mapping[str, Any],
+    home: Path,
+    folder: Path | None = None,
+) -> Mapped:
+    """Return rows of float32 from the cache; if they are not in it yet, write them into it first, a part at a time.
+
+    Args:
+        parts: gives the rows in order, a part at a time; called only where they are not in the cache.
+        shape: of all rows together, ``(N, *shape)``.
+        identity: everything that decides the rows, as for :class:`~sigma_vae.data.stores.Encoded`.
+        home: the folder beside which the cache is kept.
+        folder: a folder for it, in place of that.
+
+    Raises:
+        ValueError: the cache is damaged.
+        OSError: it cannot be written: no permission, or no room.
+    """
+
+    def write(path: Path) -> list[str]:
+        with path.open("wb") as file:
+            _write_header(file, np.dtype(np.float32), shape)
+            for part in parts():
+                file.write(np.ascontiguousarray(part, dtype=np.float32).data)
+        return []
+
+    array, digest, _ = _open(_entry(identity, home, folder, 4 * int(np.prod(shape)), write))
+    return Mapped(array, digest)
+
+
+def _entry(
+    identity: Mapping[str, Any], beside: Path, folder: Path | None, size: int, write: Callable[[Path], list[str]]
+) -> Path:
+    """The folder of a cache entry, which ``write`` fills where it does not exist yet; ``size`` are its bytes."""
+    from filelock import FileLock
+
+    home = folder or beside / FOLDER
+    key = key_of(identity, beside if folder else None)
+    place = home / key
+    if not place.exists():
+        with _writing(home), FileLock(home / f"{key}.lock"):
+            if not place.exists():  # no other process has built it in the meantime
+                _check_room(home, size)
+                _build(place, identity, write)
+    return place
 
 
 def key_of(identity: Mapping[str, Any], home: Path | None) -> str:
@@ -78,14 +119,15 @@ def _videos(encoded: Encoded, skipped: set[str]) -> Tensor | None:
     return torch.tensor([video for name, video in zip(encoded.names, encoded.videos, strict=True) if name not in skipped])
 
 
-def _build(encoded: Encoded, place: Path) -> None:
+def _build(place: Path, identity: Mapping[str, Any], write: Callable[[Path], list[str]]) -> None:
+    """Write the examples, and a record with their checksums and the names of those that were left out."""
     aside = place.with_name(f"{place.name}.part")
     shutil.rmtree(aside, ignore_errors=True)  # left by a builder that was killed; the lock says that none is at work
     try:
         aside.mkdir()
-        skipped = _decode_all(encoded, aside / "examples.npy")
+        skipped = write(aside / "examples.npy")
         blocks = _digests(aside / "examples.npy")
-        record = {"format": FORMAT, "identity": dict(encoded.identity), "skipped": skipped, "blocks": blocks}
+        record = {"format": FORMAT, "identity": dict(identity), "skipped": skipped, "blocks": blocks}
         (aside / "cache.json").write_text(json.dumps(record), encoding="utf-8")
         aside.rename(place)
     except BaseException:
@@ -110,7 +152,7 @@ def _decode_all(encoded: Encoded, path: Path) -> list[str]:
     count, example = len(encoded.names), int(np.prod(encoded.shape)) * np.dtype(encoded.dtype).itemsize
     size = piece_of(example)
     with path.open("wb") as file, Progress(console=Console(stderr=True), transient=True) as progress:
-        start = _write_header(file, encoded, count)
+        start = _write_header(file, np.dtype(encoded.dtype), (count, *encoded.shape))
         task, lock = progress.add_task("decoding, once", total=count), threading.Lock()
 
         def piece(first: int) -> dict[int, str]:
@@ -143,8 +185,8 @@ def _unreadable(names: list[str], count: int, what: str) -> str:
     return f"{len(names)} of {count} examples cannot be decoded ({few}); {what}; {remedy}"
 
 
-def _write_header(file: Any, encoded: Encoded, count: int) -> int:
-    header = {"descr": np.dtype(encoded.dtype).str, "fortran_order": False, "shape": (count, *encoded.shape)}
+def _write_header(file: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> int:
+    header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
     file.flush()
     return int(file.tell())
@@ -156,7 +198,7 @@ def _close_gaps(path: Path, encoded: Encoded, broken: list[int]) -> None:
     kept = np.setdiff1d(np.arange(len(everything)), broken)
     aside = path.with_suffix(".kept")
     with aside.open("wb") as file:
-        _write_header(file, encoded, len(kept))
+        _write_header(file, everything.dtype, (len(kept), *everything.shape[1:]))
         for first in range(0, len(kept), PIECE):
             file.write(everything[kept[first : first + PIECE]].tobytes())
     aside.replace(path)
@@ -199,8 +241,7 @@ def _open(place: Path) -> tuple[Array, str, list[str]]:
     return np.load(examples, mmap_mode="r"), digest, skipped
 
 
-def _check_room(home: Path, encoded: Encoded) -> None:
-    needed = len(encoded.names) * int(np.prod(encoded.shape)) * np.dtype(encoded.dtype).itemsize
+def _check_room(home: Path, needed: int) -> None:
     if (free := shutil.disk_usage(home).free) < needed:
         raise OSError(f"it needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free")
 

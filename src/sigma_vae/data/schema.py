@@ -1,7 +1,7 @@
 """Types of a table's columns: found in a data frame, kept with the model, and used to write rows as floats and back."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, final
 
@@ -85,18 +85,45 @@ class TableSchema:
             ValueError: a name does not exist, a column does not fit its family, or no column is left.
         """
         frame = frame.set_axis([str(name) for name in frame.columns], axis=1)
+        return cls.of_columns(frame.columns.tolist(), frame.__getitem__, rows, families=families, exclude=exclude)
+
+    @classmethod
+    def of_columns(
+        cls,
+        names: Sequence[str],
+        read: Callable[[str], "pd.Series"],
+        rows: npt.NDArray[np.int64] | None = None,
+        *,
+        families: Mapping[str, Family] | None = None,
+        exclude: Sequence[str] = (),
+    ) -> "TableSchema":
+        """Find the families of columns that are read one after the other, as :meth:`infer` does.
+
+        Args:
+            names: of all columns.
+            read: gives the values of a column; called once for each, but for those that are excluded.
+            rows: see :meth:`infer`, as for the rest.
+            families: likewise.
+            exclude: likewise.
+
+        Raises:
+            ValueError: as for :meth:`infer`.
+        """
         families = dict(families or {})
-        if unknown := [name for name in (*families, *exclude) if name not in frame.columns]:
-            raise ValueError(f"there is no column {unknown[0]!r}; the columns are {', '.join(frame.columns)}")
-        if twice := frame.columns[frame.columns.duplicated()].tolist():
+        if unknown := [name for name in (*families, *exclude) if name not in names]:
+            raise ValueError(f"there is no column {unknown[0]!r}; the columns are {', '.join(names)}")
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
             raise ValueError(f"a table needs a name of its own for each column, got {twice[0]!r} twice; rename one")
         columns, left_out = [], {}
-        for name in frame.columns:
-            why = "excluded" if name in exclude else None if name in families else _useless(frame[name])
-            if why is not None:
+        for name in names:
+            if name in exclude:
+                left_out[name] = "excluded"
+                continue
+            values = read(name)
+            if (why := None if name in families else _useless(values)) is not None:
                 left_out[name] = why
                 continue
-            columns.append(_column(name, frame[name], rows, families.get(name)))
+            columns.append(_column(name, values, rows, families.get(name)))
         if not columns:
             told = ", ".join(f"{name} ({why})" for name, why in left_out.items())
             raise ValueError(f"a table needs a column that varies, got {told or 'none'}; name families of those to keep")
@@ -363,10 +390,9 @@ def _held_out(column: Column, train: Numbers, test: Numbers) -> float:
         return -math.inf
     fitted = _standardised(column, train)
     y = fitted.encode(torch.tensor(test))
-    laws: dict[Family, Any] = {"laplace": stats.laplace, "student-t": stats.t(DF)}
-    density = (
-        torch.from_numpy(laws.get(column.family, stats.norm).logpdf(y.numpy())) + Row([fitted]).log_slopes(y[:, None])[:, 0]
-    )
+    laws: dict[Family, Any] = {"laplace": stats.laplace.logpdf, "student-t": lambda y: stats.t.logpdf(y, DF)}
+    of_standardised = torch.from_numpy(laws.get(column.family, stats.norm.logpdf)(y.numpy()))
+    density = of_standardised + Row([fitted]).log_slopes(y[:, None])[:, 0]
     if column.decimals is not None:  # as the probability of a rounded value, which is at most 1
         density = (density - column.decimals * math.log(10)).clamp(max=0)
     return float(density.sum())

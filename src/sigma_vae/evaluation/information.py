@@ -93,7 +93,7 @@ class Information(Record):
     marginal_kl_held_out_nats: Estimate | None
     log_sum_exp: LogSumExp
     kl_per_channel_nats: list[float] | None = None
-    """Where latents are maps, the mean KL of each channel from N(0, I), summed over places."""
+    """Mean KL of each channel from N(0, I), summed over places, where latents are maps."""
     active_channels: int | None = None
     """Channels with an active latent."""
     standard_errors: dict[str, float | None] | None = None

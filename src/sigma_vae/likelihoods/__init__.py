@@ -7,8 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sigma_vae.likelihoods.bounded import Bernoulli, ContinuousBernoulli
-    from sigma_vae.likelihoods.continuous import Gaussian, Laplace, Logistic, StudentT
+    from sigma_vae.likelihoods.continuous import Bernoulli, ContinuousBernoulli, Gaussian, Laplace, Logistic, StudentT
     from sigma_vae.likelihoods.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
     from sigma_vae.likelihoods.discrete import BitwiseCategorical, Categorical
     from sigma_vae.likelihoods.logistic_mixture import LogisticMixture
@@ -39,7 +38,7 @@ __all__ = [
     "ZeroInflatedNegativeBinomial",
 ]
 
-_HOMES = ("bounded", "continuous", "counts", "discrete", "logistic_mixture", "perceptual", "scales")
+_HOMES = ("continuous", "counts", "discrete", "logistic_mixture", "perceptual", "scales")
 
 
 def __getattr__(name: str) -> Any:

@@ -500,12 +500,12 @@ def _searched(
 
     def search(at: Tensor) -> Tensor:
         if steps is None:
-            return maximum(_slope_and_curvature, data, per, event_dims, bounds, at)
+            return maximum(dispersion_slopes, data, per, event_dims, bounds, at)
         newton = Newton(at, *bounds)
         for _ in range(steps):
             sums = Sums(per, event_dims)
             for part in data:
-                sums.add(_slope_and_curvature(part, newton.at))
+                sums.add(dispersion_slopes(part, newton.at))
             newton.step(*sums.means())
         return newton.at
 
@@ -541,7 +541,7 @@ def _log_prob(part: Dispersed, log_sigma: Tensor) -> Tensor:
     return torch.where(part.x > 0, counted, torch.logaddexp(logsigmoid(part.zero_logit), counted))
 
 
-def _slope_and_curvature(part: Dispersed, log_sigma: Tensor) -> Tensor:
+def dispersion_slopes(part: Dispersed, log_sigma: Tensor) -> Tensor:
     r"""First and second derivative of each log-probability in log σ.
 
     With :math:`r = 1/\sigma^2`, :math:`s = \mu/(\mu + r)`, and Δ the difference between r + k and r, twice and four times
@@ -721,7 +721,7 @@ class Poisson(CountLikelihood):
 @register.likelihood("multinomial", counts=True)
 @final
 class Multinomial(CountLikelihood):
-    r"""How a row's total N is dealt out among its columns: the total is given.
+    r"""Counts of a row's columns given their total N.
 
     .. math:: \log p(x \mid h, N) = \log N! + \sum_i x_i \log p_i - \log x_i!, \qquad p = \text{softmax}(h)
 

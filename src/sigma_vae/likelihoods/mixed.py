@@ -10,7 +10,7 @@ from torch.distributions import constraints
 from torch.nn.functional import log_softmax, logsigmoid
 
 from sigma_vae.columns import DF, Column, Row
-from sigma_vae.likelihoods.counts import negative_binomial_log_prob, poisson_log_prob
+from sigma_vae.likelihoods.counts import Dispersed, dispersion_slopes, negative_binomial_log_prob, poisson_log_prob
 from sigma_vae.likelihoods.distributions import Shape
 from sigma_vae.likelihoods.residuals import LAPLACE, NORMAL, ResidualDistribution, student_t
 from sigma_vae.likelihoods.scales import MOMENTUM, SPREAD_FLOOR, Fit, Optimal
@@ -195,10 +195,10 @@ class Mixed(Likelihood):
 
     @torch.no_grad()
     def _track_dispersion(self, h: Tensor, x: Tensor) -> None:
-        """Move the stored log r towards the batch's best, as a running σ is."""
-        self.log_dispersion += MOMENTUM * (self._best_dispersion(h, x) - self.log_dispersion)
+        """Move the stored log r towards the batch's best, by a small part of a Newton step, as a running σ is moved."""
+        self.log_dispersion += MOMENTUM * (self._best_dispersion(h, x, steps=1) - self.log_dispersion)
 
-    def _best_dispersion(self, h: Tensor, x: Tensor) -> Tensor:
+    def _best_dispersion(self, h: Tensor, x: Tensor, steps: int = MAX_ITERATIONS) -> Tensor:
         """Log r of each negative binomial column, the best for the observed counts; as it was where there are none."""
         chosen = self.row.counts[1]
         places = [self.row.places[i].start for i in chosen]
@@ -206,7 +206,7 @@ class Mixed(Likelihood):
         counts = _counts_of([self.row.columns[i] for i in chosen], x[..., places]).flatten(0, -2)
         log_mean = _log_mean([self.row.columns[i] for i in chosen], at_least_float32(h)[..., places]).flatten(0, -2)
         weight = (~self.row.masks(x)[..., chosen]).to(counts).flatten(0, -2)
-        return best_log_dispersion(log_mean, counts, weight, self.log_dispersion.to(counts)).to(self.log_dispersion)
+        return best_log_dispersion(log_mean, counts, weight, self.log_dispersion.to(counts), steps).to(self.log_dispersion)
 
     def _observed(self, k: int, h: Tensor, x: Tensor) -> Observed:
         """Real values of one family, and their prediction."""
@@ -217,20 +217,18 @@ class Mixed(Likelihood):
         return Observed(RESIDUALS[k], h[..., part], h.new_zeros(()), x[..., part].to(h.dtype), weight)
 
 
-def best_log_dispersion(log_mean: Tensor, counts: Tensor, weight: Tensor, start: Tensor) -> Tensor:
-    """Log r of negative binomials under which counts are likeliest, column by column, given their log-means.
+@torch.no_grad()
+def best_log_dispersion(log_mean: Tensor, counts: Tensor, weight: Tensor, start: Tensor, steps: int = MAX_ITERATIONS) -> Tensor:
+    """Log r of negative binomials under which counts are likeliest, column by column, by at most so many Newton steps.
 
     Shapes:
         log_mean, counts, weight ``(n, columns)``, start and result ``(columns,)``.
     """
     search = Newton(start.double(), *DISPERSION_BOUNDS)
-    for _ in range(MAX_ITERATIONS):
-        with torch.enable_grad():
-            at = search.at.detach().requires_grad_()
-            total = (negative_binomial_log_prob(counts.double(), log_mean.double(), -0.5 * at) * weight).sum(0)
-            (slope,) = torch.autograd.grad(total.sum(), at, create_graph=True)
-            (curvature,) = torch.autograd.grad(slope.sum(), at)
-        if search.step(slope.detach(), curvature):
+    observed = Dispersed.of(log_mean.double(), start.new_zeros(()).double(), counts.double(), None)
+    for _ in range(steps):
+        slope, curvature = (dispersion_slopes(observed, -0.5 * search.at) * weight).sum(1)  # in log σ = −½ log r
+        if search.step(-0.5 * slope, 0.25 * curvature):
             break
     return search.at
 
@@ -296,7 +294,11 @@ class MixedRow(DataDistribution):
     def element_log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of each float's value: of one-hot categories at the one that is 1; 0 at masks and missing values."""
         x = self._checked(value)
-        parts = [self._number_log_prob(x), self._count_log_prob(x), self._binary_log_prob(x), self._category_log_prob(x)]
+        row = self.row  # a family without columns costs nothing
+        parts = [self._number_log_prob(x)] if self._numbers else []
+        parts += [self._count_log_prob(x)] if any(row.counts) else []
+        parts += [self._binary_log_prob(x)] if row.binaries else []
+        parts += [self._category_log_prob(x)] if row.categories else []
         every = torch.cat([*parts, torch.zeros_like(x[..., self.row.features :])], -1)
         observed = ~self.row.masks(x)[..., self._owners]
         return torch.cat([every[..., : self.row.features] * observed, every[..., self.row.features :]], -1)
@@ -310,7 +312,7 @@ class MixedRow(DataDistribution):
     def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """F(x−) and F(x) of each float; 0 and 1 at masks and missing values."""
         x = self._checked(value)
-        numbers = torch.cat([residual.log_cdf(z).exp() for residual, z in self._residuals(x)], -1)
+        numbers = torch.cat([x[..., :0], *(residual.log_cdf(z).exp() for residual, z in self._residuals(x))], -1)
         p = torch.cat([self._probability_of_one(x), self._category_logs.exp().expand(*x.shape[:-1], -1)], -1)
         one = x[..., self._binary : self.row.features] > 0.5
         counts = self._count_cdf(x)
@@ -358,11 +360,12 @@ class MixedRow(DataDistribution):
 
     def _residuals(self, x: Tensor) -> Iterator[tuple[ResidualDistribution, Tensor]]:
         z = (x[..., : self._numbers] - self.h[..., : self._numbers]) * torch.exp(-self.log_scale)
-        return zip(RESIDUALS, torch.split_with_sizes(z, list(map(len, self.row.numbers)), -1), strict=True)
+        parts = torch.split_with_sizes(z, list(map(len, self.row.numbers)), -1)
+        return ((residual, part) for residual, part in zip(RESIDUALS, parts, strict=True) if part.shape[-1])
 
     def _number_log_prob(self, x: Tensor) -> Tensor:
         density = torch.cat([residual.log_prob(z) for residual, z in self._residuals(x)], -1) - self.log_scale
-        return density + self.row.log_slopes(x[..., : self._numbers]) if self._numbers else density
+        return density + self.row.log_slopes(x[..., : self._numbers])
 
     def _count_columns(self) -> tuple[list[Column], list[Column]]:
         poisson, negative = self.row.counts

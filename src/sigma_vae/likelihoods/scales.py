@@ -71,7 +71,7 @@ class Scale(nn.Module, ABC):
     solved = False
     """Whether the stored σ is the scale's own, so that a refit replaces it."""
     refit_per: Per = "batch"
-    """How a refitted scale is shared."""
+    """Axes over which a refitted scale is shared."""
     spatial_dims = 2
     """Set by the likelihood that the scale is given to."""
 

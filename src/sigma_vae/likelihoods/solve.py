@@ -40,7 +40,7 @@ class WithData(Protocol):
 
     @property
     def weight(self) -> Tensor | None:
-        """How much each value counts, of the data's shape."""
+        """Weight of each value, of the data's shape."""
 
 
 Part = TypeVar("Part", bound=WithData)

@@ -2,10 +2,8 @@
 
 import warnings
 
-from sigma_vae.networks.conv import conv
-from sigma_vae.networks.flat import FlatNetwork
+from sigma_vae.networks.flat import FlatNetwork, conv, mlp
 from sigma_vae.networks.hierarchical import HierarchicalNetwork, HierarchyPlan, hierarchical
-from sigma_vae.networks.mlp import mlp
 from sigma_vae.networks.residual import residual
 from sigma_vae.networks.sequence import SequenceNetwork, sequence
 from sigma_vae.networks.spatial import SpatialNetwork, spatial

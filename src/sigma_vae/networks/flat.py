@@ -13,6 +13,7 @@ from torch.distributions import Normal
 from sigma_vae.conditions import WIDTH, Conditions, Embedding
 from sigma_vae.networks.principal import LinearPath, solved_path
 from sigma_vae.priors import StandardNormal
+from sigma_vae.registry import register
 from sigma_vae.types import (
     Flat,
     Inference,
@@ -26,7 +27,7 @@ from sigma_vae.types import (
     standard_normal,
 )
 
-__all__ = ["FlatNetwork", "Joined", "Shifted", "width_of"]
+__all__ = ["FlatNetwork", "Joined", "Shifted", "conv", "mlp", "width_of"]
 
 
 @final
@@ -267,3 +268,136 @@ class Shifted(nn.Module):
         shift = self.shift(embedding)
         output: Tensor = self.rest(features + shift.reshape(*shift.shape, *[1] * (features.dim() - 2)))
         return output
+
+
+# -- layers for any shape ----------------------------------------------------------------------------------------------
+
+START_LOG_VARIANCE = -4.0
+"""The untrained posterior's log-variance: at 0 its noise hides every latent, while σ is still large."""
+
+
+@register.network("mlp", latents="flat", reads_clips=False, has_prior=True)
+def mlp(
+    shape: Sequence[int],
+    out_channels: int,
+    latent_dim: int = 20,
+    width: int = 400,
+    conditions: Conditions | None = None,
+) -> FlatNetwork:
+    """A multilayer perceptron for data of any shape: two hidden layers each way, with ReLU.
+
+    The untrained posterior is narrow, with a log-variance around −4. A solved or learned σ is large at first; latents
+    that start as wide as the prior then go unused, and are seldom used again (``benchmarks/posterior_start.py``).
+
+    Args:
+        shape: of one example, ``(C, *space)``: a table's row, a series, an image.
+        out_channels: ``likelihood.in_channels``.
+        latent_dim: size of z.
+        width: units of each hidden layer.
+        conditions: labels and covariates to be given; their embedding is joined to the data, and to the latents.
+
+    >>> network = mlp((1, 28, 28), out_channels=1)
+    >>> network.generate(2).shape
+    torch.Size([2, 1, 28, 28])
+    """
+    out_shape, extra = (out_channels, *shape[1:]), width_of(conditions)
+    posterior = nn.Linear(width, 2 * latent_dim)
+    encoder = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(math.prod(shape) + extra, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        posterior,
+    )
+    decoder = nn.Sequential(
+        nn.Linear(latent_dim + extra, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, math.prod(out_shape)),
+        nn.Unflatten(1, out_shape),
+    )
+    with torch.no_grad():
+        posterior.bias[latent_dim:] += START_LOG_VARIANCE
+    if conditions is None:
+        return FlatNetwork(encoder, decoder, latent_dim)
+    return FlatNetwork(Joined(encoder), Joined(decoder), latent_dim, conditions=conditions)
+
+
+# -- the paper's convolutional network ---------------------------------------------------------------------------------
+
+SMALLEST = 4
+
+
+@register.network("conv", latents="flat", reads_clips=False, has_prior=True)
+def conv(
+    shape: Sequence[int],
+    out_channels: int,
+    latent_dim: int = 20,
+    width: int = 32,
+    conditions: Conditions | None = None,
+) -> FlatNetwork:
+    """The paper's released network for SVHN: three convolutions down to a quarter of the size, and three back.
+
+    With 28×28×1 data, 20 latents and width 32 it has the reference's 990 249 parameters. Where 4 does not divide a
+    size, the decoder's output is cropped from the next multiple.
+
+    Args:
+        shape: of one example, ``(C, H, W)``.
+        out_channels: ``likelihood.in_channels``.
+        latent_dim: size of z.
+        width: channels of the first layer.
+        conditions: labels and covariates to be given; their embedding is added to the channels of the first layer, and
+            joined to the latents.
+
+    Raises:
+        ValueError: the data are not images, or smaller than 4×4.
+
+    >>> sum(p.numel() for p in conv((1, 28, 28), out_channels=1).parameters())
+    990249
+    """
+    if len(shape) != 3 or min(shape[1:]) < SMALLEST:
+        raise ValueError(
+            f"the conv network reads images (C, H, W) of at least {SMALLEST}×{SMALLEST}, got an example of shape {tuple(shape)};"
+            " use the mlp network for tables, series and tiny images"
+        )
+    channels, rows, columns = shape
+    small = (4 * width, -(-rows // 4), -(-columns // 4))
+    flat = small[0] * small[1] * small[2]
+    odd = (0, columns % 2, 0, rows % 2)
+    encoder = nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.ReLU(),
+        nn.ZeroPad2d(odd) if any(odd) else nn.Identity(),
+        nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(2 * width, 4 * width, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(flat, 2 * latent_dim),
+    )
+    decoder = nn.Sequential(
+        nn.Linear(latent_dim + width_of(conditions), flat),
+        nn.Unflatten(1, small),
+        nn.ConvTranspose2d(4 * width, 2 * width, 6, stride=2, padding=2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(2 * width, width, 6, stride=2, padding=2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(width, out_channels, 5, padding=2),
+        _Crop(rows, columns),
+    )
+    if conditions is None:
+        return FlatNetwork(encoder, decoder, latent_dim)
+    return FlatNetwork(Shifted(encoder[0], encoder[1:], width), Joined(decoder), latent_dim, conditions=conditions)
+
+
+@final
+class _Crop(nn.Module):
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.columns = columns
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image[..., : self.rows, : self.columns]

@@ -473,7 +473,7 @@ class HierarchicalNetwork(Network):
         return [module for module in self.modules() if isinstance(module, nn.Sequential)]
 
     def _shifts(self, condition: Tensor | None) -> Mapping[str, Tensor]:
-        """What is added to the channels of the stem, and of the decoder's layers by their number; nothing without conditions."""
+        """Shifts of the channels of the stem, and of the decoder's layers by their number; none without conditions."""
         self.refuse_unread(condition=condition)
         if self.embedding is None:
             return {}

@@ -559,7 +559,7 @@ class SequenceNetwork(Network):
         return Prediction(torch.cat(features, 1), torch.stack(shown, 1))
 
     def _shift(self, condition: Tensor | None) -> Tensor | float:
-        """What is added to the codes of a clip's frames, ``(batch, 1, code_dim)``; nothing without conditions."""
+        """Shift of the codes of a clip's frames, ``(batch, 1, code_dim)``; 0 without conditions."""
         self.refuse_unread(condition=condition)
         if self.embedding is None or self.shift is None:
             return 0.0

@@ -69,6 +69,8 @@ class SpatialNetwork(Network):
     (torch.Size([5, 1, 8, 8]), torch.Size([5, 3, 3, 5]))
     """
 
+    trains_in_bfloat16 = True
+
     def __init__(
         self,
         encoder: nn.Module,

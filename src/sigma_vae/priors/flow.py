@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
-from sigma_vae import progress
 from sigma_vae.priors.base import FittedPrior
 from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
+from sigma_vae.progress import steps as shown_steps
 from sigma_vae.registry import register
 
 __all__ = ["FlowPrior"]
@@ -108,7 +108,7 @@ def _maximise(transform: nn.Module, latents: Tensor, held_out: Tensor, generator
     optimizer = torch.optim.Adam(transform.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     best, best_state, behind = -math.inf, copy.deepcopy(transform.state_dict()), 0
-    for step in progress.steps("training the prior", range(1, STEPS + 1)):
+    for step in shown_steps("training the prior", range(1, STEPS + 1)):
         chosen = torch.randint(len(latents), (BATCH_SIZE,), generator=generator)
         optimizer.zero_grad()
         (-_log_prob(transform, latents[chosen]).mean()).backward()  # type: ignore[no-untyped-call]

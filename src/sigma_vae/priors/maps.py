@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn.functional import avg_pool1d, avg_pool2d, interpolate, silu
 
-from sigma_vae import progress
 from sigma_vae.priors.base import FittedPrior
+from sigma_vae.progress import steps as shown_steps
 from sigma_vae.registry import Argument, register
 
 __all__ = ["FlowMatchingPrior"]
@@ -250,7 +250,7 @@ def _learn(net: "_Net", latents: Tensor, held_out: Tensor, generator: torch.Gene
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     fixed = _noise_and_times(held_out, torch.Generator().manual_seed(0))
     best, best_state = math.inf, copy.deepcopy(net.state_dict())
-    for step in progress.steps("training the prior", range(1, steps + 1)):
+    for step in shown_steps("training the prior", range(1, steps + 1)):
         chosen = latents[torch.randint(len(latents), (BATCH_SIZE,), generator=generator)]
         optimizer.zero_grad()
         _loss(net, chosen, *_noise_and_times(chosen, generator)).backward()  # type: ignore[no-untyped-call]
@@ -282,7 +282,7 @@ def _loss(net: "_Net", latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 @final
 class _Net(nn.Module):
-    """What the velocity adds to that of a Gaussian; two resolutions, with attention at the lower one; 0 at first."""
+    """Network for the difference of the velocity from a Gaussian's; two resolutions, attention at the lower; 0 at first."""
 
     def __init__(self, channels: int, dims: int) -> None:
         super().__init__()

@@ -3,12 +3,15 @@
 from sigma_vae.extras import needed_by
 
 with needed_by("sigma_vae.runs"):
+    import yaml  # noqa: F401  # every run has a config.yaml: what is missing is named before anything is read
+
     from sigma_vae.runs.evaluate import compare, evaluate_run, evaluation_file, read_evaluation
     from sigma_vae.runs.folder import (
         Run,
         columns_of,
         config_of,
         evaluation_batch,
+        move_data,
         new_config,
         new_data,
         open_model,
@@ -31,6 +34,7 @@ __all__ = [
     "evaluation_file",
     "fit_prior",
     "has_checkpoint",
+    "move_data",
     "new_config",
     "new_data",
     "open_model",

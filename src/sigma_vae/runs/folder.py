@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sigma_vae import models
-from sigma_vae.config import DataConfig, RunConfig, parse, read, read_text, write_whole
+from sigma_vae.config import DataConfig, RunConfig, parse, read, read_text, write, write_whole
 from sigma_vae.data import Batches, Scaling, Splits, names
 from sigma_vae.data.load import Whole, load_whole
 from sigma_vae.data.mixed import mixed_splits, read_frame
@@ -24,7 +24,7 @@ from sigma_vae.evaluation.base import evaluation_batch
 from sigma_vae.evaluation.suite import table
 from sigma_vae.training import resolve_device
 from sigma_vae.training.checkpoints import exclusive, with_remedy
-from sigma_vae.training.distributed import first_of_node_first, shared
+from sigma_vae.training.distributed import first_of_node_first, from_first, shared
 from sigma_vae.vae import VAE
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "fitted_on",
     "lock_run",
     "model_digest",
+    "move_data",
     "new_config",
     "new_data",
     "open_model",
@@ -117,7 +118,7 @@ def data_of(out: Path, config: RunConfig) -> Splits:
         if (moved := _moved(out, config.data)) is not None:
             raise moved from error
         if config.data.source in names():
-            raise ValueError(f"{error} (for this run: as `root` in the data section of {out / 'config.yaml'})") from error
+            raise ValueError(f"{error} (for this run: {_with_root(out)})") from error
         raise
     record = read_json(out / "environment.json").get("data")
     known = record if isinstance(record, dict) else {}
@@ -128,6 +129,46 @@ def data_of(out: Path, config: RunConfig) -> Splits:
             f"the data of {out} have changed since it was trained; restore them, or train again into another folder"
         )
     return data
+
+
+def move_data(out: Path, root: str) -> None:
+    """Keep the new place of a run's data, which moved as a whole, in its configuration.
+
+    Args:
+        out: folder of the run.
+        root: the folder that holds them now: the files of a named data set; else the file, folder or pattern that the
+            run was trained on, perhaps in the folders that it was in.
+
+    Raises:
+        ValueError: they are not there, or are other data.
+    """
+    config = config_of(out)
+    moved = replace(config, data=_below(out, config.data, Path(root).expanduser().resolve()))
+    data_of(out, moved)  # raises if they are not those of the run
+
+    def keep() -> None:
+        with lock_run(out):
+            write(out / "config.yaml", moved)
+
+    from_first(keep)
+
+
+def _below(out: Path, config: DataConfig, root: Path) -> DataConfig:
+    """The same data below another root."""
+    if config.root is not None or config.source in names():
+        return replace(config, root=str(root))
+    parts = config.path.parts
+    found = (root.joinpath(*parts[i:]) for i in range(1, len(parts)))
+    place = next((path for path in found if _there(path)), None)
+    if place is None:
+        raise ValueError(f"--root is the folder that holds {parts[-1]}, the data of {out}; {root} does not have it")
+    return replace(config, source=str(place))
+
+
+def _with_root(out: Path) -> str:
+    """The command that says where a run's data are now."""
+    command = "evaluate" if (out / models.MODEL / "model.json").exists() else "resume"
+    return f"sigma-vae {command} {out} --root FOLDER"
 
 
 def _schema_of(out: Path) -> TableSchema | None:
@@ -150,14 +191,14 @@ def _moved(out: Path, config: DataConfig) -> ValueError | None:
     """The error of data whose place is gone, which says how to go on; None if it is not."""
     root = None if config.root is None else Path(config.root).expanduser()
     if root is not None and not root.exists():
-        key, place = "root", root
+        place = root
     elif config.source in names() or config.source.startswith("hub:") or _there(config.path):
         return None
     else:
-        key, place = "source", config.path
+        place = config.path
     return ValueError(
-        f"the data of {out} are no longer at {place}; put them back, or write their new place as `{key}` into"
-        f" {out / 'config.yaml'}. evaluate, score, encode, reconstruct and predict take other data: --data PATH"
+        f"the data of {out} are no longer at {place}; put them back, or name the folder that holds them now, which the run"
+        f" keeps: {_with_root(out)}. evaluate, score, encode, reconstruct and predict take other data: --data PATH"
     )
 
 
@@ -233,7 +274,7 @@ def columns_of(out: Path) -> list[str]:
 
 
 def new_config(out: Path, scaling: Scaling, source: str) -> DataConfig:
-    """How to read other data for a run's model: as its own data, with the levels or the standardisation of the model.
+    """Options that read other data for a run's model: those of its own, with the model's levels or standardisation.
 
     Raises:
         ValueError: the run does not say the columns of its data.

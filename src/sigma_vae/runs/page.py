@@ -72,9 +72,6 @@ Facts = tuple[tuple[str, str], ...]
 
 # -- sections: tables, pictures and words, and the templates that set them in one HTML file ----------------------------
 
-if TYPE_CHECKING:
-    from jinja2 import Template
-
 
 class Card(NamedTuple):
     """A claim with its verdicts, each a word and a finding."""
@@ -214,7 +211,7 @@ def read_curves(out: Path) -> Curves:
 
 
 def advice(out: Path, config: RunConfig, report: Evaluation, found: Curves) -> list[str]:
-    """What the numbers and curves of a finished run suggest to do; empty where nothing is unusual.
+    """Suggest what to do, by the numbers and curves of a finished run; empty where nothing is unusual.
 
     Args:
         out: folder of the run, for the commands.

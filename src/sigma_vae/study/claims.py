@@ -21,12 +21,13 @@ from sigma_vae.study.comparisons import (
     OPTIMAL,
     PREDICTIONS,
     STANDARD,
+    Difference,
     Ended,
     Setting,
     frechet_columns,
+    mean_difference,
 )
 from sigma_vae.study.grid import format_place
-from sigma_vae.study.statistics import Difference, mean_difference
 
 __all__ = ["CLAIMS", "Among", "Claim", "Verdict", "Word", "above", "below", "diverges", "percent", "signed"]
 

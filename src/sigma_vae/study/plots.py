@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sigma_vae.evaluation.plots import DASHES, MARKERS, OKABE_ITO, Plot, plot_in_words, svg
-from sigma_vae.study.comparisons import ELBO, Setting, frechet_columns
-from sigma_vae.study.statistics import KINDS
+from sigma_vae.study.comparisons import ELBO, KINDS, Setting, frechet_columns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

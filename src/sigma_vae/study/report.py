@@ -23,6 +23,7 @@ from sigma_vae.study.comparisons import (
     PLOTS,
     STANDARD,
     Setting,
+    cost,
     failures,
     frechet_columns,
     how_far,
@@ -31,7 +32,6 @@ from sigma_vae.study.comparisons import (
 )
 from sigma_vae.study.grid import StudySpec, cells
 from sigma_vae.study.runner import CELLS, PICTURE, claim, is_kept, spec_of, tabulate, write_table
-from sigma_vae.study.statistics import cost
 
 __all__ = ["keep", "report", "verdicts"]
 

@@ -291,7 +291,7 @@ def finished(cell: Cell, out: Path) -> bool:
 
 
 def running_since(cell: Cell, out: Path) -> float | None:
-    """When the work on a cell began, in seconds since 1970; None where nobody works on it."""
+    """Start of the work on a cell, in seconds since 1970; None where nobody works on it."""
     try:
         return (folder_of(cell, out) / RUNNING).stat().st_mtime
     except FileNotFoundError:

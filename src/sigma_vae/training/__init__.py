@@ -1,4 +1,4 @@
-"""Training: one loop on Lightning Fabric, with exact resumption, several processes, callbacks and loggers."""
+"""Training: one loop with exact resumption, several processes (on Lightning Fabric), callbacks and loggers."""
 
 from sigma_vae.extras import needed_by
 

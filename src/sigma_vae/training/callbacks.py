@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, final
 
-from lightning_fabric.loggers.logger import Logger
-
 from sigma_vae.config import LoggerName, TrainingConfig, write_whole
 from sigma_vae.progress import SECONDS_BETWEEN, SECONDS_BETWEEN_LINES
 from sigma_vae.vae import VAE
@@ -52,7 +50,7 @@ class TrainingLogger(Protocol):
         """End, with the status ``success`` or ``failed``."""
 
 
-def make_loggers(names: Sequence[LoggerName], folder: Path, kept_rows: Sequence[Row] = ()) -> list[Logger]:
+def make_loggers(names: Sequence[LoggerName], folder: Path, kept_rows: Sequence[Row] = ()) -> list[TrainingLogger]:
     """Loggers by name, for the run in this folder.
 
     Args:
@@ -63,7 +61,7 @@ def make_loggers(names: Sequence[LoggerName], folder: Path, kept_rows: Sequence[
     Raises:
         ValueError: a name is not known, or what it needs is not installed.
     """
-    known: dict[str, Callable[[], Logger]] = {
+    known: dict[str, Callable[[], TrainingLogger]] = {
         "csv": lambda: MetricsTable(folder / "metrics.csv", kept_rows),
         "tensorboard": lambda: Events(folder, kept_rows),
         "wandb": lambda: WeightsAndBiases(folder),
@@ -95,12 +93,13 @@ def rows_before(table: Path, step: int) -> list[dict[str, str]]:
         ) from error
 
 
-class _RunLogger(Logger):
-    """A logger in the run folder, without name or version; it logs no settings, as ``config.yaml`` has them."""
+class _RunLogger(TrainingLogger):
+    """A logger in the run folder, whose rows are kept as soon as they are logged."""
 
-    name = version = ""
+    def save(self) -> None:
+        """Do nothing."""
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+    def finalize(self, status: str) -> None:
         """Do nothing."""
 
 

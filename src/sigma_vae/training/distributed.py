@@ -8,26 +8,25 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar, final
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar, final
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning_fabric.strategies.ddp import DDPStrategy
-from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Batches, Splits
 from sigma_vae.data.splits import SplitName
+from sigma_vae.extras import needed_by
 from sigma_vae.vae import VAE
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 __all__ = [
     "ElsewhereError",
@@ -64,7 +63,7 @@ __all__ = [
 Made = TypeVar("Made")
 
 PATIENCE = timedelta(days=1)
-"""How long a process waits for others, one of which may be measuring alone. None waits for one that has died."""
+"""Time that a process waits for others, one of which may be measuring alone. None waits for one that has died."""
 
 _alone: ContextVar[bool] = ContextVar("alone", default=False)
 
@@ -184,28 +183,30 @@ def first_of_node_first() -> Iterator[None]:
             distributed.barrier()
 
 
-def fabric_for(vae: VAE, config: TrainingConfig, device: torch.device) -> Fabric:
-    """Lightning Fabric for one process, or for those of ``torchrun`` with DDP or FSDP.
+def fabric_for(vae: VAE, config: TrainingConfig, device: torch.device) -> "Fabric":
+    """Lightning Fabric for the processes of ``torchrun``, with DDP or FSDP; one process alone goes without.
 
     The environment is given explicitly: Fabric must not mistake a cluster scheduler's variables for other processes.
     """
+    with needed_by("training on several processes"):  # its import takes longer than torch's
+        from lightning_fabric import Fabric
+        from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+        from lightning_fabric.strategies.ddp import DDPStrategy
+        from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
-    def sharded(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    def sharded(module: nn.Module, mesh: "DeviceMesh") -> nn.Module:
         shard(vae, mesh["data_parallel"])
         return module
 
     us = processes()
-    strategy: str | DDPStrategy | ModelParallelStrategy = "auto"
-    if is_sharded(config):
-        strategy = ModelParallelStrategy(sharded, data_parallel_size=us.world_size, tensor_parallel_size=1)
-    elif us.world_size > 1:
-        strategy = DDPStrategy()
     fabric = Fabric(
         accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=us.per_node if us.world_size > 1 else 1 if device.index is None else [device.index],
+        devices=us.per_node,
         num_nodes=us.world_size // us.per_node,
-        strategy=strategy,
-        plugins=[LightningEnvironment() if us.world_size == 1 else TorchElasticEnvironment()],
+        strategy=ModelParallelStrategy(sharded, data_parallel_size=us.world_size, tensor_parallel_size=1)
+        if is_sharded(config)
+        else DDPStrategy(),
+        plugins=[TorchElasticEnvironment()],
     )
     fabric.launch()
     return fabric
@@ -344,7 +345,7 @@ def to_be_trained(vae: VAE, config: TrainingConfig) -> VAE:
     return copy.deepcopy(vae) if is_sharded(config) else vae
 
 
-def shard(vae: VAE, mesh: DeviceMesh) -> None:
+def shard(vae: VAE, mesh: "DeviceMesh") -> None:
     """Give each process a part of every block; a block is whole only while it computes.
 
     The likelihood's own parameters (a shared σ, a ν) stay on every process.
@@ -385,14 +386,25 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     optimizer.load_state_dict({**state, "state": moments})
 
 
+def _is_part(value: object) -> "TypeGuard[DTensor]":
+    """Whether a tensor is sharded. Only a group of processes has such ones, and torch's module of them is slow to import."""
+    if processes().world_size == 1:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
 def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if _is_part(value) else value
 
 
 def _like(target: Tensor, value: Tensor) -> Tensor:
     """The value, sharded as the target is."""
-    if not isinstance(target, DTensor):
+    if not _is_part(target):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
 
 
@@ -413,8 +425,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     tensor(5.)
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    sharded = [gradient for gradient in gradients if _is_part(gradient)]
+    whole = [gradient for gradient in gradients if not _is_part(gradient)]
     if not sharded:
         return torch.nn.utils.get_total_norm(whole)
     norms = [_whole(torch.nn.utils.get_total_norm(sharded)), *(gradient.norm() for gradient in whole)]
@@ -426,7 +438,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 def clip(parameters: Iterable[nn.Parameter], largest: float, norm: Tensor) -> None:
     """Scale gradients of this norm down to the largest norm allowed."""
     parameters = [p for p in parameters if p.grad is not None]
-    if not any(isinstance(p.grad, DTensor) for p in parameters):
+    if not any(_is_part(p.grad) for p in parameters):
         torch.nn.utils.clip_grads_with_norm_(parameters, largest, norm)
         return
     factor = float((largest / (norm + 1e-6)).clamp(max=1))
@@ -482,8 +494,9 @@ class GlobalBatchNorm(nn.Module):
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             self.register_buffer(name, getattr(norm, name))
         self.train(norm.training)
+        # A compiled graph ends where processes talk. Not as a decorator, which would import the compiler with this module.
+        self.forward = torch.compiler.disable(self.forward)  # type: ignore[method-assign, no-untyped-call]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled graph ends where processes talk
     def forward(self, x: Tensor) -> Tensor:
         """Normalise by the statistics of all processes in training, by the running ones else."""
         if not self.training:

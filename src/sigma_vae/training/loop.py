@@ -21,6 +21,7 @@ from sigma_vae import models
 from sigma_vae.config import LoggerName, TrainingConfig
 from sigma_vae.data import Batches, Splits, as_splits
 from sigma_vae.data.splits import SplitName
+from sigma_vae.extras import needed_by
 from sigma_vae.networks.principal import sample_of
 from sigma_vae.progress import hidden
 from sigma_vae.training.callbacks import Callback, Context, Patience, TrainingLogger, make_loggers, progress_of, rows_before
@@ -28,7 +29,6 @@ from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_
 from sigma_vae.training.distributed import (
     check_processes,
     each_on_any,
-    fabric_for,
     first_of_node_first,
     from_first,
     global_statistics,
@@ -90,6 +90,7 @@ class Terminated(SystemExit):
         super().__init__(128 + signal.SIGTERM)
 
 
+@needed_by("fit")
 def fit(
     vae: VAE,
     data: object,
@@ -227,9 +228,10 @@ class _Training:
     def run(self) -> None:
         """Train, validate and write checkpoints until the last step, or until something ends it before."""
         self.vae.to(self.where)
-        fabric = fabric_for(self.vae, self.config, self.where)
+        if self.where.type == "cuda":
+            torch.cuda.set_device(self.where.index or 0)
         context = self.context
-        self.stepper = Stepper(self.vae, self.config, self.choices, context.total_steps, self.batches.log_volume_nats, fabric)
+        self.stepper = Stepper(self.vae, self.config, self.choices, context.total_steps, self.batches.log_volume_nats)
         self._restore()
         status = "failed"
         with _Interrupts() as self.interrupts, self._keeping_broken_steps(), hidden():  # callbacks show the progress

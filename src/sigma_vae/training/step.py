@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -18,6 +17,7 @@ from sigma_vae.data import Batches, Splits
 from sigma_vae.training.distributed import (
     average_gradients,
     clip,
+    fabric_for,
     gradient_norm,
     is_sharded,
     load_optimizer_state,
@@ -80,23 +80,19 @@ class Stepper:
         choices: hardware settings.
         total_steps: length of the training; the cosine schedule ends there.
         log_volume_nats: subtracted from the model's log-density in logged bounds (the Jacobian of a standardisation).
-        fabric: Lightning Fabric, which wraps the model where there are several processes.
     """
 
-    def __init__(
-        self, vae: VAE, config: TrainingConfig, choices: Choices, total_steps: int, log_volume_nats: float, fabric: Fabric
-    ) -> None:
+    def __init__(self, vae: VAE, config: TrainingConfig, choices: Choices, total_steps: int, log_volume_nats: float) -> None:
         self.vae = vae
         self.config = config
         self.choices = choices
         self.total_steps = total_steps
         self.log_volume_nats = log_volume_nats
-        self.fabric = fabric
         self.average = None if config.decay is None else Averaged(vae, config.decay)
         module = _Loss(vae, config, torch.compile(vae.elbo) if choices.compile else None)
         self._loss: Callable[[Batch, int], StepLoss] = module.forward
         if processes().world_size > 1:
-            wrapped = fabric.setup_module(module)  # which shards the module itself
+            wrapped = fabric_for(vae, config, vae.device).setup_module(module)  # which shards the module itself
             self._loss = module.forward if is_sharded(config) else wrapped
         self.parameters = list(vae.parameters())
         self.optimizer = optimizer_for(vae, config, fused=choices.fused_optimiser)
@@ -178,7 +174,7 @@ class Stepper:
         self.optimizer.found_inf = self._broken  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells a fused optimiser
 
     def _backward(self, loss: Tensor) -> None:
-        self.fabric.backward(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
         if is_sharded(self.config):  # sharded weights have their gradients averaged by torch
             average_gradients(self.vae.likelihood.parameters())
 
@@ -234,6 +230,23 @@ class _Loss(nn.Module):
         return step_loss(self.vae, batch, self.config, number, self.elbo_of)
 
 
+_Place = tuple[dict[str, Tensor | None], str]
+
+
+def _places(module: nn.Module) -> list[_Place]:
+    """Where a module has its parameters and buffers, each once, in order."""
+    modules = list(module.modules())
+    kept: list[Any] = [*(each._parameters for each in modules), *(each._buffers for each in modules)]
+    return list({id(each): (tensors, name) for tensors in kept for name, each in tensors.items() if each is not None}.values())
+
+
+def _at(place: _Place) -> Tensor:
+    tensors, name = place
+    tensor = tensors[name]
+    assert tensor is not None
+    return tensor.detach()
+
+
 @final
 class Averaged(AveragedModel):
     """An exponential moving average of weights and buffers; ``decay`` is the weight of the past.
@@ -242,18 +255,25 @@ class Averaged(AveragedModel):
     """
 
     def __init__(self, vae: VAE, decay: float) -> None:
-        super().__init__(vae, multi_avg_fn=self._average, use_buffers=True)
+        super().__init__(vae, use_buffers=True)
         self.decay = decay
+        # Found once: looking for all tensors in all modules takes as long as a small network's forward pass.
+        self._places: dict[torch.dtype, list[tuple[_Place, _Place]]] = {}
+        for ours, theirs in zip(_places(self.module), _places(vae), strict=True):
+            self._places.setdefault(_at(ours).dtype, []).append((ours, theirs))
 
     @torch.no_grad()
-    def _average(self, averages: Any, current: Any, _: Any) -> None:
-        steps = int(self.n_averaged)  # on the CPU: the argument is on the weights' device, and reading it would wait
-        weight = 1 - min(self.decay, (1 + steps) / (10 + steps))
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, current, weight)
-        else:
-            for average, now in zip(averages, current, strict=True):
-                average.copy_(now)
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take the model's tensors into the averages, the first time as they are; those of whole numbers always so."""
+        steps = int(self.n_averaged)
+        weight = 1 - min(self.decay, (1 + steps) / (10 + steps)) if steps else 1.0
+        for dtype, places in self._places.items():
+            averages, current = ([_at(place) for place in column] for column in zip(*places, strict=True))
+            if steps and dtype.is_floating_point:
+                torch._foreach_lerp_(averages, current, weight)
+            else:
+                torch._foreach_copy_(averages, current)
+        self.n_averaged += 1
 
     @contextmanager
     def in_place_of(self, vae: VAE) -> Iterator[None]:

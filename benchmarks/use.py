@@ -1,0 +1,255 @@
+"""What a user waits for: processor seconds, wall, memory and first output of each command on seven data sets.
+
+    python -m benchmarks.use --folder /tmp/use
+
+Data that are not there are made in the folder: 30 000 small JPEGs, a table of a million rows and 50 columns, and a mapped array of
+6 GB. Each command runs in a process of its own, in a terminal of its own. Memory is the largest anonymous resident set, without pages
+of files, which the kernel takes back at will. A cell above its budget is marked, and the exit code is 1.
+"""
+
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+SHORT = 3
+"""Steps of the shortest training."""
+LONGER = 30
+"""Steps of the training whose run the other commands are given."""
+LIMIT = 120.0
+"""Processor seconds after which a command is ended."""
+PICTURES, PICTURE_SIDE = 30_000, 64
+ROWS, COLUMNS = 1_000_000, 50
+IMAGES, IMAGE_SHAPE = 500_000, (3, 64, 64)
+NOISY = 1000
+"""Every so many-th image of the mapped array is noise; the others are zeros, which take no room on the disk."""
+
+ONCE = {
+    "import torch": ["-c", "import torch"],
+    "import sigma_vae": ["-c", "import sigma_vae"],
+    "--help": ["-m", "sigma_vae", "--help"],
+    "train --help": ["-m", "sigma_vae", "train", "--help"],
+}
+COMMANDS = {
+    "inspect": "inspect DATA",
+    f"train, {SHORT} steps": f"train DATA --max-steps {SHORT} --out RUN-short",
+    f"train, {LONGER} steps": f"train DATA --max-steps {LONGER} --out RUN",
+    "evaluate": "evaluate RUN",
+    "calibrate": "calibrate RUN",
+    "sample": "sample RUN",
+    "reconstruct": "reconstruct RUN",
+    "encode": "encode RUN",
+    "score": "score RUN",
+    "report": "report RUN",
+}
+DATA = ("digits", "mnist-5k", "fashion-mnist", "pictures", "table.csv", "moving-mnist", "images.npy")
+FIGURES = {
+    "cpu_seconds": "s of the processor",
+    "wall_seconds": "s",
+    "megabytes": "MB",
+    "first_output_seconds": "s to the first output",
+}
+
+BUDGETS: dict[str, dict[str, tuple[float, float]]] = {}
+"""Processor seconds and megabytes of a cell; the column ``""`` holds for data that have no column of their own."""
+
+Measured = dict[str, Any]
+
+
+def main(
+    out: Path = Path("benchmarks/results/use.json"),
+    folder: Path = Path("use"),
+    data: tuple[str, ...] = DATA,
+    commands: tuple[str, ...] = tuple(COMMANDS),
+) -> None:
+    """Measure, write the results as JSON, print the table.
+
+    Args:
+        out: file of the results; cells that are not measured now are kept.
+        folder: of the data that are made, and of the runs, which are removed first.
+        data: the columns to measure.
+        commands: the rows to measure.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results: dict[str, dict[str, Measured]] = json.loads(out.read_text())["results"] if out.exists() else {}
+    for name, arguments in ONCE.items():
+        results.setdefault(name, {})[""] = shown(name, "", waited_for(arguments))
+    for source in data:
+        path, run = made(source, folder), folder / f"run-{source}"
+        for name in commands:
+            words = [
+                {"DATA": path, "RUN": str(run), "RUN-short": f"{run}-short"}.get(word, word) for word in COMMANDS[name].split()
+            ]
+            if words[0] == "train":
+                shutil.rmtree(words[-1], ignore_errors=True)
+            results.setdefault(name, {})[source] = shown(name, source, waited_for(["-m", "sigma_vae", *words]))
+            record = {"command": f"python -m benchmarks.use --folder {folder}", "cores": os.cpu_count(), "results": results}
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(table(results)))
+    sys.exit(bool(list(over(results))))
+
+
+def made(source: str, folder: Path) -> str:
+    """Name or path of the data; a process of its own makes them, whose memory is then no one's."""
+    makers = {"pictures": "pictures", "table.csv": "numbers", "images.npy": "images"}
+    if source not in makers:
+        return source
+    path = folder / source
+    if not path.exists():
+        code = f"from pathlib import Path; from benchmarks.use import {makers[source]} as make; make(Path({str(path)!r}))"
+        subprocess.run([sys.executable, "-c", code], check=True)
+    return str(path)
+
+
+def pictures(path: Path) -> None:
+    """JPEGs cut from two photographs."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    photographs, random = load_sample_images().images, np.random.default_rng(0)
+    path.mkdir()
+    for number in range(PICTURES):
+        photograph = photographs[number % 2]
+        top, left = (int(random.integers(size - PICTURE_SIDE)) for size in photograph.shape[:2])
+        Image.fromarray(photograph[top : top + PICTURE_SIDE, left : left + PICTURE_SIDE]).save(
+            path / f"{number:06d}.jpg", quality=90
+        )
+
+
+def numbers(path: Path) -> None:
+    """Columns that share ten factors, with four digits after the point."""
+    import numpy as np
+    import pandas as pd
+
+    random = np.random.default_rng(0)
+    values = random.normal(size=(ROWS, 10)) @ random.normal(size=(10, COLUMNS)) + random.normal(size=(ROWS, COLUMNS))
+    pd.DataFrame(values, columns=[f"c{number}" for number in range(COLUMNS)]).to_csv(path, index=False, float_format="%.4f")
+
+
+def images(path: Path) -> None:
+    """Bytes in a sparse file."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, (IMAGES, *IMAGE_SHAPE))
+    for number in range(0, IMAGES, NOISY):
+        array[number] = random.integers(256, size=IMAGE_SHAPE, dtype=np.uint8)
+
+
+def waited_for(arguments: list[str]) -> Measured:
+    """Run Python with these arguments in a terminal, and measure it until it ends or its processor seconds are used up."""
+    ours, theirs = pty.openpty()
+    begin = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL)
+    os.close(theirs)
+    first, peak, said = None, 0.0, b""
+    while (text := read(ours)) is not None:
+        first = first or (time.perf_counter() - begin if text else None)
+        said = (said + text)[-2000:]
+        peak = max(peak, anonymous_megabytes(process.pid))
+        if seconds_of(process.pid) > LIMIT:
+            process.send_signal(signal.SIGKILL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    os.close(ours)
+    found = {
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "wall_seconds": time.perf_counter() - begin,
+        "megabytes": peak,
+        "first_output_seconds": first,
+    }
+    if process.returncode:
+        found["ended"] = "over the limit" if process.returncode < 0 else said.decode(errors="replace").strip().splitlines()[-1]
+    return {key: round(value, 2) if isinstance(value, float) else value for key, value in found.items()}
+
+
+def read(terminal: int) -> bytes | None:
+    """The next output, nothing after a twentieth of a second without any, or None once it is closed."""
+    if not select.select([terminal], [], [], 0.05)[0]:
+        return b""
+    try:
+        return os.read(terminal, 65536) or None
+    except OSError:  # Linux says so where the last process at the other end has gone
+        return None
+
+
+def anonymous_megabytes(pid: int) -> float:
+    """Resident memory that is not a file's."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def seconds_of(pid: int) -> float:
+    """Processor seconds so far."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def shown(name: str, source: str, found: Measured) -> Measured:
+    print(name, source, found, flush=True)
+    return found
+
+
+def budget(name: str, source: str) -> tuple[float, float] | None:
+    """Processor seconds and megabytes that a cell may take."""
+    row = BUDGETS.get(name, {})
+    return row.get(source, row.get(""))
+
+
+def over(results: dict[str, dict[str, Measured]]) -> Iterator[tuple[str, str]]:
+    """The cells above their budgets."""
+    for name, row in results.items():
+        for source, found in row.items():
+            allowed = budget(name, source)
+            if allowed and (found["cpu_seconds"] > allowed[0] or found["megabytes"] > allowed[1]):
+                yield name, source
+
+
+def table(results: dict[str, dict[str, Measured]]) -> Iterator[str]:
+    """Markdown: seconds of the processor / of wall, megabytes, seconds to the first output; budgets in brackets."""
+    yield "| | s of the processor | s | MB | s to the first output |"
+    yield "| --- | --- | --- | --- | --- |"
+    for name in ONCE:
+        yield f"| `{name}` | " + " | ".join(f"{results[name][''][key] or 0:.2g}" for key in FIGURES) + " |"
+    sources = [source for source in DATA if any(source in row for row in results.values())]
+    yield ""
+    yield f"| | {' | '.join(sources)} |"
+    yield "| --- |" + " --- |" * len(sources)
+    beyond = set(over(results))
+    for name in COMMANDS:
+        cells = [cell(name, source, results.get(name, {}).get(source), (name, source) in beyond) for source in sources]
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def cell(name: str, source: str, found: Measured | None, beyond: bool) -> str:
+    """``CPU (budget), wall, MB, first output``."""
+    if found is None:
+        return ""
+    if "ended" in found and found["ended"] != "over the limit":
+        return "refused"
+    allowed = budget(name, source)
+    seconds = f"{found['cpu_seconds']:.1f}" + (f" of {allowed[0]:g}" if allowed else "")
+    memory = f"{found['megabytes']:.0f}" + (f" of {allowed[1]:g}" if allowed else "")
+    return f"{'**over** ' * beyond}{seconds} s, {memory} MB, first {found['first_output_seconds'] or 0:.1f} s"
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -14,6 +14,7 @@ extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax",
 myst_heading_anchors = 2  # so that pages can link to a heading
 myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "auto"
+nb_execution_in_temp = True  # tutorials write runs and pictures
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 exclude_patterns = ["studies/**"]  # reports of studies are pages of their own
@@ -67,9 +68,9 @@ def _listed(app: object, document: str, source: list[str]) -> None:
         lines = []
         for module, names in all_names().items():
             lines += [
-                f"``{module}``",
+                f"**{module}**",
                 "",
-                *(f"   :py:obj:`{name} <{module}.{name}>`\n      {say}\n" for name, say in names.items()),
+                *(f":py:obj:`{name} <{module}.{name}>`\n   {say}\n" for name, say in names.items()),
             ]
         source[0] = source[0].replace(".. all-names::", "\n".join(lines))
 

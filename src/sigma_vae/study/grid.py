@@ -75,7 +75,7 @@ Values = list[Any] | dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class StudySpec:
-    """A study. Every combination of the axes' values is a cell, trained once and evaluated with every prior."""
+    """A study: every combination of the axes' values is a cell, trained once and evaluated with every prior."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
 

@@ -6,7 +6,9 @@ import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal, final
 
 import torch
@@ -19,7 +21,18 @@ from sigma_vae.data import Splits
 from sigma_vae.types import as_argument
 from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 
-__all__ = ["Choices", "Machine", "Work", "applied", "choices_for", "choose", "keep_freed_memory", "machine_of", "work_of"]
+__all__ = [
+    "Choices",
+    "Machine",
+    "Work",
+    "applied",
+    "choices_for",
+    "choose",
+    "import_compiler",
+    "keep_freed_memory",
+    "machine_of",
+    "work_of",
+]
 
 LEAST_FLOPS_OF_BFLOAT16 = 6e7
 """bfloat16 pays from this many operations in a step's forward pass; an MLP on 28×28 breaks even at a width of 100."""
@@ -223,6 +236,17 @@ def _arrange(vae: VAE, memory_format: torch.memory_format) -> None:
     for parameter in vae.network.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
+def import_compiler() -> None:
+    """Import torch's compiler, which torch does anyway with the first optimiser.
+
+    That import leaves cycles that hold the frames it was called from, here those of a thread. It is too slow to import
+    it with this module, which commands need that train nothing.
+    """
+    thread = Thread(target=import_module, args=("torch._dynamo",))
+    thread.start()
+    thread.join()
 
 
 def keep_freed_memory() -> None:

@@ -78,7 +78,7 @@ def measured(name: str, tree: Path, folder: str) -> float:
     arguments = COMMANDS.get(name, ["-P", __file__, "--case", name])
     before = used()
     done = subprocess.run(
-        [sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=tree
+        [sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder
     )
     return used() - before if name in COMMANDS else float(done.stdout.splitlines()[-1])
 

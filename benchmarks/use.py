@@ -110,7 +110,11 @@ def main(
             if words[0] == "train":
                 shutil.rmtree(words[-1], ignore_errors=True)
             results.setdefault(name, {})[source] = shown(name, source, waited_for(["-m", "sigma_vae", *words], folder))
-            record = {"command": f"python -m benchmarks.use --folder {folder}", "cores": os.cpu_count(), "results": results}
+            record = {
+                "command": f"python -m benchmarks.use --data {' '.join(data)}",
+                "cores": os.cpu_count(),
+                "results": results,
+            }
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(results)))

@@ -28,7 +28,6 @@ __all__ = [
     "applied",
     "choices_for",
     "choose",
-    "import_compiler",
     "keep_freed_memory",
     "machine_of",
     "work_of",
@@ -189,6 +188,7 @@ def _lines(path: str) -> list[str]:
 @torch.no_grad()
 def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
     """Count the cost of a step's forward pass on one example (or clip), times those of the batch."""
+    _import_compiler()
     device = next(vae.parameters()).device
     example = next(iter(data.batches("train", 1, limit=1))).to(device)
     with in_eval_mode(vae), _Flops() as counted:
@@ -238,8 +238,8 @@ def _arrange(vae: VAE, memory_format: torch.memory_format) -> None:
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
-def import_compiler() -> None:
-    """Import torch's compiler, which torch does anyway with the first optimiser.
+def _import_compiler() -> None:
+    """Import torch's compiler, which torch does anyway for a dispatch mode or an optimiser.
 
     That import leaves cycles that hold the frames it was called from, here those of a thread. It is too slow to import
     it with this module, which commands need that train nothing.

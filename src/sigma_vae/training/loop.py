@@ -41,7 +41,7 @@ from sigma_vae.training.distributed import (
     shared,
     to_be_trained,
 )
-from sigma_vae.training.hardware import Choices, applied, choices_for, import_compiler
+from sigma_vae.training.hardware import Choices, applied, choices_for
 from sigma_vae.training.metrics import TrainingLogger, make_loggers, rows_before
 from sigma_vae.training.nonfinite import REMEDY, NonFiniteLossError, keep_broken_step, with_saved_step
 from sigma_vae.training.objective import check_weights, validated_total
@@ -143,7 +143,6 @@ def fit(
         OSError: a file cannot be written (a full disk, say); those written before are whole.
     """
     where = resolve_device(device)
-    import_compiler()
     with joined(where) as us, ExitStack() as stack:
         with first_of_node_first():
             splits = as_splits(data, condition=condition)

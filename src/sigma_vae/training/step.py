@@ -235,7 +235,7 @@ _Place = tuple[dict[str, Tensor | None], str]
 def _places(module: nn.Module) -> list[_Place]:
     """Where a module has its parameters and buffers, each once, in order."""
     modules = list(module.modules())
-    kept = [*(each._parameters for each in modules), *(each._buffers for each in modules)]
+    kept: list[Any] = [*(each._parameters for each in modules), *(each._buffers for each in modules)]
     return list({id(each): (tensors, name) for tensors in kept for name, each in tensors.items() if each is not None}.values())
 
 

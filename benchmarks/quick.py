@@ -63,7 +63,7 @@ def main(
                     break
                 for name, pairs in found.items():
                     trees = (here, there) if number % 2 else (there, here)
-                    values = {tree: measured(name, tree) for tree in trees}
+                    values = {tree: measured(name, tree, folder) for tree in trees}
                     pairs.append((values[here], values[there]))
         finally:
             subprocess.run([*git, "remove", "--force", str(there)], check=True)
@@ -72,13 +72,13 @@ def main(
         out.write_text(json.dumps({"against": against, "this tree, the commit": found}, indent=1) + "\n", encoding="utf-8")
 
 
-def measured(name: str, tree: Path) -> float:
+def measured(name: str, tree: Path, folder: str) -> float:
     """One number of one tree."""
     environment = os.environ | {"PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
     arguments = COMMANDS.get(name, ["-P", __file__, "--case", name])
     before = used()
     done = subprocess.run(
-        [sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=tree
+        [sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder
     )
     return used() - before if name in COMMANDS else float(done.stdout.splitlines()[-1])
 

@@ -1,4 +1,4 @@
-"""What a step costs on one process and on two, and how cost grows with image size, batch size, latent size and data size.
+"""What a step costs on one process and on two, and how cost grows with image size, batch, latents, data, columns and frames.
 
 Every measurement has a process of its own, with one thread; memory is the rise of its resident set. A step is forward pass, σ, backward
 pass, gradients shared over processes, and Adam: what the trainer adds is not in it. Two processes need two idle cores:
@@ -34,9 +34,17 @@ from sigma_vae.types import Batch
 SIDE, BATCH, LATENTS = 32, 64, 20
 PASSING = 128
 """Examples in a batch of a pass over the data."""
-EXPECTED = {"image side": (2, 2), "batch size": (1, 1), "latent size": (0, 0), "data size": (1, 0)}
+EXPECTED = {
+    "image side": (2, 2),
+    "batch size": (1, 1),
+    "latent size": (0, 0),
+    "data size": (1, 0),
+    "columns": (1, 1),
+    "frames": (1, 1),
+}
 """Exponents of time and memory. Latents touch two layers of many; beside the data, which take a byte a value, a pass over them holds one
-batch."""
+batch. Columns are those of a table, under ``mlp``; frames those of clips, under ``sequence``; the others are of ``conv``."""
+CLIP_SIDE, CLIPS, ROWS = 64, 4, 256
 
 Case = dict[str, int]
 
@@ -47,24 +55,32 @@ def main(
     batches: tuple[int, ...] = (32, 64, 128, 256),
     latents: tuple[int, ...] = (8, 32, 128, 512),
     examples: tuple[int, ...] = (2000, 4000, 8000, 16000),
+    columns: tuple[int, ...] = (1000, 2000, 4000, 8000),
+    frames: tuple[int, ...] = (4, 8, 16),
     steps: int = 7,
+    only: tuple[str, ...] = (),
 ) -> None:
-    """Measure, write the results as JSON, print the tables."""
+    """Measure, write the results as JSON, print the tables. With ``only`` measure these, and keep the others of the file."""
     sweeps: dict[str, tuple[tuple[int, ...], Callable[[int], Case]]] = {
         "image side": (sides, lambda side: {"side": side, "batch": 16}),
         "batch size": (batches, lambda batch: {"batch": batch}),
         "latent size": (latents, lambda latent: {"latents": latent}),
         "data size": (examples, lambda n: {"examples": n}),
+        "columns": (columns, lambda n: {"columns": n, "batch": ROWS}),
+        "frames": (frames, lambda n: {"frames": n, "side": CLIP_SIDE, "batch": CLIPS}),
     }
-    results: dict[str, Any] = {"processes": processes(steps)}
+    results: dict[str, Any] = (
+        json.loads(out.read_text(encoding="utf-8"))["results"] if only else {"processes": processes(steps)}
+    )
     for name, (sizes, case) in sweeps.items():
+        if only and name not in only:
+            continue
         rows = [{"size": size, **measured(1, case(size), steps)} for size in sizes]
         results[name] = {"rows": rows, **exponents(name, rows)}
         print(name, results[name], flush=True)
     record = {
         "command": f"python -m benchmarks.scaling --sides {words(sides)} --batches {words(batches)} --latents {words(latents)}"
-        f" --examples {words(examples)} --steps {steps}",
-        "network": "conv",
+        f" --examples {words(examples)} --columns {words(columns)} --frames {words(frames)} --steps {steps}",
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "results": results,
@@ -104,14 +120,17 @@ def one(rank: int, count: int, folder: str, case: Case, steps: int) -> None:
         distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     side = case.get("side", SIDE)
     scaling = Scaling(levels=256)
-    vae = models.vae(ModelConfig("conv", latent_dim=case.get("latents", LATENTS)), (1, side, side), scaling)
+    network = "mlp" if "columns" in case else "sequence" if "frames" in case else "conv"
+    shape = (case["columns"],) if "columns" in case else (1, side, side)
+    vae = models.vae(ModelConfig(network, latent_dim=case.get("latents", LATENTS)), shape, scaling)
+    example = (case["frames"], *shape) if "frames" in case else shape
     if "examples" in case:
         work = passing(vae, scaling, case["examples"])
         before, steps = memory(), 1  # the data are there
     else:
         step = stepping(vae, parallel=count > 1)
-        step(torch.rand(2, 1, side, side))  # gradients and moments, whatever the batch
-        before, x = memory(), torch.rand(case.get("batch", BATCH) // count, 1, side, side)
+        step(torch.rand(2, *example))  # gradients and moments, whatever the batch
+        before, x = memory(), torch.rand(case.get("batch", BATCH) // count, *example)
         work = partial(step, x)
         work()
     seconds = [timed(work) for _ in range(steps)]
@@ -199,8 +218,9 @@ def table(results: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "| cost against | sizes | seconds | exponent | expected | memory (MB) | exponent | expected |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    for name in EXPECTED:
-        found = results[name]
+    for name, found in results.items():
+        if name == "processes":
+            continue
         cells = [", ".join(f"{row['size']}" for row in found["rows"])]
         for key, digits in (("seconds", 3), ("megabytes", 0)):
             cells += [", ".join(f"{row[key]:.{digits}f}" for row in found["rows"])]

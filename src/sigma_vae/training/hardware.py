@@ -6,7 +6,9 @@ import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal, final
 
 import torch
@@ -19,7 +21,17 @@ from sigma_vae.data import Splits
 from sigma_vae.types import as_argument
 from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 
-__all__ = ["Choices", "Machine", "Work", "applied", "choices_for", "choose", "keep_freed_memory", "machine_of", "work_of"]
+__all__ = [
+    "Choices",
+    "Machine",
+    "Work",
+    "applied",
+    "choices_for",
+    "choose",
+    "keep_freed_memory",
+    "machine_of",
+    "work_of",
+]
 
 LEAST_FLOPS_OF_BFLOAT16 = 6e7
 """bfloat16 pays from this many operations in a step's forward pass; an MLP on 28×28 breaks even at a width of 100."""
@@ -176,6 +188,7 @@ def _lines(path: str) -> list[str]:
 @torch.no_grad()
 def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
     """Count the cost of a step's forward pass on one example (or clip), times those of the batch."""
+    _import_compiler()
     device = next(vae.parameters()).device
     example = next(iter(data.batches("train", 1, limit=1))).to(device)
     with in_eval_mode(vae), _Flops() as counted:
@@ -223,6 +236,17 @@ def _arrange(vae: VAE, memory_format: torch.memory_format) -> None:
     for parameter in vae.network.parameters():
         if parameter.dim() == 4:
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
+
+
+def _import_compiler() -> None:
+    """Import torch's compiler, which torch does anyway for a dispatch mode or an optimiser.
+
+    That import leaves cycles that hold the frames it was called from, here those of a thread. It is too slow to import
+    it with this module, which commands need that train nothing.
+    """
+    thread = Thread(target=import_module, args=("torch._dynamo",))
+    thread.start()
+    thread.join()
 
 
 def keep_freed_memory() -> None:

@@ -2,7 +2,7 @@
 
 from sigma_vae.priors.base import FittedPrior
 from sigma_vae.priors.class_mixture import ClassMixturePrior
-from sigma_vae.priors.flow import FlowPrior
+from sigma_vae.priors.flow import ConditionalFlowPrior, FlowPrior
 from sigma_vae.priors.gaussian import GaussianPrior, StandardNormal
 from sigma_vae.priors.learned import LearnedPrior
 from sigma_vae.priors.maps import FlowMatchingPrior
@@ -10,6 +10,7 @@ from sigma_vae.priors.mixture import MixturePrior
 
 __all__ = [
     "ClassMixturePrior",
+    "ConditionalFlowPrior",
     "FittedPrior",
     "FlowMatchingPrior",
     "FlowPrior",

@@ -24,7 +24,7 @@ from torch.distributions import Normal
 
 from sigma_vae import runs
 from sigma_vae.codec import Codec
-from sigma_vae.codec.bits_back import CELL, CELLS
+from sigma_vae.codec.bits_back import CELL, CELLS, Roundings
 from sigma_vae.codec.container import read
 from sigma_vae.codec.lossless import _reproducible
 from sigma_vae.codec.stack import Ints, Stack
@@ -88,6 +88,7 @@ def ours(opened: runs.Run, levels: np.ndarray) -> dict[str, Any]:
         "lossless": len(found) == len(levels) and all(map(np.array_equal, found, levels)),
         "file_bits": 8 * len(blob),
         "coded_bits": coded,
+        "noted": sum(len(notes) for chunk in header.chunks for notes in chunk.noted),
         "initial_bits": 32 * sum(chunk.seeds for chunk in header.chunks),
         "header_bits": 8 * (len(blob) - sum(chunk.size for chunk in header.chunks)),
         "evaluated_bits": float((evaluated.rate - evaluated.log_mass_post_hoc).sum()) / math.log(2),
@@ -104,7 +105,7 @@ def drawn_bits(codec: Codec, levels: np.ndarray) -> float:
         stack = Stack()
         with _reproducible():
             for example in reversed(levels[start : start + codec.chunk]):
-                cells = codec.bits_back.encode(stack, example.astype(np.int64))
+                cells = codec.bits_back.encode(stack, example.astype(np.int64), Roundings.knowing())
                 total += -one_draw(codec, example, cells) / math.log(2)
     return total
 
@@ -112,7 +113,7 @@ def drawn_bits(codec: Codec, levels: np.ndarray) -> float:
 def one_draw(codec: Codec, example: np.ndarray, cells: Sequence[Ints]) -> float:
     """Log p(x|z) + log p(z) − log q(z|x), in nats."""
     inside, likelihood = codec.bits_back.latents, codec.bits_back.likelihood
-    x = torch.from_numpy(example.astype(np.int64)).float()[None] / codec.bits_back.top
+    x = torch.from_numpy(example.astype(np.int64)).double()[None] / codec.bits_back.top
     units = iter([torch.from_numpy((each - CELLS // 2 + 0.5) * CELL) for each in cells])
     network = inside.network
     ratios = []
@@ -121,14 +122,14 @@ def one_draw(codec: Codec, example: np.ndarray, cells: Sequence[Ints]) -> float:
         assert posterior is not None
         z = prior.loc.double() + prior.scale.double() * next(units).reshape(prior.loc.shape)
         ratios.append(float((log_normal(z, prior) - log_normal(z, posterior)).sum()))
-        return z.float()
+        return z
 
     if network.has_descent:
         h = network.descend(choose, x)
     else:
         z = (torch.from_numpy(inside.mean) + torch.from_numpy(inside.std) * next(units))[None]
         ratios.append(float(network.prior.log_prob(z) - log_normal(z, network.posterior(x)).sum()))
-        h = network.decode(z.float())
+        h = network.decode(z)
     return sum(ratios) + float(likelihood.log_mass(h.double(), x.double(), refitted=codec.bits_back.refitted))
 
 

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from sigma_vae import VAE, Fixed, FlatNetwork, Gaussian, models, runs
 from sigma_vae.cli import main
 from sigma_vae.conditions import Conditions, Variable
-from sigma_vae.config import DataConfig, EvaluationSettings, ModelConfig, RunConfig, TrainingConfig
-from sigma_vae.data import as_splits
+from sigma_vae.config import ClipConfig, DataConfig, EvaluationSettings, ModelConfig, RunConfig, TrainingConfig
+from sigma_vae.data import Batches, Scaling, as_splits
 from sigma_vae.data.load import load
-from sigma_vae.evaluation import evaluate
+from sigma_vae.data.stores import InMemory, Labelled
+from sigma_vae.evaluation import Evaluation, evaluate
 from sigma_vae.evaluation.classifier import best_temperature, calibration_error, class_bounds, log_probabilities
+from sigma_vae.evaluation.information import information
 from sigma_vae.evaluation.plots import sampled_per_class
-from sigma_vae.priors import ClassMixturePrior, LearnedPrior, MixturePrior
+from sigma_vae.priors import ClassMixturePrior, ConditionalFlowPrior, LearnedPrior, MixturePrior
 from sigma_vae.training import NonFiniteLossError, fit
 from sigma_vae.vae import keyed_noise
 
@@ -348,6 +350,139 @@ def test_a_mixture_for_each_class_needs_one_label() -> None:
         models.prior("learned", 2)
 
 
+def shifted_latents(n: int, seed: int, unknown: float) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Latents of Gaussians whose mean is linear in a covariate and whose spread depends on a class; exact log-densities."""
+    random = np.random.default_rng(seed)
+    classes, ages = random.integers(0, 2, n), random.normal(40, 10, n)
+    means = np.stack([(ages - 40) / 5, 4.0 * classes], 1)
+    factors = np.array([[[1.0, 0.0], [0.8, 0.5]], [[0.7, 0.0], [0.0, 2.0]]])[classes]
+    units = random.standard_normal((n, 2))
+    z = means + np.einsum("nij,nj->ni", factors, units)
+    exact = -0.5 * (units**2).sum(1) - np.log(np.linalg.det(factors)) - np.log(2 * np.pi)
+    condition = np.stack([classes, ages], 1)
+    condition[random.random(n) < unknown] = np.nan
+    return torch.from_numpy(z).float(), torch.from_numpy(condition).float(), exact
+
+
+def test_a_flow_given_the_condition_is_the_exact_density_of_linear_gaussian_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sigma_vae.priors.flow.STEPS", 250)
+    prior = ConditionalFlowPrior(2, MIX)
+    z, condition, _ = shifted_latents(6000, 0, unknown=0.1)
+    held, held_condition, _ = shifted_latents(1000, 1, unknown=0.1)
+    fresh, fresh_condition, exact = shifted_latents(2000, 2, unknown=0.0)
+    prior.fit_given(z, condition, held, held_condition)
+    found = prior.given(fresh_condition).log_prob(fresh).double().numpy()
+    assert 0 <= (exact - found).mean() + 3 * (exact - found).std() / 2000**0.5  # KL(p‖q) is not below 0
+    assert (exact - found).mean() < 0.05
+    assert np.abs(exact - found).mean() < 0.2
+
+    one = torch.tensor([[1.0, 44.0]])
+    draws = prior.given(one.expand(4000, -1)).sample(4000, torch.Generator().manual_seed(0))
+    np.testing.assert_allclose(draws.mean(0), [0.8, 4.0], atol=0.2)
+    np.testing.assert_allclose(draws.std(0), [0.7, 2.0], atol=0.15)
+    # Without a condition it is the mixture over all of them: its density integrates to one, and is lower where c is known.
+    axis = torch.linspace(-14, 14, 140)
+    grid = torch.cartesian_prod(axis, axis)
+    assert prior.log_prob(grid).exp().sum() * (28 / 139) ** 2 == pytest.approx(1, abs=0.02)
+    assert prior.log_prob(fresh).mean() < found.mean() - 0.5
+
+
+def test_a_flow_given_the_condition_needs_it_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sigma_vae.priors.flow.STEPS", 20)
+    with pytest.raises(ValueError, match="call fit_given"):
+        ConditionalFlowPrior(2, LABEL).fit(torch.zeros(30, 2))
+    with pytest.raises(ValueError, match="give condition"):
+        ConditionalFlowPrior(2, LABEL).fit_given(torch.zeros(30, 2), None)
+    with pytest.raises(ValueError, match="depends on a condition, and the model has none"):
+        models.prior("conditional-flow", 2)
+    config = ModelConfig("mlp", "gaussian/fixed:0.3", **FAST)
+    x, labels = examples("mlp", 60), torch.arange(60)[:, None].float() % 3
+    data = as_splits(x, condition=labels[:, 0], levels=None)
+    vae = models.vae(config, data.shape, data.scaling, conditions=data.conditions)
+    vae.fit_prior(data.batches("train", 20), models.prior("conditional-flow", 2, conditions=data.conditions))
+    models.save(tmp_path, vae, config, data.shape, data.scaling)
+    again, z = models.load(tmp_path).vae.network.prior, torch.randn(60, 2)
+    assert models.prior_name(again) == "conditional-flow"
+    assert torch.equal(again.given(labels).log_prob(z), vae.network.prior.given(labels).log_prob(z))
+    assert not torch.equal(again.given(labels).log_prob(z), again.given((labels + 1) % 3).log_prob(z))
+
+
+# -- information ---------------------------------------------------------------------------------------------------------
+
+GAIN, SPREAD, SHIFTS = np.array([[0.8, 0.3, 0.0], [0.0, -0.6, 0.9]]), np.array([0.6, 0.9]), np.array([[2.0, 0.0], [-1.0, 1.5]])
+
+
+class ShiftedEncoder(nn.Module):
+    """q(z|x, c) = N(gain x + shift of the class, spread²), in float64; a covariate is not read."""
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        mean = x.double() @ torch.from_numpy(GAIN).T + embedding[:, :2].double() @ torch.from_numpy(SHIFTS)
+        return torch.cat([mean, 2 * torch.from_numpy(SPREAD).log().expand_as(mean)], 1)
+
+
+class ConstantEncoder(nn.Module):
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return x.new_zeros(len(x), 2)
+
+
+class Nothing(nn.Module):
+    def forward(self, z: Tensor, embedding: Tensor) -> Tensor:
+        return z.new_zeros(len(z), 3)
+
+
+def shifted(conditions: Conditions) -> VAE:
+    vae = VAE(
+        FlatNetwork(ShiftedEncoder(), Nothing(), 2, conditions=conditions), Gaussian(3, Fixed(1.0), spatial_dims=0, levels=None)
+    )
+    with torch.no_grad():
+        for parameter in vae.network.embedding.parameters():
+            parameter.zero_()
+        vae.network.embedding.linear.weight[:2, :2] = torch.eye(2)
+    return vae
+
+
+def labelled_batches(n: int, conditions: Conditions, seed: int) -> Batches:
+    random = np.random.default_rng(seed)
+    x = torch.from_numpy(random.standard_normal((n, 3))).float()
+    rows = torch.stack([torch.arange(n) % 2, 40 + 10 * torch.from_numpy(random.standard_normal(n))], 1).float()
+    store = Labelled(InMemory(x), conditions, rows[:, : len(conditions.variables)])
+    return Batches(store, Scaling(), 256)
+
+
+@pytest.mark.parametrize("conditions", [Conditions(MIX.variables[:1]), MIX], ids=["class", "class and covariate"])
+def test_the_rate_given_a_class_falls_into_its_closed_forms(conditions: Conditions) -> None:
+    """Within a class q(z|c) is a Gaussian: I(x; z | c) and KL(q(z|c)‖N(0, I)) by their formulas in NumPy."""
+    aggregate = GAIN @ GAIN.T + np.diag(SPREAD**2)
+    log_det = np.linalg.slogdet(aggregate)[1]
+    mutual = 0.5 * (log_det - 2 * np.log(SPREAD).sum())
+    marginal = 0.5 * (np.trace(aggregate) - 2 - log_det + np.square(SHIFTS).sum(1).mean())
+    found = information(shifted(conditions), labelled_batches(2000, conditions, 0), labelled_batches(2000, conditions, 1))
+    error = 4 * found.mean_kl_nats.standard_error
+    assert found.mean_kl_nats.mean == pytest.approx(mutual + marginal, abs=error)
+    assert found.marginal_kl_at_least_nats < marginal + error
+    assert found.mutual_information_at_most_nats > mutual - error
+    if len(conditions.variables) > 1:
+        assert found.log_sum_exp is None
+        return
+    assert found.marginal_kl_held_out_nats.mean == pytest.approx(marginal, abs=error)
+    assert found.marginal_kl_moments_nats < marginal - 0.5  # a Gaussian of all classes
+    bracket = found.log_sum_exp
+    assert bracket.log_n_nats == pytest.approx(math.log(1000))
+    assert bracket.mutual_information_at_least_nats - 0.05 < mutual < bracket.mutual_information_at_most_nats + 0.05
+
+
+@pytest.mark.parametrize("name", NETWORKS[:4])
+def test_every_network_of_single_examples_splits_its_rate_given_the_condition(name: str) -> None:
+    vae, x = conditional(name), examples(name, 40)
+    store = Labelled(InMemory(x), LABEL, torch.arange(40)[:, None].float() % 3)
+    batches = Batches(store, Scaling(), 16)
+    found = information(vae, batches, batches)
+    mean_kl = found["mean_kl_nats"]
+    with torch.no_grad():
+        rows = [vae.network.infer(b.x, None, None, keyed_noise(b.positions), b.condition).kl.sum(1) for b in batches]
+    assert (mean_kl if isinstance(mean_kl, float) else mean_kl.mean) == pytest.approx(float(torch.cat(rows).mean()), rel=1e-4)
+
+
 # -- the classifier ------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +508,53 @@ def test_the_calibration_error_of_probabilities_that_hold_goes_to_zero() -> None
     log = torch.from_numpy(probabilities[:4000]).log()
     assert calibration_error(log, classes) < 0.03
     assert calibration_error((4 * log).log_softmax(1), classes) > 0.15
+
+
+TWO = Conditions((Variable("sign", ("minus", "plus"), (0.25, 0.75)), Variable("place", ("a", "b", "c")), MIX.variables[1]))
+
+
+class TwoLabels(nn.Module):
+    """Decodes to a mean for each pair of classes, whatever the latents."""
+
+    def forward(self, z: Tensor, embedding: Tensor) -> Tensor:
+        return embedding[:, :5] @ torch.tensor([[-1.0, 0], [1, 0], [0, -1], [0, 0], [0, 1]]).double()
+
+
+def test_each_of_several_labels_is_classified_with_the_others_held() -> None:
+    """Latents that say nothing: the bound is exactly log N(x; mean of both classes, I), and Bayes' rule is SciPy's."""
+    network = FlatNetwork(ConstantEncoder(), TwoLabels(), 1, conditions=TWO)
+    vae = VAE(network, Gaussian(2, Fixed(0.7), spatial_dims=0, levels=None, mean="identity")).double().eval()
+    with torch.no_grad():
+        for parameter in network.embedding.parameters():
+            parameter.zero_()
+        network.embedding.linear.weight[:5, :5] = torch.eye(5)
+    random, n = np.random.default_rng(0), 300
+    signs, places = (random.random(n) < 0.75).astype(int), random.integers(0, 3, n)
+    means = lambda sign, place: np.stack(np.broadcast_arrays(2.0 * sign - 1, place - 1.0), -1)  # noqa: E731
+    x = means(signs, places) + 0.7 * random.standard_normal((n, 2))
+    rows = torch.from_numpy(np.stack([signs, places, np.full(n, 40.0)], 1))
+    rows[:7, 0] = math.nan
+    batches = Batches(Labelled(InMemory(torch.from_numpy(x)), TWO, rows), Scaling(), 64)
+    vae.calibrate(batches)
+    own = means(signs, places) * np.where(np.arange(n) < 7, 0, 1)[:, None] ** [1, 0]  # an unknown sign adds nothing
+    sigma = np.sqrt(np.square(x - own).mean())
+    bounds, classes = class_bounds(vae, batches, name="place")
+    expected = [stats.norm.logpdf(x, means(signs, np.full(n, c)), sigma).sum(1) for c in range(3)]
+    np.testing.assert_allclose(bounds[7:], np.stack(expected, 1)[7:], atol=1e-5)
+    assert torch.equal(classes, rows[:, 1])
+    with pytest.raises(ValueError, match="of one class label, got no name; the model is given: sign, place"):
+        class_bounds(vae, batches)
+
+    report = evaluate(vae, batches, settings=EvaluationSettings(metrics=("classifier",)))
+    sign = np.stack([stats.norm.logpdf(x, means(np.full(n, c), places), sigma).sum(1) for c in range(2)], 1) + np.log(
+        [0.25, 0.75]
+    )
+    assert report.classifier["sign"].accuracy.mean == accuracy_score(signs[7:], sign.argmax(1)[7:])
+    assert report.classifier["sign"].examples == n - 7
+    assert report.classifier["place"].classes == 3
+    truth = log_loss(signs[7:], np.exp(sign - np.logaddexp.reduce(sign, 1, keepdims=True))[7:])
+    assert report.classifier["sign"].log_loss_at_1_nats.mean == pytest.approx(truth, rel=1e-4)
+    assert Evaluation.from_json(json.loads(json.dumps(report.to_json()))).classifier["sign"].examples == n - 7
 
 
 # -- data ----------------------------------------------------------------------------------------------------------------
@@ -445,6 +627,23 @@ def arrays(folder: Path) -> str:
     return str(folder / "arrays")
 
 
+def videos(folder: Path, split: str = "") -> str:
+    """Two clips of two frames for each video, in GIFs and in folders of frames; class cat is dark."""
+    from PIL import Image
+
+    for number in range(8):
+        place = folder / "videos" / split / ("cat" if number % 2 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        frames = [Image.fromarray(np.full((8, 8), (20 if number % 2 else 200) + 4 * i, np.uint8)) for i in range(4)]
+        if number < 4:
+            frames[0].save(place / f"{number}.gif", save_all=True, append_images=frames[1:])
+        else:
+            (place / str(number)).mkdir()
+            for i, frame in enumerate(frames):
+                frame.convert("RGB").save(place / str(number) / f"{i}.png")
+    return str(folder / "videos")
+
+
 def archive(folder: Path) -> str:
     values = np.arange(20, dtype=np.uint8).reshape(-1, 1, 1, 1) * np.ones((20, 1, 8, 8), np.uint8)
     np.savez(folder / "a.npz", x_train=values, y_train=np.arange(20) % 2, x_test=values, y_test=np.arange(20) % 2)
@@ -465,6 +664,7 @@ SOURCES = {
     "parquet": (lambda f: table(f).replace("csv", "parquet"), ("sex",), (("f", "m"),), {}),
     "pictures": (pictures, ("label",), (("cat", "dog"),), {}),
     "arrays": (arrays, ("label",), (("cat", "dog"),), {}),
+    "videos": (videos, ("label",), (("cat", "dog"),), {"clips": ClipConfig(frames=2)}),
     "npz": (archive, ("y",), (("0", "1"),), {"layout": "n-c-h-w"}),
     "hdf5": (hdf5, ("kind",), (("p", "q"),), {"columns": ("images",)}),
     "digits": (lambda f: "digits", ("label",), (tuple("0123456789"),), {}),
@@ -490,6 +690,26 @@ def test_labels_of_pictures_are_their_folders(tmp_path: Path) -> None:
     splits = load(DataConfig(pictures(tmp_path), condition=("label",)))
     for name, row in zip(splits.names["train"], rows_of(splits), strict=True):
         assert name.startswith(splits.conditions.variables[0].classes[int(row)])
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_labels_of_videos_are_their_folders(tmp_path: Path, split: str) -> None:
+    splits = load(DataConfig(videos(tmp_path, split), condition=("label",), clips=ClipConfig(frames=2)))
+    assert splits.clips
+    for part in ("train", "validation", "test"):
+        clips = splits.store(part).take(torch.arange(len(splits.store(part)))).float()
+        assert torch.equal((clips.flatten(1).mean(1) > 128).float(), rows_of(splits, part)[:, 0])  # cat is 0
+
+
+def test_videos_without_subfolders_have_no_labels(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for number in range(4):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        frames = [Image.fromarray(np.full((8, 8), 9 * i, np.uint8)) for i in range(4)]
+        frames[0].save(tmp_path / "train" / f"{number}.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ValueError, match="has no label to condition on"):
+        load(DataConfig(str(tmp_path), condition=("label",), clips=ClipConfig(frames=2)))
 
 
 @pytest.mark.parametrize(

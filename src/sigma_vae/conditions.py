@@ -6,7 +6,7 @@ into a vector that networks read.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -229,6 +229,21 @@ class Conditions:
             raise ValueError(f"samples of each class need one class label that is not given, got {have}; give the others")
         return left[0]
 
+    @property
+    def size(self) -> int:
+        """Number of :meth:`features`."""
+        return sum(1 if variable.classes is None else len(variable.classes) for variable in self.variables)
+
+    def features(self, values: Tensor) -> Tensor:
+        """Indicators of classes, and covariates in units of their std from their mean, ``(n, size)``; 0 where missing."""
+        parts = []
+        for variable, column in zip(self.variables, values.unsqueeze(-1).unbind(1), strict=True):
+            if variable.classes is None:
+                parts.append(((column - variable.mean) / variable.std).nan_to_num(0.0))
+            else:
+                parts.append((column == torch.arange(len(variable.classes), device=column.device)).to(values.dtype))
+        return torch.cat(parts, 1)
+
     def check(self, values: Tensor) -> None:
         """Refuse numbers that are no class.
 
@@ -287,7 +302,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.conditions = conditions
         self.size = size
-        self.linear = nn.Linear(sum(1 if v.classes is None else len(v.classes) for v in conditions.variables), size)
+        self.linear = nn.Linear(conditions.size, size)
         self.missing = nn.Parameter(0.02 * torch.randn(len(conditions.variables), size))
 
     def forward(self, condition: Tensor | None) -> Tensor:
@@ -304,15 +319,8 @@ class Embedding(nn.Module):
         if not torch.compiler.is_compiling() and (condition.device.type == "cpu" or not self.training):
             self.conditions.check(condition)
         condition = condition.to(self.missing.device)
-        embedded: Tensor = self.linear(torch.cat(list(self._features(condition)), 1).to(self.missing.dtype))
+        embedded: Tensor = self.linear(self.conditions.features(condition).to(self.missing.dtype))
         return embedded + condition.isnan().to(embedded.dtype) @ self.missing.to(embedded.dtype)
-
-    def _features(self, condition: Tensor) -> Iterator[Tensor]:
-        for variable, column in zip(self.conditions.variables, condition.unsqueeze(-1).unbind(1), strict=True):
-            if variable.classes is None:
-                yield ((column - variable.mean) / variable.std).nan_to_num(0.0)
-            else:
-                yield column == torch.arange(len(variable.classes), device=column.device)
 
 
 def _drawn(variable: Variable, n: int, generator: torch.Generator | None) -> Tensor:

@@ -418,7 +418,7 @@ class Network(nn.Module, ABC):
             raise self._lacks("no replaceable prior", "a Prior as self.prior")
         self.prior = prior
 
-    def latent_kl(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
+    def latent_kl(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> list[Tensor]:
         """KL(q‖p) of each latent, ``(batch, *shape)`` for each layer, in nats."""
         raise self._lacks("no report of the KL of single latents", "latent_kl(x)")
 

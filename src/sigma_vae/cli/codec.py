@@ -47,7 +47,7 @@ def compress(
     """Compress pictures or DATA without loss, to the size that the model's bound says.
 
     The file is decoded and compared before it is written. ``decompress`` needs the run, and a machine that computes the same
-    numbers: the same version of torch, and the same kind of processor.
+    numbers to within a margin far above the last digits.
 
     Args:
         run: Folder of the run.
@@ -222,6 +222,7 @@ def _account(blob: bytes, examples: Sequence[Array]) -> dict[str, Any]:
         "bits_per_value": 8 * len(blob) / values,
         "initial_bytes": 4 * sum(chunk.seeds for chunk in header.chunks),
         "raw_bytes": raw,
+        "noted": sum(len(notes) for chunk in header.chunks for notes in chunk.noted),
         "header_bytes": len(blob) - coded - raw,
         "model": header.model,
     }

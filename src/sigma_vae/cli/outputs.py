@@ -26,7 +26,7 @@ from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.splits import Names
 from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.anomaly import anomalies, check_scores
-from sigma_vae.evaluation.classifier import MOST_CLASSES, class_bounds, log_probabilities
+from sigma_vae.evaluation.classifier import MOST_CLASSES, class_bounds, labels_of, log_probabilities
 from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.plots import (
     drawable,
@@ -571,20 +571,27 @@ def _trained_on(source: str, device: str) -> str:
 
 
 def _of_classes(run: str, examples: "_Examples", seed: int) -> dict[str, Tensor]:
-    """Bounds and probabilities of all classes, where the model is given one class label."""
-    conditions = examples.vae.network.conditions
-    label = None if conditions is None else conditions.only_classes
-    if label is None or label.classes is None or len(label.classes) > MOST_CLASSES:
+    """Bounds and probabilities of all classes of each label that the model is given."""
+    labels = labels_of(examples.vae)
+    if sum(len(label.classes or ()) for label in labels) > MOST_CLASSES:
         return {}
-    bounds, _ = class_bounds(examples.vae, examples.batches, seed)
+    found: dict[str, Tensor] = {}
+    for label in labels:
+        bounds, _ = class_bounds(examples.vae, examples.batches, seed, label.name)
+        probabilities = log_probabilities(bounds, label, _temperature(run, label.name)).exp()
+        names = [f"{label.name}={name}" for name in label.classes or ()]
+        found |= {f"bound_nats[{name}]": values for name, values in zip(names, bounds.T, strict=True)}
+        found |= {f"probability[{name}]": values for name, values in zip(names, probabilities.T, strict=True)}
+    return found
+
+
+def _temperature(run: str, label: str) -> float:
+    """The temperature of a label's classifier in the run's evaluation; 1 where there is none."""
     try:
-        temperature = float(runs.read_evaluation(to_read(run)).classifier.temperature or 1.0)
-    except (AttributeError, ValueError):  # there is no evaluation, or it has no classifier
-        temperature = 1.0
-    probabilities = log_probabilities(bounds, label, temperature).exp()
-    names = [f"{label.name}={name}" for name in label.classes]
-    found = {f"bound_nats[{name}]": values for name, values in zip(names, bounds.T, strict=True)}
-    return found | {f"probability[{name}]": values for name, values in zip(names, probabilities.T, strict=True)}
+        measured = runs.read_evaluation(to_read(run))["classifier"]
+        return float(measured.get(label, measured)["temperature"])
+    except (KeyError, TypeError, ValueError):
+        return 1.0
 
 
 def _given(vae: VAE, texts: tuple[str, ...]) -> dict[str, str] | None:

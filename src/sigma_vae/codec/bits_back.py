@@ -3,18 +3,18 @@
 import math
 from collections.abc import Sequence
 from functools import cache, partial
-from typing import Protocol, final
+from typing import NamedTuple, Protocol, final
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from sigma_vae.codec.stack import Floats, Ints, MassBelow, Pops, Pushes, Stack, Steps, code
+from sigma_vae.codec.stack import Floats, Ints, MassBelow, Pops, Pushes, Rounding, Stack, Steps, code
 from sigma_vae.types import DataDistribution, Likelihood, Network, Prior
 from sigma_vae.vae import VAE
 
-__all__ = ["CELL", "BitsBack"]
+__all__ = ["CELL", "BitsBack", "Roundings"]
 
 LATENT_WIDTHS = (2, 4, 4, 4)
 """Bits of a latent's digits."""
@@ -25,6 +25,29 @@ LEVEL_WIDTH = 2
 """Bits of a level's digits."""
 SMALLEST_STD = 1e-9
 """The smallest std of a posterior, in stds of the prior."""
+MARGIN = 2.0**-40
+"""How far two machines may disagree about a network's output, in units of the tensor's largest number (at least 1)."""
+PLACE_BITS = 13
+"""Means of latents are multiples of 2⁻¹³ stds of the prior."""
+SCALE_BITS = 10
+"""Binary logarithms of stds are multiples of 2⁻¹⁰."""
+SHARE_BITS = 16
+"""Logarithms of a mixture's shares are multiples of 2⁻¹⁶."""
+FEATURE_BITS = 8
+"""Features are multiples of 2⁻⁸ of a level, or of a finer power of two."""
+LEAST_LOG_SHARE = -100.0
+
+
+class Roundings(NamedTuple):
+    """How numbers are rounded when latents are coded by q(z|x), and when latents and data are coded by p."""
+
+    posterior: Rounding
+    model: Rounding
+
+    @classmethod
+    def knowing(cls, posterior: Sequence[int] | None = None, model: Sequence[int] | None = None) -> "Roundings":
+        """Those of a decoder that has an encoder's notes; of an encoder without any."""
+        return cls(Rounding(posterior), Rounding(model))
 
 
 class _Latents(Protocol):
@@ -48,10 +71,11 @@ class BitsBack:
     To decode, do the opposite. Latents of several layers are popped all together before x is pushed: their posteriors read
     x, which a decoder knows last (Townsend et al. 2020, HiLLoC, arXiv 1912.09953).
 
-    A latent is the centre of one of 2¹⁴ cells, equally wide in stds of its prior.
+    A latent is the centre of one of 2¹⁴ cells, equally wide in stds of its prior. What the network computes is rounded to a
+    grid before it becomes a distribution, so that machines whose last digits differ code by equal distributions.
 
     Args:
-        vae: in eval mode, on the CPU, in float32.
+        vae: in eval mode, on the CPU, in float64: its last digits then lie far below the grid.
 
     Raises:
         ValueError: its parts have no probabilities of levels, or of latents one after the other.
@@ -64,36 +88,41 @@ class BitsBack:
         assert self.likelihood.levels is not None
         self.top = self.likelihood.levels - 1
         bits = self.top.bit_length()
+        self.feature_bits = bits + FEATURE_BITS
         self.widths = (bits % LEVEL_WIDTH,) * (bits % LEVEL_WIDTH > 0) + (LEVEL_WIDTH,) * (bits // LEVEL_WIDTH)
 
-    def encode(self, stack: Stack, levels: Ints) -> list[Ints]:
+    def encode(self, stack: Stack, levels: Ints, roundings: Roundings) -> list[Ints]:
         """Push an example ``(C, *space)``; return the cells of its latents."""
-        x = torch.from_numpy(levels).float()[None] / self.top
-        cells = self.latents.posterior(Pops(stack), x)
-        pushes = Pushes()
+        cells = self.latents.posterior(Pops(stack, roundings.posterior), self._values(levels))
+        pushes = Pushes(roundings.model)
         h, _ = self.latents.features(pushes, cells)
         self._levels(pushes, h, levels)
         pushes.onto(stack)
         return cells
 
-    def decode(self, stack: Stack) -> Ints:
+    def decode(self, stack: Stack, roundings: Roundings) -> Ints:
         """Pop an example.
 
         Raises:
             ValueError: the bits end too early, or are those of no example.
         """
-        h, cells = self.latents.features(Pops(stack))
-        levels = self._levels(Pops(stack), h)
+        pops = Pops(stack, roundings.model)
+        h, cells = self.latents.features(pops)
+        levels = self._levels(pops, h)
         if levels.max() > self.top:
             raise ValueError(f"the stream of bits has a level {levels.max()} of {self.top}: no encoder wrote it")
-        pushes = Pushes()
-        self.latents.posterior(pushes, torch.from_numpy(levels).float()[None] / self.top, cells)
+        pushes = Pushes(roundings.posterior)
+        self.latents.posterior(pushes, self._values(levels), cells)
         pushes.onto(stack)
         return levels
 
+    def _values(self, levels: Ints) -> Tensor:
+        return torch.from_numpy(levels).double()[None] / self.top
+
     def _levels(self, steps: Steps, h: Tensor, levels: Ints | None = None) -> Ints:
         """Code the data: all channels at once, or each one given those before it."""
-        p = self.likelihood.distribution(h.double(), observes="level", refitted=self.refitted)
+        features = _rounded(steps, _numbers(h), self.feature_bits, _error(h))
+        p = self.likelihood.distribution(torch.from_numpy(features).reshape(h.shape), observes="level", refitted=self.refitted)
         found = np.zeros(p.event_shape, np.int64)
         channels = len(found)
         groups = [slice(0, channels)] if self.likelihood.independent_channels else [slice(c, c + 1) for c in range(channels)]
@@ -152,8 +181,7 @@ class _Flat:
 
     def posterior(self, steps: Steps, x: Tensor, cells: Sequence[Ints] | None = None) -> list[Ints]:
         """Code the latents by q(z|x)."""
-        q = self.network.posterior(x)
-        below = _gaussian((_numbers(q.loc) - self.mean) / self.std, _numbers(q.scale) / self.std)
+        below = _posterior(steps, self.network.posterior(x), self.mean, self.std)
         return [code(steps, below, LATENT_WIDTHS, len(self.mean), None if cells is None else cells[0])]
 
     def features(self, steps: Steps, cells: Sequence[Ints] | None = None) -> tuple[Tensor, list[Ints]]:
@@ -163,7 +191,7 @@ class _Flat:
             found = code(steps, _standard, LATENT_WIDTHS, len(self.mean), known)
         else:
             found = self.mixture.code(steps, known)
-        z = torch.from_numpy(self.mean + self.std * _centres(found)).float()
+        z = torch.from_numpy(self.mean + self.std * _centres(found))
         return self.network.decode(z.reshape(1, *self.shape)), [found]
 
 
@@ -186,12 +214,11 @@ class _Layers:
         found: list[Ints] = []
 
         def choose(prior: Normal, posterior: Normal | None) -> Tensor:
-            mean, std = _numbers(prior.loc), _numbers(prior.scale)
-            below: MassBelow = _standard
-            if posterior is not None:
-                below = _gaussian((_numbers(posterior.loc) - mean) / std, _numbers(posterior.scale) / std)
+            std = _rounded_std(steps, _numbers(prior.scale))
+            mean = std * _rounded(steps, _numbers(prior.loc) / std, PLACE_BITS, _error(prior.loc) / std)
+            below = _standard if posterior is None else _posterior(steps, posterior, mean, std)
             found.append(code(steps, below, LATENT_WIDTHS, len(mean), None if cells is None else cells[len(found)]))
-            return torch.from_numpy(mean + std * _centres(found[-1])).float().reshape(prior.loc.shape)
+            return torch.from_numpy(mean + std * _centres(found[-1])).reshape(prior.loc.shape)
 
         return self.network.descend(choose, x), found
 
@@ -216,8 +243,12 @@ class _Mixture:
         for i in range(count):
             own = self.factors[:, i, i]
             means = self.means[:, i] + (self.factors[:, i, :i] * units[:, :i]).sum(1)
-            shares = np.exp(log_shares - log_shares.max())
-            below = partial(_mixed, shares / shares.sum(), (means - self.mean[i]) / self.std[i], own / self.std[i])
+            error = MARGIN * max(1.0, float(np.abs(log_shares).max()))
+            relative = np.maximum(log_shares - log_shares.max(), LEAST_LOG_SHARE)
+            shares = np.exp(_rounded(steps, relative, SHARE_BITS, error))
+            places = (means - self.mean[i]) / self.std[i]
+            places = _rounded(steps, places, PLACE_BITS, MARGIN * max(1.0, float(np.abs(means).max())) / self.std[i])
+            below = partial(_mixed, shares / shares.sum(), places, own / self.std[i])
             found[i : i + 1] = code(steps, below, LATENT_WIDTHS, 1, None if cells is None else cells[i : i + 1])
             units[:, i] = (self.mean[i] + self.std[i] * _centres(found[i]) - means) / own
             log_shares = log_shares - 0.5 * np.square(units[:, i]) - np.log(own)
@@ -230,10 +261,26 @@ def _mixed(shares: Floats, means: Floats, stds: Floats, edges: Ints) -> Floats:
     return inside[None]
 
 
-def _gaussian(mean: Floats, std: Floats) -> MassBelow:
-    """Mass of Gaussians below the edges of cells, in stds of the prior."""
-    wide = np.maximum(std, SMALLEST_STD)  # keeps NaN
-    return lambda edges: _normal_cdf((_places(edges) - mean[:, None]) / wide[:, None])
+def _posterior(steps: Steps, q: Normal, mean: Floats, std: Floats) -> MassBelow:
+    """Mass of Gaussians below the edges of cells, in stds of a prior with the given mean and std."""
+    places = _rounded(steps, (_numbers(q.loc) - mean) / std, PLACE_BITS, _error(q.loc) / std)[:, None]
+    wide = _rounded_std(steps, np.maximum(_numbers(q.scale) / std, SMALLEST_STD))[:, None]  # keeps NaN
+    return lambda edges: _normal_cdf((_places(edges) - places) / wide)
+
+
+def _rounded(steps: Steps, values: Floats, bits: int, error: Floats | float) -> Floats:
+    """The nearest multiples of 2^−bits; machines disagree about the values by up to ``error``."""
+    whole: Floats = steps.rounding(values * 2.0**bits, error * 2.0**bits)
+    return whole / 2.0**bits
+
+
+def _rounded_std(steps: Steps, std: Floats) -> Floats:
+    rounded: Floats = np.exp2(_rounded(steps, np.log2(std), SCALE_BITS, MARGIN))
+    return rounded
+
+
+def _error(outputs: Tensor) -> float:
+    return MARGIN * max(1.0, float(outputs.abs().max())) if outputs.numel() else MARGIN
 
 
 def _standard(edges: Ints) -> Floats:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "DamagedError", "Header", "Opened", "Part", "digest_of", "pack_raw", "read", "unpack_raw", "write"]
+__all__ = ["Array", "DamagedError", "Header", "Notes", "Opened", "Part", "digest_of", "pack_raw", "read", "unpack_raw", "write"]
 
 Array = npt.NDArray[np.generic]
 
 MAGIC = b"\x89SVAE\r\n"
-FORMAT = 1
+FORMAT = 2
 START = struct.Struct("<7sBI16s")
 """Magic, format, length of the header, its digest."""
 DIGEST_BYTES = 16
@@ -37,6 +37,9 @@ class DamagedError(ValueError):
         self.whole = list(whole)
 
 
+Notes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
 @final
 @dataclass(frozen=True)
 class Part:
@@ -48,6 +51,8 @@ class Part:
         digest: of the bytes.
         content: digest of the examples.
         seeds: words of initial bits; 0 for raw examples.
+        noted: notes about numbers that lie near the middle between two roundings (see ``Rounding``): of posteriors, and of
+            the model; as gaps.
     """
 
     examples: int
@@ -55,6 +60,7 @@ class Part:
     digest: str
     content: str
     seeds: int = 0
+    noted: Notes = ((), ())
 
 
 @final
@@ -65,6 +71,7 @@ class Header:
     Args:
         model: digest of the weights.
         check: digest of numbers that the model computes from fixed inputs.
+        check_noted: notes about these numbers, like a part's.
         machine: versions and processor that they were computed with.
         shape: of an example that the model codes.
         levels: of its values.
@@ -76,6 +83,7 @@ class Header:
 
     model: str
     check: str
+    check_noted: Notes
     machine: dict[str, str]
     shape: tuple[int, ...]
     levels: int
@@ -175,6 +183,7 @@ def _header(content: bytes) -> Header:
         found["raw"] = None if found["raw"] is None else _part(found["raw"])
         for name in ("shape", "raw_positions"):
             found[name] = tuple(_count(number) for number in found[name])
+        found["check_noted"] = _notes(found["check_noted"])
         header = Header(**found)
         _count(header.levels - 2)
         consistent = len(set(header.raw_positions)) == len(header.raw_positions) == (header.raw.examples if header.raw else 0)
@@ -189,7 +198,7 @@ def _header(content: bytes) -> Header:
 
 
 def _part(found: dict[str, Any]) -> Part:
-    part = Part(**found)
+    part = Part(**{**found, "noted": _notes(found["noted"])})
     for number in (part.examples, part.size, part.seeds):
         _count(number)
     if part.seeds > part.size // 4 + SPARE_SEEDS or part.examples > 2**31:
@@ -197,6 +206,11 @@ def _part(found: dict[str, Any]) -> Part:
             f"a part of {part.size} bytes cannot have {part.seeds} words of initial bits, {part.examples} examples"
         )
     return part
+
+
+def _notes(found: Any) -> Notes:
+    posterior, model = (tuple(_count(number) for number in notes) for notes in found)
+    return posterior, model
 
 
 def _count(number: object) -> int:

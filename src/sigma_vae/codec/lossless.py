@@ -12,9 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sigma_vae.codec.bits_back import BitsBack
-from sigma_vae.codec.container import Array, DamagedError, Header, Opened, Part, digest_of, pack_raw, read, unpack_raw, write
-from sigma_vae.codec.stack import Ints, Stack, seed_words
+from sigma_vae.codec.bits_back import BitsBack, Roundings
+from sigma_vae.codec.container import (
+    Array,
+    DamagedError,
+    Header,
+    Notes,
+    Opened,
+    Part,
+    digest_of,
+    pack_raw,
+    read,
+    unpack_raw,
+    write,
+)
+from sigma_vae.codec.stack import Ints, Rounding, Stack, seed_words
 from sigma_vae.types import in_full_precision
 from sigma_vae.vae import VAE
 
@@ -48,9 +60,10 @@ class Codec:
     2019, arXiv 1901.04866). It takes any likelihood with probabilities of levels, after :meth:`VAE.calibrate`; networks
     with flat latents and a prior that is N(0, I), a Gaussian or a mixture, and hierarchical ones.
 
-    The numbers are computed on the CPU, on one thread, in float32 (the network) and float64 (the distribution functions), one
-    example at a time. A decoder must compute the same numbers to the last bit. The file therefore has a check word of what
-    its writer's machine computed; where another machine computes something else, it is refused.
+    The numbers are computed on the CPU, on one thread, in float64, one example at a time. What the network computes, and the
+    probabilities that follow, are rounded to coarse grids, on which machines agree whose last digits differ. Numbers within
+    a margin (2⁻⁴⁰ of a network's output) of the middle between two grid points are noted in the file. A check word stands
+    for what the writer's machine computed; a machine that computes something else is refused.
 
     Args:
         vae: the model; it is copied.
@@ -91,9 +104,9 @@ class Codec:
         self.check = check
         self.on_example = on_example
         model = copy.deepcopy(vae).to("cpu", torch.float32).eval()
-        self.bits_back = BitsBack(model)
-        self.levels = self.bits_back.top + 1
         self.digest = _model_digest(model)
+        self.bits_back = BitsBack(model.double())
+        self.levels = self.bits_back.top + 1
 
     def encode(self, x: Tensor | Sequence[Tensor], *, raw: bool = False) -> bytes:
         """Encode examples.
@@ -163,25 +176,27 @@ class Codec:
         chunks, payloads = [], []
         for start in range(0, len(coded), self.chunk):
             some = [example.astype(np.int64) for example in coded[start : start + self.chunk]]
-            payload, seeds = self._chain(some)
-            chunks.append(Part(len(some), len(payload), digest_of(payload), _content(some), seeds))
+            payload, seeds, noted = self._chain(some)
+            chunks.append(Part(len(some), len(payload), digest_of(payload), _content(some), seeds, noted))
             payloads.append(payload)
         raw = None
         if apart:
             payloads.append(pack_raw(apart))
             raw = Part(len(apart), len(payloads[-1]), digest_of(payloads[-1]), _content(apart))
-        check = self._check_word(self.shape) if chunks else ""
-        header = Header(self.digest, check, _machine(), self.shape, self.levels, tuple(chunks), raw, positions, about)
+        roundings = Roundings.knowing()
+        check = self._check_word(self.shape, roundings) if chunks else ""
+        notes = _noted([roundings])
+        header = Header(self.digest, check, notes, _machine(), self.shape, self.levels, tuple(chunks), raw, positions, about)
         return write(header, payloads)
 
-    def _chain(self, examples: list[Ints]) -> tuple[bytes, int]:
-        """Encode examples onto one stack, the last one first; return its bytes and the words of its initial bits."""
-        stack = Stack()
+    def _chain(self, examples: list[Ints]) -> tuple[bytes, int, Notes]:
+        """Encode examples onto one stack, the last one first; return its bytes, the words of its initial bits, and notes."""
+        stack, roundings = Stack(), [Roundings.knowing() for _ in examples]
         with _reproducible():
-            for example in reversed(examples):
-                self.bits_back.encode(stack, example)
+            for example, own in zip(reversed(examples), reversed(roundings), strict=True):
+                self.bits_back.encode(stack, example, own)
                 self.on_example()
-        return stack.words().astype("<u4").tobytes(), stack.seeds
+        return stack.words().astype("<u4").tobytes(), stack.seeds, _noted(roundings)
 
     def _decoded(self, opened: Opened) -> Iterator[tuple[int, Array]]:
         """Positions and examples of the parts that are whole."""
@@ -201,9 +216,10 @@ class Codec:
             ValueError: it was not written by this codec.
         """
         stack, examples = Stack(np.frombuffer(payload, "<u4").astype(np.uint32)), []
+        roundings = _knowing(part.noted)
         with _reproducible():
             for _ in range(part.examples):
-                examples.append(self.bits_back.decode(stack))
+                examples.append(self.bits_back.decode(stack, roundings))
                 self.on_example()
         if not np.array_equal(stack.words(), seed_words(part.seeds)) or _content(examples) != part.content:
             raise ValueError("the decoded examples are not those that were encoded: this machine computes other numbers")
@@ -217,17 +233,18 @@ class Codec:
             raise ValueError(
                 f"the file has examples of shape {header.shape}, the model codes {self.shape}; give the run that wrote it"
             )
-        if not header.chunks or header.check == self._check_word(header.shape):
+        if not header.chunks or header.check == self._check_word(header.shape, _knowing(header.check_noted)):
             return
         here = _machine()
         written = ", ".join(f"{name} {value}" for name, value in header.machine.items())
         raise ValueError(
-            f"this machine computes other numbers with this model than the machine that wrote the file, so it cannot decode it:"
-            f" written with {written}; here {', '.join(f'{name} {value}' for name, value in here.items())}. Decode it where these"
-            " agree; the environment ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 makes torch compute like on an older processor"
+            f"this machine computes other numbers with this model than the machine that wrote the file, beyond the margin, so it"
+            f" cannot decode it: written with {written}; here {', '.join(f'{name} {value}' for name, value in here.items())}."
+            " Decode it where these agree; the environment"
+            " ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 makes torch compute like on an older processor"
         )
 
-    def _check_word(self, shape: tuple[int, ...]) -> str:
+    def _check_word(self, shape: tuple[int, ...], roundings: Roundings) -> str:
         """Digest of all frequencies that two fixed examples are coded by."""
         every, stack = hashlib.sha256(), Stack()
         stack.record = every.update
@@ -235,7 +252,7 @@ class Codec:
         number = np.arange(count, dtype=np.int64)
         with _reproducible():
             for levels in (number * 40503 // 8 % self.levels, number * self.levels // max(count, 1)):
-                self.bits_back.encode(stack, levels.reshape(shape))
+                self.bits_back.encode(stack, levels.reshape(shape), roundings)
         return every.hexdigest()[:32]
 
     def _check(self, blob: bytes, examples: Sequence[Array]) -> None:
@@ -281,9 +298,26 @@ class Codec:
         return values if values.is_floating_point() else values.float() / (self.levels - 1)
 
 
+def _noted(roundings: Sequence[Roundings]) -> Notes:
+    """What was noted about examples in their order, as gaps between positions along all of them."""
+    gaps = (np.diff(_along([each[side] for each in roundings]), prepend=0).tolist() for side in (0, 1))
+    posterior, model = map(tuple, gaps)
+    return posterior, model
+
+
+def _along(roundings: Sequence[Rounding]) -> list[int]:
+    before = np.cumsum([0, *(each.count for each in roundings)]).tolist()
+    return [2 * start + note for start, each in zip(before, roundings, strict=False) for note in each.noted]
+
+
+def _knowing(notes: Notes) -> Roundings:
+    posterior, model = (np.cumsum(gaps).tolist() for gaps in notes)
+    return Roundings.knowing(posterior, model)
+
+
 @contextmanager
 def _reproducible() -> Iterator[None]:
-    """One thread, float32, no gradients."""
+    """One thread, full precision, no gradients."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -7,7 +7,20 @@ from typing import Any, Protocol, final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["PRECISION", "Floats", "Ints", "MassBelow", "Pops", "Pushes", "Stack", "Steps", "code", "frequencies", "seed_words"]
+__all__ = [
+    "PRECISION",
+    "Floats",
+    "Ints",
+    "MassBelow",
+    "Pops",
+    "Pushes",
+    "Rounding",
+    "Stack",
+    "Steps",
+    "code",
+    "frequencies",
+    "seed_words",
+]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -18,6 +31,12 @@ MassBelow = Callable[[Ints], Floats]
 
 PRECISION = 24
 """Bits of the integers that stand for probabilities: what constriction's coder works with."""
+SHARE_BITS = 16
+"""Bits that a probability is rounded to, before each symbol gets at least one of the integers."""
+MASS_MARGIN = 2.0**-46
+"""How far two machines may disagree about a mass that they compute in float64 from equal numbers."""
+LEAST_MASS = 2.0**-20
+"""Mass that is spread over all values, so that none is impossible."""
 SPARE = 3
 """Words that stay on a stack: below two of them a pop would not be undone by a push."""
 
@@ -86,7 +105,46 @@ def seed_words(count: int) -> Words:
     return words[::-1] | np.uint32(1)  # a stack cannot end in a word 0
 
 
-def frequencies(below: Floats) -> npt.NDArray[np.float32]:
+@final
+class Rounding:
+    """Round numbers to whole ones, alike on machines whose last digits differ.
+
+    A number near the middle between two whole ones may be rounded to either. The encoder notes each that lies within a margin
+    of the middle, as twice its position among all numbers so far, plus 1 if it was rounded to an odd number. The decoder
+    takes the nearest whole number with that parity.
+
+    Args:
+        known: what an encoder noted, in order; None: this is the encoder.
+
+    >>> encoder = Rounding()
+    >>> encoder(np.array([0.3, 1.4999]), 0.01), encoder.noted
+    (array([0., 1.]), [3])
+    >>> Rounding(encoder.noted)(np.array([0.3, 1.5001]), 0.01)
+    array([0., 1.])
+    """
+
+    def __init__(self, known: Sequence[int] | None = None) -> None:
+        self.known = None if known is None else np.array(known, np.int64)
+        self.noted: list[int] = []
+        self.count = 0
+
+    def __call__(self, values: Floats, margin: Floats | float) -> Floats:
+        """Whole numbers of any shape; ``margin`` is how far two machines may disagree about each value."""
+        whole: Floats = np.rint(values)
+        if self.known is None:
+            with np.errstate(invalid="ignore"):  # what is not finite is refused later
+                near = np.flatnonzero(0.5 - np.abs(values - whole) < margin)
+            self.noted += (2 * (self.count + near) + whole.flat[near].astype(np.int64) % 2).tolist()
+        else:
+            first, last = np.searchsorted(self.known, [2 * self.count, 2 * (self.count + values.size)])
+            near, odd = self.known[first:last] // 2 - self.count, self.known[first:last] % 2
+            there = whole.flat[near]
+            whole.flat[near] = np.where(there % 2 == odd, there, there + np.where(values.flat[near] < there, -1, 1))
+        self.count += values.size
+        return whole
+
+
+def frequencies(below: Floats, rounding: Rounding | None = None) -> npt.NDArray[np.float32]:
     """Whole numbers that stand for probabilities, less 1, ``(n, symbols)``: with the 1 each row sums to 2²⁴.
 
     They are floats, which constriction takes; as their sum is that of the free frequencies, it scales them by 1 and adds the
@@ -95,6 +153,7 @@ def frequencies(below: Floats) -> npt.NDArray[np.float32]:
     Args:
         below: mass below each symbol's lower edge, and below the last one's upper edge, ``(n, symbols + 1)``, rising. A row
             without mass counts as uniform.
+        rounding: rounds the shares of a row's mass below inner edges, to 16 bits.
 
     >>> frequencies(np.array([[0.0, 0.5, 1.0], [1.0, 1.0, 1.0]])).astype(int) + 1
     array([[8388608, 8388608],
@@ -104,12 +163,17 @@ def frequencies(below: Floats) -> npt.NDArray[np.float32]:
     span = below[:, -1:] - below[:, :1]
     uniform = np.arange(symbols + 1) / symbols
     share = np.divide(below - below[:, :1], span, out=np.tile(uniform, (len(below), 1)), where=span > 0)
-    table: npt.NDArray[np.float32] = np.diff(np.floor(share * (2**PRECISION - symbols)), axis=1).astype(np.float32)
+    margin = 2 ** (SHARE_BITS + 1) * MASS_MARGIN / np.maximum(span, MASS_MARGIN)
+    share[:, 1:-1] = (rounding or Rounding())(share[:, 1:-1] * 2**SHARE_BITS, margin).clip(0, 2**SHARE_BITS) / 2**SHARE_BITS
+    free = np.floor(np.maximum.accumulate(share, 1) * (2**PRECISION - symbols))  # exact in float64
+    table: npt.NDArray[np.float32] = np.diff(free, axis=1).astype(np.float32)
     return table
 
 
 class Steps(Protocol):
     """Digits in the order in which a decoder pops them; they are either popped, or collected to be pushed."""
+
+    rounding: Rounding
 
     def digits(self, table: npt.NDArray[np.float32], digits: Ints | None) -> Ints:
         """The digits ``(n,)``: those given, or popped ones."""
@@ -119,8 +183,9 @@ class Steps(Protocol):
 class Pops:
     """Pop every digit."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, rounding: Rounding | None = None) -> None:
         self.stack = stack
+        self.rounding = rounding or Rounding()
 
     def digits(self, table: npt.NDArray[np.float32], digits: Ints | None) -> Ints:
         """Pop them; none are given."""
@@ -132,7 +197,8 @@ class Pops:
 class Pushes:
     """Collect given digits, and push them in reverse, so that popping finds them in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, rounding: Rounding | None = None) -> None:
+        self.rounding = rounding or Rounding()
         self.steps: list[tuple[Ints, npt.NDArray[np.float32]]] = []
 
     def digits(self, table: npt.NDArray[np.float32], digits: Ints | None) -> Ints:
@@ -170,15 +236,16 @@ def code(steps: Steps, below: MassBelow, widths: Sequence[int], count: int, valu
     array([ 5, 15])
     """
     rows, found = np.arange(count), np.zeros(count, np.int64)
-    low, high = np.zeros(count), np.ones(count)
+    least = LEAST_MASS / 2 ** sum(widths)
+    low, high = np.zeros(count), np.full(count, 1 + LEAST_MASS)
     for width, left in _places(widths):
         inner = ((found[:, None] << width) + np.arange(1, 1 << width)) << left
-        edges = np.concatenate([low[:, None], below(inner), high[:, None]], 1)
+        edges = np.concatenate([low[:, None], below(inner) + least * inner, high[:, None]], 1)
         if np.isnan(edges).any():
             raise ValueError("the model gives probabilities that are not numbers (has it diverged?), so it cannot code")
         edges = np.minimum(np.maximum.accumulate(edges, 1), high[:, None])  # rounding may make them fall
         known = None if values is None else (values >> left) - (found << width)
-        digits = steps.digits(frequencies(edges), known)
+        digits = steps.digits(frequencies(edges, steps.rounding), known)
         low, high = edges[rows, digits], edges[rows, digits + 1]
         found = (found << width) + digits
     return found

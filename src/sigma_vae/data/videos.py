@@ -27,6 +27,7 @@ from sigma_vae.data.pictures import (
     PICTURE_OPTIONS,
     PicturePlan,
     Probe,
+    class_folder,
     hidden_pictures,
     is_hidden,
     listed,
@@ -350,6 +351,8 @@ class _Found:
     name: str
     video: Video
     survey: Survey
+    split: bool
+    """Whether the folder of a split is the first part of its name."""
 
 
 def holds_videos(path: Path, config: DataConfig) -> bool:
@@ -383,7 +386,22 @@ def read_videos(config: DataConfig) -> Raw:
     words = [f"clips of {lengths['train']} frames{test}{every}, side by side; {left} frames at the ends of videos dropped"]
     words += [f"left out {len(broken)} unreadable videos ({', '.join(broken[:5])})"] if broken else []
     words += _ignored(path, config.clips)
-    return Raw(str(path), parts, files, [*words, *shared.words], levels=shared.levels if shared.bits < 16 else None, clips=True)
+    labels = {split: {"label": _labels(found[split], parts[split])} for split in parts}
+    return Raw(
+        str(path),
+        parts,
+        files,
+        [*words, *shared.words],
+        levels=shared.levels if shared.bits < 16 else None,
+        clips=True,
+        labels=labels if any(any(each["label"]) for each in labels.values()) else {},
+    )
+
+
+def _labels(found: list[_Found], clips: Encoded) -> list[str | None]:
+    """The subfolder of each clip's video; None in that of a split, or in none."""
+    classes = [class_folder(item.name, item.name.split("/")[0] if item.split else "") for item in found]
+    return [classes[video] for video in clips.videos or ()]
 
 
 def _lengths(path: Path, config: DataConfig) -> dict[SplitName, int]:
@@ -410,7 +428,7 @@ def _surveyed(path: Path, config: DataConfig) -> tuple[dict[SplitName, list[_Fou
     """Survey the videos of each split, and list the broken ones."""
     splits = _splits(path)
     _check_inside(path, [folder for _, folder in splits], config.clips)
-    videos = [(split, str(name), video) for split, folder in splits for name, video in _named(folder, path, config.clips)]
+    videos = [(split, name.as_posix(), video) for split, folder in splits for name, video in _named(folder, path, config.clips)]
     stamps = {name: _stamp(video) for _, name, video in videos}
     identity = {"videos": stamps, "reader": "videos-2", "of": "surveys"}
     surveys = remembered(_home(path), config.cache, identity, lambda: _survey([video for *_, video in videos]))
@@ -423,7 +441,7 @@ def _surveyed(path: Path, config: DataConfig) -> tuple[dict[SplitName, list[_Fou
     found: dict[SplitName, list[_Found]] = {}
     for (split, name, video), (survey, error) in zip(videos, surveys, strict=True):
         if not error:
-            found.setdefault(split, []).append(_Found(name, video, _parsed(survey)))
+            found.setdefault(split, []).append(_Found(name, video, _parsed(survey), [folder for _, folder in splits] != [path]))
     if "train" not in found:
         raise ValueError(
             f"{path} needs videos to train on ({', '.join(ENDINGS)}, or folders of pictures), got none that can be read"

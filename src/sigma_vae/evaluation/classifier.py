@@ -1,4 +1,4 @@
-"""The generative classifier of a model that is given a class: Bayes' rule on its bounds."""
+"""The generative classifier of a model that is given classes: Bayes' rule on its bounds."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -33,11 +33,12 @@ __all__ = [
     "best_temperature",
     "calibration_error",
     "class_bounds",
+    "labels_of",
     "log_probabilities",
 ]
 
 MOST_CLASSES = 100
-"""Classes beyond which the metric is not measured: each takes a pass over the data."""
+"""Classes of all labels beyond which the metric is not measured: each takes a pass over the data."""
 BINS = 15
 """Bins of the calibration error, as usual."""
 COLDEST, HOTTEST = 1e-2, 1e5
@@ -68,81 +69,113 @@ class Classification(Record):
 @register.metric("classifier")
 @final
 class ClassifierMetric(Metric):
-    """Accuracy and calibration of the generative classifier, for models that are given a class label."""
+    """Accuracy and calibration of the generative classifier, for models that are given class labels.
 
-    result = Classification
+    Of several labels each is classified apart, with the other conditions at the example's own values.
+    """
+
+    result = Classification | dict[str, Classification]
     measured = "by default"
     on_one_process = True
     columns = (
         Column("classifier.accuracy", "accuracy of the generative classifier", 4),
         Column("classifier.calibration_error", "its calibration error", 4),
+        Column("classifier.*.accuracy", "accuracy of the generative classifier of {}", 4),
+        Column("classifier.*.calibration_error", "calibration error of the classifier of {}", 4),
     )
 
     def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
-        """It needs one class label, of the held-out examples too."""
-        label = None if vae.network.conditions is None else vae.network.conditions.only_classes
-        if label is None or label.classes is None:
-            return "it is about models that are given one class label and nothing else"
+        """It needs class labels, of the held-out examples too."""
+        labels = labels_of(vae)
+        if not labels:
+            return "it is about models that are given a class label"
         if data.held_out.store.conditions is None:
             return "the examples have no labels"
-        if len(label.classes) > MOST_CLASSES:
-            return f"each class takes a pass over the data, and there are {len(label.classes)}, more than {MOST_CLASSES}"
+        if (count := sum(len(label.classes or ()) for label in labels)) > MOST_CLASSES:
+            return f"each class takes a pass over the data, and there are {count}, more than {MOST_CLASSES}"
         return None
 
-    def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> Classification | None:
+    def measure(
+        self, vae: VAE, data: EvaluationData, settings: EvaluationSettings
+    ) -> Classification | dict[str, Classification] | None:
         """One pass over the held-out examples for each class, and one over the validation split."""
-        label = _label(vae)
-        bounds, classes = _known(*class_bounds(vae, data.held_out, settings.seed))
-        if not len(classes):
-            return None
-        temperature = _temperature(vae, data, settings)
-        cold = log_probabilities(bounds, label)
-        found: dict[str, Any] = {}
-        if temperature is not None:
-            calibrated = log_probabilities(bounds, label, temperature)
-            found = {
-                "log_loss_nats": Estimate.of(_log_loss(calibrated, classes)),
-                "calibration_error": calibration_error(calibrated, classes),
-                "temperature": temperature,
-            }
-        return Classification(
-            accuracy=Estimate.of((cold.argmax(1) == classes).double()),
-            majority_share=float((classes == classes.mode().values).double().mean()),
-            log_loss_at_1_nats=Estimate.of(_log_loss(cold, classes)),
-            calibration_error_at_1=calibration_error(cold, classes),
-            classes=bounds.shape[1],
-            examples=len(classes),
-            **found,
-        )
+        found = {label.name: _measured(vae, label, data, settings) for label in labels_of(vae)}
+        known = {name: each for name, each in found.items() if each is not None}
+        return known or None if len(found) > 1 else next(iter(known.values()), None)
 
-    def rows(self, result: Classification) -> Iterator[Row]:
+    def rows(self, result: Classification | dict[str, Classification]) -> Iterator[Row]:
         """All numbers."""
-        yield from number_rows(result, " (classifier)")
+        for name, each in _by_label(result):
+            yield from number_rows(each, f" ({name or 'classifier'})")
 
-    def notes(self, result: Classification, report: Mapping[str, Any]) -> Iterator[str]:
+    def notes(self, result: Classification | dict[str, Classification], report: Mapping[str, Any]) -> Iterator[str]:
         """Say what the classifier is."""
-        yield (
-            f"The classifier picks the class with the largest p(c) p(x|c), by bounds on p(x|c); always guessing the commonest of"
-            f" {result.classes} classes is right for {result.majority_share:.1%}."
-        )
+        for name, each in _by_label(result):
+            of = f" of {name}, given the other conditions," if name else ""
+            yield (
+                f"The classifier{of} picks the class with the largest p(c) p(x|c), by bounds on p(x|c); always guessing the"
+                f" commonest of {each.classes} classes is right for {each.majority_share:.1%}."
+            )
 
 
-def class_bounds(vae: VAE, batches: Batches, seed: int = 0) -> tuple[Tensor, Tensor]:
+def _by_label(result: Classification | dict[str, Classification]) -> list[tuple[str, Classification]]:
+    """Results with the name of their label; a single one has none."""
+    return [("", result)] if isinstance(result, Classification) else list(result.items())
+
+
+def _measured(vae: VAE, label: Variable, data: EvaluationData, settings: EvaluationSettings) -> Classification | None:
+    bounds, classes = _known(*class_bounds(vae, data.held_out, settings.seed, label.name))
+    if not len(classes):
+        return None
+    temperature = _temperature(vae, label, data, settings)
+    cold = log_probabilities(bounds, label)
+    found: dict[str, Any] = {}
+    if temperature is not None:
+        calibrated = log_probabilities(bounds, label, temperature)
+        found = {
+            "log_loss_nats": Estimate.of(_log_loss(calibrated, classes)),
+            "calibration_error": calibration_error(calibrated, classes),
+            "temperature": temperature,
+        }
+    return Classification(
+        accuracy=Estimate.of((cold.argmax(1) == classes).double()),
+        majority_share=float((classes == classes.mode().values).double().mean()),
+        log_loss_at_1_nats=Estimate.of(_log_loss(cold, classes)),
+        calibration_error_at_1=calibration_error(cold, classes),
+        classes=bounds.shape[1],
+        examples=len(classes),
+        **found,
+    )
+
+
+def labels_of(vae: VAE) -> list[Variable]:
+    """The class labels that a model is given."""
+    conditions = vae.network.conditions
+    return [] if conditions is None else [each for each in conditions.variables if each.classes is not None]
+
+
+def class_bounds(vae: VAE, batches: Batches, seed: int = 0, name: str | None = None) -> tuple[Tensor, Tensor]:
     """Bounds on log p(x|c) for every class c, from the same noise, and the examples' own classes, NaN where unknown.
 
-    Bounds are those of the levels' probabilities where the data have levels, else those of densities, with the refitted σ.
+    Where the model is given more than the label ``name``, the others have the examples' own values. Bounds are those of the
+    levels' probabilities where the data have levels, else those of densities, with the refitted σ.
 
     Shapes:
         bounds ``(examples, classes)`` in nats, classes ``(examples,)``, both in float64.
+
+    Raises:
+        ValueError: there is no such class label, or no name and not one label alone.
     """
-    label = _label(vae)
-    count = len(label.classes or ())
+    conditions, label = vae.network.conditions, _label(vae, name)
+    assert conditions is not None
+    place, count = conditions.names.index(label.name), len(label.classes or ())
+    here = torch.arange(len(conditions.names)) == place
     vae.eval()
 
     def rows(batch: Batch) -> Tensor:
-        own = batch.x.new_full((len(batch.x), 1), math.nan) if batch.condition is None else batch.condition
-        bounds = [_bound(vae, batch, torch.full_like(own, number), seed) for number in range(count)]
-        return torch.stack([*bounds, own[:, 0].double()], 1)
+        own = batch.x.new_full((len(batch.x), len(here)), math.nan) if batch.condition is None else batch.condition
+        bounds = [_bound(vae, batch, torch.where(here.to(own.device), number, own), seed) for number in range(count)]
+        return torch.stack([*bounds, own[:, place].double()], 1)
 
     found = each_example(vae, batches, rows)
     return found[:, :-1], found[:, -1]
@@ -200,20 +233,21 @@ def calibration_error(log_probabilities: Tensor, classes: Tensor, bins: int = BI
     return float(torch.zeros(bins, dtype=torch.float64).index_add_(0, place, gaps).abs().sum() / len(classes))
 
 
-def _temperature(vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> float | None:
+def _temperature(vae: VAE, label: Variable, data: EvaluationData, settings: EvaluationSettings) -> float | None:
     """The best temperature on the validation split, where there is one that is not what is measured on."""
     if data.splits is None or settings.split == "validation":
         return None
     validation = data.splits.batches("validation", evaluation_batch(data.splits), device=vae.device)
-    bounds, classes = _known(*class_bounds(vae, validation, settings.seed))
-    return best_temperature(bounds, classes, _label(vae)) if len(classes) else None
+    bounds, classes = _known(*class_bounds(vae, validation, settings.seed, label.name))
+    return best_temperature(bounds, classes, label) if len(classes) else None
 
 
-def _label(vae: VAE) -> Variable:
-    label = None if vae.network.conditions is None else vae.network.conditions.only_classes
-    if label is None:
-        raise ValueError("a generative classifier needs a model that is given one class label and nothing else")
-    return label
+def _label(vae: VAE, name: str | None) -> Variable:
+    found = [label for label in labels_of(vae) if name in (None, label.name)]
+    if len(found) != 1:
+        have = ", ".join(label.name for label in labels_of(vae)) or "none"
+        raise ValueError(f"a generative classifier is of one class label, got {name or 'no name'}; the model is given: {have}")
+    return found[0]
 
 
 def _known(bounds: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
+from sigma_vae.conditions import Conditions
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
 from sigma_vae.evaluation.base import (
@@ -23,9 +24,9 @@ from sigma_vae.evaluation.base import (
     spaced,
     sum_over_examples,
 )
-from sigma_vae.priors import MixturePrior
+from sigma_vae.priors import ClassMixturePrior, MixturePrior
 from sigma_vae.registry import register
-from sigma_vae.types import Batch
+from sigma_vae.types import Batch, Prior
 from sigma_vae.vae import SEED_OFFSET, VAE, keyed_noise
 
 __all__ = [
@@ -61,7 +62,8 @@ CHUNK = 2**21
 class LogSumExp(Record):
     """Both parts, bracketed with the mean over all latents, or over all others, as q(z); it saturates at log N.
 
-    All four are bounds in expectation; their standard errors are over examples.
+    Where the model is given class labels, the latents are those of the same classes, and log N is a mean. All four are
+    bounds in expectation; their standard errors are over examples.
     """
 
     log_n_nats: float
@@ -79,7 +81,8 @@ class Information(Record):
     ``marginal_kl_at_least_nats`` is the largest of its two bounds and of 0, and ``mutual_information_at_most_nats`` the
     rest of the mean KL. The two bounds are ``marginal_kl_moments_nats`` (None where the prior is not N(0, I)) and
     ``marginal_kl_held_out_nats`` (None where there are too few training latents, or more than 1 000 latents in each).
-    They are estimates: bounds in expectation over test examples, with standard errors.
+    They are estimates: bounds in expectation over test examples, with standard errors. Where the model is given a
+    condition, they are of q(z|c) and p(z|c), and the information is that beyond the condition, I(x; z | c).
     """
 
     examples: int
@@ -91,7 +94,8 @@ class Information(Record):
     mutual_information_at_most_nats: float
     marginal_kl_moments_nats: float | None
     marginal_kl_held_out_nats: Estimate | None
-    log_sum_exp: LogSumExp
+    log_sum_exp: LogSumExp | None = None
+    """None where the model is given a covariate: no two examples have the same, so q(z|c) has no other examples."""
     kl_per_channel_nats: list[float] | None = None
     """Mean KL of each channel from N(0, I), summed over places, where latents are maps."""
     active_channels: int | None = None
@@ -121,9 +125,7 @@ class InformationMetric(Metric):
     measured = "by default"
 
     def obstacle(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> str | None:
-        """It needs a posterior and training latents, or the KL of each latent, and no condition."""
-        if vae.network.conditions is not None:
-            return "it compares the latents of all examples with one prior, and here each condition has its own"
+        """It needs a posterior and training latents, or the KL of each latent."""
         if vae.network.has_posterior:
             if len(data.held_out.store) < 2:
                 return "it is about the spread of latents, and there is one example"
@@ -161,7 +163,9 @@ class _Latents(NamedTuple):
     kl: Tensor
     """KL(q(z|x)‖p), ``(n,)``."""
     log_prior: Tensor
-    """log p(z), ``(n,)``."""
+    """log p(z|c), ``(n,)``."""
+    condition: Tensor
+    """``(n, variables)``, with no columns where the model is given no condition."""
 
 
 @torch.no_grad()
@@ -176,6 +180,13 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
     :math:`KL(q(z) \| p) \ge E_{q(z)} [\log h(z) - \log p(z)]`. Two are used: a mixture of at most 20 Gaussians fitted
     to *training* latents, evaluated on test latents; and where p is N(0, I), the Gaussian with the moments of the
     training latents, in closed form. (Moments of the test latents would overfit them.)
+
+    A model that is given a condition has the same split for each condition, and its mean is reported:
+
+    .. math:: E_{x,c} KL(q(z|x,c) \| p(z|c)) = I_q(x; z \mid c) + E_c KL(q(z|c) \| p(z|c))
+
+    The densities h may ignore c: the bound holds as it is. Given one class label, the fitted mixture is one for each
+    class; the log-sum-exp is over examples of the same classes, and is left out where there are covariates.
 
     At most 10 000 test examples are used, and 12 000 training examples for the two densities, evenly spaced. A network
     with several layers of latents reports the KL of each layer instead. The model is put into eval mode.
@@ -197,7 +208,7 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
     n, most = len(training.store), min(MOST_TRAINING_LATENTS, MOST_VALUES // dims)
     few = training if n <= most else part(training, spaced(n, most))
     fitted_to = _latents(vae, few, seed + SEED_OFFSET, under_prior=False)
-    held_out = _held_out(latents, fitted_to.z, seed)
+    held_out = _held_out(vae, latents, fitted_to, seed)
     standard = vae.network.has_prior and vae.network.prior.is_standard
     moments = _moment_bound(latents, fitted_to) if standard else None
     bounds = [torch.zeros_like(latents.kl), *(bound for bound in (moments, held_out) if bound is not None)]
@@ -215,7 +226,7 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
         mutual_information_at_most_nats=means["mutual_information_at_most_nats"],
         marginal_kl_moments_nats=means.get("marginal_kl_moments_nats"),
         marginal_kl_held_out_nats=None if held_out is None else Estimate.of(held_out),
-        log_sum_exp=_bracket(latents),
+        log_sum_exp=_bracket(latents, vae.network.conditions),
         **_of_channels(vae, whole),
         standard_errors=errors,
     )
@@ -261,39 +272,55 @@ def _latents(vae: VAE, batches: Batches, seed: int, *, under_prior: bool = True)
     """The draw of every example from which the ELBO is computed with this seed; its KL and log p(z) unless left out (0)."""
 
     def rows(batch: Batch) -> Tensor:
-        posterior = vae.encode(batch.x)
+        posterior = vae.encode(batch.x, batch.condition)
         unit = keyed_noise(batch.positions, seed)(posterior.loc.shape).to(posterior.loc)
         z = posterior.loc + posterior.scale * unit
         wide = [values.flatten(1) for values in (posterior.loc, posterior.scale, unit, z)]
         nothing = z.new_zeros(len(z))  # a prior that solves a differential equation takes its time
         columns = _kl_and_log_prior(vae, batch, posterior, unit, z) if under_prior else (nothing, nothing)
-        return torch.cat([*wide, *(column[:, None] for column in columns)], 1)
+        given = z.new_zeros(len(z), 0) if batch.condition is None else batch.condition.to(z)
+        return torch.cat([*wide, given, *(column[:, None] for column in columns)], 1)
 
     found = each_example(vae, batches, rows)
-    mean, std, unit, z = found[:, :-2].chunk(4, 1)
-    return _Latents(mean, std, unit, z, kl=found[:, -2], log_prior=found[:, -1])
+    dims = 4 * sum(vae.network.latents.sizes)
+    mean, std, unit, z = found[:, :dims].chunk(4, 1)
+    return _Latents(mean, std, unit, z, kl=found[:, -2], log_prior=found[:, -1], condition=found[:, dims:-2])
 
 
 def _kl_and_log_prior(vae: VAE, batch: Batch, posterior: Normal, unit: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q(z|x)‖p) and log p(z), from the prior, or from the network's own draw under the same noise."""
     if vae.network.has_prior:
         flat, vectors = Normal(posterior.loc.flatten(1), posterior.scale.flatten(1), validate_args=False), z.flatten(1)
-        return vae.network.prior.kl(flat, vectors), vae.network.prior.log_prob(vectors)
-    inference = vae.network.infer(batch.x, noise=lambda shape: unit.reshape(shape))
+        prior = vae.network.prior.given(batch.condition)
+        return prior.kl(flat, vectors), prior.log_prob(vectors)
+    inference = vae.network.infer(batch.x, noise=lambda shape: unit.reshape(shape), condition=batch.condition)
     log_q: Tensor = posterior.log_prob(z)  # type: ignore[no-untyped-call]
     return inference.kl.sum(-1), inference.log_ratio + log_q.flatten(1).sum(-1)
 
 
-def _bracket(latents: _Latents) -> LogSumExp:
-    """Both parts with the mean over all latents, or over all others, in place of q(z)."""
-    own, others = _log_densities(latents)
-    n = len(own)
-    at_least = own - torch.logaddexp(own, others) + math.log(n)
-    at_most = own - others + math.log(n - 1)
+def _bracket(latents: _Latents, conditions: Conditions | None) -> LogSumExp | None:
+    """Both parts with the mean over all latents of the same classes, or over all others of them, in place of q(z|c).
+
+    Examples whose classes no other one has are left out; None where there are no others, or covariates.
+    """
+    if conditions is not None and any(each.classes is None for each in conditions.variables):
+        return None
+    each = latents.condition.nan_to_num(-1).tolist()  # unknown classes are a class of their own
+    members: dict[tuple[float, ...], list[int]] = {}
+    for number, row in enumerate(each):
+        members.setdefault(tuple(row), []).append(number)
+    groups = [_Latents(*(values[numbers] for values in latents)) for numbers in members.values() if len(numbers) > 1]
+    if not groups:
+        return None
+    found = [(len(group.z), group.kl, *_log_densities(group)) for group in groups]
+    at_least = torch.cat([own - torch.logaddexp(own, others) + math.log(n) for n, _, own, others in found])
+    at_most = torch.cat([own - others + math.log(n - 1) for n, _, own, others in found])
+    kl = torch.cat([kl for _, kl, _, _ in found])
     numbers = {"mutual_information_at_least_nats": at_least, "mutual_information_at_most_nats": at_most}
-    numbers |= {"marginal_kl_at_least_nats": latents.kl - at_most, "marginal_kl_at_most_nats": latents.kl - at_least}
+    numbers |= {"marginal_kl_at_least_nats": kl - at_most, "marginal_kl_at_most_nats": kl - at_least}
     means, errors = _means(numbers)
-    return LogSumExp(math.log(n), **means, standard_errors=errors)
+    log_n = sum(n * math.log(n) for n, *_ in found) / len(kl)
+    return LogSumExp(log_n, **means, standard_errors=errors)
 
 
 def _log_densities(latents: _Latents) -> tuple[Tensor, Tensor]:
@@ -329,20 +356,29 @@ def _moment_bound(latents: _Latents, training: _Latents) -> Tensor:
     return 0.5 * log_ratio
 
 
-def _held_out(latents: _Latents, training: Tensor, seed: int) -> Tensor | None:
-    """Compute log h(z) − log p(z) of each test latent; h is a mixture fitted to training latents; None if they are few."""
-    latent_dim = training.shape[1]
-    components = min(COMPONENTS, len(training) // (latent_dim + 1))
+def _held_out(vae: VAE, latents: _Latents, training: _Latents, seed: int) -> Tensor | None:
+    """Compute log h(z|c) − log p(z|c) of each test latent; None if there are few training latents.
+
+    h is a mixture fitted to training latents, or, given one class label, one for each class.
+    """
+    count, latent_dim = training.z.shape
+    components = min(COMPONENTS, count // (latent_dim + 1))
     if components < 1 or latent_dim > MOST_DIMENSIONS:
         return None
-    density = MixturePrior(latent_dim, components).double()
-    density.fit(training, seed=seed)
-    return density.log_prob(latents.z) - latents.log_prior
+    conditions = vae.network.conditions
+    label = None if conditions is None else conditions.only_classes
+    if conditions is None or label is None or label.classes is None or training.condition.isnan().any():
+        density: Prior = MixturePrior(latent_dim, components).double()
+    else:
+        density = ClassMixturePrior(latent_dim, conditions, max(1, components // len(label.classes))).double()
+    density.fit_given(training.z, training.condition, seed=seed)
+    return density.given(latents.condition).log_prob(latents.z) - latents.log_prior
 
 
 def _of_layers(vae: VAE, test: Batches, seed: int) -> LayerInformation:
     def rows(batch: Batch) -> Tensor:
-        maps = vae.network.latent_kl(batch.x, keyed_noise(batch.positions, seed))
+        given = () if batch.condition is None else (batch.condition,)
+        maps = vae.network.latent_kl(batch.x, keyed_noise(batch.positions, seed), *given)
         return torch.cat([layer.flatten(1) for layer in maps], 1)
 
     examples, sizes = len(test.store), list(vae.network.latents.sizes)

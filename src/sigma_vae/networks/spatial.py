@@ -159,8 +159,9 @@ class SpatialNetwork(Network):
             log_ratio=self.prior.log_prob(vectors) - log_posterior,
         )
 
-    def latent_kl(self, x: Tensor, noise: Noise | None = None) -> list[Tensor]:
+    def latent_kl(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> list[Tensor]:
         """KL of each place and channel from N(0, 1), ``(batch, channels, *space)``, whatever prior was fitted."""
+        self.refuse_unread(condition=condition)
         mean, std = (posterior := self.posterior(x)).loc, posterior.scale
         return [0.5 * (mean.square() + std.square() - 1) - std.log()]
 

@@ -1,13 +1,14 @@
 """Priors p(z) over latents: N(0, I) in training; afterwards, on request, one that is fitted to the latents."""
 
 from sigma_vae.priors.base import FittedPrior
-from sigma_vae.priors.flow import FlowPrior
+from sigma_vae.priors.flow import ConditionalFlowPrior, FlowPrior
 from sigma_vae.priors.gaussian import GaussianPrior, LearnedPrior, StandardNormal
 from sigma_vae.priors.maps import FlowMatchingPrior
 from sigma_vae.priors.mixture import ClassMixturePrior, MixturePrior
 
 __all__ = [
     "ClassMixturePrior",
+    "ConditionalFlowPrior",
     "FittedPrior",
     "FlowMatchingPrior",
     "FlowPrior",

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,6 +244,41 @@ def test_a_resumed_run_is_the_run_that_never_stopped(run: Path, tmp_path: Path) 
     assert main(["resume", str(folder)]) == 0
     ours, theirs = (open_model(each).vae.state_dict() for each in (folder, run))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "network"),
+    [
+        ((3, 48, 64), {}, "spatial:f8c4"),
+        ((3, 47, 64), {}, "residual"),
+        ((3, 52, 52), {}, "residual"),  # 8 does not divide the sides
+        ((1, 64, 64), {}, "residual"),  # measured for colour alone
+        ((3, 40, 40), {}, "residual"),
+        ((3, 48, 48), {"latent_dim": 10}, "residual"),
+        ((2, 64), {}, "residual"),
+        ((7,), {}, "mlp"),
+    ],
+)
+def test_the_automatic_network_of_colour_pictures_from_48_pixels_on_is_a_map(
+    shape: tuple[int, ...], options: dict[str, Any], network: str
+) -> None:
+    data = as_splits(torch.rand(30, *shape))
+    chosen, reason = models.network_for(ModelConfig(**options), data)
+    assert chosen.network == network
+    assert bool(reason) == (network == "spatial:f8c4")
+    if reason:
+        assert (chosen.width, chosen.prior) == (8, "flow-matching")
+        given = models.network_for(ModelConfig(width=16, prior="gaussian"), data)[0]
+        assert (given.width, given.prior) == (16, "gaussian")
+
+
+def test_the_automatic_network_is_reported_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, run = str(tmp_path / "pictures.npy"), tmp_path / "run"
+    np.save(data, np.random.default_rng(0).integers(0, 256, (20, 3, 48, 48), dtype=np.uint8))
+    options = ["--layout", "n-c-h-w", "--max-steps", "1", "--width", "4", "--prior", "standard"]
+    assert main(["train", data, *options, "--out", str(run)]) == 0
+    assert "network spatial:f8c4: width 4, prior standard: for pictures from 48 pixels on" in capsys.readouterr().out
+    assert "network: spatial:f8c4\n" in (run / "config.yaml").read_text()
 
 
 def test_the_automatic_prior_is_a_gaussian_over_the_map() -> None:

@@ -208,7 +208,8 @@ class ModelConfig(_Strict):
     network: Annotated[
         str,
         Names(
-            "Name of the network, or auto: residual for images and series, mlp for tables and small images, sequence for clips.",
+            "Name of the network, or auto: residual for images and series (for colour pictures from 48 pixels on, spatial:f8c4 of width 8"
+            " with the prior flow-matching), mlp for tables and small images, sequence for clips.",
             register.network,
         ),
     ] = "auto"

@@ -43,6 +43,7 @@ __all__ = [
     "likelihood_for",
     "load",
     "network",
+    "network_for",
     "prior",
     "prior_name",
     "priors",
@@ -252,6 +253,34 @@ def _takes_scale(entry: Entry) -> bool:
 
 def _patterns(entries: Iterable[Entry]) -> str:
     return ", ".join(entry.pattern for entry in entries)
+
+
+PICTURES_FROM = 48
+"""Least side in pixels of pictures for which ``auto`` takes a map of latents."""
+PICTURE_NETWORK, PICTURE_WIDTH, PICTURE_PRIOR = "spatial:f8c4", 8, "flow-matching"
+"""Model of such pictures: in minutes better than ``residual`` in bits per dimension and in Fréchet distance (docs/networks.md)."""
+
+
+def network_for(config: ModelConfig, data: Splits) -> tuple[ModelConfig, str]:
+    """The config with the network that ``auto`` stands for, and why: by the data, where the other options allow it.
+
+    Colour pictures from 48 pixels on whose sides 8 divides get a map of latents, with a width and a prior that go with it
+    unless these are given. Other data, pictures with a condition, and models with a given number of latents have the
+    network of :func:`default_network`.
+
+    >>> network_for(ModelConfig(), data("digits"))[0].network
+    'residual'
+    """
+    default, sides = default_network(data.shape, clips=data.clips), data.shape[1:]
+    pictures = default == "residual" and data.shape[0] == 3 and len(sides) == 2 and min(sides) >= PICTURES_FROM
+    if not pictures or data.conditions is not None or config.latent_dim is not None or any(side % 8 for side in sides):
+        return replace(config, network=default), ""
+    width = PICTURE_WIDTH if config.width is None else config.width
+    fitted = PICTURE_PRIOR if config.prior == AUTO else config.prior
+    return replace(config, network=PICTURE_NETWORK, width=width, prior=fitted), (
+        f"width {width}, prior {fitted}: for pictures from {PICTURES_FROM} pixels on, bits per dimension and samples are better than with"
+        " residual (docs/networks.md); --network residual takes less time"
+    )
 
 
 def network(

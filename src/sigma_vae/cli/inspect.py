@@ -2,7 +2,7 @@
 
 import json as json_module
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +11,7 @@ import tyro
 from sigma_vae.cli import COMMANDS, PROGRAM
 from sigma_vae.cli.options import CONFIG, rules
 from sigma_vae.cli.options import completion as script_of
-from sigma_vae.config import DataConfig
+from sigma_vae.config import DataConfig, ModelConfig
 from sigma_vae.likelihoods.translate import CONVENTIONS, Convention, Loss, Reduction
 from sigma_vae.progress import bar
 
@@ -202,10 +202,11 @@ def new(
     source = str(Path(data).resolve()) if Path(data).exists() else data
     fit: Literal["refuse", "crop"] = "refuse" if size is None else "crop"
     splits = models.data(DataConfig(source, images=ImageConfig(size=size, fit=fit)))
-    network = models.default_network(splits.shape, clips=splits.clips)
-    likelihood, reason = models.likelihood_for(ModelConfig(network=network), splits)
+    model, _ = models.network_for(ModelConfig(), splits)
+    likelihood, reason = models.likelihood_for(model, splits)
+    model = replace(model, likelihood=likelihood)
     counts = ", ".join(f"{split} {count}" for split, count in splits.record.get("counts", {}).items())
-    write_whole(path, _text(source, size, minutes, network, likelihood, reason, f"{counts}; shape {splits.shape}", out))
+    write_whole(path, _text(source, size, minutes, model, reason, f"{counts}; shape {splits.shape}", out))
     read(path, RunConfig)
     print(f"{path}\ntrain it: {_command(out)}")
 
@@ -224,9 +225,7 @@ def _command(out: str) -> str:
     return f"{PROGRAM} replay {out} --out runs/{Path(out).stem}"
 
 
-def _text(
-    source: str, size: int | None, minutes: float | None, network: str, likelihood: str, reason: str, about: str, out: str
-) -> str:
+def _text(source: str, size: int | None, minutes: float | None, model: ModelConfig, reason: str, about: str, out: str) -> str:
     import json
 
     images = (
@@ -237,10 +236,11 @@ def _text(
 data:
   source: {json.dumps(source, ensure_ascii=False)}  # {about}
 {images}model:
-  network: {network}  # residual, conv, mlp, hierarchical or sequence
-  likelihood: {likelihood}  # {reason}
+  network: {model.network}  # residual, conv, mlp, hierarchical, spatial or sequence
+  width: {"null" if model.width is None else model.width}  # channels of the first layer; null: the network's own
+  likelihood: {model.likelihood}  # {reason}
   latent_dim: null  # size of the latents; null: 20
-  prior: auto  # fitted to the latents after training: the best on validation data
+  prior: {model.prior}  # fitted to the latents after training; auto: the best on validation data
 training:
   epochs: null  # passes over the training data; null: as many as their number suggests
   max_minutes: {"null" if minutes is None else minutes}  # stop after this time

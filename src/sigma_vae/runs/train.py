@@ -75,7 +75,10 @@ def _train(config: RunConfig, out: Path, *, progress: bool, page: bool) -> Evalu
     if progress and processes().first:
         print(f"{data.name}: {data.record['counts']}; {data.record['preprocessing']}")
     if config.model.network == "auto":
-        config = replace(config, model=replace(config.model, network=models.default_network(data.shape, clips=data.clips)))
+        chosen, reason = models.network_for(config.model, data)
+        config = replace(config, model=chosen)
+        if reason and progress and processes().first:
+            print(f"network {chosen.network}: {reason}")
     config = replace(config, model=replace(config.model, network=models.from_anywhere(config.model.network)))
     if config.model.likelihood == "auto":
         name, reason = models.likelihood_for(config.model, data)

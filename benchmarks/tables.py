@@ -314,7 +314,9 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
     """Means over seeds, and their std, as Markdown."""
     for row in rows:
         if row["table"] == LARGE:
-            print(f"{row['rows']} rows, {row['columns']} columns: {row['peak_gigabytes']:.2f} GB at most, {row['seconds']:.0f} s\n")
+            print(
+                f"{row['rows']} rows, {row['columns']} columns: {row['peak_gigabytes']:.2f} GB at most, {row['seconds']:.0f} s\n"
+            )
     rows = [row for row in rows if row["table"] != LARGE]
     kinds = {
         "| table | rows | columns | model | quality | AUROC | copied | seconds |": ("quality", "auroc", "copied", "seconds"),

@@ -207,7 +207,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     )
     print("| --- " * 8 + "|")
     for name in dict.fromkeys(row["set"] for row in rows):
-        for detector in dict.fromkeys(row["detector"] for row in rows):
+        for detector in dict.fromkeys(row["detector"] for row in rows if row["set"] == name):
             chosen = [row for row in rows if (row["set"], row["detector"]) == (name, detector)]
             first = chosen[0]
             cells = [spread([row[key] for row in chosen], 3) for key in ("auroc", "average_precision")]

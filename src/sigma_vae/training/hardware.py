@@ -4,7 +4,7 @@ import ctypes
 import math
 import platform
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -244,7 +244,12 @@ def _import_compiler() -> None:
     That import leaves cycles that hold the frames it was called from, here those of a thread. It is too slow to import
     it with this module, which commands need that train nothing.
     """
-    thread = Thread(target=import_module, args=("torch._dynamo",))
+
+    def compiler() -> None:
+        with suppress(ImportError):  # it is raised again where torch needs it
+            import_module("torch._dynamo")
+
+    thread = Thread(target=compiler)
     thread.start()
     thread.join()
 

@@ -270,6 +270,9 @@ def test_the_automatic_network_of_colour_pictures_from_48_pixels_on_is_a_map(
         assert (chosen.width, chosen.prior) == (8, "flow-matching")
         given = models.network_for(ModelConfig(width=16, prior="gaussian"), data)[0]
         assert (given.width, given.prior) == (16, "gaussian")
+    few, many = (models.training_for(chosen, TrainingConfig()).total_steps(steps) for steps in (10, 1000))
+    assert (few, many) == ((200, 2000) if reason else (4000, 20_000))
+    assert models.training_for(chosen, TrainingConfig(max_minutes=5)) == TrainingConfig(max_minutes=5)
 
 
 def test_the_automatic_network_is_reported_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from sigma_vae import data as data_sources
 from sigma_vae.columns import Column
 from sigma_vae.conditions import Conditions
-from sigma_vae.config import ModelConfig, parse, read_text, write_whole
+from sigma_vae.config import ModelConfig, TrainingConfig, parse, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits
 from sigma_vae.data.inspect import suggested
 from sigma_vae.extras import needed_by
@@ -50,6 +50,7 @@ __all__ = [
     "save",
     "sized",
     "takes_counts",
+    "training_for",
     "vae",
 ]
 
@@ -258,7 +259,9 @@ def _patterns(entries: Iterable[Entry]) -> str:
 PICTURES_FROM = 48
 """Least side in pixels of pictures for which ``auto`` takes a map of latents."""
 PICTURE_NETWORK, PICTURE_WIDTH, PICTURE_PRIOR = "spatial:f8c4", 8, "flow-matching"
-"""Model of such pictures: in minutes better than ``residual`` in bits per dimension and in Fréchet distance (docs/networks.md)."""
+PICTURE_EPOCHS, PICTURE_STEPS = 20, 2_000
+"""Model of such pictures, and length of its training, whose steps take a second on one core: after minutes it is better than
+``residual`` in bits per dimension and in Fréchet distance (docs/networks.md)."""
 
 
 def network_for(config: ModelConfig, data: Splits) -> tuple[ModelConfig, str]:
@@ -279,7 +282,19 @@ def network_for(config: ModelConfig, data: Splits) -> tuple[ModelConfig, str]:
     fitted = PICTURE_PRIOR if config.prior == AUTO else config.prior
     return replace(config, network=PICTURE_NETWORK, width=width, prior=fitted), (
         f"width {width}, prior {fitted}: for pictures from {PICTURES_FROM} pixels on, bits per dimension and samples are better than with"
-        " residual (docs/networks.md); --network residual takes less time"
+        " residual (docs/networks.md), though with more time a step; --network residual is the quick one"
+    )
+
+
+def training_for(model: ModelConfig, config: TrainingConfig) -> TrainingConfig:
+    """The config of a training, shortened where :func:`network_for` chose a map of latents and no length was given.
+
+    >>> training_for(ModelConfig("spatial:f8c4"), TrainingConfig()).total_steps(steps_per_epoch=19)
+    380
+    """
+    given = (config.epochs, config.max_steps, config.max_minutes) != (None, None, None)
+    return (
+        config if model.network != PICTURE_NETWORK or given else replace(config, epochs=PICTURE_EPOCHS, max_steps=PICTURE_STEPS)
     )
 
 

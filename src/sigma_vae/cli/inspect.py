@@ -228,6 +228,10 @@ def _command(out: str) -> str:
 def _text(source: str, size: int | None, minutes: float | None, model: ModelConfig, reason: str, about: str, out: str) -> str:
     import json
 
+    from sigma_vae import models
+    from sigma_vae.config import TrainingConfig
+
+    length = models.training_for(model, TrainingConfig(max_minutes=minutes))
     images = (
         "" if size is None else f"  images:\n    size: {size}  # side in pixels\n    fit: crop  # the largest central square\n"
     )
@@ -242,7 +246,7 @@ data:
   latent_dim: null  # size of the latents; null: 20
   prior: {model.prior}  # fitted to the latents after training; auto: the best on validation data
 training:
-  epochs: null  # passes over the training data; null: as many as their number suggests
+  epochs: {"null" if length.epochs is None else length.epochs}  # passes over the training data; null: as many as their number suggests
   max_minutes: {"null" if minutes is None else minutes}  # stop after this time
   patience: 10  # stop when validation has not risen for so many validations
   batch_size: 128  # examples per step

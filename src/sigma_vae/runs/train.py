@@ -76,7 +76,7 @@ def _train(config: RunConfig, out: Path, *, progress: bool, page: bool) -> Evalu
         print(f"{data.name}: {data.record['counts']}; {data.record['preprocessing']}")
     if config.model.network == "auto":
         chosen, reason = models.network_for(config.model, data)
-        config = replace(config, model=chosen)
+        config = replace(config, model=chosen, training=models.training_for(chosen, config.training))
         if reason and progress and processes().first:
             print(f"network {chosen.network}: {reason}")
     config = replace(config, model=replace(config.model, network=models.from_anywhere(config.model.network)))

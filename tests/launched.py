@@ -21,7 +21,7 @@ from sigma_vae.training import distributed
 PRELOADED = ["sigma_vae.training", "sigma_vae.runs", "sigma_vae.cli"]
 """Imported once, and not in each process."""
 
-DEADLINE = 110.0
+DEADLINE = 140.0
 """Seconds that processes may take together; they need 5 to 40, also beside other tests."""
 
 

@@ -325,7 +325,7 @@ def train(vae, data, out, **options):
 
 
 def test_an_outlier_is_named(table, tmp_path, monkeypatch):
-    monkeypatch.setitem(fit.__globals__, "CALIBRATION_VALUES", 10 * DIMS)  # the refits look at the first ten examples
+    monkeypatch.setattr("sigma_vae.training.loop.CALIBRATION_VALUES", 10 * DIMS)  # the refits look at the first ten examples
     table.train.values[50, 1] = 1e30  # its square is more than float32 holds
     vae = models.vae(ModelConfig("mlp", latent_dim=2, width=8), table.shape, table.scaling)
     out = tmp_path / "run"

@@ -128,7 +128,7 @@ OWN_MODULES = {
     "cli/__init__.py": {"import_module(f'{__name__}.{module}')"},
     "likelihoods/__init__.py": {"import_module(f'{__name__}.{home}')"},
     "vae.py": {
-        "import_module('sigma_vae.evaluation.base')",
+        "import_module('sigma_vae.evaluation.suite')",
         "import_module('matplotlib')",
         "import_module('sigma_vae.evaluation.plots')",
         "import_module('sigma_vae.hub')",

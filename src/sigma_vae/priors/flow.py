@@ -251,6 +251,11 @@ def _log_prob(transform: Any, unit: Tensor) -> Tensor:
     return result
 
 
+def _read(context: Tensor) -> Tensor | None:
+    """A context for zuko, which takes none where there are no columns."""
+    return context if context.shape[1] else None
+
+
 def _maximise(
     transform: nn.Module,
     latents: Tensor,
@@ -271,13 +276,13 @@ def _maximise(
         if hidden is not None:
             hide = torch.rand(len(given), 1, generator=generator) < HIDDEN_SHARE
             given = torch.where(hide, hidden, given)
-        (-_log_prob(transform(given), latents[chosen]).mean()).backward()  # type: ignore[no-untyped-call]
+        (-_log_prob(transform(_read(given)), latents[chosen]).mean()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if step % LOOK_EVERY:
             continue
         with torch.no_grad():
-            density = float(_log_prob(transform(held_context), held_out).mean())
+            density = float(_log_prob(transform(_read(held_context)), held_out).mean())
         behind += 1
         if density > best:
             best, best_state, behind = density, copy.deepcopy(transform.state_dict()), 0

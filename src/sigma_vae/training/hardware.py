@@ -6,7 +6,6 @@ import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any, Literal, final
@@ -247,7 +246,7 @@ def _import_compiler() -> None:
 
     def compiler() -> None:
         with suppress(ImportError):  # it is raised again where torch needs it
-            import_module("torch._dynamo")
+            import torch._dynamo  # noqa: F401
 
     thread = Thread(target=compiler)
     thread.start()

@@ -210,9 +210,10 @@ def speeds(results: dict[str, Any]) -> list[str]:
         "| --- " * (len(names) + 4) + "|",
     ]
     for run, result in results.items():
-        seconds = [result["encode_seconds"], *(result["rivals"][name]["seconds"] for name in names)]
-        rates = (f"{result['values'] / each / 1e3:,.0f}" for each in seconds)
-        lines.append(f"| `{run}` | {seconds[0]:.1f} | {result['decode_seconds']:.1f} | {' | '.join(rates)} |")
+        rivals_ = [result["rivals"].get(name) for name in names]
+        seconds = [result["encode_seconds"], *(None if rival is None else rival["seconds"] for rival in rivals_)]
+        rates = ("" if each is None else f"{result['values'] / each / 1e3:,.0f}" for each in seconds)
+        lines.append(f"| `{run}` | {result['encode_seconds']:.1f} | {result['decode_seconds']:.1f} | {' | '.join(rates)} |")
     return lines
 
 

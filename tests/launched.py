@@ -3,7 +3,7 @@
 import faulthandler
 import multiprocessing
 import os
-import random
+import secrets
 import socket
 import sys
 import time
@@ -102,9 +102,12 @@ def _kept(rank: int, function: Callable[..., Any], folder: Path, *arguments: Any
 
 
 def _free_port() -> int:
-    """A free port outside of the range from which the system takes ports for outgoing connections, so that none takes it first."""
+    """A free port outside of the range from which the system takes ports for outgoing connections, so that none takes it first.
+
+    Chosen by the system's own randomness: trainings seed Python's, and tests that run beside each other would choose the same.
+    """
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = 20_000 + secrets.randbelow(12_000)
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)):
                 return port

@@ -39,7 +39,7 @@ SMALL = 1e-6
 
 
 class _Estimator(BaseEstimator):  # type: ignore[misc]
-    """What both estimators share: parameters, training, and a pickle without code."""
+    """The base of both estimators: parameters, training, and a pickle without code."""
 
     vae_: VAE
 

@@ -33,7 +33,7 @@ from sigma_vae.vae import VAE
 __all__ = ["CHUNK", "Codec", "Damaged", "Unpacked"]
 
 Damaged = Literal["refuse", "skip"]
-"""What to do with a damaged file: refuse it, or decode the examples that are whole."""
+"""A damaged file is refused, or the examples that are whole are decoded."""
 
 CHUNK = 1000
 """Examples of a chain: each chain pays initial bits, and is lost as a whole if a byte of it is."""
@@ -299,7 +299,7 @@ class Codec:
 
 
 def _noted(roundings: Sequence[Roundings]) -> Notes:
-    """What was noted about examples in their order, as gaps between positions along all of them."""
+    """The notes of all examples, in their order, as gaps between positions."""
     gaps = (np.diff(_along([each[side] for each in roundings]), prepend=0).tolist() for side in (0, 1))
     posterior, model = map(tuple, gaps)
     return posterior, model

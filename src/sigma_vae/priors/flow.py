@@ -165,7 +165,7 @@ class ConditionalFlowPrior(FittedPrior):
         self.fitted = True
 
     def context(self, condition: Tensor) -> Tensor:
-        """What the splines read of conditions: their features, and which of them are missing, ``(n, features)``."""
+        """Input of the splines, ``(n, features)``: the features of the conditions, and which conditions are missing."""
         self.conditions.check(condition)
         return torch.cat([self.conditions.features(condition), condition.isnan().to(condition.dtype)], 1).float()
 

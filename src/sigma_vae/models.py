@@ -260,7 +260,7 @@ PICTURES_FROM = 48
 """Least side in pixels of pictures for which ``auto`` takes a map of latents."""
 PICTURE_NETWORK, PICTURE_WIDTH, PICTURE_PRIOR = "spatial:f8c4", 8, "flow-matching"
 PICTURE_EPOCHS, PICTURE_STEPS = 20, 2_000
-"""Model of such pictures, and length of its training, whose steps take a second on one core: after minutes it is better than
+"""Model of such pictures, and length of its training, whose steps are slow on a CPU: after minutes it is better than
 ``residual`` in bits per dimension and in Fréchet distance (docs/networks.md)."""
 
 

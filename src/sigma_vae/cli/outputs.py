@@ -526,11 +526,8 @@ def score(
     map_file = None if maps is None else checked(Path(maps), (".npz",))
     examples = _examples(run, data, split, device)
     path = checked(Path(out) if out is not None else beside(run) / f"scores-{examples.word}.csv", (".csv", ".parquet"))
-    terms = score_examples(examples.vae, examples.batches, seed)
-    fit, bound = ("log_likelihood_nats", "elbo_nats") if examples.vae.likelihood.normalised else ("fit_nats", "objective_nats")
-    columns = {fit: terms.log_likelihood, "rate_nats": terms.rate, bound: terms.log_likelihood - terms.rate}
-    if terms.log_mass is not None:
-        columns["bits_per_dim"] = (terms.rate - terms.log_mass) / (terms.dims * torch.tensor(2.0).log())
+    columns = _terms(examples, seed)
+    odd_nats = columns["rate_nats"] - next(iter(columns.values()))
     columns |= _of_classes(run, examples, seed)
     odd: dict[str, Tensor] = {}
     found = None
@@ -553,12 +550,22 @@ def score(
         _write_arrays(map_file, {"maps": values}, example=_plain(examples.names), **more)
         print(map_file)
     if (window := runs.config_of(to_read(run)).data.window) is not None:
-        title, values = next(iter(odd.items()), ("odd_nats", terms.rate - terms.log_likelihood))
+        title, values = next(iter(odd.items()), ("odd_nats", odd_nats))
         write_series(beside(run) / f"series-{examples.word}.csv", values, examples.names, window, title)
     if odd and found is not None:
         picture = beside(run) / f"oddest-{examples.word}.png"
         order = ranking(odd, wanted)
         show_oddest(picture, examples.vae, examples.batches, examples.names, odd, order, found.maps)
+
+
+def _terms(examples: "_Examples", seed: int) -> dict[str, Tensor]:
+    """Log-likelihood, rate, their difference, and bits per dimension where there are levels; an objective is called one."""
+    terms = score_examples(examples.vae, examples.batches, seed)
+    fit, bound = ("log_likelihood_nats", "elbo_nats") if examples.vae.likelihood.normalised else ("fit_nats", "objective_nats")
+    columns = {fit: terms.log_likelihood, "rate_nats": terms.rate, bound: terms.log_likelihood - terms.rate}
+    if terms.log_mass is not None:
+        columns["bits_per_dim"] = (terms.rate - terms.log_mass) / (terms.dims * torch.tensor(2.0).log())
+    return columns
 
 
 def _trained_on(source: str, device: str) -> str:

@@ -295,7 +295,7 @@ def test_data_are_found_in_the_folders_that_they_were_in(deep, tmp_path):
     assert runs.evaluate_run(run, device="cpu").elbo_nats.mean == before.elbo_nats.mean
 
 
-def test_other_data_are_not_taken_for_those_that_moved(tmp_path, capsys):
+def test_other_data_are_not_taken_for_those_that_moved(digits_run, tmp_path, capsys):
     run, source = trained(tmp_path, "array")
     config = (run / "config.yaml").read_bytes()
     (tmp_path / "new").mkdir()
@@ -304,6 +304,10 @@ def test_other_data_are_not_taken_for_those_that_moved(tmp_path, capsys):
         for command in ("evaluate", "resume"):
             assert main([command, str(run), "--root", str(tmp_path / root)]) == 1
             assert says in capsys.readouterr().err
+    shutil.copytree(digits_run, tmp_path / "digits")
+    for root in (tmp_path, tmp_path / "nowhere"):  # the remedy is not the option that was refused
+        assert main(["evaluate", str(tmp_path / "digits"), "--root", str(root)]) == 1
+        assert capsys.readouterr().err.strip().endswith(f"root says nothing about digits, got {str(root)!r}; leave it out")
     assert main(["evaluate", "hf-vae:x", "--data", "digits", "--root", str(tmp_path)]) == 1
     assert "has none; give the data as --data PATH" in capsys.readouterr().err
     assert (run / "config.yaml").read_bytes() == config

@@ -15,7 +15,7 @@ import torch
 from sigma_vae import models
 from sigma_vae.config import DataConfig, RunConfig, parse, read, read_text, write, write_whole
 from sigma_vae.data import Batches, Scaling, Splits, names
-from sigma_vae.data.load import Whole, load_whole
+from sigma_vae.data.load import Whole, load_whole, refuse_unread, source_of
 from sigma_vae.data.mixed import mixed_splits, read_frame
 from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.splits import SPLITS, Names, SplitName, fingerprint
@@ -140,7 +140,7 @@ def move_data(out: Path, root: str) -> None:
             run was trained on, perhaps in the folders that it was in.
 
     Raises:
-        ValueError: they are not there, or are other data.
+        ValueError: they are not there, are other data, or come with a package and lie in no folder.
     """
     config = config_of(out)
     moved = replace(config, data=_below(out, config.data, Path(root).expanduser().resolve()))
@@ -156,7 +156,10 @@ def move_data(out: Path, root: str) -> None:
 def _below(out: Path, config: DataConfig, root: Path) -> DataConfig:
     """The same data below another root."""
     if config.root is not None or config.source in names():
-        return replace(config, root=str(root))
+        moved = replace(config, root=str(root))
+        if (source := source_of(moved)) is not None:
+            refuse_unread(moved, source.options)  # data that come with a package lie in no folder
+        return moved
     parts = config.path.parts
     found = (root.joinpath(*parts[i:]) for i in range(1, len(parts)))
     place = next((path for path in found if _there(path)), None)

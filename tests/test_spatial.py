@@ -20,6 +20,7 @@ from sigma_vae.data import Batches, Scaling, Splits, as_splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import evaluate
 from sigma_vae.evaluation.information import information
+from sigma_vae.evaluation.plots import interpolations
 from sigma_vae.likelihoods import Perceptual
 from sigma_vae.likelihoods.translate import CONVENTIONS, explain
 from sigma_vae.networks import SpatialNetwork, spatial
@@ -288,6 +289,18 @@ def test_the_automatic_prior_is_a_gaussian_over_the_map() -> None:
     network = build("f4c3", (1, 8, 8))
     assert [type(each) for each in models.priors("auto", network, examples=100)] == [GaussianPrior]
     assert math.prod(network.latents.shapes[0]) == 12
+
+
+def test_the_line_between_two_maps_ends_at_their_reconstructions() -> None:
+    vae = VAE(build("f4c3", (3, 8, 12)), Gaussian(3)).eval()
+    first, last = examples((3, 8, 12), 4).split(2)
+    vae.calibrate([first])
+    line = interpolations(vae, first, last, steps=3)
+    assert line.shape == (2, 3, 3, 8, 12)
+    with torch.no_grad():
+        means = [vae.encode(x).loc for x in (first, last)]
+        for at, latents in enumerate((means[0], (means[0] + means[1]) / 2, means[1])):
+            torch.testing.assert_close(line[:, at], vae.decode(latents))
 
 
 # -- explain ---------------------------------------------------------------------------------------------------------------

@@ -268,7 +268,7 @@ def interpolations(
     """
     of_first, of_last = conditions or (None, None)
     ends = vae.encode(first, of_first).loc, vae.encode(last, of_last).loc
-    shares = torch.linspace(0, 1, steps, device=first.device)[:, None]
+    shares = torch.linspace(0, 1, steps, device=first.device).reshape(-1, *[1] * (ends[0].dim() - 1))  # latents may be maps
     between = ends[0][:, None] * (1 - shares) + ends[1][:, None] * shares
     given = None if of_first is None else of_first.repeat_interleave(steps, 0)
     decoded = vae.decode(between.flatten(0, 1), condition=given)

@@ -49,7 +49,8 @@ from sigma_vae.codec.stack import PRECISION, Pops, Pushes, Rounding, Stack, code
 from sigma_vae.config import ModelConfig
 from sigma_vae.data import Scaling
 from sigma_vae.evaluation import score
-from sigma_vae.priors import FlowPrior, GaussianPrior, MixturePrior
+from sigma_vae.networks import spatial
+from sigma_vae.priors import FlowMatchingPrior, FlowPrior, GaussianPrior, MixturePrior
 
 IMAGE = (1, 4, 4)
 WHOLE = 2**PRECISION
@@ -247,6 +248,13 @@ def test_hierarchical_networks_are_lossless(likelihood):
     assert torch.equal(Codec(vae).decode(Codec(vae).encode(x)), x)
 
 
+def test_maps_of_latents_are_lossless():
+    shape = (3, 8, 12)
+    vae = model(lambda shape, channels: jolted(spatial(shape, channels, width=4, plan="f4c3")), Gaussian(3), shape)
+    x = levels_of(shape)
+    assert torch.equal(Codec(vae).decode(Codec(vae).encode(x)), x)
+
+
 @pytest.mark.parametrize("given_data", [False, True])
 def test_descending_by_known_latents_is_decoding_them(given_data):
     network, x = hierarchy(IMAGE, 1).eval(), levels_of(IMAGE, n=1)
@@ -380,11 +388,19 @@ def condition_reader():
     return VAE(network, Gaussian(1, Fixed(0.1)))
 
 
+def over_a_map():
+    network, prior = spatial((1, 8, 8), 1, width=4, plan="f4c3"), FlowMatchingPrior(12, (3, 2, 2))
+    prior.fitted = True
+    network.replace_prior(prior)
+    return VAE(network, Gaussian(1, Fixed(0.1)))
+
+
 REFUSED = {
     "real values": (lambda: VAE(flat(IMAGE, 1), Gaussian(1, Fixed(0.1), levels=None)), "real-valued"),
     "no probability": (lambda: VAE(flat(IMAGE, 1), Bernoulli(1)), "levels=2"),
     "clips": (lambda: VAE(sequence((1, 8, 8), 1), Gaussian(1, Fixed(0.1))), "clips"),
     "condition": (condition_reader, "condition"),
+    "flow over a map": (over_a_map, "mixture"),
     "flow": (lambda: VAE(FlatNetwork(nn.Flatten(), nn.Identity(), 3, FlowPrior(3)), Gaussian(1, Fixed(0.1))), "mixture"),
 }
 

@@ -30,6 +30,7 @@ from sigma_vae.runs.page import Curves, advice, read_curves, shows
 from sigma_vae.training.callbacks import Bar, Lines
 
 CONFIG = RunConfig(DataConfig("digits"), ModelConfig("mlp"), TrainingConfig())
+MAP = RunConfig(DataConfig("digits"), ModelConfig("spatial:f4c3"), TrainingConfig())
 
 
 def reported(**changes: object) -> Evaluation:
@@ -67,6 +68,7 @@ ADVICE = {
     "level": ({}, LEVEL, CONFIG, []),
     "too few to judge": ({}, RISING[:4], CONFIG, []),
     "unused": ({"active_units": 12}, LEVEL, CONFIG, ["8 of 20 latents are unused", "--latent-dim 12"]),
+    "unused places of a map": ({"active_units": 12}, LEVEL, MAP, ["8 of 20 latents are unused"]),
     "no rate": (
         {"rate_nats": {"mean": 0.001, "standard_error": 0.0}, "active_units": 0},
         LEVEL,
@@ -84,6 +86,7 @@ def test_advice_follows_from_curves_and_numbers(case: str) -> None:
     assert len(said) == bool(words), said
     for word in words:
         assert word in said[0]
+    assert config is not MAP or "--latent-dim" not in said[0]  # which a map does not have
 
 
 def test_the_advice_to_go_on_is_a_command_that_works(digits_run: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "data",
     "default_network",
     "from_anywhere",
+    "has_size",
     "latents_for",
     "likelihood",
     "likelihood_for",
@@ -342,6 +343,15 @@ def network(
     return cast(Network, make(shape, out_channels, conditions=conditions, **given))
 
 
+def has_size(network: str, size: str) -> bool:
+    """Whether a network, by its name, has such a size to choose.
+
+    >>> has_size("mlp", "latent_dim"), has_size("spatial:f8c4", "latent_dim")
+    (True, False)
+    """
+    return size in inspect.signature(register.network.make(network)).parameters
+
+
 def latents_for(config: ModelConfig, data: Splits) -> int:
     """The number of linear latents under which validation data are likeliest: at most 128, and half the data's dimensions.
 
@@ -477,7 +487,7 @@ def _network_of(
     conditions: Conditions | None = None,
 ) -> Network:
     name = network_name(config, shape, clips=clips)
-    takes_frames = "context_frames" in inspect.signature(register.network.make(name)).parameters
+    takes_frames = has_size(name, "context_frames")
     frames = config.context_frames if takes_frames else None
     if config.latent_dim == "auto":
         raise ValueError("latent_dim auto needs data; give the number that models.latents_for(config, data) returns")

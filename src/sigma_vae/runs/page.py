@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sigma_vae import __version__
+from sigma_vae import __version__, models
 from sigma_vae.config import RunConfig, write_whole
 from sigma_vae.data import Batches, Splits
 from sigma_vae.evaluation import Evaluation, score
@@ -219,10 +219,10 @@ def advice(out: Path, config: RunConfig, report: Evaluation, found: Curves) -> l
         report: its evaluation.
         found: its curves.
     """
-    return [*_of_latents(report), *notes(report), *_of_length(out, config, found)]
+    return [*_of_latents(config, report), *notes(report), *_of_length(out, config, found)]
 
 
-def _of_latents(report: Evaluation) -> Iterator[str]:
+def _of_latents(config: RunConfig, report: Evaluation) -> Iterator[str]:
     rate, units, dim = report.bounds.rate_nats.mean, report.bounds.active_units, report.bounds.latent_dim
     if rate < UNUSED_NATS:
         yield (
@@ -232,7 +232,7 @@ def _of_latents(report: Evaluation) -> Iterator[str]:
     elif units is not None and dim is not None and units < dim:
         yield (
             f"{dim - units} of {dim} latents are unused. They do no harm: a calibrated decoder leaves those off that it does not need."
-            f" --latent-dim {max(units, 1)} would do."
+            + (f" --latent-dim {max(units, 1)} would do." if models.has_size(config.model.network, "latent_dim") else "")
         )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import CASES
 from safetensors.torch import load_file, save_file
-from scipy import optimize
+from scipy import special
 from test_discrete import ALL as UNSCALED
 from test_discrete import make as unscaled
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from sigma_vae.config import DataConfig, EvaluationSettings, HardwareConfig, Mod
 from sigma_vae.data import as_splits, load
 from sigma_vae.evaluation import evaluate
 from sigma_vae.networks import conv, mlp, residual
-from sigma_vae.networks.principal import _codes, principal
+from sigma_vae.networks.principal import MARGIN, _logit, principal
 from sigma_vae.training import NonFiniteLossError, fit
 from sigma_vae.training.checkpoints import FORMAT, write_sealed
 from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step, with_saved_step
@@ -58,24 +58,28 @@ def started_on(x: Tensor, network: FlatNetwork, likelihood: Likelihood) -> VAE:
     return vae
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6], ids=["small", "as it is", "large"])
-def test_on_linear_data_the_start_is_the_optimum(scale):
-    x = scale * linear_data()
+@pytest.mark.parametrize(
+    ("mean", "scale"),
+    [("identity", 1e-6), ("identity", 1.0), ("identity", 1e6), ("unit", 0.05)],
+    ids=["small", "as it is", "large", "through a sigmoid"],
+)
+def test_on_linear_data_the_start_is_the_optimum(mean, scale):
+    x = (scale * linear_data() + 0.5 * (mean == "unit")).unflatten(1, (1, 2, 3))
     torch.manual_seed(0)
-    network = FlatNetwork(nn.Linear(6, 2 * LATENTS), nn.Linear(LATENTS, 6), LATENTS)
-    vae = started_on(x, network, Gaussian(6, Optimal(), spatial_dims=0, levels=None))
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(6, 2 * LATENTS))
+    network = FlatNetwork(encoder, nn.Sequential(nn.Linear(LATENTS, 6), nn.Unflatten(1, (1, 2, 3))), LATENTS)
+    vae = started_on(x, network, Gaussian(1, Optimal(), mean=mean, levels=None))
     vae.likelihood.set_floor(std=scale)
     bound = sigma_points(vae, x)
     (-bound).backward()
     for name, p in vae.named_parameters():  # in units of the data, so that the size of a gradient means the same at every scale
-        unit = (
-            scale
-            if name.startswith(("network.decoder", "network.linear.decoder.weight", "network.linear.decoder.bias"))
-            else 1.0
-        )
-        unit = unit / scale if name == "network.encoder.weight" else unit
+        if name.startswith("network.decoder") and mean == "unit":
+            continue  # what it adds to the logit is not linear in the mean
+        decoders = "network.decoder", "network.linear.decoder.weight", "network.linear.decoder.bias"
+        unit = scale if name.startswith(decoders) else 1.0
+        unit = unit / scale if name == "network.encoder.1.weight" else unit
         assert float(unit * p.grad.abs().max()) < 1e-6, name
-    centred = (x - x.mean(0)).numpy()
+    centred = (x - x.mean(0)).flatten(1).numpy()
     covariance = centred.T @ centred / len(x)
     exact = -0.5 * (6 * math.log(2 * math.pi) + np.linalg.slogdet(covariance)[1] + 6)  # the data have the model's moments
     assert float(bound.detach()) == pytest.approx(exact, abs=1e-3)
@@ -94,24 +98,27 @@ def test_other_units_give_the_same_start():
     torch.testing.assert_close(other.decoder.weight * signs / 100, own.decoder.weight)
 
 
-def test_through_a_sigmoid_the_squared_error_is_that_of_least_squares():
-    random = np.random.default_rng(0)
-    latent = random.standard_normal((600, 2))
-    mean = 1 / (1 + np.exp(-(2 * latent @ random.standard_normal((2, 16)) + random.standard_normal(16))))
-    x = torch.from_numpy((mean + 0.05 * random.standard_normal(mean.shape)).clip(0, 1)).float().reshape(-1, 1, 4, 4)
-    torch.manual_seed(0)
-    network = started_on(x, mlp((1, 4, 4), 1, latent_dim=2), Gaussian(1, mean="unit")).network
-    with torch.no_grad():
-        codes = torch.cat(_codes(network.linear.encoder, lambda: x.split(100)))[:, :2]
-        features = network.linear.decoder(codes).flatten(1)
-    ours = (torch.sigmoid(features) - x.flatten(1)).square().mean(0).numpy()
-    design = np.c_[codes.numpy(), np.ones(len(codes))]
-    best = []
-    for target in x.flatten(1).numpy().T:
-        found = optimize.least_squares(lambda b, t=target: 1 / (1 + np.exp(-design @ b)) - t, np.zeros(3))
-        best.append(2 * found.cost / len(target))
-    assert ours.sum() < 1.03 * sum(best)
-    assert (ours < 1.1 * np.array(best)).all()
+def test_near_its_ends_a_mean_is_bent_and_stays_between_them():
+    inside = torch.linspace(MARGIN, 1 - MARGIN, 50, dtype=torch.float64)
+    margin = torch.tensor(MARGIN, dtype=torch.float64)
+    np.testing.assert_allclose(_logit(inside, margin), special.logit(inside.numpy()), rtol=1e-12)
+    beyond = torch.tensor([-0.5, 0.0, 0.5 * MARGIN, 1.0, 1.5], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda m: _logit(m, margin), beyond)
+    bent = torch.sigmoid(_logit(beyond.detach(), margin))
+    assert (bent.diff() > 0).all()
+    assert ((bent > 0) & (bent < 1)).all()
+    slopes = torch.autograd.grad(_logit(beyond, margin).sum(), beyond)[0]  # the logit's own at the margin
+    np.testing.assert_allclose(slopes, 1 / (MARGIN * (1 - MARGIN)), rtol=1e-12)
+
+
+def test_a_path_that_was_saved_without_margins_is_linear(digits):
+    vae = started_on(digits.values("train")[:100], mlp(SHAPE, 1, latent_dim=2), Gaussian(1, mean="unit"))
+    older = {name: value for name, value in vae.state_dict().items() if not name.endswith("margins")}
+    again = VAE(mlp(SHAPE, 1, latent_dim=2), Gaussian(1, mean="unit"))
+    again.load_state_dict(older)
+    z = torch.eye(2)
+    path = again.network.linear.decoder
+    torch.testing.assert_close(path(z).flatten(1), z @ path.weight.T + path.bias.flatten())
 
 
 LIKELIHOODS = {case.name: lambda case=case: case.make(mean="unit") for case in CASES} | {
@@ -227,7 +234,9 @@ def test_a_started_model_is_saved_and_loaded(tmp_path: Path, digits):
     assert plain.network.linear is None  # the form is that of the weights
 
 
-@pytest.mark.parametrize("name", ["encoder.centre", "encoder.directions", "encoder.gain", "decoder.weight", "decoder.bias"])
+@pytest.mark.parametrize(
+    "name", ["encoder.centre", "encoder.directions", "encoder.gain", "decoder.weight", "decoder.bias", "decoder.margins"]
+)
 def test_a_path_of_other_sizes_is_refused(name, tmp_path: Path, digits):
     config = ModelConfig(network="mlp", latent_dim=4, width=16)
     vae = models.vae(config, SHAPE, digits.scaling)

@@ -29,11 +29,8 @@ ITERATIONS = 4
 
 MOST_EXAMPLES, MOST_VALUES = 12_000, 2**29
 """Most examples, and most values, that directions are sought in."""
-DRAWS, DRAWN_VALUES = 4096, 2**27
-"""Most examples, and most values, that a path through a sigmoid is fitted to."""
-MOST_STEPS = 60
-LEAST_GAIN = 1e-4
-"""The fit through a sigmoid stops where a step lowers the squared error by less than this part."""
+MARGIN = 0.02
+"""Means nearer than this to 0 or 1 are bent, so that they stay between them."""
 
 Passes = Callable[[], Iterable[Tensor]]
 """Gives the data in batches ``(batch, *shape)``, again at each call."""
@@ -200,18 +197,39 @@ class LinearEncoder(nn.Module):
 
 @final
 class LinearDecoder(nn.Module):
-    """Weight W ``(features, latent_dim)`` and bias b ``(in_channels, *space)`` of a :class:`LinearPath`."""
+    r"""Weight W ``(features, latent_dim)`` and bias b ``(in_channels, *space)`` of a :class:`LinearPath`.
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    Args:
+        weight: W.
+        bias: b.
+        margins: ``(channels,)`` where a sigmoid maps the first so many channels to the mean: the features are then the
+            logit of Wz + b, continued by its tangents below the margin and above 1 less the margin.
+    """
+
+    margins: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor, margins: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
+        self.register_buffer("margins", margins)
 
     def forward(self, z: Tensor) -> Tensor:
         """Features ``(batch, in_channels, *space)``, in float32 at least."""
         with in_full_precision(z.device.type):
             flat = nn.functional.linear(z.to(self.weight.dtype), self.weight, self.bias.flatten())
-            return flat.reshape(-1, *self.bias.shape)
+            features = flat.reshape(-1, *self.bias.shape)
+            if self.margins is None:
+                return features
+            channels = len(self.margins)
+            means = _logit(features[:, :channels], self.margins.reshape(-1, *[1] * (features.dim() - 2)))
+            return means if channels == features.shape[1] else torch.cat([means, features[:, channels:]], 1)
+
+
+def _logit(mean: Tensor, margin: Tensor) -> Tensor:
+    """The logit, whose tangents continue it where the mean is nearer than the margin to 0 or 1, or beyond them."""
+    inside = mean.clamp(margin, 1 - margin)
+    return torch.logit(inside) + (mean - inside) / (margin * (1 - margin))
 
 
 @final
@@ -238,6 +256,8 @@ class LinearPath(nn.Module):
         one, dims, bias = (latent_dim,), math.prod(shapes.get("encoder.centre", ())), tuple(shapes.get("decoder.bias", ()))
         encoder = {"centre": (dims,), "directions": (latent_dim, dims), "gain": one, "log_variance": one}
         decoder = {"weight": (math.prod(bias), latent_dim), "bias": bias}
+        if "decoder.margins" in shapes:
+            decoder["margins"] = (min([*shapes["decoder.margins"][:1], *bias[:1]], default=0),)
         expected = {f"encoder.{name}": shape for name, shape in encoder.items()}
         expected |= {f"decoder.{name}": shape for name, shape in decoder.items()}
         if {name: tuple(shape) for name, shape in shapes.items()} != expected:
@@ -253,9 +273,8 @@ def solved_path(passes: Passes, latent_dim: int, mean: MeanMap | None, bias: Cal
     .. math:: P = \lambda^{-1/2} V^\top, \quad g = \sqrt{1 - v}, \quad l = \log v, \quad W = V \sqrt{\lambda - s^2}
 
     is exact where features are the mean (Lucas et al. 2019, arXiv 1911.02469). Where a sigmoid maps features to the
-    mean, W and b have the least squared error for posterior draws of training examples, by damped Gauss-Newton steps
-    whose matrix is replaced by its diagonal, as latents are nearly uncorrelated. Where features have another meaning,
-    W is 0: only the encoder's part is solved.
+    mean, the path's features are the logit of that mean (see :class:`LinearDecoder`). Where features have another
+    meaning, W is 0: only the encoder's part is solved.
 
     Args:
         passes: gives the data in batches, again at each call, in random order.
@@ -282,9 +301,9 @@ def solved_path(passes: Passes, latent_dim: int, mean: MeanMap | None, bias: Cal
     if mean is not None:  # the mean's channels are the first of the features
         weight[:dims, :used] = fitted.directions * (spread - noise).clamp(min=0).sqrt()
         start.view(-1)[:dims] = centre
-    path = LinearPath(LinearEncoder(centre, directions, gain, log_variance), LinearDecoder(weight, start))
-    if mean == "unit":
-        _through_sigmoid(path.float(), passes)
+    shape = next(iter(passes())).shape[1:]
+    margins = torch.full(shape[:1], MARGIN) if mean == "unit" else None
+    path = LinearPath(LinearEncoder(centre, directions, gain, log_variance), LinearDecoder(weight, start, margins))
     return SolvedPath(path, math.sqrt(noise))
 
 
@@ -293,55 +312,3 @@ class SolvedPath(NamedTuple):
 
     path: LinearPath
     residual_std: float
-
-
-@torch.no_grad()
-def _through_sigmoid(path: LinearPath, passes: Passes) -> None:
-    """Change the path's mean x̂ = Wz + b to x̂ = sigmoid(Wz + b), by least squares over posterior draws."""
-    dims = len(path.encoder.centre)
-    codes = _codes(path.encoder, passes)
-    weight, bias = path.decoder.weight, path.decoder.bias.view(-1)
-    centre = bias[:dims].clamp(0.02, 0.98)
-    slope = centre * (1 - centre)
-    now = torch.cat([weight[:dims] / slope[:, None], torch.logit(centre)[:, None]], 1)
-    best, error = now, torch.full((dims,), math.inf)
-    step, change = torch.ones(dims), torch.zeros_like(now)
-    for _ in range(MOST_STEPS):
-        found, gradient, curvature = _squared_error(now, codes, passes)
-        better = (found < error)[:, None]
-        gained = float((error - found).clamp(min=0).sum())
-        best, error = torch.where(better, now, best), torch.minimum(found, error)
-        if gained < LEAST_GAIN * float(error.sum()):
-            break
-        step = torch.where(better[:, 0], (1.3 * step).clamp(max=4), 0.3 * step)
-        forward = -step[:, None] * gradient / (curvature + 1e-5)[:, None]
-        change = torch.where(better, 0.6 * change + forward, 0.3 * forward)
-        now = best + change
-    weight[:dims], bias[:dims] = best[:, :-1], best[:, -1]
-
-
-def _codes(encoder: LinearEncoder, passes: Passes) -> list[Tensor]:
-    """Posterior draws of the first examples and a column of ones, batch by batch."""
-    generator = torch.Generator().manual_seed(0)
-    codes: list[Tensor] = []
-    enough = min(DRAWS, max(DRAWN_VALUES // len(encoder.centre), 4 * len(encoder.gain)))
-    for x in passes():
-        mean, log_variance = encoder(x)
-        z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
-        codes.append(torch.cat([z, torch.ones(len(z), 1)], 1))
-        if sum(map(len, codes)) >= enough:
-            break
-    return codes
-
-
-def _squared_error(weights: Tensor, codes: list[Tensor], passes: Passes) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean squared error of each value's sigmoid, its gradient (halved), and the mean square of the sigmoid's slope."""
-    error, curvature, gradient = torch.zeros(len(weights)), torch.zeros(len(weights)), torch.zeros_like(weights)
-    for z, x in zip(codes, passes(), strict=False):
-        mean = torch.sigmoid(z @ weights.T)
-        slope, residual = mean * (1 - mean), mean - x.flatten(1).float()
-        error += residual.square().sum(0)
-        curvature += slope.square().sum(0)
-        gradient.addmm_((residual * slope).T, z)
-    count = sum(map(len, codes))
-    return error / count, gradient / count, curvature / count

@@ -298,6 +298,19 @@ def test_the_start_is_worth_its_nats(digits):
     assert bounds["principal"] > bounds["random"] + 3
 
 
+def test_where_training_finds_nothing_better_the_start_is_the_model(digits):
+    vae = VAE(mlp(SHAPE, 1, latent_dim=10), Gaussian(1, mean="unit", levels=17))
+    found = fit(vae, digits, TrainingConfig(epochs=2, learning_rate=0.1), progress=False)
+    assert found.best_step == found.history[0]["step"] == -1
+    own = VAE(mlp(SHAPE, 1, latent_dim=10), Gaussian(1, mean="unit", levels=17))
+    own.start_from(digits.batches("train", 256))
+    z = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
+    sign = torch.sign((own.network.linear.encoder.directions * vae.network.linear.encoder.directions).sum(1))
+    torch.testing.assert_close(vae.network.decode(z), own.network.decode(z * sign), rtol=1e-3, atol=1e-3)
+    weighted = fit(vae, digits, TrainingConfig(epochs=1, kl_weight=2.0), progress=False)
+    assert weighted.history[0]["step"] >= 0  # its bound says nothing about another objective
+
+
 def test_a_coin_for_each_value_starts_at_its_probability():
     random = torch.Generator().manual_seed(0)
     x = (torch.rand(500, 1, 4, 4, generator=random) < 0.3).float()

@@ -333,21 +333,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(spoil, few, tmp_path, 
 def test_the_best_weights_belong_to_the_checkpoint_that_is_resumed(few, tmp_path, caplog):
     """The run was killed after a new best, and before the checkpoint that knows of it."""
     out, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
-    train(few, out, epochs=1)
+    train(few, out, epochs=1, start="random")
     known = (folder / "best.ckpt").read_bytes()
     shutil.copytree(folder, tmp_path / "then")
-    train(few, out, epochs=2, resume=True)
+    train(few, out, epochs=2, resume=True, start="random")
     assert (folder / "best.ckpt").read_bytes() != known
     assert (folder / "best-before.ckpt").read_bytes() == known
     shutil.copy(tmp_path / "then" / "last.ckpt", folder / "last.ckpt")
-    vae = train(few, out, epochs=1, resume=True)  # nothing to do, but to take the best
+    vae = train(few, out, epochs=1, resume=True, start="random")  # nothing to do, but to take the best
     assert torch.equal(
         vae.state_dict()["network.decoder.0.weight"],
         torch.load(tmp_path / "then" / "best.ckpt", weights_only=True)["model"]["network.decoder.0.weight"],
     )
     for path in folder.glob("best*.ckpt"):
         path.write_bytes(path.read_bytes()[:-100])
-    train(few, out, epochs=1, resume=True)
+    train(few, out, epochs=1, resume=True, start="random")
     assert "best.ckpt is lost or damaged" in caplog.text
 
 

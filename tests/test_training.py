@@ -86,9 +86,9 @@ def test_metrics_have_each_step_once_and_all_quantities(digits_run):
     table = rows(digits_run)
     trained = [int(row["step"]) for row in table if row["train/loss_nats"]]
     validated = [int(row["step"]) for row in table if row["validation/elbo_nats"]]
-    steps = 6 * -(-1455 // 32)  # 1455 of 1797 digits are trained on: 180 test, a tenth of the rest validation
-    assert trained == list(range(0, steps, 5))
-    assert len(validated) == 6
+    epoch = -(-1455 // 32)  # 1455 of 1797 digits are trained on: 180 test, a tenth of the rest validation
+    assert trained == list(range(0, 6 * epoch, 5))
+    assert validated == list(range(-1, 6 * epoch, epoch))  # the start is validated too
     for name in ("train/rate_nats", "train/distortion_nats", "train/sigma"):
         assert all(row[name] for row in table if row["train/loss_nats"])
     for name in ("validation/rate_nats", "validation/distortion_nats", "validation/bits_per_dim"):
@@ -365,7 +365,8 @@ def test_new_likelihoods_train_and_survive_a_resumption(digits, tmp_path, likeli
 def test_weights_ruined_by_the_last_step_of_an_epoch_are_never_kept(digits, tmp_path):
     with pytest.raises(NonFiniteLossError, match="after step 0: calibrate found no finite"):
         train(small_vae(digits), digits, tmp_path, epochs=1, batch_size=2000, learning_rate=1e30)
-    assert not list((tmp_path / "checkpoints").glob("*.ckpt"))
+    (kept,) = (tmp_path / "checkpoints").glob("*.ckpt")
+    assert torch.load(kept, weights_only=True)["step"] == -1  # the start
 
 
 def test_a_run_that_ends_between_validations_can_be_resumed(digits_config, tmp_path):

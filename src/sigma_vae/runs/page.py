@@ -257,6 +257,8 @@ def _of_length(out: Path, config: RunConfig, found: Curves) -> Iterator[str]:
 
 
 def _when(best: int, last: int, epochs: Mapping[int, float]) -> str:
+    if best < 0:
+        return "the start, before the first step"
     if best in epochs and last in epochs and epochs[last] > epochs[best]:
         return f"epoch {epochs[best] + 1:.0f} of {epochs[last] + 1:.0f}"
     return f"step {best + 1} of {last + 1}"

@@ -43,7 +43,7 @@ from sigma_vae.training.distributed import (
 )
 from sigma_vae.training.hardware import Choices, applied, choices_for
 from sigma_vae.training.nonfinite import REMEDY, NonFiniteLossError, keep_broken_step, with_saved_step
-from sigma_vae.training.objective import check_weights, validated_total
+from sigma_vae.training.objective import check_weights, is_weighted, validated_total
 from sigma_vae.training.step import Stepper, Validation, augmented, check_augmentation, endless_skipping
 from sigma_vae.types import Batch, Observes
 from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
@@ -54,6 +54,8 @@ CALIBRATION_VALUES = 2**20
 """Values in the refit before a validation, and in that on training data: a second's work, whatever the data."""
 START_VALUES = 2**22
 """Values in a batch from which the start is solved, in float64."""
+SOLVED = "principal"
+"""A start at the best linear VAE, in words."""
 BATCH_VALUES = 2**17
 """Values in a batch where nothing is trained: enough to keep the cores busy, few enough to stay in the cache."""
 
@@ -65,8 +67,9 @@ class FitResult:
 
     Args:
         steps: number of optimiser steps, those before a resumption included.
-        history: the metrics of each validation, with ``step`` (the last one before it, from 0) and ``epoch``.
-        best_step: step of the weights that the model has now; None where there was no validation.
+        history: the metrics of each validation, with ``step`` (the last one before it, from 0) and ``epoch``. A start
+            that is solved is validated too, as step −1, where the loss is the negative ELBO.
+        best_step: step of the weights that the model has now, −1 for the start; None where there was no validation.
         best_score: their validation ELBO (or objective), in nats.
         folder: run folder with metrics and checkpoints; None where nothing is kept.
         skipped_steps: number of steps that were skipped, of ``skip_gradient_norm``.
@@ -177,7 +180,7 @@ def fit(
         training = _Training(context, splits, batches, checkpoints, choices, where, callbacks, state)
         del state
         with applied(choices, model), global_statistics(model):
-            training.run()
+            training.run(judging_start=start == SOLVED and not is_weighted(config))
         if checkpoints.best.step is not None or model is not vae:
             vae.load_state_dict(checkpoints.newest_weights())
         vae.to(where).eval()
@@ -225,7 +228,7 @@ class _Training:
         self.callbacks = [*early, *callbacks]
         self.after_steps = [c for c in self.callbacks if type(c).on_step is not Callback.on_step]
 
-    def run(self) -> None:
+    def run(self, *, judging_start: bool) -> None:
         """Train, validate and write checkpoints until the last step, or until something ends it before."""
         self.vae.to(self.where)
         if self.where.type == "cuda":
@@ -238,6 +241,8 @@ class _Training:
             try:
                 for callback in self.callbacks:
                     callback.on_fit_start(context)
+                if judging_start:  # training on few data may never find better weights
+                    self._validate()
                 self._steps()
                 if 0 < self.stepper.skipped_steps == context.step:
                     raise endless_skipping(f"the {context.step} steps of this training", self.config)
@@ -578,7 +583,7 @@ def _start_network(vae: VAE, data: Splits, config: TrainingConfig, first: Batch)
         raise ValueError(problem)
     if problem is not None:
         return None, f"random, as {problem}"
-    return residual_std, "random, as the data have no variance" if residual_std is None else "principal"
+    return residual_std, "random, as the data have no variance" if residual_std is None else SOLVED
 
 
 def _calibrated(vae: VAE, batches: Batches) -> dict[Observes, float]:

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
 from sigma_vae.conditions import Conditions
-from sigma_vae.priors.base import FittedPrior
 from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
 from sigma_vae.progress import steps as shown_steps
 from sigma_vae.registry import register
-from sigma_vae.types import Prior
+from sigma_vae.types import FittedPrior, Prior
 
 __all__ = ["ConditionalFlowPrior", "FlowPrior"]
 

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from sigma_vae.conditions import Conditions, Embedding
-from sigma_vae.priors.base import FittedPrior
 from sigma_vae.registry import register
-from sigma_vae.types import Prior, at_least_float32
+from sigma_vae.types import FittedPrior, Prior, at_least_float32
 
 __all__ = ["GaussianPrior", "LearnedPrior", "StandardNormal", "best_prior", "drawn_kl"]
 

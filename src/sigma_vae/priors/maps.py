@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn.functional import avg_pool1d, avg_pool2d, interpolate, silu
 
-from sigma_vae.priors.base import FittedPrior
 from sigma_vae.progress import steps as shown_steps
 from sigma_vae.registry import Argument, register
+from sigma_vae.types import FittedPrior
 
 __all__ = ["FlowMatchingPrior"]
 

@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from sigma_vae.conditions import Conditions
-from sigma_vae.priors.base import FittedPrior
 from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
 from sigma_vae.progress import bar
 from sigma_vae.registry import Argument, register
-from sigma_vae.types import Prior
+from sigma_vae.types import FittedPrior, Prior
 
 __all__ = ["ClassMixturePrior", "MixturePrior", "components_of", "expectation_maximisation", "read_components"]
 

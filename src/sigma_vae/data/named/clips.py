@@ -21,8 +21,7 @@ from sigma_vae.config import DataConfig
 from sigma_vae.data.arrays import read_images
 from sigma_vae.data.cache import file_record, file_stamp, remembered
 from sigma_vae.data.levels import Array
-from sigma_vae.data.named.images import FILES, mnist_5k, whose
-from sigma_vae.data.named.official import find_splits, folders
+from sigma_vae.data.named.images import FILES, find_splits, folders, mnist_5k, whose
 from sigma_vae.data.splits import ORDER, Raw, SplitName, clip_lengths, count_of, shuffled
 from sigma_vae.data.stores import Encoded, Generated, UnreadableError
 from sigma_vae.registry import register

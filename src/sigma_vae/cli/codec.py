@@ -20,8 +20,6 @@ from sigma_vae.data.stores import Store
 from sigma_vae.models import Saved
 from sigma_vae.progress import bar
 
-__all__ = ["compress", "decompress"]
-
 MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16")
 """Pillow's modes whose values are kept."""
 MOST_CHANNELS = 4

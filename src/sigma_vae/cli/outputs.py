@@ -44,23 +44,6 @@ from sigma_vae.progress import bar
 from sigma_vae.types import Batch, at_least_float32
 from sigma_vae.vae import VAE, Show
 
-__all__ = [
-    "Split",
-    "check_count",
-    "checked",
-    "encode",
-    "impute",
-    "interpolate",
-    "output",
-    "predict",
-    "reconstruct",
-    "sample",
-    "score",
-    "traverse",
-    "write",
-    "write_table",
-]
-
 if TYPE_CHECKING:
     import pandas as pd
 

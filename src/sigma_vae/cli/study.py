@@ -16,8 +16,6 @@ from sigma_vae.study.comparisons import failures, how_far, results
 from sigma_vae.study.grid import SHIPPED, format_place
 from sigma_vae.study.runner import Backend, finished, running_since
 
-__all__ = ["Live", "keep", "live_or_lines", "names", "report", "run", "table", "verdicts"]
-
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table

@@ -18,24 +18,6 @@ from torch.distributions import Normal
 from sigma_vae.types import DataDistribution, Likelihood, Network, Prior
 from sigma_vae.vae import VAE
 
-__all__ = [
-    "CELL",
-    "PRECISION",
-    "BitsBack",
-    "Floats",
-    "Ints",
-    "MassBelow",
-    "Pops",
-    "Pushes",
-    "Rounding",
-    "Roundings",
-    "Stack",
-    "Steps",
-    "code",
-    "frequencies",
-    "seed_words",
-]
-
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Words = npt.NDArray[np.uint32]

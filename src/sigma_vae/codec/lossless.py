@@ -23,24 +23,6 @@ from sigma_vae.codec.bits_back import BitsBack, Ints, Rounding, Roundings, Stack
 from sigma_vae.types import in_full_precision
 from sigma_vae.vae import VAE
 
-__all__ = [
-    "CHUNK",
-    "Array",
-    "Codec",
-    "Damaged",
-    "DamagedError",
-    "Header",
-    "Notes",
-    "Opened",
-    "Part",
-    "Unpacked",
-    "digest_of",
-    "pack_raw",
-    "read",
-    "unpack_raw",
-    "write",
-]
-
 Array = npt.NDArray[np.generic]
 
 MAGIC = b"\x89SVAE\r\n"

@@ -29,8 +29,6 @@ from sigma_vae.training import resolve_device
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE
 
-__all__ = ["PREFIX", "Audit", "Fit", "audit", "audit_rows", "evaluate_audited", "export", "name_of", "notes", "write_page"]
-
 PREFIX = "hf-vae:"
 """Begins the name of an autoencoder of diffusers, in place of a run."""
 NEEDED = [f"{folder}{name}" for folder in ("", "vae/") for name in ("config.json", "diffusion_pytorch_model*.safetensors*")]

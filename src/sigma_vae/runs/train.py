@@ -26,8 +26,6 @@ from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step
 from sigma_vae.types import Observes
 from sigma_vae.vae import VAE
 
-__all__ = ["has_checkpoint", "rerun", "resume", "train"]
-
 NOT_YET_A_RUN = {
     LOCK,
     *(f"{name}{ending}" for name in ("environment", "splits") for ending in (".json", ".new.json")),

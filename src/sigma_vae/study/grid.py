@@ -17,21 +17,6 @@ from sigma_vae.data import names
 from sigma_vae.registry import register
 from sigma_vae.types import Likelihood
 
-__all__ = [
-    "SHIPPED",
-    "Cell",
-    "StudySpec",
-    "as_column",
-    "cells",
-    "check",
-    "format_place",
-    "in_words",
-    "kept_spec",
-    "network_facts",
-    "pinned",
-    "read_spec",
-]
-
 
 def in_words(value: Any) -> str:
     """Format a value of an axis as a spec writes it.

@@ -34,8 +34,6 @@ from sigma_vae.study.comparisons import (
 from sigma_vae.study.grid import StudySpec, cells
 from sigma_vae.study.runner import CELLS, PICTURE, SPEC, check_same, is_kept, spec_of, tabulate, write_table
 
-__all__ = ["keep", "report", "verdicts"]
-
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes

@@ -19,31 +19,6 @@ from sigma_vae import runs
 from sigma_vae.config import read, replacing, write, write_whole
 from sigma_vae.study.grid import GRID, Cell, StudySpec, as_column, cells, check, format_place, in_words, kept_spec, pinned
 
-__all__ = [
-    "CELLS",
-    "PICTURE",
-    "RESULTS",
-    "SPEC",
-    "Backend",
-    "check_same",
-    "claim",
-    "collect",
-    "counted",
-    "do",
-    "finished",
-    "folder_of",
-    "is_kept",
-    "known",
-    "leaves",
-    "record_of",
-    "run",
-    "running_since",
-    "seconds_in",
-    "spec_of",
-    "tabulate",
-    "write_table",
-]
-
 SPEC = "study.yaml"
 
 

@@ -26,8 +26,6 @@ from sigma_vae.data.splits import ORDER, Raw, SplitName, clip_lengths, count_of,
 from sigma_vae.data.stores import Encoded, Generated, UnreadableError
 from sigma_vae.registry import register
 
-__all__ = ["BouncingDigits", "Record", "bytes_features", "find_records", "read_bair", "read_moving_mnist", "read_record"]
-
 _BAIR_ARCHIVE = "bair_robot_pushing_dataset_v0.tar"
 _BAIR_FOLDER = "softmotion30_44k"
 _BAIR_COUNTS: dict[SplitName, int] = {"train": 43264, "test": 256}

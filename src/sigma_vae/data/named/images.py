@@ -32,27 +32,6 @@ from sigma_vae.data.splits import Raw, SplitName
 from sigma_vae.data.stores import Encoded, Part, UnreadableError
 from sigma_vae.registry import register
 
-__all__ = [
-    "FILES",
-    "VARIABLE",
-    "Official",
-    "check_counts",
-    "digits",
-    "find",
-    "find_splits",
-    "folders",
-    "mnist_5k",
-    "read_celeba",
-    "read_cifar10",
-    "read_fashion_mnist",
-    "read_frey_faces",
-    "read_mnist",
-    "read_official",
-    "read_plain_pickle",
-    "read_svhn",
-    "whose",
-]
-
 VARIABLE = "SIGMA_VAE_DATA"
 
 

@@ -187,7 +187,10 @@ FIRST_DEFAULTS = {
     "training.patience": None,
     "training.sigma_from": "batch",
 }
-"""Defaults that have changed since the first studies: keys of cells are made by the old ones, so that theirs stay."""
+"""Defaults that have changed since the first studies: keys of cells are made by the old ones, so that theirs stay.
+
+A kept study says what it was run with; where its grid lacks one of these, it is older than the change.
+"""
 
 GRID = "study"
 """Name of the grid among the attributes of a kept study's table."""

@@ -394,6 +394,7 @@ def tabulate(cells: Sequence[Cell], out: Path) -> "pd.DataFrame":
 
     if is_kept(out):
         kept = pd.read_parquet(out / RESULTS)
+        kept.attrs = {}  # the grid, which every operation on the table would copy
         return kept[kept["key"].isin([cell.key for cell in cells])].reset_index(drop=True)
     columns: dict[str, dict[str, Any]] = {
         axis: as_column([cell.place[axis] for cell in cells]) for axis in (cells[0].place if cells else ())

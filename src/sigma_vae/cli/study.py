@@ -111,7 +111,7 @@ def run(
     A study that was stopped or killed continues with the same command.
 
     Args:
-        spec: Name of a study that comes with the package, or path of a YAML file.
+        spec: Name of a study that comes with the package, or path of a YAML file or of a kept study's results.parquet.
         out: Folder of the study; on a cluster, one that all workers can write to.
         size: Size of the study, where it has several; cpu is for two cores.
         backend: Where the runs are trained: loky (processes on this machine), dask or ray.

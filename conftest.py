@@ -1,4 +1,4 @@
-"""Docstrings of the package, and the code and commands of README and docs, are tests."""
+"""Docstrings of the package, and the code and commands of README and docs, are tests; a run that several tests look at."""
 
 import builtins
 import os
@@ -14,7 +14,9 @@ from sybil.document import PythonDocStringDocument
 from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
+from sigma_vae import runs
 from sigma_vae.cli import main
+from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.registry import Registry, register
 
 # The tests' models are tiny: more threads only wait for each other. Processes that tests start inherit it.
@@ -70,3 +72,22 @@ docstrings = Sybil(
     setup=seed,
 )
 pytest_collect_file = (pages + docstrings).pytest()
+
+# -- a small trained run -----------------------------------------------------------------------------------------------
+
+MODEL = ModelConfig(network="mlp", likelihood="gaussian/optimal", latent_dim=4, width=32, prior="standard")
+TRAINING = TrainingConfig(epochs=6, batch_size=32, learning_rate=5e-3, log_every=5)
+
+
+@pytest.fixture(scope="session")
+def digits_config() -> RunConfig:
+    """Seconds to train."""
+    return RunConfig(DataConfig("digits"), MODEL, TRAINING, seed=1, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def digits_run(digits_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run; tests read it, and write elsewhere."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    runs.train(digits_config, folder, progress=False)
+    return folder

@@ -24,10 +24,8 @@ from torch.distributions import Normal
 
 from sigma_vae import runs
 from sigma_vae.codec import Codec
-from sigma_vae.codec.bits_back import CELL, CELLS, Roundings
-from sigma_vae.codec.container import read
-from sigma_vae.codec.lossless import _reproducible
-from sigma_vae.codec.stack import Ints, Stack
+from sigma_vae.codec.bits_back import CELL, CELLS, Ints, Roundings, Stack
+from sigma_vae.codec.lossless import _reproducible, read
 from sigma_vae.data.batches import Batches
 from sigma_vae.evaluation import score
 

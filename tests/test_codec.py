@@ -42,10 +42,22 @@ from sigma_vae import (
 from sigma_vae.cli import main
 from sigma_vae.codec import Codec, DamagedError
 from sigma_vae.codec import bits_back as bits_back_module
-from sigma_vae.codec import stack as stack_module
-from sigma_vae.codec.bits_back import CELL, CELLS, LATENT_WIDTHS, BitsBack, _Mixture
-from sigma_vae.codec.container import read
-from sigma_vae.codec.stack import PRECISION, Pops, Pushes, Rounding, Stack, code, frequencies, seed_words
+from sigma_vae.codec.bits_back import (
+    CELL,
+    CELLS,
+    LATENT_WIDTHS,
+    PRECISION,
+    BitsBack,
+    Pops,
+    Pushes,
+    Rounding,
+    Stack,
+    _Mixture,
+    code,
+    frequencies,
+    seed_words,
+)
+from sigma_vae.codec.lossless import read
 from sigma_vae.config import ModelConfig
 from sigma_vae.data import Scaling
 from sigma_vae.evaluation import score
@@ -484,7 +496,7 @@ def test_a_machine_that_computes_other_numbers_is_refused(name, size):
 
 
 def test_masses_that_differ_by_less_than_the_margin_code_the_same(monkeypatch):
-    monkeypatch.setattr(stack_module, "MASS_MARGIN", 2.0**-32)
+    monkeypatch.setattr(bits_back_module, "MASS_MARGIN", 2.0**-32)
     random, values = np.random.default_rng(0), np.arange(1100, 3000)  # 3 stds
 
     def below(edges, size=2.0**-32):
@@ -597,7 +609,7 @@ def test_an_altered_part_in_the_middle_costs_its_own_examples_only(packed):
 
 def rewritten(blob, **entries):
     """A file with other entries in its header, and digests that fit: not damaged, but false."""
-    from sigma_vae.codec.container import write
+    from sigma_vae.codec.lossless import write
 
     opened = read(blob)
     return write(replace(opened.header, **entries), [each for each in opened.payloads if each is not None])
@@ -734,5 +746,5 @@ def test_the_package_needs_no_constriction(monkeypatch):
     Codec(model(flat, Gaussian(1)))
     with pytest.raises(ModuleNotFoundError, match="constriction"):
         Stack()
-    assert Path(stack_module.__file__).exists()
+    assert Path(bits_back_module.__file__).exists()
     assert sum(LATENT_WIDTHS) == np.log2(CELLS)

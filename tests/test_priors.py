@@ -24,10 +24,10 @@ from sigma_vae.config import ModelConfig, RunConfig, read
 from sigma_vae.data import Scaling
 from sigma_vae.evaluation.elbo import standard_prior
 from sigma_vae.priors import FittedPrior, FlowPrior, GaussianPrior, MixturePrior, StandardNormal, flow
-from sigma_vae.priors.base import fitted as fit_to
 from sigma_vae.priors.gaussian import best_prior
 from sigma_vae.runs import refit
 from sigma_vae.types import Batch, Prior
+from sigma_vae.types import fitted as fit_to
 from sigma_vae.vae import SEED_OFFSET, keyed_noise
 
 WEIGHTS = np.array([0.5, 0.3, 0.2])

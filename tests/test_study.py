@@ -20,7 +20,9 @@ from scipy import stats
 from sigma_vae import study
 from sigma_vae.cli import main
 from sigma_vae.cli.study import Live, live_or_lines
+from sigma_vae.config import TrainingConfig
 from sigma_vae.registry import Entry, register
+from sigma_vae.study import grid
 from sigma_vae.study import runner as of_cells
 from sigma_vae.study.comparisons import Ended, Setting, chosen_on_validation, cost, mean_difference, paired_difference, summary
 from sigma_vae.study.grid import SHIPPED, check
@@ -242,7 +244,7 @@ def test_what_is_kept_gives_the_same_report_and_is_small(finished, tmp_path, cap
     assert capsys.readouterr().out.strip() == str(kept / "report.html")
     assert lines(kept / "report.html") == lines(finished / "report.html")
     there = {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()}
-    assert sorted(map(str, there)) == ["report.html", "report.md", "results.parquet", "study.yaml"]
+    assert sorted(map(str, there)) == ["report.html", "report.md", "results.parquet"]
     assert sum(map(len, there.values())) < 600_000
     pd.testing.assert_frame_equal(results(kept)[results(finished).columns], results(finished))
     markdown = (kept / "report.md").read_text()
@@ -264,7 +266,8 @@ def test_what_is_kept_gives_the_same_report_and_is_small(finished, tmp_path, cap
 def test_a_folder_is_of_one_study(spec, finished, tmp_path):
     kept = tmp_path / "kept"
     study.keep(finished, kept)
-    assert study.spec_of(kept) == replace(spec, evaluation=study.spec_of(kept).evaluation)
+    assert [cell.key for cell in study.cells(study.spec_of(kept))] == [cell.key for cell in study.cells(spec)]
+    assert study.spec_of(kept).title == spec.title
     other = replace(spec, axes=spec.axes | {"seed": [0]})
     for out in (kept, finished):
         with pytest.raises(ValueError, match="2 finished cells that this grid has not"):
@@ -429,7 +432,27 @@ def test_a_copy_never_replaces_trained_weights(finished, tmp_path, capsys):
     assert main(["study", "keep", str(finished), "--to", str(other)]) == 1
     assert "holds the weights of 1 runs" in capsys.readouterr().err
     assert weights.read_bytes() == b"weights"
-    assert not (other / "study.yaml").exists()
+    assert not (other / "results.parquet").exists()
+
+
+def test_a_kept_study_keeps_its_runs_when_a_default_changes(finished, spec, tmp_path, monkeypatch):
+    study.keep(finished, tmp_path / "kept")
+    keys = [cell.key for cell in study.cells(spec)]
+    changed = TrainingConfig().warmup_steps + 1
+    monkeypatch.setitem(grid.FIRST_DEFAULTS, "training.warmup_steps", changed)  # as if it had been the default
+    again = study.read_spec(str(tmp_path / "kept" / "results.parquet"))
+    assert [cell.key for cell in study.cells(again)] == keys
+    assert {cell.config.training.warmup_steps for cell in study.cells(again)} == {changed}
+    assert [cell.key for cell in study.cells(spec)] != keys
+
+
+def test_a_table_without_a_grid_is_refused(tmp_path):
+    pd.DataFrame({"key": ["a"]}).to_parquet(tmp_path / "results.parquet")
+    with pytest.raises(ValueError, match="holds no grid"):
+        study.spec_of(tmp_path)
+    (tmp_path / "results.parquet").write_bytes(b"no table")
+    with pytest.raises(ValueError, match="cannot be read as the table"):
+        study.spec_of(tmp_path)
 
 
 def test_the_command_prints_the_table(finished, capsys, monkeypatch):

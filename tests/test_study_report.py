@@ -15,10 +15,10 @@ from scipy import stats
 
 from sigma_vae import study
 from sigma_vae.cli import main
-from sigma_vae.study import plots
 from sigma_vae.study import report as report_function
 from sigma_vae.study.claims import CLAIMS
 from sigma_vae.study.comparisons import settings
+from sigma_vae.study.report import _style
 from sigma_vae.study.runner import claim, folder_of
 
 OPTIMAL, SHARED, PIXEL = "gaussian/optimal", "gaussian/shared", "gaussian/per-pixel"
@@ -683,7 +683,7 @@ def test_lines_can_be_seen_on_white(spec, out):
     """Three times the contrast, as WCAG 2.2 (1.4.11) has it for what is not text, of each fixed σ."""
     (setting,) = settings(spec, out)
     for arm in setting.fixed:
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in plots._style(setting, arm)["color"][:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in _style(setting, arm)["color"][:3]]
         assert 1.05 / (np.dot([0.2126, 0.7152, 0.0722], linear) + 0.05) >= 3
 
 

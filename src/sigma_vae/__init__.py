@@ -88,7 +88,7 @@ def __getattr__(name: str) -> Any:
         name = "HierarchyPlan"
     for home in _HOMES if name in __all__ else ():
         module = import_module(f"{__name__}.{home}")
-        if name in module.__all__:
+        if hasattr(module, name):
             return globals().setdefault(name, getattr(module, name))
     if not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
         return import_module(f"{__name__}.{name}")

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["needed_by", "remedy"]
-
 EXTRAS = {
     "pytorch_lightning": "lightning",
     "huggingface_hub": "hub",

@@ -17,7 +17,6 @@ from sigma_vae.extras import needed_by
 from sigma_vae.networks.autoencoder_kl import as_autoencoder_kl
 from sigma_vae.networks.sequence import FRAMES, starts
 from sigma_vae.networks.spatial import MapStatistics, map_statistics
-from sigma_vae.priors.base import fitted
 from sigma_vae.priors.gaussian import best_prior
 from sigma_vae.types import (
     Batch,
@@ -28,6 +27,7 @@ from sigma_vae.types import (
     Prior,
     Temperature,
     as_argument,
+    fitted,
     in_full_precision,
     per_layer,
     standard_normal,

@@ -13,15 +13,12 @@ from sigma_vae import runs
 from sigma_vae.cli.options import RunFolder, to_read
 from sigma_vae.cli.outputs import Split, checked
 from sigma_vae.codec import Codec, Unpacked
-from sigma_vae.codec.container import Array, DamagedError, read
-from sigma_vae.codec.lossless import CHUNK, Damaged
+from sigma_vae.codec.lossless import CHUNK, Array, Damaged, DamagedError, read
 from sigma_vae.config import replacing, write_whole
 from sigma_vae.data.pictures import picture_endings
 from sigma_vae.data.stores import Store
 from sigma_vae.models import Saved
 from sigma_vae.progress import bar
-
-__all__ = ["compress", "decompress"]
 
 MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16")
 """Pillow's modes whose values are kept."""

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from sigma_vae.data.inspect import Inspection
 
-__all__ = ["completion", "explain", "inspect", "new"]
-
 PICTURES = 64
 ROWS = 12
 

@@ -21,22 +21,6 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from sigma_vae.config import RenamedWarning
 from sigma_vae.progress import hidden, shown
 
-__all__ = [
-    "CONFIG",
-    "HUB",
-    "RunFolder",
-    "RunFolders",
-    "beside",
-    "call",
-    "completion",
-    "has_short_help",
-    "parser",
-    "rules",
-    "show_help",
-    "to_change",
-    "to_read",
-]
-
 RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 """The folder of a run, or where it is only read hub:OWNER/NAME, as the argument of a command."""
 

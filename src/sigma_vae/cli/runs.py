@@ -23,21 +23,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-__all__ = [
-    "calibrate",
-    "compare",
-    "evaluate",
-    "export",
-    "fit_prior",
-    "print_evaluation",
-    "push",
-    "replay",
-    "report",
-    "rerun",
-    "resume",
-    "train",
-]
-
 
 def train(
     config: Annotated[RunConfig, tyro.conf.PositionalRequiredArgs],

@@ -16,8 +16,6 @@ from sigma_vae.study.comparisons import failures, how_far, results
 from sigma_vae.study.grid import SHIPPED, format_place
 from sigma_vae.study.runner import Backend, finished, running_since
 
-__all__ = ["Live", "keep", "live_or_lines", "names", "report", "run", "table", "verdicts"]
-
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -113,7 +111,7 @@ def run(
     A study that was stopped or killed continues with the same command.
 
     Args:
-        spec: Name of a study that comes with the package, or path of a YAML file.
+        spec: Name of a study that comes with the package, or path of a YAML file or of a kept study's results.parquet.
         out: Folder of the study; on a cluster, one that all workers can write to.
         size: Size of the study, where it has several; cpu is for two cores.
         backend: Where the runs are trained: loky (processes on this machine), dask or ray.

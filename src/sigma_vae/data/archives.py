@@ -18,8 +18,6 @@ from typing import IO, Any, final
 
 from sigma_vae.data.cache import file_stamp, remembered
 
-__all__ = ["ARCHIVES", "DAMAGED", "Container", "Folder", "Tar", "Zip", "check_unpacked", "container", "gunzipped"]
-
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 DAMAGED = (
     OSError, EOFError, LookupError, UnicodeError, NotImplementedError, RuntimeError, struct.error, zlib.error, tarfile.TarError,

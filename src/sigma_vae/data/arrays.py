@@ -26,18 +26,6 @@ from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName, few
 from sigma_vae.data.stores import Encoded, Mapped, Part, UnreadableError
 from sigma_vae.registry import register
 
-__all__ = [
-    "CLIPS",
-    "LARGE",
-    "arranged",
-    "layout_like",
-    "parts_by_key",
-    "read_arrays",
-    "read_hdf5",
-    "read_images",
-    "read_labels",
-]
-
 _AXES: dict[Layout, int] = {layout: layout.count("-") + 1 for layout in get_args(Layout) if layout != "auto"}
 FEW, LONG = 4, 9
 """Channels that a series may have, and its least length, to be told from a picture by its shape."""

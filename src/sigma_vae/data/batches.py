@@ -15,8 +15,6 @@ from sigma_vae.data.stores import Store
 from sigma_vae.progress import steps
 from sigma_vae.types import Batch
 
-__all__ = ["BatchState", "Batches", "Scaling", "chunks", "standardisation"]
-
 # -- scaling of data to the units that models work in ------------------------------------------------------------------
 
 CHUNK = 2**22

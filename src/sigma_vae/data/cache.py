@@ -18,8 +18,6 @@ from torch import Tensor
 from sigma_vae.data.levels import Array
 from sigma_vae.data.stores import Encoded, Mapped, UnreadableError
 
-__all__ = ["cached", "cached_rows", "digest_of", "file_record", "file_stamp", "key_of", "piece_of", "remembered"]
-
 FORMAT = 1
 FOLDER = ".sigma-vae"
 BLOCK = 2**24

@@ -21,8 +21,6 @@ from sigma_vae.registry import register
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["count_store", "from_anndata", "from_sparse", "holds_sparse", "read_h5ad", "read_sparse", "write_h5ad"]
-
 LARGEST = 2**24
 """Counts from here on are not all whole numbers of float32."""
 PIECE = 2**22

@@ -39,23 +39,6 @@ from sigma_vae.data.videos import ENDINGS as VIDEOS
 from sigma_vae.data.videos import by_numbers
 from sigma_vae.registry import register
 
-__all__ = [
-    "FILE_OPTIONS",
-    "FileKind",
-    "check_size",
-    "damaged",
-    "examples",
-    "files_of_splits",
-    "folder_of",
-    "key_of_array",
-    "needed",
-    "read_array_files",
-    "read_dicom",
-    "read_matlab",
-    "read_nifti",
-    "read_sound",
-]
-
 ARRAYS = (".npy", ".npz", ".mat", ".nii", ".nii.gz", ".dcm", ".dicom", ".wav", ".flac", ".ogg")
 """Endings of files that can hold an example each."""
 FILE_OPTIONS = frozenset({"cache", "unreadable"})

@@ -18,8 +18,6 @@ from sigma_vae.registry import Argument, register
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["HubError", "HubPlace", "fetch", "labels_of", "named_labels", "pictures_of", "read_hub"]
-
 _SOURCE = re.compile(r"hub:(?P<repository>[\w.-]+/[\w.-]+)(:(?P<config>.+))?")
 _PLACE = Argument("OWNER/NAME[:CONFIG]", lambda text: {}, "ylecun/mnist", required=True)
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from sigma_vae.data.batches import chunks
 from sigma_vae.data.splits import SPLITS, SplitName, Splits, counted
 
-__all__ = ["ChannelStatistics", "Duplicates", "Inspection", "inspect", "suggested"]
-
 HEAVY_TAILS = 6.0
 """Excess kurtosis above which residuals probably have heavy tails too: twice that of a Laplace distribution."""
 MANY_AT_THE_ENDS = 0.2

@@ -9,18 +9,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Array",
-    "Grid",
-    "check_kind",
-    "discrete_columns",
-    "encode",
-    "find_grid",
-    "given_grid",
-    "native_levels",
-    "real_values",
-]
-
 Array = npt.NDArray[np.generic]
 
 _NATIVE = {"bool": 2, "uint8": 256, "uint16": 65536}

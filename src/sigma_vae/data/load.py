@@ -29,20 +29,6 @@ from sigma_vae.data.splits import SPLITS, Names, Raw, SplitName, Splits, few, fi
 from sigma_vae.data.stores import Encoded, Generated, InMemory, Labelled, Mapped, Part, Sparse, Store
 from sigma_vae.registry import register
 
-__all__ = [
-    "Source",
-    "Whole",
-    "endings",
-    "known",
-    "load",
-    "load_whole",
-    "names",
-    "refuse_unread",
-    "source_of",
-    "splits_from",
-    "store_of",
-]
-
 COMMON = frozenset(
     {
         *("source", "levels", "levels_from", "standardise", "counts", "validation_fraction", "test_fraction", "split_seed"),

@@ -21,8 +21,6 @@ from sigma_vae.data.tables import TABLES, read_table, table_files
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["mixed_splits", "read_frame", "splits_of_frames"]
-
 LARGE = 2**23
 """Values of a Parquet file from which it is read a part at a time."""
 PART, BUFFER = 2**22, 2**20

@@ -38,8 +38,6 @@ from sigma_vae.data.splits import SPLITS, Raw, SplitName, Splits, counted
 from sigma_vae.data.stores import Mapped, Part, Store
 from sigma_vae.data.tables import TABLE_OPTIONS, from_frames
 
-__all__ = ["as_batches", "as_splits"]
-
 MEMORY = 2**30
 """Bytes of examples that are collected in memory; more go into a temporary file."""
 EXPECTED = (

@@ -28,27 +28,6 @@ from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName
 from sigma_vae.data.stores import Encoded, UnreadableError
 from sigma_vae.registry import register
 
-__all__ = [
-    "PICTURE_OPTIONS",
-    "PicturePlan",
-    "Probe",
-    "begins_like_picture",
-    "class_folder",
-    "folder_words",
-    "has_no_ending",
-    "hidden_pictures",
-    "is_hidden",
-    "listed",
-    "pages",
-    "picture_endings",
-    "plan",
-    "probe",
-    "probe_image",
-    "read_pictures",
-    "split_by_folder",
-    "to_read_heif",
-]
-
 if TYPE_CHECKING:
     from PIL.Image import Image
 

@@ -15,23 +15,6 @@ from sigma_vae.config import ClipConfig, DataConfig
 from sigma_vae.data.batches import Batches, Scaling
 from sigma_vae.data.stores import Labelled, Mapped, Part, Store
 
-__all__ = [
-    "SPLITS",
-    "SPLIT_WORDS",
-    "Names",
-    "Raw",
-    "SplitName",
-    "Splits",
-    "clip_lengths",
-    "count_of",
-    "counted",
-    "few",
-    "fingerprint",
-    "hold_out",
-    "shuffled",
-]
-
-
 SplitName = Literal["train", "validation", "test"]
 Names = npt.NDArray[Any]
 """Names of examples ``(examples,)``: words or numbers."""

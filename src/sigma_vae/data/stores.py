@@ -14,8 +14,6 @@ from torch import Tensor
 from sigma_vae.conditions import Conditions
 from sigma_vae.data.levels import Array, Grid
 
-__all__ = ["Encoded", "Generated", "InMemory", "Labelled", "Mapped", "Part", "Sparse", "Store", "UnreadableError"]
-
 CPU = torch.device("cpu")
 
 

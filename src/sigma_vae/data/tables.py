@@ -26,19 +26,6 @@ from sigma_vae.data.levels import Array
 from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName, counted, few
 from sigma_vae.registry import register
 
-__all__ = [
-    "TABLES",
-    "TABLE_OPTIONS",
-    "from_frames",
-    "holds_tables",
-    "on_time_axis",
-    "read_table",
-    "read_tables",
-    "segments",
-    "table_files",
-    "windows",
-]
-
 if TYPE_CHECKING:
     import pandas as pd
 

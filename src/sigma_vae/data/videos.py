@@ -40,22 +40,6 @@ from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName, clip_lengths
 from sigma_vae.data.stores import Encoded, UnreadableError
 from sigma_vae.registry import register
 
-__all__ = [
-    "ENDINGS",
-    "OPTIONS",
-    "Film",
-    "Frame",
-    "Frames",
-    "Survey",
-    "Video",
-    "Window",
-    "Windows",
-    "by_numbers",
-    "holds_videos",
-    "read_videos",
-    "starts",
-]
-
 if TYPE_CHECKING:
     from av import VideoFrame
 

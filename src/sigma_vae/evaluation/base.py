@@ -20,30 +20,6 @@ from sigma_vae.registry import register
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE
 
-__all__ = [
-    "EVALUATION_BATCH",
-    "Column",
-    "Estimate",
-    "EvaluationData",
-    "Metric",
-    "Record",
-    "Result",
-    "Row",
-    "about",
-    "add_up",
-    "each_example",
-    "estimate_rows",
-    "evaluation_batch",
-    "metrics",
-    "number_rows",
-    "part",
-    "plain",
-    "seeded",
-    "spaced",
-    "subset",
-    "sum_over_examples",
-]
-
 EVALUATION_BATCH = 256
 
 

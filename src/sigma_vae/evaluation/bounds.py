@@ -1,4 +1,8 @@
-"""The importance-weighted bound, which rises from the ELBO to log p(x) with the number of draws."""
+"""What the ELBO is compared with; four metrics, each with its result, its class and its function.
+
+The importance-weighted bound, which rises from the ELBO to log p(x) with the number of draws; the values with σ solved
+on the scored data; the sum of three entropies; the likelihood under probabilistic PCA.
+"""
 
 import copy
 import math
@@ -28,23 +32,6 @@ from sigma_vae.networks.principal import principal, sample_of
 from sigma_vae.registry import register
 from sigma_vae.types import Batch, DataDistribution, Inference, Likelihood, as_argument
 from sigma_vae.vae import VAE, Scores, keyed_noise
-
-__all__ = [
-    "EntropyIdentity",
-    "EntropyIdentityMetric",
-    "Iwae",
-    "IwaeMetric",
-    "LinearBound",
-    "Measure",
-    "Oracle",
-    "OracleMetric",
-    "PpcaMetric",
-    "entropy_identity",
-    "inferences",
-    "iwae",
-    "oracle",
-    "ppca",
-]
 
 Measure = Literal["iwae_nats", "iwae_post_hoc_nats", "iwae_bits_per_dim", "iwae_bits_per_dim_post_hoc"]
 """The observed quantity in nats, or the bins of the levels in bits; with the model's own σ, or the refitted one."""

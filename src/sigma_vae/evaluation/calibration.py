@@ -17,22 +17,6 @@ from sigma_vae.registry import register
 from sigma_vae.types import Batch, DataDistribution, Inference, Likelihood, Observes, as_argument
 from sigma_vae.vae import VAE, keyed_noise
 
-__all__ = [
-    "INTERVALS",
-    "PIT_BINS",
-    "AgainstError",
-    "Autocorrelation",
-    "Bins",
-    "Calibration",
-    "CalibrationMetric",
-    "Correlations",
-    "Coverage",
-    "Residuals",
-    "SigmaErrors",
-    "calibration",
-    "deciles",
-]
-
 INTERVALS = (0.5, 0.8, 0.9, 0.95)
 """Nominal probability of the central intervals."""
 PIT_BINS = 20

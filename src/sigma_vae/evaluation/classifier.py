@@ -26,17 +26,6 @@ from sigma_vae.registry import register
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE, keyed_noise
 
-__all__ = [
-    "MOST_CLASSES",
-    "Classification",
-    "ClassifierMetric",
-    "best_temperature",
-    "calibration_error",
-    "class_bounds",
-    "labels_of",
-    "log_probabilities",
-]
-
 MOST_CLASSES = 100
 """Classes of all labels beyond which the metric is not measured: each takes a pass over the data."""
 BINS = 15

@@ -18,19 +18,6 @@ from sigma_vae.registry import register
 from sigma_vae.types import Batch, Likelihood
 from sigma_vae.vae import VAE, Scores, keyed_noise
 
-__all__ = [
-    "Bounds",
-    "ElboMetric",
-    "ElboResult",
-    "elbo",
-    "has_fitted_prior",
-    "refitted_scales",
-    "score",
-    "scores_under_standard_prior",
-    "standard_prior",
-]
-
-
 OVERFITTING = 1.1
 """Ratio of σ of held-out data to σ of training data above which an evaluation speaks of overfitting."""
 

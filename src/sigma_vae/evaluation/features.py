@@ -15,22 +15,6 @@ from torch.nn import functional
 from sigma_vae.likelihoods.perceptual import efficientnet as efficientnet_lite0
 from sigma_vae.registry import Argument, register
 
-__all__ = [
-    "INCEPTION_SHA256",
-    "Backbone",
-    "Extractor",
-    "dinov2",
-    "dinov2_base",
-    "efficientnet",
-    "given",
-    "i3d",
-    "inception",
-    "load_clip_extractor",
-    "load_extractor",
-    "reads_clips",
-    "torchscript",
-]
-
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """SHA-256 of the published weights, ``pt_inception-2015-12-05-6726825d.pth``."""
 DINOV2 = "facebookresearch/dinov2"

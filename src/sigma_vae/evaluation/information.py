@@ -29,17 +29,6 @@ from sigma_vae.registry import register
 from sigma_vae.types import Batch, Prior
 from sigma_vae.vae import SEED_OFFSET, VAE, keyed_noise
 
-__all__ = [
-    "ACTIVE_KL_NATS",
-    "ACTIVE_VARIANCE",
-    "Information",
-    "InformationMetric",
-    "LayerInformation",
-    "LogSumExp",
-    "active_units",
-    "information",
-]
-
 ACTIVE_VARIANCE = 0.01
 """A latent is active where its posterior mean varies more than this over the data (Burda et al. 2016)."""
 ACTIVE_KL_NATS = 0.01

@@ -22,31 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-__all__ = [
-    "DASHES",
-    "MARKERS",
-    "OKABE_ITO",
-    "Plot",
-    "calibration_plots",
-    "drawable",
-    "figure_of_latents",
-    "figure_of_reconstructions",
-    "figure_of_samples",
-    "in_unit_range",
-    "interpolations",
-    "pairs",
-    "plot_in_words",
-    "png",
-    "reconstructed",
-    "sampled",
-    "sampled_per_class",
-    "save_clips",
-    "save_grid",
-    "save_page",
-    "svg",
-    "traversals",
-]
-
 WIDTH = 500
 """Approximate width of a grid of images, in pixels."""
 MILLISECONDS = 250

@@ -33,33 +33,6 @@ from sigma_vae.registry import register
 from sigma_vae.types import Noise
 from sigma_vae.vae import VAE, Show, keyed_noise
 
-__all__ = [
-    "NEIGHBOURS",
-    "ClipEstimate",
-    "Comparison",
-    "Features",
-    "Floor",
-    "ImageQuality",
-    "KernelDistance",
-    "PrecisionRecall",
-    "Predictions",
-    "PredictionsMetric",
-    "QualityMetric",
-    "Reconstructions",
-    "Samples",
-    "VideoQuality",
-    "frechet_distance",
-    "kernel_distance",
-    "mean_over_clips",
-    "precision_recall",
-    "predictions",
-    "psnr",
-    "quality",
-    "radii",
-    "ssim",
-    "video_quality",
-]
-
 NEIGHBOURS = 5
 """The k of precision, recall, density and coverage, as Naeem et al. (2020) set it."""
 AT_ONCE = 2**22

@@ -29,23 +29,6 @@ from sigma_vae.evaluation.elbo import Bounds, ElboResult
 from sigma_vae.registry import register
 from sigma_vae.vae import VAE, Scores
 
-__all__ = [
-    "ABOUT",
-    "Evaluation",
-    "as_html",
-    "calibrate",
-    "chosen",
-    "columns",
-    "evaluate",
-    "evaluation_data",
-    "meaning",
-    "measure",
-    "notes",
-    "report_rows",
-    "score",
-    "table",
-]
-
 ABOUT = (
     *("data", "split", "network", "likelihood", "context_frames"),
     *("prior", "prior_held_out_nats", "prior_fitted_on", "sigma_fitted_on", "of_examples", "how"),

@@ -43,6 +43,6 @@ _HOMES = ("continuous", "counts", "discrete", "perceptual", "scales")
 def __getattr__(name: str) -> Any:
     for home in _HOMES if name in __all__ else ():
         module = import_module(f"{__name__}.{home}")
-        if name in module.__all__:
+        if hasattr(module, name):
             return globals().setdefault(name, getattr(module, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,8 +15,6 @@ from sigma_vae.likelihoods.scales import LEVEL_FLOOR, LOG_RANGE, SPREAD_FLOOR, F
 from sigma_vae.likelihoods.solve import Observed, best_batch_log_scale, best_log_scale
 from sigma_vae.types import DataDistribution, Likelihood, MeanMap, Observes, at_least_float32
 
-__all__ = ["Discrete", "FromFeatures", "LocationScale", "Scaled", "Unscaled", "checked_features"]
-
 SMALLEST_MASS = 1e-12
 """Stands for the mass of a level whose distribution function rises by less than its rounding."""
 SMALLEST_STD = 1e-37

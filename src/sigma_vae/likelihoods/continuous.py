@@ -14,8 +14,6 @@ from sigma_vae.likelihoods.scales import Scale
 from sigma_vae.registry import Argument, number_above_zero, register
 from sigma_vae.types import MeanMap, Observes
 
-__all__ = ["Bernoulli", "ContinuousBernoulli", "DegreesOfFreedom", "Gaussian", "Laplace", "Logistic", "StudentT"]
-
 DegreesOfFreedom = float | Literal["learned", "predicted"]
 """A number; one parameter; or decoder channels, one for each data channel."""
 

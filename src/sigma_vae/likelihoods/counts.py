@@ -16,22 +16,6 @@ from sigma_vae.likelihoods.solve import Newton, Sums, highest, maximum, shared_s
 from sigma_vae.registry import Argument, register
 from sigma_vae.types import DataDistribution, Likelihood, Observes, at_least_float32
 
-__all__ = [
-    "CountDistribution",
-    "CountLikelihood",
-    "Multinomial",
-    "MultinomialCounts",
-    "NegativeBinomial",
-    "NegativeBinomialCounts",
-    "Poisson",
-    "PoissonCounts",
-    "ZeroInflatedCounts",
-    "ZeroInflatedNegativeBinomial",
-    "best_log_sigma",
-    "negative_binomial_log_prob",
-    "poisson_log_prob",
-]
-
 LARGEST_LOG_MEAN = 30.0
 """Features are cut off here, at a mean of 10¹³ counts: beyond it only a diverged decoder predicts."""
 FLOOR, LARGEST_LOG_SIGMA = 1e-3, 5.0

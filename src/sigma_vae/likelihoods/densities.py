@@ -8,21 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-__all__ = [
-    "Formula",
-    "Gradient",
-    "in_chunks",
-    "log1mexp",
-    "log_ndtr",
-    "normal_interval_log_prob",
-    "normal_log_prob",
-    "soft_clip",
-    "student_t_entropy",
-    "student_t_interval_log_prob",
-    "student_t_log_cdf",
-    "student_t_log_prob",
-]
-
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 # Positive nodes and weights of the 6-point Gauss-Legendre rule on [-1, 1]; the negative ones mirror them.

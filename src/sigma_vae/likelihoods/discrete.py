@@ -12,8 +12,6 @@ from sigma_vae.likelihoods.densities import in_chunks
 from sigma_vae.registry import Argument, register
 from sigma_vae.types import Observes
 
-__all__ = ["BitwiseCategorical", "Categorical", "LogisticMixture"]
-
 LOG2_E = 1 / math.log(2)
 
 

@@ -12,8 +12,6 @@ from torch.distributions import constraints
 from sigma_vae.likelihoods.residuals import ResidualDistribution
 from sigma_vae.types import DataDistribution, at_least_float32
 
-__all__ = ["Continuous", "Discretized", "Shape"]
-
 Shape = torch.Size | list[int] | tuple[int, ...]
 
 

@@ -16,8 +16,6 @@ from sigma_vae.likelihoods.scales import Optimal
 from sigma_vae.registry import Argument, number_above_zero, register
 from sigma_vae.types import DataDistribution, Likelihood, MeanMap, Observes, at_least_float32
 
-__all__ = ["Perceptual", "PictureFeatures", "efficientnet"]
-
 SIDES = 32
 """Pictures are resized to the next multiple of this number of pixels, which the network's halvings need."""
 LEAST_LENGTH = 1e-10

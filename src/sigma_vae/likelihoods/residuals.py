@@ -19,8 +19,6 @@ from sigma_vae.likelihoods.densities import (
     student_t_log_prob,
 )
 
-__all__ = ["LAPLACE", "LOGISTIC", "NORMAL", "RESIDUALS", "ResidualDistribution", "student_t"]
-
 
 class ResidualDistribution(Protocol):
     r"""The distribution of a residual at scale 1: a density symmetric about 0.

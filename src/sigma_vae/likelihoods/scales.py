@@ -12,21 +12,6 @@ from sigma_vae.likelihoods.densities import soft_clip
 from sigma_vae.registry import Argument, number_above_zero, register
 from sigma_vae.types import Observes
 
-__all__ = [
-    "LEVEL_FLOOR",
-    "LOG_RANGE",
-    "SPREAD_FLOOR",
-    "Fit",
-    "Fixed",
-    "Optimal",
-    "Per",
-    "PerImage",
-    "PerPixel",
-    "RunningMinimum",
-    "Scale",
-    "Shared",
-]
-
 Per = Literal["batch", "image", "channel", "pixel"]
 """The unit that has a σ of its own: the whole batch, each example, each channel, or each place of each channel."""
 

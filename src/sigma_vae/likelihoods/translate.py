@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-__all__ = ["CONVENTIONS", "Convention", "Explanation", "Loss", "Reduction", "explain"]
-
 Reduction = Literal["sum", "batch-mean", "mean"]
 """``sum``: over everything; ``batch-mean``: a sum for each example, averaged over them; ``mean``: over everything."""
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from sigma_vae.networks.spatial import SpatialNetwork, check_size
 from sigma_vae.registry import Argument, register
 
-__all__ = ["as_autoencoder_kl", "autoencoder_kl", "config_of", "folder_of", "has_weights"]
-
 CLASS = "AutoencoderKL"
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")

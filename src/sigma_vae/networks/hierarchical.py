@@ -26,8 +26,6 @@ from sigma_vae.types import (
     standard_normal,
 )
 
-__all__ = ["DecoderBlock", "Diagonal", "Draw", "EncoderBlock", "HierarchicalNetwork", "HierarchyPlan", "draw", "hierarchical"]
-
 CIFAR10 = "32x11,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3/1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x21"
 """The published plan."""
 INPUT_GAIN = 4.0

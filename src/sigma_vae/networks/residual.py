@@ -14,8 +14,6 @@ from sigma_vae.conditions import Conditions
 from sigma_vae.networks.flat import FlatNetwork, Joined, Shifted, width_of
 from sigma_vae.registry import register
 
-__all__ = ["residual"]
-
 SMALLEST = 4
 COARSEST = 8
 """Sizes are halved until none is larger; dense layers follow."""

@@ -14,20 +14,6 @@ from sigma_vae.conditions import WIDTH, Conditions, Embedding
 from sigma_vae.registry import Argument, register
 from sigma_vae.types import Frames, Inference, Network, Noise, Prediction, Temperature, at_least_float32, per_layer
 
-__all__ = [
-    "FRAMES",
-    "Backbone",
-    "FrameDecoder",
-    "FrameEncoder",
-    "Recurrence",
-    "SequenceNetwork",
-    "State",
-    "dcgan",
-    "sequence",
-    "starts",
-    "vgg",
-]
-
 INITIAL_STD = 0.02
 """Std of the initial weights, as published."""
 SMALLEST = 8

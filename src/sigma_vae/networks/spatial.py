@@ -25,8 +25,6 @@ from sigma_vae.types import (
     standard_normal,
 )
 
-__all__ = ["MapStatistics", "SpatialNetwork", "check_size", "map_statistics", "spatial"]
-
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -30.0, 20.0
 """Limits of the posterior's log-variance, those of diffusers."""
 PER_GROUP = 4

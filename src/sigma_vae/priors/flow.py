@@ -9,13 +9,10 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 
 from sigma_vae.conditions import Conditions
-from sigma_vae.priors.base import FittedPrior
-from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
+from sigma_vae.priors.gaussian import ConditionalPrior, GaussianPrior, drawn_kl
 from sigma_vae.progress import steps as shown_steps
 from sigma_vae.registry import register
-from sigma_vae.types import Prior
-
-__all__ = ["ConditionalFlowPrior", "FlowPrior"]
+from sigma_vae.types import FittedPrior
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 1500, 256, 2e-3
 PATIENCE = 5
@@ -93,7 +90,7 @@ class FlowPrior(FittedPrior):
 
 @register.prior("conditional-flow", reads_condition=True, sketches=False)
 @final
-class ConditionalFlowPrior(FittedPrior):
+class ConditionalFlowPrior(ConditionalPrior):
     r"""A neural spline flow given the condition: the splines of :class:`FlowPrior` also read c.
 
     .. math:: \log p(z|c) = \log N(f_c(u); 0, I) + \log \left| \det \frac{\partial f_c}{\partial u} \right|
@@ -133,14 +130,6 @@ class ConditionalFlowPrior(FittedPrior):
     def _unknown(self) -> Tensor:
         return torch.full((1, len(self.conditions.variables)), math.nan)
 
-    def fit(self, latents: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
-        """Refused: it needs the condition of each latent.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("a flow given the condition needs the conditions of the latents; call fit_given(latents, condition)")
-
     def fit_given(
         self,
         latents: Tensor,
@@ -169,50 +158,20 @@ class ConditionalFlowPrior(FittedPrior):
         self.conditions.check(condition)
         return torch.cat([self.conditions.features(condition), condition.isnan().to(condition.dtype)], 1).float()
 
-    def given(self, condition: Tensor | None) -> Prior:
-        """p(z|c) of these conditions; p(z) where there are none."""
-        self.require_fitted()
-        return _OfConditions(self, self.context(self._unknown if condition is None else condition))
+    def log_prob_given(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        """Log-density of z, in nats."""
+        transform = self.transform(self._context_of(condition))
+        return _log_prob(transform, self.moments.whiten(z)) - self.moments.log_determinant()
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of z where no condition is known, in nats."""
-        return self.given(None).log_prob(z)
+    def sample_given(self, n: int, condition: Tensor | None, generator: torch.Generator | None, temperature: float) -> Tensor:
+        """One draw for each condition; the temperature scales the noise that goes through the flow."""
+        mean = self.moments.mean
+        noise = torch.empty(n, self.latent_dim, device=mean.device, dtype=mean.dtype).normal_(generator=generator)
+        unit: Tensor = self.transform(self._context_of(condition).expand(n, -1)).inv(temperature * noise)
+        return self.moments.colour(unit)
 
-    def kl(self, posterior: Normal, z: Tensor) -> Tensor:
-        """KL(q‖p) where no condition is known, estimated from the draw z."""
-        return self.given(None).kl(posterior, z)
-
-    def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        """N draws where no condition is known."""
-        return self.given(None).sample(n, generator, temperature)
-
-
-@final
-class _OfConditions(Prior):
-    """The flow of examples with these conditions: one for each, or one for all."""
-
-    def __init__(self, prior: ConditionalFlowPrior, context: Tensor) -> None:
-        super().__init__()
-        self.context = context.to(prior.moments.mean)
-        object.__setattr__(self, "prior", prior)  # no submodule: it is not this one's to move
-
-    prior: ConditionalFlowPrior
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of z ``(*draws, batch, latent_dim)``, in nats."""
-        moments = self.prior.moments
-        return _log_prob(self.prior.transform(self.context), moments.whiten(z)) - moments.log_determinant()
-
-    def kl(self, posterior: Normal, z: Tensor) -> Tensor:
-        """KL(q‖p), estimated from the draw z with the Gaussian of all latents' moments as control variate."""
-        return drawn_kl(self, self.prior.moments, posterior, z)
-
-    def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        """One draw for each example; the temperature scales the noise that goes through the flow."""
-        mean = self.prior.moments.mean
-        noise = torch.empty(n, self.prior.latent_dim, device=mean.device, dtype=mean.dtype).normal_(generator=generator)
-        unit: Tensor = self.prior.transform(self.context.expand(n, -1)).inv(temperature * noise)
-        return self.prior.moments.colour(unit)
+    def _context_of(self, condition: Tensor | None) -> Tensor:
+        return self.context(self._unknown if condition is None else condition).to(self.moments.mean)
 
 
 def _fit(

@@ -1,6 +1,7 @@
 """Gaussian priors: N(0, I), and one with the moments of the latents."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import final
@@ -10,11 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from sigma_vae.conditions import Conditions, Embedding
-from sigma_vae.priors.base import FittedPrior
 from sigma_vae.registry import register
-from sigma_vae.types import Prior, at_least_float32
-
-__all__ = ["GaussianPrior", "LearnedPrior", "StandardNormal", "best_prior", "drawn_kl"]
+from sigma_vae.types import FittedPrior, Prior, at_least_float32
 
 
 @register.prior("standard")
@@ -187,6 +185,72 @@ def drawn_kl(prior: Prior, moments: GaussianPrior, posterior: Normal, z: Tensor)
     per latent. Where p is G, it has no noise.
     """
     return moments.kl(posterior, z) + moments.log_prob(z) - prior.log_prob(z)
+
+
+class ConditionalPrior(FittedPrior):
+    """A density fitted to latents and their conditions: p(z|c), and p(z) where the condition is unknown.
+
+    A subclass defines ``fit_given``, and density and draws given a condition. It sets ``moments``, those of all latents.
+    """
+
+    moments: GaussianPrior
+
+    def fit(self, latents: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
+        """Refused: it needs the condition of each latent.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{type(self).__name__} needs the conditions of the latents; call fit_given(latents, condition)")
+
+    @abstractmethod
+    def log_prob_given(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        """Log-density of z ``(*draws, batch, latent_dim)`` given conditions ``(batch, variables)``, in nats."""
+
+    @abstractmethod
+    def sample_given(self, n: int, condition: Tensor | None, generator: torch.Generator | None, temperature: float) -> Tensor:
+        """One draw for each of n conditions; the temperature scales their spread."""
+
+    def given(self, condition: Tensor | None) -> Prior:
+        """p(z|c) of these conditions; p(z) where there are none."""
+        self.require_fitted()
+        return _Given(self, condition)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of z where no condition is known, in nats."""
+        return self.given(None).log_prob(z)
+
+    def kl(self, posterior: Normal, z: Tensor) -> Tensor:
+        """KL(q‖p) where no condition is known, estimated from the draw z."""
+        return self.given(None).kl(posterior, z)
+
+    def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
+        """N draws where no condition is known."""
+        return self.given(None).sample(n, generator, temperature)
+
+
+@final
+class _Given(Prior):
+    """The prior of examples with these conditions; None: all unknown."""
+
+    prior: ConditionalPrior
+
+    def __init__(self, prior: ConditionalPrior, condition: Tensor | None) -> None:
+        super().__init__()
+        self.condition = None if condition is None else condition.to(prior.moments.mean.device)
+        object.__setattr__(self, "prior", prior)  # no submodule: it is not this one's to move
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density of z ``(*draws, batch, latent_dim)``, in nats."""
+        return self.prior.log_prob_given(z, self.condition)
+
+    def kl(self, posterior: Normal, z: Tensor) -> Tensor:
+        """KL(q‖p), estimated from the draw z with the Gaussian of all latents' moments as control variate."""
+        return drawn_kl(self, self.prior.moments, posterior, z)
+
+    def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
+        """One draw for each example; the temperature scales the spread."""
+        return self.prior.sample_given(n, self.condition, generator, temperature)
 
 
 # -- a Gaussian given the condition, trained with the network ----------------------------------------------------------

@@ -3,7 +3,8 @@
 import copy
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import final
 
 import numpy as np
@@ -12,11 +13,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn.functional import avg_pool1d, avg_pool2d, interpolate, silu
 
-from sigma_vae.priors.base import FittedPrior
 from sigma_vae.progress import steps as shown_steps
 from sigma_vae.registry import Argument, register
-
-__all__ = ["FlowMatchingPrior"]
+from sigma_vae.types import FittedPrior
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 1000, 128, 2e-3
 WIDTH = 48
@@ -153,22 +152,22 @@ class FlowMatchingPrior(FittedPrior):
         """Draw n latents; the temperature scales the noise that they start from."""
         self.require_fitted()
         noise = torch.empty(n, *self.shape, device=self.mean.device, dtype=self.mean.dtype).normal_(generator=generator)
-        parts = [_solve(self._velocity, temperature * part, 0.0, 1.0) for part in torch.split(noise, AT_ONCE)]
+        parts = [_solve(self._rates, temperature * part, 0.0, 1.0)[0] for part in torch.split(noise, AT_ONCE)]
         return self.mean + self.std * torch.cat(parts).flatten(1)
 
     def _velocity(self, u: Tensor, t: Tensor) -> Tensor:
         result: Tensor = _gaussian_velocity(u, t) + self.net(u, t)
         return result
 
+    def _rates(self, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The velocity alone, where nothing asks for its divergence."""
+        return self._velocity(u, t), u.new_zeros(())
+
     def _back(self, unit: Tensor) -> Tensor:
         """Log-density of latents in their units ``(n, *shape)``."""
-        if self.latent_dim <= EXACT:
-            noise, total = _solve_with_divergence(self._velocity, _exact_divergence, unit)
-        else:
-            probes = iter(_probes(unit))
-            noise, total = _solve_with_divergence(
-                self._velocity, lambda v, u, t: _probed_divergence(v, u, t, next(probes)), unit
-            )
+        exact = self.latent_dim <= EXACT
+        rates = _exact_divergence if exact else partial(_probed_divergence, iter(_probes(unit)))
+        noise, total = _solve(partial(rates, self._velocity), unit, 1.0, 0.0)
         normal: Tensor = (-0.5 * noise.square() - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
         return normal + total
 
@@ -190,32 +189,19 @@ def _gaussian_velocity(u: Tensor, t: Tensor) -> Tensor:
     return u * (2 * t - 1) / (t**2 + (1 - t) ** 2)
 
 
-def _solve(velocity: Velocity, u: Tensor, start: float, end: float) -> Tensor:
-    """Classical Runge-Kutta steps from one time to another."""
-    step = (end - start) / ODE_STEPS
+Rates = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Velocity at a place and a time, and its divergence for each example."""
+
+
+def _solve(rates: Rates, u: Tensor, start: float, end: float) -> tuple[Tensor, Tensor]:
+    """Classical Runge-Kutta steps from one time to another: where they lead, and the divergence's integral, ``(n,)``."""
+    step, total = (end - start) / ODE_STEPS, u.new_zeros(len(u))
     for number in range(ODE_STEPS):
         t = u.new_tensor(start + number * step)
-        first = velocity(u, t)
-        second = velocity(u + 0.5 * step * first, t + 0.5 * step)
-        third = velocity(u + 0.5 * step * second, t + 0.5 * step)
-        fourth = velocity(u + step * third, t + step)
-        u = u + step / 6 * (first + 2 * second + 2 * third + fourth)
-    return u
-
-
-Divergence = Callable[[Velocity, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Velocity, and its divergence for each example."""
-
-
-def _solve_with_divergence(velocity: Velocity, divergence: Divergence, u: Tensor) -> tuple[Tensor, Tensor]:
-    """From t = 1 to 0; the integral of the divergence along the way, from 1 to 0, ``(n,)``."""
-    step, total = -1.0 / ODE_STEPS, u.new_zeros(len(u))
-    for number in range(ODE_STEPS):
-        t = u.new_tensor(1 + number * step)
-        first, a = divergence(velocity, u, t)
-        second, b = divergence(velocity, u + 0.5 * step * first, t + 0.5 * step)
-        third, c = divergence(velocity, u + 0.5 * step * second, t + 0.5 * step)
-        fourth, d = divergence(velocity, u + step * third, t + step)
+        first, a = rates(u, t)
+        second, b = rates(u + 0.5 * step * first, t + 0.5 * step)
+        third, c = rates(u + 0.5 * step * second, t + 0.5 * step)
+        fourth, d = rates(u + step * third, t + step)
         u = u + step / 6 * (first + 2 * second + 2 * third + fourth)
         total = total + step / 6 * (a + 2 * b + 2 * c + d)
     return u, total
@@ -227,7 +213,8 @@ def _with_change(velocity: Velocity, u: Tensor, t: Tensor, direction: Tensor) ->
     return pair
 
 
-def _probed_divergence(velocity: Velocity, u: Tensor, t: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
+def _probed_divergence(probes: Iterator[Tensor], velocity: Velocity, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    probe = next(probes)
     value, change = _with_change(velocity, u, t, probe)
     return value, (probe * change).flatten(1).sum(1)
 

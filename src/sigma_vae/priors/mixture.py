@@ -10,13 +10,10 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from sigma_vae.conditions import Conditions
-from sigma_vae.priors.base import FittedPrior
-from sigma_vae.priors.gaussian import GaussianPrior, drawn_kl
+from sigma_vae.priors.gaussian import ConditionalPrior, GaussianPrior, drawn_kl
 from sigma_vae.progress import bar
 from sigma_vae.registry import Argument, register
-from sigma_vae.types import Prior
-
-__all__ = ["ClassMixturePrior", "MixturePrior", "components_of", "expectation_maximisation", "read_components"]
+from sigma_vae.types import FittedPrior
 
 NUMBERS = (1, 5, 10, 20, 50, 100)
 """Numbers of components to try."""
@@ -114,13 +111,8 @@ class MixturePrior(FittedPrior):
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density of z, in nats."""
         self.require_fitted()
-        centred = z.reshape(-1, self.latent_dim) - self.means[:, None]
-        factors = self.scale_trils.to(centred.dtype)
-        unit = torch.linalg.solve_triangular(factors, centred.mT, upper=False)
-        constants = (
-            self.log_weights - factors.diagonal(dim1=1, dim2=2).log().sum(-1) - 0.5 * math.log(2 * math.pi) * self.latent_dim
-        )
-        return torch.logsumexp(constants[:, None] - 0.5 * unit.square().sum(1), 0).reshape(z.shape[:-1])
+        densities = _component_densities(z.reshape(-1, self.latent_dim), self.means, self.scale_trils)
+        return torch.logsumexp(self.log_weights + densities, 1).reshape(z.shape[:-1])
 
     def kl(self, posterior: Normal, z: Tensor) -> Tensor:
         """KL(q‖p), estimated from the draw z with the Gaussian of the same moments as control variate."""
@@ -130,8 +122,7 @@ class MixturePrior(FittedPrior):
         """Draw n components, and one latent vector of each; the temperature scales the Gaussians' spread."""
         self.require_fitted()
         which = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
-        unit = torch.empty(n, self.latent_dim, device=self.means.device, dtype=self.means.dtype).normal_(generator=generator)
-        return self.means[which] + temperature * (self.scale_trils[which] @ unit[..., None]).squeeze(-1)
+        return _drawn(self.means[which], self.scale_trils[which], generator, temperature)
 
     def as_mixture(self) -> tuple[Tensor, Tensor, Tensor]:
         """Log-weights, means and Cholesky factors: see :meth:`Prior.as_mixture`."""
@@ -180,7 +171,7 @@ MOST_OF_A_CLASS = 3_000
 
 @register.prior("class-mixture", reads_condition=True, argument=Argument("components", read_components, "1", of=components_of))
 @final
-class ClassMixturePrior(FittedPrior):
+class ClassMixturePrior(ConditionalPrior):
     r"""A mixture of Gaussians for each class, with full covariances.
 
     .. math:: p(z|c) = \sum_k w_{ck} N(z; \mu_{ck}, \Sigma_{ck}), \qquad p(z) = \sum_c \pi_c\, p(z|c)
@@ -228,14 +219,6 @@ class ClassMixturePrior(FittedPrior):
         self.register_buffer("means", torch.full((*shape, latent_dim), math.nan))
         self.register_buffer("scale_trils", torch.full((*shape, latent_dim, latent_dim), math.nan))
         self.register_buffer("log_shares", torch.full(shape[:1], math.nan))
-
-    def fit(self, latents: Tensor, held_out: Tensor | None = None, seed: int = 0) -> None:
-        """Refused: it needs the class of each latent.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError("a mixture for each class needs the classes of the latents; call fit_given(latents, condition)")
 
     def fit_given(
         self,
@@ -307,38 +290,27 @@ class ClassMixturePrior(FittedPrior):
         some = latents[mine] if enough else latents
         order = torch.randperm(len(some), generator=torch.Generator().manual_seed(seed))[:MOST_OF_A_CLASS]
         found: Any = expectation_maximisation(some[order], components, seed)
-        weights, means, covariances = (torch.from_numpy(np.asarray(each)) for each in _parameters(found))
+        weights, means, covariances = (
+            torch.from_numpy(np.asarray(each)) for each in (found.weights_, found.means_, found.covariances_)
+        )
         counts = (weights * len(order))[:, None, None]
         shrunk = (counts * covariances + self.latent_dim * within) / (counts + self.latent_dim)
         return weights, means, torch.linalg.cholesky(shrunk)
 
-    def given(self, condition: Tensor | None) -> Prior:
-        """p(z|c) of these classes; p(z) where there is none."""
-        self.require_fitted()
-        return _OfClasses(self, None if condition is None else condition[:, 0])
+    def log_prob_given(self, z: Tensor, condition: Tensor | None) -> Tensor:
+        """Log-density of z, in nats."""
+        classes = None if condition is None else condition[:, 0].expand(z.shape[:-1]).reshape(-1)
+        flat = z.reshape(-1, self.latent_dim)
+        densities = _component_densities(flat, self.means.flatten(0, 1), self.scale_trils.flatten(0, 1))
+        return torch.logsumexp(densities + self._log_weights_of(classes, len(flat)), 1).reshape(z.shape[:-1])
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of z where no class is known, in nats."""
-        return self.given(None).log_prob(z)
+    def sample_given(self, n: int, condition: Tensor | None, generator: torch.Generator | None, temperature: float) -> Tensor:
+        """One draw for each class, by the classes' shares where unknown; the temperature scales the Gaussians' spread."""
+        weights = self._log_weights_of(None if condition is None else condition[:, 0], n).exp()
+        which = torch.multinomial(weights, 1, generator=generator)[:, 0]
+        return _drawn(self.means.flatten(0, 1)[which], self.scale_trils.flatten(0, 1)[which], generator, temperature)
 
-    def kl(self, posterior: Normal, z: Tensor) -> Tensor:
-        """KL(q‖p) where no class is known, estimated from the draw z."""
-        return self.given(None).kl(posterior, z)
-
-    def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        """N draws, of classes by their shares."""
-        return self.given(None).sample(n, generator, temperature)
-
-    def component_densities(self, z: Tensor) -> Tensor:
-        """Log-density of z ``(n, latent_dim)`` under each component, ``(n, classes · components)``."""
-        means, factors = self.means.flatten(0, 1), self.scale_trils.flatten(0, 1)
-        centred = z - means[:, None].to(z.dtype)
-        unit = torch.linalg.solve_triangular(factors.to(z.dtype), centred.mT, upper=False)
-        constants = -factors.diagonal(dim1=1, dim2=2).log().sum(-1) - 0.5 * math.log(2 * math.pi) * self.latent_dim
-        densities: Tensor = constants[:, None] - 0.5 * unit.square().sum(1)
-        return densities.T
-
-    def log_weights_of(self, classes: Tensor | None, n: int) -> Tensor:
+    def _log_weights_of(self, classes: Tensor | None, n: int) -> Tensor:
         """Log-weight of each component, ``(n, classes · components)``: −∞ for those of other classes."""
         joint = (self.log_shares[:, None] + self.log_weights).flatten().expand(n, -1)
         if classes is None:
@@ -348,37 +320,19 @@ class ClassMixturePrior(FittedPrior):
         return torch.where(classes.isnan()[:, None], joint, masked)
 
 
-@final
-class _OfClasses(Prior):
-    """The prior of examples with these classes ``(batch,)``, NaN where unknown; None: all unknown."""
+def _component_densities(z: Tensor, means: Tensor, factors: Tensor) -> Tensor:
+    """Log-density of z ``(n, latent_dim)`` under each of K Gaussians, ``(n, K)``."""
+    centred = z - means[:, None]
+    unit = torch.linalg.solve_triangular(factors.to(centred.dtype), centred.mT, upper=False)
+    constants = -factors.diagonal(dim1=1, dim2=2).log().sum(-1) - 0.5 * math.log(2 * math.pi) * z.shape[1]
+    densities: Tensor = constants[:, None] - 0.5 * unit.square().sum(1)
+    return densities.T
 
-    def __init__(self, prior: ClassMixturePrior, classes: Tensor | None) -> None:
-        super().__init__()
-        self.classes = None if classes is None else classes.to(prior.means.device)
-        object.__setattr__(self, "prior", prior)  # no submodule: it is not this one's to move
 
-    prior: ClassMixturePrior
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density of z ``(*draws, batch, latent_dim)``, in nats."""
-        n = z[..., 0].numel()
-        classes = self.classes
-        if classes is not None:
-            classes = classes.expand(z.shape[:-1]).reshape(-1)
-        densities = self.prior.component_densities(z.reshape(-1, self.prior.latent_dim))
-        return torch.logsumexp(densities + self.prior.log_weights_of(classes, n), 1).reshape(z.shape[:-1])
-
-    def kl(self, posterior: Normal, z: Tensor) -> Tensor:
-        """KL(q‖p), estimated from the draw z with the Gaussian of all latents' moments as control variate."""
-        return drawn_kl(self, self.prior.moments, posterior, z)
-
-    def sample(self, n: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
-        """One draw for each example; the temperature scales the Gaussians' spread."""
-        weights = self.prior.log_weights_of(self.classes, n).exp()
-        which = torch.multinomial(weights, 1, generator=generator)[:, 0]
-        means, factors = self.prior.means.flatten(0, 1), self.prior.scale_trils.flatten(0, 1)
-        unit = torch.empty(n, means.shape[1], device=means.device, dtype=means.dtype).normal_(generator=generator)
-        return means[which] + temperature * (factors[which] @ unit[..., None]).squeeze(-1)
+def _drawn(means: Tensor, factors: Tensor, generator: torch.Generator | None, temperature: float) -> Tensor:
+    """A draw from each Gaussian; the temperature scales their spread."""
+    unit = torch.empty_like(means).normal_(generator=generator)
+    return means + temperature * (factors @ unit[..., None]).squeeze(-1)
 
 
 def _within(latents: Tensor, classes: Tensor) -> Tensor:
@@ -387,7 +341,3 @@ def _within(latents: Tensor, classes: Tensor) -> Tensor:
     sums = torch.zeros(len(counts), latents.shape[1], dtype=latents.dtype).index_add_(0, classes, latents)
     centred = latents - (sums / counts[:, None])[classes]
     return centred.T @ centred / len(latents)
-
-
-def _parameters(mixture: Any) -> tuple[Any, Any, Any]:
-    return mixture.weights_, mixture.means_, mixture.covariances_

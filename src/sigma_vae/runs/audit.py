@@ -1,12 +1,10 @@
 """Autoencoders of diffusers: audit one on data (σ, rate, latents, the numbers that it should have), and export one."""
 
-import base64
 import math
 import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +23,10 @@ from sigma_vae.networks.autoencoder_kl import autoencoder_kl, config_of, folder_
 from sigma_vae.networks.spatial import MapStatistics
 from sigma_vae.runs.evaluate import read_evaluation
 from sigma_vae.runs.folder import fitted_on, open_run, sigma_fitted_on
+from sigma_vae.runs.page import Picture, Section, Table, template
 from sigma_vae.training import resolve_device
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE
-
-__all__ = ["PREFIX", "Audit", "Fit", "audit", "audit_rows", "evaluate_audited", "export", "name_of", "notes", "write_page"]
 
 PREFIX = "hf-vae:"
 """Begins the name of an autoencoder of diffusers, in place of a run."""
@@ -302,15 +299,21 @@ def notes(found: Audit) -> Iterator[str]:
 
 def write_page(found: Audit, picture: bytes | None, path: Path) -> None:
     """Write an audit as one HTML page with nothing outside it."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files(__package__).joinpath("audit.html.j2").read_text(encoding="utf-8"))
-    image = None if picture is None else base64.b64encode(picture).decode()
-    write_whole(
-        path,
-        template.render(found=found, rows=list(audit_rows(found)), notes=list(notes(found)), image=image, version=__version__),
+    shape, latents = (" × ".join(map(str, sizes)) for sizes in (found.shape, found.latent_shape))
+    fitted = found.sigma_fitted_on or {}
+    how = f"σ was solved on {fitted.get('examples')} examples ({fitted.get('split')}); moments of the latents are those of the"
+    words = "Test examples, each above its reconstruction from the posterior's mean"
+    rows = tuple(audit_rows(found))
+    section = Section(
+        "Numbers",
+        points=tuple(notes(found)),
+        tables=(Table("± is one standard error over the examples", ("number", "value", "meaning"), rows, stacks=True),),
+        pictures=() if picture is None else (Picture("reconstructions.png", picture, words, words),),
+        further=(f"{how} training split, over posterior draws and places.",),
     )
+    about = f"{found.examples} test examples of {found.data}, {shape} values each; latents {latents}."
+    content = {"title": f"Audit of {found.name}", "about": about, "made": f"By sigma-vae {__version__}.", "signs": {}}
+    write_whole(path, template("report.html.j2").render(content | {"sections": [section]}))
 
 
 def _words(value: Estimate, digits: int) -> str:

@@ -34,20 +34,6 @@ from sigma_vae.training import resolve_device
 from sigma_vae.training.distributed import from_first, joined, shared
 from sigma_vae.vae import VAE, Scores
 
-__all__ = [
-    "compare",
-    "draw",
-    "evaluate_anew",
-    "evaluate_run",
-    "evaluation",
-    "evaluation_file",
-    "priors_of",
-    "read_evaluation",
-    "remove_stale_pages",
-    "store",
-    "with_kept",
-]
-
 BOUNDS_ALONE = EvaluationSettings(metrics=())
 PICTURES = 64
 ALL = "all"

@@ -30,22 +30,6 @@ if TYPE_CHECKING:
     from jinja2 import Template
     from matplotlib.axes import Axes
 
-__all__ = [
-    "PAGE",
-    "Card",
-    "Curves",
-    "Picture",
-    "Section",
-    "Table",
-    "advice",
-    "next_command",
-    "read_curves",
-    "report",
-    "shows",
-    "template",
-    "write_page",
-]
-
 PAGE = "report.html"
 EXAMPLES = 5_000
 """Most test examples that the page measures calibration, latents and oddness on, evenly spaced."""

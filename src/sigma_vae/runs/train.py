@@ -1,7 +1,7 @@
 """Train a run into a new folder, resume it, or repeat the step that stopped it."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,6 @@ from sigma_vae.training.hardware import Choices, choices_for
 from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step
 from sigma_vae.types import Observes
 from sigma_vae.vae import VAE
-
-__all__ = ["has_checkpoint", "rerun", "resume", "train"]
 
 NOT_YET_A_RUN = {
     LOCK,
@@ -72,23 +70,21 @@ def _train(config: RunConfig, out: Path, *, progress: bool, page: bool) -> Evalu
     config = replace(config, data=replace(given, mixed=mixed, counts=counts))
     with first_of_node_first():
         data = models.data(config.data)
-    if progress and processes().first:
-        print(f"{data.name}: {data.record['counts']}; {data.record['preprocessing']}")
+    say: Callable[[str], None] = print if progress and processes().first else lambda words: None
+    say(f"{data.name}: {data.record['counts']}; {data.record['preprocessing']}")
     if config.model.network == "auto":
         chosen, reason = models.network_for(config.model, data)
         config = replace(config, model=chosen, training=models.training_for(chosen, config.training))
-        if reason and progress and processes().first:
-            print(f"network {chosen.network}: {reason}")
+        if reason:
+            say(f"network {chosen.network}: {reason}")
     config = replace(config, model=replace(config.model, network=models.from_anywhere(config.model.network)))
     if config.model.likelihood == "auto":
         name, reason = models.likelihood_for(config.model, data)
         config = replace(config, model=replace(config.model, likelihood=name))
-        if progress and processes().first:
-            print(f"likelihood {name}: {reason}")
+        say(f"likelihood {name}: {reason}")
     if config.model.latent_dim == "auto":
         config = replace(config, model=replace(config.model, latent_dim=models.latents_for(config.model, data)))
-        if progress and processes().first:
-            print(f"{config.model.latent_dim} latents, by the held-out likelihood of probabilistic PCA")
+        say(f"{config.model.latent_dim} latents, by the held-out likelihood of probabilistic PCA")
     vae = _new_vae(config, data)
     choices = choices_for(vae, data, config.training, resolve_device(config.device))
     environment = _environment(config, data, choices)

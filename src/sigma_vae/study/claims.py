@@ -29,8 +29,6 @@ from sigma_vae.study.comparisons import (
 )
 from sigma_vae.study.grid import format_place
 
-__all__ = ["CLAIMS", "Among", "Claim", "Verdict", "Word", "above", "below", "diverges", "percent", "signed"]
-
 Word = Literal["holds", "does not", "indicated", "indicated against", "not shown"]
 
 SEEDS = 5

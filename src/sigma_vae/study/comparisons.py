@@ -22,34 +22,6 @@ from sigma_vae.study.runner import tabulate
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "ARM",
-    "BITS",
-    "ELBO",
-    "LEARNED",
-    "MARGINAL_KL",
-    "OPTIMAL",
-    "PLOTS",
-    "PREDICTIONS",
-    "STANDARD",
-    "Chosen",
-    "Difference",
-    "Ended",
-    "Setting",
-    "chosen_on_validation",
-    "cost",
-    "failures",
-    "frechet_columns",
-    "how_far",
-    "mean_difference",
-    "minus",
-    "paired_difference",
-    "results",
-    "settings",
-    "shown",
-    "summary",
-]
-
 # -- statistics over seeds ---------------------------------------------------------------------------------------------
 
 

@@ -12,23 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from sigma_vae import models
-from sigma_vae.config import EvaluationSettings, ModelConfig, RunConfig, parse, read
+from sigma_vae.config import EvaluationSettings, ModelConfig, RunConfig, TrainingConfig, parse, read
 from sigma_vae.data import names
 from sigma_vae.registry import register
 from sigma_vae.types import Likelihood
-
-__all__ = [
-    "SHIPPED",
-    "Cell",
-    "StudySpec",
-    "as_column",
-    "cells",
-    "check",
-    "format_place",
-    "in_words",
-    "network_facts",
-    "read_spec",
-]
 
 
 def in_words(value: Any) -> str:
@@ -132,7 +119,7 @@ class Cell(NamedTuple):
 
 
 def read_spec(name: str, size: str | None = None) -> StudySpec:
-    """Read a study by its name or from a YAML file, in one of its sizes.
+    """Read a study by its name, from a YAML file or from the table of a kept study, in one of its sizes.
 
     Raises:
         ValueError: there is no such study or size, or the file holds something else.
@@ -142,7 +129,7 @@ def read_spec(name: str, size: str | None = None) -> StudySpec:
         path = Path(str(resources.files(__package__).joinpath("specs", f"{name}.yaml")))
     elif not path.is_file():
         raise ValueError(f"there is no study {name!r}; known: {', '.join(SHIPPED)}, or the path of a YAML file")
-    spec = read(path, StudySpec)
+    spec = kept_spec(path) if path.suffix == ".parquet" else read(path, StudySpec)
     if size is None:
         return spec
     if size not in spec.sizes:
@@ -200,7 +187,45 @@ FIRST_DEFAULTS = {
     "training.patience": None,
     "training.sigma_from": "batch",
 }
-"""Defaults that have changed since the first studies: keys of cells are made by the old ones, so that theirs stay."""
+"""Defaults that have changed since the first studies: keys of cells are made by the old ones, so that theirs stay.
+
+A kept study says what it was run with; where its grid lacks one of these, it is older than the change.
+"""
+
+GRID = "study"
+"""Name of the grid among the attributes of a kept study's table."""
+
+
+def pinned(spec: StudySpec, *, first: bool = False) -> StudySpec:
+    """Say in the spec what it leaves to defaults that have changed: today's, or the first ones.
+
+    >>> spec = StudySpec("one", {"training": {"epochs": 3}}, {"seed": [0]})
+    >>> pinned(spec, first=True).base["training"]["epochs"], pinned(spec, first=True).base["training"]["start"]
+    (3, 'random')
+    """
+    now = {"model": asdict(ModelConfig()), "training": asdict(TrainingConfig())}
+    base = copy.deepcopy(spec.base)
+    for path, old in FIRST_DEFAULTS.items():
+        part, name = path.split(".")
+        base.setdefault(part, {}).setdefault(name, old if first else now[part][name])
+    return replace(spec, base=base)
+
+
+def kept_spec(table: Path) -> StudySpec:
+    """Read the grid of a kept study from its table; defaults that have changed since are the first ones.
+
+    Raises:
+        ValueError: the file cannot be read, or holds no grid.
+    """
+    import pandas as pd
+
+    try:
+        content = pd.read_parquet(table, columns=["key"]).attrs.get(GRID)
+    except Exception as error:  # on foreign bytes the reader raises nearly anything
+        raise ValueError(f"{table} cannot be read as the table of a study ({type(error).__name__}: {error})") from error
+    if content is None:
+        raise ValueError(f"{table} holds no grid of a study; the file study.yaml of its folder has it")
+    return pinned(parse(content, StudySpec, str(table)), first=True)
 
 
 def _given(config: Any, within: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event, Thread
 from time import monotonic
@@ -17,31 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sigma_vae import runs
 from sigma_vae.config import read, replacing, write, write_whole
-from sigma_vae.study.grid import Cell, StudySpec, as_column, cells, check, format_place, in_words
-
-__all__ = [
-    "CELLS",
-    "PICTURE",
-    "RESULTS",
-    "SPEC",
-    "Backend",
-    "claim",
-    "collect",
-    "counted",
-    "do",
-    "finished",
-    "folder_of",
-    "is_kept",
-    "known",
-    "leaves",
-    "record_of",
-    "run",
-    "running_since",
-    "seconds_in",
-    "spec_of",
-    "tabulate",
-    "write_table",
-]
+from sigma_vae.study.grid import GRID, Cell, StudySpec, as_column, cells, check, format_place, in_words, kept_spec, pinned
 
 SPEC = "study.yaml"
 
@@ -52,9 +28,11 @@ def spec_of(out: Path) -> StudySpec:
     Raises:
         ValueError: the folder holds no study.
     """
-    if not (out / SPEC).is_file():
-        raise ValueError(f"{out} holds no study (no {SPEC}); run one: sigma-vae study run SPEC --out {out}")
-    return read(out / SPEC, StudySpec)
+    if (out / SPEC).is_file():
+        return read(out / SPEC, StudySpec)
+    if is_kept(out):
+        return kept_spec(out / RESULTS)
+    raise ValueError(f"{out} holds no study (no {SPEC}); run one: sigma-vae study run SPEC --out {out}")
 
 
 def claim(spec: StudySpec, out: Path) -> None:
@@ -63,8 +41,15 @@ def claim(spec: StudySpec, out: Path) -> None:
     Raises:
         ValueError: the folder has finished cells that this grid has not.
     """
+    check_same(spec, out)
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / SPEC, replace(spec, sizes={}))
+
+
+def check_same(spec: StudySpec, out: Path) -> None:
+    """Refuse a folder that has finished cells of another grid."""
     keys = {cell.key for cell in cells(spec)}
-    if (out / SPEC).exists():
+    if (out / SPEC).exists() or is_kept(out):
         before = spec_of(out)
         table = tabulate(cells(before), out)
         there = set(table.loc[table["status"] == "done", "key"])
@@ -75,8 +60,6 @@ def claim(spec: StudySpec, out: Path) -> None:
                 f" {format_place(lost[0].place)};"
                 " give another --out, or a grid that has them too"
             )
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / SPEC, replace(spec, sizes={}))
 
 
 Backend = Literal["loky", "dask", "ray"]
@@ -411,6 +394,7 @@ def tabulate(cells: Sequence[Cell], out: Path) -> "pd.DataFrame":
 
     if is_kept(out):
         kept = pd.read_parquet(out / RESULTS)
+        kept.attrs = {}  # the grid, which every operation on the table would copy
         return kept[kept["key"].isin([cell.key for cell in cells])].reset_index(drop=True)
     columns: dict[str, dict[str, Any]] = {
         axis: as_column([cell.place[axis] for cell in cells]) for axis in (cells[0].place if cells else ())
@@ -424,8 +408,9 @@ def is_kept(out: Path) -> bool:
     return (out / RESULTS).is_file() and not (out / CELLS).is_dir()
 
 
-def write_table(table: "pd.DataFrame", out: Path) -> None:
-    """Write ``results.parquet``; equal tables give equal bytes."""
+def write_table(table: "pd.DataFrame", out: Path, spec: StudySpec | None = None) -> None:
+    """Write ``results.parquet``, of a kept study with its grid; equal tables give equal bytes."""
+    table.attrs = {} if spec is None else {GRID: asdict(pinned(replace(spec, sizes={})))}
     with replacing(out / RESULTS) as aside:
         table.to_parquet(aside, index=False, compression="zstd", write_statistics=False)
 

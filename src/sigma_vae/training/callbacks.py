@@ -16,22 +16,6 @@ from sigma_vae.config import LoggerName, TrainingConfig, write_whole
 from sigma_vae.progress import SECONDS_BETWEEN, SECONDS_BETWEEN_LINES
 from sigma_vae.vae import VAE
 
-__all__ = [
-    "Bar",
-    "Callback",
-    "Context",
-    "Events",
-    "Lines",
-    "MLflow",
-    "MetricsTable",
-    "Patience",
-    "TrainingLogger",
-    "WeightsAndBiases",
-    "make_loggers",
-    "progress_of",
-    "rows_before",
-]
-
 # -- loggers -----------------------------------------------------------------------------------------------------------
 
 Row = Mapping[str, Any]

@@ -13,21 +13,6 @@ import torch
 
 from sigma_vae.training.distributed import from_first
 
-__all__ = [
-    "BEFORE",
-    "LOCK",
-    "BestWeights",
-    "Checkpoints",
-    "damage",
-    "exclusive",
-    "newest",
-    "read_checkpoint",
-    "read_sealed",
-    "step_of",
-    "with_remedy",
-    "write_sealed",
-]
-
 FORMAT = "sigma-vae training 1"
 """Value of ``format`` in checkpoints of this version."""
 SEAL = b"sha256:"

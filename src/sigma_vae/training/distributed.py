@@ -28,38 +28,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-__all__ = [
-    "ElsewhereError",
-    "GlobalBatchNorm",
-    "Processes",
-    "average_gradients",
-    "check_processes",
-    "clip",
-    "each_on_any",
-    "fabric_for",
-    "first_of_node_first",
-    "from_first",
-    "global_statistics",
-    "gradient_norm",
-    "is_sharded",
-    "joined",
-    "load_optimizer_state",
-    "load_whole_state",
-    "mean_over_all",
-    "noise_states",
-    "on_any",
-    "own_device",
-    "processes",
-    "rows_of_all",
-    "set_noise",
-    "shard",
-    "shared",
-    "sum_over_all",
-    "to_be_trained",
-    "whole_optimizer_state",
-    "whole_state",
-]
-
 Made = TypeVar("Made")
 
 PATIENCE = timedelta(days=1)

@@ -17,19 +17,6 @@ from sigma_vae.training.objective import current_sigma, step_loss
 from sigma_vae.types import Batch, Elbo
 from sigma_vae.vae import VAE, keyed_noise
 
-__all__ = [
-    "FILE",
-    "REMEDY",
-    "BrokenStep",
-    "NonFiniteLossError",
-    "Suspect",
-    "diagnosis",
-    "first_broken",
-    "keep_broken_step",
-    "load_broken_step",
-    "with_saved_step",
-]
-
 FILE = "non-finite.safetensors"
 """Name of the saved step in the run folder."""
 WEIGHTS = "weights."

@@ -12,19 +12,6 @@ from sigma_vae.training.distributed import mean_over_all, processes, sum_over_al
 from sigma_vae.types import Batch, Elbo, Inference, as_argument, in_full_precision
 from sigma_vae.vae import VAE
 
-__all__ = [
-    "Losses",
-    "StepLoss",
-    "balance",
-    "check_weights",
-    "current_sigma",
-    "is_weighted",
-    "losses",
-    "step_loss",
-    "validated_total",
-]
-
-
 NO_KL = 1e-9
 """KL in nats per latent that counts as none."""
 

@@ -21,13 +21,10 @@ from sigma_vae.config import DataConfig
 from sigma_vae.data.arrays import read_images
 from sigma_vae.data.cache import file_record, file_stamp, remembered
 from sigma_vae.data.levels import Array
-from sigma_vae.data.named.images import FILES, mnist_5k, whose
-from sigma_vae.data.named.official import find_splits, folders
+from sigma_vae.data.named.images import FILES, find_splits, folders, mnist_5k, whose
 from sigma_vae.data.splits import ORDER, Raw, SplitName, clip_lengths, count_of, shuffled
 from sigma_vae.data.stores import Encoded, Generated, UnreadableError
 from sigma_vae.registry import register
-
-__all__ = ["BouncingDigits", "Record", "bytes_features", "find_records", "read_bair", "read_moving_mnist", "read_record"]
 
 _BAIR_ARCHIVE = "bair_robot_pushing_dataset_v0.tar"
 _BAIR_FOLDER = "softmotion30_44k"

@@ -158,6 +158,7 @@ def trained(
     torch.manual_seed(seed)
     vae = models.vae(replace(config, likelihood=likelihood), data.shape, data.scaling)
     for until in minutes:
+        clock = Clock(60 * until)
         done = fit(
             vae,
             data,
@@ -167,11 +168,11 @@ def trained(
             device="cpu",
             resume=(folder / "checkpoints" / "last.ckpt").exists(),
             progress=False,
-            callbacks=[Clock(60 * until)],
+            callbacks=[clock],
             save=False,
         )
         about = {"network": name, "likelihood": likelihood, "minutes": until, "seed": seed}
-        yield about | {"steps": done.steps, "best_step": done.best_step}, vae
+        yield about | {"steps": done.steps, "best_step": done.best_step, "trained_minutes": clock.used() / 60}, vae
 
 
 def _folder(keep: Path | None, name: str) -> Path:

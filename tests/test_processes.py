@@ -51,7 +51,7 @@ class Case(NamedTuple):
     """Of the codes, as a user's own network may have it."""
     conditions: Conditions | None = None
     loose: bool = False
-    """A bias that batch norm takes away has gradient 0, and Adam makes steps of what rounding leaves of that."""
+    """A bias that batch norm or a softmax takes away has gradient 0, and Adam makes steps of what rounding leaves of that."""
 
 
 CASES = {
@@ -67,6 +67,7 @@ CASES = {
     "clipped": Case(options={"gradient_clip_norm": 1.0, "ema_decay": 0.9, "patience": 1}),
     "ladder": Case(network=LADDER, options={"free_bits_nats": 0.5, "kl_balancing_steps": 2}),
     "residual": Case(network="residual"),
+    "map": Case(network="spatial:f2c2", options={"random_crop": 2, "flip": True}, loose=True),
     "label": Case(conditions=Conditions.of({"label": [0, 1, 2]})),
     "sharded": Case(
         "gaussian/shared", "hierarchical:tiny", options={"shard_weights": True, "gradient_clip_norm": 5.0, "accumulate": 2}
@@ -92,7 +93,8 @@ def toy_data(examples: int = EXAMPLES, shape: tuple[int, ...] = SHAPE, condition
 def toy_vae(case: Case) -> VAE:
     """In float64, under noise that belongs to the example: nothing then depends on who draws it."""
     torch.manual_seed(0)
-    config = ModelConfig(case.network, case.likelihood, latent_dim=3, width=8, observes=case.observes)
+    latent_dim = 3 if models.has_size(case.network, "latent_dim") else None
+    config = ModelConfig(case.network, case.likelihood, latent_dim=latent_dim, width=8, observes=case.observes)
     vae = models.vae(config, case.shape[-3:], Scaling(LEVELS), clips=len(case.shape) == 4, conditions=case.conditions)
     if case.own_norm:
         vae.network.decoder.insert(0, torch.nn.BatchNorm1d(3, momentum=None))

@@ -431,4 +431,4 @@ def check_augmentation(vae: VAE, data: Splits, config: TrainingConfig) -> None:
     if sigma is not None and any(size > 1 for size in sigma.shape[-(len(data.shape) - 1) :]) and sigma.dim() >= len(data.shape):
         raise ValueError(f"random_crop moves places about, and {vae.likelihood} has a σ for each; take another scale")
     with torch.no_grad():
-        vae.network.posterior(torch.zeros(1, data.shape[0], *[crop] * (len(data.shape) - 1), device=vae.device))
+        vae.network.posterior(next(vae.parameters()).new_zeros(1, data.shape[0], *[crop] * (len(data.shape) - 1)))

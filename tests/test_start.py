@@ -100,20 +100,19 @@ def test_other_units_give_the_same_start():
 
 def test_near_its_ends_a_mean_is_bent_and_stays_between_them():
     inside = torch.linspace(MARGIN, 1 - MARGIN, 50, dtype=torch.float64)
-    margin = torch.tensor(MARGIN, dtype=torch.float64)
-    np.testing.assert_allclose(_logit(inside, margin), special.logit(inside.numpy()), rtol=1e-12)
+    np.testing.assert_allclose(_logit(inside), special.logit(inside.numpy()), rtol=1e-12)
     beyond = torch.tensor([-0.5, 0.0, 0.5 * MARGIN, 1.0, 1.5], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda m: _logit(m, margin), beyond)
-    bent = torch.sigmoid(_logit(beyond.detach(), margin))
+    assert torch.autograd.gradcheck(lambda m: _logit(m), beyond)
+    bent = torch.sigmoid(_logit(beyond.detach()))
     assert (bent.diff() > 0).all()
     assert ((bent > 0) & (bent < 1)).all()
-    slopes = torch.autograd.grad(_logit(beyond, margin).sum(), beyond)[0]  # the logit's own at the margin
+    slopes = torch.autograd.grad(_logit(beyond).sum(), beyond)[0]  # the logit's own at the margin
     np.testing.assert_allclose(slopes, 1 / (MARGIN * (1 - MARGIN)), rtol=1e-12)
 
 
-def test_a_path_that_was_saved_without_margins_is_linear(digits):
+def test_a_path_that_was_saved_before_there_were_unit_channels_is_linear(digits):
     vae = started_on(digits.values("train")[:100], mlp(SHAPE, 1, latent_dim=2), Gaussian(1, mean="unit"))
-    older = {name: value for name, value in vae.state_dict().items() if not name.endswith("margins")}
+    older = {name: value for name, value in vae.state_dict().items() if not name.endswith("unit_channels")}
     again = VAE(mlp(SHAPE, 1, latent_dim=2), Gaussian(1, mean="unit"))
     again.load_state_dict(older)
     z = torch.eye(2)
@@ -235,7 +234,7 @@ def test_a_started_model_is_saved_and_loaded(tmp_path: Path, digits):
 
 
 @pytest.mark.parametrize(
-    "name", ["encoder.centre", "encoder.directions", "encoder.gain", "decoder.weight", "decoder.bias", "decoder.margins"]
+    "name", ["encoder.centre", "encoder.directions", "encoder.gain", "decoder.weight", "decoder.bias", "decoder.unit_channels"]
 )
 def test_a_path_of_other_sizes_is_refused(name, tmp_path: Path, digits):
     config = ModelConfig(network="mlp", latent_dim=4, width=16)

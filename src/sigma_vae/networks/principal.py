@@ -202,34 +202,35 @@ class LinearDecoder(nn.Module):
     Args:
         weight: W.
         bias: b.
-        margins: ``(channels,)`` where a sigmoid maps the first so many channels to the mean: the features are then the
-            logit of Wz + b, continued by its tangents below the margin and above 1 less the margin.
+        unit_channels: ones ``(channels,)`` where a sigmoid maps the first so many channels to the mean: their features are
+            the logit of Wz + b, continued by its tangents where that is nearer than 0.02 to 0 or 1, or beyond them.
     """
 
-    margins: Tensor | None
+    unit_channels: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor, margins: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, unit_channels: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
-        self.register_buffer("margins", margins)
+        self.register_buffer("unit_channels", unit_channels)
 
     def forward(self, z: Tensor) -> Tensor:
         """Features ``(batch, in_channels, *space)``, in float32 at least."""
         with in_full_precision(z.device.type):
             flat = nn.functional.linear(z.to(self.weight.dtype), self.weight, self.bias.flatten())
             features = flat.reshape(-1, *self.bias.shape)
-            if self.margins is None:
+            if self.unit_channels is None:
                 return features
-            channels = len(self.margins)
-            means = _logit(features[:, :channels], self.margins.reshape(-1, *[1] * (features.dim() - 2)))
-            return means if channels == features.shape[1] else torch.cat([means, features[:, channels:]], 1)
+            channels = len(self.unit_channels)
+            if channels == features.shape[1]:
+                return _logit(features)
+            return torch.cat([_logit(features[:, :channels]), features[:, channels:]], 1)
 
 
-def _logit(mean: Tensor, margin: Tensor) -> Tensor:
+def _logit(mean: Tensor) -> Tensor:
     """The logit, whose tangents continue it where the mean is nearer than the margin to 0 or 1, or beyond them."""
-    inside = mean.clamp(margin, 1 - margin)
-    return torch.logit(inside) + (mean - inside) / (margin * (1 - margin))
+    beyond = nn.functional.softshrink(mean - 0.5, 0.5 - MARGIN)
+    return torch.add(torch.logit(mean, MARGIN), beyond, alpha=1 / (MARGIN * (1 - MARGIN)))
 
 
 @final
@@ -256,8 +257,8 @@ class LinearPath(nn.Module):
         one, dims, bias = (latent_dim,), math.prod(shapes.get("encoder.centre", ())), tuple(shapes.get("decoder.bias", ()))
         encoder = {"centre": (dims,), "directions": (latent_dim, dims), "gain": one, "log_variance": one}
         decoder = {"weight": (math.prod(bias), latent_dim), "bias": bias}
-        if "decoder.margins" in shapes:
-            decoder["margins"] = (min([*shapes["decoder.margins"][:1], *bias[:1]], default=0),)
+        if "decoder.unit_channels" in shapes:
+            decoder["unit_channels"] = (min([*shapes["decoder.unit_channels"][:1], *bias[:1]], default=0),)
         expected = {f"encoder.{name}": shape for name, shape in encoder.items()}
         expected |= {f"decoder.{name}": shape for name, shape in decoder.items()}
         if {name: tuple(shape) for name, shape in shapes.items()} != expected:
@@ -301,9 +302,8 @@ def solved_path(passes: Passes, latent_dim: int, mean: MeanMap | None, bias: Cal
     if mean is not None:  # the mean's channels are the first of the features
         weight[:dims, :used] = fitted.directions * (spread - noise).clamp(min=0).sqrt()
         start.view(-1)[:dims] = centre
-    shape = next(iter(passes())).shape[1:]
-    margins = torch.full(shape[:1], MARGIN) if mean == "unit" else None
-    path = LinearPath(LinearEncoder(centre, directions, gain, log_variance), LinearDecoder(weight, start, margins))
+    unit_channels = torch.ones(next(iter(passes())).shape[1]) if mean == "unit" else None
+    path = LinearPath(LinearEncoder(centre, directions, gain, log_variance), LinearDecoder(weight, start, unit_channels))
     return SolvedPath(path, math.sqrt(noise))
 
 

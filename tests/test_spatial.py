@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, Normal, kl_divergence
 
-from sigma_vae import VAE, Gaussian, Laplace, Optimal, models
+from sigma_vae import VAE, Gaussian, Laplace, Optimal, mlp, models
 from sigma_vae.cli import main
 from sigma_vae.config import EvaluationSettings, ModelConfig, TrainingConfig
 from sigma_vae.data import Batches, Scaling, Splits, as_splits
@@ -94,6 +94,16 @@ def test_every_parameter_learns(plan: str, shape: tuple[int, ...]) -> None:
     assert all(key.endswith("to_k.bias") for key in still)
 
 
+@every_plan
+def test_a_network_in_half_precision_has_densities_in_float32(plan: str, shape: tuple[int, ...]) -> None:
+    network, x = build(plan, shape).bfloat16(), examples(shape).bfloat16()
+    inference = network.infer(x, noise=noise)
+    assert inference.h.dtype == network.generate(2).dtype == torch.bfloat16
+    assert inference.kl.dtype == inference.log_ratio.dtype == torch.float32
+    exact = build(plan, shape).infer(x.float(), noise=noise)
+    torch.testing.assert_close(inference.kl, exact.kl, rtol=0.1, atol=0.05)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (12, 20), (24, 40)])
 def test_any_size_that_the_strides_divide_is_read(size: tuple[int, int]) -> None:
     vae = VAE(build("f4c3", (3, 16, 16)), Gaussian(3)).double()
@@ -161,6 +171,37 @@ def test_a_fitted_prior_knows_one_size_and_says_so() -> None:
         vae.elbo(examples((1, 12, 8)))
 
 
+def test_a_resized_network_samples_at_that_size_from_the_standard_prior() -> None:
+    vae, x = VAE(build("f4c3", (1, 8, 8)), Gaussian(1)), examples((1, 8, 8), 60)
+    vae.calibrate([x])
+    fitted = GaussianPrior(12)
+    vae.fit_prior([x], fitted)
+    vae.resize((8, 8))
+    assert vae.network.prior is fitted  # nothing changes
+    larger = examples((1, 12, 8))
+    vae.resize((12, 8))
+    assert vae.network.latents == Maps(3, 3, 2)
+    assert vae.sample(4).shape == (4, 1, 12, 8)
+    expected = kl_divergence(vae.encode(larger), Normal(0, 1)).flatten(1).sum(1)
+    torch.testing.assert_close(vae.eval().elbo(larger, noise=noise).rate, expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "message"),
+    [
+        (lambda: VAE(build("f4c3", (1, 8, 8)), Gaussian(1)), (10, 8), "sizes that 4 divides, got 10×8"),
+        (lambda: VAE(build("f4c3", (1, 8, 8)), Gaussian(1)), (8,), r"with 2 axes of space, got the size \(8,\)"),
+        (lambda: VAE(build("f4c3", (1, 8, 8)), Gaussian(1, Optimal(per="pixel"))), (16, 16), "a σ for each place"),
+        (lambda: VAE(mlp((1, 8, 8), 1), Gaussian(1)), (16, 16), r"FlatNetwork has one size .* does not define resize\(size\)"),
+    ],
+)
+def test_sizes_that_cannot_be_taken_are_refused(make: Callable[[], VAE], size: tuple[int, ...], message: str) -> None:
+    vae = make()
+    vae.calibrate([examples((1, 8, 8))])
+    with pytest.raises(ValueError, match=message):
+        vae.resize(size)
+
+
 def test_a_fitted_gaussian_gives_the_rate_that_torch_computes() -> None:
     vae, x = VAE(build("f4c3", (1, 8, 8)), Gaussian(1)).double(), examples((1, 8, 8), 60).double()
     prior = GaussianPrior(12).double()
@@ -226,6 +267,27 @@ def test_latents_are_written_as_npz_and_as_a_memory_mapped_array(run: Path, tmp_
         assert mapped.shape == (180, 2, 2, 4, 4)
         np.testing.assert_array_equal(mapped[:, 0], packed["mean"])
         np.testing.assert_array_equal(mapped[:, 1], packed["std"])
+
+
+def test_other_data_of_any_size_that_the_factor_divides_are_encoded_and_evaluated(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 17, (7, 1, 12, 10), dtype=np.uint8)
+    larger, codes = str(tmp_path / "larger.npy"), tmp_path / "codes.npy"
+    np.save(larger, pixels)
+    assert main(["encode", str(run), "--data", larger, "--out", str(codes)]) == 0
+    vae, x = open_model(run).vae, torch.from_numpy(pixels) / 16
+    with torch.no_grad():
+        posterior = vae.encode(x)
+    mapped = np.load(codes, mmap_mode="r")
+    np.testing.assert_allclose(mapped, torch.stack([posterior.loc, posterior.scale], 1).numpy(), rtol=1e-5, atol=1e-6)
+    report = evaluate_run(run, EvaluationSettings(metrics=()), larger)
+    assert (report.bounds.dims, report.bounds.latent_dim, report.about["prior"]) == (120, 60, "standard")
+    expected = kl_divergence(posterior, Normal(0, 1)).flatten(1).sum(1).mean()
+    assert report.bounds.rate_nats.mean == pytest.approx(float(expected), rel=1e-5)
+    np.save(larger, pixels[:, :, :11])
+    assert main(["encode", str(run), "--data", larger, "--out", str(codes)]) == 1
+    assert "sizes that 2 divides, got 11×10; crop or resize to 10×10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["score"], ["sample", "--n", "4"], ["reconstruct", "--n", "4"]])
@@ -554,6 +616,39 @@ def test_crops_that_cannot_be_are_refused(config: dict[str, int], network: str, 
     vae = models.vae(ModelConfig(network=network, likelihood=likelihood, width=4), data.shape, data.scaling)
     with pytest.raises(ValueError, match=message):
         fit(vae, data, TrainingConfig(max_steps=1, start="random", **config), progress=False, loggers=[])
+
+
+def test_crops_of_series_are_pieces() -> None:
+    batch = numbered(400, 2, 6)
+    x = augmented(batch, TrainingConfig(random_crop=4), seed=0, step=1).x
+    assert x[:, 0, 0].unique().tolist() == [0, 1, 2]
+    piece = torch.stack([torch.arange(4.0), torch.arange(6.0, 10.0)])
+    assert all(torch.equal(each, piece + each[0, 0]) for each in x)
+
+
+def test_series_are_trained_evaluated_and_encoded(tmp_path: Path) -> None:
+    data, run, codes = str(tmp_path / "series.npy"), str(tmp_path / "run"), tmp_path / "codes.npy"
+    np.save(data, np.random.default_rng(0).normal(size=(60, 2, 16)).cumsum(-1).astype(np.float32))
+    options = [
+        "--layout",
+        "n-c-t",
+        "--network",
+        "spatial:f4c3",
+        "--width",
+        "4",
+        "--max-steps",
+        "2",
+        "--random-crop",
+        "8",
+        "--standardise",
+        "yes",
+    ]
+    assert main(["train", data, *options, "--prior", "gaussian", "--out", run]) == 0
+    report = read_evaluation(Path(run))
+    assert (report.bounds.dims, report.bounds.latent_dim) == (32, 12)
+    assert main(["encode", run, "--split", "train", "--out", str(codes)]) == 0
+    assert np.load(codes, mmap_mode="r").shape == (49, 2, 3, 4)
+    assert main(["sample", run, "--n", "3", "--out", str(tmp_path / "samples.npz")]) == 0
 
 
 def test_series_are_not_mirrored() -> None:

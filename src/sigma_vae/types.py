@@ -420,6 +420,18 @@ class Network(nn.Module, ABC):
             raise self._lacks("no replaceable prior", "a Prior as self.prior")
         self.prior = prior
 
+    @property
+    def has_resize(self) -> bool:
+        """Whether :meth:`resize` takes examples of another size."""
+        return self._defines("resize")
+
+    def resize(self, size: Sequence[int]) -> None:
+        """Take examples of this size ``(*space)`` from now on; ValueError unless :attr:`has_resize`.
+
+        The weights do not change. A fitted prior knows latents of one size, so N(0, I) takes its place.
+        """
+        raise self._lacks("one size of examples", "resize(size)")
+
     def latent_kl(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> list[Tensor]:
         """KL(q‖p) of each latent, ``(batch, *shape)`` for each layer, in nats."""
         raise self._lacks("no report of the KL of single latents", "latent_kl(x)")

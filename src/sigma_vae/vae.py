@@ -46,6 +46,7 @@ __all__ = [
     "in_eval_mode",
     "keyed_noise",
     "latents_of",
+    "sigma_by_place",
 ]
 
 Examples = Batch | Tensor | Sequence[Tensor]
@@ -263,6 +264,24 @@ class VAE(nn.Module):
         """Data of given latents ``(batch, *shape of z)``: the mean of p(x|z), or a draw; ValueError if the network cannot."""
         n = len(z) if isinstance(z, Tensor) else len(z[0])
         return _shown(self.likelihood, self.network.decode(z, *self._rows(condition, n)), show)
+
+    def resize(self, size: Sequence[int]) -> None:
+        """Take examples of this size from now on, (H, W) for images, where the network reads several.
+
+        The weights and σ do not change. A fitted prior knows latents of one size, so N(0, I) takes its place.
+
+        Raises:
+            ValueError: the network reads one size, or not this one, or σ has a value for each place.
+
+        >>> from sigma_vae import VAE, Gaussian, models
+        >>> vae = VAE(models.network("spatial:f4c3", (3, 16, 16), 3, width=8), Gaussian(channels=3))
+        >>> vae.resize((24, 40))
+        >>> vae.network.latents.shapes
+        ((3, 6, 10),)
+        """
+        if sigma_by_place(self.likelihood, len(size)):
+            raise ValueError(f"{self.likelihood} has a σ for each place of the training size, and knows no other size")
+        self.network.resize(size)
 
     def _rows(self, condition: Given | None, n: int) -> tuple[Tensor, ...]:
         """A condition as rows ``(n, variables)`` on the model's device, and as an argument: none where none is given."""
@@ -532,6 +551,21 @@ def _plots() -> Any:
 def _hub() -> Any:
     """The module for the Hub, imported when it is used: it is above this one, and needs more than torch."""
     return import_module("sigma_vae.hub")
+
+
+def sigma_by_place(likelihood: Likelihood, axes: int) -> bool:
+    """Whether a known σ differs between the places of examples that have so many axes of space.
+
+    >>> from sigma_vae import Gaussian, Optimal
+    >>> likelihood = Gaussian(1, Optimal(per="pixel"))
+    >>> likelihood.calibrate([(torch.rand(4, 1, 2, 2), torch.rand(4, 1, 2, 2))])
+    >>> sigma_by_place(likelihood, 2), sigma_by_place(Gaussian(1), 2)
+    (True, False)
+    """
+    sigma = None
+    with suppress(ValueError):  # it is not solved yet
+        sigma = likelihood.log_sigma()
+    return sigma is not None and sigma.dim() > axes and any(n > 1 for n in sigma.shape[-axes:])
 
 
 def keyed_noise(positions: Tensor, seed: int = 0) -> Noise:

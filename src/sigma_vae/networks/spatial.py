@@ -45,7 +45,7 @@ class SpatialNetwork(Network):
 
     Where encoder and decoder are convolutional, data of any size that ``stride`` divides are encoded and decoded, also
     of another size than that of training. A prior sees the map as one vector, ``z.flatten(1)``; a prior that was fitted
-    to latents knows maps of the training size alone.
+    to latents knows maps of the training size alone. :meth:`resize` makes another size that of samples.
 
     Args:
         encoder: x ``(batch, C, *size)`` to ``(batch, 2·channels, *space)``: means, then log-variances (clamped to
@@ -118,6 +118,25 @@ class SpatialNetwork(Network):
         self.refuse_unread(context, condition=condition)
         z = self.prior.sample(n, generator, per_layer(temperature, 1)[0])
         return self.decode(z.reshape(n, self.channels, *self.space))
+
+    def resize(self, size: Sequence[int]) -> None:
+        """Take examples of this size from now on, for samples too, with the prior N(0, I) where the size changes.
+
+        Raises:
+            ValueError: the stride does not divide it, or it has another number of axes.
+
+        >>> network = spatial((3, 16, 16), out_channels=3, width=8)
+        >>> network.resize((24, 40))
+        >>> network.generate(2).shape
+        torch.Size([2, 3, 24, 40])
+        """
+        if len(size) != len(self.space):
+            raise ValueError(f"the network reads examples with {len(self.space)} axes of space, got the size {tuple(size)}")
+        check_size(size, self.stride)
+        space = tuple(n // self.stride for n in size)
+        if space != self.space:
+            self.space = space
+            self.prior = StandardNormal(self.channels * math.prod(space)).to(next(self.parameters()))
 
     def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
         """q(z|x), parameters ``(batch, channels, *space)``, in float32 at least."""

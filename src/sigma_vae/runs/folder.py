@@ -226,7 +226,8 @@ def new_data(out: Path, saved: models.Saved, source: str, split: SplitName) -> N
     """Read other data for a run's model: with the options, columns, levels and standardisation of the run's own data.
 
     Nothing is held out: of data without splits, all examples are taken, in their order. The run's own data are not
-    needed. Of several processes, each gets its share of every batch.
+    needed. Of several processes, each gets its share of every batch. A network that reads other sizes than that of
+    training is told the size of these data (:meth:`VAE.resize`).
 
     Raises:
         ValueError: the data cannot be read in this way, or have another shape.
@@ -236,9 +237,12 @@ def new_data(out: Path, saved: models.Saved, source: str, split: SplitName) -> N
     store = found.store
     shape = store.shape[1:] if found.clips else store.shape
     if (shape, found.clips) != (saved.shape, saved.vae.network.reads_clips):
-        raise ValueError(
-            f"{source} has examples of shape {shape}, the model of {out} was trained on {saved.shape}; cut or resize them"
-        )
+        kind, trained = (found.clips, shape[0], len(shape)), (False, saved.shape[0], len(saved.shape))
+        if not saved.vae.network.has_resize or kind != trained:
+            raise ValueError(
+                f"{source} has examples of shape {shape}, the model of {out} was trained on {saved.shape}; cut or resize them"
+            )
+        saved.vae.resize(shape[1:])
     alone = Splits(source, store, store, store, saved.scaling, {}, found.clips)
     batches = shared(alone, split, evaluation_batch(alone), saved.vae.device)
     return NewData(batches, found.names, found.split, None if found.split else _splits_of(out, found))

@@ -32,7 +32,7 @@ from sigma_vae.training.hardware import Choices
 from sigma_vae.training.nonfinite import Suspect, diagnosis
 from sigma_vae.training.objective import StepLoss, current_sigma, is_weighted, step_loss, validated_total
 from sigma_vae.types import Batch, Elbo, Flat, Noise, as_argument
-from sigma_vae.vae import VAE, keyed_noise
+from sigma_vae.vae import VAE, keyed_noise, sigma_by_place
 
 __all__ = ["Averaged", "Stepper", "Validation", "augmented", "check_augmentation", "endless_skipping", "optimizer_for"]
 
@@ -427,8 +427,7 @@ def check_augmentation(vae: VAE, data: Splits, config: TrainingConfig) -> None:
         raise ValueError(
             f"random_crop changes the size of examples, and {type(vae.network).__name__} reads one size; take spatial or autoencoder-kl"
         )
-    sigma = vae.likelihood.log_sigma()
-    if sigma is not None and any(size > 1 for size in sigma.shape[-(len(data.shape) - 1) :]) and sigma.dim() >= len(data.shape):
+    if sigma_by_place(vae.likelihood, len(data.shape) - 1):
         raise ValueError(f"random_crop moves places about, and {vae.likelihood} has a σ for each; take another scale")
     with torch.no_grad():
         vae.network.posterior(next(vae.parameters()).new_zeros(1, data.shape[0], *[crop] * (len(data.shape) - 1)))

@@ -13,6 +13,7 @@ thread; the trainers take turns, each measurement in a process of its own. pytha
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ import tyro
 
 from benchmarks import keep, kept
 from benchmarks.plain import BATCH, judged_elbo, plain
-from benchmarks.trainers import network_named, ours, train_one
+from benchmarks.trainers import WITH_LINEAR_PATH, network_named, ours, train_one
 from sigma_vae import Gaussian, models
 from sigma_vae.config import DataConfig, HardwareConfig, TrainingConfig
 from sigma_vae.data import Splits
@@ -44,7 +45,9 @@ TINY = (
     "ours, one step a call",
     "ours, fused optimiser",
     "ours, bfloat16",
+    "ours, compiled",
     "ours",
+    WITH_LINEAR_PATH,
 )
 EQUAL = ("pythae", "plain loop", "ours, all")
 EQUAL_STEPS = 200
@@ -63,7 +66,13 @@ SOONER_RATE = {"conv": 1e-3, "residual": 1e-3, "hierarchical:tiny": 3e-3}
 
 
 def main(
-    part: Part, out: Path = RESULTS, rounds: int = 3, epochs: int = 10, case: str = "", data: str = "fashion-mnist"
+    part: Part,
+    out: Path = RESULTS,
+    rounds: int = 3,
+    epochs: int = 10,
+    only: tuple[str, ...] = (),
+    case: str = "",
+    data: str = "fashion-mnist",
 ) -> None:
     """Measure one part.
 
@@ -72,6 +81,7 @@ def main(
         out: folder of the results.
         rounds: rounds or seeds.
         epochs: of the plain loop.
+        only: cases to measure; all of them unless given.
         case: one measurement, as JSON: what this runs in processes of its own.
         data: name of the data set.
     """
@@ -82,20 +92,20 @@ def main(
         if len(kept(path, "plain").get("rows", [])) < epochs:
             plain(path, models.data(DataConfig(data)), epochs, seed=0)
     else:
-        results = each(part, path, rounds, data)
+        results = each(part, path, rounds, data, only or tuple(cases(part)))
         print("\n".join(table(part, results, kept(path, "plain").get("rows", []))))
 
 
-def each(part: Part, path: Path, rounds: int, data: str) -> dict[str, list[Measured]]:
-    """Every case in every round, unless it is there already."""
+def each(part: Part, path: Path, rounds: int, data: str, chosen: tuple[str, ...]) -> dict[str, list[Measured]]:
+    """Every chosen case in every round, unless it is there already."""
     results: dict[str, list[Measured]] = kept(path, part).get("results", {})
     for number in range(rounds):
-        for case in cases(part):
+        for case in chosen:
             rows = results.setdefault(case, [])
             if len(rows) <= number:
                 rows.append(in_fresh_process(part, f"{case}|{number}", data))
                 print(case, rows[-1], flush=True)
-                command = f"python -m benchmarks.speed --part {part} --rounds {rounds}"
+                command = f"python -m benchmarks.speed --part {part} --rounds {rounds} --only {shlex.join(chosen)}"
                 keep(path, part, {"command": command, "results": results})
     return results
 

@@ -13,7 +13,7 @@ from sigma_vae.likelihoods.scales import Per
 
 __all__ = ["Newton", "Observed", "Sums", "best_batch_log_scale", "best_log_scale", "highest", "maximum", "shared_shape"]
 
-HEAD = 2**18  # values
+HEAD = 2**16  # values
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-6
 LARGEST_LOG_SCALE = 12.0  # where the mean lies at the wrong end, an end level has its largest probability at σ = ∞

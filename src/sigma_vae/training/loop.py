@@ -334,7 +334,9 @@ class _Training:
     def _refit(self) -> float:
         """Solve σ on part of the validation data; return how many times that of training data it is, where training asks."""
         likelihood = self.vae.likelihood
-        asked = self.config.sigma_from == "held-out" and likelihood.has_scale and not likelihood.has_post_hoc
+        if likelihood.has_post_hoc:  # the bound is that of the likelihood's own σ
+            return 1.0
+        asked = self.config.sigma_from == "held-out" and likelihood.has_scale
         training = _calibrated(self.vae, self.trained_part) if asked else {}
         held_out = _calibrated(self.vae, self.part)
         return held_out[likelihood.observes] / training[likelihood.observes] if asked else 1.0
@@ -598,8 +600,12 @@ def _calibrated_examples(data: Splits) -> int:
 
 
 def held_out_examples(config: TrainingConfig, data: Splits, steps: int) -> int:
-    """Most examples that may be looked at beside so many steps: as many as these train on, or those of a quick look."""
-    return max(_calibrated_examples(data), steps * config.batch_size)
+    """Most examples that may be looked at beside so many steps: half of those that these train on, or those of a quick look.
+
+    Validation, calibration and evaluation go over them about six times, each at a third of a step's cost: altogether no
+    more than the training.
+    """
+    return max(_calibrated_examples(data), steps * config.batch_size // 2)
 
 
 def _sample(data: Splits, split: SplitName, where: torch.device | str = "cpu") -> Batches:

@@ -139,6 +139,7 @@ DETECTORS: dict[str, Callable[[int], Any]] = {
 def main(
     sets: tuple[str, ...] = (*SETS, *APART),
     seeds: tuple[int, ...] = (0, 1, 2),
+    detectors: tuple[str, ...] = tuple(DETECTORS),
     out: Path | None = None,
     show: Path | None = None,
 ) -> None:
@@ -147,7 +148,8 @@ def main(
     Args:
         sets: names of the sets.
         seeds: of the split and the weights.
-        out: JSON file; what it has of other sets and seeds is kept.
+        detectors: names of the detectors.
+        out: JSON file; what it has of other sets, seeds and detectors is kept.
         show: JSON file to print as a table, and nothing is measured.
     """
     if show is not None:
@@ -155,19 +157,26 @@ def main(
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else []
     for name, seed in ((name, seed) for seed in seeds for name in sets):
-        rows = [row for row in rows if (row["set"], row["seed"]) != (name, seed)] + of_set(name, seed)
+        found = of_set(name, seed, detectors)
+        rows = sorted(({identity(row): row for row in [*rows, *found]}).values(), key=identity)
         if out is not None:
             out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print_table(rows)
 
 
-def of_set(name: str, seed: int) -> list[dict[str, Any]]:
-    """All detectors on one set."""
+def identity(row: dict[str, Any]) -> tuple[int, int, str, int]:
+    """What one measurement is of; in this order rows are kept."""
+    detector, _, criterion = row["detector"].partition(", ")
+    return (*SETS, *APART).index(row["set"]), list(DETECTORS).index(detector), criterion, row["seed"]
+
+
+def of_set(name: str, seed: int, detectors: tuple[str, ...]) -> list[dict[str, Any]]:
+    """These detectors on one set."""
     train, test, odd = parts_of(name, seed)
     rows = []
-    for detector, make in DETECTORS.items():
+    for detector in detectors:
         began = time.process_time()
-        made = quietly(lambda: make(seed).fit(train))  # noqa: B023 (called at once)
+        made = quietly(lambda: DETECTORS[detector](seed).fit(train))  # noqa: B023 (called at once)
         seconds = time.process_time() - began
         for criterion in ("density", "reconstruction", "rate") if detector == "sigma-vae" else (None,):
             if criterion is not None:

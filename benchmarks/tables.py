@@ -45,6 +45,8 @@ from sigma_vae.tabular import TabularVAE
 
 FLIGHTS = 5_000
 LARGE, STEPS = "large", 500
+MODELS = ("real", "independent", "gaussian copula", "sigma-vae", "tvae")
+"""Order of the rows."""
 
 
 def folder_of(package: str) -> Path:
@@ -102,6 +104,7 @@ TABLES: dict[str, Callable[[], tuple[pd.DataFrame, str]]] = {
 def main(
     tables: tuple[str, ...] = tuple(TABLES),
     seeds: tuple[int, ...] = (0, 1, 2),
+    models: tuple[str, ...] = ("real", "marginals", "sigma-vae", "tvae"),
     out: Path | None = None,
     show: Path | None = None,
     large: int | None = None,
@@ -111,7 +114,8 @@ def main(
     Args:
         tables: names of the tables.
         seeds: of the split, the weights and the samples.
-        out: JSON file; what it has of other tables and seeds is kept.
+        models: names of what is measured; ``real`` and ``marginals`` are the bars.
+        out: JSON file; what it has of other tables, seeds and models is kept.
         show: JSON file to print as tables, and nothing is measured.
         large: rows of a large table whose memory is measured, in place of the tables.
     """
@@ -120,36 +124,49 @@ def main(
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else []
     for name, seed in [(LARGE, 0)] if large is not None else [(name, seed) for seed in seeds for name in tables]:
-        rows = [row for row in rows if (row["table"], row["seed"]) != (name, seed)]
-        rows += measured(name, seed) if large is None else [of_large(large)]
+        found = [row for model in models for row in measured(name, seed, model)] if large is None else [of_large(large)]
+        rows = sorted(({identity(row): row for row in [*rows, *found]}).values(), key=identity)
         if out is not None:
             out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print_tables(rows)
 
 
-def measured(name: str, seed: int) -> list[dict[str, Any]]:
+def identity(row: dict[str, Any]) -> tuple[int, int, int]:
+    """What one measurement is of; in this order rows are kept."""
+    return (*TABLES, LARGE).index(row["table"]), MODELS.index(row["model"]), row["seed"]
+
+
+def measured(name: str, seed: int, model: str) -> list[dict[str, Any]]:
+    """Rows of one model, or of both marginals, on one table."""
     frame, target = TABLES[name]()
     order = np.random.RandomState(seed).permutation(len(frame))
     train, test = (frame.iloc[part].reset_index(drop=True) for part in (order[len(frame) // 5 :], order[: len(frame) // 5]))
     schema = TableSchema.infer(train)
     train, test = (part[[column.name for column in schema.columns]] for part in (train, test))
     base = {"table": name, "seed": seed, "rows": len(frame), "columns": len(schema.columns)}
-    found = [base | {"model": "real", "auroc": auroc(train, test, target, schema)}]
-    independent, copula = marginals(schema, train, test, unknown="other")
-    found += [base | {"model": "independent", "nats": independent}, base | {"model": "gaussian copula", "nats": copula}]
-    model, began = TabularVAE(seed=seed, unknown="other"), time.process_time()
-    model.fit(train)
-    seconds = time.process_time() - began
-    nats = {"nats": float(model.log_prob(test).mean())}
-    drawn = model.sample(len(train), seed=seed)
-    found.append(base | {"model": "sigma-vae", "seconds": seconds} | nats | of_samples(drawn, train, test, target, schema))
     began = time.process_time()
-    drawn = tvae(train, schema, seed)
-    seconds = time.process_time() - began
-    found.append(base | {"model": "tvae", "seconds": seconds} | of_samples(drawn, train, test, target, schema))
-    for row in found:
-        print(row, flush=True)
-    return found
+    match model:
+        case "real":
+            found = [{"model": model, "auroc": auroc(train, test, target, schema)}]
+        case "marginals":
+            nats = marginals(schema, train, test, unknown="other")
+            found = [
+                {"model": each, "nats": value} for each, value in zip(("independent", "gaussian copula"), nats, strict=True)
+            ]
+        case "sigma-vae":
+            ours = TabularVAE(seed=seed, unknown="other").fit(train)
+            drawn = ours.sample(len(train), seed=seed)
+            row = {"model": model, "seconds": time.process_time() - began}
+            nats = {"nats": float(ours.log_prob(test).mean())}
+            found = [row | nats | of_samples(drawn, train, test, target, schema)]
+        case "tvae":
+            drawn = tvae(train, schema, seed)
+            row = {"model": model, "seconds": time.process_time() - began}
+            found = [row | of_samples(drawn, train, test, target, schema)]
+        case _:
+            raise ValueError(f"models are real, marginals, sigma-vae and tvae, got {model!r}")
+    print(*(base | row for row in found), sep="\n", flush=True)
+    return [base | row for row in found]
 
 
 def tvae(train: pd.DataFrame, schema: TableSchema, seed: int) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from sigma_vae import models
 from sigma_vae.cli import main
 from sigma_vae.config import TrainingConfig
 from sigma_vae.sklearn import VAEOutlierDetector, VAETransformer
-from sigma_vae.tabular import ESS, TabularVAE
+from sigma_vae.tabular import ESS, TabularVAE, _training
 
 
 def people(n: int = 500) -> pd.DataFrame:
@@ -93,6 +93,16 @@ def test_units_change_densities_by_their_jacobian_alone() -> None:
     one = TabularVAE(latent_dim=2, width=8, training=config, prior="standard").fit(data)
     two = TabularVAE(latent_dim=2, width=8, training=config, prior="standard").fit(data.assign(height=data.height / 100))
     np.testing.assert_allclose(two.log_prob(data.assign(height=data.height / 100)) - one.log_prob(data), np.log(100), atol=2e-3)
+
+
+def test_there_are_no_more_latents_than_columns() -> None:
+    model = TabularVAE(width=8, training=TrainingConfig(max_steps=2), prior="standard")
+    assert [model.fit(data).encode(data).shape[1] for data in (people(40), people(40)[["sex", "height"]])] == [4, 2]
+    assert model.fit(people(40)).encode(people(40)).shape[1] == 4  # the asked number is not forgotten
+
+
+def test_length_of_training_follows_the_rows() -> None:
+    assert [_training(rows).max_steps for rows in (200, 10_000, 1_000_000)] == [500, 4_000, 5_000]
 
 
 def test_models_are_saved_without_pickle(fitted: TabularVAE, tmp_path) -> None:

@@ -42,7 +42,7 @@ ENCODED = 50_000
 """Most rows that the prior is fitted to."""
 WIDTH = 200
 BATCH, LEARNING_RATE = 256, 3e-3
-EPOCHS, LEAST_STEPS, MOST_STEPS = 10, 750, 5_000
+EPOCHS, LEAST_STEPS, MOST_STEPS = 100, 500, 5_000
 
 
 class Weighted(NamedTuple):
@@ -61,10 +61,10 @@ class TabularVAE:
     are taken to be missing at random given the others.
 
     Args:
-        latent_dim: number of latents.
+        latent_dim: number of latents; at most one for each column, as unused ones slow training down.
         width: units of each hidden layer of the encoder and the decoder, which have two each.
         prior: what is fitted to the latents after training: ``"auto"``, ``"standard"`` for N(0, I), ``"mixture"``, ...
-        training: settings of the training; unless given, 750 steps or 10 epochs (at most 5 000 steps) of 256 rows, with a
+        training: settings of the training; unless given, 500 steps or 100 epochs (at most 5 000 steps) of 256 rows, with a
             learning rate that falls from 0.003 to 0.
         families: families of columns, in place of the inferred ones.
         exclude: columns to leave out.
@@ -108,6 +108,7 @@ class TabularVAE:
     ) -> None:
         check_seed(seed)
         self.config = ModelConfig("mlp", "mixed", latent_dim, width, prior=prior)
+        self.latent_dim = latent_dim
         self.training = training
         families = {} if families is None else families
         self.data = DataConfig(
@@ -138,12 +139,14 @@ class TabularVAE:
             data = mixed_splits(replace(self.data, source=str(frame)))
         else:
             raise ValueError(f"fit takes validation beside a data frame, got it beside {frame}; put both into a folder")
+        schema = data.scaling.schema
+        assert schema is not None
+        self.config = replace(self.config, latent_dim=min(self.latent_dim, len(schema.columns)))
         torch.manual_seed(self.seed)
         vae = models.vae(self.config, data.shape, data.scaling)
         fit(vae, data, self.training or _training(len(data.train)), seed=self.seed, device=self.device, progress=self.progress)
         take_prior(self.config.prior, vae, data, self.seed, ENCODED)
-        assert data.scaling.schema is not None
-        self.vae, self.schema = vae.eval(), data.scaling.schema
+        self.vae, self.schema = vae.eval(), schema
         return self
 
     def _held_out(self, frame: "pd.DataFrame", validation: "pd.DataFrame | None") -> Splits:

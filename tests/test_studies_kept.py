@@ -3,9 +3,11 @@
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from sigma_vae import study
+from sigma_vae.config import write
 
 DOCS = Path(__file__).parents[1] / "docs"
 KEPT = sorted(path.parent for path in (DOCS / "studies").glob("*/results.parquet"))
@@ -25,6 +27,16 @@ def test_a_kept_report_is_made_anew_by_one_command_byte_for_byte_but_for_its_dat
     study.report(tmp_path)
     assert undated(tmp_path / "report.html") == undated(kept / "report.html")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md", "results.parquet"]
+
+
+def test_a_folder_that_keeps_its_grid_beside_the_table_is_read(tmp_path: Path) -> None:
+    """As they were kept before the table held the grid."""
+    table = pd.read_parquet(KEPT[0] / "results.parquet")
+    table.attrs.clear()
+    table.to_parquet(tmp_path / "results.parquet")
+    write(tmp_path / "study.yaml", study.spec_of(KEPT[0]))
+    study.report(tmp_path)
+    assert undated(tmp_path / "report.html") == undated(KEPT[0] / "report.html")
 
 
 @pytest.mark.parametrize("kept", KEPT, ids=lambda path: path.name)

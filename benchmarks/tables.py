@@ -14,7 +14,7 @@ Source License; it is used for this comparison alone.
   are training rows, against these;
 * AUROC: of a random forest that is trained on synthetic rows and predicts the target of the test rows; ``real`` is trained on the
   real training rows;
-* ``sigma-vae, modes``: the same model, with the likeliest category in place of a draw, as TVAE takes it;
+* ``sigma-vae, modes``: the same model, sampled with ``discrete="mode"``: the likeliest categories, as TVAE takes them;
 * copied: share of synthetic rows that are equal to a training row in all columns;
 * nats: log-probability of held-out rows. The Gaussian copula has the same marginal distributions of numbers as the independent columns,
   and the correlations of their normal scores; discrete columns are independent in both.
@@ -29,7 +29,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -157,7 +156,7 @@ def measured(name: str, seed: int, model: str) -> list[dict[str, Any]]:
             ]
         case "sigma-vae" | "sigma-vae, modes":
             ours = TabularVAE(seed=seed, unknown="other").fit(train)
-            drawn = (ours.sample if model == "sigma-vae" else partial(modes, ours))(len(train), seed=seed)
+            drawn = ours.sample(len(train), discrete="draw" if model == "sigma-vae" else "mode", seed=seed)
             row = {"model": model, "seconds": time.process_time() - began}
             nats = {"nats": float(ours.log_prob(test).mean())} if model == "sigma-vae" else {}
             found = [row | nats | of_samples(drawn, train, test, target, schema)]
@@ -169,16 +168,6 @@ def measured(name: str, seed: int, model: str) -> list[dict[str, Any]]:
             raise ValueError(f"models are real, marginals, sigma-vae, 'sigma-vae, modes' and tvae; got {model!r}")
     print(*(base | row for row in found), sep="\n", flush=True)
     return [base | row for row in found]
-
-
-@torch.no_grad()
-def modes(model: TabularVAE, n: int, seed: int) -> pd.DataFrame:
-    """Rows whose discrete columns are the likeliest given the latents, in place of draws."""
-    generator, schema = torch.Generator().manual_seed(seed), model.schema
-    row = model.vae.likelihood(model.vae.network.decode(model.vae.network.prior.sample(n, generator)))
-    x, numbers = row.sample(generator=generator), sum(map(len, schema.row.numbers))
-    x[:, numbers:] = row.mean[:, numbers:]
-    return schema.decode(schema.with_missing(x, generator), missing=True)
 
 
 def tvae(train: pd.DataFrame, schema: TableSchema, seed: int) -> pd.DataFrame:

@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 from sklearn.base import clone
 from sklearn.decomposition import PCA
@@ -48,6 +49,17 @@ def test_samples_are_like_the_data(fitted: TabularVAE) -> None:
     difference = drawn.groupby("sex").height.mean()
     assert difference["male"] - difference["female"] == pytest.approx(13, abs=4)
     pd.testing.assert_frame_equal(fitted.sample(5, seed=3), fitted.sample(5, seed=3))
+
+
+def test_modes_are_the_likeliest_categories_and_numbers_are_drawn_as_before(fitted: TabularVAE) -> None:
+    drawn, modes = (fitted.sample(400, discrete=kind, missing=False, seed=2) for kind in ("draw", "mode"))
+    pd.testing.assert_frame_equal(drawn[["height", "mass"]], modes[["height", "mass"]])
+    z = fitted.vae.network.prior.sample(400, torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        features = fitted.vae.network.decode(z)
+    sex = fitted.schema.row.places[[column.name for column in fitted.schema.columns].index("sex")].start
+    assert modes.sex.tolist() == np.where(features[:, sex] > 0, "male", "female").tolist()  # a logit above 0
+    assert (modes.sex != drawn.sex).any()
 
 
 def test_conditional_samples_have_the_known_values_and_the_rest_given_them(fitted: TabularVAE) -> None:
@@ -145,6 +157,8 @@ def test_misuse_is_explained(fitted: TabularVAE, tmp_path) -> None:
         fitted.sample(0)
     with pytest.raises(ValueError, match="two rows"):
         TabularVAE().fit(people(1))
+    with pytest.raises(ValueError, match='discrete is "draw" or "mode"'):
+        fitted.sample(1, discrete="mean")
     with pytest.raises(ValueError, match="at least one row"):
         fitted.log_prob(people(3).iloc[:0])
     with pytest.raises(ValueError, match="at least 2"):

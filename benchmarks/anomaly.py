@@ -220,8 +220,9 @@ def of_set(name: str, seed: int, detectors: tuple[str, ...]) -> list[dict[str, A
     train, test, odd = parts_of(name, seed)
     rows = []
     for detector in (each for each in detectors if each != PICTURES or name == CLOTHES):
+        made = DETECTORS[detector](seed)  # which may import a lot
         began = time.process_time()
-        made = quietly(lambda: DETECTORS[detector](seed).fit(train))  # noqa: B023 (called at once)
+        quietly(lambda: made.fit(train))  # noqa: B023 (called at once)
         seconds = time.process_time() - began
         for criterion in CRITERIA.get(detector, (None,)):
             if criterion is not None:

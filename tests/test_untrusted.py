@@ -391,7 +391,7 @@ def test_a_damaged_table_of_metrics_is_told_at_resume(damage, digits_run, tmp_pa
     first = {
         "extra comma": first + ",7",
         "word for a number": first.replace(number, "much"),
-        "no step": first.replace("0", ""),
+        "no step": first.replace("-1", ""),
     }[damage]
     (run / "metrics.csv").write_text("\n".join([head, first, *rest]) + "\n")
     assert main(["resume", str(run), "--epochs", "100"]) == 1

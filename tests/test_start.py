@@ -279,7 +279,7 @@ def test_training_takes_the_ratio_of_held_out_residuals(digits):
     for source in ("held-out", "batch"):
         torch.manual_seed(0)
         vae = VAE(mlp(SHAPE, 1), Gaussian(1, mean="unit", levels=17))
-        found = fit(vae, digits, TrainingConfig(max_steps=1500, sigma_from=source), progress=False)
+        found = fit(vae, digits, TrainingConfig(max_steps=1500, validate_every=250, sigma_from=source), progress=False)
         widened[source] = float(vae.likelihood.scale.log_widening.exp())
         bounds[source] = found.best_score
     assert widened["batch"] == 1

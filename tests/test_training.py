@@ -240,7 +240,7 @@ def test_an_interrupted_resumption_remembers_how_far_it_was_to_go(digits_config,
 
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.99, "schedule": "cosine", "warmup_steps": 20}])
 def test_ctrl_c_leaves_a_run_that_resumes_to_the_very_same_model(options, digits_config, tmp_path):
-    training = replace(digits_config.training, epochs=15, log_every=1, **options)
+    training = replace(digits_config.training, epochs=15, log_every=1, validate_every=230, **options)
     config = replace(digits_config, training=training)
     interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
     runs.train(config, whole, progress=False)

@@ -11,7 +11,7 @@ OLDEST := .venv-oldest
 demo: $(STAMP)  ## a few minutes: a calibrated and a unit-variance VAE on mnist-5k, then look at demo/
 	$(PYTHON) -m examples.demo
 
-test: $(STAMP) lint  ## linters, types, layers, then all tests, each file on a core
+test: $(STAMP) lint  ## linters, types, layers, then all tests on all cores
 	$(PYTHON) -m pytest --numprocesses auto --dist worksteal
 
 test-oldest:  ## all tests on Python 3.11 with the oldest dependencies that pyproject.toml allows

@@ -11,14 +11,14 @@ OLDEST := .venv-oldest
 demo: $(STAMP)  ## a few minutes: a calibrated and a unit-variance VAE on mnist-5k, then look at demo/
 	$(PYTHON) -m examples.demo
 
-test: $(STAMP) lint  ## linters, types, layers, then all tests on all cores
-	$(PYTHON) -m pytest --numprocesses auto --dist worksteal
+test: $(STAMP) lint  ## linters, types, layers, then all tests, each file on a core
+	$(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
 test-oldest:  ## all tests on Python 3.11 with the oldest dependencies that pyproject.toml allows
 	python3.11 -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt torch
 	$(OLDEST)/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
-	SCIPY_ARRAY_API=1 $(OLDEST)/bin/python -m pytest -W default --numprocesses auto --dist worksteal --ignore tests/test_studies_kept.py
+	SCIPY_ARRAY_API=1 $(OLDEST)/bin/python -m pytest -W default --numprocesses auto --dist loadfile --ignore tests/test_studies_kept.py
 
 constraints-oldest.txt: pyproject.toml  ## the lowest version of each direct dependency
 	uv pip compile --quiet --resolution lowest-direct --python-version 3.11 --extra test --no-annotate \

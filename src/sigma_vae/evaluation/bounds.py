@@ -1,7 +1,7 @@
-"""What the ELBO is compared with; four metrics, each with its result, its class and its function.
+"""Four numbers to set beside the ELBO. Each is a metric, with a result, a class and a function.
 
-The importance-weighted bound, which rises from the ELBO to log p(x) with the number of draws; the values with σ solved
-on the scored data; the sum of three entropies; the likelihood under probabilistic PCA.
+They are the importance-weighted bound, which rises from the ELBO to log p(x) with the number of draws; the values with
+σ solved on the scored data; the sum of three entropies; the likelihood under probabilistic PCA.
 """
 
 import copy

@@ -10,19 +10,16 @@ from torch.nn.functional import softplus
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
-GAUSS_LEGENDRE = {
-    False: ((0.3399810435848563, 0.6521451548625461), (0.8611363115940526, 0.3478548451374538)),
-    True: (
-        (0.2386191860831969, 0.4679139345726910),
-        (0.6612093864662645, 0.3607615730481386),
-        (0.9324695142031521, 0.1713244923791704),
-    ),
-}
-"""Positive nodes and weights of the rule on [-1, 1] that is exact to rounding: of 4 points, or in float64 (True) of 6; the
-negative ones mirror them."""
+# Positive nodes and weights of Gauss-Legendre rules on [-1, 1]; the negative ones mirror them.
+GAUSS_LEGENDRE_4 = ((0.3399810435848563, 0.6521451548625461), (0.8611363115940526, 0.3478548451374538))
+GAUSS_LEGENDRE_6 = (
+    (0.2386191860831969, 0.4679139345726910),
+    (0.6612093864662645, 0.3607615730481386),
+    (0.9324695142031521, 0.1713244923791704),
+)
 
 FAR_TAIL = {torch.float16: -5.0, torch.bfloat16: -12.5, torch.float32: -12.5, torch.float64: -37.0}
-"""Where Φ comes near the smallest number; below, an asymptotic series is exact."""
+"""Where Φ comes near the smallest number; below, an asymptotic series is exact to rounding."""
 
 
 def normal_log_prob(z: Tensor) -> Tensor:
@@ -118,9 +115,14 @@ def normal_interval_log_prob(center: Tensor, width: Tensor) -> Tensor:
     )
 
 
+def _rule(values: Tensor) -> tuple[tuple[float, float], ...]:
+    """The rule that is exact to rounding for a narrow bin."""
+    return GAUSS_LEGENDRE_6 if values.dtype == torch.float64 else GAUSS_LEGENDRE_4
+
+
 def _narrow(center: Tensor, width: Tensor) -> Tensor:
     integral = torch.zeros_like(center)
-    for node, weight in GAUSS_LEGENDRE[center.dtype == torch.float64]:
+    for node, weight in _rule(center):
         t = 0.5 * width * node
         integral = integral + weight * torch.exp(-0.5 * t.square()) * torch.cosh(center * t)
     return normal_log_prob(center) + torch.log(width * integral)
@@ -233,7 +235,7 @@ def student_t_interval_log_prob(center: Tensor, width: Tensor, df: Df) -> Tensor
 def _narrow_student_t(center: Tensor, width: Tensor, df: Df) -> Tensor:
     radius = _radius(center, df)
     integral = torch.zeros_like(center)
-    for node, weight in GAUSS_LEGENDRE[center.dtype == torch.float64]:
+    for node, weight in _rule(center):
         for t in (0.5 * width * node / radius, -0.5 * width * node / radius):
             # f(c + s)/f(c) from (ν + (c + s)²)/(ν + c²) = 1 + 2cs/(ν + c²) + s²/(ν + c²)
             integral = integral + weight * torch.exp(-0.5 * (df + 1) * torch.log1p(t * (2 * center / radius + t)))

@@ -32,7 +32,7 @@ def spec_of(out: Path) -> StudySpec:
         return read(out / SPEC, StudySpec)
     if is_kept(out):
         return kept_spec(out / RESULTS)
-    raise ValueError(f"{out} holds no study (no {SPEC}); run one: sigma-vae study run SPEC --out {out}")
+    raise ValueError(f"{out} holds no study (neither {SPEC} nor {RESULTS}); run one: sigma-vae study run SPEC --out {out}")
 
 
 def claim(spec: StudySpec, out: Path) -> None:

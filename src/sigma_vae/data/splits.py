@@ -1,6 +1,7 @@
 """Train, validation and test splits, raw and checked."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
@@ -89,6 +90,11 @@ class Splits:
     def frames(self) -> int | None:
         """Frames per training clip; None for still data."""
         return self.train.shape[0] if self.clips else None
+
+    @property
+    def values_per_example(self) -> int:
+        """Number of values in one training example: in all frames of a clip."""
+        return math.prod(self.train.shape)
 
     def store(self, split: SplitName) -> Store:
         """The examples of a split."""

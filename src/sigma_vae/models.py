@@ -20,10 +20,9 @@ from sigma_vae.conditions import Conditions
 from sigma_vae.config import ModelConfig, TrainingConfig, parse, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits
 from sigma_vae.data.inspect import suggested
-from sigma_vae.extras import needed_by
+from sigma_vae.networks.flat import SMALLEST
 from sigma_vae.networks.principal import best_components, sample_of
-from sigma_vae.networks.residual import SMALLEST
-from sigma_vae.registry import Entry, Registry, register
+from sigma_vae.registry import Entry, Registry, needed_by, register
 from sigma_vae.types import Likelihood, MeanMap, Network, Observes, Prior
 from sigma_vae.vae import VAE
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sigma_vae.likelihoods.perceptual import efficientnet as efficientnet_lite0
+from sigma_vae.likelihoods.continuous import efficientnet as efficientnet_lite0
 from sigma_vae.registry import Argument, register
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

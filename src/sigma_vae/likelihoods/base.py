@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from sigma_vae.likelihoods.distributions import Continuous, Discretized, Shape
-from sigma_vae.likelihoods.residuals import ResidualDistribution
+from sigma_vae.likelihoods.residuals import Continuous, Discretized, ResidualDistribution, Shape
 from sigma_vae.likelihoods.scales import LEVEL_FLOOR, LOG_RANGE, SPREAD_FLOOR, Fit, Optimal, Per, Scale
 from sigma_vae.likelihoods.solve import Observed, best_batch_log_scale, best_log_scale
 from sigma_vae.types import DataDistribution, Likelihood, MeanMap, Observes, at_least_float32

@@ -10,7 +10,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid, softplus
 
 from sigma_vae.likelihoods.base import Scaled, checked_features
-from sigma_vae.likelihoods.distributions import Shape
+from sigma_vae.likelihoods.residuals import Shape
 from sigma_vae.likelihoods.scales import Fit, Optimal, Per, Scale
 from sigma_vae.likelihoods.solve import Newton, Sums, highest, maximum, shared_shape
 from sigma_vae.registry import Argument, register

@@ -11,8 +11,7 @@ from torch.nn.functional import log_softmax, logsigmoid
 
 from sigma_vae.columns import DF, Column, Row
 from sigma_vae.likelihoods.counts import Dispersed, dispersion_slopes, negative_binomial_log_prob, poisson_log_prob
-from sigma_vae.likelihoods.distributions import Shape
-from sigma_vae.likelihoods.residuals import LAPLACE, NORMAL, ResidualDistribution, student_t
+from sigma_vae.likelihoods.residuals import LAPLACE, NORMAL, ResidualDistribution, Shape, student_t
 from sigma_vae.likelihoods.scales import MOMENTUM, SPREAD_FLOOR, Fit, Optimal
 from sigma_vae.likelihoods.solve import MAX_ITERATIONS, Newton, Observed, best_log_scale
 from sigma_vae.registry import register

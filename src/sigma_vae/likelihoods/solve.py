@@ -11,8 +11,6 @@ from torch import Tensor, distributed
 from sigma_vae.likelihoods.residuals import RESIDUALS, ResidualDistribution
 from sigma_vae.likelihoods.scales import Per
 
-__all__ = ["Newton", "Observed", "Sums", "best_batch_log_scale", "best_log_scale", "highest", "maximum", "shared_shape"]
-
 HEAD = 2**16  # values
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-6

@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from types import EllipsisType
@@ -33,8 +34,83 @@ from sigma_vae.types import (
 __all__ = ["FlatNetwork", "Joined", "Shifted", "conv", "mlp", "width_of"]
 
 
+class OneLayer(Network):
+    """A network with one layer of latents, whose prior can be replaced, and a diagonal Gaussian posterior.
+
+    A subclass defines ``latents``, ``posterior`` and ``decode``. A prior sees latents of any shape as one vector.
+    """
+
+    @abstractmethod
+    def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
+        """q(z|x), parameters of the shape of z."""
+
+    @abstractmethod
+    def decode(self, z: Tensor | Sequence[Tensor], condition: Tensor | None = None) -> Tensor:
+        """Features of z."""
+
+    def infer(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Noise | None = None,
+        condition: Tensor | None = None,
+    ) -> Inference:
+        """Decode one posterior draw; the KL is that of the whole layer, ``(batch, 1)``."""
+        self.refuse_unread(context, mask, condition)
+        posterior = self.posterior(x, condition)
+        return self.draw(x, posterior, standard_normal(posterior.loc, noise), condition)
+
+    def generate(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        temperature: Temperature = 1.0,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Features of n draws from the prior."""
+        self.refuse_unread(context, condition=condition)
+        if self.conditions is not None and condition is None:
+            condition = self.conditions.draw(n, generator)
+        z = self.prior.given(condition).sample(n, generator, per_layer(temperature, 1)[0])
+        return self.decode(z.reshape(n, *self.latents.shapes[0]), condition)
+
+    def check_latents(self, z: Tensor) -> None:
+        """Refuse latents that the prior does not know; there are none where all examples have one size."""
+
+    def draw_latents(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> Tensor:
+        """One posterior draw, ``(batch, *shape of z)``."""
+        posterior = self.posterior(x, condition)
+        return posterior.loc + posterior.scale * standard_normal(posterior.loc, noise)
+
+    def draw(self, x: Tensor, posterior: Normal, unit: Tensor, condition: Tensor | None = None) -> Inference:
+        """Do what :meth:`infer` does, for given standard normal numbers ``(*draws, batch, *shape of z)``."""
+        axes = posterior.loc.dim() - 1
+        draws = unit.shape[:-axes]
+        z = posterior.loc + posterior.scale * unit
+        self.check_latents(z)
+        many = None if condition is None else condition.expand(*draws, -1).reshape(-1, condition.shape[-1])
+        h = self.decode(z.reshape(-1, *z.shape[-axes:]).to(x.dtype), many)
+        prior, vectors, log_posterior = self.prior.given(condition), z, _log_density(unit, posterior.scale)
+        if axes > 1:
+            vectors, log_posterior = z.flatten(-axes), log_posterior.flatten(-axes)
+            posterior = Normal(posterior.loc.flatten(1), posterior.scale.flatten(1), validate_args=False)
+        return Inference(
+            h=h.reshape(*draws, *h.shape[1:]),
+            target=x.expand(*draws[:-1], *x.shape) if len(draws) > 1 else x,
+            kl=prior.kl(posterior, vectors).expand(draws).unsqueeze(-1),
+            log_ratio=prior.log_prob(vectors) - log_posterior.sum(-1),
+        )
+
+
+def _log_density(unit: Tensor, std: Tensor) -> Tensor:
+    """Log-density of each latent, that many std away from its mean."""
+    return -0.5 * unit.square() - std.log() - 0.5 * math.log(2 * math.pi)
+
+
 @final
-class FlatNetwork(Network):
+class FlatNetwork(OneLayer):
     r"""A user's own encoder and decoder, with a diagonal Gaussian posterior between them.
 
     Args:
@@ -82,34 +158,6 @@ class FlatNetwork(Network):
         """One vector per example."""
         return Flat(self.latent_dim)
 
-    def infer(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-        noise: Noise | None = None,
-        condition: Tensor | None = None,
-    ) -> Inference:
-        """Decode one posterior draw; the KL is that of one layer, ``(batch, 1)``."""
-        self.refuse_unread(context, mask, condition)
-        posterior = self.posterior(x, condition)
-        return self.draw(x, posterior, standard_normal(posterior.loc, noise), condition)
-
-    def generate(
-        self,
-        n: int,
-        context: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        temperature: Temperature = 1.0,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """Features of n draws from the prior."""
-        self.refuse_unread(context, condition=condition)
-        if self.conditions is not None and condition is None:
-            condition = self.conditions.draw(n, generator)
-        z = self.prior.given(condition).sample(n, generator, per_layer(temperature, 1)[0])
-        return self.decode(z, condition)
-
     def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
         """q(z|x), parameters ``(batch, latent_dim)``, in float32 at least."""
         raw = self.encoder(self.encoder_input(x), *self._embedded(condition))
@@ -123,11 +171,6 @@ class FlatNetwork(Network):
             linear_mean, linear_log_variance = self.linear.encoder(x)
             mean, log_variance = mean + linear_mean, log_variance + linear_log_variance
         return Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
-
-    def draw_latents(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> Tensor:
-        """One posterior draw ``(batch, latent_dim)``."""
-        posterior = self.posterior(x, condition)
-        return posterior.loc + posterior.scale * standard_normal(posterior.loc, noise)
 
     def encode(self, x: Tensor) -> Normal:
         """Deprecated name of :meth:`posterior`."""
@@ -185,20 +228,6 @@ class FlatNetwork(Network):
         """The condition as a second argument of encoder and decoder; none where it is not read."""
         self.refuse_unread(condition=condition)
         return () if self.embedding is None else (self.embedding(condition),)
-
-    def draw(self, x: Tensor, posterior: Normal, unit: Tensor, condition: Tensor | None = None) -> Inference:
-        """Do what :meth:`infer` does, for given standard normal numbers ``(*draws, batch, latent_dim)``."""
-        z = posterior.loc + posterior.scale * unit
-        log_posterior = (-0.5 * unit.square() - posterior.scale.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
-        many = None if condition is None else condition.expand(*unit.shape[:-1], -1).reshape(-1, condition.shape[-1])
-        h = self.decode(z.reshape(-1, self.latent_dim).to(x.dtype), many)
-        prior = self.prior.given(condition)
-        return Inference(
-            h=h.reshape(*unit.shape[:-1], *h.shape[1:]),
-            target=x if unit.dim() == 2 else x.expand(*unit.shape[:-2], *x.shape),
-            kl=prior.kl(posterior, z).expand(unit.shape[:-1]).unsqueeze(-1),
-            log_ratio=prior.log_prob(z) - log_posterior,
-        )
 
 
 def _silence(half: nn.Module, example: tuple[Tensor, ...], name: str) -> None:

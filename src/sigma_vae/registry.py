@@ -162,6 +162,10 @@ class Registry:
             raise ValueError(self._unknown(name, package))
         return self._entries[name.partition(":")[0]]
 
+    def fact(self, name: str, fact: str, default: Any = None) -> Any:
+        """What is known about a name before its object is made; the default where it is not said, or nobody registered it."""
+        return self.entry(name).facts.get(fact, default) if name in self else default
+
     def make(self, name: str, package: str | None = None) -> Callable[..., Any]:
         """Return the object that a name stands for, with the argument after the colon bound to it.
 

@@ -344,7 +344,7 @@ def reads_clips(source: str) -> bool:
     >>> reads_clips("i3d:i3d.pt"), reads_clips("efficientnet"), reads_clips("mine.pt")
     (True, False, False)
     """
-    return source in register.features and bool(register.features.entry(source).facts.get("clips"))
+    return bool(register.features.fact(source, "clips"))
 
 
 def _loaded(source: str | Path | nn.Module, device: str | torch.device, *, clips: bool) -> Extractor:

@@ -14,12 +14,7 @@ from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, 
 from sigma_vae.networks.flat import OneLayer
 from sigma_vae.priors import StandardNormal
 from sigma_vae.registry import Argument, register
-from sigma_vae.types import (
-    Maps,
-    Noise,
-    Prior,
-    at_least_float32,
-)
+from sigma_vae.types import Maps, Noise, Prior, at_least_float32
 
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -30.0, 20.0
 """Limits of the posterior's log-variance, those of diffusers."""

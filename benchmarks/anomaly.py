@@ -30,7 +30,7 @@ from sigma_vae.data import Batches, as_splits
 from sigma_vae.data.stores import InMemory
 from sigma_vae.data.tables import windows
 from sigma_vae.evaluation.anomaly import anomalies, complexity_bits
-from sigma_vae.runs.refit import take_prior
+from sigma_vae.runs.evaluate import take_prior
 from sigma_vae.sklearn import VAEOutlierDetector
 from sigma_vae.training import fit
 

@@ -22,7 +22,7 @@ from sigma_vae import models
 from sigma_vae.config import EvaluationSettings, ModelConfig, TrainingConfig
 from sigma_vae.data import Splits, as_splits
 from sigma_vae.evaluation import evaluate
-from sigma_vae.runs.refit import take_prior
+from sigma_vae.runs.evaluate import take_prior
 from sigma_vae.study.claims import signed
 from sigma_vae.study.comparisons import mean_difference
 from sigma_vae.training import fit

@@ -36,7 +36,7 @@ from sigma_vae.evaluation.elbo import elbo
 from sigma_vae.evaluation.features import Extractor, load_extractor
 from sigma_vae.evaluation.plots import pairs, save_grid
 from sigma_vae.evaluation.quality import frechet_distance
-from sigma_vae.runs.refit import take_prior
+from sigma_vae.runs.evaluate import take_prior
 from sigma_vae.training import fit
 from sigma_vae.training.callbacks import Callback, Context
 

@@ -28,7 +28,7 @@ from sigma_vae.config import EvaluationSettings, TrainingConfig
 from sigma_vae.data import Splits
 from sigma_vae.evaluation import evaluate
 from sigma_vae.networks import mlp
-from sigma_vae.runs.refit import take_prior
+from sigma_vae.runs.evaluate import take_prior
 from sigma_vae.training import fit
 
 EPOCHS = {"fashion-mnist": 5, "mnist-5k": 60}

@@ -1,6 +1,7 @@
 """The likelihood of a table's row: each column against scipy, missing values, σ in closed form, an exact marginal likelihood."""
 
 import json
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from sigma_vae import VAE, FlatNetwork
 from sigma_vae.columns import DF, Column, Row
 from sigma_vae.config import DataConfig, parse
-from sigma_vae.data.batches import Scaling
-from sigma_vae.data.mixed import mixed_splits
+from sigma_vae.data.load import mixed_splits
 from sigma_vae.data.schema import TableSchema
+from sigma_vae.data.splits import Scaling
 from sigma_vae.likelihoods.mixed import Mixed, best_log_dispersion
 from sigma_vae.tabular import TabularVAE
 
@@ -483,8 +484,8 @@ def test_a_large_parquet_file_is_read_a_column_or_a_part_at_a_time(tmp_path, mon
                 yield batch
 
     monkeypatch.setattr(parquet, "ParquetFile", Counted)
-    monkeypatch.setattr("sigma_vae.data.mixed.LARGE", 1)
-    monkeypatch.setattr("sigma_vae.data.mixed.PART", N)
+    monkeypatch.setattr(sys.modules["sigma_vae.data.load"], "LARGE", 1)
+    monkeypatch.setattr(sys.modules["sigma_vae.data.load"], "PART", N)
     parts = mixed_splits(config)
     assert sum(held) > 2 * N * (len(whole.scaling.schema.columns))  # for the schema, and for the rows
     assert max(held) == N  # of 300 × 19

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from sigma_vae import VAE, Gaussian, Optimal, conv, mlp, residual
 from sigma_vae.networks import FlatNetwork
-from sigma_vae.networks.flat import START_LOG_VARIANCE
-from sigma_vae.networks.residual import GAIN
+from sigma_vae.networks.flat import GAIN, START_LOG_VARIANCE
 from sigma_vae.training.distributed import GlobalBatchNorm, global_statistics, joined, processes
 
 LATENT, WIDTH, BATCH = 3, 4, 6

@@ -25,7 +25,7 @@ from sigma_vae.data import Scaling
 from sigma_vae.evaluation.elbo import standard_prior
 from sigma_vae.priors import FittedPrior, FlowPrior, GaussianPrior, MixturePrior, StandardNormal, flow
 from sigma_vae.priors.gaussian import best_prior
-from sigma_vae.runs import refit
+from sigma_vae.runs import evaluate
 from sigma_vae.types import Batch, Prior
 from sigma_vae.types import fitted as fit_to
 from sigma_vae.vae import SEED_OFFSET, keyed_noise
@@ -623,7 +623,7 @@ def test_a_failure_on_the_way_leaves_the_run_as_it_was(digits_run: Path, run: Pa
 
     for name in ("draw", "write_json", "write", "_exchange"):
         with monkeypatch.context() as patch:
-            patch.setattr(refit, name, fails)
+            patch.setattr(evaluate, name, fails)
             with pytest.raises(OSError, match="no space left"):
                 runs.fit_prior(run, "gaussian", device="cpu")
         assert contents(run) == contents(digits_run), name

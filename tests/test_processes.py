@@ -30,7 +30,7 @@ from sigma_vae.data import Scaling, Splits
 from sigma_vae.data.stores import InMemory, Labelled
 from sigma_vae.training import NonFiniteLossError, fit
 from sigma_vae.training.distributed import ElsewhereError, from_first, joined, mean_over_all, on_any, processes, shard, shared
-from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step
+from sigma_vae.training.objective import FILE, first_broken, load_broken_step
 from sigma_vae.types import Elbo
 from sigma_vae.vae import keyed_noise
 

@@ -165,7 +165,7 @@ def test_every_module_with_public_names_is_listed_or_inside_a_package_that_is() 
     package = ROOT / "src" / "sigma_vae"
     inside = {path.stem for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
     names = {name.partition(".")[2] or "__init__" for name in listed}
-    assert inside - names == {"__main__", "build", "cli", "extras"}  # build is the former name of models
+    assert inside - names == {"__main__", "build", "cli"}  # build is the former name of models
 
 
 def test_the_gallery_is_made_by_the_commands_of_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

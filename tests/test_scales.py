@@ -25,8 +25,7 @@ from sigma_vae.likelihoods.densities import (
     student_t_log_prob,
 )
 from sigma_vae.likelihoods.discrete import LogisticMixture
-from sigma_vae.likelihoods.distributions import Discretized
-from sigma_vae.likelihoods.residuals import LAPLACE, LOGISTIC, NORMAL, ResidualDistribution, student_t
+from sigma_vae.likelihoods.residuals import LAPLACE, LOGISTIC, NORMAL, Discretized, ResidualDistribution, student_t
 from sigma_vae.likelihoods.scales import OLD_BOUNDS
 from sigma_vae.likelihoods.solve import Observed, _slope_and_curvature
 

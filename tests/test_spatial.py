@@ -24,7 +24,8 @@ from sigma_vae.evaluation.plots import interpolations
 from sigma_vae.likelihoods import Perceptual
 from sigma_vae.likelihoods.translate import CONVENTIONS, explain
 from sigma_vae.networks import SpatialNetwork, spatial
-from sigma_vae.priors import FlowMatchingPrior, GaussianPrior, maps
+from sigma_vae.priors import FlowMatchingPrior, GaussianPrior
+from sigma_vae.priors import flow as flows
 from sigma_vae.runs import evaluate_run, open_model
 from sigma_vae.runs.evaluate import read_evaluation
 from sigma_vae.training import fit
@@ -434,7 +435,7 @@ TWO = MixtureSameFamily(Categorical(torch.tensor([0.3, 0.7])), Normal(torch.tens
 
 
 def flow(latents: Tensor, shape: tuple[int, ...], steps: int, monkeypatch: pytest.MonkeyPatch) -> FlowMatchingPrior:
-    monkeypatch.setattr(maps, "STEPS", steps)
+    monkeypatch.setattr(flows, "MATCHING_STEPS", steps)
     prior = FlowMatchingPrior(latents.shape[1], shape)
     prior.fit(latents[:-50], latents[-50:], seed=0)
     return prior.double()
@@ -474,12 +475,12 @@ def test_a_flow_s_draws_have_its_density(two: tuple[FlowMatchingPrior, Tensor]) 
 def test_the_estimated_divergence_is_right_on_average(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the same for an example in any batch."""
     torch.manual_seed(0)
-    monkeypatch.setattr(maps, "ODE_STEPS", 2)  # it holds for any number
+    monkeypatch.setattr(flows, "ODE_STEPS", 2)  # it holds for any number
     mixing = torch.randn(12, 12)
     prior = flow(torch.randn(400, 12) @ mixing, (3, 2, 2), 30, monkeypatch)
     z = (torch.randn(80, 12) @ mixing).double()
     exact = prior.log_prob(z)
-    monkeypatch.setattr(maps, "EXACT", 1)
+    monkeypatch.setattr(flows, "EXACT", 1)
     estimated = prior.log_prob(z.clone())
     difference = estimated - exact
     assert difference.std() > 1e-3
@@ -503,8 +504,8 @@ def test_before_it_learns_a_flow_is_the_gaussian_of_the_same_moments(monkeypatch
 def test_a_flow_fitted_to_a_run_is_saved_with_it_and_sampled(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(maps, "STEPS", 5)
-    monkeypatch.setattr(maps, "ODE_STEPS", 2)
+    monkeypatch.setattr(flows, "MATCHING_STEPS", 5)
+    monkeypatch.setattr(flows, "ODE_STEPS", 2)
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     assert main(["fit-prior", str(copy), "--prior", "flow-matching"]) == 0
@@ -516,7 +517,7 @@ def test_a_flow_fitted_to_a_run_is_saved_with_it_and_sampled(
 
 
 def test_a_flow_is_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maps, "STEPS", 3)
+    monkeypatch.setattr(flows, "MATCHING_STEPS", 3)
     config, scaling = ModelConfig(network="spatial:f4c3", width=4), Scaling(levels=256)
     vae, x = models.vae(config, (1, 8, 8), scaling), examples((1, 8, 8), 60)
     vae.calibrate([x])

@@ -24,7 +24,7 @@ from sigma_vae.networks import conv, mlp, residual
 from sigma_vae.networks.principal import MARGIN, _logit, principal
 from sigma_vae.training import NonFiniteLossError, fit
 from sigma_vae.training.checkpoints import FORMAT, write_sealed
-from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step, with_saved_step
+from sigma_vae.training.objective import FILE, first_broken, load_broken_step, with_saved_step
 from sigma_vae.training.step import Stepper
 from sigma_vae.types import Likelihood
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 import warnings
 
 import numpy as np
@@ -136,8 +137,8 @@ def test_a_large_file_gives_the_same_model_as_a_small_one(tmp_path, monkeypatch)
         return model.fit(tmp_path / "people.parquet").log_prob(people(10), draws=4)
 
     whole = log_prob()
-    monkeypatch.setattr("sigma_vae.data.mixed.LARGE", 1)
-    monkeypatch.setattr("sigma_vae.data.mixed.PART", 40)
+    monkeypatch.setattr(sys.modules["sigma_vae.data.load"], "LARGE", 1)
+    monkeypatch.setattr(sys.modules["sigma_vae.data.load"], "PART", 40)
     np.testing.assert_array_equal(log_prob(), whole)
     assert list(tmp_path.glob(".sigma-vae/*/examples.npy"))
 

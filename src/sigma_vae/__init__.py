@@ -32,9 +32,8 @@ if TYPE_CHECKING:
         ZeroInflatedNegativeBinomial,
     )
     from sigma_vae.likelihoods.translate import explain
-    from sigma_vae.networks.flat import FlatNetwork, conv, mlp
+    from sigma_vae.networks.flat import FlatNetwork, conv, mlp, residual
     from sigma_vae.networks.hierarchical import HierarchicalNetwork, HierarchyPlan, hierarchical
-    from sigma_vae.networks.residual import residual
     from sigma_vae.networks.sequence import SequenceNetwork, sequence
     from sigma_vae.networks.spatial import SpatialNetwork, spatial
     from sigma_vae.types import Elbo

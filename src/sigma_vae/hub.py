@@ -15,7 +15,7 @@ from sigma_vae.config import EvaluationSettings, ModelConfig, RunConfig, write, 
 from sigma_vae.data import names
 from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.suite import meaning, report_rows
-from sigma_vae.extras import needed_by
+from sigma_vae.registry import needed_by
 from sigma_vae.types import Likelihood, Network
 from sigma_vae.vae import VAE
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sigma_vae.config import TrainingConfig
-from sigma_vae.extras import needed_by
+from sigma_vae.registry import needed_by
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE, keyed_noise
 

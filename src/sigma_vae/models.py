@@ -20,10 +20,9 @@ from sigma_vae.conditions import Conditions
 from sigma_vae.config import ModelConfig, TrainingConfig, parse, read_text, write_whole
 from sigma_vae.data import Batches, Scaling, Splits
 from sigma_vae.data.inspect import suggested
-from sigma_vae.extras import needed_by
+from sigma_vae.networks.flat import SMALLEST
 from sigma_vae.networks.principal import best_components, sample_of
-from sigma_vae.networks.residual import SMALLEST
-from sigma_vae.registry import Entry, Registry, register
+from sigma_vae.registry import Entry, Registry, needed_by, register
 from sigma_vae.types import Likelihood, MeanMap, Network, Observes, Prior
 from sigma_vae.vae import VAE
 
@@ -84,7 +83,7 @@ def prior(
     20
     """
     make = register.prior.make(name, package)
-    reads_condition = register.prior.entry(name).facts.get("reads_condition", False)
+    reads_condition = register.prior.fact(name, "reads_condition", False)
     if reads_condition and conditions is None:
         raise ValueError(f"the prior {name} depends on a condition, and the model has none; give the data's condition")
     known = {"shape": shape} if shape is not None and "shape" in inspect.signature(make).parameters else {}
@@ -146,12 +145,11 @@ def check_prior(name: str, network_name: str, network: Network | None = None) ->
     if name == AUTO:
         return
     if network is None:
-        known = network_name in register.network
-        takes = not known or register.network.entry(network_name).facts.get("has_prior", True)
+        takes = register.network.fact(network_name, "has_prior", True)
+        if register.prior.entry(name).facts.get("reads_condition", False):
+            return
     else:
         takes = network.has_posterior and network.has_prior
-    if network is None and register.prior.entry(name).facts.get("reads_condition", False):
-        return
     conditions = None if network is None else network.conditions
     made = prior(name, network.latents.sizes[0] if network is not None and takes else 1, None, conditions)
     if not made.is_standard and not takes:
@@ -199,7 +197,7 @@ def likelihood(
     head, slash, tail = name.partition("/")
     if head not in register.likelihood:
         raise ValueError(_unknown_likelihood(name))
-    counts = register.likelihood.entry(head).facts.get("counts", False)
+    counts = takes_counts(head)
     if counts and observes == "level":
         raise ValueError(f"{name} is trained on probabilities of counts in any case; leave observes out")
     if _takes_scale(register.likelihood.entry(head)):
@@ -232,8 +230,7 @@ def takes_counts(name: str) -> bool:
     >>> takes_counts("negative-binomial/optimal"), takes_counts("gaussian/optimal")
     (True, False)
     """
-    family = name.partition("/")[0]
-    return family in register.likelihood and bool(register.likelihood.entry(family).facts.get("counts", False))
+    return bool(register.likelihood.fact(name.partition("/")[0], "counts", False))
 
 
 def _unknown_likelihood(name: str) -> str:
@@ -366,7 +363,7 @@ def latents_for(config: ModelConfig, data: Splits) -> int:
     32
     """
     name = network_name(config, data.shape, clips=data.clips)
-    if name in register.network and register.network.entry(name).facts.get("latents", "flat") != "flat":
+    if register.network.fact(name, "latents", "flat") != "flat":
         raise ValueError(
             f"latent_dim auto is for networks with one layer of flat latents, and {name} has others; give a number"
         )
@@ -430,9 +427,9 @@ def vae(
 def _likelihood_of(config: ModelConfig, shape: Sequence[int], scaling: Scaling) -> Likelihood:
     if config.likelihood == AUTO:
         raise ValueError("likelihood auto needs data; give the name that models.likelihood_for(config, data) returns")
-    mean: MeanMap = (
-        config.mean if config.mean != "auto" else "identity" if scaling.standardised else _usual_mean(config.network)
-    )
+    mean: MeanMap = "identity" if scaling.standardised else register.network.fact(config.network, "mean", "unit")
+    if config.mean != "auto":
+        mean = config.mean
     if takes_counts(config.likelihood) != scaling.counts:
         known = ", ".join(entry.name for entry in register.likelihood if entry.facts.get("counts"))
         needs, remedy = ("no ", f"take one of {known}") if scaling.counts else ("a ", "read them as counts: --counts")
@@ -462,15 +459,8 @@ def from_anywhere(network: str) -> str:
     'spatial:f4c3'
     """
     head, _, text = network.partition(":")
-    reads_path = network in register.network and register.network.entry(network).facts.get("reads_path", False)
+    reads_path = register.network.fact(network, "reads_path", False)
     return f"{head}:{Path(text).resolve()}" if reads_path and not text.startswith("{") and Path(text).exists() else network
-
-
-def _usual_mean(network: str) -> MeanMap:
-    """The map from features to means in [0, 1] that a network was made for."""
-    facts = register.network.entry(network).facts if network in register.network else {}
-    mean: MeanMap = facts.get("mean", "unit")
-    return mean
 
 
 def network_name(config: ModelConfig, shape: Sequence[int], *, clips: bool = False) -> str:

@@ -6,7 +6,7 @@ Whatever passes over data, or repeats steps, says so by :func:`steps` or :func:`
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO, TypeVar, final
 
 __all__ = ["SECONDS_BETWEEN_LINES", "Screen", "bar", "hidden", "screen", "shown", "steps"]
@@ -41,22 +41,20 @@ screen: Screen | None = None
 """The screen of the command that runs."""
 
 
-@contextmanager
-def shown(command: str, *, file: TextIO | None = None) -> Iterator[None]:
+def shown(command: str, *, file: TextIO | None = None) -> AbstractContextManager[None]:
     """Show the progress of the work inside, on standard error."""
-    global screen
-    before, screen = screen, Screen(command, sys.stderr if file is None else file)
-    try:
-        yield
-    finally:
-        screen = before
+    return _on(Screen(command, sys.stderr if file is None else file))
+
+
+def hidden() -> AbstractContextManager[None]:
+    """Show nothing of the work inside, which has a bar or a table of its own."""
+    return _on(None)
 
 
 @contextmanager
-def hidden() -> Iterator[None]:
-    """Show nothing of the work inside, which has a bar or a table of its own."""
+def _on(new: Screen | None) -> Iterator[None]:
     global screen
-    before, screen = screen, None
+    before, screen = screen, new
     try:
         yield
     finally:

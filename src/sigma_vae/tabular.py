@@ -15,14 +15,14 @@ from sigma_vae import models
 from sigma_vae.columns import Cell, Family
 from sigma_vae.config import DataConfig, ModelConfig, TrainingConfig, check_seed
 from sigma_vae.data import Batches, Scaling, Splits
-from sigma_vae.data.mixed import mixed_splits, splits_of_frames
+from sigma_vae.data.load import mixed_splits, splits_of_frames
 from sigma_vae.data.schema import TableSchema, Unknown
 from sigma_vae.data.splits import SplitName
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.base import each_example
 from sigma_vae.evaluation.elbo import score
 from sigma_vae.progress import steps
-from sigma_vae.runs.refit import take_prior
+from sigma_vae.runs.evaluate import take_prior
 from sigma_vae.training import fit
 from sigma_vae.types import Batch
 from sigma_vae.vae import VAE, in_eval_mode, keyed_noise

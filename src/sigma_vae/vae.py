@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from sigma_vae.conditions import Given
-from sigma_vae.extras import needed_by
 from sigma_vae.networks.autoencoder_kl import as_autoencoder_kl
 from sigma_vae.networks.sequence import FRAMES, starts
 from sigma_vae.networks.spatial import MapStatistics, map_statistics
 from sigma_vae.priors.gaussian import best_prior
+from sigma_vae.registry import needed_by
 from sigma_vae.types import (
     Batch,
     Elbo,

@@ -123,7 +123,7 @@ def _answer(words: list[str], speaker: str) -> int:
             f"\n{PROGRAM}: terminated (SIGTERM). If training had begun, `{PROGRAM} resume RUN` continues it", TERMINATED
         )
     except ModuleNotFoundError as error:
-        from sigma_vae.extras import remedy
+        from sigma_vae.registry import remedy
 
         return _say(f"{speaker}: this command needs {error.name}: {remedy(error.name)}", FAILED)
     except (ValueError, OSError) as error:

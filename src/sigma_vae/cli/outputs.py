@@ -20,7 +20,7 @@ from sigma_vae.config import LARGEST_COUNT, DataConfig, RunConfig, check_seed, r
 from sigma_vae.data import Batches
 from sigma_vae.data.counts import write_h5ad
 from sigma_vae.data.levels import Array
-from sigma_vae.data.mixed import read_frame
+from sigma_vae.data.load import read_frame
 from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.splits import Names
 from sigma_vae.data.tables import on_time_axis

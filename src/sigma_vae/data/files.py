@@ -26,6 +26,7 @@ from sigma_vae.data.levels import Array
 from sigma_vae.data.pictures import (
     begins_like_picture,
     class_folder,
+    class_labels,
     folder_words,
     has_no_ending,
     is_hidden,
@@ -178,13 +179,12 @@ def examples(config: DataConfig, kind: FileKind) -> Raw:
         *([f"ignored other files: {listed(others)}"] if others else []),
     ]
     size = {"path": str(path.resolve()), "count": len(files), "bytes": sum(file.path.stat().st_size for file in files)}
-    labels = {
-        split: {"label": [class_folder(file.label, file.word) for file in own for _ in range(counts[file])]}
+    classes = {
+        split: [class_folder(file.label, file.word) for file in own for _ in range(counts[file])]
         for split, own in splits.items()
     }
-    known = any(any(each["label"]) for each in labels.values())
     origin = [size if path.is_dir() else file_record(path)]
-    return Raw(str(path), parts, origin, words, clips=layout in CLIPS, labels=labels if known else {})
+    return Raw(str(path), parts, origin, words, clips=layout in CLIPS, labels=class_labels(classes))
 
 
 def _stamp(path: Path) -> list[Any]:

@@ -8,7 +8,7 @@ import re
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -619,14 +619,14 @@ def read_pictures(config: DataConfig) -> Raw:
     parts = {split: _encoded(group, how, {"files": stamps, "split": split}, path, config) for split, group in splits.items()}
     left_out = [f"left out pictures beside the others, in folders of masks or thumbnails: {listed(beside)}"] if beside else []
     words = [*how.words, *remarks, *left_out, *_ignored(others)]
-    labels = {split: {"label": [class_folder(each.name, each.word) for each in group]} for split, group in splits.items()}
+    classes = {split: [class_folder(each.name, each.word) for each in group] for split, group in splits.items()}
     return Raw(
         str(path),
         parts,
         [_record(holder, found) for holder in holders],
         words,
         levels=2 if how.levels == 2 else None,
-        labels=labels if any(any(each["label"]) for each in labels.values()) else {},
+        labels=class_labels(classes),
     )
 
 
@@ -638,6 +638,11 @@ def class_folder(name: str, word: str) -> str | None:
     """
     folder = PurePosixPath(name).parent.name
     return None if folder in ("", word) else folder
+
+
+def class_labels(classes: Mapping[SplitName, list[str | None]]) -> dict[SplitName, dict[str, list[str | None]]]:
+    """The label of each example of a split by its folder; nothing where no example has one."""
+    return {split: {"label": own} for split, own in classes.items()} if any(any(own) for own in classes.values()) else {}
 
 
 def _holders(path: Path, room: Path) -> list[Container]:

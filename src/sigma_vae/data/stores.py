@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Self, final
 
 import numpy as np
 import torch
@@ -93,9 +93,37 @@ class InMemory(Store):
         return digest.hexdigest()
 
 
+class _OnHost(Store):
+    """Examples that stay on the host: a subset is a list of ``rows`` (None: all), and batches move to ``device``."""
+
+    rows: Tensor | None
+    device: torch.device
+
+    def __len__(self) -> int:
+        return self._count() if self.rows is None else len(self.rows)
+
+    def select(self, rows: Tensor) -> Self:
+        """Return a subset without reading or making anything."""
+        return replace(self, rows=self._rows_at(rows))  # type: ignore[type-var]  # subclasses are dataclasses
+
+    def to(self, device: torch.device) -> Self:
+        """Deliver batches on that device."""
+        return replace(self, device=device)  # type: ignore[type-var]
+
+    @abstractmethod
+    def _count(self) -> int:
+        """Number of all examples."""
+
+    def _rows_at(self, positions: Tensor) -> Tensor:
+        return positions if self.rows is None else self.rows[positions]
+
+    def _row_bytes(self) -> bytes:
+        return b"" if self.rows is None else self.rows.numpy().tobytes()
+
+
 @final
 @dataclass(frozen=True, eq=False)
-class Mapped(Store):
+class Mapped(_OnHost):
     """A file mapped into memory: a batch reads only its own examples, and the system may free them again.
 
     Args:
@@ -119,33 +147,24 @@ class Mapped(Store):
         """Shape of one example."""
         return tuple(self.array.shape[1:])
 
-    def __len__(self) -> int:
-        return len(self.array) if self.rows is None else len(self.rows)
-
     def take(self, positions: Tensor, epoch: int = 0) -> Tensor:
         """Copy these examples out of the file."""
-        rows = positions if self.rows is None else self.rows[positions]
+        rows = self._rows_at(positions)
         values = np.ascontiguousarray(self.array[rows.numpy()])
         return torch.from_numpy(values if self.grid is None else self.grid.of(values)).to(self.device)
 
-    def select(self, rows: Tensor) -> "Mapped":
-        """Return a subset without reading anything."""
-        return replace(self, rows=rows if self.rows is None else self.rows[rows])
-
-    def to(self, device: torch.device) -> "Mapped":
-        """Deliver batches on that device."""
-        return replace(self, device=device)
-
     def fingerprint(self) -> str:
         """SHA-256 of the content's digest and the rows."""
-        rows = b"" if self.rows is None else self.rows.numpy().tobytes()
         words = self.digest if self.grid is None else f"{self.digest} {tuple(self.grid)}"
-        return hashlib.sha256(words.encode() + rows).hexdigest()
+        return hashlib.sha256(words.encode() + self._row_bytes()).hexdigest()
+
+    def _count(self) -> int:
+        return len(self.array)
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class Generated(Store):
+class Generated(_OnHost):
     """Examples generated on demand, each from a random stream of its own.
 
     Example i of epoch e depends only on the seed, e and i: not on the batch, the process or earlier examples.
@@ -173,28 +192,19 @@ class Generated(Store):
         """Shape of one example."""
         return self._example(0, 0).shape
 
-    def __len__(self) -> int:
-        return self.count if self.rows is None else len(self.rows)
-
     def take(self, positions: Tensor, epoch: int = 0) -> Tensor:
         """Generate these examples of this epoch."""
-        rows = positions if self.rows is None else self.rows[positions]
+        rows = self._rows_at(positions)
         made = np.stack([self._example(row, epoch if self.fresh else 0) for row in rows.tolist()])
         return torch.from_numpy(made).to(self.device)
 
-    def select(self, rows: Tensor) -> "Generated":
-        """Return a subset without generating anything."""
-        return replace(self, rows=rows if self.rows is None else self.rows[rows])
-
-    def to(self, device: torch.device) -> "Generated":
-        """Deliver batches on that device."""
-        return replace(self, device=device)
-
     def fingerprint(self) -> str:
         """SHA-256 of the recipe and the count."""
-        rows = b"" if self.rows is None else self.rows.numpy().tobytes()
         words = f"{self.identity} {self.count} {self.seed} {self.fresh}"
-        return hashlib.sha256(words.encode() + rows).hexdigest()
+        return hashlib.sha256(words.encode() + self._row_bytes()).hexdigest()
+
+    def _count(self) -> int:
+        return self.count
 
     def _example(self, row: int, epoch: int) -> Array:
         return self.make(np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch, row)))))
@@ -261,7 +271,7 @@ class Labelled(Store):
 
 @final
 @dataclass(frozen=True, eq=False)
-class Sparse(Store):
+class Sparse(_OnHost):
     """Rows of a sparse matrix of SciPy; those of a batch alone are made dense.
 
     Args:
@@ -279,22 +289,11 @@ class Sparse(Store):
         """Shape of one example."""
         return (int(self.matrix.shape[1]),)
 
-    def __len__(self) -> int:
-        return int(self.matrix.shape[0]) if self.rows is None else len(self.rows)
-
     def take(self, positions: Tensor, epoch: int = 0) -> Tensor:
         """Return these rows, dense: in float64 if the matrix is, else in float32."""
-        rows = positions if self.rows is None else self.rows[positions]
+        rows = self._rows_at(positions)
         dense = self.matrix[rows.numpy()].toarray()
         return torch.from_numpy(dense if dense.dtype == np.float64 else dense.astype(np.float32)).to(self.device)
-
-    def select(self, rows: Tensor) -> "Sparse":
-        """Return a subset without copying the matrix."""
-        return replace(self, rows=rows if self.rows is None else self.rows[rows])
-
-    def to(self, device: torch.device) -> "Sparse":
-        """Deliver batches on that device."""
-        return replace(self, device=device)
 
     def fingerprint(self) -> str:
         """SHA-256 of the matrix and the rows."""
@@ -302,8 +301,11 @@ class Sparse(Store):
         digest = hashlib.sha256(f"{own.shape} {own.dtype}".encode())
         for part in (own.indptr, own.indices, own.data):
             digest.update(np.ascontiguousarray(part).data)
-        digest.update(b"" if self.rows is None else self.rows.numpy().tobytes())
+        digest.update(self._row_bytes())
         return digest.hexdigest()
+
+    def _count(self) -> int:
+        return int(self.matrix.shape[0])
 
 
 class UnreadableError(ValueError):

@@ -28,6 +28,7 @@ from sigma_vae.data.pictures import (
     PicturePlan,
     Probe,
     class_folder,
+    class_labels,
     hidden_pictures,
     is_hidden,
     listed,
@@ -370,7 +371,6 @@ def read_videos(config: DataConfig) -> Raw:
     words = [f"clips of {lengths['train']} frames{test}{every}, side by side; {left} frames at the ends of videos dropped"]
     words += [f"left out {len(broken)} unreadable videos ({', '.join(broken[:5])})"] if broken else []
     words += _ignored(path, config.clips)
-    labels = {split: {"label": _labels(found[split], parts[split])} for split in parts}
     return Raw(
         str(path),
         parts,
@@ -378,11 +378,11 @@ def read_videos(config: DataConfig) -> Raw:
         [*words, *shared.words],
         levels=shared.levels if shared.bits < 16 else None,
         clips=True,
-        labels=labels if any(any(each["label"]) for each in labels.values()) else {},
+        labels=class_labels({split: _classes(found[split], parts[split]) for split in parts}),
     )
 
 
-def _labels(found: list[_Found], clips: Encoded) -> list[str | None]:
+def _classes(found: list[_Found], clips: Encoded) -> list[str | None]:
     """The subfolder of each clip's video; None in that of a split, or in none."""
     classes = [class_folder(item.name, item.name.split("/")[0] if item.split else "") for item in found]
     return [classes[video] for video in clips.videos or ()]

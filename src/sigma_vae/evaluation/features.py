@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sigma_vae.likelihoods.perceptual import efficientnet as efficientnet_lite0
+from sigma_vae.likelihoods.continuous import efficientnet as efficientnet_lite0
 from sigma_vae.registry import Argument, register
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -344,7 +344,7 @@ def reads_clips(source: str) -> bool:
     >>> reads_clips("i3d:i3d.pt"), reads_clips("efficientnet"), reads_clips("mine.pt")
     (True, False, False)
     """
-    return source in register.features and bool(register.features.entry(source).facts.get("clips"))
+    return bool(register.features.fact(source, "clips"))
 
 
 def _loaded(source: str | Path | nn.Module, device: str | torch.device, *, clips: bool) -> Extractor:

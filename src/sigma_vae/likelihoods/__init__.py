@@ -7,10 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sigma_vae.likelihoods.continuous import Bernoulli, ContinuousBernoulli, Gaussian, Laplace, Logistic, StudentT
+    from sigma_vae.likelihoods.continuous import (
+        Bernoulli,
+        ContinuousBernoulli,
+        Gaussian,
+        Laplace,
+        Logistic,
+        Perceptual,
+        StudentT,
+    )
     from sigma_vae.likelihoods.counts import Multinomial, NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
     from sigma_vae.likelihoods.discrete import BitwiseCategorical, Categorical, LogisticMixture
-    from sigma_vae.likelihoods.perceptual import Perceptual
     from sigma_vae.likelihoods.scales import Fixed, Optimal, PerImage, PerPixel, RunningMinimum, Scale, Shared
 
 __all__ = [
@@ -37,7 +44,7 @@ __all__ = [
     "ZeroInflatedNegativeBinomial",
 ]
 
-_HOMES = ("continuous", "counts", "discrete", "perceptual", "scales")
+_HOMES = ("continuous", "counts", "discrete", "scales")
 
 
 def __getattr__(name: str) -> Any:

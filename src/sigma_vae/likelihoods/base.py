@@ -2,17 +2,16 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import final
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from sigma_vae.likelihoods.distributions import Continuous, Discretized, Shape
-from sigma_vae.likelihoods.residuals import ResidualDistribution
+from sigma_vae.likelihoods.residuals import Continuous, Discretized, ResidualDistribution, Shape
 from sigma_vae.likelihoods.scales import LEVEL_FLOOR, LOG_RANGE, SPREAD_FLOOR, Fit, Optimal, Per, Scale
-from sigma_vae.likelihoods.solve import Observed, best_batch_log_scale, best_log_scale
+from sigma_vae.likelihoods.solve import Observed, Remade, best_batch_log_scale, best_log_scale
 from sigma_vae.types import DataDistribution, Likelihood, MeanMap, Observes, at_least_float32
 
 SMALLEST_MASS = 1e-12
@@ -172,7 +171,7 @@ class LocationScale(Scaled):
         must call this with its share of the data. ``pairs`` (h, x) are a list or a loader, not a generator: levels go
         through them several times.
         """
-        observed = _Pairs(self, pairs)
+        observed = Remade(self._of_pair, pairs)
         how = self.scale.refit_per, self._event_dims, self.log_floor
         density = best_log_scale(observed, *how, None)
         if not torch.isfinite(density).all():
@@ -218,33 +217,20 @@ class LocationScale(Scaled):
     def _observed(self, residual: ResidualDistribution, loc: Tensor, x: Tensor) -> Observed:
         return Observed(residual, loc.detach(), loc.new_zeros(()), at_least_float32(x).to(loc.dtype))
 
-
-class _Pairs:
-    """Pairs (h, x), in the form that the solver reads, one at a time."""
-
-    def __init__(self, likelihood: LocationScale, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        if isinstance(pairs, Iterator):
-            raise ValueError("calibrate goes through its data more than once: pass a list or a loader, not a generator")
-        self.likelihood = likelihood
-        self.pairs = pairs
-
-    def __iter__(self) -> Iterator[Observed]:
-        for h, x in self.pairs:
-            residual, loc, raw = self.likelihood._split(h)
-            observed = self.likelihood._observed(residual, loc, x)
-            self.likelihood.check_data(observed.x, loc.shape, "density")
-            self._check_range(observed.x)
-            yield observed._replace(base=self.likelihood.scale.base(raw))
-
-    def _check_range(self, x: Tensor) -> None:
-        low, high = x.aminmax()
+    def _of_pair(self, pair: tuple[Tensor, Tensor]) -> Observed:
+        """A pair (h, x), checked, in the form that the solver reads."""
+        residual, loc, raw = self._split(pair[0])
+        observed = self._observed(residual, loc, pair[1])
+        self.check_data(observed.x, loc.shape, "density")
+        low, high = observed.x.aminmax()
         if not torch.isfinite(low + high):
             raise ValueError("calibrate was given data with NaN or infinite values; clean them first")
-        if self.likelihood.levels is not None and (low < -0.01 or high > 1.01):
+        if self.levels is not None and (low < -0.01 or high > 1.01):
             raise ValueError(
-                f"calibrate expects the {self.likelihood.levels} levels of the data in [0, 1], got values in [{float(low):.4g},"
+                f"calibrate expects the {self.levels} levels of the data in [0, 1], got values in [{float(low):.4g},"
                 f" {float(high):.4g}]; scale them, or build the likelihood with levels=None for real-valued data"
             )
+        return observed._replace(base=self.scale.base(raw))
 
 
 class Unscaled(Likelihood):

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, cast, final
 
 import torch
@@ -10,9 +11,9 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid, softplus
 
 from sigma_vae.likelihoods.base import Scaled, checked_features
-from sigma_vae.likelihoods.distributions import Shape
+from sigma_vae.likelihoods.residuals import Shape
 from sigma_vae.likelihoods.scales import Fit, Optimal, Per, Scale
-from sigma_vae.likelihoods.solve import Newton, Sums, highest, maximum, shared_shape
+from sigma_vae.likelihoods.solve import Newton, Remade, Sums, highest, maximum, shared_shape
 from sigma_vae.registry import Argument, register
 from sigma_vae.types import DataDistribution, Likelihood, Observes, at_least_float32
 
@@ -64,6 +65,12 @@ def negative_binomial_log_prob(k: Tensor, log_mean: Tensor, log_sigma: Tensor) -
         return _log_rising(r, k) - torch.lgamma(k + 1) - k * softplus(-odds) - r * softplus(odds)
 
     return _split_at_zero(k, at_zero, above_zero, log_mean, log_sigma)
+
+
+def _inflated(log_prob: Tensor, k: Tensor, zero_logit: Tensor) -> Tensor:
+    """Log-probability of each count, given that of those that are not zero for another reason."""
+    counted = log_prob + logsigmoid(-zero_logit)
+    return torch.where(k > 0, counted, torch.logaddexp(logsigmoid(zero_logit), counted))
 
 
 def _split_at_zero(k: Tensor, at_zero: Tensor, above_zero: Callable[..., Tensor], *parts: Tensor) -> Tensor:
@@ -283,9 +290,7 @@ class ZeroInflatedCounts(CountDistribution):
     def element_log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of each count."""
         value = self._checked(value)
-        log_prob = self.counts.element_log_prob(value)
-        counted = log_prob + logsigmoid(-self.zero_logit)
-        return torch.where(value > 0, counted, torch.logaddexp(logsigmoid(self.zero_logit), counted))
+        return _inflated(self.counts.element_log_prob(value), value, self.zero_logit)
 
     def element_cdf(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """F(x − 1) and F(x)."""
@@ -417,7 +422,7 @@ def best_log_sigma(
     """
     if per in ("batch", "image"):
         return _searched(data, per, event_dims, log_floor, start, steps)
-    columns = [_arranged(part, per, event_dims) for part in data] if isinstance(data, list) else _Columns(data, per, event_dims)
+    columns = _each(lambda part: _arranged(part, per, event_dims), data)
     sums = Sums("channel", 1)
     for part in columns:
         sums.add((part.x > 0)[None].double())
@@ -427,32 +432,21 @@ def best_log_sigma(
     for chosen, own in ((enough, "channel"), (~enough, "batch")):
         if bool(chosen.any()):
             first = None if start is None else known[chosen] if known.shape == chosen.shape else known
-            some = [_chosen(part, chosen) for part in columns] if isinstance(columns, list) else columns.of(chosen)
+            some = _each(partial(_chosen, columns=chosen), columns)
             found[chosen] = _searched(some, cast(Per, own), 1, log_floor, first, steps)
     shape = shared_shape(next(iter(data)).x.shape, per, event_dims)
     result: Tensor = found.reshape(shape)
     return result
 
 
-class _Columns:
-    """Data as matrices with a column for each group, a part at a time."""
-
-    def __init__(self, data: Iterable[Dispersed], per: Per, event_dims: int, chosen: Tensor | None = None) -> None:
-        self.how = data, per, event_dims
-        self.chosen = chosen
-
-    def of(self, chosen: Tensor) -> "_Columns":
-        """Only these columns."""
-        return _Columns(*self.how, chosen)
-
-    def __iter__(self) -> Iterator[Dispersed]:
-        data, per, event_dims = self.how
-        for part in data:
-            columns = _arranged(part, per, event_dims)
-            yield columns if self.chosen is None else _chosen(columns, self.chosen)
+def _each(change: Callable[[Dispersed], Dispersed], data: Iterable[Dispersed]) -> Iterable[Dispersed]:
+    """The parts changed: at once where they are a list (a batch in training), else each time that they are read."""
+    return [change(part) for part in data] if isinstance(data, list) else Remade(change, data)
 
 
 def _arranged(part: Dispersed, per: Per, event_dims: int) -> Dispersed:
+    """Its values as matrices with a column for each group."""
+
     def matrix(values: Tensor) -> Tensor:
         if per == "pixel":
             return values.reshape(-1, values.shape[-event_dims:].numel())
@@ -519,10 +513,7 @@ def _from_moments(data: Iterable[Dispersed], per: Per, event_dims: int) -> Tenso
 def _log_prob(part: Dispersed, log_sigma: Tensor) -> Tensor:
     log_sigma = part.base + log_sigma.to(part.log_mean.dtype)
     log_prob = negative_binomial_log_prob(part.x, part.log_mean, log_sigma)
-    if part.zero_logit is None:
-        return log_prob
-    counted = log_prob + logsigmoid(-part.zero_logit)
-    return torch.where(part.x > 0, counted, torch.logaddexp(logsigmoid(part.zero_logit), counted))
+    return log_prob if part.zero_logit is None else _inflated(log_prob, part.x, part.zero_logit)
 
 
 def dispersion_slopes(part: Dispersed, log_sigma: Tensor) -> Tensor:
@@ -771,11 +762,10 @@ class _Dispersion(CountLikelihood, Scaled):
         Raises:
             ValueError: there are no pairs, or they come from a generator, or features are not finite.
         """
-        if isinstance(pairs, Iterator):
-            raise ValueError("calibrate goes through its data more than once: pass a list or a loader, not a generator")
+        data = Remade(self._of_pair, pairs)
         super().calibrate(pairs)
         how = self.scale.refit_per, self._event_dims, self.log_floor
-        found = best_log_sigma(_Pairs(self, pairs), *how, self.scale.all_stored().get("level"))
+        found = best_log_sigma(data, *how, self.scale.all_stored().get("level"))
         if not torch.isfinite(found).all():
             raise ValueError("calibrate found no finite σ: the decoder's features are not finite (have its weights diverged?)")
         self.scale.store("level", found)
@@ -789,12 +779,23 @@ class _Dispersion(CountLikelihood, Scaled):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-rates, log σ, and logits of zeros; a training step solves an :class:`Optimal` scale for this x."""
         observes = self.check_observes(observes)
-        log_rate, raw, *zeros = self._split(h, self._scale_channels, *([self.zero_channels] if self.zero_channels else []))
-        logit = zeros[0] if zeros else None
+        log_rate, raw, logit = self._features(h)
         x = self._seen(x, log_rate)
         fit = self._fit(log_rate, x, logit) if x is not None and self.training and x.numel() and not refitted else None
         log_sigma = self.scale.refitted(raw, observes) if refitted else self.scale(raw, observes, fit)
         return log_rate, log_sigma, logit
+
+    def _features(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-rates, what the scale reads, and logits of zeros."""
+        log_rate, raw, *zeros = self._split(h, self._scale_channels, *([self.zero_channels] if self.zero_channels else []))
+        return log_rate, raw, zeros[0] if zeros else None
+
+    def _of_pair(self, pair: tuple[Tensor, Tensor]) -> Dispersed:
+        """A pair (h, x) in the form that the solver reads."""
+        log_rate, raw, logit = self._features(pair[0])
+        x = self._seen(pair[1], log_rate)
+        assert x is not None
+        return self._dispersed(log_rate, self.scale.base(raw), x, logit)
 
     def _fit(self, log_rate: Tensor, x: Tensor, logit: Tensor | None) -> Fit:
         def fit(per: Per) -> Tensor:
@@ -811,22 +812,6 @@ class _Dispersion(CountLikelihood, Scaled):
             axes = tuple(range(-self._event_dims, 0))
             log_rate = log_rate + x.sum(axes, keepdim=True).clamp_min(1e-30).log()
         return Dispersed.of(log_rate.detach(), base.detach(), x, None if logit is None else logit.detach())
-
-
-class _Pairs:
-    """Pairs (h, x), in the form that the solver reads, one at a time."""
-
-    def __init__(self, likelihood: _Dispersion, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self.likelihood = likelihood
-        self.pairs = pairs
-
-    def __iter__(self) -> Iterator[Dispersed]:
-        own = self.likelihood
-        for h, x in self.pairs:
-            log_rate, raw, *zeros = own._split(h, own._scale_channels, *([own.zero_channels] if own.zero_channels else []))
-            seen = own._seen(x, log_rate)
-            assert seen is not None
-            yield own._dispersed(log_rate, own.scale.base(raw), seen, zeros[0] if zeros else None)
 
 
 @register.likelihood("negative-binomial", argument=LIBRARY, counts=True)

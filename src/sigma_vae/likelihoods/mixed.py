@@ -11,10 +11,9 @@ from torch.nn.functional import log_softmax, logsigmoid
 
 from sigma_vae.columns import DF, Column, Row
 from sigma_vae.likelihoods.counts import Dispersed, dispersion_slopes, negative_binomial_log_prob, poisson_log_prob
-from sigma_vae.likelihoods.distributions import Shape
-from sigma_vae.likelihoods.residuals import LAPLACE, NORMAL, ResidualDistribution, student_t
+from sigma_vae.likelihoods.residuals import LAPLACE, NORMAL, ResidualDistribution, Shape, student_t
 from sigma_vae.likelihoods.scales import MOMENTUM, SPREAD_FLOOR, Fit, Optimal
-from sigma_vae.likelihoods.solve import MAX_ITERATIONS, Newton, Observed, best_log_scale
+from sigma_vae.likelihoods.solve import MAX_ITERATIONS, Newton, Observed, best_log_scale, check_repeats
 from sigma_vae.registry import register
 from sigma_vae.types import DataDistribution, Likelihood, Observes, at_least_float32
 
@@ -119,8 +118,7 @@ class Mixed(Likelihood):
 
         A column without an observed value keeps its σ.
         """
-        if isinstance(pairs, Iterator):
-            raise ValueError("calibrate goes through its data more than once: pass a list or a loader, not a generator")
+        check_repeats(pairs)
         for k, scale in self._used():
             data = _Numbers(self, k, pairs)
             found = best_log_scale(data, "channel", 1, scale.log_floor, None)
@@ -284,6 +282,7 @@ class MixedRow(DataDistribution):
         self._numbers = sum(map(len, row.numbers))
         self._binary = self._numbers + sum(map(len, row.counts))
         self._category = self._binary + len(row.binaries)
+        self._counts = [row.columns[i] for block in row.counts for i in block]
         self._owners, self._filled = row.owners.to(h.device), row.filled.to(h.device)
         super().__init__(h.shape[:-1], torch.Size((row.width,)), validate_args=False)
 
@@ -313,7 +312,7 @@ class MixedRow(DataDistribution):
         """F(x−) and F(x) of each float; 0 and 1 at masks and missing values."""
         x = self._checked(value)
         numbers = torch.cat([x[..., :0], *(residual.log_cdf(z).exp() for residual, z in self._residuals(x))], -1)
-        p = torch.cat([self._probability_of_one(x), self._category_logs.exp().expand(*x.shape[:-1], -1)], -1)
+        p = torch.cat([self._probability_of_one(self.h), self._category_logs.exp()], -1).expand(*x.shape[:-1], -1)
         one = x[..., self._binary : self.row.features] > 0.5
         counts = self._count_cdf(x)
         ends = torch.zeros_like(x[..., self.row.features :]), torch.ones_like(x[..., self.row.features :])
@@ -326,8 +325,8 @@ class MixedRow(DataDistribution):
     def mean(self) -> Tensor:
         """Locations of real values (their medians, in their own units), encoded means of counts, and probabilities."""
         h, none = self.h, self.h.new_zeros(*self.h.shape[:-1], len(self.row.columns))
-        binary = torch.sigmoid(h[..., self._binary : self._category])
-        return torch.cat([h[..., : self._numbers], self._count_mean(), binary, self._category_logs.exp(), none], -1)
+        means = self._encoded(torch.cat(self._count_log_means(h), -1).exp())
+        return torch.cat([h[..., : self._numbers], means, self._probability_of_one(h), self._category_logs.exp(), none], -1)
 
     @torch.no_grad()
     def sample(self, sample_shape: Shape = torch.Size(), generator: torch.Generator | None = None) -> Tensor:  # noqa: B008
@@ -339,7 +338,7 @@ class MixedRow(DataDistribution):
             for residual, part in zip(RESIDUALS, torch.split_with_sizes(loc, list(map(len, self.row.numbers)), -1), strict=True)
         ]
         numbers = loc + self.log_scale.exp() * torch.cat(noise, -1)
-        binary = torch.bernoulli(torch.sigmoid(h[..., self._binary : self._category]), generator=generator)
+        binary = torch.bernoulli(self._probability_of_one(h), generator=generator)
         return torch.cat(
             [
                 numbers,
@@ -367,57 +366,47 @@ class MixedRow(DataDistribution):
         density = torch.cat([residual.log_prob(z) for residual, z in self._residuals(x)], -1) - self.log_scale
         return density + self.row.log_slopes(x[..., : self._numbers])
 
-    def _count_columns(self) -> tuple[list[Column], list[Column]]:
-        poisson, negative = self.row.counts
-        return [self.row.columns[i] for i in poisson], [self.row.columns[i] for i in negative]
+    def _encoded(self, counts: Tensor) -> Tensor:
+        """Counts ``(..., columns)`` as they are written in a row."""
+        return torch.stack([c.encode(counts[..., i]) for i, c in enumerate(self._counts)], -1) if self._counts else counts
 
     def _count_log_means(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Log-means of Poisson and of negative binomial columns."""
-        sizes = list(map(len, self.row.counts))
-        parts = torch.split_with_sizes(h[..., self._numbers : self._binary], sizes, -1)
-        poisson, negative = (_log_mean(c, part) for c, part in zip(self._count_columns(), parts, strict=True))
-        return poisson, negative
+        split = len(self.row.counts[0])
+        part = h[..., self._numbers : self._binary]
+        return _log_mean(self._counts[:split], part[..., :split]), _log_mean(self._counts[split:], part[..., split:])
 
     def _count_log_prob(self, x: Tensor) -> Tensor:
         poisson, negative = self._count_log_means(self.h)
-        k = _counts_of([*self._count_columns()[0], *self._count_columns()[1]], x[..., self._numbers : self._binary])
+        k = _counts_of(self._counts, x[..., self._numbers : self._binary])
         split = len(self.row.counts[0])
         masses = negative_binomial_log_prob(k[..., split:].double(), negative.double(), -0.5 * self.log_dispersion.double())
         return torch.cat([poisson_log_prob(k[..., :split], poisson), masses.to(k)], -1)  # large log-gammas cancel
 
     def _count_cdf(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Masses below each count and up to it, summed one by one."""
-        columns = [*self._count_columns()[0], *self._count_columns()[1]]
-        part = x[..., self._numbers : self._binary]
-        k = _counts_of(columns, part)
+        k = _counts_of(self._counts, x[..., self._numbers : self._binary])
         below = torch.zeros_like(k)
         for smaller in range(int(k.max()) if k.numel() else 0):
-            encoded = torch.stack([c.encode(k.new_full(k.shape[:-1], float(smaller))) for c in columns], -1)
+            encoded = self._encoded(torch.full_like(k, float(smaller)))
             row = torch.cat([x[..., : self._numbers], encoded, x[..., self._binary :]], -1)
             below = below + torch.where(k > smaller, self._count_log_prob(row).exp(), 0.0)
         return below.clamp_max(1), (below + self._count_log_prob(x).exp()).clamp_max(1)
 
-    def _count_mean(self) -> Tensor:
-        columns = [*self._count_columns()[0], *self._count_columns()[1]]
-        means = torch.cat(self._count_log_means(self.h), -1).exp()
-        return torch.stack([c.encode(means[..., i]) for i, c in enumerate(columns)], -1) if columns else means
-
     def _count_sample(self, h: Tensor, generator: torch.Generator | None) -> Tensor:
         """Poisson draws; of negative binomials with a rate that is a Gamma draw."""
-        columns = [*self._count_columns()[0], *self._count_columns()[1]]
         poisson, negative = self._count_log_means(h)
         r = self.log_dispersion.exp().expand(negative.shape)
         gamma = torch._standard_gamma(r, generator=generator) if r.numel() else r
         rates = torch.cat([poisson.exp(), gamma / r * negative.exp()], -1)
-        k = torch.poisson(rates, generator=generator)
-        return torch.stack([c.encode(k[..., i]) for i, c in enumerate(columns)], -1) if columns else k
+        return self._encoded(torch.poisson(rates, generator=generator))
 
     def _binary_log_prob(self, x: Tensor) -> Tensor:
         part = slice(self._binary, self._category)
         return logsigmoid((2 * x[..., part] - 1) * self.h[..., part])
 
-    def _probability_of_one(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.h[..., self._binary : self._category]).expand(*x.shape[:-1], -1)
+    def _probability_of_one(self, h: Tensor) -> Tensor:
+        return torch.sigmoid(h[..., self._binary : self._category])
 
     @property
     def _category_logs(self) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol, TypeVar, cast
+from typing import Generic, NamedTuple, Protocol, TypeVar, cast, final
 
 import torch
 from torch import Tensor, distributed
@@ -11,14 +11,15 @@ from torch import Tensor, distributed
 from sigma_vae.likelihoods.residuals import RESIDUALS, ResidualDistribution
 from sigma_vae.likelihoods.scales import Per
 
-__all__ = ["Newton", "Observed", "Sums", "best_batch_log_scale", "best_log_scale", "highest", "maximum", "shared_shape"]
-
 HEAD = 2**16  # values
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-6
 LARGEST_LOG_SCALE = 12.0  # where the mean lies at the wrong end, an end level has its largest probability at σ = ∞
 COARSE = 6  # points that a maximum is compared with
 LARGEST_STEP = 0.7  # in log σ: a factor of two, so that a bad quadratic model cannot throw the search away
+
+Source = TypeVar("Source")
+Made = TypeVar("Made")
 
 
 class Observed(NamedTuple):
@@ -29,6 +30,25 @@ class Observed(NamedTuple):
     base: Tensor
     x: Tensor
     weight: Tensor | None = None
+
+
+@final
+class Remade(Generic[Made]):
+    """Data in the form that the solver reads, made from their source each time that it goes through them."""
+
+    def __init__(self, make: Callable[[Source], Made], source: Iterable[Source]) -> None:
+        check_repeats(source)
+        self.make = make
+        self.source = source
+
+    def __iter__(self) -> Iterator[Made]:
+        return map(self.make, self.source)
+
+
+def check_repeats(pairs: Iterable[object]) -> None:
+    """Refuse a generator, which is used up after one pass."""
+    if isinstance(pairs, Iterator):
+        raise ValueError("calibrate goes through its data more than once: pass a list or a loader, not a generator")
 
 
 class WithData(Protocol):

@@ -2,9 +2,8 @@
 
 import warnings
 
-from sigma_vae.networks.flat import FlatNetwork, conv, mlp
+from sigma_vae.networks.flat import FlatNetwork, conv, mlp, residual
 from sigma_vae.networks.hierarchical import HierarchicalNetwork, HierarchyPlan, hierarchical
-from sigma_vae.networks.residual import residual
 from sigma_vae.networks.sequence import SequenceNetwork, sequence
 from sigma_vae.networks.spatial import SpatialNetwork, spatial
 

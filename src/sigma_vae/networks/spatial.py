@@ -11,19 +11,10 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 
+from sigma_vae.networks.flat import OneLayer
 from sigma_vae.priors import StandardNormal
 from sigma_vae.registry import Argument, register
-from sigma_vae.types import (
-    Inference,
-    Maps,
-    Network,
-    Noise,
-    Prior,
-    Temperature,
-    at_least_float32,
-    per_layer,
-    standard_normal,
-)
+from sigma_vae.types import Maps, Noise, Prior, at_least_float32
 
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -30.0, 20.0
 """Limits of the posterior's log-variance, those of diffusers."""
@@ -38,7 +29,7 @@ CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv
 
 
 @final
-class SpatialNetwork(Network):
+class SpatialNetwork(OneLayer):
     r"""An encoder and a decoder with a feature map of latents between them, and a diagonal Gaussian posterior per place.
 
     .. math:: q(z|x) = \prod_{c, i} N(z_{ci}; \mu_{ci}(x), \sigma_{ci}^2(x))
@@ -93,32 +84,6 @@ class SpatialNetwork(Network):
         """One map per example, of the size for training data."""
         return Maps(self.channels, *self.space)
 
-    def infer(
-        self,
-        x: Tensor,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-        noise: Noise | None = None,
-        condition: Tensor | None = None,
-    ) -> Inference:
-        """Decode one posterior draw; the KL is summed over the map, ``(batch, 1)``."""
-        self.refuse_unread(context, mask, condition)
-        posterior = self.posterior(x)
-        return self.draw(x, posterior, standard_normal(posterior.loc, noise))
-
-    def generate(
-        self,
-        n: int,
-        context: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        temperature: Temperature = 1.0,
-        condition: Tensor | None = None,
-    ) -> Tensor:
-        """Features of n draws from the prior, of the training size."""
-        self.refuse_unread(context, condition=condition)
-        z = self.prior.sample(n, generator, per_layer(temperature, 1)[0])
-        return self.decode(z.reshape(n, self.channels, *self.space))
-
     def resize(self, size: Sequence[int]) -> None:
         """Take examples of this size from now on, for samples too, with the prior N(0, I) where the size changes.
 
@@ -159,35 +124,15 @@ class SpatialNetwork(Network):
         means, others = features.tensor_split([self.picture_channels], dim=1)
         return torch.cat([(means + 1) / 2, others], 1)
 
-    def draw(self, x: Tensor, posterior: Normal, unit: Tensor, condition: Tensor | None = None) -> Inference:
-        """Do what :meth:`infer` does, for given standard normal numbers ``(*draws, batch, channels, *space)``."""
-        self.refuse_unread(condition=condition)
-        axes = len(self.space) + 1
-        z = posterior.loc + posterior.scale * unit
-        vectors, flat = z.flatten(-axes), Normal(*self._flat(posterior), validate_args=False)
-        self._check_prior(vectors)
-        log_posterior = (-0.5 * unit.square() - posterior.scale.log() - 0.5 * math.log(2 * math.pi)).flatten(-axes).sum(-1)
-        h = self.decode(z.reshape(-1, *z.shape[-axes:]).to(x.dtype))
-        draws = unit.shape[:-axes]
-        return Inference(
-            h=h.reshape(*draws, *h.shape[1:]),
-            target=x.expand(*draws[:-1], *x.shape),
-            kl=self.prior.kl(flat, vectors).expand(draws).unsqueeze(-1),
-            log_ratio=self.prior.log_prob(vectors) - log_posterior,
-        )
-
     def latent_kl(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> list[Tensor]:
         """KL of each place and channel from N(0, 1), ``(batch, channels, *space)``, whatever prior was fitted."""
         self.refuse_unread(condition=condition)
         mean, std = (posterior := self.posterior(x)).loc, posterior.scale
         return [0.5 * (mean.square() + std.square() - 1) - std.log()]
 
-    def _flat(self, posterior: Normal) -> tuple[Tensor, Tensor]:
-        return posterior.loc.flatten(1), posterior.scale.flatten(1)
-
-    def _check_prior(self, vectors: Tensor) -> None:
-        (size,) = self.latents.sizes
-        if vectors.shape[-1] != size and self.prior.needs_fit:
+    def check_latents(self, z: Tensor) -> None:
+        """Refuse a map of another size than that of the latents that the prior was fitted to."""
+        if self.prior.needs_fit and z.shape[-len(self.space) :].numel() != math.prod(self.space):
             trained = "×".join(str(self.stride * n) for n in self.space)
             raise ValueError(
                 f"the {type(self.prior).__name__} was fitted to latents of examples of size {trained}, and knows no others;"

@@ -1,16 +1,16 @@
 """A run folder: trained into, resumed, opened, evaluated."""
 
-from sigma_vae.extras import needed_by
+from sigma_vae.registry import needed_by
 
 with needed_by("sigma_vae.runs"):
     import yaml  # noqa: F401  # every run has a config.yaml: what is missing is named before anything is read
 
-    from sigma_vae.runs.evaluate import compare, evaluate_run, evaluation_file, read_evaluation
+    from sigma_vae.evaluation.base import evaluation_batch
+    from sigma_vae.runs.evaluate import calibrate_run, compare, evaluate_run, evaluation_file, fit_prior, read_evaluation
     from sigma_vae.runs.folder import (
         Run,
         columns_of,
         config_of,
-        evaluation_batch,
         move_data,
         new_config,
         new_data,
@@ -20,7 +20,6 @@ with needed_by("sigma_vae.runs"):
         word_of,
     )
     from sigma_vae.runs.page import report
-    from sigma_vae.runs.refit import calibrate_run, fit_prior
     from sigma_vae.runs.train import has_checkpoint, rerun, resume, train
 
 __all__ = [

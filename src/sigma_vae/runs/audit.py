@@ -13,7 +13,7 @@ import torch
 from sigma_vae import __version__, models
 from sigma_vae.config import DataConfig, EvaluationSettings, RunConfig, read, write_whole
 from sigma_vae.data import Batches, Splits
-from sigma_vae.evaluation import Evaluation, EvaluationData
+from sigma_vae.evaluation import Evaluation, EvaluationData, evaluate
 from sigma_vae.evaluation.base import Estimate, Record, each_example, evaluation_batch
 from sigma_vae.evaluation.information import Information, information
 from sigma_vae.evaluation.plots import drawable, pairs, save_grid
@@ -131,7 +131,7 @@ def audit(
     found = information(vae, test, training, seed)
     assert isinstance(found, Information)
     statistics = vae.map_statistics(training)
-    gaussian = _fit(vae, test, training, seed)
+    gaussian = evaluate(vae, test, training, seed)
     numbers = _numbers(opened, found, statistics)
     dims = math.prod(splits.shape)
     return Audit(
@@ -139,7 +139,7 @@ def audit(
         data=splits.name,
         examples=len(test.store),
         gaussian=_as_fit(vae, gaussian, 8 * _scale(vae) ** 2 / dims),
-        laplace=_as_fit(laplace, _fit(laplace, test, training, seed), 2 * _scale(laplace)),
+        laplace=_as_fit(laplace, evaluate(laplace, test, training, seed), 2 * _scale(laplace)),
         psnr_db=_psnr(vae, test),
         rate_nats=gaussian.bounds.rate_nats,
         kl_weight=kl_weight,
@@ -157,7 +157,7 @@ def evaluate_audited(source: str, data: str, settings: EvaluationSettings, devic
     about: dict[str, Any] = {"data": splits.name, "split": settings.split, "network": source, "likelihood": "gaussian/optimal"}
     about |= {"prior": "standard", "sigma_fitted_on": fitted_on(splits, "validation")}
     examples = EvaluationData(held_out, training, splits)
-    return Evaluation(measure(vae, examples, settings, chosen(vae, examples, settings), lambda call: call()), about)
+    return Evaluation(measure(vae, examples, settings, chosen(vae, examples, settings)), about)
 
 
 def _open(source: str, data: str, device: str) -> _Opened:
@@ -188,12 +188,6 @@ def _folder(source: str) -> Path:
     except Exception as error:  # of the network, of the hub, of its cache
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"there is no folder {source} here, and the hub's client could not fetch it: {reason}") from error
-
-
-def _fit(vae: VAE, test: Batches, training: Batches, seed: int) -> Evaluation:
-    settings = EvaluationSettings(metrics=(), seed=seed)
-    examples = EvaluationData(test, training)
-    return Evaluation(measure(vae, examples, settings, chosen(vae, examples, settings), lambda call: call()))
 
 
 def _scale(vae: VAE) -> float:

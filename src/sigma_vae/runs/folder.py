@@ -15,8 +15,7 @@ import torch
 from sigma_vae import models
 from sigma_vae.config import DataConfig, RunConfig, parse, read, read_text, write, write_whole
 from sigma_vae.data import Batches, Scaling, Splits, names
-from sigma_vae.data.load import Whole, load_whole, refuse_unread, source_of
-from sigma_vae.data.mixed import mixed_splits, read_frame
+from sigma_vae.data.load import Whole, load_whole, mixed_splits, read_frame, refuse_unread, source_of
 from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.splits import SPLITS, Names, SplitName, fingerprint
 from sigma_vae.data.stores import InMemory
@@ -26,30 +25,6 @@ from sigma_vae.training import resolve_device
 from sigma_vae.training.checkpoints import exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first, from_first, shared
 from sigma_vae.vae import VAE
-
-__all__ = [
-    "SIGMA_FITTED_ON",
-    "NewData",
-    "Run",
-    "columns_of",
-    "config_of",
-    "data_of",
-    "evaluation_batch",
-    "fitted_on",
-    "lock_run",
-    "model_digest",
-    "move_data",
-    "new_config",
-    "new_data",
-    "open_model",
-    "open_run",
-    "read_json",
-    "save_refitted",
-    "sigma_fitted_on",
-    "word_of",
-    "write_json",
-    "write_splits",
-]
 
 SIGMA_FITTED_ON = "sigma_fitted_on"
 """Key of the record, in reports and in the file of the weights."""

@@ -14,15 +14,14 @@ from sigma_vae.config import DataConfig, RunConfig, parse, write
 from sigma_vae.data import Scaling, Splits, names
 from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.plots import drawable
-from sigma_vae.runs.evaluate import BOUNDS_ALONE, draw, evaluation, store
+from sigma_vae.runs.evaluate import BOUNDS_ALONE, check_latents, draw, evaluation, store, take_prior
 from sigma_vae.runs.folder import Run, config_of, data_of, fitted_on, save_refitted, write_json, write_splits
 from sigma_vae.runs.page import write_page
-from sigma_vae.runs.refit import check_latents, take_prior
 from sigma_vae.training import fit, held_out_examples, resolve_device
 from sigma_vae.training.checkpoints import BEFORE, LOCK, exclusive, with_remedy
 from sigma_vae.training.distributed import first_of_node_first, from_first, joined, processes
 from sigma_vae.training.hardware import Choices, choices_for
-from sigma_vae.training.nonfinite import FILE, first_broken, load_broken_step
+from sigma_vae.training.objective import FILE, first_broken, load_broken_step
 from sigma_vae.types import Observes
 from sigma_vae.vae import VAE
 

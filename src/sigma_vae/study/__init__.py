@@ -1,6 +1,6 @@
 """Studies: grids of runs as data, trained by one command, with a report of what they show."""
 
-from sigma_vae.extras import needed_by
+from sigma_vae.registry import needed_by
 
 with needed_by("sigma_vae.study"):
     from sigma_vae.study.grid import Cell, StudySpec, cells, read_spec

@@ -16,7 +16,7 @@ from sigma_vae.evaluation.base import Column
 from sigma_vae.evaluation.suite import columns
 from sigma_vae.registry import register
 from sigma_vae.runs.page import Section, Table
-from sigma_vae.study.grid import Cell, StudySpec, cells, format_place, in_words, network_facts
+from sigma_vae.study.grid import Cell, StudySpec, cells, format_place, in_words
 from sigma_vae.study.runner import tabulate
 
 if TYPE_CHECKING:
@@ -403,7 +403,7 @@ class Setting:
     @property
     def is_flat(self) -> bool:
         """Whether the network has one layer of flat latents, as far as the registry knows."""
-        return bool(network_facts(self.network).get("latents", "flat") == "flat")
+        return bool(register.network.fact(self.network, "latents", "flat") == "flat")
 
     @property
     def learns_prior(self) -> bool:
@@ -411,7 +411,7 @@ class Setting:
         if self.network not in register.network:
             return False
         chosen = inspect.signature(register.network.make(self.network)).parameters.get("learned_prior")
-        return bool(network_facts(self.network).get("learns_prior", False) if chosen is None else chosen.default)
+        return bool(register.network.fact(self.network, "learns_prior", False) if chosen is None else chosen.default)
 
 
 def _label(cell: Cell, axis: str | None) -> str:

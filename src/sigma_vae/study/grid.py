@@ -269,11 +269,6 @@ def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def network_facts(network: str) -> Mapping[str, Any]:
-    """Look up facts about a network; none for ``auto``, or where its package is not installed."""
-    return register.network.entry(network).facts if network in register.network else {}
-
-
 LEVELS = 256
 """Levels of pictures in a named data set, unless the config says otherwise."""
 
@@ -299,11 +294,10 @@ def _check(cell: Cell) -> None:
     made = models.likelihood(model.likelihood, channels=3, levels=data.levels or LEVELS, observes=model.observes)
     if model.network != "auto":
         models.check_network(model.network)
-    facts = network_facts(model.network)
     for name in cell.priors:
         if data.condition and register.prior.entry(name).facts.get("reads_condition", False):
             continue
-        if models.prior(name, latent_dim=2).needs_fit and not facts.get("has_prior", True):
+        if models.prior(name, latent_dim=2).needs_fit and not register.network.fact(model.network, "has_prior", True):
             raise ValueError(
                 f"the prior {name} has to be fitted, and {model.network} has no prior that can be replaced; take priors: [standard]"
             )
@@ -314,7 +308,7 @@ def _check(cell: Cell) -> None:
             raise ValueError(f"{metric} cannot be measured: {obstacle}; leave it out of the metrics")
     if "quality" in asked:
         _check_features(cell.evaluation)
-    if cell.evaluation.best_of is not None and not facts.get("reads_clips", True):
+    if cell.evaluation.best_of is not None and not register.network.fact(model.network, "reads_clips", True):
         raise ValueError(f"best_of counts predictions of video, and {model.network} reads no clips; leave it out")
 
 
@@ -325,7 +319,7 @@ def _obstacle(metric: str, model: ModelConfig, likelihood: Likelihood, *, known:
             return f"{model.likelihood} is only an objective on such data, and gives no probabilities"
         case "oracle" if not likelihood.has_scale:
             return f"{model.likelihood} has no σ"
-        case "information" if network_facts(model.network).get("latents") == "frames":
+        case "information" if register.network.fact(model.network, "latents") == "frames":
             return f"{model.network} has latents for each frame, and information is about flat or hierarchical latents"
     return None
 

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Batches, Splits
 from sigma_vae.data.splits import SplitName
-from sigma_vae.extras import needed_by
+from sigma_vae.registry import needed_by
 from sigma_vae.vae import VAE
 
 if TYPE_CHECKING:

@@ -20,18 +20,6 @@ from sigma_vae.data import Splits
 from sigma_vae.types import as_argument
 from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 
-__all__ = [
-    "Choices",
-    "Machine",
-    "Work",
-    "applied",
-    "choices_for",
-    "choose",
-    "keep_freed_memory",
-    "machine_of",
-    "work_of",
-]
-
 LEAST_FLOPS_OF_BFLOAT16 = 6e7
 """bfloat16 pays from this many operations in a step's forward pass; an MLP on 28×28 breaks even at a width of 100."""
 WIDE_KERNEL = 5

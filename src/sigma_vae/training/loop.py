@@ -21,9 +21,9 @@ from sigma_vae import models
 from sigma_vae.config import LoggerName, TrainingConfig
 from sigma_vae.data import Batches, Splits, as_splits
 from sigma_vae.data.splits import SplitName
-from sigma_vae.extras import needed_by
 from sigma_vae.networks.principal import sample_of
 from sigma_vae.progress import hidden
+from sigma_vae.registry import needed_by
 from sigma_vae.training.callbacks import Callback, Context, Patience, TrainingLogger, make_loggers, progress_of, rows_before
 from sigma_vae.training.checkpoints import Checkpoints, exclusive, newest, read_checkpoint, step_of
 from sigma_vae.training.distributed import (
@@ -42,13 +42,18 @@ from sigma_vae.training.distributed import (
     to_be_trained,
 )
 from sigma_vae.training.hardware import Choices, applied, choices_for
-from sigma_vae.training.nonfinite import REMEDY, NonFiniteLossError, keep_broken_step, with_saved_step
-from sigma_vae.training.objective import check_weights, is_weighted, validated_total
+from sigma_vae.training.objective import (
+    REMEDY,
+    NonFiniteLossError,
+    check_weights,
+    is_weighted,
+    keep_broken_step,
+    validated_total,
+    with_saved_step,
+)
 from sigma_vae.training.step import Stepper, Validation, augmented, check_augmentation, endless_skipping
 from sigma_vae.types import Batch, Observes
 from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
-
-__all__ = ["FitResult", "Terminated", "fit", "resolve_device"]
 
 CALIBRATION_VALUES = 2**20
 """Values in the refit before a validation, and in that on training data: a second's work, whatever the data."""

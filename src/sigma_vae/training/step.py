@@ -29,13 +29,9 @@ from sigma_vae.training.distributed import (
     whole_state,
 )
 from sigma_vae.training.hardware import Choices
-from sigma_vae.training.nonfinite import Suspect, diagnosis
-from sigma_vae.training.objective import StepLoss, current_sigma, is_weighted, step_loss, validated_total
+from sigma_vae.training.objective import StepLoss, Suspect, current_sigma, diagnosis, is_weighted, step_loss, validated_total
 from sigma_vae.types import Batch, Elbo, Flat, Noise, as_argument
 from sigma_vae.vae import VAE, keyed_noise, sigma_by_place
-
-__all__ = ["Averaged", "Stepper", "Validation", "augmented", "check_augmentation", "endless_skipping", "optimizer_for"]
-
 
 MOST_SKIPPED_IN_A_ROW = 100
 """A rare gradient that is skipped saves a training; where so many are, none will ever be small enough again."""

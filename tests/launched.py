@@ -18,8 +18,12 @@ from torch.multiprocessing import start_processes
 
 from sigma_vae.training import distributed
 
-PRELOADED = ["sigma_vae.training", "sigma_vae.runs", "sigma_vae.cli"]
-"""Imported once, and not in each process."""
+PRELOADED = [
+    *("sigma_vae.training", "sigma_vae.runs", "sigma_vae.cli"),
+    *("lightning_fabric", "torch._dynamo", "torch.utils.tensorboard"),
+    *("matplotlib.backends.backend_svg", "pandas", "pydantic", "sklearn.datasets", "sklearn.linear_model", "tyro"),
+]
+"""Imported once, and not in each process: ours, and what trainings and commands import where they need it, which takes seconds."""
 
 DEADLINE = 140.0
 """Seconds that processes may take together; they need 5 to 40, also beside other tests."""
@@ -66,6 +70,13 @@ def started(told: Path, task: Callable[..., int | None], *arguments: Any) -> For
     process = _preloaded().Process(target=_telling, args=(told, task, arguments), daemon=True)
     process.start()
     return process
+
+
+def executed(code: str, paths: list[str], folder: Path) -> None:
+    """Run code in a folder, where packages in these other folders are installed."""
+    sys.path[:0] = paths
+    os.chdir(folder)
+    exec(code, {})
 
 
 def ended(process: ForkServerProcess) -> int | None:

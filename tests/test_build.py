@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from launched import ended, executed, started
 
 import sigma_vae
 from sigma_vae import VAE, FlatNetwork, Gaussian, HierarchyPlan, mlp, models, networks
@@ -591,13 +592,12 @@ distance = stranger:Distance
 [sigma_vae.priors]
 uniform = stranger:Uniform
 """
-STRICT = ("-W", "error")
 METADATA = "Metadata-Version: 2.1\nName: strangers-package\nVersion: 1.0\n"
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process in which the package is installed."""
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder in which the package is installed."""
     site = tmp_path_factory.mktemp("site")
     (site / "stranger.py").write_text(CODE)
     info = site / "strangers_package-1.0.dist-info"
@@ -606,7 +606,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (info / "entry_points.txt").write_text(ENTRY_POINTS)
     (info / "RECORD").write_text("stranger.py,,\n")
     (info / "top_level.txt").write_text("stranger\n")
-    return installed(str(site))
+    return str(site)
 
 
 def installed(*paths: str) -> dict[str, str]:
@@ -614,13 +614,22 @@ def installed(*paths: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([*paths, *(path for path in sys.path if path)]), "OMP_NUM_THREADS": "1"}
 
 
-def python(code: str, env: dict[str, str], *options: str, folder: Path | None = None) -> tuple[str, str]:
-    """What the code prints on both streams in a process of its own."""
+def python(code: str, env: dict[str, str]) -> str:
+    """What the code prints in a Python of its own, in which warnings are errors."""
     done = subprocess.run(
-        [sys.executable, *options, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-W", "error", "-c", code], env=env, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, done.stderr
+    return done.stdout
+
+
+def printed(code: str, paths: list[str], folder: Path) -> str:
+    """What the code prints on both streams in a process that begins with our modules imported, but has looked up no name."""
+    told = folder / "told"
+    code_of_exit = ended(started(told, executed, code, paths, folder))
+    said = told.read_text(encoding="utf-8")
+    assert code_of_exit == 0, said[-3000:]
+    return said
 
 
 TRAINED = """
@@ -664,13 +673,11 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module", params=["gaussian/optimal", "distance:0.2"])
-def trained(
-    request: pytest.FixtureRequest, stranger: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict]:
+def trained(request: pytest.FixtureRequest, stranger: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     """A model of the stranger's network and prior, with our likelihood or theirs, and what it gave."""
     folder = tmp_path_factory.mktemp("strangers") / "model"
     code = f"OUT, LIKELIHOOD = {str(folder)!r}, {request.param!r}\n{TRAINED}"
-    return folder, json.loads(python(code, stranger, *STRICT)[0].splitlines()[-1])
+    return folder, json.loads(printed(code, [stranger], folder.parent).splitlines()[-1])
 
 
 def test_a_strangers_network_and_prior_do_all_that_ours_do(trained: tuple[Path, dict]) -> None:
@@ -723,13 +730,13 @@ try:
 except ValueError as error:
     print(error)
 """
-    assert "comes from the package evil" in python(code, installed(str(tmp_path)), *STRICT)[0]
+    assert "comes from the package evil" in python(code, installed(str(tmp_path)))
     assert not (tmp_path / "trace").exists()
 
 
-def test_help_texts_know_the_name(stranger: dict[str, str]) -> None:
+def test_help_texts_know_the_name(stranger: str) -> None:
     code = "from sigma_vae.registry import register; print(register.network.names(), register.network.entry('mirror').summary)"
-    assert python(code, stranger, *STRICT)[0] == (
+    assert python(code, installed(stranger)) == (
         "['autoencoder-kl', 'conv', 'hierarchical', 'mlp', 'residual', 'sequence', 'spatial', 'bare', 'mirror', 'whole']"
         " An mlp that reads its data mirrored\n"
     )
@@ -754,26 +761,25 @@ README = [
     ["replay", "first/config.yaml", "--out", "again"],
 ]
 SCRIPT = """
-import json, os, torch
+import json, torch
 from sigma_vae.cli import main
 torch.set_num_threads(1)
-codes = [main(words) for words in json.loads(os.environ["COMMANDS"])]
-print(json.dumps(codes))
+print(json.dumps([main(words) for words in COMMANDS]))
 """
 
 
-def run(env: dict[str, str], folder: Path, commands: list[list[str]]) -> tuple[list[int], str]:
+def run(paths: list[str], folder: Path, commands: list[list[str]]) -> tuple[list[int], str]:
     """Exit codes of these commands, run in this folder by one process; and all that they printed."""
-    out, err = python(SCRIPT, env | {"COMMANDS": json.dumps(commands)}, folder=folder)
-    return json.loads(out.splitlines()[-1]), out + err
+    said = printed(f"COMMANDS = {commands!r}\n{SCRIPT}", paths, folder)
+    return json.loads(said.splitlines()[-1]), said
 
 
 def named(network: str, prior: str) -> list[list[str]]:
     return [[{"NETWORK": network, "PRIOR": prior}.get(word, word) for word in words] for words in README]
 
 
-def test_a_whole_network_passes_every_command(stranger: dict[str, str], tmp_path: Path) -> None:
-    codes, said = run(stranger, tmp_path, named("whole", "mixture"))
+def test_a_whole_network_passes_every_command(stranger: str, tmp_path: Path) -> None:
+    codes, said = run([stranger], tmp_path, named("whole", "mixture"))
     assert codes == [0] * len(README), said
     first, again = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("first", "again"))
     assert first["prior"].startswith("mixture:")
@@ -783,26 +789,27 @@ def test_a_whole_network_passes_every_command(stranger: dict[str, str], tmp_path
     assert model["packages"]["network"] == "strangers-package"
 
 
-def test_a_bare_network_passes_every_command_but_those_of_its_latents(stranger: dict[str, str], tmp_path: Path) -> None:
-    codes, said = run(stranger, tmp_path, named("bare", "standard"))
+def test_a_bare_network_passes_every_command_but_those_of_its_latents(stranger: str, tmp_path: Path) -> None:
+    codes, said = run([stranger], tmp_path, named("bare", "standard"))
     refused = [words[0] for words, code in zip(README, codes, strict=True) if code]
     assert refused == ["encode", "fit-prior"], said
     assert "does not define posterior(x)" in said
     assert "single layer of flat latents" in said
 
 
-def test_help_and_errors_know_the_networks_of_packages(stranger: dict[str, str], tmp_path: Path) -> None:
-    told, _ = python("from sigma_vae.cli import main; main(['train', '--help-all'])", stranger | {"COLUMNS": "200"})
+def test_help_and_errors_know_the_networks_of_packages(stranger: str, tmp_path: Path) -> None:
+    code = "import os; from sigma_vae.cli import main; os.environ['COLUMNS'] = '200'; main(['train', '--help-all'])"
+    told = printed(code, [stranger], tmp_path)
     assert "- whole: A network of a test with a posterior" in told
-    _, said = run(stranger, tmp_path, [["train", "digits", "--network", "whle"]])
+    _, said = run([stranger], tmp_path, [["train", "digits", "--network", "whle"]])
     assert "did you mean 'whole'?" in said
-    _, said = run(installed(), tmp_path, [["train", "digits", "--network", "whole"]])
+    _, said = run([], tmp_path, [["train", "digits", "--network", "whole"]])
     assert "there is no network 'whole'" in said
 
 
-def test_a_run_names_the_package_that_is_missing(stranger: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_names_the_package_that_is_missing(stranger: str, tmp_path: Path) -> None:
     commands = [["train", "digits", "--network", "whole", "--max-steps", "2", "--out", "run"]]
-    assert run(stranger, tmp_path, commands)[0] == [0]
-    codes, said = run(installed(), tmp_path, [["sample", "run"], ["evaluate", "run"]])
+    assert run([stranger], tmp_path, commands)[0] == [0]
+    codes, said = run([], tmp_path, [["sample", "run"], ["evaluate", "run"]])
     assert codes == [1, 1]
     assert "comes from the package strangers-package" in said

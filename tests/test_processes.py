@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from launched import on_processes, results_of
@@ -437,12 +438,14 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_torchrun_trains_one_run_and_the_first_process_speaks(tmp_path):
+    np.save(tmp_path / "few.npy", np.random.default_rng(0).integers(0, 256, (100, 8, 8), dtype=np.uint8))
     size = ["--network", "mlp", "--width", "16", "--latent-dim", "2", "--epochs", "1", "--accumulate", "2"]
-    done = torchrun("train", "digits", *size, "--device", "cpu", "--out", str(tmp_path / "run"), "--json")
+    words = ["--test-fraction", "0.2", "--device", "cpu", "--out", str(tmp_path / "run"), "--json"]
+    done = torchrun("train", str(tmp_path / "few.npy"), *size, *words)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)  # of one process
     assert report == json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert report["examples"] == 180
+    assert report["examples"] == 20
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["processes"] == 2
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}

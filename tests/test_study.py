@@ -20,7 +20,8 @@ from scipy import stats
 from sigma_vae import study
 from sigma_vae.cli import main
 from sigma_vae.cli.study import Live, live_or_lines
-from sigma_vae.config import TrainingConfig
+from sigma_vae.config import DataConfig, TrainingConfig, write
+from sigma_vae.data import load
 from sigma_vae.registry import Entry, register
 from sigma_vae.study import grid
 from sigma_vae.study import runner as of_cells
@@ -32,13 +33,23 @@ TIMES = ["training_seconds", "core_seconds"]
 
 
 @pytest.fixture(scope="module")
-def spec():
-    return study.read_spec("smallest")
+def path_of_spec(tmp_path_factory):
+    """The smallest study, on the first 300 of the digits."""
+    folder = tmp_path_factory.mktemp("spec")
+    np.save(folder / "few.npy", load(DataConfig("digits")).values("train")[:300].mul(16).byte())
+    smallest = study.read_spec("smallest")
+    write(folder / "spec.yaml", replace(smallest, base=smallest.base | {"data": {"source": str(folder / "few.npy")}}))
+    return folder / "spec.yaml"
+
+
+@pytest.fixture(scope="module")
+def spec(path_of_spec):
+    return study.read_spec(str(path_of_spec))
 
 
 @pytest.fixture(scope="module")
 def finished(spec, tmp_path_factory):
-    """The smallest study, done on two processes."""
+    """The study, done on two processes."""
     out = tmp_path_factory.mktemp("study") / "out"
     study.run(spec, out, workers=2)
     return out
@@ -316,9 +327,9 @@ def test_a_setting_at_its_default_does_not_rename_a_cell(spec):
     assert [cell.key for cell in study.cells(same)] == [cell.key for cell in study.cells(spec)]
 
 
-def test_a_study_is_the_same_on_ray(spec, finished, tmp_path):
+def test_a_study_is_the_same_on_ray(path_of_spec, finished, tmp_path):
     pytest.importorskip("ray", reason="the backend ray needs its package")
-    words = ["study", "run", "smallest", "--backend", "ray", "--workers", "2", "--out", str(tmp_path / "out")]
+    words = ["study", "run", str(path_of_spec), "--backend", "ray", "--workers", "2", "--out", str(tmp_path / "out")]
     subprocess.run(
         [sys.executable, "-m", "sigma_vae", *words], check=True, capture_output=True, timeout=300
     )  # it warns as it likes
@@ -335,13 +346,13 @@ KILLED = """
 from pathlib import Path
 from sigma_vae import study
 if __name__ == "__main__":
-    study.run(study.read_spec("smallest"), Path({out!r}), workers=1)
+    study.run(study.read_spec({spec!r}), Path({out!r}), workers=1)
 """
 
 
-def test_a_killed_study_goes_on_without_repeating_what_was_finished(spec, finished, tmp_path):
+def test_a_killed_study_goes_on_without_repeating_what_was_finished(spec, path_of_spec, finished, tmp_path):
     out = tmp_path / "out"
-    (tmp_path / "killed.py").write_text(KILLED.format(out=str(out)))
+    (tmp_path / "killed.py").write_text(KILLED.format(spec=str(path_of_spec), out=str(out)))
     process = subprocess.Popen([sys.executable, str(tmp_path / "killed.py")], start_new_session=True)
     try:
         deadline = time.monotonic() + 120
@@ -361,7 +372,7 @@ def test_a_killed_study_goes_on_without_repeating_what_was_finished(spec, finish
 
 def test_a_cell_that_raises_is_written_down_and_tried_again(spec, tmp_path, capsys):
     broken = tmp_path / "broken.npz"
-    axes = {"data.source": ["digits", str(broken)], "seed": [0]}
+    axes = {"data.source": [spec.base["data"]["source"], str(broken)], "seed": [0]}
     content = {"title": "one is broken", "base": spec.base, "axes": axes}
     (tmp_path / "spec.yaml").write_text(json.dumps(content))
     words = ["study", "run", str(tmp_path / "spec.yaml"), "--out", str(tmp_path / "out"), "--workers", "1"]

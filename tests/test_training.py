@@ -5,14 +5,15 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from launched import ended, started
 from safetensors.torch import load_file
 from test_processes import SHAPE, Case, last, toy_data, toy_vae
 
@@ -27,6 +28,20 @@ from sigma_vae.types import Batch
 @pytest.fixture(scope="module")
 def digits():
     return load(DataConfig("digits"))
+
+
+@pytest.fixture(scope="module")
+def few(digits):
+    """With a fifth of the examples to train on."""
+    return replace(digits, train=digits.train.select(torch.arange(300)))
+
+
+@pytest.fixture(scope="module")
+def few_config(digits_config, few, tmp_path_factory):
+    """A run that trains on 243 of 300 examples, in 8 steps an epoch."""
+    path = tmp_path_factory.mktemp("few") / "few.npy"
+    np.save(path, few.values("train").mul(16).byte())
+    return replace(digits_config, data=DataConfig(str(path)))
 
 
 def small_vae(digits, seed=0, likelihood="gaussian/optimal"):
@@ -210,11 +225,11 @@ def test_nothing_to_resume_is_said(tmp_path, digits):
         fit(small_vae(digits), digits, out=tmp_path, resume=True)
 
 
-def test_resume_trains_further(digits_config, tmp_path):
+def test_resume_trains_further(few_config, tmp_path):
     short, long = tmp_path / "short", tmp_path / "long"
-    runs.train(digits_config, short, progress=False)
+    runs.train(few_config, short, progress=False)
     runs.resume(short, epochs=8, progress=False)
-    longer = replace(digits_config, training=replace(digits_config.training, epochs=8))
+    longer = replace(few_config, training=replace(few_config.training, epochs=8))
     runs.train(longer, long, progress=False)
     assert same(load_file(short / "model" / "model.safetensors"), load_file(long / "model" / "model.safetensors"))
     assert read(short / "config.yaml", RunConfig).training.epochs == 8
@@ -223,8 +238,8 @@ def test_resume_trains_further(digits_config, tmp_path):
     assert read(short / "config.yaml", RunConfig).training.epochs == 8
 
 
-def test_an_interrupted_resumption_remembers_how_far_it_was_to_go(digits_config, tmp_path, monkeypatch):
-    runs.train(replace(digits_config, training=replace(digits_config.training, epochs=1)), tmp_path / "run", progress=False)
+def test_an_interrupted_resumption_remembers_how_far_it_was_to_go(few_config, tmp_path, monkeypatch):
+    runs.train(replace(few_config, training=replace(few_config.training, epochs=1)), tmp_path / "run", progress=False)
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -235,51 +250,41 @@ def test_an_interrupted_resumption_remembers_how_far_it_was_to_go(digits_config,
             runs.resume(tmp_path / "run", epochs=3, progress=False)
     runs.resume(tmp_path / "run", progress=False)
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert state["step"] == 3 * 46
+    assert state["step"] == 3 * 8
 
 
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.99, "schedule": "cosine", "warmup_steps": 20}])
-def test_ctrl_c_leaves_a_run_that_resumes_to_the_very_same_model(options, digits_config, tmp_path):
-    training = replace(digits_config.training, epochs=15, log_every=1, validate_every=230, **options)
-    config = replace(digits_config, training=training)
+def test_ctrl_c_leaves_a_run_that_resumes_to_the_very_same_model(options, few_config, tmp_path):
+    training = replace(few_config.training, epochs=90, log_every=1, validate_every=230, **options)
+    config = replace(few_config, training=training)
     interrupted, whole = tmp_path / "interrupted", tmp_path / "whole"
     runs.train(config, whole, progress=False)
     interrupt_training(config, interrupted)
     stopped = torch.load(interrupted / "checkpoints" / "last.ckpt", weights_only=True)["step"]
-    assert 0 < stopped < 15 * 46
+    assert 0 < stopped < 90 * 8
     runs.resume(interrupted, progress=False)
     assert same(load_file(interrupted / "model" / "model.safetensors"), load_file(whole / "model" / "model.safetensors"))
     logged = [[row["step"] for row in rows(out) if row["train/loss_nats"]] for out in (interrupted, whole)]
     assert logged[0] == logged[1]
 
 
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-from sigma_vae import runs
-from sigma_vae.config import RunConfig
-from sigma_vae.config import read
-torch.set_num_threads(int(sys.argv[3]))
-runs.train(read(Path(sys.argv[1]), RunConfig), Path(sys.argv[2]), progress=False)
-"""
+def train_on_one_thread(config: RunConfig, out: Path) -> None:
+    torch.set_num_threads(1)  # as here
+    runs.train(config, out, progress=False)
 
 
 def interrupt_training(config: RunConfig, out: Path) -> None:
     """Train in a process of its own; Ctrl-C when some epochs are over."""
-    from sigma_vae.config import write
-
-    path = out.parent / "to-interrupt.yaml"
-    write(path, config)
-    arguments = [sys.executable, "-c", SCRIPT, str(path), str(out), str(torch.get_num_threads())]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, env=os.environ | {"PYTHONWARNINGS": "ignore"})
+    told = out.parent / "told"
+    process = started(told, train_on_one_thread, config, out)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if (out / "metrics.csv").exists() and len(rows(out)) > 30:
-            process.send_signal(signal.SIGINT)
+            os.kill(process.pid, signal.SIGINT)
             break
         time.sleep(0.01)
-    _, errors = process.communicate(timeout=60)
-    assert b"KeyboardInterrupt" in errors, errors.decode()
+    assert ended(process) == 1
+    assert "KeyboardInterrupt" in told.read_text()
 
 
 @pytest.mark.parametrize(
@@ -352,13 +357,13 @@ def test_what_is_no_likelihood_is_validated_by_its_objective(digits, tmp_path):
 @pytest.mark.parametrize(
     "likelihood", ["gaussian/running-minimum", "student-t:learned/optimal", "student-t:predicted/per-pixel"]
 )
-def test_new_likelihoods_train_and_survive_a_resumption(digits, tmp_path, likelihood):
-    whole, halved = (small_vae(digits, likelihood=likelihood) for _ in range(2))
-    train(whole, digits, epochs=2)
-    train(halved, digits, out=tmp_path, epochs=1)
-    train(halved, digits, out=tmp_path, epochs=2, resume=True)
+def test_new_likelihoods_train_and_survive_a_resumption(few, tmp_path, likelihood):
+    whole, halved = (small_vae(few, likelihood=likelihood) for _ in range(2))
+    train(whole, few, epochs=2)
+    train(halved, few, out=tmp_path, epochs=1)
+    train(halved, few, out=tmp_path, epochs=2, resume=True)
     assert same(weights(whole), weights(halved))
-    test = next(iter(digits.batches("test", 180))).x
+    test = next(iter(few.batches("test", 180))).x
     assert whole.eval().elbo(test).total.isfinite().all()
 
 
@@ -369,12 +374,12 @@ def test_weights_ruined_by_the_last_step_of_an_epoch_are_never_kept(digits, tmp_
     assert torch.load(kept, weights_only=True)["step"] == -1  # the start
 
 
-def test_a_run_that_ends_between_validations_can_be_resumed(digits_config, tmp_path):
-    training = replace(digits_config.training, epochs=2, validate_every=1000)
-    runs.train(replace(digits_config, training=training), tmp_path / "run", progress=False)
+def test_a_run_that_ends_between_validations_can_be_resumed(few_config, tmp_path):
+    training = replace(few_config.training, epochs=2, validate_every=1000)
+    runs.train(replace(few_config, training=training), tmp_path / "run", progress=False)
     runs.resume(tmp_path / "run", epochs=3, progress=False)
     steps = [int(row["step"]) for row in rows(tmp_path / "run") if row["train/loss_nats"]]
-    assert steps == list(range(0, 3 * 46, 5))
+    assert steps == list(range(0, 3 * 8, 5))
 
 
 def test_a_short_training_is_judged_on_half_as_many_examples_as_it_trained_on(digits_config, tmp_path, monkeypatch):
@@ -403,11 +408,11 @@ def test_after_fit_the_model_is_ready_to_be_evaluated(digits):
 
 
 @pytest.mark.parametrize("scale", ["running-minimum", "optimal-pixel", "shared", "per-image"])
-def test_averaged_weights_work_with_every_kind_of_scale(scale, digits, tmp_path):
-    vae = small_vae(digits, likelihood=f"gaussian/{scale}")
-    train(vae, digits, tmp_path, epochs=1, ema_decay=0.9)
-    train(vae, digits, tmp_path, epochs=2, ema_decay=0.9, resume=True)
-    assert vae.elbo(digits.values("test")).total.isfinite().all()
+def test_averaged_weights_work_with_every_kind_of_scale(scale, few, tmp_path):
+    vae = small_vae(few, likelihood=f"gaussian/{scale}")
+    train(vae, few, tmp_path, epochs=1, ema_decay=0.9)
+    train(vae, few, tmp_path, epochs=2, ema_decay=0.9, resume=True)
+    assert vae.elbo(few.values("test")).total.isfinite().all()
 
 
 # -- Micro-batches: what the accumulated gradient is, for each kind of σ -----------------------------------------------

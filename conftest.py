@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from sybil import Example, Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.doctest import DocTestParser
@@ -17,7 +18,9 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from sigma_vae import runs
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from sigma_vae.evaluation import plots
 from sigma_vae.registry import Registry, register
+from sigma_vae.runs import page
 
 # The tests' models are tiny: more threads only wait for each other. Processes that tests start inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -73,6 +76,19 @@ docstrings = Sybil(
 )
 pytest_collect_file = (pages + docstrings).pytest()
 
+# -- pages of runs -----------------------------------------------------------------------------------------------------
+
+svg = plots.svg
+
+
+def sketch(draw: plots.Draw, entries: int, height: float = 1.0) -> bytes:
+    """Plot the numbers of a page but do not lay them out and render them, which would take most of the time of a short run."""
+    draw(Figure().subplots())
+    return b"<svg/>"
+
+
+plots.svg = page.svg = sketch
+
 # -- a small trained run -----------------------------------------------------------------------------------------------
 
 MODEL = ModelConfig(network="mlp", likelihood="gaussian/optimal", latent_dim=4, width=32, prior="standard")
@@ -87,7 +103,10 @@ def digits_config() -> RunConfig:
 
 @pytest.fixture(scope="session")
 def digits_run(digits_config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run; tests read it, and write elsewhere."""
+    """The folder of a finished run, with its page as users have it; tests read it, and write elsewhere."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    runs.train(digits_config, folder, progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (plots, page):
+            patch.setattr(module, "svg", svg)
+        runs.train(digits_config, folder, progress=False)
     return folder

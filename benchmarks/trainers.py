@@ -69,7 +69,7 @@ def plain_loop(network: FlatNetwork, data: Splits, steps: int) -> Timed:
 def ours(network: Network, data: Splits, config: TrainingConfig, likelihood: Gaussian | None = None) -> Timed:
     """The library's trainer with everything on: bar, CSV, TensorBoard, validation, checkpoints; its final calibration is in the end."""
     timed = Timed(network)
-    watched = replace(data, train=Watched(data.train, timed.starts, config.batch_size))
+    watched = replace(data, train=Watched(data.train, timed.starts, config.examples_per_step(data.values_per_example)))
     vae = VAE(network, likelihood or Gaussian(data.shape[0], Fixed(1.0), mean="unit"))
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         fit(vae, watched, config, out=Path(folder) / "run", device="cpu")

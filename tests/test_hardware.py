@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import speed_gpu
 from sigma_vae import VAE, Gaussian, hierarchical, models
 from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig
-from sigma_vae.data import load
+from sigma_vae.data import as_splits, load
 from sigma_vae.training import fit
 from sigma_vae.training.hardware import Machine, Work, applied, choices_for, choose, machine_of, work_of
 from sigma_vae.training.objective import balance, losses
@@ -101,9 +101,19 @@ def test_a_training_says_in_one_line_what_was_chosen(digits, capsys):
     fit(vae_of(digits), digits, TrainingConfig(epochs=1), device="cpu")
     lines = capsys.readouterr().out.splitlines()
     chosen = choices_for(vae_of(digits), digits, TrainingConfig(), torch.device("cpu"))
-    assert lines[0] == f"{chosen}; start: principal"
+    assert lines[0] == f"{chosen}; batches of 128; start: principal"
     assert "float32, contiguous, fused optimiser, not compiled" in lines[0]
     assert lines[0].startswith(machine_of(torch.device("cpu")).name)
+
+
+@pytest.mark.parametrize(
+    ("shape", "asked", "size"), [((1, 8, 8), None, 128), ((1, 256, 128), None, 32), ((1, 256, 128), 40, 40)]
+)
+def test_large_examples_come_in_smaller_batches(shape, asked, size):
+    data = as_splits(torch.rand(100, *shape))
+    vae = models.vae(ModelConfig("mlp", latent_dim=1, width=2), data.shape, data.scaling)
+    done = fit(vae, data, TrainingConfig(epochs=1, batch_size=asked, start="random"), device="cpu", progress=False)
+    assert done.steps == -(-len(data.train) // size)
 
 
 def test_threads_and_memory_format_are_put_back(digits):

@@ -27,6 +27,7 @@ from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.suite import meaning, report_rows
 from sigma_vae.runs.evaluate import read_evaluation
 from sigma_vae.runs.page import Curves, advice, read_curves, shows
+from sigma_vae.training import loop
 from sigma_vae.training.callbacks import Bar, Lines
 
 CONFIG = RunConfig(DataConfig("digits"), ModelConfig("mlp"), TrainingConfig())
@@ -182,6 +183,14 @@ def test_its_latents_and_odd_examples_are_right(page: Page, digits_run: Path, tm
     table = pd.read_csv(tmp_path / "scores.csv").sort_values("elbo_nats")
     rows = page.tables["Examples with the lowest and the highest bound"][1:]
     assert [int(row[1]) for row in rows] == [*table["example"][:8], *table["example"][::-1][:8]]
+
+
+def test_a_short_training_has_a_page_of_few_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "CALIBRATION_VALUES", 5 * 64)
+    words = "train digits --network mlp --width 4 --max-steps 3 --batch-size 4 --prior standard --quiet --out".split()
+    assert main([*words, str(tmp_path / "run")]) == 0
+    assert read_evaluation(tmp_path / "run").bounds.examples == 3 * 4 // 2
+    assert "Of 6 test examples" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_page_of_a_run_without_its_data_has_the_rest(tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ LARGEST_COUNT = 10**15
 
 USUAL_EPOCHS, LEAST_STEPS, MOST_STEPS = 20, 4_000, 20_000
 """Length of a training whose epochs are not given: small data need many passes, and large data not many."""
+USUAL_BATCH, LEAST_BATCH, VALUES_PER_STEP = 128, 8, 2**20
+"""Examples in a step where their number is not given: fewer where they have more values than these, which take memory."""
 EMA_DECAY = 0.999
 
 
@@ -296,8 +298,9 @@ class TrainingConfig(_Strict):
     """Stop after this many steps, if that is sooner."""
     max_minutes: float | None = None
     """Stop after this many minutes, if that is sooner."""
-    batch_size: int = 128
-    """Examples per step, of all processes together: results mean the same on any number of them."""
+    batch_size: int | None = None
+    """Examples per step, of all processes together: results mean the same on any number of them. Unless given, 128, and
+    fewer, down to 8, where these have more than a million values: clips and large images take much memory."""
     random_crop: int | None = None
     """Train on a random square of this size of each image, or a piece of each series (networks whose latents are maps);
     evaluation is on whole examples."""
@@ -390,6 +393,15 @@ class TrainingConfig(_Strict):
     def decay(self) -> float | None:
         """Decay of the averaged weights; None where they are not averaged."""
         return self.ema_decay if self.ema_decay != "auto" else None if self.shard_weights else EMA_DECAY
+
+    def examples_per_step(self, values_per_example: int) -> int:
+        """Number of examples in a step: as given, or a power of two by their size.
+
+        >>> [TrainingConfig().examples_per_step(values) for values in (784, 3 * 64 * 64, 15 * 64 * 64, 3 * 512 * 512)]
+        [128, 64, 16, 8]
+        """
+        affordable = 1 << (VALUES_PER_STEP // values_per_example).bit_length() >> 1  # the power of two below
+        return self.batch_size or min(max(affordable, LEAST_BATCH), USUAL_BATCH)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Number of steps: of the epochs that are given, or by the size of the data; at most ``max_steps``.

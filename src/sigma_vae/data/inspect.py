@@ -116,7 +116,7 @@ def suggested(data: Splits) -> tuple[str, str]:
     >>> suggested(Splits("a table", *columns, Scaling(), record={}))[0]
     'gaussian/optimal-channel'
     """
-    size = math.prod(data.shape) * (data.frames or 1)
+    size = data.values_per_example
     n = min(len(data.train), max(LOOKED_AT // size, 1))
     looked_at = replace(data, train=data.train.select(torch.arange(n) * len(data.train) // n))
     passed = _Pass(looked_at)

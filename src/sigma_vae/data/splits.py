@@ -90,6 +90,11 @@ class Splits:
         """Frames per training clip; None for still data."""
         return self.train.shape[0] if self.clips else None
 
+    @property
+    def values_per_example(self) -> int:
+        """Number of values in one training example: in all frames of a clip."""
+        return math.prod(self.train.shape)
+
     def store(self, split: SplitName) -> Store:
         """The examples of a split."""
         if split not in self._parts:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PAGE = "report.html"
-EXAMPLES = 5_000
-"""Most test examples that the page measures calibration, latents and oddness on, evenly spaced."""
+EXAMPLES, VALUES = 5_000, 2**22
+"""Most test examples, and most of their values, that the page measures calibration, latents and oddness on."""
 EXTREMES = 8
 """Examples shown of the oddest, and of the most typical."""
 CURVES = {
@@ -398,7 +398,14 @@ class _Material(NamedTuple):
         if self.data is None:
             return None
         whole = self.data.batches("test", evaluation_batch(self.data), device=self.vae.device)
-        return part(whole, spaced(len(self.data.test), EXAMPLES))
+        return part(whole, self.shown)
+
+    @property
+    def shown(self) -> Tensor:
+        """Places of those examples: no more than the evaluation looked at, as each costs as much again."""
+        assert self.data is not None
+        affordable = max(VALUES // self.data.values_per_example, 2 * EXTREMES)
+        return spaced(len(self.data.test), min(EXAMPLES, affordable, self.evaluation.bounds.examples))
 
 
 def _write(made: _Material, missing: str) -> Path:
@@ -561,7 +568,7 @@ def _examples(made: _Material, test: Batches) -> Section:
     order = bound.argsort()
     n = min(EXTREMES, len(order) // 2 or 1)
     chosen = {"oddest": order[:n], "most typical": order.flip(0)[:n]}
-    names = made.data.names["test"][spaced(len(made.data.test), EXAMPLES).numpy()]
+    names = made.data.names["test"][made.shown.numpy()]
     rows = tuple(
         (kind, str(names[place]), f"{bound[place]:.2f}") for kind, places in chosen.items() for place in places.tolist()
     )

@@ -160,14 +160,14 @@ def _by_batch_size(found: Sequence[Setting]) -> Sequence[Setting]:
 
     def same(config: RunConfig) -> Hashable:
         training, model = config.training, replace(config.model, likelihood=OPTIMAL)
-        if training.max_steps is not None:
+        if training.max_steps is not None and training.batch_size is not None:
             training = replace(training, max_steps=training.max_steps * training.batch_size, epochs=1)
         return replace(config, seed=0, model=model, training=replace(training, batch_size=1, validate_every=None))
 
     return _grouped(found, same, lambda config: _batch_arm(config.model.likelihood, config.training.batch_size))
 
 
-def _batch_arm(likelihood: str, batch_size: int) -> str:
+def _batch_arm(likelihood: str, batch_size: int | None) -> str:
     return f"{likelihood}, {batch_size}"
 
 
@@ -482,7 +482,8 @@ def _batch_size(setting: Setting) -> list[Verdict]:
     def bound(likelihood: str, batch_size: int) -> Any:
         return setting.values(_batch_arm(likelihood, batch_size), ELBO)
 
-    sizes = sorted({done.cell.config.training.batch_size for arms in setting.ended.values() for done in arms})
+    given = {done.cell.config.training.batch_size for arms in setting.ended.values() for done in arms}
+    sizes = sorted(size for size in given if size is not None)
     means = {size: float(values.mean()) for size in sizes if len(values := bound(OPTIMAL, size))}
     if len(means) < 2:
         return [_lacking(f"{OPTIMAL} with several batch sizes and equally many images")]

@@ -183,6 +183,7 @@ FIRST_DEFAULTS = {
     "model.prior": STANDARD,
     "training.start": "random",
     "training.epochs": 20,
+    "training.batch_size": 128,
     "training.ema_decay": None,
     "training.patience": None,
     "training.sigma_from": "batch",

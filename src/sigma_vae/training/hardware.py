@@ -132,7 +132,7 @@ def _steps_per_call(machine: Machine, work: Work) -> int:
 
 def choices_for(vae: VAE, data: Splits, config: TrainingConfig, device: torch.device) -> Choices:
     """The settings that :func:`sigma_vae.training.fit` trains with."""
-    return choose(config, machine_of(device), work_of(vae, data, config.batch_size))
+    return choose(config, machine_of(device), work_of(vae, data, config.examples_per_step(data.values_per_example)))
 
 
 def machine_of(device: torch.device) -> Machine:

@@ -170,13 +170,12 @@ def fit(
             start = "resumed"
         check_augmentation(vae, splits, config)
         model = to_be_trained(vae, config)
-        batches = splits.batches(
-            "train", config.batch_size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size
-        )
+        size = config.examples_per_step(splits.values_per_example)
+        batches = splits.batches("train", size, shuffle=True, seed=seed, device=where, rank=us.rank, world_size=us.world_size)
         total_steps = _total_steps(config, len(batches), resumed)
         choices = choices_for(model, splits, config, where)
         if progress and us.first:
-            print(f"{choices}; start: {start}")
+            print(f"{choices}; batches of {size}; start: {start}")
             callbacks = [*callbacks, progress_of()]
         kept = None if out is None else folder
         named = config.logger if loggers is None else loggers
@@ -601,7 +600,7 @@ def _calibrated(vae: VAE, batches: Batches) -> dict[Observes, float]:
 
 def _calibrated_examples(data: Splits) -> int:
     """Number of examples in a quick refit."""
-    return max(CALIBRATION_VALUES // (math.prod(data.shape) * (data.frames or 1)), 2, processes().world_size)
+    return max(CALIBRATION_VALUES // data.values_per_example, 2, processes().world_size)
 
 
 def held_out_examples(config: TrainingConfig, data: Splits, steps: int) -> int:
@@ -610,7 +609,7 @@ def held_out_examples(config: TrainingConfig, data: Splits, steps: int) -> int:
     Validation, calibration and evaluation go over them about six times, each at a third of a step's cost: altogether no
     more than the training.
     """
-    return max(_calibrated_examples(data), steps * config.batch_size // 2)
+    return max(_calibrated_examples(data), steps * config.examples_per_step(data.values_per_example) // 2)
 
 
 def _sample(data: Splits, split: SplitName, where: torch.device | str = "cpu") -> Batches:

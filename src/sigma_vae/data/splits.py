@@ -1,6 +1,7 @@
 """Train, validation and test splits, raw and checked."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final

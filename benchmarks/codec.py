@@ -26,7 +26,7 @@ from sigma_vae import runs
 from sigma_vae.codec import Codec
 from sigma_vae.codec.bits_back import CELL, CELLS, Ints, Roundings, Stack
 from sigma_vae.codec.lossless import _reproducible, read
-from sigma_vae.data.splits import Batches
+from sigma_vae.data.batches import Batches
 from sigma_vae.evaluation import score
 
 SHEET = 256

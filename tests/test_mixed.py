@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from sigma_vae import VAE, FlatNetwork
 from sigma_vae.columns import DF, Column, Row
 from sigma_vae.config import DataConfig, parse
+from sigma_vae.data.batches import Scaling
 from sigma_vae.data.load import mixed_splits
 from sigma_vae.data.schema import TableSchema
-from sigma_vae.data.splits import Scaling
 from sigma_vae.likelihoods.mixed import Mixed, best_log_dispersion
 from sigma_vae.tabular import TabularVAE
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from sigma_vae import models
 from sigma_vae.config import ModelConfig, TrainingConfig
 from sigma_vae.data import Batches, Scaling, Splits
-from sigma_vae.data.splits import standardisation
+from sigma_vae.data.batches import standardisation
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation.anomaly import Anomalies, anomalies, p_values
 from sigma_vae.runs.evaluate import take_prior

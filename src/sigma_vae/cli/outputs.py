@@ -19,10 +19,10 @@ from sigma_vae.conditions import Given
 from sigma_vae.config import LARGEST_COUNT, DataConfig, RunConfig, check_seed, replacing
 from sigma_vae.data import Batches
 from sigma_vae.data.counts import write_h5ad
-from sigma_vae.data.levels import Array
 from sigma_vae.data.load import read_frame
 from sigma_vae.data.schema import TableSchema
 from sigma_vae.data.splits import Names
+from sigma_vae.data.stores import Array
 from sigma_vae.data.tables import on_time_axis
 from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.anomaly import Anomalies, Score, anomalies, check_scores, complexity_bits, p_values

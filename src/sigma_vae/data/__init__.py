@@ -3,9 +3,10 @@
 import warnings
 from typing import Any
 
+from sigma_vae.data.batches import Batches, Scaling
 from sigma_vae.data.load import load, names
 from sigma_vae.data.objects import as_batches, as_splits
-from sigma_vae.data.splits import Batches, Scaling, Splits
+from sigma_vae.data.splits import Splits
 
 __all__ = ["Batches", "Scaling", "Splits", "as_batches", "as_splits", "load", "names"]
 

@@ -21,9 +21,8 @@ from sigma_vae.conditions import split_name
 from sigma_vae.config import DataConfig, Layout
 from sigma_vae.data.archives import check_unpacked, gunzipped
 from sigma_vae.data.cache import digest_of, file_record, file_stamp, piece_of
-from sigma_vae.data.levels import Array, check_kind
 from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName, few
-from sigma_vae.data.stores import Encoded, Mapped, Part, UnreadableError
+from sigma_vae.data.stores import Array, Encoded, Mapped, Part, UnreadableError, check_kind
 from sigma_vae.registry import register
 
 _AXES: dict[Layout, int] = {layout: layout.count("-") + 1 for layout in get_args(Layout) if layout != "auto"}

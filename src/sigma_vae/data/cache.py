@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sigma_vae.data.levels import Array
-from sigma_vae.data.stores import Encoded, Mapped, UnreadableError
+from sigma_vae.data.stores import Array, Encoded, Mapped, UnreadableError
 
 FORMAT = 1
 FOLDER = ".sigma-vae"

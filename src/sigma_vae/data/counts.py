@@ -13,9 +13,8 @@ from sigma_vae.config import DataConfig, replacing
 from sigma_vae.data.archives import check_unpacked
 from sigma_vae.data.cache import file_record
 from sigma_vae.data.files import damaged, needed
-from sigma_vae.data.levels import Array, check_kind
 from sigma_vae.data.splits import Names, Raw, few
-from sigma_vae.data.stores import Generated, InMemory, Mapped, Sparse, Store, UnreadableError
+from sigma_vae.data.stores import Array, Generated, InMemory, Mapped, Sparse, Store, UnreadableError, check_kind
 from sigma_vae.registry import register
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from sigma_vae.config import DataConfig, Layout
 from sigma_vae.data.archives import LARGEST_MEMBER, Folder
 from sigma_vae.data.arrays import CLIPS, arranged, channels_first, layout_of, read_arrays, split_keys
 from sigma_vae.data.cache import file_record, file_stamp, remembered
-from sigma_vae.data.levels import Array
 from sigma_vae.data.pictures import (
     begins_like_picture,
     class_folder,
@@ -35,7 +34,7 @@ from sigma_vae.data.pictures import (
     split_by_folder,
 )
 from sigma_vae.data.splits import Raw, SplitName
-from sigma_vae.data.stores import Encoded, UnreadableError
+from sigma_vae.data.stores import Array, Encoded, UnreadableError
 from sigma_vae.data.videos import ENDINGS as VIDEOS
 from sigma_vae.data.videos import by_numbers
 from sigma_vae.registry import register

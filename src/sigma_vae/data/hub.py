@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 from sigma_vae.conditions import split_name
 from sigma_vae.config import DataConfig
 from sigma_vae.data.cache import file_stamp
-from sigma_vae.data.levels import Array
 from sigma_vae.data.pictures import PICTURE_OPTIONS, PicturePlan, plan, probe
 from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName
-from sigma_vae.data.stores import Encoded, Part, UnreadableError
+from sigma_vae.data.stores import Array, Encoded, Part, UnreadableError
 from sigma_vae.registry import Argument, register
 
 if TYPE_CHECKING:

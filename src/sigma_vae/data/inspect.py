@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sigma_vae.data.splits import SPLITS, SplitName, Splits, chunks, counted
+from sigma_vae.data.batches import chunks
+from sigma_vae.data.splits import SPLITS, SplitName, Splits, counted
 
 HEAVY_TAILS = 6.0
 """Excess kurtosis above which residuals probably have heavy tails too: twice that of a Laplace distribution."""
@@ -72,7 +73,7 @@ class Inspection:
 def inspect(data: Splits) -> Inspection:
     """Inspect a whole data set, a few examples at a time.
 
-    >>> from sigma_vae.data.splits import Scaling
+    >>> from sigma_vae.data.batches import Scaling
     >>> from sigma_vae.data.stores import InMemory
     >>> coins = [InMemory(torch.randint(0, 2, (n, 1, 4, 4), dtype=torch.uint8)) for n in (50, 5, 5)]
     >>> inspect(Splits("coins", *coins, Scaling(levels=2), record={"preprocessing": ""})).likelihood
@@ -109,7 +110,7 @@ def inspect(data: Splits) -> Inspection:
 def suggested(data: Splits) -> tuple[str, str]:
     """The likelihood that :func:`inspect` suggests, and why; of a large training split it looks at a part, evenly spaced.
 
-    >>> from sigma_vae.data.splits import Scaling
+    >>> from sigma_vae.data.batches import Scaling
     >>> from sigma_vae.data.stores import InMemory
     >>> columns = [InMemory(torch.randn(n, 3)) for n in (50, 5, 5)]
     >>> suggested(Splits("a table", *columns, Scaling(), record={}))[0]

@@ -21,12 +21,29 @@ import torch
 from sigma_vae.columns import Family
 from sigma_vae.conditions import Conditions, split_name
 from sigma_vae.config import DataConfig
+from sigma_vae.data.batches import Scaling, standardisation
 from sigma_vae.data.cache import cached, cached_rows, file_record, file_stamp
 from sigma_vae.data.counts import count_store
-from sigma_vae.data.levels import Array, Grid, discrete_columns, encode, find_grid, given_grid, native_levels, real_values
 from sigma_vae.data.schema import TableSchema
-from sigma_vae.data.splits import SPLITS, Names, Raw, Scaling, SplitName, Splits, few, fingerprint, hold_out, standardisation
-from sigma_vae.data.stores import Encoded, Generated, InMemory, Labelled, Mapped, Part, Sparse, Store
+from sigma_vae.data.splits import SPLITS, Names, Raw, SplitName, Splits, few, fingerprint, hold_out
+from sigma_vae.data.stores import (
+    Array,
+    Encoded,
+    Generated,
+    Grid,
+    InMemory,
+    Labelled,
+    Mapped,
+    Part,
+    Sparse,
+    Store,
+    discrete_columns,
+    encode,
+    find_grid,
+    given_grid,
+    native_levels,
+    real_values,
+)
 from sigma_vae.data.tables import TABLES, read_table, table_files
 from sigma_vae.registry import register
 

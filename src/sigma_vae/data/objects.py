@@ -28,13 +28,13 @@ from torch.utils.data import (
 from sigma_vae.conditions import split_name
 from sigma_vae.config import DataConfig, ImageConfig, Layout
 from sigma_vae.data.arrays import CLIPS, LARGE, arranged, layout_like, parts_by_key
+from sigma_vae.data.batches import Batches, Scaling
 from sigma_vae.data.counts import from_anndata, from_sparse
 from sigma_vae.data.hub import named_labels
-from sigma_vae.data.levels import Array
 from sigma_vae.data.load import load, names, refuse_unread, splits_from, store_of
 from sigma_vae.data.pictures import PICTURE_OPTIONS, PicturePlan, Probe, plan, probe_image
-from sigma_vae.data.splits import SPLITS, Batches, Raw, Scaling, SplitName, Splits, counted
-from sigma_vae.data.stores import Mapped, Part, Store
+from sigma_vae.data.splits import SPLITS, Raw, SplitName, Splits, counted
+from sigma_vae.data.stores import Array, Mapped, Part, Store
 from sigma_vae.data.tables import TABLE_OPTIONS, from_frames
 
 MEMORY = 2**30

@@ -23,9 +23,8 @@ import numpy as np
 from sigma_vae.config import DataConfig, ImageConfig
 from sigma_vae.data.archives import ARCHIVES, DAMAGED, SYSTEM_FOLDERS, Container, Folder, container
 from sigma_vae.data.cache import FOLDER, file_record, file_stamp, remembered
-from sigma_vae.data.levels import Array
 from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName
-from sigma_vae.data.stores import Encoded, UnreadableError
+from sigma_vae.data.stores import Array, Encoded, UnreadableError
 from sigma_vae.registry import register
 
 if TYPE_CHECKING:

@@ -22,8 +22,8 @@ from sigma_vae.conditions import split_name
 from sigma_vae.config import DataConfig
 from sigma_vae.data.archives import check_unpacked, gunzipped
 from sigma_vae.data.cache import file_record
-from sigma_vae.data.levels import Array
 from sigma_vae.data.splits import SPLIT_WORDS, SPLITS, Raw, SplitName, counted, few
+from sigma_vae.data.stores import Array
 from sigma_vae.registry import register
 
 if TYPE_CHECKING:

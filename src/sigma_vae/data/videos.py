@@ -22,7 +22,6 @@ import numpy as np
 from sigma_vae.config import ClipConfig, DataConfig
 from sigma_vae.data.archives import Folder
 from sigma_vae.data.cache import file_stamp, remembered
-from sigma_vae.data.levels import Array
 from sigma_vae.data.pictures import (
     PICTURE_OPTIONS,
     PicturePlan,
@@ -38,7 +37,7 @@ from sigma_vae.data.pictures import (
     to_read_heif,
 )
 from sigma_vae.data.splits import SPLIT_WORDS, Raw, SplitName, clip_lengths
-from sigma_vae.data.stores import Encoded, UnreadableError
+from sigma_vae.data.stores import Array, Encoded, UnreadableError
 from sigma_vae.registry import register
 
 if TYPE_CHECKING:

@@ -20,10 +20,9 @@ import numpy.typing as npt
 from sigma_vae.config import DataConfig
 from sigma_vae.data.arrays import read_images
 from sigma_vae.data.cache import file_record, file_stamp, remembered
-from sigma_vae.data.levels import Array
 from sigma_vae.data.named.images import FILES, find_splits, folders, mnist_5k, whose
 from sigma_vae.data.splits import ORDER, Raw, SplitName, clip_lengths, count_of, shuffled
-from sigma_vae.data.stores import Encoded, Generated, UnreadableError
+from sigma_vae.data.stores import Array, Encoded, Generated, UnreadableError
 from sigma_vae.registry import register
 
 _BAIR_ARCHIVE = "bair_robot_pushing_dataset_v0.tar"

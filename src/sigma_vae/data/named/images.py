@@ -26,10 +26,9 @@ from sigma_vae.data.archives import DAMAGED, Container, Folder, container
 from sigma_vae.data.arrays import read_images, read_labels
 from sigma_vae.data.cache import file_record, file_stamp
 from sigma_vae.data.hub import HubError, HubPlace, fetch, labels_of, pictures_of
-from sigma_vae.data.levels import Array
 from sigma_vae.data.pictures import PicturePlan, Probe, plan, probe
 from sigma_vae.data.splits import Raw, SplitName
-from sigma_vae.data.stores import Encoded, Part, UnreadableError
+from sigma_vae.data.stores import Array, Encoded, Part, UnreadableError
 from sigma_vae.registry import register
 
 VARIABLE = "SIGMA_VAE_DATA"

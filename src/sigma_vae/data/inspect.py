@@ -127,48 +127,61 @@ def suggested(data: Splits) -> tuple[str, str]:
 
 
 class _Pass:
-    """Sums over the training split, channel by channel, in float64."""
+    """Counts of the levels of a training split, or sums over its real values in float64, channel by channel."""
 
     def __init__(self, data: Splits) -> None:
         self.data = data
         channels = data.shape[0]
+        self.used = torch.zeros(channels, data.levels or 0, dtype=torch.int64)
         self.count = 0
         self.whole = True
         self.shift: Tensor | None = None
         self.powers = torch.zeros(4, channels, dtype=torch.float64)
         self.least = torch.full((channels,), math.inf, dtype=torch.float64)
         self.largest = torch.full((channels,), -math.inf, dtype=torch.float64)
-        self.used = torch.zeros(data.levels or 0, dtype=torch.int64)
         self.first: Tensor | None = None
         self.changes: Tensor | None = None
 
     def add(self, stored: Tensor) -> None:
         """Add a few examples in stored form."""
         examples = stored.flatten(0, 1) if self.data.clips else stored
-        if self.data.levels is not None:
-            self.used += torch.bincount(examples.flatten().to(torch.int64), minlength=self.data.levels)
-        values = examples.double() / ((self.data.levels or 2) - 1)
-        self.whole = self.whole and bool(((values >= 0) & (values == values.round())).all())
-        if self.first is None:
-            self.first, self.changes = values[0].clone(), torch.zeros(values.shape[1:], dtype=torch.bool)
-            self.shift = values.transpose(0, 1).flatten(1).mean(1)
-        assert self.changes is not None
-        assert self.shift is not None
-        self.changes |= (values != self.first).any(0)
-        rows = values.transpose(0, 1).flatten(1)
+        if self.first is None or self.changes is None:
+            self.first, self.changes = examples[0].clone(), torch.zeros(examples.shape[1:], dtype=torch.bool)
+        self.changes |= (examples != self.first).any(0)
+        rows = examples.transpose(0, 1).flatten(1)
+        if self.data.levels is None:
+            self._add_real(rows.double())
+        else:
+            places = rows.to(torch.int64) + self.data.levels * torch.arange(len(rows))[:, None]
+            self.used += torch.bincount(places.flatten(), minlength=self.used.numel()).reshape(self.used.shape)
+
+    def _add_real(self, rows: Tensor) -> None:
+        self.whole = self.whole and bool(((rows >= 0) & (rows == rows.round())).all())
+        if self.shift is None:
+            self.shift = rows.mean(1)
         self.least = torch.minimum(self.least, rows.amin(1))
         self.largest = torch.maximum(self.largest, rows.amax(1))
         centred = rows - self.shift[:, None]  # near the mean, so that fourth powers keep their digits
-        self.powers += torch.stack([(centred**k).sum(1) for k in (1, 2, 3, 4)])
+        squares = centred.square()
+        self.powers += torch.stack([centred.sum(1), squares.sum(1), (squares * centred).sum(1), squares.square().sum(1)])
         self.count += rows.shape[1]
 
     def channels(self) -> tuple[ChannelStatistics, ...]:
-        assert self.shift is not None
-        m1, m2, m3, m4 = self.powers / self.count
-        variance = (m2 - m1**2).clamp_min(0)
-        fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
+        """The statistics of each channel."""
+        if self.data.levels is None:
+            assert self.shift is not None
+            m1, m2, m3, m4 = self.powers / self.count
+            mean, variance = self.shift + m1, (m2 - m1**2).clamp_min(0)
+            fourth, least, largest = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4, self.least, self.largest
+        else:
+            levels = torch.arange(self.data.levels, dtype=torch.float64) / (self.data.levels - 1)
+            share = self.used.double() / self.used.sum(1, keepdim=True)
+            mean = share @ levels
+            variance, fourth = ((share * (levels - mean[:, None]) ** k).sum(1) for k in (2, 4))
+            least, largest = (torch.where(self.used > 0, levels, end) for end in (math.inf, -math.inf))
+            least, largest = least.amin(1), largest.amax(1)
         kurtosis = torch.where(variance > 0, fourth / variance.square().clamp_min(1e-300) - 3, 0.0)
-        columns = (self.shift + m1, variance.sqrt(), self.least, self.largest, kurtosis)
+        columns = (mean, variance.sqrt(), least, largest, kurtosis)
         return tuple(ChannelStatistics(*row) for row in torch.stack(columns, 1).tolist())
 
     def constant_values(self) -> int:
@@ -176,10 +189,11 @@ class _Pass:
         return int((~self.changes).sum())
 
     def levels_used(self) -> int | None:
-        return int((self.used > 0).sum()) if len(self.used) else None
+        return None if self.data.levels is None else int((self.used.sum(0) > 0).sum())
 
     def ends(self) -> tuple[float, float]:
-        return float(self.used[0] / self.used.sum()), float(self.used[-1] / self.used.sum())
+        share = self.used.sum(0) / self.used.sum()
+        return float(share[0]), float(share[-1])
 
 
 def _duplicates(data: Splits) -> tuple[Duplicates, ...]:

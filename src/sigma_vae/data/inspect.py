@@ -152,8 +152,7 @@ class _Pass:
         if self.data.levels is None:
             self._add_real(rows.double())
         else:
-            places = rows.to(torch.int64) + self.data.levels * torch.arange(len(rows))[:, None]
-            self.used += torch.bincount(places.flatten(), minlength=self.used.numel()).reshape(self.used.shape)
+            self.used += torch.stack([torch.bincount(row, minlength=self.data.levels) for row in rows])
 
     def _add_real(self, rows: Tensor) -> None:
         self.whole = self.whole and bool(((rows >= 0) & (rows == rows.round())).all())

@@ -153,11 +153,12 @@ def _distinct(arrays: Sequence[Array]) -> Array:
     """All values that occur, in order."""
     if arrays[0].dtype.name not in _NATIVE:
         return np.unique(np.concatenate([np.unique(array) for array in arrays]))
-    counts = np.zeros(_NATIVE[arrays[0].dtype.name], dtype=bool)
-    for array in arrays:
-        for part in _parts(array):
-            counts[part.reshape(-1)] = True
-    return np.flatnonzero(counts)
+    occurs = np.zeros(_NATIVE[arrays[0].dtype.name], dtype=bool)
+    for part in (part for array in arrays for part in _parts(array)):
+        occurs[part.reshape(-1)] = True
+        if occurs.all():  # as with most pictures, after a few of them
+            break
+    return np.flatnonzero(occurs)
 
 
 def _parts(array: Array) -> Iterator[Array]:

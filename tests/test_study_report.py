@@ -15,6 +15,7 @@ from scipy import stats
 
 from sigma_vae import study
 from sigma_vae.cli import main
+from sigma_vae.evaluation import plots
 from sigma_vae.study import report as report_function
 from sigma_vae.study.claims import CLAIMS
 from sigma_vae.study.comparisons import settings
@@ -41,6 +42,13 @@ NUMBERS = {  # one for each of ARMS
     "ssim": (0.5,) * 7,
 }
 ERROR = "ValueError: <script>alert(1)</script> & |more|"
+svg = report_function.__globals__["svg"]
+
+
+@pytest.fixture(autouse=True)
+def sketched(monkeypatch):
+    """Reports that a test makes for their words have plots without layout, as pages of runs have; those of fixtures are whole."""
+    monkeypatch.setitem(report_function.__globals__, "svg", plots.svg)
 
 
 def a_spec(seeds=3, likelihoods=ARMS, network="mlp", along=None, **more):
@@ -381,6 +389,7 @@ def test_it_is_the_same_but_for_the_date(spec, out, tmp_path, monkeypatch):
             return pd.Timestamp("2099-01-01")
 
     monkeypatch.setitem(report_function.__globals__, "datetime", Later)
+    monkeypatch.setitem(report_function.__globals__, "svg", svg)
     study.report(copy)
     for name in ("report.html", "report.md"):
         ours, theirs = ((folder / name).read_text().splitlines() for folder in (out, copy))

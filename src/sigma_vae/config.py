@@ -10,10 +10,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar
 
 from sigma_vae.registry import Names, register
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "LARGEST_COUNT",
@@ -558,12 +562,21 @@ def parse(content: Any, kind: type[Config], where: str) -> Config:
     import pydantic
 
     try:
-        return pydantic.TypeAdapter(kind).validate_python(content)
+        validated: Config = _adapter(kind).validate_python(content)  # type: ignore[arg-type]  # types are hashable
+        return validated
     except pydantic.ValidationError as error:
         # Values are shortened: they may be a file's whole content.
         shown = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']} (got {_shown(e['input'])})" for e in error.errors()]
         problems = "; ".join(shown[:PROBLEMS])
         raise ValueError(f"{where} is not a {getattr(kind, '__name__', kind)}: {problems}") from error
+
+
+@cache
+def _adapter(kind: type[Any]) -> "TypeAdapter[Any]":
+    """Made once for each kind, as that takes a hundred times as long as to validate."""
+    import pydantic
+
+    return pydantic.TypeAdapter(kind)
 
 
 def _shown(value: Any) -> str:

@@ -19,7 +19,7 @@ from sigma_vae import models, runs
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.data import Scaling, Splits, as_batches, as_splits, load
-from sigma_vae.data import splits as scaling
+from sigma_vae.data import batches as scaling
 from sigma_vae.data.inspect import inspect
 from sigma_vae.data.splits import SPLITS
 from sigma_vae.data.stores import InMemory

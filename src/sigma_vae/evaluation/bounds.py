@@ -376,6 +376,8 @@ def entropy_identity(vae: VAE, batches: Batches, seed: int = 0) -> EntropyIdenti
 # -- likelihood under the best linear model, probabilistic PCA: a bound that every VAE should exceed -------------------
 
 MOST_COMPONENTS = 256
+QUICK_EXAMPLES = 2_000
+"""Training examples for probabilistic PCA where few examples are evaluated, as after a short training."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -420,7 +422,9 @@ class PpcaMetric(Metric):
     def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> LinearBound | None:
         """With as many components as the model has latents, at most 256."""
         assert data.training is not None
-        return ppca(vae, data.training, data.held_out, min(sum(vae.network.latents.sizes), MOST_COMPONENTS))
+        components = min(sum(vae.network.latents.sizes), MOST_COMPONENTS)
+        most = None if settings.examples is None else max(settings.examples, QUICK_EXAMPLES)
+        return ppca(vae, data.training, data.held_out, components, most)
 
     def rows(self, result: LinearBound) -> Iterator[Row]:
         """The likelihood, in nats and in bits."""
@@ -442,7 +446,7 @@ class PpcaMetric(Metric):
             )
 
 
-def ppca(vae: VAE, training: Batches, held_out: Batches, components: int) -> LinearBound | None:
+def ppca(vae: VAE, training: Batches, held_out: Batches, components: int, most: int | None = None) -> LinearBound | None:
     r"""Fit probabilistic PCA to training data, and compute the likelihood of held-out data.
 
     Of levels at a distance Δ, the bound is that of uniform dequantisation (Theis et al. 2016, arXiv 1511.01844),
@@ -454,11 +458,12 @@ def ppca(vae: VAE, training: Batches, held_out: Batches, components: int) -> Lin
         training: at most 12 000 of its examples are used, and at most half a billion of its values.
         held_out: examples to score.
         components: number of linear latents; fewer where the data have fewer dimensions or examples.
+        most: training examples to use, if fewer.
 
     Returns:
         None where the training data have no variance.
     """
-    few = part(training, sample_of(len(training.store), training.store.shape).sort().values)
+    few = part(training, sample_of(len(training.store), training.store.shape)[:most].sort().values)
     fitted = principal(lambda: (batch.x.cpu() for batch in few), components)
     if fitted is None:
         return None

@@ -270,7 +270,7 @@ def _transform(latent_dim: int, seed: int, context: int = 0) -> nn.Module:
 
 # -- a flow of latent maps ---------------------------------------------------------------------------------------------
 
-MATCHING_STEPS, MATCHING_BATCH_SIZE, MATCHING_RATE = 1000, 128, 2e-3
+MATCHING_STEPS, MATCHING_PASSES, MATCHING_BATCH_SIZE, MATCHING_RATE = 1000, 100, 128, 2e-3
 WIDTH = 48
 MATCHING_LOOK_EVERY = 100
 """Steps between two measurements on held-out latents."""
@@ -323,7 +323,7 @@ class FlowMatchingPrior(FittedPrior):
         latent_dim: size of z.
         shape: of the map that z is the flat form of, ``(C, *space)`` with one or two axes of space; ``(latent_dim,)``
             unless given.
-        steps: of its training, with 128 latents each; 1 000 unless given.
+        steps: of its training, with 128 latents each; unless given 1 000, but no more than 100 passes over the latents.
 
     Shapes:
         z ``(*batch, latent_dim)``, log_prob and kl ``(*batch,)`` in nats.
@@ -374,7 +374,8 @@ class FlowMatchingPrior(FittedPrior):
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(seed)
             net = _Net(self.shape[0], len(self.shape) - 1).to(self.mean.device)
-            best = _learn(net, units, others, generator, self.steps or MATCHING_STEPS)
+            usual = min(MATCHING_STEPS, MATCHING_PASSES * -(-len(units) // MATCHING_BATCH_SIZE))
+            best = _learn(net, units, others, generator, self.steps or usual)
         self.net.load_state_dict(best)
         self.mean.copy_(mean)
         self.std.copy_(std)

@@ -13,6 +13,7 @@ from typing import Any, final
 import numpy as np
 import pytest
 import torch
+from launched import on_processes
 from linear_gaussian import (
     DIM,
     EXACT,
@@ -28,7 +29,7 @@ from linear_gaussian import (
 )
 from PIL import Image
 from scipy import integrate, special, stats
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 
 from sigma_vae import (
     VAE,
@@ -595,7 +596,7 @@ def one_rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    multiprocessing.spawn(one_rank, args=(str(tmp_path),), nprocs=PROCESSES)
+    on_processes(PROCESSES, one_rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(PROCESSES)]
     for name, alone in all_reports({}).items():
         tolerance = 1e-5 if name == "layers" else 1e-6  # the only one in float32

@@ -12,8 +12,9 @@ import torch
 from cases import CASES, FAMILIES, FLOOR, LEAST_SIGMA, NAMES, Case, Family, features_and_data, log_density, log_mass, minimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched import on_processes
 from scipy import stats
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 
 from sigma_vae import Fixed, Gaussian, Laplace, Optimal, PerImage, PerPixel, RunningMinimum, Shared, StudentT, models
 from sigma_vae.cli import main
@@ -451,7 +452,7 @@ def one_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(one_rank, args=(str(folder),), nprocs=len(SHARDS))
+    on_processes(len(SHARDS), one_rank, str(folder))
     return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(len(SHARDS))]
 
 

@@ -6,6 +6,7 @@
     python -m benchmarks.speed --part compile    # what compilation wins, and what it costs
     python -m benchmarks.speed --part elbo       # test ELBO after equal training
     python -m benchmarks.speed --part precision  # whether bfloat16 does harm
+    python -m benchmarks.speed --part steps      # milliseconds a step of several networks, by precision and memory format
     python -m benchmarks.speed --part sooner     # seconds to what others reach in 10 epochs
 
 Each writes its part of ``OUT/speed.json`` measurement by measurement, and goes on where it was stopped. Seconds are the processor's, of one
@@ -36,8 +37,8 @@ from sigma_vae.config import DataConfig, HardwareConfig, TrainingConfig
 from sigma_vae.data import Splits
 from sigma_vae.networks import FlatNetwork
 
-RESULTS = Path("benchmarks/results")
-Part = Literal["plain", "images", "tiny", "compile", "elbo", "precision", "sooner"]
+RESULTS, FASHION = Path("benchmarks/results"), "fashion-mnist"
+Part = Literal["plain", "images", "tiny", "steps", "compile", "elbo", "precision", "sooner"]
 Measured = dict[str, Any]
 
 LEVERS = ("retaining allocator", "fused optimiser", "bfloat16", "bfloat16, channels last")
@@ -54,6 +55,13 @@ TINY = (
     WITH_LINEAR_PATH,
 )
 COMPILED_STEPS = {"tiny, float32": 400, "mlp, bfloat16": 100, "residual, bfloat16": 40, "conv, bfloat16": 16}
+FORMATS = ("float32", "float32, channels-last", "bfloat16", "bfloat16, channels-last")
+STEPS = [
+    *(f"{network}, {form}" for network in ("conv", "residual", "hierarchical:tiny") for form in FORMATS),
+    *(f"mlp {width}, {form}" for width in (32, 64, 100, 150, 200, 300, 400) for form in ("float32", "bfloat16")),
+]
+"""Networks, with the width where it is not the usual one, and what a step computes in."""
+COUNTED_STEPS = {"conv": 12, "hierarchical:tiny": 20, "residual": 60}
 EQUAL = ("pythae", "plain loop", "ours, all")
 EQUAL_STEPS = 200
 PRECISION_STEPS = {"conv": 422, "residual": 1266, "mlp": 4220, "hierarchical:tiny": 422}
@@ -67,7 +75,7 @@ RIVAL_EPOCHS = 10
 SOONER = {
     f"{network}, batches of {batch}, {images} images": (network, batch, images)
     for network, batch, budgets in (
-        ("mlp", 128, (6_400, 27_000, 54_000)),
+        ("mlp", 128, (1_280, 6_400, 27_000, 54_000)),
         ("conv", 32, (90_000, 180_000)),
         ("residual", 64, (480_000,)),
         ("hierarchical:tiny", 64, (15_000, 40_000)),
@@ -85,7 +93,7 @@ def main(
     epochs: int = 10,
     only: tuple[str, ...] = (),
     case: str = "",
-    data: str = "fashion-mnist",
+    data: str = FASHION,
 ) -> None:
     """Measure one part.
 
@@ -106,12 +114,14 @@ def main(
             plain(path, models.data(DataConfig(data)), epochs, seed=0)
     else:
         results = each(part, path, rounds, data, only or tuple(cases(part)))
-        print("\n".join(table(part, results, kept(path, "plain").get("rows", []))))
+        loop = kept(path, "plain").get("rows", []) if data == FASHION else []
+        print("\n".join(table(part, results, loop)))
 
 
 def each(part: Part, path: Path, rounds: int, data: str, chosen: tuple[str, ...]) -> dict[str, list[Measured]]:
     """Every chosen case in every round, unless it is there already."""
-    results: dict[str, list[Measured]] = kept(path, part).get("results", {})
+    place = part if data == FASHION else f"{part}, {Path(data).stem}"
+    results: dict[str, list[Measured]] = kept(path, place).get("results", {})
     for number in range(rounds):
         for case in chosen:
             rows = results.setdefault(case, [])
@@ -119,7 +129,7 @@ def each(part: Part, path: Path, rounds: int, data: str, chosen: tuple[str, ...]
                 rows.append(in_fresh_process(part, f"{case}|{number}", data))
                 print(case, rows[-1], flush=True)
                 command = f"python -m benchmarks.speed --part {part} --rounds {rounds} --only {shlex.join(chosen)}"
-                keep(path, part, {"command": command, "results": results})
+                keep(path, place, {"command": command, "results": results})
     return results
 
 
@@ -128,6 +138,7 @@ def cases(part: Part) -> list[str]:
     if part == "precision":
         return [f"{network}, {precision}" for network in PRECISION_STEPS for precision in ("float32", "bfloat16")]
     return {
+        "steps": STEPS,
         "compile": [f"{case}, {how}" for case in COMPILED_STEPS for how in ("eager", "compiled")],
         "images": [*IMAGES],
         "tiny": [*TINY],
@@ -157,6 +168,8 @@ def measured(part: Part, case: str, number: str, data: str) -> Measured:
         return {"milliseconds_a_step": timed.milliseconds(warmup=per_epoch)}
     if part == "compile":
         return compiled(*case.rsplit(", ", 1), splits, seed)
+    if part == "steps":
+        return stepped(*case.split(", ", 1), splits, seed)
     if part == "elbo":
         timed = train_one(case, "conv", slice_of(splits, EQUAL_STEPS * BATCH), EQUAL_STEPS, seed)
         return {"test_elbo_nats": judged_elbo(timed.network, splits)}
@@ -200,6 +213,16 @@ def trained(network: str, splits: Splits, config: TrainingConfig, seed: int) -> 
         "all_seconds": timed.end - began,
         "test_elbo_nats": judged_elbo(timed.network, splits),
     }
+
+
+def stepped(network: str, form: str, splits: Splits, seed: int) -> Measured:
+    """Milliseconds of a step of ``gaussian/optimal`` in a precision and a memory format."""
+    torch.set_num_threads(1)
+    (precision, _, layout), steps = form.partition(", "), COUNTED_STEPS.get(network, 200)
+    hardware = HardwareConfig(precision=precision, memory_format=layout or "contiguous")  # type: ignore[arg-type]
+    config = TrainingConfig(max_steps=steps, batch_size=BATCH, start="random", hardware=hardware)
+    timed = ours(network_named(network, splits, seed), splits, config, Gaussian(splits.shape[0], mean="unit"))
+    return {"milliseconds_a_step": timed.milliseconds(warmup=4)}
 
 
 def compiled(case: str, how: str, splits: Splits, seed: int) -> Measured:

@@ -50,9 +50,12 @@ def tiny(data: Splits) -> FlatNetwork:
 
 
 def network_named(name: str, data: Splits, seed: int) -> Network:
-    """``tiny``, or one of the library's, with one feature channel a data channel."""
+    """``tiny``, or one of the library's (``mlp 100``: of that width), with one feature channel a data channel."""
     torch.manual_seed(seed)
-    return tiny(data) if name == "tiny" else models.network(name, data.shape, data.shape[0])
+    name, _, width = name.partition(" ")
+    return (
+        tiny(data) if name == "tiny" else models.network(name, data.shape, data.shape[0], width=int(width) if width else None)
+    )
 
 
 def plain_loop(network: FlatNetwork, data: Splits, steps: int) -> Timed:

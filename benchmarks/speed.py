@@ -76,6 +76,7 @@ SOONER = {
     f"{network}, batches of {batch}, {images} images": (network, batch, images)
     for network, batch, budgets in (
         ("mlp", 128, (1_280, 6_400, 27_000, 54_000)),
+        ("mlp", 64, (64_000, 128_000)),
         ("conv", 32, (90_000, 180_000)),
         ("residual", 64, (480_000,)),
         ("hierarchical:tiny", 64, (15_000, 40_000)),

@@ -375,6 +375,8 @@ def test_the_command_line_audits_and_evaluates(
     report = json.loads(capsys.readouterr().out)
     assert report["rate_nats"]["mean"] == pytest.approx(found["rate_nats"]["mean"])
     assert report["iwae"]["iwae_nats"]["mean"] >= report["elbo_nats"]["mean"]
+    assert main(["evaluate", f"hf-vae:{folder}", *options, "--examples", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 2
 
 
 def test_a_name_on_the_hub_is_fetched_without_pickles(folder: Path, monkeypatch: pytest.MonkeyPatch, data: Path) -> None:

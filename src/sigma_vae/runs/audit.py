@@ -153,9 +153,13 @@ def evaluate_audited(source: str, data: str, settings: EvaluationSettings, devic
     vae, _, splits = _open(source, data, device)
     size = evaluation_batch(splits)
     vae.calibrate(splits.batches("validation", size, device=vae.device), settings.seed)
+    count = len(splits.store(settings.split))
+    splits = splits.sampled(settings.split, settings.examples or count)
     held_out, training = (splits.batches(name, size, device=vae.device) for name in (settings.split, "train"))
     about: dict[str, Any] = {"data": splits.name, "split": settings.split, "network": source, "likelihood": "gaussian/optimal"}
     about |= {"prior": "standard", "sigma_fitted_on": fitted_on(splits, "validation")}
+    if len(held_out.store) < count:
+        about["of_examples"] = count
     examples = EvaluationData(held_out, training, splits)
     return Evaluation(measure(vae, examples, settings, chosen(vae, examples, settings)), about)
 

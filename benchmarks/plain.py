@@ -30,8 +30,8 @@ FIRST_LOOKS = (0.25, 0.5)
 """Fractions of the first epoch after which the model is judged too."""
 
 
-class FashionImages(Dataset[Tensor]):
-    """Images in memory as bytes; each becomes a PIL image, then a tensor in [0, 1], whenever it is asked for."""
+class PilImages(Dataset[Tensor]):
+    """Images ``(n, H, W)`` or ``(n, H, W, 3)`` in memory as bytes; each becomes a PIL image, then a tensor in [0, 1], whenever it is asked for."""
 
     def __init__(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         self.images = images
@@ -40,19 +40,26 @@ class FashionImages(Dataset[Tensor]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return to_tensor(Image.fromarray(self.images[index], mode="L"))
+        return to_tensor(Image.fromarray(self.images[index]))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """Height × width of bytes to ``(1, H, W)`` in [0, 1], in the steps of torchvision's ToTensor."""
+    """Bytes to ``(channels, H, W)`` in [0, 1], in the steps of torchvision's ToTensor."""
     pixels = torch.from_numpy(np.array(image, np.uint8, copy=True))
-    return pixels.view(image.size[1], image.size[0], 1).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+    return (
+        pixels.view(image.size[1], image.size[0], len(image.getbands()))
+        .permute(2, 0, 1)
+        .contiguous()
+        .to(torch.float32)
+        .div(255)
+    )
 
 
 def images_of(data: Splits) -> DataLoader[Tensor]:
     """The training split in the usual pipeline."""
-    bytes_ = data.train.take(torch.arange(len(data.train))).numpy()[:, 0]
-    return DataLoader(FashionImages(bytes_), BATCH, shuffle=True, num_workers=0)
+    channels_last = data.train.take(torch.arange(len(data.train))).movedim(1, -1)
+    bytes_ = np.ascontiguousarray(channels_last.squeeze(-1).numpy())
+    return DataLoader(PilImages(bytes_), BATCH, shuffle=True, num_workers=0)
 
 
 @dataclass

@@ -31,7 +31,7 @@ FIRST_LOOKS = (0.25, 0.5)
 
 
 class PilImages(Dataset[Tensor]):
-    """Images ``(n, H, W)`` or ``(n, H, W, 3)`` in memory as bytes; each becomes a PIL image, then a tensor in [0, 1], whenever it is asked for."""
+    """Bytes ``(n, H, W)`` or ``(n, H, W, 3)`` in memory; each image becomes PIL's, then a tensor in [0, 1], whenever it is asked for."""
 
     def __init__(self, images: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         self.images = images

@@ -15,7 +15,7 @@ from sybil.document import PythonDocStringDocument
 from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
-from sigma_vae import runs
+from sigma_vae import runs, study
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.evaluation import plots
@@ -87,6 +87,7 @@ def sketch(draw: plots.Draw, entries: int, height: float = 1.0) -> bytes:
     return b"<svg/>"
 
 
+assert study.report.__globals__["svg"] is svg, "reports of studies, which have been imported, stay whole"
 plots.svg = page.svg = sketch
 
 # -- a small trained run -----------------------------------------------------------------------------------------------

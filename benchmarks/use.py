@@ -26,7 +26,7 @@ SHORT = 3
 """Steps of the shortest training."""
 LONGER = 30
 """Steps of the training whose run the other commands are given."""
-LIMIT = 240.0
+LIMIT = 120.0
 """Processor seconds after which a command is ended."""
 PICTURES, PICTURE_SIDE = 30_000, 64
 ROWS, COLUMNS = 1_000_000, 50

@@ -185,12 +185,22 @@ def test_its_latents_and_odd_examples_are_right(page: Page, digits_run: Path, tm
     assert [int(row[1]) for row in rows] == [*table["example"][:8], *table["example"][::-1][:8]]
 
 
-def test_a_short_training_has_a_page_of_few_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "examples"),
+    [
+        ("--network mlp --batch-size 4 --prior standard", 3 * 4 // 2),
+        ("--network spatial:f2c1 --batch-size 430 --prior flow-matching:1", 3 * 430 // 2 // 10),
+    ],
+    ids=["usual", "a prior whose densities take long"],
+)
+def test_a_short_training_has_a_page_of_few_examples(
+    options: str, examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loop, "CALIBRATION_VALUES", 5 * 64)
-    words = "train digits --network mlp --width 4 --max-steps 3 --batch-size 4 --prior standard --quiet --out".split()
+    words = f"train digits {options} --width 4 --max-steps 3 --quiet --out".split()
     assert main([*words, str(tmp_path / "run")]) == 0
-    assert read_evaluation(tmp_path / "run").bounds.examples == 3 * 4 // 2
-    assert "Of 6 test examples" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert read_evaluation(tmp_path / "run").bounds.examples == examples
+    assert f"Of {examples} test examples" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_page_of_a_run_without_its_data_has_the_rest(tmp_path: Path) -> None:

@@ -21,14 +21,15 @@ from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from sigma_vae import VAE, Fixed, FlatNetwork, Gaussian, Optimal, hierarchical, mlp, models, runs
 from sigma_vae.cli import main
 from sigma_vae.config import ModelConfig, RunConfig, read
-from sigma_vae.data import Scaling
-from sigma_vae.evaluation.elbo import standard_prior
+from sigma_vae.data import Batches, Scaling
+from sigma_vae.data.stores import InMemory
+from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.priors import FittedPrior, FlowPrior, GaussianPrior, MixturePrior, StandardNormal, flow
 from sigma_vae.priors.gaussian import best_prior
 from sigma_vae.runs import evaluate
 from sigma_vae.types import Batch, Prior
 from sigma_vae.types import fitted as fit_to
-from sigma_vae.vae import SEED_OFFSET, keyed_noise
+from sigma_vae.vae import SEED_OFFSET, keyed_noise, standard_prior
 
 WEIGHTS = np.array([0.5, 0.3, 0.2])
 MEANS = np.array([[-1.5, 0.0], [1.0, 1.2], [1.2, -1.0]])
@@ -719,3 +720,18 @@ def test_a_resumed_run_is_given_its_prior_anew(digits_config: RunConfig, tmp_pat
     second = runs.resume(tmp_path / "run", epochs=2, progress=False)
     assert first["prior"] == second["prior"] == "gaussian"
     assert first["standard_prior"] != second["standard_prior"]
+
+
+def test_sigma_and_calibration_do_not_ask_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, batches = VAE(mlp((1, 4, 4), 1, latent_dim=2, width=4), Gaussian(1, levels=None)), torch.rand(4, 16, 1, 4, 4)
+    held_out = Batches(InMemory(batches[0]), Scaling(), 16)
+    vae.calibrate(batches)
+    sigma, measured = vae.likelihood.sigma(), calibration(vae, held_out).to_json()
+    vae.fit_prior(batches, GaussianPrior(2))
+    prior = vae.network.prior
+    monkeypatch.setattr(GaussianPrior, "kl", None)
+    monkeypatch.setattr(GaussianPrior, "log_prob", None)
+    vae.calibrate(batches)
+    assert vae.likelihood.sigma() == sigma
+    assert calibration(vae, held_out).to_json() == measured
+    assert vae.network.prior is prior

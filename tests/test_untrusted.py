@@ -509,7 +509,7 @@ def test_no_number_breaks_a_command(command, option, extreme, small_memory, caps
         raise ValueError("legal")
 
     monkeypatch.chdir(tmp_path)
-    for module, name in (("train", "_finish"), ("evaluate", "measure"), ("refit", "save_refitted")):
+    for module, name in (("train", "_finish"), ("evaluate", "measure"), ("evaluate", "save_refitted")):
         monkeypatch.setattr(sys.modules[f"sigma_vae.runs.{module}"], name, legal)
     special = next((words for names, words in PLACES[command].items() if option in names.split()), PLACES[command][""])
     words = [extreme.get(word, word) for word in special]

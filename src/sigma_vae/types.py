@@ -153,6 +153,8 @@ class Prior(nn.Module, ABC):
     """Whether :meth:`fit` has to be called before the prior can be used."""
     least_latents: int = 0
     """The smallest number of latents that :meth:`fit` accepts."""
+    density_passes: int = 1
+    """About how many passes of its network a density takes as long as: after short trainings, fewer examples are evaluated."""
 
     def given(self, condition: Tensor | None) -> "Prior":
         """p(z|c) of the examples with these conditions ``(batch, variables)``; itself, where it does not depend on them."""

@@ -16,7 +16,7 @@ from sigma_vae.conditions import Given
 from sigma_vae.networks.autoencoder_kl import as_autoencoder_kl
 from sigma_vae.networks.sequence import FRAMES, starts
 from sigma_vae.networks.spatial import MapStatistics, map_statistics
-from sigma_vae.priors.gaussian import best_prior
+from sigma_vae.priors.gaussian import StandardNormal, best_prior
 from sigma_vae.registry import needed_by
 from sigma_vae.types import (
     Batch,
@@ -372,7 +372,7 @@ class VAE(nn.Module):
             loader: batches ``x`` or ``(x, ...)`` in a fixed order, or :class:`Batch` with positions; no generator.
             seed: of the posterior's noise.
         """
-        with in_eval_mode(self):
+        with in_eval_mode(self), standard_prior(self):
             self.likelihood.calibrate(FeaturePairs(self.network, loader, seed, self.device))
 
     @torch.no_grad()
@@ -593,6 +593,28 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in training:
             part.training = mode
+
+
+def has_fitted_prior(vae: "VAE") -> bool:
+    """Whether the network has a replaceable prior that was fitted to latents, after training with N(0, I)."""
+    return vae.network.has_prior and not vae.network.prior.is_standard and not vae.network.prior.is_learned
+
+
+@contextmanager
+def standard_prior(vae: "VAE") -> Iterator[None]:
+    """Give the model N(0, I) for a block; a model without a fitted prior is left as it is.
+
+    The density of a fitted prior may take longer than the network: what does not ask for it is done without.
+    """
+    if not has_fitted_prior(vae):
+        yield
+        return
+    fitted = vae.network.prior
+    vae.network.replace_prior(StandardNormal(sum(vae.network.latents.sizes)).to(next(vae.parameters())))
+    try:
+        yield
+    finally:
+        vae.network.replace_prior(fitted)
 
 
 class FeaturePairs:

@@ -27,7 +27,6 @@ from sigma_vae.data.tables import on_time_axis
 from sigma_vae.evaluation import score as score_examples
 from sigma_vae.evaluation.anomaly import Anomalies, Score, anomalies, check_scores, complexity_bits, p_values
 from sigma_vae.evaluation.classifier import MOST_CLASSES, class_bounds, labels_of, log_probabilities
-from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.plots import (
     drawable,
     interpolations,
@@ -42,7 +41,7 @@ from sigma_vae.evaluation.plots import (
 from sigma_vae.models import Saved
 from sigma_vae.progress import bar
 from sigma_vae.types import Batch, at_least_float32
-from sigma_vae.vae import VAE, Show
+from sigma_vae.vae import VAE, Show, has_fitted_prior, standard_prior
 
 if TYPE_CHECKING:
     import pandas as pd

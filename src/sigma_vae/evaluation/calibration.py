@@ -15,7 +15,7 @@ from sigma_vae.evaluation.base import Column, Estimate, EvaluationData, Metric, 
 from sigma_vae.evaluation.plots import save_page
 from sigma_vae.registry import register
 from sigma_vae.types import Batch, DataDistribution, Inference, Likelihood, Observes, as_argument
-from sigma_vae.vae import VAE, keyed_noise
+from sigma_vae.vae import VAE, keyed_noise, standard_prior
 
 INTERVALS = (0.5, 0.8, 0.9, 0.95)
 """Nominal probability of the central intervals."""
@@ -202,7 +202,10 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
         inside = [tallies[name].add(inference, values, vae.likelihood) for name, values in u.items()]
         return torch.cat([inference.dims().cpu().double()[:, None], of_errors, *inside], 1)
 
-    found = each_example(vae, batches, rows)  # (examples, values of each, two columns of errors, for each kind one an interval)
+    with standard_prior(vae):
+        found = each_example(
+            vae, batches, rows
+        )  # (examples, values of each, two columns of errors, for each kind one an interval)
     sums = [errors.totals, *correlations.sums, *(total for tally in tallies.values() for total in tally.sums)]
     add_up(vae, batches, sums)
     dims, inside = found[:, 0], dict(zip(tallies, torch.split(found[:, 3:], len(INTERVALS), 1), strict=True))

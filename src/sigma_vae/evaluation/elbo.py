@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -13,10 +12,9 @@ from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
 from sigma_vae.evaluation.base import Column, Estimate, EvaluationData, Metric, Record, Row, each_example, estimate_rows
 from sigma_vae.evaluation.information import active_units
-from sigma_vae.priors import StandardNormal
 from sigma_vae.registry import register
 from sigma_vae.types import Batch, Likelihood
-from sigma_vae.vae import VAE, Scores, keyed_noise
+from sigma_vae.vae import VAE, Scores, has_fitted_prior, keyed_noise, standard_prior
 
 OVERFITTING = 1.1
 """Ratio of σ of held-out data to σ of training data above which an evaluation speaks of overfitting."""
@@ -217,25 +215,6 @@ def _on_floor(likelihood: Likelihood) -> dict[str, Any]:
     if found is None or not bool((on_floor := found <= likelihood.log_floor + 1e-4).any()):
         return {}
     return {"sigma_floor": math.exp(likelihood.log_floor), "sigma_on_floor_share": float(on_floor.double().mean())}
-
-
-def has_fitted_prior(vae: VAE) -> bool:
-    """Whether the network has a replaceable prior that was fitted to latents, after training with N(0, I)."""
-    return vae.network.has_prior and not vae.network.prior.is_standard and not vae.network.prior.is_learned
-
-
-@contextmanager
-def standard_prior(vae: VAE) -> Iterator[None]:
-    """Give the model N(0, I) for a block; a model without a fitted prior is left as it is."""
-    if not has_fitted_prior(vae):
-        yield
-        return
-    fitted = vae.network.prior
-    vae.network.replace_prior(StandardNormal(sum(vae.network.latents.sizes)).to(next(vae.parameters())))
-    try:
-        yield
-    finally:
-        vae.network.replace_prior(fitted)
 
 
 @torch.no_grad()

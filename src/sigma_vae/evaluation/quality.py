@@ -25,13 +25,12 @@ from sigma_vae.evaluation.base import (
     seeded,
     subset,
 )
-from sigma_vae.evaluation.elbo import has_fitted_prior, standard_prior
 from sigma_vae.evaluation.features import Extractor, load_clip_extractor, load_extractor, reads_clips
 from sigma_vae.evaluation.plots import drawable, in_unit_range
 from sigma_vae.progress import steps
 from sigma_vae.registry import register
 from sigma_vae.types import Noise
-from sigma_vae.vae import VAE, Show, keyed_noise
+from sigma_vae.vae import VAE, Show, has_fitted_prior, keyed_noise, standard_prior
 
 NEIGHBOURS = 5
 """The k of precision, recall, density and coverage, as Naeem et al. (2020) set it."""

@@ -337,6 +337,7 @@ class FlowMatchingPrior(FittedPrior):
     ValueError: this FlowMatchingPrior is not fitted yet; fit it to latents: vae.fit_prior(loader, prior)
     """
 
+    density_passes = 10
     mean: Tensor
     std: Tensor
 

@@ -16,7 +16,7 @@ from sigma_vae.data import Splits
 from sigma_vae.data.splits import SplitName
 from sigma_vae.evaluation import Estimate, Evaluation, EvaluationData, score
 from sigma_vae.evaluation.base import evaluation_batch, metrics, plain
-from sigma_vae.evaluation.elbo import has_fitted_prior, refitted_scales, standard_prior
+from sigma_vae.evaluation.elbo import refitted_scales
 from sigma_vae.evaluation.plots import drawable, pairs, reconstructed, sampled, sampled_per_class, save_clips, save_grid
 from sigma_vae.evaluation.suite import chosen, measure
 from sigma_vae.runs.folder import (
@@ -38,7 +38,7 @@ from sigma_vae.runs.folder import (
 from sigma_vae.training import resolve_device
 from sigma_vae.training.distributed import first_of_node_first, from_first, joined, shared
 from sigma_vae.types import Likelihood, Prior
-from sigma_vae.vae import VAE, Scores
+from sigma_vae.vae import VAE, Scores, has_fitted_prior, standard_prior
 
 BOUNDS_ALONE = EvaluationSettings(metrics=())
 PICTURES = 64

@@ -25,6 +25,8 @@ from sigma_vae.training.objective import FILE, first_broken, load_broken_step
 from sigma_vae.types import Observes
 from sigma_vae.vae import VAE
 
+LEAST_EVALUATED = 64
+"""Examples that are evaluated at the least where densities under the prior take long."""
 NOT_YET_A_RUN = {
     LOCK,
     *(f"{name}{ending}" for name in ("environment", "splits") for ending in (".json", ".new.json")),
@@ -191,9 +193,11 @@ def _finish(
     if progress and done.skipped_steps:
         print(f"{done.skipped_steps} of {done.steps} steps were skipped: their gradient norm reached skip_gradient_norm")
     vae.to(resolve_device(config.device))
-    priors = take_prior(config.model.prior, vae, data, config.seed, held_out_examples(config.training, data, done.steps))
-    from_first(lambda: _save(out, config, vae, data, done.training_sigma))
     examples = held_out_examples(config.training, data, done.steps)
+    priors = take_prior(config.model.prior, vae, data, config.seed, examples)
+    from_first(lambda: _save(out, config, vae, data, done.training_sigma))
+    if vae.network.has_prior:
+        examples = max(examples // vae.network.prior.density_passes, min(examples, LEAST_EVALUATED))
     report = evaluation(out, Run(config, vae, data), replace(BOUNDS_ALONE, examples=examples), priors)
     return from_first(lambda: _write_report(out, report, Run(config, vae, data), page=page))
 

@@ -25,6 +25,7 @@ from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.suite import meaning, report_rows
+from sigma_vae.priors import GaussianPrior
 from sigma_vae.runs.evaluate import read_evaluation
 from sigma_vae.runs.page import Curves, advice, read_curves, shows
 from sigma_vae.training import loop
@@ -188,8 +189,8 @@ def test_its_latents_and_odd_examples_are_right(page: Page, digits_run: Path, tm
 @pytest.mark.parametrize(
     ("options", "examples"),
     [
-        ("--network mlp --batch-size 4 --prior standard", 3 * 4 // 2),
-        ("--network spatial:f2c1 --batch-size 430 --prior flow-matching:1", 3 * 430 // 2 // 10),
+        ("--network mlp --max-steps 3 --batch-size 4 --prior standard", 3 * 4 // 2),
+        ("--network mlp --max-steps 24 --batch-size 128 --latent-dim 2 --prior gaussian", 24 * 128 // 2 // 10),
     ],
     ids=["usual", "a prior whose densities take long"],
 )
@@ -197,7 +198,8 @@ def test_a_short_training_has_a_page_of_few_examples(
     options: str, examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "CALIBRATION_VALUES", 5 * 64)
-    words = f"train digits {options} --width 4 --max-steps 3 --quiet --out".split()
+    monkeypatch.setattr(GaussianPrior, "density_passes", 10)
+    words = f"train digits {options} --width 4 --quiet --out".split()
     assert main([*words, str(tmp_path / "run")]) == 0
     assert read_evaluation(tmp_path / "run").bounds.examples == examples
     assert f"Of {examples} test examples" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

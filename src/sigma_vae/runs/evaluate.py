@@ -41,6 +41,7 @@ from sigma_vae.types import Likelihood, Prior
 from sigma_vae.vae import VAE, Scores, has_fitted_prior, standard_prior
 
 BOUNDS_ALONE = EvaluationSettings(metrics=())
+LEAST_EXAMPLES = 64
 PICTURES = 64
 ALL = "all"
 """Split of examples that are in none."""
@@ -489,15 +490,22 @@ def check_latents(prior: str, vae: VAE, data: Splits) -> None:
         )
 
 
+def fewer(examples: int, passes: int) -> int:
+    """Examples that cost as much if each takes so many passes of the network; 64 or all at the least."""
+    return max(examples // passes, min(examples, LEAST_EXAMPLES))
+
+
 def take_prior(prior: str, vae: VAE, data: Splits, seed: int, most: int | None = None) -> dict[str, float]:
     """Put the named prior into the model, fitted to the latents of the training split, and return what its fit found.
 
     The validation split makes its choices, and takes a simpler prior where that is better. Where several processes
-    train, the first one fits it and the others take it over. At most ``most`` examples of each split are encoded.
+    train, the first one fits it and the others take it over. At most ``most`` examples of each split are encoded,
+    and fewer where the densities of a prior take long.
     """
+    made = models.priors(prior, vae.network, min(len(data.train), most or len(data.train)))
     if most is not None:
-        data = data.sampled("train", most).sampled("validation", most)
-    made = models.priors(prior, vae.network, len(data.train))
+        count = fewer(most, max((each.density_passes for each in made), default=1))
+        data = data.sampled("train", count).sampled("validation", count)
     if not any(each.needs_fit for each in made):
         for each in made:
             vae.network.replace_prior(each.to(vae.device))

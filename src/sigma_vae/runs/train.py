@@ -14,7 +14,7 @@ from sigma_vae.config import DataConfig, RunConfig, parse, write
 from sigma_vae.data import Scaling, Splits, names
 from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.plots import drawable
-from sigma_vae.runs.evaluate import BOUNDS_ALONE, check_latents, draw, evaluation, store, take_prior
+from sigma_vae.runs.evaluate import BOUNDS_ALONE, check_latents, draw, evaluation, fewer, store, take_prior
 from sigma_vae.runs.folder import Run, config_of, data_of, fitted_on, save_refitted, write_json, write_splits
 from sigma_vae.runs.page import write_page
 from sigma_vae.training import fit, held_out_examples, resolve_device
@@ -25,8 +25,6 @@ from sigma_vae.training.objective import FILE, first_broken, load_broken_step
 from sigma_vae.types import Observes
 from sigma_vae.vae import VAE
 
-LEAST_EVALUATED = 64
-"""Examples that are evaluated at the least where densities under the prior take long."""
 NOT_YET_A_RUN = {
     LOCK,
     *(f"{name}{ending}" for name in ("environment", "splits") for ending in (".json", ".new.json")),
@@ -197,7 +195,7 @@ def _finish(
     priors = take_prior(config.model.prior, vae, data, config.seed, examples)
     from_first(lambda: _save(out, config, vae, data, done.training_sigma))
     if vae.network.has_prior:
-        examples = max(examples // vae.network.prior.density_passes, min(examples, LEAST_EVALUATED))
+        examples = fewer(examples, vae.network.prior.density_passes)
     report = evaluation(out, Run(config, vae, data), replace(BOUNDS_ALONE, examples=examples), priors)
     return from_first(lambda: _write_report(out, report, Run(config, vae, data), page=page))
 

@@ -67,6 +67,11 @@ def processes() -> Processes:
     return Processes(rank, size, int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
+_newest_group: list[Any] = []
+"""Kept beyond its end. Were a DistributedDataParallel the last to hold the group, then freeing it would wait for a thread of the
+group while it holds Python's lock, and that thread may be waiting for the lock."""
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
     """Form a group with the processes that ``torchrun`` has started, and leave it at the end.
@@ -85,6 +90,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
         distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=device)
     else:
         distributed.init_process_group("gloo", timeout=PATIENCE)
+    _newest_group[:] = [distributed.group.WORLD]
     try:
         yield processes()
     finally:

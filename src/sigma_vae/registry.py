@@ -163,7 +163,7 @@ class Registry:
         return self._entries[name.partition(":")[0]]
 
     def fact(self, name: str, fact: str, default: Any = None) -> Any:
-        """What is known about a name before its object is made; the default where it is not said, or nobody registered it."""
+        """A fact that was registered with a name; the default where it was not given, or the name is not registered."""
         return self.entry(name).facts.get(fact, default) if name in self else default
 
     def make(self, name: str, package: str | None = None) -> Callable[..., Any]:

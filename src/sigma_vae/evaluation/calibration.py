@@ -203,9 +203,7 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
         return torch.cat([inference.dims().cpu().double()[:, None], of_errors, *inside], 1)
 
     with standard_prior(vae):
-        found = each_example(
-            vae, batches, rows
-        )  # (examples, values of each, two columns of errors, for each kind one an interval)
+        found = each_example(vae, batches, rows)  # columns: values, two of errors, then one an interval for each kind
     sums = [errors.totals, *correlations.sums, *(total for tally in tallies.values() for total in tally.sums)]
     add_up(vae, batches, sums)
     dims, inside = found[:, 0], dict(zip(tallies, torch.split(found[:, 3:], len(INTERVALS), 1), strict=True))

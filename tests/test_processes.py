@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr
 from functools import partial
 from itertools import chain
@@ -450,6 +451,21 @@ def test_torchrun_trains_one_run_and_the_first_process_speaks(tmp_path):
     assert environment["processes"] == 2
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt", "model.safetensors", "samples.png"} <= left
+
+
+def groups_in_a_row(_: Path) -> list[int]:
+    """Each other group is left by one process a moment before the other has it."""
+    rank, seen = int(os.environ["RANK"]), []
+    for turn in range(12):
+        time.sleep(0.05 * (turn % 2 == rank))
+        with joined(torch.device("cpu")):
+            if turn % 3 == 0:
+                seen.append(from_first(lambda turn=turn: turn))
+    return seen
+
+
+def test_groups_follow_each_other(tmp_path):
+    assert results_of(2, groups_in_a_row, tmp_path) == [[0, 3, 6, 9]] * 2
 
 
 def twice(_: Path, run: str) -> list[int]:

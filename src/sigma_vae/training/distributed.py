@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from itertools import chain
+from functools import cache
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar, final
 
 import numpy as np
@@ -71,6 +72,18 @@ _newest_group: list[Any] = []
 """Kept beyond its end. Were a DistributedDataParallel the last to hold the group, then freeing it would wait for a thread of the
 group while it holds Python's lock, and that thread may be waiting for the lock."""
 
+_groups = count(1)
+"""Each group leaves the addresses of its processes under a name of its own, so that none reads those of a group before."""
+
+
+@cache
+def _meeting_point() -> tuple[Any, int, int]:
+    """The store in which processes find each other, kept as long as this one lives; its rank, and how many they are."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
+    return store, rank, size
+
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
@@ -85,13 +98,17 @@ def joined(device: torch.device) -> Iterator[Processes]:
     if not _launched() or distributed.is_initialized():
         yield processes()
         return
+    store, rank, size = _meeting_point()
+    own = distributed.PrefixStore(f"group{next(_groups)}", store)  # type: ignore[attr-defined]  # exported by a star
+    where: dict[str, Any] = {"store": own, "rank": rank, "world_size": size}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=device)
+        distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=device, **where)
     else:
-        distributed.init_process_group("gloo", timeout=PATIENCE)
+        distributed.init_process_group("gloo", timeout=PATIENCE, **where)
     _newest_group[:] = [distributed.group.WORLD]
     try:
+        distributed.barrier()  # so that none has left the group, and maybe ended, before the last has found the others
         yield processes()
     finally:
         distributed.destroy_process_group()

@@ -507,24 +507,34 @@ def kernel_distance(x: Tensor, y: Tensor, subsets: int = 100, subset_size: int =
     size = min(subset_size, len(x), len(y))
     count = 1 if size == len(x) == len(y) else subsets
     generator = torch.Generator().manual_seed(seed)
-
-    def chosen(features: Tensor) -> Tensor:
-        return features[torch.randperm(len(features), generator=generator)[:size]]
-
-    scores = torch.stack([_discrepancy(chosen(x), chosen(y)) for _ in range(count)])
+    chosen = [[torch.randperm(len(each), generator=generator)[:size] for each in (x, y)] for _ in range(count)]
+    of_x, of_y = (torch.stack(parts) for parts in zip(*chosen, strict=True))
+    # Unbiased for each pair of subsets (Gretton et al. 2012, equation 4): without the pairs of one and the same.
+    own = _kernel_sums(x, x, of_x, of_x, same=True) + _kernel_sums(y, y, of_y, of_y, same=True)
+    scores = own / (size * (size - 1)) - 2 * _kernel_sums(x, y, of_x, of_y) / size**2
     std = None if count == 1 else float(scores.std(correction=0))
     return KernelDistance(float(scores.mean()), std, count, size)
 
 
-def _discrepancy(x: Tensor, y: Tensor) -> Tensor:
-    """Unbiased squared maximum mean discrepancy of two sets of one size (Gretton et al. 2012, equation 4)."""
-    own_x, own_y, between = _kernel(x, x), _kernel(y, y), _kernel(x, y)
-    own = (own_x.sum(1) - own_x.diagonal()).sum() + (own_y.sum(1) - own_y.diagonal()).sum()  # without pairs of one and the same
-    return own / (len(x) * (len(x) - 1)) - 2 * between.sum(0).sum() / len(x) ** 2
+def _kernel_sums(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor, *, same: bool = False) -> Tensor:
+    """Sums of the kernel over all pairs of a subset of x and one of y, for each pair of subsets (rows of indices)."""
+    if len(of_x) * of_x.shape[1] ** 2 < len(x) * len(y):  # fewer pairs than all pairs of x and y
+        pairs = ((x[rows], y[columns]) for rows, columns in zip(of_x, of_y, strict=True))
+        return torch.stack([_kernel(some, others, same=same).sum() for some, others in pairs])
+    in_x, in_y = (torch.zeros(len(of), len(all_), dtype=x.dtype).scatter_(1, of, 1.0) for of, all_ in ((of_x, x), (of_y, y)))
+    total = torch.zeros(len(of_x), dtype=x.dtype)
+    for rows in torch.split(torch.arange(len(x)), max(1, AT_ONCE // len(y))):
+        kernel = _kernel(x[rows], y, same=same, first=int(rows[0]))
+        total += (in_x[:, rows] @ kernel * in_y).sum(1)
+    return total
 
 
-def _kernel(x: Tensor, y: Tensor) -> Tensor:
-    return (x @ y.T * (1.0 / x.shape[1]) + 1) ** 3
+def _kernel(x: Tensor, y: Tensor, *, same: bool, first: int = 0) -> Tensor:
+    """The kernel of each pair; where x is y from row ``first`` on, 0 for the pairs of one and the same."""
+    values = (x @ y.T * (1.0 / x.shape[1]) + 1) ** 3
+    if same:
+        values[torch.arange(len(x)), torch.arange(first, first + len(x))] = 0.0
+    return values
 
 
 def precision_recall(

@@ -95,6 +95,8 @@ def main(
         keep: folder for checkpoints; a network that has some there is trained on.
     """
     torch.set_num_threads(1)
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
     rows = json.loads(out.read_text(encoding="utf-8"))["results"] if out.exists() else []
     with tempfile.TemporaryDirectory() as folder:
         make_folder(cifar, Path(folder))
@@ -207,7 +209,6 @@ def measured(
         again = torch.cat([vae.reconstruct(part) for part in x.split(50)]).clamp(0, 1)
         drawn = torch.cat([vae.sample(50) for _ in range(SAMPLES // 50)]).clamp(0, 1)
     if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
         save_grid(picture, drawn[:SHOWN], columns=8, zoom=1)
     return {
         "prior": prior,

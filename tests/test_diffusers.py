@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sigma_vae import VAE, Gaussian, Laplace, Optimal, PerPixel, mlp, models
 from sigma_vae.cli import main
-from sigma_vae.config import ModelConfig
+from sigma_vae.config import ModelConfig, TrainingConfig
 from sigma_vae.data import Scaling
 from sigma_vae.likelihoods.translate import CONVENTIONS, explain
 from sigma_vae.networks import spatial
@@ -22,6 +22,7 @@ from sigma_vae.networks.autoencoder_kl import autoencoder_kl
 from sigma_vae.networks.spatial import map_statistics
 from sigma_vae.runs import open_model
 from sigma_vae.runs.audit import Audit, Fit, audit, audit_rows, write_page
+from sigma_vae.training import fit
 from sigma_vae.vae import keyed_noise
 
 diffusers = pytest.importorskip("diffusers")
@@ -69,7 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
     options = ["--network", "spatial:f4c3", "--width", "4", "--max-steps", "10", "--batch-size", "16", "--logger", "csv"]
-    assert main(["train", str(data), *options, "--prior", "standard", "--out", str(out)]) == 0
+    assert main(["train", str(data), *options, "--start", "random", "--prior", "standard", "--out", str(out)]) == 0
     return out
 
 
@@ -173,6 +174,15 @@ def test_what_is_no_config_is_refused(text: str) -> None:
         models.network(f"autoencoder-kl:{text}", (3, 16, 16), 3)
 
 
+def test_diffusers_own_layers_get_no_linear_path(folder: Path) -> None:
+    network = autoencoder_kl((3, 16, 16), 3, str(folder))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert not network.has_start
+    frozen = TrainingConfig(max_steps=1, learning_rate=1e-30)
+    fit(VAE(network, Gaussian(3)), (255 * pictures(20, 3, 16, 16)).byte().numpy(), frozen, progress=False)
+    torch.testing.assert_close(dict(network.state_dict()), before)
+
+
 def test_a_saved_model_needs_the_folder_no_more(folder: Path, tmp_path: Path) -> None:
     config = ModelConfig(network=f"autoencoder-kl:{folder}")
     vae, x = models.vae(config, (3, 16, 16), Scaling(levels=256)), pictures(4, 3, 16, 16)
@@ -274,12 +284,19 @@ def test_features_of_a_predicted_scale_are_left_out() -> None:
     torch.testing.assert_close((vae.to_diffusers().decode(z).sample + 1) / 2, vae.network.decode(z)[:, :3])
 
 
+def started() -> VAE:
+    vae = VAE(spatial((3, 8, 8), 3, width=4), Gaussian(3))
+    vae.start_from([pictures(20, 3, 8, 8)])
+    return vae
+
+
 @pytest.mark.parametrize(
     ("vae", "message"),
     [
         (VAE(mlp((3, 8, 8), 3), Gaussian(3)), "FlatNetwork does not have the layers of diffusers' AutoencoderKL; train"),
         (VAE(spatial((3, 16), 3, width=4), Gaussian(3, spatial_dims=1)), "SpatialNetwork does not have the layers"),
         (VAE(spatial((3, 8, 8), 3, width=4), Gaussian(3, mean="unit")), "is not the decoder's output.*--mean auto"),
+        (started(), "no layers for that path.*--start random"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(vae: VAE, message: str) -> None:

@@ -16,7 +16,7 @@ from test_discrete import ALL as UNSCALED
 from test_discrete import make as unscaled
 from torch import Tensor, nn
 
-from sigma_vae import VAE, Bernoulli, FlatNetwork, Gaussian, Optimal, PerPixel, models, runs
+from sigma_vae import VAE, Bernoulli, FlatNetwork, Gaussian, Optimal, PerPixel, SpatialNetwork, models, runs
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, EvaluationSettings, HardwareConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import as_splits, load
@@ -27,7 +27,7 @@ from sigma_vae.training import NonFiniteLossError, fit
 from sigma_vae.training.checkpoints import FORMAT, write_sealed
 from sigma_vae.training.objective import FILE, first_broken, load_broken_step, with_saved_step
 from sigma_vae.training.step import Stepper
-from sigma_vae.types import Likelihood
+from sigma_vae.types import Likelihood, Network
 
 SHAPE = (1, 8, 8)
 LATENTS = 3
@@ -46,14 +46,15 @@ def linear_data(n: int = 400, dims: int = 6, seed: int = 0) -> Tensor:
 
 def sigma_points(vae: VAE, x: Tensor):
     """ELBO over posterior draws whose mean and covariance are exact: what is quadratic in z has its very expectation."""
-    eye = math.sqrt(LATENTS) * torch.eye(LATENTS, dtype=x.dtype)
-    unit = torch.cat([eye, -eye])[:, None].expand(-1, len(x), -1)
+    shape = vae.network.latents.shapes[0]
+    eye = math.sqrt(math.prod(shape)) * torch.eye(math.prod(shape), dtype=x.dtype)
+    unit = torch.cat([eye, -eye]).reshape(-1, 1, *shape).expand(-1, len(x), *shape)
     inference = vae.network.draw(x, vae.network.posterior(x), unit)
     flat = inference.h.flatten(0, 1), inference.target.flatten(0, 1)
     return vae.likelihood(*flat).log_prob(flat[1]).mean() - inference.kl.mean()
 
 
-def started_on(x: Tensor, network: FlatNetwork, likelihood: Likelihood) -> VAE:
+def started_on(x: Tensor, network: Network, likelihood: Likelihood) -> VAE:
     vae = VAE(network, likelihood).to(x.dtype)
     vae.start_from(x.split(100))
     return vae
@@ -84,6 +85,40 @@ def test_on_linear_data_the_start_is_the_optimum(mean, scale):
     covariance = centred.T @ centred / len(x)
     exact = -0.5 * (6 * math.log(2 * math.pi) + np.linalg.slogdet(covariance)[1] + 6)  # the data have the model's moments
     assert float(bound.detach()) == pytest.approx(exact, abs=1e-3)
+
+
+def maps_of(stride: int, axes: int, picture_channels: int) -> SpatialNetwork:
+    """A network of maps with two latent channels, for pictures of 4×6 or series of 12."""
+    down, up = (nn.Conv2d, nn.ConvTranspose2d) if axes == 2 else (nn.Conv1d, nn.ConvTranspose1d)
+    space = [size // stride for size in ((4, 6) if axes == 2 else (12,))]
+    halves = down(2, 4, stride, stride=stride), up(2, 2, stride, stride=stride)
+    return SpatialNetwork(*halves, 2, space, stride, picture_channels=picture_channels)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "picture_channels"),
+    [((2, 4, 6), 2, 0), ((2, 4, 6), 2, 2), ((2, 12), 3, 0)],
+    ids=["maps", "pictures", "series"],
+)
+def test_maps_start_at_the_linear_model_of_each_patch(shape, stride, picture_channels):
+    axes = len(shape) - 1
+    x = linear_data(300, 24).cumsum(1).reshape(-1, *shape) / 20 + 0.5
+    vae = VAE(maps_of(stride, axes, picture_channels), Gaussian(2, spatial_dims=axes, mean="identity", levels=None)).double()
+    std = vae.start_from(x.split(100))
+    bound = sigma_points(vae, x)
+    if axes == 2:
+        cut = x.numpy().reshape(-1, 2, 2, 2, 3, 2).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 8)
+    else:
+        cut = x.numpy().reshape(-1, 2, 4, 3).transpose(0, 2, 1, 3).reshape(-1, 6)
+    dims, places = cut.shape[1], len(cut) // len(x)
+    variances = np.linalg.eigvalsh(np.cov(cut.T, bias=True))[::-1]
+    noise = variances[2:].mean()
+    exact = -0.5 * (dims * math.log(2 * math.pi * math.e) + np.log(variances[:2]).sum() + (dims - 2) * math.log(noise))
+    assert float(bound.detach()) == pytest.approx(places * exact, abs=1e-3)
+    assert std == pytest.approx(math.sqrt(noise), rel=1e-9)
+    larger = torch.cat([x[:4], x[4:8]], -1)  # places do not see each other
+    again = vae.network.decode(vae.encode(larger).loc)
+    torch.testing.assert_close(again, torch.cat([vae.network.decode(vae.encode(part).loc) for part in (x[:4], x[4:8])], -1))
 
 
 def test_other_units_give_the_same_start():
@@ -220,8 +255,9 @@ def test_data_without_variance_start_at_random(capsys):
     assert "start: random, as the data have no variance" in capsys.readouterr().out
 
 
-def test_a_started_model_is_saved_and_loaded(tmp_path: Path, digits):
-    config = ModelConfig(network="mlp", latent_dim=4, width=16)
+@pytest.mark.parametrize("network", ["mlp", "spatial:f2c2"])
+def test_a_started_model_is_saved_and_loaded(network, tmp_path: Path, digits):
+    config = ModelConfig(network=network, latent_dim=4 if network == "mlp" else None, width=16)
     vae = models.vae(config, SHAPE, digits.scaling)
     fit(vae, digits, TrainingConfig(max_steps=5), progress=False)
     models.save(tmp_path, vae, config, SHAPE, digits.scaling)

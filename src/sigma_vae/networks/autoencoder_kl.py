@@ -72,6 +72,7 @@ def autoencoder_kl(shape: Sequence[int], out_channels: int, config: str | Path |
         picture_channels=int(shape[0]),
     )
     network.diffusers_config = _plain(model.config)
+    network.keeps_layers = True
     network.portable_name = f"autoencoder-kl:{json.dumps(network.diffusers_config)}"
     return network
 
@@ -242,7 +243,15 @@ def as_autoencoder_kl(network: SpatialNetwork, numbers: Mapping[str, Any]) -> An
     Args:
         network: whose ``diffusers_config`` is known.
         numbers: entries of the configuration to set, such as ``scaling_factor``.
+
+    Raises:
+        ValueError: the network has a linear path from its start.
     """
+    if network.linear is not None:
+        raise ValueError(
+            "training started at the best linear VAE of patches, and diffusers' AutoencoderKL has no layers for that path; train"
+            " with --start random to export"
+        )
     model = _diffusers_class().from_config({**(network.diffusers_config or {}), **numbers})
     weights = {_name(name): value for name, value in network.state_dict().items() if name.startswith(("encoder.", "decoder."))}
     for name in ("decoder.conv_out.weight", "decoder.conv_out.bias"):

@@ -15,7 +15,7 @@ from torch.distributions import Normal
 from torch.nn.functional import silu
 
 from sigma_vae.conditions import WIDTH, Conditions, Embedding
-from sigma_vae.networks.principal import LinearPath, solved_path
+from sigma_vae.networks.principal import LinearPath, Passes, solved_path
 from sigma_vae.priors import StandardNormal
 from sigma_vae.registry import register
 from sigma_vae.types import (
@@ -39,6 +39,14 @@ class OneLayer(Network):
 
     A subclass defines ``latents``, ``posterior`` and ``decode``. A prior sees latents of any shape as one vector.
     """
+
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear: LinearPath | None = None
+        """A linear encoder and decoder whose outputs are added; :meth:`start_from` makes it."""
 
     @abstractmethod
     def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
@@ -75,6 +83,40 @@ class OneLayer(Network):
             condition = self.conditions.draw(n, generator)
         z = self.prior.given(condition).sample(n, generator, per_layer(temperature, 1)[0])
         return self.decode(z.reshape(n, *self.latents.shapes[0]), condition)
+
+    def start_at(
+        self,
+        passes: Passes,
+        mean: MeanMap | None,
+        bias: Callable[[float], Tensor],
+        encoder_input: tuple[Tensor, ...],
+        decoder_input: tuple[Tensor, ...],
+    ) -> float | None:
+        """Add the path of :func:`~sigma_vae.networks.principal.solved_path`, and silence encoder and decoder.
+
+        These are called with the given inputs, to see that they are silent.
+        """
+        solved = solved_path(passes, self.latents.shapes[0][0], mean, bias)
+        if solved is None:
+            return None
+        before = copy.deepcopy(self.encoder.state_dict())
+        _silence(self.encoder, encoder_input, "encoder")
+        try:
+            _silence(self.decoder, decoder_input, "decoder")
+        except ValueError:
+            self.encoder.load_state_dict(before)
+            raise
+        self.linear = solved.path.to(encoder_input[0])
+        return solved.residual_std
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Whether there is a linear path, and its shapes, are part of what is stored: take them over before torch compares.
+        start = f"{prefix}linear."
+        shapes = {name.removeprefix(start): value.shape for name, value in state_dict.items() if name.startswith(start)}
+        if not shapes or self.linear is None:
+            made = LinearPath.shaped(shapes, self.latents.shapes[0][0]) if shapes else None
+            self.linear = None if made is None else made.to(next(self.parameters()))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def check_latents(self, z: Tensor) -> None:
         """Refuse latents that the prior does not know; there are none where all examples have one size."""
@@ -150,8 +192,6 @@ class FlatNetwork(OneLayer):
         self.conditions = conditions
         self.reads_condition = conditions is not None
         self.embedding = None if conditions is None else Embedding(conditions)
-        self.linear: LinearPath | None = None
-        """A linear encoder and decoder whose outputs are added; :meth:`start_from` makes it."""
 
     @property
     def latents(self) -> Flat:
@@ -198,31 +238,13 @@ class FlatNetwork(OneLayer):
         example = self.encoder_input(next(iter(data))[:1].to(next(self.parameters())))
         embedded = self._embedded(None if self.conditions is None else self.conditions.rows({}, 1))
         h = self.decoder(example.new_zeros(1, self.latent_dim), *embedded)
-        solved = solved_path(
+        return self.start_at(
             lambda: (self.encoder_input(x.cpu()) for x in data),
-            self.latent_dim,
             mean,
             lambda std: features(std).cpu().reshape(-1, *[1] * (h.dim() - 2)).expand(h.shape[1:]).clone(),
+            (example, *embedded),
+            (torch.linspace(-1, 1, self.latent_dim).to(example)[None], *embedded),
         )
-        if solved is None:
-            return None
-        before = copy.deepcopy(self.encoder.state_dict())
-        _silence(self.encoder, (example, *embedded), "encoder")
-        try:
-            _silence(self.decoder, (torch.linspace(-1, 1, self.latent_dim).to(example)[None], *embedded), "decoder")
-        except ValueError:
-            self.encoder.load_state_dict(before)
-            raise
-        self.linear = solved.path.to(example)
-        return solved.residual_std
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Whether there is a linear path, and its shapes, are part of what is stored: take them over before torch compares.
-        start = f"{prefix}linear."
-        shapes = {name.removeprefix(start): value.shape for name, value in state_dict.items() if name.startswith(start)}
-        if not shapes or self.linear is None:
-            self.linear = LinearPath.shaped(shapes, self.latent_dim).to(next(self.parameters())) if shapes else None
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _embedded(self, condition: Tensor | None) -> tuple[Tensor, ...]:
         """The condition as a second argument of encoder and decoder; none where it is not read."""

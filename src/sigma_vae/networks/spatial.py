@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, 
 from sigma_vae.networks.flat import OneLayer
 from sigma_vae.priors import StandardNormal
 from sigma_vae.registry import Argument, register
-from sigma_vae.types import Maps, Noise, Prior, at_least_float32
+from sigma_vae.types import Maps, MeanMap, Noise, Prior, at_least_float32
 
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -30.0, 20.0
 """Limits of the posterior's log-variance, those of diffusers."""
@@ -77,6 +77,8 @@ class SpatialNetwork(OneLayer):
         self.space = tuple(space)
         self.stride = stride
         self.picture_channels = picture_channels
+        self.keeps_layers = False
+        """Whether nothing may be added to encoder and decoder, so that training starts at the weights that they have."""
         self.prior = StandardNormal(channels * math.prod(space)) if prior is None else prior
 
     @property
@@ -112,6 +114,11 @@ class SpatialNetwork(OneLayer):
         if moments.shape != torch.Size(expected):
             raise ValueError(f"the encoder gives means and log-variances of shape {expected}, got {tuple(moments.shape)}")
         mean, log_variance = at_least_float32(moments).chunk(2, dim=1)
+        if self.linear is not None:
+            parts = patches(x, self.stride)
+            linear_mean, linear_log_variance = self.linear.encoder(parts.flatten(0, len(self.space)))
+            mean = mean + linear_mean.reshape(*parts.shape[: 1 + len(self.space)], -1).movedim(-1, 1)
+            log_variance = log_variance + linear_log_variance.reshape(-1, *[1] * len(self.space))
         log_variance = log_variance.clamp(LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE)
         return Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
 
@@ -119,10 +126,42 @@ class SpatialNetwork(OneLayer):
         """Features of z ``(batch, channels, *space)``, of any size."""
         self.refuse_unread(condition=condition)
         features: Tensor = self.decoder(z)
-        if not self.picture_channels:
-            return features
-        means, others = features.tensor_split([self.picture_channels], dim=1)
-        return torch.cat([(means + 1) / 2, others], 1)
+        if self.picture_channels:
+            means, others = features.tensor_split([self.picture_channels], dim=1)
+            middle = 0.5 if self.linear is None else 0.0  # the linear path has its own
+            features = torch.cat([means / 2 + middle, others], 1)
+        if self.linear is not None:
+            assert isinstance(z, Tensor)
+            vectors = z.movedim(1, -1)
+            parts = self.linear.decoder(vectors.flatten(0, -2))
+            features = features + unpatched(parts.reshape(*vectors.shape[:-1], *parts.shape[1:]))
+        return features
+
+    @property
+    def has_start(self) -> bool:
+        """Whether :meth:`start_from` may add a linear path to the layers."""
+        return not self.keeps_layers
+
+    @torch.no_grad()
+    def start_from(self, data: Iterable[Tensor], mean: MeanMap | None, features: Callable[[float], Tensor]) -> float | None:
+        """Start at the best VAE that encodes and decodes each patch of ``stride`` values a side by itself, linearly.
+
+        This is probabilistic PCA of patches, with a latent for each channel of the map: a linear encoder and decoder are
+        added to the network's own, whose last layers are set to 0. See :meth:`Network.start_from`.
+
+        Raises:
+            ValueError: setting the last layer with weights to 0 does not make the encoder's, or the decoder's, output 0.
+        """
+        x = next(iter(data))[:1].to(next(self.parameters()))
+        z = torch.linspace(-1, 1, self.latents.sizes[0]).to(x).reshape(1, *self.latents.shapes[0])
+        size = [self.stride] * len(self.space)
+        return self.start_at(
+            lambda: (patches(batch.cpu(), self.stride).flatten(0, len(size)) for batch in data),
+            mean,
+            lambda std: features(std).cpu().reshape(-1, *[1] * len(size)).expand(-1, *size).clone(),
+            (2 * x - 1 if self.picture_channels else x,),
+            (z,),
+        )
 
     def latent_kl(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> list[Tensor]:
         """KL of each place and channel from N(0, 1), ``(batch, channels, *space)``, whatever prior was fitted."""
@@ -206,6 +245,35 @@ def map_statistics(posteriors: Iterable[Normal]) -> MapStatistics:
         scaling_factor=float(second.mean() - shift**2) ** -0.5,
         examples=examples,
     )
+
+
+def patches(x: Tensor, side: int) -> Tensor:
+    """Cut x ``(batch, C, *size)`` into patches, ``(batch, *size/side, C, side, ...)``.
+
+    >>> patches(torch.arange(6).reshape(1, 1, 6), 3)
+    tensor([[[[0, 1, 2]],
+    <BLANKLINE>
+             [[3, 4, 5]]]])
+    """
+    axes = x.dim() - 2
+    for axis in range(2, 2 + 2 * axes, 2):
+        x = x.reshape(*x.shape[:axis], -1, side, *x.shape[axis + 1 :])
+    return x.permute(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2))
+
+
+def unpatched(parts: Tensor) -> Tensor:
+    """Put :func:`patches` together again.
+
+    >>> x = torch.rand(2, 3, 4, 6)
+    >>> torch.equal(unpatched(patches(x, 2)), x)
+    True
+    """
+    axes = (parts.dim() - 2) // 2
+    pairs = ((1 + axis, 2 + axes + axis) for axis in range(axes))
+    x = parts.permute(0, 1 + axes, *(axis for pair in pairs for axis in pair))
+    for axis in range(2, 2 + axes):
+        x = x.flatten(axis, axis + 1)
+    return x
 
 
 def check_size(size: Sequence[int], stride: int) -> None:

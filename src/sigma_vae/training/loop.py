@@ -61,6 +61,7 @@ START_VALUES = 2**22
 """Values in a batch from which the start is solved, in float64."""
 SOLVED = "principal"
 """A start at the best linear VAE, in words."""
+NOT_FOR_DIFFUSERS = " (an AutoencoderKL has no layers for it: to export one, train with --start random)"
 BATCH_VALUES = 2**17
 """Values in a batch where nothing is trained: enough to keep the cores busy, few enough to stay in the cache."""
 
@@ -175,7 +176,8 @@ def fit(
         total_steps = _total_steps(config, len(batches), resumed)
         choices = choices_for(model, splits, config, where)
         if progress and us.first:
-            print(f"{choices}; batches of {size}; start: {start}")
+            bound_to_us = start == SOLVED and vae.network.diffusers_config is not None
+            print(f"{choices}; batches of {size}; start: {start}{NOT_FOR_DIFFUSERS if bound_to_us else ''}")
             callbacks = [*callbacks, progress_of()]
         kept = None if out is None else folder
         named = config.logger if loggers is None else loggers

@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -80,6 +80,7 @@ def main(
     networks: tuple[str, ...] = NETWORKS,
     minutes: tuple[float, ...] = (2.0, 10.0),
     seed: int = 0,
+    start: Literal["auto", "random"] = "auto",
     pictures: Path | None = None,
     keep: Path | None = None,
 ) -> None:
@@ -91,6 +92,7 @@ def main(
         networks: with their width after a comma, if it is not the default: spatial:f8c4,16.
         minutes: of CPU time, in ascending order.
         seed: of the weights, the data's order, and the samples.
+        start: of training; auto is the best linear VAE, of patches where latents are maps.
         pictures: folder for a mosaic of samples of each.
         keep: folder for checkpoints; a network that has some there is trained on.
     """
@@ -105,7 +107,7 @@ def main(
         floor = frechet_distance(_features(extractor, _held_out(data)), real)
         record = {"data": f"{COUNT} JPEGs of {SIDE}×{SIDE}", "threads": 1, "samples": SAMPLES, "frechet_of_held_out": floor}
         measure = partial(measured, data=data, extractor=extractor, real=real, seed=seed)
-        trainings = [trained(name, data, minutes, seed, _folder(keep, name)) for name in networks]
+        trainings = [trained(name, data, minutes, seed, start, _folder(keep, name)) for name in networks]
         for each in itertools.chain.from_iterable([trainings] * len(minutes)):
             about, vae = next(each)
             if about["network"].startswith("spatial"):
@@ -151,7 +153,7 @@ def cut(photograph: Image.Image, generator: np.random.Generator, least: int, mos
 
 
 def trained(
-    name: str, data: Splits, minutes: tuple[float, ...], seed: int, folder: Path
+    name: str, data: Splits, minutes: tuple[float, ...], seed: int, start: Literal["auto", "random"], folder: Path
 ) -> Iterator[tuple[dict[str, Any], VAE]]:
     """Train a network, and give it back after each of the times."""
     network, _, width = name.partition(",")
@@ -164,7 +166,7 @@ def trained(
         done = fit(
             vae,
             data,
-            TrainingConfig(),
+            TrainingConfig(start=start),
             out=folder,
             seed=seed,
             device="cpu",
@@ -173,7 +175,7 @@ def trained(
             callbacks=[clock],
             save=False,
         )
-        about = {"network": name, "likelihood": likelihood, "minutes": until, "seed": seed}
+        about = {"network": name, "likelihood": likelihood, "minutes": until, "seed": seed, "start": start}
         yield about | {"steps": done.steps, "best_step": done.best_step, "trained_minutes": clock.used() / 60}, vae
 
 
@@ -249,11 +251,11 @@ def _features(extractor: Extractor, images: torch.Tensor) -> torch.Tensor:
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The results as Markdown."""
-    yield "| CPU minutes | network | prior | steps | bits/dim | rate, nats | PSNR, dB | Fréchet, samples | prior's fit, s |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield "| CPU minutes | network | start | prior | steps | bits/dim | rate, nats | PSNR, dB | Fréchet, samples | prior's fit, s |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row in sorted(rows, key=lambda row: row["minutes"]):
         yield (
-            f"| {row['minutes']:g} | `{row['network']}` | {row['prior']} | {row['steps']} | {row['bits_per_dim']:.3f}"
+            f"| {row['minutes']:g} | `{row['network']}` | {row['start']} | {row['prior']} | {row['steps']} | {row['bits_per_dim']:.3f}"
             f" | {row['rate_nats']:.0f} | {row['psnr_db']:.1f} | {row['frechet_samples']:.1f} | {row['prior_seconds']:.0f} |"
         )
 

@@ -582,6 +582,18 @@ def test_a_summary_has_spread_over_seeds():
     assert rows.loc["β1", ["elbo_post_hoc_nats.density", "elbo_post_hoc_nats.level"]].tolist() == ["", "6.5 ± 1.5"]
 
 
+def test_the_prior_of_a_study_may_be_auto(spec, tmp_path):
+    """It is fitted once, by the training; a ladder, whose prior is learned, takes it too."""
+    one = replace(spec, priors=["auto", "standard"], axes={"model.likelihood": ["gaussian/optimal"], "seed": [0]})
+    one = replace(one, evaluation=replace(one.evaluation, metrics=()))
+    check(study.cells(replace(one, base=one.base | {"model": {"network": "hierarchical"}})))
+    (record,) = study.run(one, tmp_path, workers=1)
+    fitted, plain = (record["reports"][prior]["test"] for prior in one.priors)
+    assert fitted["prior"] != "standard" == plain["prior"]
+    for name in ("elbo_nats", "rate_nats"):
+        assert fitted["standard_prior"][name]["mean"] == pytest.approx(plain[name]["mean"], rel=1e-6)
+
+
 def test_specs_lie_beside_the_code():
     assert all((Path(study.__file__).parent / "specs" / f"{name}.yaml").is_file() for name in SHIPPED)
 

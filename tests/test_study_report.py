@@ -578,6 +578,17 @@ def test_speed_is_the_geometric_mean_of_ratios_of_steps(tmp_path, paces, word, s
     assert says in verdict.finding
 
 
+def test_a_start_that_is_as_good_already_counts_as_one_step(tmp_path):
+    two = a_spec(seeds=1, likelihoods=[OPTIMAL, SHARED])
+
+    def started(config, record):
+        above = 1000.0 if config.model.likelihood == OPTIMAL else 0.0
+        record["curve"] = [{"step": step, "elbo_nats": above + step} for step in (-1, *range(100, 900, 100))]
+
+    (verdict,) = verdicts(two, edit(two, build(two, tmp_path / "out"), started))["3, speed"]
+    assert "takes 400.000 times the steps" in verdict.finding
+
+
 def test_samples_are_judged_in_each_set_of_features(spec, tmp_path):
     def other_way_round(config, record):
         for report in record["reports"]["standard"].values():

@@ -334,13 +334,14 @@ def _ratio(ours: list[tuple[int, float]], theirs: list[tuple[int, float]]) -> fl
     """Steps of theirs over steps of ours to the ELBO that theirs has half-way; None with too few validations."""
     if len(theirs) < 4:
         return None
+    ours, theirs = ([(max(step, 1), elbo) for step, elbo in curve] for curve in (ours, theirs))  # a start, −1, counts as one
     half = [point for point in theirs if point[0] <= theirs[-1][0] / 2] or theirs[:1]
     target = max(elbo for _, elbo in half)
     return _steps_to(theirs, target) / _steps_to(ours, target)
 
 
 def _steps_to(curve: list[tuple[int, float]], target: float) -> float:
-    """Step at which the curve first has the value, interpolated linearly; twice the last step where it never has."""
+    """Steps until the curve first has the value, interpolated linearly; twice the last where it never has."""
     before: tuple[int, float] | None = None
     for step, elbo in curve:
         if elbo >= target:

@@ -95,7 +95,7 @@ class StudySpec:
                 raise ValueError(f"the axis {name} has the name of a column of the study's table; call it something else")
             if name == SEED and not isinstance(values, list):
                 raise ValueError(
-                    f"the axis seed is a list of numbers, as it pairs runs; got the labels {', '.join(values)}; give"
+                    f"the axis seed is a list of numbers, as it pairs runs; got the labels {', '.join(map(str, values))}; give"
                     " seed: [0, 1, 2], and call the labels' axis something else"
                 )
         if not self.priors:
@@ -295,7 +295,7 @@ def _check(cell: Cell) -> None:
     if model.network != "auto":
         models.check_network(model.network)
     for name in cell.priors:
-        if data.condition and register.prior.entry(name).facts.get("reads_condition", False):
+        if name == models.AUTO or (data.condition and register.prior.entry(name).facts.get("reads_condition", False)):
             continue
         if models.prior(name, latent_dim=2).needs_fit and not register.network.fact(model.network, "has_prior", True):
             raise ValueError(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sigma_vae import runs
 from sigma_vae.config import read, replacing, write, write_whole
+from sigma_vae.runs.folder import config_of
 from sigma_vae.study.grid import GRID, Cell, StudySpec, as_column, cells, check, format_place, in_words, kept_spec, pinned
 
 SPEC = "study.yaml"
@@ -340,7 +341,7 @@ def _measured(cell: Cell, folder: Path) -> dict[str, Any]:
     of_samples = replace(cell.evaluation, metrics=tuple(m for m in cell.evaluation.metrics or () if m in OF_SAMPLES))
     reports: dict[str, Any] = {}
     for prior in cell.priors:
-        if runs.open_model(run, "cpu").config.prior != prior:
+        if config_of(run).model.prior != prior:
             runs.fit_prior(run, prior)
         settings = of_samples if reports else cell.evaluation
         reports[prior] = {

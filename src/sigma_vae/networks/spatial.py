@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,6 +18,8 @@ from sigma_vae.types import Maps, MeanMap, Noise, Prior, at_least_float32
 
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -30.0, 20.0
 """Limits of the posterior's log-variance, those of diffusers."""
+MOST_PATCHES = 200_000
+"""Patches, at least, from which the start is solved where there are so many: a thousand for each value of one of 8×8×3."""
 PER_GROUP = 4
 """Channels that a group norm treats together in the first level."""
 EPS = 1e-6
@@ -36,7 +38,8 @@ class SpatialNetwork(OneLayer):
 
     Where encoder and decoder are convolutional, data of any size that ``stride`` divides are encoded and decoded, also
     of another size than that of training. A prior sees the map as one vector, ``z.flatten(1)``; a prior that was fitted
-    to latents knows maps of the training size alone. :meth:`resize` makes another size that of samples.
+    to latents knows maps of the training size alone. :meth:`resize` makes another size that of samples. Training starts
+    with a linear encoder and decoder of patches beside these two (:meth:`start_from`).
 
     Args:
         encoder: x ``(batch, C, *size)`` to ``(batch, 2·channels, *space)``: means, then log-variances (clamped to
@@ -155,8 +158,16 @@ class SpatialNetwork(OneLayer):
         x = next(iter(data))[:1].to(next(self.parameters()))
         z = torch.linspace(-1, 1, self.latents.sizes[0]).to(x).reshape(1, *self.latents.shapes[0])
         size = [self.stride] * len(self.space)
+
+        def cut() -> Iterator[Tensor]:
+            count = 0
+            for batch in data:
+                yield (parts := patches(batch.cpu(), self.stride).flatten(0, len(size)))
+                if (count := count + len(parts)) >= MOST_PATCHES:
+                    return
+
         return self.start_at(
-            lambda: (patches(batch.cpu(), self.stride).flatten(0, len(size)) for batch in data),
+            cut,
             mean,
             lambda std: features(std).cpu().reshape(-1, *[1] * len(size)).expand(-1, *size).clone(),
             (2 * x - 1 if self.picture_channels else x,),

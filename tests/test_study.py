@@ -586,8 +586,10 @@ def test_the_prior_of_a_study_may_be_auto(spec, tmp_path):
     """It is fitted once, by the training; a ladder, whose prior is learned, takes it too."""
     one = replace(spec, priors=["auto", "standard"], axes={"model.likelihood": ["gaussian/optimal"], "seed": [0]})
     one = replace(one, evaluation=replace(one.evaluation, metrics=()))
-    check(study.cells(replace(one, base=one.base | {"model": {"network": "hierarchical"}})))
-    (record,) = study.run(one, tmp_path, workers=1)
+    ladder = replace(one, base=one.base | {"model": {"network": "hierarchical", "width": 8}}, priors=["auto"])
+    (record,) = study.run(ladder, tmp_path / "ladder", workers=1)
+    assert record["status"] == "done"
+    (record,) = study.run(one, tmp_path / "flat", workers=1)
     fitted, plain = (record["reports"][prior]["test"] for prior in one.priors)
     assert fitted["prior"] != "standard" == plain["prior"]
     for name in ("elbo_nats", "rate_nats"):

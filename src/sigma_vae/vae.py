@@ -507,8 +507,8 @@ class VAE(nn.Module):
         network, likelihood = self.network, self.likelihood
         if network.diffusers_config is None:
             raise ValueError(
-                f"{type(network).__name__} does not have the layers of diffusers' AutoencoderKL; train --network spatial:f4c3 on images, or"
-                " autoencoder-kl"
+                f"{type(network).__name__} does not have the layers of diffusers' AutoencoderKL; train on images with"
+                " --network spatial:f4c3 --start random, or with --network autoencoder-kl:CONFIG"
             )
         if likelihood.mean_map != "identity":
             raise ValueError(

@@ -453,7 +453,8 @@ def export(run: RunFolder, *, out: str, to: Literal["diffusers"] = "diffusers", 
     factor, shift factor, and mean and std of each channel of the latents are measured on the training split.
 
     Args:
-        run: Folder of the run: network spatial (images) or autoencoder-kl, and a likelihood with a mean and a scale.
+        run: Folder of the run: network spatial (images, trained with --start random) or autoencoder-kl, and a likelihood
+            with a mean and a scale.
         out: Folder to write, never overwritten.
         to: Library.
         device: auto, cpu, cuda or cuda:1.

@@ -15,8 +15,9 @@ from threading import Event, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Literal
 
-from sigma_vae import runs
+from sigma_vae import models, runs
 from sigma_vae.config import read, replacing, write, write_whole
+from sigma_vae.registry import register
 from sigma_vae.runs.folder import config_of
 from sigma_vae.study.grid import GRID, Cell, StudySpec, as_column, cells, check, format_place, in_words, kept_spec, pinned
 
@@ -340,8 +341,9 @@ def _measured(cell: Cell, folder: Path) -> dict[str, Any]:
     validation = replace(cell.evaluation, metrics=by, split="validation")
     of_samples = replace(cell.evaluation, metrics=tuple(m for m in cell.evaluation.metrics or () if m in OF_SAMPLES))
     reports: dict[str, Any] = {}
+    learned = not register.network.fact(cell.config.model.network, "has_prior", True)  # which auto leaves as it is
     for prior in cell.priors:
-        if config_of(run).model.prior != prior:
+        if config_of(run).model.prior != prior and not (learned and prior == models.AUTO):
             runs.fit_prior(run, prior)
         settings = of_samples if reports else cell.evaluation
         reports[prior] = {

@@ -178,8 +178,10 @@ def test_diffusers_own_layers_get_no_linear_path(folder: Path) -> None:
     network = autoencoder_kl((3, 16, 16), 3, str(folder))
     before = {name: value.clone() for name, value in network.state_dict().items()}
     assert not network.has_start
-    frozen = TrainingConfig(max_steps=1, learning_rate=1e-30)
-    fit(VAE(network, Gaussian(3)), (255 * pictures(20, 3, 16, 16)).byte().numpy(), frozen, progress=False)
+    vae, data = VAE(network, Gaussian(3)), (255 * pictures(20, 3, 16, 16)).byte().numpy()
+    with pytest.raises(ValueError, match="get no linear path; train it with start=random"):
+        fit(vae, data, TrainingConfig(max_steps=1, start="principal"), progress=False)
+    fit(vae, data, TrainingConfig(max_steps=1, learning_rate=1e-30), progress=False)
     torch.testing.assert_close(dict(network.state_dict()), before)
 
 

@@ -153,8 +153,13 @@ class SpatialNetwork(OneLayer):
         added to the network's own, whose last layers are set to 0. See :meth:`Network.start_from`.
 
         Raises:
-            ValueError: setting the last layer with weights to 0 does not make the encoder's, or the decoder's, output 0.
+            ValueError: the network keeps its layers, or setting the last one with weights to 0 does not make the encoder's,
+                or the decoder's, output 0.
         """
+        if self.keeps_layers:
+            raise ValueError(
+                "the layers of this network are another library's, and get no linear path; train it with start=random"
+            )
         x = next(iter(data))[:1].to(next(self.parameters()))
         z = torch.linspace(-1, 1, self.latents.sizes[0]).to(x).reshape(1, *self.latents.shapes[0])
         size = [self.stride] * len(self.space)

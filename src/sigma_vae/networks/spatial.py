@@ -19,7 +19,7 @@ from sigma_vae.types import Maps, MeanMap, Noise, Prior, at_least_float32
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -30.0, 20.0
 """Limits of the posterior's log-variance, those of diffusers."""
 MOST_PATCHES = 200_000
-"""Patches, at least, from which the start is solved where there are so many: a thousand for each value of one of 8×8×3."""
+"""Patches from which the start is solved, about: a thousand for each of the 192 values of a colour patch of 8×8."""
 PER_GROUP = 4
 """Channels that a group norm treats together in the first level."""
 EPS = 1e-6

@@ -176,8 +176,8 @@ def fit(
         total_steps = _total_steps(config, len(batches), resumed)
         choices = choices_for(model, splits, config, where)
         if progress and us.first:
-            bound_to_us = start == SOLVED and vae.network.diffusers_config is not None
-            print(f"{choices}; batches of {size}; start: {start}{NOT_FOR_DIFFUSERS if bound_to_us else ''}")
+            not_theirs = start == SOLVED and vae.network.diffusers_config is not None
+            print(f"{choices}; batches of {size}; start: {start}{NOT_FOR_DIFFUSERS if not_theirs else ''}")
             callbacks = [*callbacks, progress_of()]
         kept = None if out is None else folder
         named = config.logger if loggers is None else loggers

@@ -27,6 +27,7 @@ from benchmarks import keep
 from sigma_vae import models
 from sigma_vae.config import DataConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import Splits
+from sigma_vae.data.counts import _plain
 from sigma_vae.evaluation import evaluate
 from sigma_vae.training import fit
 
@@ -82,7 +83,9 @@ def write_pbmc(source: Path, path: Path) -> None:
     counts = np.rint(scaled)
     print(f"pbmc: the largest distance from a whole number is {np.abs(scaled - counts).max():.3f}")
     made = anndata.AnnData(
-        scipy.sparse.csr_matrix(counts.astype(np.float32)), obs=read.obs[["bulk_labels"]], var=read.raw.var[[]]
+        scipy.sparse.csr_matrix(counts.astype(np.float32)),
+        obs=_plain(read.obs[["bulk_labels"]]),
+        var=_plain(read.raw.var[[]]),
     )
     made.write_h5ad(path)
 

@@ -79,7 +79,7 @@ SOONER = {
         ("mlp", 64, (64_000, 128_000)),
         ("conv", 32, (90_000, 180_000)),
         ("residual", 64, (480_000,)),
-        ("hierarchical:tiny", 64, (15_000, 40_000)),
+        ("hierarchical:tiny", 64, (640, 15_000, 40_000)),
     )
     for images in budgets
 }

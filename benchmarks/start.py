@@ -68,7 +68,7 @@ def main(
             print(json.dumps(_figures(splits, network, latent_dim, steps)))
             return
         rows = []
-        for likelihood, start, seed in product(likelihoods, STARTS, range(seeds)):
+        for likelihood, seed, start in product(likelihoods, range(seeds), STARTS):
             rows.append({"likelihood": likelihood, "start": start, "seed": seed})
             model = ModelConfig(network, likelihood, latent_dim)
             rows[-1]["elbo_post_hoc_nats"] = _trained(splits, model, start, train_steps, seed)

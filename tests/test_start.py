@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,29 @@ from test_discrete import ALL as UNSCALED
 from test_discrete import make as unscaled
 from torch import Tensor, nn
 
-from sigma_vae import VAE, Bernoulli, FlatNetwork, Gaussian, Optimal, PerPixel, SpatialNetwork, models, runs
+from sigma_vae import (
+    VAE,
+    Bernoulli,
+    FlatNetwork,
+    Gaussian,
+    HierarchicalNetwork,
+    HierarchyPlan,
+    Multinomial,
+    NegativeBinomial,
+    Optimal,
+    PerPixel,
+    Poisson,
+    SpatialNetwork,
+    models,
+    runs,
+    spatial,
+)
 from sigma_vae.cli import main
 from sigma_vae.config import DataConfig, EvaluationSettings, HardwareConfig, ModelConfig, TrainingConfig
 from sigma_vae.data import as_splits, load
 from sigma_vae.evaluation import evaluate
 from sigma_vae.networks import conv, mlp, residual
+from sigma_vae.networks.hierarchical import hierarchical
 from sigma_vae.networks.principal import MARGIN, _logit, principal
 from sigma_vae.training import NonFiniteLossError, fit
 from sigma_vae.training.checkpoints import FORMAT, write_sealed
@@ -121,6 +139,44 @@ def test_maps_start_at_the_linear_model_of_each_patch(shape, stride, picture_cha
     torch.testing.assert_close(again, torch.cat([vae.network.decode(vae.encode(part).loc) for part in (x[:4], x[4:8])], -1))
 
 
+def best_linear_bound(x: np.ndarray, side: int, latents: int) -> tuple[float, float]:
+    """Log-likelihood in nats of probabilistic PCA of each patch, summed over those of an example; and the std of its noise."""
+    n, channels, rows, columns = x.shape
+    cut = x.reshape(n, channels, rows // side, side, columns // side, side).transpose(0, 2, 4, 1, 3, 5)
+    cut = cut.reshape(-1, channels * side**2)
+    variances, dims = np.linalg.eigvalsh(np.cov(cut.T, bias=True))[::-1], cut.shape[1]
+    latents = min(latents, dims - 1)  # the noise has a direction left
+    noise = variances[latents:].mean()
+    log_determinant = np.log(variances[:latents]).sum() + (dims - latents) * math.log(noise)
+    return -0.5 * len(cut) / n * (dims * math.log(2 * math.pi * math.e) + log_determinant), math.sqrt(noise)
+
+
+@pytest.mark.parametrize(("side", "plan"), [(4, "4,4d2,2,2d2/1,2m1,2,4m2"), (7, "4,4d2,2,2d2/1,2m1,4m2"), (4, "2,2d2/1x3,2m1")])
+def test_a_ladder_starts_at_the_linear_model_of_the_likeliest_patches(side, plan):
+    plan = HierarchyPlan.parse(plan)
+    x = (linear_data(300, 2 * side * side).cumsum(1) / 20 + 0.5).reshape(-1, 2, side, side)
+    vae = VAE(HierarchicalNetwork((2, side, side), 2, plan, latent_dim=2, width=8), Gaussian(2, mean="identity", levels=None))
+    vae = vae.double()
+    std = vae.start_from(x.split(100))
+    whole = nn.functional.pad(x, (0, side % 4 and 1, 0, side % 4 and 1), mode="replicate").numpy()
+    layers = Counter(block.resolution for block in plan.decoder)
+    bounds = [best_linear_bound(whole, whole.shape[-1] // resolution, 2 * count) for resolution, count in layers.items()]
+    exact, noise = max(bounds)
+    assert std == pytest.approx(noise, rel=1e-9)
+    if side == 4:  # a padded image has the model's patches, but is a part of what they model
+        shapes = [(2, block.resolution, block.resolution) for block in plan.decoder]
+        sizes = [math.prod(shape) for shape in shapes]
+        eye = math.sqrt(sum(sizes)) * torch.eye(sum(sizes), dtype=x.dtype)
+        inferred = []
+        for point in torch.cat([eye, -eye]):  # draws whose mean and covariance are exact
+            parts = iter(part.reshape(shape) for part, shape in zip(point.split(sizes), shapes, strict=True))
+            inferred.append(vae.network.infer(x, noise=lambda shape, parts=parts: next(parts).expand(shape)))
+        many = x.repeat(len(inferred), 1, 1, 1)  # one σ for all draws
+        log_prob = vae.likelihood(torch.cat([each.h for each in inferred]), many).log_prob(many)
+        bound = log_prob.mean() - torch.cat([each.kl for each in inferred]).sum(-1).mean()
+        assert float(bound.detach()) == pytest.approx(exact, abs=1e-3)
+
+
 def test_other_units_give_the_same_start():
     x = linear_data()
     own, other = (
@@ -179,6 +235,34 @@ def test_every_likelihood_starts_nearer_to_its_data(name, digits):
     assert math.isfinite(bounds[1])
     if any(word in name for word in ("optimal", "per-", "bernoulli")):  # those whose σ follows, and a coin
         assert bounds[1] > bounds[0]
+
+
+COUNTS = {"poisson": Poisson, "negative binomial": NegativeBinomial, "multinomial": Multinomial}
+OF_COUNTS = {
+    "mlp": ((24,), lambda channels: mlp((24,), channels, latent_dim=3, width=16)),
+    "maps": ((2, 12), lambda channels: spatial((2, 12), channels, width=8, plan="f2c3")),
+    "ladder": ((2, 4, 4), lambda channels: hierarchical((2, 4, 4), channels, latent_dim=3, width=8)),
+}
+
+
+@pytest.mark.parametrize("network", OF_COUNTS)
+@pytest.mark.parametrize("family", COUNTS)
+def test_latents_of_counts_have_unit_moments_at_the_start(family, network):
+    """The encoder reads log(1 + x), and so do the linear directions: E m² + v = 1 for each latent that is used."""
+    shape, make = OF_COUNTS[network]
+    factors = linear_data(200, math.prod(shape)).reshape(-1, *shape)
+    x = torch.poisson(30 * torch.exp(factors), generator=torch.Generator().manual_seed(0)).float()
+    likelihood = COUNTS[family](shape[0], spatial_dims=len(shape) - 1)
+    vae = VAE(make(likelihood.in_channels), likelihood)
+    vae.start_from([x])
+    with torch.no_grad():
+        if network == "ladder":
+            rate = vae.network.infer(x).kl.sum(-1).mean()
+            assert 0 < rate < 50  # nats; counts in place of their logarithms give thousands
+        else:
+            posterior = vae.network.posterior(x)
+            second = (posterior.loc.square() + posterior.scale.square()).movedim(1, 0).flatten(1).mean(1)
+            torch.testing.assert_close(second, torch.ones(3), rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from types import EllipsisType
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,13 @@ from torch.distributions import Normal
 from torch.nn.functional import silu
 
 from sigma_vae.conditions import WIDTH, Conditions, Embedding
-from sigma_vae.networks.principal import LinearPath, Passes, solved_path
+from sigma_vae.networks.principal import MayStartLinear, solved_path
 from sigma_vae.priors import StandardNormal
 from sigma_vae.registry import register
 from sigma_vae.types import (
     Flat,
     Inference,
     MeanMap,
-    Network,
     Noise,
     Prior,
     Temperature,
@@ -34,7 +33,7 @@ from sigma_vae.types import (
 __all__ = ["FlatNetwork", "Joined", "Shifted", "conv", "mlp", "width_of"]
 
 
-class OneLayer(Network):
+class OneLayer(MayStartLinear):
     """A network with one layer of latents, whose prior can be replaced, and a diagonal Gaussian posterior.
 
     A subclass defines ``latents``, ``posterior`` and ``decode``. A prior sees latents of any shape as one vector.
@@ -42,11 +41,6 @@ class OneLayer(Network):
 
     encoder: nn.Module
     decoder: nn.Module
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear: LinearPath | None = None
-        """A linear encoder and decoder whose outputs are added; :meth:`start_from` makes it."""
 
     @abstractmethod
     def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
@@ -84,21 +78,16 @@ class OneLayer(Network):
         z = self.prior.given(condition).sample(n, generator, per_layer(temperature, 1)[0])
         return self.decode(z.reshape(n, *self.latents.shapes[0]), condition)
 
-    def start_at(
-        self,
-        passes: Passes,
-        mean: MeanMap | None,
-        bias: Callable[[float], Tensor],
-        encoder_input: tuple[Tensor, ...],
-        decoder_input: tuple[Tensor, ...],
-    ) -> float | None:
-        """Add the path of :func:`~sigma_vae.networks.principal.solved_path`, and silence encoder and decoder.
+    def latents_of_path(self, features: Sequence[int]) -> int:
+        """Every latent, or channel of a map."""
+        return self.latents.shapes[0][0]
 
-        These are called with the given inputs, to see that they are silent.
+    def silence(self, encoder_input: tuple[Tensor, ...], decoder_input: tuple[Tensor, ...]) -> None:
+        """Make encoder and decoder give 0, and see that they do for these inputs.
+
+        Raises:
+            ValueError: one does not give 0 when its last layer with weights is 0; nothing is changed then.
         """
-        solved = solved_path(passes, self.latents.shapes[0][0], mean, bias)
-        if solved is None:
-            return None
         before = copy.deepcopy(self.encoder.state_dict())
         _silence(self.encoder, encoder_input, "encoder")
         try:
@@ -106,17 +95,6 @@ class OneLayer(Network):
         except ValueError:
             self.encoder.load_state_dict(before)
             raise
-        self.linear = solved.path.to(encoder_input[0])
-        return solved.residual_std
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Whether there is a linear path, and its shapes, are part of what is stored: take them over before torch compares.
-        start = f"{prefix}linear."
-        shapes = {name.removeprefix(start): value.shape for name, value in state_dict.items() if name.startswith(start)}
-        if not shapes or self.linear is None:
-            made = LinearPath.shaped(shapes, self.latents.shapes[0][0]) if shapes else None
-            self.linear = None if made is None else made.to(next(self.parameters()))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def check_latents(self, z: Tensor) -> None:
         """Refuse latents that the prior does not know; there are none where all examples have one size."""
@@ -200,7 +178,8 @@ class FlatNetwork(OneLayer):
 
     def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
         """q(z|x), parameters ``(batch, latent_dim)``, in float32 at least."""
-        raw = self.encoder(self.encoder_input(x), *self._embedded(condition))
+        seen = self.encoder_input(x)
+        raw = self.encoder(seen, *self._embedded(condition))
         if raw.dim() != 2 or raw.shape[-1] != 2 * self.latent_dim:
             raise ValueError(
                 f"the encoder gives mean and log-variance of {self.latent_dim} latents, {2 * self.latent_dim} numbers per example;"
@@ -208,7 +187,7 @@ class FlatNetwork(OneLayer):
             )
         mean, log_variance = at_least_float32(raw).chunk(2, dim=-1)
         if self.linear is not None:
-            linear_mean, linear_log_variance = self.linear.encoder(x)
+            linear_mean, linear_log_variance = self.linear.encoder(seen)
             mean, log_variance = mean + linear_mean, log_variance + linear_log_variance
         return Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
 
@@ -238,13 +217,17 @@ class FlatNetwork(OneLayer):
         example = self.encoder_input(next(iter(data))[:1].to(next(self.parameters())))
         embedded = self._embedded(None if self.conditions is None else self.conditions.rows({}, 1))
         h = self.decoder(example.new_zeros(1, self.latent_dim), *embedded)
-        return self.start_at(
+        solved = solved_path(
             lambda: (self.encoder_input(x.cpu()) for x in data),
+            self.latent_dim,
             mean,
             lambda std: features(std).cpu().reshape(-1, *[1] * (h.dim() - 2)).expand(h.shape[1:]).clone(),
-            (example, *embedded),
-            (torch.linspace(-1, 1, self.latent_dim).to(example)[None], *embedded),
         )
+        if solved is None:
+            return None
+        self.silence((example, *embedded), (torch.linspace(-1, 1, self.latent_dim).to(example)[None], *embedded))
+        self.linear = solved.path.to(example)
+        return solved.residual_std
 
     def _embedded(self, condition: Tensor | None) -> tuple[Tensor, ...]:
         """The condition as a second argument of encoder and decoder; none where it is not read."""

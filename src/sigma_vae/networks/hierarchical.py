@@ -13,12 +13,19 @@ from torch.distributions import Normal
 from torch.nn import functional
 
 from sigma_vae.conditions import WIDTH, Conditions, Embedding
+from sigma_vae.networks.principal import (
+    MayStartLinear,
+    SolvedPath,
+    decoded_patches,
+    encoded_patches,
+    solved_path_of_patches,
+)
 from sigma_vae.registry import Argument, register
 from sigma_vae.types import (
     ChooseLatents,
     Hierarchy,
     Inference,
-    Network,
+    MeanMap,
     Noise,
     Temperature,
     at_least_float32,
@@ -317,10 +324,12 @@ def conv_same(in_channels: int, out_channels: int, kernel: int = 1, scale: float
 
 Choose = Callable[[HierarchyLayer, Tensor, Diagonal], Tensor]
 """Chooses a layer's latents, given the features above them and their prior."""
+Infer = Callable[[HierarchyLayer, Tensor], Diagonal]
+"""Posterior of a layer's latents, given the features above them."""
 
 
 @final
-class HierarchicalNetwork(Network):
+class HierarchicalNetwork(MayStartLinear):
     r"""Bottom-up residual encoder, top-down layers of Gaussian latents, deterministic residuals between them.
 
     .. math:: p(z) = \prod_l p(z_l | z_{<l}), \qquad q(z|x) = \prod_l q(z_l | z_{<l}, x)
@@ -328,7 +337,8 @@ class HierarchicalNetwork(Network):
     Both are diagonal Gaussians over a map ``(latent_dim, resolution, resolution)``. At initialisation every prior is
     N(0, 1), and the output of a block is scaled by 1/√blocks, so that depth does not matter (Child 2021, section 3).
     Blocks are pre-activation bottlenecks with GELU and no batch statistics. Where the highest resolution is a fraction
-    of the image's, squares of pixels become channels.
+    of the image's, squares of pixels become channels. Training starts with a linear encoder and decoder of patches
+    beside the layers of one resolution (:meth:`start_from`).
 
     Args:
         shape: of one example, ``(C, H, W)``.
@@ -365,6 +375,7 @@ class HierarchicalNetwork(Network):
         self.plan = plan
         self.latent_dim = latent_dim
         self.patch = plan.patch(self.rows, self.columns)
+        self.side = self.patch * plan.resolution
         self.stem = conv_same(channels * self.patch**2, width, kernel=3)
         self.encoder = nn.ModuleList(
             bottleneck(width, width, block.resolution, width, last_scale=1 / math.sqrt(len(plan.encoder)))
@@ -458,13 +469,49 @@ class HierarchicalNetwork(Network):
     def descend(self, choose: ChooseLatents, x: Tensor | None = None) -> Tensor:
         """Features of one example whose latents are chosen layer by layer: see :meth:`Network.descend`."""
         shifts = self._shifts(None)
-        features = None if x is None else self._encode(x, shifts)
+        posterior = None if x is None else self._posterior(x, shifts)
 
         def chosen(layer: HierarchyLayer, state: Tensor, prior: Diagonal) -> Tensor:
-            posterior = None if features is None else layer.posterior_of(state, features[layer.resolution])
-            return choose(_normal(prior), None if posterior is None else _normal(posterior))
+            return choose(_normal(prior), None if posterior is None else _normal(posterior(layer, state)))
 
         return self._descend(1, chosen, shifts)
+
+    def latents_of_path(self, features: Sequence[int]) -> int:
+        """Those of all layers at the resolution whose places are patches of this size; 0 where there are none."""
+        _, rows, columns = features
+        at = [block for block in self.plan.decoder if block.resolution * rows == self.side]
+        return self.latent_dim * len(at) if rows == columns else 0
+
+    @torch.no_grad()
+    def start_from(self, data: Iterable[Tensor], mean: MeanMap | None, features: Callable[[float], Tensor]) -> float | None:
+        """Start at the best VAE that encodes and decodes each patch by itself, linearly, in the layers of one resolution.
+
+        This is probabilistic PCA of patches, with as many latents for each as the layers of that resolution have together;
+        it is the resolution at which the data are likeliest. A linear encoder and decoder are added to the network's own,
+        whose posteriors, priors and head are set to 0: each layer's posterior beside the path is its prior, N(0, I). See
+        :meth:`Network.start_from`.
+        """
+        example = next(self.parameters())
+        sizes = {self.side // block.resolution for block in self.plan.decoder}
+
+        def padded() -> Iterable[Tensor]:
+            return (self._padded(x.to(example).cpu()) for x in data)
+
+        def solved(size: int) -> SolvedPath | None:
+            latents = self.latents_of_path((self.channels, size, size))
+            return solved_path_of_patches(padded, size, latents, mean, features)
+
+        found = [path for path in map(solved, sorted(sizes)) if path is not None]
+        if not found:
+            return None
+        best = max(found, key=lambda path: path.log_likelihood_per_dim)
+        for layer in self.decoder:
+            assert isinstance(layer, HierarchyLayer)
+            for half in (layer.prior, layer.posterior):
+                _silence(half[-1])
+        _silence(self.head)
+        self.linear = best.path.to(example)
+        return best.residual_std
 
     def shards(self) -> list[nn.Module]:
         """Every residual block: each is whole only while it computes."""
@@ -480,11 +527,11 @@ class HierarchicalNetwork(Network):
 
     def _infer(self, x: Tensor, noise: Noise | None, condition: Tensor | None) -> tuple[Tensor, list[Draw]]:
         shifts = self._shifts(condition)
-        features = self._encode(x, shifts)
+        infer = self._posterior(x, shifts)
         draws: list[Draw] = []
 
         def choose(layer: HierarchyLayer, state: Tensor, prior: Diagonal) -> Tensor:
-            posterior = layer.posterior_of(state, features[layer.resolution])
+            posterior = infer(layer, state)
             draws.append(draw(posterior, prior, standard_normal(posterior.mean, noise)))
             return draws[-1].z
 
@@ -504,14 +551,38 @@ class HierarchicalNetwork(Network):
 
         return choose
 
-    def _encode(self, x: Tensor, shifts: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """The last features at each resolution."""
+    def _padded(self, x: Tensor) -> Tensor:
+        """The encoder's input, padded to a square that the plan divides."""
         x = self.encoder_input(x)
         expected = (self.channels, self.rows, self.columns)
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(f"this network was built for examples of shape {expected}, got a batch of shape {tuple(x.shape)}")
-        side = self.patch * self.plan.resolution
-        padded = functional.pad(x, (0, side - self.columns, 0, side - self.rows), mode="replicate")
+        return functional.pad(x, (0, self.side - self.columns, 0, self.side - self.rows), mode="replicate")
+
+    def _posterior(self, x: Tensor, shifts: Mapping[str, Tensor]) -> Infer:
+        """q(z_l | z_<l, x) of each layer, to be asked for from the top down."""
+        padded = self._padded(x)
+        features = self._encode(padded, shifts)
+        if self.linear is None:
+            return lambda layer, state: layer.posterior_of(state, features[layer.resolution])
+        mean, log_variance = encoded_patches(self.linear, padded)
+        shares = zip(
+            mean.chunk(mean.shape[1] // self.latent_dim, 1),
+            log_variance.chunk(len(log_variance) // self.latent_dim),
+            strict=True,
+        )
+
+        def posterior(layer: HierarchyLayer, state: Tensor) -> Diagonal:
+            found = layer.posterior_of(state, features[layer.resolution])
+            if layer.resolution != mean.shape[-1]:
+                return found
+            linear_mean, linear_log_variance = next(shares)
+            return Diagonal(found.mean + linear_mean, found.log_std + 0.5 * linear_log_variance)
+
+        return posterior
+
+    def _encode(self, padded: Tensor, shifts: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """The last features at each resolution."""
         state = self.stem(functional.pixel_unshuffle(INPUT_GAIN * (padded - 0.5), self.patch))
         if "stem" in shifts:
             state = state + shifts["stem"].to(state.dtype)
@@ -525,6 +596,7 @@ class HierarchicalNetwork(Network):
     def _descend(self, n: int, choose: Choose, shifts: Mapping[str, Tensor]) -> Tensor:
         """Go through the layers from the top down."""
         state: Tensor | None = None
+        drawn: list[tuple[int, Tensor]] = []
         for number, layer in enumerate(self.decoder):
             assert isinstance(layer, HierarchyLayer)
             state = layer.enter(state, n)
@@ -532,10 +604,19 @@ class HierarchicalNetwork(Network):
                 state = state + shifts[str(number)].to(state.dtype)
             prior, residual = layer.prior_of(state)
             z = choose(layer, state, prior)
+            drawn.append((layer.resolution, z))
             state = layer.leave(state + residual, z)
         assert state is not None
-        features: Tensor = self.head(state * self.gain + self.offset)
-        return functional.pixel_shuffle(features, self.patch)[..., : self.rows, : self.columns]
+        features: Tensor = functional.pixel_shuffle(self.head(state * self.gain + self.offset), self.patch)
+        if self.linear is not None:
+            resolution = self.side // self.linear.decoder.bias.shape[-1]
+            features = features + decoded_patches(self.linear, torch.cat([z for at, z in drawn if at == resolution], 1))
+        return features[..., : self.rows, : self.columns]
+
+
+def _silence(convolution: nn.Module) -> None:
+    for parameter in convolution.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _plan_of(text: str, size: int) -> HierarchyPlan:

@@ -1,23 +1,28 @@
 """Probabilistic PCA: the linear VAE, whose best weights have a closed form, and a network's linear path with them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, final
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
-from sigma_vae.types import MeanMap, at_least_float32, in_full_precision
+from sigma_vae.types import MeanMap, Network, at_least_float32, in_full_precision
 
 __all__ = [
     "LinearDecoder",
     "LinearEncoder",
     "LinearPath",
+    "MayStartLinear",
     "Principal",
     "best_components",
+    "decoded_patches",
+    "encoded_patches",
     "principal",
     "sample_of",
     "solved_path",
+    "solved_path_of_patches",
 ]
 
 EXACT_DIMS = 1024
@@ -63,6 +68,13 @@ class Principal(NamedTuple):
         log_determinant = self.variances.log().sum() + (dims - latent_dim) * math.log(self.noise_variance)
         distance = (along.square() / self.variances).sum(1) + rest / self.noise_variance
         return -0.5 * (dims * math.log(2 * math.pi) + log_determinant + distance)
+
+    @property
+    def mean_log_prob(self) -> float:
+        """Mean log-density in nats of the data that it was fitted to: their covariance has this trace and determinant."""
+        dims, latent_dim = self.directions.shape
+        log_determinant = float(self.variances.log().sum()) + (dims - latent_dim) * math.log(self.noise_variance)
+        return -0.5 * (dims * math.log(2 * math.pi * math.e) + log_determinant)
 
     def widened(self, variance: float) -> "Principal":
         """The same with white noise of this variance added to the data."""
@@ -304,11 +316,104 @@ def solved_path(passes: Passes, latent_dim: int, mean: MeanMap | None, bias: Cal
         start.view(-1)[:dims] = centre
     unit_channels = torch.ones(next(iter(passes())).shape[1]) if mean == "unit" else None
     path = LinearPath(LinearEncoder(centre, directions, gain, log_variance), LinearDecoder(weight, start, unit_channels))
-    return SolvedPath(path, math.sqrt(noise))
+    return SolvedPath(path, math.sqrt(noise), fitted.mean_log_prob / dims)
 
 
 class SolvedPath(NamedTuple):
-    """A path, and the std of the residuals that it leaves."""
+    """A path, the std of the residuals that it leaves, and the mean log-density of the data that it was solved from, in nats."""
 
     path: LinearPath
     residual_std: float
+    log_likelihood_per_dim: float
+
+
+class MayStartLinear(Network):
+    """A network that :meth:`start_from` may add a linear path to. The path, or that there is none, is stored with the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear: LinearPath | None = None
+        """A linear encoder and decoder whose outputs are added."""
+
+    @abstractmethod
+    def latents_of_path(self, features: Sequence[int]) -> int:
+        """Number of latents of a path whose decoder gives these features, ``(in_channels, *space)``."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # Whether there is a linear path, and its shapes, are part of what is stored: take them over before torch compares.
+        start = f"{prefix}linear."
+        shapes = {name.removeprefix(start): value.shape for name, value in state_dict.items() if name.startswith(start)}
+        if not shapes:
+            self.linear = None
+        elif self.linear is None or self.linear.decoder.bias.shape != shapes.get("decoder.bias"):
+            made = LinearPath.shaped(shapes, self.latents_of_path(shapes.get("decoder.bias", ())))
+            self.linear = made.to(next(self.parameters()))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+# -- Paths that encode and decode each patch of an image or a series by itself -----------------------------------------
+
+MOST_PATCHES = 200_000
+"""Patches from which a path is solved, about: a thousand for each of the 192 values of a colour patch of 8×8."""
+
+
+def solved_path_of_patches(
+    passes: Passes, side: int, latent_dim: int, mean: MeanMap | None, features: Callable[[float], Tensor]
+) -> SolvedPath | None:
+    """Solve the path for patches of ``side`` values a side; ``features`` are ``(in_channels,)``: see :func:`solved_path`."""
+
+    def cut() -> Iterator[Tensor]:
+        count = 0
+        for batch in passes():
+            yield (parts := patches(batch, side).flatten(0, batch.dim() - 2))
+            if (count := count + len(parts)) >= MOST_PATCHES:
+                return
+
+    size = [side] * (next(iter(passes())).dim() - 2)
+    return solved_path(
+        cut, latent_dim, mean, lambda std: features(std).cpu().reshape(-1, *[1] * len(size)).expand(-1, *size).clone()
+    )
+
+
+def encoded_patches(path: LinearPath, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means ``(batch, latent_dim, *size/side)`` and log-variances ``(latent_dim, 1, ...)`` of x ``(batch, C, *size)``."""
+    parts = patches(x, path.decoder.bias.shape[-1])
+    places = parts.shape[: x.dim() - 1]
+    mean, log_variance = path.encoder(parts.flatten(0, x.dim() - 2))
+    return mean.reshape(*places, -1).movedim(-1, 1), log_variance.reshape(-1, *[1] * (x.dim() - 2))
+
+
+def decoded_patches(path: LinearPath, z: Tensor) -> Tensor:
+    """Features ``(batch, in_channels, *size)`` of z ``(batch, latent_dim, *size/side)``."""
+    vectors = z.movedim(1, -1)
+    parts = path.decoder(vectors.flatten(0, -2))
+    return unpatched(parts.reshape(*vectors.shape[:-1], *parts.shape[1:]))
+
+
+def patches(x: Tensor, side: int) -> Tensor:
+    """Cut x ``(batch, C, *size)`` into patches, ``(batch, *size/side, C, side, ...)``.
+
+    >>> patches(torch.arange(6).reshape(1, 1, 6), 3)
+    tensor([[[[0, 1, 2]],
+    <BLANKLINE>
+             [[3, 4, 5]]]])
+    """
+    axes = x.dim() - 2
+    for axis in range(2, 2 + 2 * axes, 2):
+        x = x.reshape(*x.shape[:axis], -1, side, *x.shape[axis + 1 :])
+    return x.permute(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2))
+
+
+def unpatched(parts: Tensor) -> Tensor:
+    """Put :func:`patches` together again.
+
+    >>> x = torch.rand(2, 3, 4, 6)
+    >>> torch.equal(unpatched(patches(x, 2)), x)
+    True
+    """
+    axes = (parts.dim() - 2) // 2
+    pairs = ((1 + axis, 2 + axes + axis) for axis in range(axes))
+    x = parts.permute(0, 1 + axes, *(axis for pair in pairs for axis in pair))
+    for axis in range(2, 2 + axes):
+        x = x.flatten(axis, axis + 1)
+    return x

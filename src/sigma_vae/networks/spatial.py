@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -12,14 +12,13 @@ from torch.distributions import Normal
 from torch.nn.functional import interpolate, pad, scaled_dot_product_attention, silu
 
 from sigma_vae.networks.flat import OneLayer
+from sigma_vae.networks.principal import decoded_patches, encoded_patches, solved_path_of_patches
 from sigma_vae.priors import StandardNormal
 from sigma_vae.registry import Argument, register
 from sigma_vae.types import Maps, MeanMap, Noise, Prior, at_least_float32
 
 LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -30.0, 20.0
 """Limits of the posterior's log-variance, those of diffusers."""
-MOST_PATCHES = 200_000
-"""Patches from which the start is solved, about: a thousand for each of the 192 values of a colour patch of 8×8."""
 PER_GROUP = 4
 """Channels that a group norm treats together in the first level."""
 EPS = 1e-6
@@ -111,6 +110,7 @@ class SpatialNetwork(OneLayer):
     def posterior(self, x: Tensor, condition: Tensor | None = None) -> Normal:
         """q(z|x), parameters ``(batch, channels, *space)``, in float32 at least."""
         self.refuse_unread(condition=condition)
+        x = self.encoder_input(x)
         check_size(x.shape[-len(self.space) :], self.stride)
         moments = self.encoder(2 * x - 1 if self.picture_channels else x)
         expected = (len(x), 2 * self.channels, *(size // self.stride for size in x.shape[-len(self.space) :]))
@@ -118,10 +118,8 @@ class SpatialNetwork(OneLayer):
             raise ValueError(f"the encoder gives means and log-variances of shape {expected}, got {tuple(moments.shape)}")
         mean, log_variance = at_least_float32(moments).chunk(2, dim=1)
         if self.linear is not None:
-            parts = patches(x, self.stride)
-            linear_mean, linear_log_variance = self.linear.encoder(parts.flatten(0, len(self.space)))
-            mean = mean + linear_mean.reshape(*parts.shape[: 1 + len(self.space)], -1).movedim(-1, 1)
-            log_variance = log_variance + linear_log_variance.reshape(-1, *[1] * len(self.space))
+            linear_mean, linear_log_variance = encoded_patches(self.linear, x)
+            mean, log_variance = mean + linear_mean, log_variance + linear_log_variance
         log_variance = log_variance.clamp(LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE)
         return Normal(mean, torch.exp(0.5 * log_variance), validate_args=False)
 
@@ -135,9 +133,7 @@ class SpatialNetwork(OneLayer):
             features = torch.cat([means / 2 + middle, others], 1)
         if self.linear is not None:
             assert isinstance(z, Tensor)
-            vectors = z.movedim(1, -1)
-            parts = self.linear.decoder(vectors.flatten(0, -2))
-            features = features + unpatched(parts.reshape(*vectors.shape[:-1], *parts.shape[1:]))
+            features = features + decoded_patches(self.linear, z)
         return features
 
     @property
@@ -160,24 +156,16 @@ class SpatialNetwork(OneLayer):
             raise ValueError(
                 "the layers of this network are another library's, and get no linear path; train it with start=random"
             )
-        x = next(iter(data))[:1].to(next(self.parameters()))
+        x = self.encoder_input(next(iter(data))[:1].to(next(self.parameters())))
         z = torch.linspace(-1, 1, self.latents.sizes[0]).to(x).reshape(1, *self.latents.shapes[0])
-        size = [self.stride] * len(self.space)
-
-        def cut() -> Iterator[Tensor]:
-            count = 0
-            for batch in data:
-                yield (parts := patches(batch.cpu(), self.stride).flatten(0, len(size)))
-                if (count := count + len(parts)) >= MOST_PATCHES:
-                    return
-
-        return self.start_at(
-            cut,
-            mean,
-            lambda std: features(std).cpu().reshape(-1, *[1] * len(size)).expand(-1, *size).clone(),
-            (2 * x - 1 if self.picture_channels else x,),
-            (z,),
+        solved = solved_path_of_patches(
+            lambda: (self.encoder_input(batch.cpu()) for batch in data), self.stride, self.channels, mean, features
         )
+        if solved is None:
+            return None
+        self.silence((2 * x - 1 if self.picture_channels else x,), (z,))
+        self.linear = solved.path.to(x)
+        return solved.residual_std
 
     def latent_kl(self, x: Tensor, noise: Noise | None = None, condition: Tensor | None = None) -> list[Tensor]:
         """KL of each place and channel from N(0, 1), ``(batch, channels, *space)``, whatever prior was fitted."""
@@ -261,35 +249,6 @@ def map_statistics(posteriors: Iterable[Normal]) -> MapStatistics:
         scaling_factor=float(second.mean() - shift**2) ** -0.5,
         examples=examples,
     )
-
-
-def patches(x: Tensor, side: int) -> Tensor:
-    """Cut x ``(batch, C, *size)`` into patches, ``(batch, *size/side, C, side, ...)``.
-
-    >>> patches(torch.arange(6).reshape(1, 1, 6), 3)
-    tensor([[[[0, 1, 2]],
-    <BLANKLINE>
-             [[3, 4, 5]]]])
-    """
-    axes = x.dim() - 2
-    for axis in range(2, 2 + 2 * axes, 2):
-        x = x.reshape(*x.shape[:axis], -1, side, *x.shape[axis + 1 :])
-    return x.permute(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2))
-
-
-def unpatched(parts: Tensor) -> Tensor:
-    """Put :func:`patches` together again.
-
-    >>> x = torch.rand(2, 3, 4, 6)
-    >>> torch.equal(unpatched(patches(x, 2)), x)
-    True
-    """
-    axes = (parts.dim() - 2) // 2
-    pairs = ((1 + axis, 2 + axes + axis) for axis in range(axes))
-    x = parts.permute(0, 1 + axes, *(axis for pair in pairs for axis in pair))
-    for axis in range(2, 2 + axes):
-        x = x.flatten(axis, axis + 1)
-    return x
 
 
 def check_size(size: Sequence[int], stride: int) -> None:

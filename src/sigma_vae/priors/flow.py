@@ -462,26 +462,25 @@ def _solve(rates: Rates, u: Tensor, start: float, end: float) -> tuple[Tensor, T
     return u, total
 
 
-def _with_change(velocity: Velocity, u: Tensor, t: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """The velocity, and its derivative along a direction."""
-    pair: tuple[Tensor, Tensor] = torch.func.jvp(lambda each: velocity(each, t), (u,), (direction,))  # type: ignore[assignment]
-    return pair
+def _pulling(velocity: Velocity, u: Tensor, t: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The velocity, and the map from w to wᵀ∂v/∂u: backwards costs half of what torch takes to differentiate forwards."""
+    value, pull = torch.func.vjp(lambda each: velocity(each, t), u)  # type: ignore[misc]
+    return value, lambda direction: pull(direction)[0]
 
 
 def _probed_divergence(probes: Iterator[Tensor], velocity: Velocity, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    value, pull = _pulling(velocity, u, t)
     probe = next(probes)
-    value, change = _with_change(velocity, u, t, probe)
-    return value, (probe * change).flatten(1).sum(1)
+    return value, (probe * pull(probe)).flatten(1).sum(1)
 
 
 def _exact_divergence(velocity: Velocity, u: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    value, pull = _pulling(velocity, u, t)
     total = u.new_zeros(len(u))
-    value = u
     for index in range(u[0].numel()):
         unit = torch.zeros_like(u).flatten(1)
         unit[:, index] = 1
-        value, change = _with_change(velocity, u, t, unit.reshape(u.shape))
-        total = total + change.flatten(1)[:, index]
+        total = total + pull(unit.reshape(u.shape)).flatten(1)[:, index]
     return value, total
 
 

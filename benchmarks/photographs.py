@@ -80,7 +80,7 @@ def main(
     networks: tuple[str, ...] = NETWORKS,
     minutes: tuple[float, ...] = (2.0, 10.0),
     seed: int = 0,
-    start: Literal["auto", "random"] = "auto",
+    start: Literal["auto", "principal", "random"] = "auto",
     pictures: Path | None = None,
     keep: Path | None = None,
 ) -> None:
@@ -92,7 +92,8 @@ def main(
         networks: with their width after a comma, if it is not the default: spatial:f8c4,16.
         minutes: of CPU time, in ascending order.
         seed: of the weights, the data's order, and the samples.
-        start: of training; auto is the best linear VAE, of patches where latents are maps.
+        start: of training; principal is the best linear VAE, of patches where latents are maps or a ladder, and auto takes it but
+            for a ladder.
         pictures: folder for a mosaic of samples of each.
         keep: folder for checkpoints; a network that has some there is trained on.
     """
@@ -153,7 +154,7 @@ def cut(photograph: Image.Image, generator: np.random.Generator, least: int, mos
 
 
 def trained(
-    name: str, data: Splits, minutes: tuple[float, ...], seed: int, start: Literal["auto", "random"], folder: Path
+    name: str, data: Splits, minutes: tuple[float, ...], seed: int, start: Literal["auto", "principal", "random"], folder: Path
 ) -> Iterator[tuple[dict[str, Any], VAE]]:
     """Train a network, and give it back after each of the times."""
     network, _, width = name.partition(",")

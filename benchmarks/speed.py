@@ -72,6 +72,7 @@ RIVALS: dict[str, dict[str, float] | None] = {
 }
 """What others train for 10 epochs; the arguments of a :class:`PlainLoop` that solves σ. ``plain`` has the paper's network."""
 RIVAL_EPOCHS = 10
+FROM_ITS_START = "from the best linear VAE"
 SOONER = {
     f"{network}, batches of {batch}, {images} images": (network, batch, images)
     for network, batch, budgets in (
@@ -79,9 +80,12 @@ SOONER = {
         ("mlp", 64, (64_000, 128_000)),
         ("conv", 32, (90_000, 180_000)),
         ("residual", 64, (480_000,)),
-        ("hierarchical:tiny", 64, (640, 15_000, 40_000)),
+        ("hierarchical:tiny", 64, (15_000, 40_000)),
     )
     for images in budgets
+} | {
+    f"hierarchical:tiny, {FROM_ITS_START}, batches of 64, {images} images": ("hierarchical:tiny", 64, images)
+    for images in (2_560, 40_000)
 }
 """A cosine to 0 over so many images; the network, and what is due to the trainer, are told apart."""
 SOONER_RATE = {"mlp": 1e-3, "conv": 1e-3, "residual": 1e-3, "hierarchical:tiny": 3e-3}
@@ -193,6 +197,7 @@ def measured(part: Part, case: str, number: str, data: str) -> Measured:
         batch_size=batch,
         learning_rate=rate,
         schedule="cosine",
+        start="principal" if FROM_ITS_START in case else "auto",
         hardware=HardwareConfig(precision="bfloat16"),
     )
     return trained(network, splits, config, seed)

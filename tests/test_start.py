@@ -354,6 +354,18 @@ def test_a_started_model_is_saved_and_loaded(network, tmp_path: Path, digits):
     assert plain.network.linear is None  # the form is that of the weights
 
 
+def test_a_ladder_takes_the_linear_start_if_it_is_asked_for(tmp_path: Path, digits):
+    config, x = ModelConfig(network="hierarchical:tiny", width=16), digits.values("test")[:5]
+    vae = models.vae(config, SHAPE, digits.scaling)
+    fit(vae, digits, TrainingConfig(max_steps=2), progress=False)
+    assert vae.network.linear is None
+    fit(vae, digits, TrainingConfig(max_steps=5, start="principal"), progress=False)
+    models.save(tmp_path, vae, config, SHAPE, digits.scaling)
+    again = models.load(tmp_path).vae
+    assert again.network.linear is not None
+    assert torch.equal(again.network.infer(x, noise=torch.zeros).h, vae.network.infer(x, noise=torch.zeros).h)
+
+
 @pytest.mark.parametrize(
     "name", ["encoder.centre", "encoder.directions", "encoder.gain", "decoder.weight", "decoder.bias", "decoder.unit_channels"]
 )

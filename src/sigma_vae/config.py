@@ -295,7 +295,7 @@ class TrainingConfig(_Strict):
 
     start: Literal["auto", "principal", "random"] = "auto"
     """Weights that training starts from: principal adds the best linear VAE (probabilistic PCA) to the network and learns
-    what it leaves; random does not. auto: principal where the network has one layer of flat latents and no condition."""
+    what it leaves; random does not. auto: principal where the network has one layer of latents and no condition."""
     epochs: int | None = None
     """Passes over the training split. Unless given, 20, but at least 4000 steps and at most 20000."""
     max_steps: int | None = None

@@ -300,6 +300,8 @@ class Network(nn.Module, ABC):
     """Map from data x to the encoder's input; :class:`~sigma_vae.VAE` sets it to :meth:`Likelihood.encoder_input`."""
     trains_in_bfloat16: bool = False
     """Whether bfloat16 training was measured to give the same results, so that ``precision="auto"`` may choose it."""
+    starts_solved: bool = True
+    """Whether ``start="auto"`` takes the start that :attr:`has_start` tells of; ``start="principal"`` does in any case."""
     prior: Prior
     """p(z), where :attr:`has_prior`."""
     portable_name: str | None = None

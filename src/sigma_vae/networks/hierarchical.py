@@ -337,8 +337,8 @@ class HierarchicalNetwork(MayStartLinear):
     Both are diagonal Gaussians over a map ``(latent_dim, resolution, resolution)``. At initialisation every prior is
     N(0, 1), and the output of a block is scaled by 1/√blocks, so that depth does not matter (Child 2021, section 3).
     Blocks are pre-activation bottlenecks with GELU and no batch statistics. Where the highest resolution is a fraction
-    of the image's, squares of pixels become channels. Training starts with a linear encoder and decoder of patches
-    beside the layers of one resolution (:meth:`start_from`).
+    of the image's, squares of pixels become channels. With ``start="principal"``, training starts with a linear encoder
+    and decoder of patches beside the layers of one resolution (:meth:`start_from`).
 
     Args:
         shape: of one example, ``(C, H, W)``.
@@ -359,6 +359,8 @@ class HierarchicalNetwork(MayStartLinear):
     >>> [tuple(z.shape) for z in latents], network.decode(latents).shape
     ([(5, 2, 1, 1), (5, 2, 8, 8)], torch.Size([5, 1, 8, 8]))
     """
+
+    starts_solved = False  # photographs need fewer bits with it, grey pictures on black more, and samples are farther
 
     def __init__(
         self,

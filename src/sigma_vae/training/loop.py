@@ -566,7 +566,8 @@ def _start_network(vae: VAE, data: Splits, config: TrainingConfig, first: Batch)
         The residuals' std, None where the start is random; and the start in words.
     """
     conditional = vae.network.conditions is not None  # a linear VAE of all classes keeps the class in its latents
-    if config.start == "random" or (config.start == "auto" and (conditional or not vae.network.has_start)):
+    takes_it = vae.network.has_start and vae.network.starts_solved and not conditional
+    if config.start == "random" or (config.start == "auto" and not takes_it):
         return None, "random"
     chosen = sample_of(len(data.train), data.shape)
     size = min(256, max(START_VALUES // math.prod(data.shape), 1))

@@ -171,8 +171,7 @@ def data_of(name: str, cifar: Path | None) -> Splits:
 def patches(side: int = 32, examples: int = 20_000) -> dict[str, np.ndarray]:
     """Squares of the photographs that packages bundle, each within one of their blocks; a tenth of the blocks is held out twice.
 
-    The splits share no pixel, and are alike: strips of two photographs were not (a linear model's log-likelihood differed by up
-    to 1 000 nats between them).
+    The splits share no pixel, and are alike; strips of two photographs were not.
     """
     random = np.random.default_rng(0)
     photographs = [np.asarray(photograph) for photograph in bundled_photographs()]

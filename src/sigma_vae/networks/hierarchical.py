@@ -480,9 +480,8 @@ class HierarchicalNetwork(MayStartLinear):
 
     def latents_of_path(self, features: Sequence[int]) -> int:
         """Those of all layers at the resolution whose places are patches of this size; 0 where there are none."""
-        _, rows, columns = features
-        at = [block for block in self.plan.decoder if block.resolution * rows == self.side]
-        return self.latent_dim * len(at) if rows == columns else 0
+        at = [block for block in self.plan.decoder if tuple(features[1:]) == (self.side // block.resolution,) * 2]
+        return self.latent_dim * len(at)
 
     @torch.no_grad()
     def start_from(self, data: Iterable[Tensor], mean: MeanMap | None, features: Callable[[float], Tensor]) -> float | None:

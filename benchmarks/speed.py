@@ -57,11 +57,11 @@ TINY = (
 COMPILED_STEPS = {"tiny, float32": 400, "mlp, bfloat16": 100, "residual, bfloat16": 40, "conv, bfloat16": 16}
 FORMATS = ("float32", "float32, channels-last", "bfloat16", "bfloat16, channels-last")
 STEPS = [
-    *(f"{network}, {form}" for network in ("conv", "residual", "hierarchical:tiny") for form in FORMATS),
+    *(f"{network}, {form}" for network in ("conv", "usual conv", "residual", "hierarchical:tiny") for form in FORMATS),
     *(f"mlp {width}, {form}" for width in (32, 64, 100, 150, 200, 300, 400) for form in ("float32", "bfloat16")),
 ]
 """Networks, with the width where it is not the usual one, and what a step computes in."""
-COUNTED_STEPS = {"conv": 12, "hierarchical:tiny": 20, "residual": 60}
+COUNTED_STEPS = {"conv": 12, "usual conv": 12, "hierarchical:tiny": 20, "residual": 60}
 EQUAL = ("pythae", "plain loop", "ours, all")
 EQUAL_STEPS = 200
 PRECISION_STEPS = {"conv": 422, "residual": 1266, "mlp": 4220, "hierarchical:tiny": 422}

@@ -18,7 +18,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from benchmarks.plain import BATCH, LATENTS, RATE, PlainLoop, images_of
+from benchmarks.plain import BATCH, LATENTS, RATE, PlainLoop, images_of, usual
 from sigma_vae import VAE, Fixed, Gaussian, models
 from sigma_vae.config import HardwareConfig, TrainingConfig
 from sigma_vae.data import Splits
@@ -50,12 +50,14 @@ def tiny(data: Splits) -> FlatNetwork:
 
 
 def network_named(name: str, data: Splits, seed: int) -> Network:
-    """``tiny``, or one of the library's (``mlp 100``: of that width), with one feature channel a data channel."""
+    """``tiny``, or one of the library's (``mlp 100``: of that width; ``usual conv``), with one feature channel a data channel."""
     torch.manual_seed(seed)
+    if name == "tiny":
+        return tiny(data)
+    if name.startswith(USUAL):
+        return usual(network_named(name.removeprefix(USUAL), data, seed))
     name, _, width = name.partition(" ")
-    return (
-        tiny(data) if name == "tiny" else models.network(name, data.shape, data.shape[0], width=int(width) if width else None)
-    )
+    return models.network(name, data.shape, data.shape[0], width=int(width) if width else None)
 
 
 def plain_loop(network: FlatNetwork, data: Splits, steps: int) -> Timed:
@@ -158,6 +160,7 @@ def pythae(network: FlatNetwork, data: Splits, steps: int) -> Timed:
     return timed
 
 
+USUAL = "usual "
 OFF = HardwareConfig(precision="float32", memory_format="contiguous", fused_optimiser="no", allocator="default")
 """None of what the library chooses."""
 OURS: dict[str, HardwareConfig] = {
@@ -192,5 +195,6 @@ def train_one(case: str, network: str, data: Splits, steps: int, seed: int) -> T
             hardware=OURS.get(case, HardwareConfig()),
         )
         return ours(made, data, replace(config, **amid))
+    made = usual(made)
     assert isinstance(made, FlatNetwork)
     return {"pythae": pythae, "plain loop": plain_loop}[case](made, data, steps)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sigma_vae import VAE, Gaussian, Optimal, conv, mlp, residual
 from sigma_vae.networks import FlatNetwork
-from sigma_vae.networks.flat import GAIN, START_LOG_VARIANCE
+from sigma_vae.networks.flat import GAIN, START_LOG_VARIANCE, _Transposed
 from sigma_vae.training.distributed import GlobalBatchNorm, global_statistics, joined, processes
 
 LATENT, WIDTH, BATCH = 3, 4, 6
@@ -343,3 +343,25 @@ def test_one_process_keeps_the_norms_of_torch():
     with global_statistics(model):
         assert processes().world_size == 1
         assert type(model.again) is nn.BatchNorm1d
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "channels"), [(6, 2, (5, 3)), (10, 2, (2, 1)), (9, 3, (3, 4)), (5, 1, (6, 1)), (3, 1, (4, 3))]
+)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_transposed_convolution_is_that_of_torch(kernel, stride, channels, bias, memory_format):
+    torch.manual_seed(0)
+    asked = {"stride": stride, "padding": (kernel - stride) // 2, "bias": bias, "dtype": torch.float64}
+    theirs, ours = nn.ConvTranspose2d(*channels, kernel, **asked), _Transposed(*channels, kernel, **asked)
+    ours.load_state_dict(theirs.state_dict())
+    ours.to(memory_format=memory_format)
+    x = torch.randn(3, channels[0], 5, 7, dtype=torch.float64).to(memory_format=memory_format)
+    found = []
+    for layer in (ours, theirs):
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        (y**2).sum().backward()
+        found.append([y, given.grad, *(p.grad for p in layer.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 from torch.distributions import Normal
-from torch.nn.functional import silu
+from torch.nn.functional import conv2d, pad, silu
 
 from sigma_vae.conditions import WIDTH, Conditions, Embedding
 from sigma_vae.networks.principal import MayStartLinear, solved_path
@@ -417,16 +417,53 @@ def conv(
     decoder = nn.Sequential(
         nn.Linear(latent_dim + width_of(conditions), flat),
         nn.Unflatten(1, small),
-        nn.ConvTranspose2d(4 * width, 2 * width, 6, stride=2, padding=2),
+        _Transposed(4 * width, 2 * width, 6, stride=2, padding=2),
         nn.ReLU(),
-        nn.ConvTranspose2d(2 * width, width, 6, stride=2, padding=2),
+        _Transposed(2 * width, width, 6, stride=2, padding=2),
         nn.ReLU(),
-        nn.ConvTranspose2d(width, out_channels, 5, padding=2),
+        _Transposed(width, out_channels, 5, padding=2),
         _Crop(rows, columns),
     )
     if conditions is None:
         return FlatNetwork(encoder, decoder, latent_dim)
     return FlatNetwork(Shifted(encoder[0], encoder[1:], width), Joined(decoder), latent_dim, conditions=conditions)
+
+
+@final
+class _Transposed(nn.ConvTranspose2d):
+    """torch's transposed convolution, with the function and the parameters that it has, made of others that CPUs do sooner.
+
+    For a square kernel that is an odd multiple of the stride, and padded by half of what is more than a stride: as many
+    pixels come out of each as the stride has places. On CPUs a step of :func:`conv` is shorter by it (docs/speed.md: `conv`
+    and `usual conv`); elsewhere torch's own is called.
+    """
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if not input.is_cpu:
+            return super().forward(input, output_size)
+        return self._rows_of_sums(input) if self.stride[0] == 1 else self._all_places(input)
+
+    def _all_places(self, x: Tensor) -> Tensor:
+        """One convolution whose channels are those of all places within a stride, which are laid out afterwards."""
+        stride, taps = self.stride[0], self.kernel_size[0] // self.stride[0]
+        kernel = self.weight.to(x.dtype).reshape(*self.weight.shape[:2], taps, stride, taps, stride)
+        kernel = kernel.permute(3, 5, 1, 2, 4, 0).flip(3, 4).reshape(-1, taps, taps, self.in_channels).permute(0, 3, 1, 2)
+        bias = None if self.bias is None else self.bias.repeat(stride**2)
+        y = conv2d(x, kernel, bias, padding=taps // 2).permute(0, 2, 3, 1)
+        examples, rows, columns, _ = y.shape
+        y = y.reshape(examples, rows, columns, stride, -1).transpose(2, 3)
+        return y.reshape(examples, rows * stride, columns * stride, -1).permute(0, 3, 1, 2)
+
+    def _rows_of_sums(self, x: Tensor) -> Tensor:
+        """A convolution for each row of the kernel, in one; their results are added, each a row further down."""
+        taps, channels = self.kernel_size[0], self.out_channels
+        kernel = self.weight.flip(2, 3).permute(2, 1, 0, 3).reshape(taps * channels, self.in_channels, 1, taps)
+        across, below = (0, taps // 2), (0, 0, taps // 2, taps // 2)
+        sums = conv2d(x, kernel, padding=across)
+        y = pad(at_least_float32(sums), below)
+        rows = [y[:, row * channels : (row + 1) * channels, row : row + x.shape[2]] for row in range(taps)]
+        total = sum(rows[1:], rows[0] if self.bias is None else rows[0] + self.bias[:, None, None])
+        return total.to(sums.dtype)
 
 
 @final

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 from torch.nn.functional import avg_pool1d, avg_pool2d, interpolate, silu
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from sigma_vae.conditions import Conditions
+from sigma_vae.optimisers import Adam
 from sigma_vae.priors.gaussian import ConditionalPrior, GaussianPrior, drawn_kl
 from sigma_vae.progress import steps as shown_steps
 from sigma_vae.registry import Argument, register
@@ -230,8 +232,8 @@ def _maximise(
     generator: torch.Generator,
 ) -> None:
     """Train the transform, and leave it with the weights that give held-out latents the highest density."""
-    optimizer = torch.optim.Adam(transform.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    optimizer = Adam(transform.parameters(), lr=LEARNING_RATE)
+    schedule = CosineAnnealingLR(optimizer, STEPS)
     best, best_state, behind = -math.inf, copy.deepcopy(transform.state_dict()), 0
     for step in shown_steps("training the prior", range(1, STEPS + 1)):
         chosen = torch.randint(len(latents), (BATCH_SIZE,), generator=generator)
@@ -487,8 +489,8 @@ def _exact_divergence(velocity: Velocity, u: Tensor, t: Tensor) -> tuple[Tensor,
 def _learn(net: "_Net", latents: Tensor, held_out: Tensor, generator: torch.Generator, steps: int) -> dict[str, Tensor]:
     """Train the network, and return the averaged weights with the smallest loss on held-out latents."""
     average = copy.deepcopy(net)
-    optimizer = torch.optim.Adam(net.parameters(), lr=MATCHING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = Adam(net.parameters(), lr=MATCHING_RATE)
+    schedule = CosineAnnealingLR(optimizer, steps)
     fixed = _noise_and_times(held_out, torch.Generator().manual_seed(0))
     best, best_state = math.inf, copy.deepcopy(net.state_dict())
     for step in shown_steps("training the prior", range(1, steps + 1)):

@@ -3,12 +3,12 @@
 import ctypes
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any, Literal, final
+from typing import Any, Literal, TypeVar, final
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ FLOPS_OF_A_CALL = {"cpu": 2e9, "cuda": 1e12}
 """Operations between two looks at the loss, backward passes included: a few hundredths of a second."""
 MOST_STEPS_PER_CALL = 16
 """More would save nothing: a look then costs a hundredth of the smallest network's steps."""
+Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Names of glibc's ``mallopt``."""
 
@@ -175,7 +176,6 @@ def _lines(path: str) -> list[str]:
 @torch.no_grad()
 def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
     """Count the cost of a step's forward pass on one example (or clip), times those of the batch."""
-    _import_compiler()
     device = next(vae.parameters()).device
     example = next(iter(data.batches("train", 1, limit=1))).to(device)
     with in_eval_mode(vae), _Flops() as counted:
@@ -195,6 +195,11 @@ class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not told to skip the compiler, torch does not import it."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -221,15 +226,14 @@ def applied(choices: Choices, vae: VAE) -> Iterator[None]:
 
 def _arrange(vae: VAE, memory_format: torch.memory_format) -> None:
     for parameter in vae.network.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+        if parameter.dim() == 4:  # empty_like gives strides of the format to a single channel too, contiguous() does not
+            parameter.data = torch.empty_like(parameter, memory_format=memory_format).copy_(parameter.data)
 
 
-def _import_compiler() -> None:
-    """Import torch's compiler, which torch does anyway for a dispatch mode or an optimiser.
+def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, compiled by torch when it is called.
 
-    That import leaves cycles that hold the frames it was called from, here those of a thread. It is too slow to import
-    it with this module, which commands need that train nothing.
+    The compiler is imported in a thread: its import leaves cycles that hold the frames that it was called from.
     """
 
     def compiler() -> None:
@@ -239,6 +243,7 @@ def _import_compiler() -> None:
     thread = Thread(target=compiler)
     thread.start()
     thread.join()
+    return torch.compile(function)
 
 
 def keep_freed_memory() -> None:

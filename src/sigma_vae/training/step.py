@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Batches, Splits
+from sigma_vae.optimisers import AdamW
 from sigma_vae.training.distributed import (
     average_gradients,
     clip,
@@ -28,7 +29,7 @@ from sigma_vae.training.distributed import (
     whole_optimizer_state,
     whole_state,
 )
-from sigma_vae.training.hardware import Choices
+from sigma_vae.training.hardware import Choices, compiled
 from sigma_vae.training.objective import StepLoss, Suspect, current_sigma, diagnosis, is_weighted, step_loss, validated_total
 from sigma_vae.types import Batch, Elbo, Flat, Noise, as_argument
 from sigma_vae.vae import VAE, keyed_noise, sigma_by_place
@@ -63,7 +64,7 @@ def optimizer_for(vae: VAE, config: TrainingConfig, *, fused: bool = False) -> t
         {"params": weights, "lr": rate, "weight_decay": config.weight_decay},
         {"params": list(scales.values()), "lr": rate * config.scale_learning_rate_factor, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group | {"full_lr": group["lr"]} for group in groups if group["params"]], lr=rate, fused=fused)
+    return AdamW([group | {"full_lr": group["lr"]} for group in groups if group["params"]], lr=rate, fused=fused)
 
 
 @final
@@ -85,7 +86,7 @@ class Stepper:
         self.total_steps = total_steps
         self.log_volume_nats = log_volume_nats
         self.average = None if config.decay is None else Averaged(vae, config.decay)
-        module = _Loss(vae, config, torch.compile(vae.elbo) if choices.compile else None)
+        module = _Loss(vae, config, compiled(vae.elbo) if choices.compile else None)
         self._loss: Callable[[Batch, int], StepLoss] = module.forward
         if processes().world_size > 1:
             wrapped = fabric_for(vae, config, vae.device).setup_module(module)  # which shards the module itself

@@ -54,7 +54,14 @@ TINY = (
     "ours",
     WITH_LINEAR_PATH,
 )
-COMPILED_STEPS = {"tiny, float32": 400, "mlp, bfloat16": 100, "residual, bfloat16": 40, "conv, bfloat16": 16}
+COMPILED_STEPS = {
+    "tiny, float32": 400,
+    "mlp 100, bfloat16": 400,
+    "mlp 200, bfloat16": 200,
+    "mlp, bfloat16": 100,
+    "residual, bfloat16": 40,
+    "conv, bfloat16": 16,
+}
 FORMATS = ("float32", "float32, channels-last", "bfloat16", "bfloat16, channels-last")
 STEPS = [
     *(f"{network}, {form}" for network in ("conv", "usual conv", "residual", "hierarchical:tiny") for form in FORMATS),
@@ -235,7 +242,7 @@ def compiled(case: str, how: str, splits: Splits, seed: int) -> Measured:
     """Milliseconds of later steps, and seconds of the first two, with those of the compilers that they start."""
     torch.set_num_threads(1)
     (network, precision), steps = case.split(", "), COMPILED_STEPS[case]
-    hardware = HardwareConfig(precision=precision, compile=how == "compiled")  # type: ignore[arg-type]
+    hardware = HardwareConfig(precision=precision, compile="yes" if how == "compiled" else "no")  # type: ignore[arg-type]
     config = TrainingConfig(max_steps=steps, batch_size=BATCH, hardware=hardware)
     timed = ours(network_named(network, splits, seed), splits, config, Gaussian(splits.shape[0], mean="unit"))
     others = os.times()

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +15,21 @@ from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import speed_gpu
-from sigma_vae import VAE, Gaussian, hierarchical, models
-from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig
+from sigma_vae import VAE, Gaussian, hierarchical, models, optimisers
+from sigma_vae.config import DataConfig, HardwareConfig, ModelConfig, TrainingConfig, read
 from sigma_vae.data import as_splits, load
 from sigma_vae.training import fit
-from sigma_vae.training.hardware import Machine, Work, applied, choices_for, choose, machine_of, work_of
+from sigma_vae.training.hardware import (
+    STEPS_TO_WIN_COMPILATION,
+    Machine,
+    Work,
+    applied,
+    choices_for,
+    choose,
+    compiled,
+    machine_of,
+    work_of,
+)
 from sigma_vae.training.objective import balance, losses
 from sigma_vae.types import Batch
 
@@ -56,7 +68,8 @@ def test_what_is_chosen(machine, work, expected):
         ({"memory_format": "contiguous"}, "contiguous"),
         ({"fused_optimiser": "no"}, False),
         ({"allocator": "default"}, "default"),
-        ({"compile": True}, True),
+        ({"compile": "yes"}, True),
+        ({"compile": "no"}, False),
         ({"threads": 3}, 3),
         ({"steps_per_call": 5}, 5),
     ],
@@ -66,6 +79,98 @@ def test_each_choice_can_be_overruled(asked, expected, machine):
     (name,) = asked
     chosen = choose(TrainingConfig(hardware=HardwareConfig(**asked)), machine, CONV)
     assert getattr(chosen, name) == expected
+
+
+COMPILES, MLP = replace(NEW, compiles=True), Work(2e8, widest_kernel=0, dense=True)
+(LARGE_FLOPS, FEW), (_, MANY) = STEPS_TO_WIN_COMPILATION
+
+
+@pytest.mark.parametrize(
+    ("machine", "work", "steps", "options", "expected"),
+    [
+        (COMPILES, MLP, FEW, {}, True),
+        (COMPILES, MLP, FEW - 1, {}, False),
+        (COMPILES, replace(MLP, flops=LARGE_FLOPS - 1), MANY, {}, True),
+        (COMPILES, replace(MLP, flops=LARGE_FLOPS - 1), MANY - 1, {}, False),
+        (COMPILES, replace(MLP, dense=False), MANY, {}, False),
+        (COMPILES, replace(MLP, measured=False), MANY, {}, False),
+        (NEW, MLP, MANY, {}, False),
+        (replace(GPU, compiles=True), MLP, MANY, {}, False),
+        (COMPILES, MLP, MANY, {"max_minutes": 60.0}, False),
+        (COMPILES, MLP, MANY, {"kl_weight": 0.5}, False),
+    ],
+)
+def test_long_trainings_of_dense_layers_are_compiled(machine, work, steps, options, expected):
+    assert choose(TrainingConfig(**options), machine, work, steps).compile == expected
+
+
+@pytest.mark.parametrize("name", ["compile", "fused_optimiser"])
+@pytest.mark.parametrize(
+    ("written", "meant"), [("yes", "yes"), ("no", "no"), ("true", "yes"), ("auto", "auto"), ("'no'", "no")]
+)
+def test_a_file_may_say_yes_and_no(name, written, meant, tmp_path):
+    path = tmp_path / "hardware.yaml"
+    path.write_text(f"{name}: {written}\n")
+    assert getattr(read(path, HardwareConfig), name) == meant
+
+
+def test_compile_true_is_yes():
+    assert HardwareConfig(compile=True) == HardwareConfig(compile="yes")
+
+
+@pytest.mark.skipif(not machine_of(torch.device("cpu")).compiles, reason="no C++ compiler, or no headers of Python")
+def test_a_compiled_training_is_that_without_but_for_rounding(digits):
+    """With the same noise: weights after a few steps agree, and differ from those of another seed."""
+    options = {"epochs": 1, "max_steps": 4, "batch_size": 40, "start": "random"}
+    plain, made = (trained(digits, hardware=HardwareConfig(compile=how), **options) for how in ("no", "yes"))
+    for name, value in plain.items():
+        torch.testing.assert_close(made[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_where_torch_cannot_compile_a_training_goes_on_unless_it_is_needed(monkeypatch):
+    def broken(x):
+        raise RuntimeError("no compiler\nand many lines")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
+    called, needed = compiled(abs, needed=False), compiled(abs, needed=True)
+    with pytest.warns(UserWarning, match=r"not compiled, torch cannot do it here: no compiler$"):
+        assert called(-3) == 3
+    assert called(-4) == 4
+    with pytest.raises(RuntimeError, match="no compiler"):
+        needed(-3)
+
+
+NO_COMPILER = """
+import sys, torch
+from sigma_vae import VAE, Gaussian, Optimal, mlp
+from sigma_vae.config import TrainingConfig
+from sigma_vae.training import fit
+x = torch.rand(200, 1, 8, 8)
+fit(VAE(mlp(x.shape[1:], 1, 2, 8), Gaussian(1, Optimal(), levels=None)), x, TrainingConfig(max_steps=3, ema_decay=0.9), progress=False)
+sys.exit("torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_training_that_is_not_compiled_imports_no_compiler():
+    subprocess.run([sys.executable, "-c", NO_COMPILER], check=True)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(optimisers.Adam, torch.optim.Adam), (optimisers.AdamW, torch.optim.AdamW)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimiser_without_compiler_takes_torchs_steps(ours, theirs, fused):
+    def after_three(kind):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(5, 3)
+        optimiser = kind(layer.parameters(), lr=0.1, weight_decay=0.01, fused=fused)
+        for _ in range(3):
+            optimiser.zero_grad()
+            (layer(torch.randn(7, 5)) ** 2).sum().backward()
+            optimiser.step()
+            optimiser.load_state_dict(optimiser.state_dict())
+        assert all(p.requires_grad for p in layer.parameters())
+        return layer.state_dict()
+
+    assert same(after_three(ours), after_three(theirs))
 
 
 def test_the_old_word_for_retain_warns_and_means_the_same():
@@ -94,8 +199,9 @@ def vae_of(digits, network="mlp", width=32):
 def test_work_is_counted(digits):
     work = work_of(vae_of(digits), digits, batch_size=10)
     weights = 64 * 32 + 32 * 32 + 32 * 8 + 4 * 32 + 32 * 32 + 32 * 64
-    assert work == Work(flops=2.0 * weights * 10, widest_kernel=0)
-    assert work_of(vae_of(digits, "conv", 4), digits, batch_size=1).widest_kernel == 6
+    assert work == Work(flops=2.0 * weights * 10, widest_kernel=0, dense=True)
+    conv = work_of(vae_of(digits, "conv", 4), digits, batch_size=1)
+    assert (conv.widest_kernel, conv.dense) == (6, False)
 
 
 def test_a_training_says_in_one_line_what_was_chosen(digits, capsys):

@@ -258,6 +258,23 @@ class ModelConfig(_Strict):
         self._require(1, "at least 1", "latent_dim", "width", "context_frames")
 
 
+class _TrueIsYes:
+    """Lets a file say yes and no, which are true and false in YAML."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_before_validator_function(_in_words, handler(source))
+
+
+def _in_words(choice: Any) -> Any:
+    """True and False as yes and no."""
+    return {True: "yes", False: "no"}[choice] if isinstance(choice, bool) else choice
+
+
+Switch = Annotated[Literal["auto", "yes", "no"], _TrueIsYes()]
+
+
 @dataclass(frozen=True)
 class HardwareConfig(_Strict):
     """Hardware settings; auto picks what benchmarks favour. Training starts by printing the choices."""
@@ -268,13 +285,14 @@ class HardwareConfig(_Strict):
     known to do no harm."""
     memory_format: Literal["auto", "contiguous", "channels-last"] = "auto"
     """Memory format of images in the network; auto: channels last where convolutions are wide and in bfloat16."""
-    fused_optimiser: Literal["auto", "yes", "no"] = "auto"
+    fused_optimiser: Switch = "auto"
     """Update all weights in one kernel; auto: yes."""
     allocator: Literal["auto", "default", "retain", "patient"] = "auto"
     """retain: the process keeps freed memory, instead of asking the kernel for it in each step (glibc; until the
     process ends). auto: retain where training is on the CPU. (patient is the old word for retain.)"""
-    compile: bool = False
-    """Compile the step (torch.compile, half a minute): for long runs of small networks."""
+    compile: Switch = "auto"
+    """Compile the step (torch.compile). auto: on a CPU, where the network has dense layers alone and the training is long
+    enough to win the compilation back; not with max_minutes, nor in several processes."""
     threads: int | None = None
     """CPU threads; unless given, torch's number, but no more than the container's share of the processors."""
     steps_per_call: int | None = None
@@ -284,6 +302,8 @@ class HardwareConfig(_Strict):
     def __post_init__(self) -> None:
         """Refuse counts that mean nothing."""
         self._require(1, "at least 1", "threads", "steps_per_call")
+        for name in ("fused_optimiser", "compile"):
+            object.__setattr__(self, name, _in_words(getattr(self, name)))  # compile=True was the way to ask for it
         if self.allocator == "patient":
             warnings.warn("allocator='patient' is called 'retain' now; write that", RenamedWarning, stacklevel=3)
             object.__setattr__(self, "allocator", "retain")
@@ -406,6 +426,11 @@ class TrainingConfig(_Strict):
         """
         affordable = 1 << (VALUES_PER_STEP // values_per_example).bit_length() >> 1  # the power of two below
         return self.batch_size or min(max(affordable, LEAST_BATCH), USUAL_BATCH)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the objective differs from the negative ELBO."""
+        return self.kl_weight != 1 or self.beta_nll != 0 or self.free_bits_nats != 0 or self.kl_balancing_steps != 0
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Number of steps: of the epochs that are given, or by the size of the data; at most ``max_steps``.

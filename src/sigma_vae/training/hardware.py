@@ -2,7 +2,11 @@
 
 import ctypes
 import math
+import os
 import platform
+import shutil
+import sysconfig
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -12,11 +16,13 @@ from typing import Any, Literal, TypeVar, final
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from sigma_vae.config import TrainingConfig
 from sigma_vae.data import Splits
+from sigma_vae.training.distributed import processes
 from sigma_vae.types import as_argument
 from sigma_vae.vae import VAE, in_eval_mode, keyed_noise
 
@@ -28,6 +34,8 @@ FLOPS_OF_A_CALL = {"cpu": 2e9, "cuda": 1e12}
 """Operations between two looks at the loss, backward passes included: a few hundredths of a second."""
 MOST_STEPS_PER_CALL = 16
 """More would save nothing: a look then costs a hundredth of the smallest network's steps."""
+STEPS_TO_WIN_COMPILATION = ((6e7, 4_000), (0.0, 9_000))
+"""Operations of a step's forward pass, and the steps after which its compilation has paid (docs/speed.md)."""
 Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Names of glibc's ``mallopt``."""
@@ -36,7 +44,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 @final
 @dataclass(frozen=True)
 class Machine:
-    """The machine that the choices depend on: device, bfloat16 instructions, glibc, torch's threads, processors allowed."""
+    """The machine that the choices depend on: device, bfloat16 instructions, glibc, torch's threads, processors allowed.
+
+    ``compiles``: it has what torch compiles with, a C++ compiler and the headers of Python.
+    """
 
     device: Literal["cpu", "cuda"]
     name: str
@@ -44,6 +55,7 @@ class Machine:
     glibc: bool
     threads: int
     processors: float = math.inf
+    compiles: bool = False
 
 
 @final
@@ -52,12 +64,13 @@ class Work:
     """Operations of a step's forward pass (a multiplication and an addition are two), and its widest kernel.
 
     ``measured``: this kind of network reached the same test ELBO in bfloat16 as in float32, over several seeds on CPUs
-    (`python -m benchmarks.speed --part precision`).
+    (`python -m benchmarks.speed --part precision`). ``dense``: it has no convolutions.
     """
 
     flops: float
     widest_kernel: int
     measured: bool = True
+    dense: bool = False
 
 
 @final
@@ -93,8 +106,8 @@ class Choices:
         return f"{self.name}: {', '.join(parts)}"
 
 
-def choose(config: TrainingConfig, machine: Machine, work: Work) -> Choices:
-    """Choose hardware settings: the config's; where it says auto, the best ones for this machine and work.
+def choose(config: TrainingConfig, machine: Machine, work: Work, steps: int = 0) -> Choices:
+    """Choose hardware settings: the config's; where it says auto, the best for this machine, this work and so many steps.
 
     >>> machine = Machine("cpu", "a processor", bfloat16=True, glibc=True, threads=8, processors=2.0)
     >>> choices = choose(TrainingConfig(), machine, Work(flops=1e6, widest_kernel=0))
@@ -119,9 +132,22 @@ def choose(config: TrainingConfig, machine: Machine, work: Work) -> Choices:
         memory_format=memory_format,
         fused_optimiser=asked.fused_optimiser != "no",
         allocator="retain" if retains else "default",
-        compile=asked.compile,
+        compile=asked.compile == "yes" or (asked.compile == "auto" and _wins_compiled(config, machine, work, steps)),
         threads=asked.threads or max(1, math.ceil(min(machine.threads, machine.processors))),
         steps_per_call=asked.steps_per_call or _steps_per_call(machine, work),
+    )
+
+
+def _wins_compiled(config: TrainingConfig, machine: Machine, work: Work, steps: int) -> bool:
+    """Whether so many steps win back what a first compilation costs; for a training of some minutes they are not known."""
+    alone = processes().world_size == 1
+    could = machine.device == "cpu" and machine.compiles and work.dense and work.measured
+    return (
+        could
+        and alone
+        and not config.weighted
+        and config.max_minutes is None
+        and steps >= next(least for flops, least in STEPS_TO_WIN_COMPILATION if work.flops >= flops)
     )
 
 
@@ -133,7 +159,9 @@ def _steps_per_call(machine: Machine, work: Work) -> int:
 
 def choices_for(vae: VAE, data: Splits, config: TrainingConfig, device: torch.device) -> Choices:
     """The settings that :func:`sigma_vae.training.fit` trains with."""
-    return choose(config, machine_of(device), work_of(vae, data, config.examples_per_step(data.values_per_example)))
+    size = config.examples_per_step(data.values_per_example)
+    steps = config.total_steps(-(-len(data.train) // size))
+    return choose(config, machine_of(device), work_of(vae, data, size), steps)
 
 
 def machine_of(device: torch.device) -> Machine:
@@ -145,6 +173,7 @@ def machine_of(device: torch.device) -> Machine:
         glibc=platform.libc_ver()[0] == "glibc",
         threads=torch.get_num_threads(),
         processors=_share_of_processors(),
+        compiles=_has_compiler(),
     )
 
 
@@ -158,6 +187,11 @@ def _has_bfloat16(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     flags = next((line for line in _lines("/proc/cpuinfo") if line.startswith("flags")), "")
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
+
+
+def _has_compiler() -> bool:
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return headers.exists() and any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 
 
 def _share_of_processors() -> float:
@@ -181,11 +215,13 @@ def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
     with in_eval_mode(vae), _Flops() as counted:
         noise = keyed_noise(example.positions)
         vae.network.infer(example.x, None, example.mask, noise, *as_argument(example.condition))
-    kernels = [max(m.kernel_size) for m in vae.network.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    convolutions = [m for m in vae.network.modules() if isinstance(m, _ConvNd)]
+    kernels = [max(m.kernel_size) for m in convolutions if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
     return Work(
         flops=float(counted.total) * batch_size,
         widest_kernel=max(kernels, default=0),
         measured=vae.network.trains_in_bfloat16 and not data.scaling.counts,
+        dense=not convolutions,
     )
 
 
@@ -230,10 +266,12 @@ def _arrange(vae: VAE, memory_format: torch.memory_format) -> None:
             parameter.data = torch.empty_like(parameter, memory_format=memory_format).copy_(parameter.data)
 
 
-def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
-    """The function, compiled by torch when it is called.
+def compiled(function: Callable[..., Result], *, needed: bool) -> Callable[..., Result]:
+    """The function, compiled by torch at its first call, with the noise that it has otherwise.
 
-    The compiler is imported in a thread: its import leaves cycles that hold the frames that it was called from.
+    Where that fails, the function itself is called from then on, unless compilation is needed: not every machine has
+    what torch wants. The compiler is imported in a thread, as its import leaves cycles that hold the frames that it was
+    called from.
     """
 
     def compiler() -> None:
@@ -243,7 +281,26 @@ def compiled(function: Callable[..., Result]) -> Callable[..., Result]:
     thread = Thread(target=compiler)
     thread.start()
     thread.join()
-    return torch.compile(function)
+    made = torch.compile(function, options={"fallback_random": True})
+    return made if needed else _or_else(made, function)
+
+
+def _or_else(made: Callable[..., Result], given: Callable[..., Result]) -> Callable[..., Result]:
+    """The compiled function until it fails, and from then on the given one."""
+    chosen = made
+
+    def called(*arguments: Any, **named: Any) -> Result:
+        nonlocal chosen
+        try:
+            return chosen(*arguments, **named)
+        except RuntimeError as error:  # as all errors of torch's compiler are
+            if chosen is given:
+                raise
+            chosen = given
+            warnings.warn(f"the step is not compiled, torch cannot do it here: {str(error).splitlines()[0]}", stacklevel=2)
+            return given(*arguments, **named)
+
+    return called
 
 
 def keep_freed_memory() -> None:

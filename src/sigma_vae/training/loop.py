@@ -46,7 +46,6 @@ from sigma_vae.training.objective import (
     REMEDY,
     NonFiniteLossError,
     check_weights,
-    is_weighted,
     keep_broken_step,
     validated_total,
     with_saved_step,
@@ -186,7 +185,7 @@ def fit(
         training = _Training(context, splits, batches, checkpoints, choices, where, callbacks, state)
         del state
         with applied(choices, model), global_statistics(model):
-            training.run(judging_start=start == SOLVED and not is_weighted(config))
+            training.run(judging_start=start == SOLVED and not config.weighted)
         if checkpoints.best.step is not None or model is not vae:
             vae.load_state_dict(checkpoints.newest_weights())
         vae.to(where).eval()

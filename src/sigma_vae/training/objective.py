@@ -39,11 +39,6 @@ class Losses(NamedTuple):
     minimised: Tensor
 
 
-def is_weighted(config: TrainingConfig) -> bool:
-    """Whether the objective differs from the negative ELBO."""
-    return config.kl_weight != 1 or config.beta_nll != 0 or config.free_bits_nats != 0 or config.kl_balancing_steps != 0
-
-
 def check_weights(vae: VAE, config: TrainingConfig) -> None:
     """Refuse weights of the objective that do not apply to this model.
 
@@ -78,7 +73,7 @@ def losses(vae: VAE, batch: Batch, config: TrainingConfig, step: int = 0, elbo_o
     ``elbo_of``. Under autocast the network alone is in half precision.
     """
     condition = _partly_hidden(batch.condition, config.condition_dropout)
-    if not is_weighted(config):
+    if not config.weighted:
         elbo = (elbo_of or vae.elbo)(batch.x, mask=batch.mask, condition=condition)
         return Losses(elbo, -elbo.total)
     inference = vae.network.infer(batch.x, None, batch.mask, None, *as_argument(condition))

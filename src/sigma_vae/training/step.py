@@ -30,7 +30,7 @@ from sigma_vae.training.distributed import (
     whole_state,
 )
 from sigma_vae.training.hardware import Choices, compiled
-from sigma_vae.training.objective import StepLoss, Suspect, current_sigma, diagnosis, is_weighted, step_loss, validated_total
+from sigma_vae.training.objective import StepLoss, Suspect, current_sigma, diagnosis, step_loss, validated_total
 from sigma_vae.types import Batch, Elbo, Flat, Noise, as_argument
 from sigma_vae.vae import VAE, keyed_noise, sigma_by_place
 
@@ -86,7 +86,7 @@ class Stepper:
         self.total_steps = total_steps
         self.log_volume_nats = log_volume_nats
         self.average = None if config.decay is None else Averaged(vae, config.decay)
-        module = _Loss(vae, config, compiled(vae.elbo) if choices.compile else None)
+        module = _Loss(vae, config, compiled(vae.elbo, needed=config.hardware.compile == "yes") if choices.compile else None)
         self._loss: Callable[[Batch, int], StepLoss] = module.forward
         if processes().world_size > 1:
             wrapped = fabric_for(vae, config, vae.device).setup_module(module)  # which shards the module itself
@@ -212,7 +212,7 @@ class Stepper:
             "train/rate_nats": mean_over_all(elbo.rate.flatten()),
             "train/distortion_nats": mean_over_all(elbo.distortion.flatten()) + self.log_volume_nats,
         }
-        if is_weighted(self.config):
+        if self.config.weighted:
             metrics["train/weighted_objective_nats"] = loss
         if (sigma := current_sigma(self.vae)) is not None:
             metrics["train/sigma"] = sigma

@@ -9,7 +9,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 from torch.distributions import constraints
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid, mse_loss, softplus
 
 from sigma_vae.likelihoods.densities import (
     log1mexp,
@@ -291,6 +291,14 @@ class _LocatedAndScaled(DataDistribution):
         return values.sum(self._event_axes) * (self.event_shape.numel() / size)
 
 
+def _statistic(residual: ResidualDistribution, value: Tensor, loc: Tensor) -> Tensor:
+    """Of value − loc; a square takes one pass over the values instead of two, and one instead of four for its gradient."""
+    if residual.statistic is torch.square:
+        loc, value = torch.broadcast_tensors(loc, value)  # type: ignore[no-untyped-call]
+        return mse_loss(loc, value, reduction="none")
+    return residual.statistic(value - loc)
+
+
 @final
 class Continuous(_LocatedAndScaled):
     r"""A density over real values, independent given loc and scale.
@@ -314,7 +322,7 @@ class Continuous(_LocatedAndScaled):
         if not residual.closed_form or math.prod([log_scale.shape[axis] for axis in self._event_axes]) > 1:
             return self._sum(residual.log_prob(self._residual(value))) - self._sum(log_scale)
         self._check_event(value)
-        total = residual.statistic(at_least_float32(value) - self.loc).sum(self._event_axes)
+        total = _statistic(residual, at_least_float32(value), self.loc).sum(self._event_axes)
         one = log_scale.flatten(-len(self._event_axes)).squeeze(-1)
         at_zero = residual.log_prob(one.new_zeros(()))
         return self.event_shape.numel() * (at_zero - one) - total * (torch.exp(-residual.power * one) / residual.power)

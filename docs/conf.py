@@ -30,7 +30,7 @@ MODULES = (
     *("sigma_vae.data", "sigma_vae.networks", "sigma_vae.likelihoods", "sigma_vae.priors", "sigma_vae.conditions"),
     *("sigma_vae.training", "sigma_vae.evaluation", "sigma_vae.codec", "sigma_vae.runs", "sigma_vae.study"),
     *("sigma_vae.columns", "sigma_vae.tabular", "sigma_vae.sklearn", "sigma_vae.lightning", "sigma_vae.hub"),
-    "sigma_vae.progress",
+    *("sigma_vae.progress", "sigma_vae.optimisers"),
 )
 """Modules whose names are public; they are listed with a sentence each where api.rst has ``.. all-names::``."""
 

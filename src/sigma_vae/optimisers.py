@@ -5,22 +5,30 @@ training (docs/speed.md).
 """
 
 import inspect
-from typing import TypeVar
+from typing import TypeVar, final
 
 import torch
 
-_Optimiser = TypeVar("_Optimiser", bound=torch.optim.Optimizer)
+__all__ = ["Adam", "AdamW"]
+
+_Optimiser = TypeVar("_Optimiser", bound=type[torch.optim.Optimizer])
 
 
-def _without_compiler(optimiser: type[_Optimiser]) -> type[_Optimiser]:
-    """A subclass whose methods have lost torch's decorators, of which the compiler has need and no one else.
-
-    ``step`` has one that switches gradients off, which it keeps.
-    """
-    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step")
-    methods = {name: inspect.unwrap(getattr(optimiser, name)) for name in names}
-    return type(optimiser.__name__, (optimiser,), methods | {"step": torch.no_grad()(methods["step"])})
+def _without_compiler(optimiser: _Optimiser) -> _Optimiser:
+    """Take torch's decorators off the methods: the compiler alone needs them, but for the one that switches gradients off."""
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step"):
+        setattr(optimiser, name, inspect.unwrap(getattr(optimiser, name)))
+    optimiser.step = torch.no_grad()(optimiser.step)  # type: ignore[method-assign]
+    return optimiser
 
 
-Adam = _without_compiler(torch.optim.Adam)
-AdamW = _without_compiler(torch.optim.AdamW)
+@_without_compiler
+@final
+class Adam(torch.optim.Adam):
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980), with the arguments and the steps of torch's."""
+
+
+@_without_compiler
+@final
+class AdamW(torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), with the arguments and the steps of torch's."""

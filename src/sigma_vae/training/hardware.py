@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
@@ -190,8 +191,9 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 def _has_compiler() -> bool:
+    """Whether torch will find a compiler of C++ and the headers of Python; on Linux, where it is known what it looks for."""
     headers = Path(sysconfig.get_path("include")) / "Python.h"
-    return headers.exists() and any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    return sys.platform == "linux" and headers.exists() and any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
 
 
 def _share_of_processors() -> float:

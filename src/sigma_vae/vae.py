@@ -21,6 +21,7 @@ from sigma_vae.registry import needed_by
 from sigma_vae.types import (
     Batch,
     Elbo,
+    Inference,
     Likelihood,
     Network,
     Noise,
@@ -143,7 +144,11 @@ class VAE(nn.Module):
         self, x: Tensor, noise: Noise | None = None, mask: Tensor | None = None, condition: Given | None = None
     ) -> Scores:
         """Terms of each example's bound, from one posterior draw; call it in eval mode, after :meth:`calibrate`."""
-        inference = self.network.infer(x, None, mask, noise, *self._rows(condition, len(x)))
+        return self.scores_of(self.network.infer(x, None, mask, noise, *self._rows(condition, len(x))))
+
+    @torch.no_grad()
+    def scores_of(self, inference: Inference) -> Scores:
+        """Terms of each example's bound, from what the network inferred; see :meth:`score`."""
         h, target = inference.scored()
         mass = mass_post_hoc = None
         if self.likelihood.has_mass:

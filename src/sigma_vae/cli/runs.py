@@ -2,7 +2,7 @@
 
 import json as json_module
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -236,8 +236,7 @@ def _table(report: Evaluation) -> "Table":
     about = report.about
     prior = "" if about.get("prior", "standard") == "standard" else f" · prior {about['prior']}"
     split = "" if about["split"] == "all" else f"{about['split']} "
-    of = f" of {about['of_examples']}" if "of_examples" in about else ""
-    examples = f"{report.bounds.examples}{of} {split}examples"
+    examples = f"{report.bounds.examples}{_of_all(about)} {split}examples"
     table = Table(title=f"{about['data']} · {about['network']} · {about['likelihood']}{prior} · {examples}")
     table.add_column("")
     table.add_column("mean", justify="right")
@@ -251,6 +250,11 @@ def _table(report: Evaluation) -> "Table":
         for row in metric.rows(result):
             table.add_row(*row)
     return table
+
+
+def _of_all(about: Mapping[str, Any]) -> str:
+    """Number of examples that an evaluation's were chosen from; nothing where it is on all of them."""
+    return f" of {about['of_examples']}" if "of_examples" in about else ""
 
 
 def _say(text: str, quiet: bool) -> None:
@@ -273,7 +277,8 @@ def calibrate(
 
     With refitted ("post-hoc") σ, runs of different scales compare, β-VAEs included. Only an optimal scale takes the
     refitted σ as its own; fixed, shared, running and predicted scales keep theirs, and the numbers reported with it.
-    The weights do not change. A refit on the run's own validation split gives the σ that training ended with.
+    The weights do not change. A refit on the run's own validation split gives the σ that training ended with, unless that
+    was a short one, which looked at a part of the split. The evaluation is on as many examples as the run's last one.
 
     Of an autoencoder of diffusers, σ, rate, bits per dimension, the moments of the latents, the scaling factor that it should have,
     and the KL weight that its σ implies are printed and written as a page.
@@ -309,7 +314,8 @@ def calibrate(
     print(f"fitted on {fitted['examples']} examples of {fitted['data']} ({fitted['split']})")
     if split == "test" and data is None:
         print("the evaluation uses the same examples, so its post-hoc numbers are not held-out numbers")
-    print(f"evaluated again: {Path(run) / 'evaluation.json'}")
+    again = result["evaluation"]
+    print(f"evaluated again on {again['examples']}{_of_all(again)} test examples: {Path(run) / 'evaluation.json'}")
 
 
 def _given(data: str | None) -> str:

@@ -167,6 +167,15 @@ def with_kept(out: Path, report: Evaluation, word: str = "test") -> Evaluation:
     return Evaluation(known.sections, _of_prior(known) | report.about).updated(report.results)
 
 
+def _examples_before(out: Path) -> int | None:
+    """Number of examples of the folder's evaluation, where they were a part of the split; None: all, or it is not known."""
+    try:
+        known = read_evaluation(out)
+    except ValueError:  # there is none, or it is broken
+        return None
+    return known.bounds.examples if "of_examples" in known.about else None
+
+
 def priors_of(out: Path) -> dict[str, Any]:
     """Read from the folder's report how its prior was chosen."""
     try:
@@ -322,6 +331,8 @@ def calibrate_run(
 ) -> dict[str, Any]:
     r"""Refit σ of a finished run, whatever it was trained with, and evaluate it again on its own test split.
 
+    The evaluation is on as many test examples as the run's last one.
+
     The weights do not change, and neither does the σ of a fixed, shared, running or predicted scale: their *post-hoc*
     values change, one for the density and one for the bin probabilities (predicted scales: a factor). An
     :class:`Optimal` scale has no other σ than these. The folder does not change before the new σ is known.
@@ -365,7 +376,7 @@ def _calibrate(out: Path, data: str | None, split: SplitName, device: str, seed:
     record = fitted_on(fitting, split) | {"noise_seed": seed} | ({} if known is None else {"training_sigma": known})
     priors = priors_of(out)  # σ does not change them
     from_first(lambda: save_refitted(out, run.vae, record))
-    report = evaluate_anew(out, EvaluationSettings(metrics=()), device, priors)
+    report = evaluate_anew(out, EvaluationSettings(metrics=(), examples=_examples_before(out)), device, priors)
     after = _sigma(likelihood)
     return {
         "factor_post_hoc" if likelihood.predicts_scale else "sigma_post_hoc": {

@@ -193,7 +193,7 @@ def _finish(
     vae.to(resolve_device(config.device))
     examples = held_out_examples(config.training, data, done.steps)
     priors = take_prior(config.model.prior, vae, data, config.seed, examples)
-    from_first(lambda: _save(out, config, vae, data, done.training_sigma))
+    from_first(lambda: _save(out, config, vae, data.sampled("validation", examples), done.training_sigma))
     if vae.network.has_prior:
         examples = fewer(examples, vae.network.prior.density_passes)
     report = evaluation(out, Run(config, vae, data), replace(BOUNDS_ALONE, examples=examples), priors)

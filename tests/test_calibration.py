@@ -571,6 +571,20 @@ def test_the_runs_own_validation_split_gives_back_what_training_left(run: Path, 
     assert best["sigma_fitted_on"]["examples"] == best["examples"]
 
 
+def test_commands_look_at_a_part_of_many_examples_and_say_so(run: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sigma_vae.runs.evaluate.AFFORDABLE_VALUES", 100 * 64)
+    assert main(["evaluate", str(run)]) == 0
+    assert (part := runs.read_evaluation(run)).bounds.examples == 100
+    assert part.of_examples == 180
+    assert "100 of 180 test" in " ".join(capsys.readouterr().out.split())
+    for options, words in (("", "100 of 162 examples"), ("--examples 200", "162 examples")):
+        assert main(["calibrate", str(run), *options.split()]) == 0
+        assert f"fitted on {words}" in capsys.readouterr().out
+    for options in ("--examples 200", "--metrics calibration"):
+        assert main(["evaluate", str(run), *options.split()]) == 0
+        assert runs.read_evaluation(run).bounds.examples == 180
+
+
 def test_a_refit_is_evaluated_on_as_many_examples_as_the_run_was_last(run: Path, capsys) -> None:
     for options, examples in (("--examples 20", "20 of 180"), ("", "180")):
         assert main(["evaluate", str(run), *options.split()]) == 0

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PAGE = "report.html"
-EXAMPLES, VALUES = 5_000, 2**22
+EXAMPLES, VALUES = 5_000, 2**21
 """Most test examples, and most of their values, that the page measures calibration, latents and oddness on."""
 EXTREMES = 8
 """Examples shown of the oddest, and of the most typical."""

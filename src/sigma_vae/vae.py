@@ -150,14 +150,16 @@ class VAE(nn.Module):
     def scores_of(self, inference: Inference) -> Scores:
         """Terms of each example's bound, from what the network inferred; see :meth:`score`."""
         h, target = inference.scored()
-        mass = mass_post_hoc = None
-        if self.likelihood.has_mass:
-            mass = inference.per_example(self.likelihood.log_mass(h, target))
-            mass_post_hoc = inference.per_example(self.likelihood.log_mass(h, target, refitted=True))
+        likelihood, sum_up = self.likelihood, inference.per_example
+        log_likelihood = log_likelihood_post_hoc = sum_up(likelihood(h).log_prob(target))
+        mass = mass_post_hoc = sum_up(likelihood.log_mass(h, target)) if likelihood.has_mass else None
+        if likelihood.has_post_hoc or not likelihood.has_scale:  # else σ is its own refit
+            log_likelihood_post_hoc = sum_up(likelihood.distribution(h, refitted=True).log_prob(target))
+            mass_post_hoc = sum_up(likelihood.log_mass(h, target, refitted=True)) if likelihood.has_mass else None
         return Scores(
             rate=inference.kl.sum(-1),
-            log_likelihood=inference.per_example(self.likelihood(h).log_prob(target)),
-            log_likelihood_post_hoc=inference.per_example(self.likelihood.distribution(h, refitted=True).log_prob(target)),
+            log_likelihood=log_likelihood,
+            log_likelihood_post_hoc=log_likelihood_post_hoc,
             log_mass=mass,
             log_mass_post_hoc=mass_post_hoc,
             kl=inference.kl,

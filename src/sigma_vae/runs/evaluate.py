@@ -83,7 +83,7 @@ def evaluate_anew(out: Path, settings: EvaluationSettings, device: str, about: M
     """Do what :func:`evaluate_run` does, where the folder is already locked; ``about`` is added to the report."""
     run = open_run(out, device)
     if settings.metrics is None and settings.examples is None:
-        most = affordable(run)
+        most = affordable(run, settings.split)
         settings = replace(settings, examples=most if most < len(run.data.store(settings.split)) else None)
     report = evaluation(out, run, settings)
     report.about.update(about or {})
@@ -386,7 +386,7 @@ def _calibrate(out: Path, data: str | None, split: SplitName, examples: int | No
             f"{likelihood} of {out} has no σ to fit: its uncertainty is in the decoder's features alone; calibrate a family with a scale"
         )
     whole = _fitting(out, run, data)
-    fitting = whole.sampled(split, examples or _affordable_examples(whole))
+    fitting = whole.sampled(split, examples or _affordable_examples(whole, split))
     before = _sigma(likelihood)
     run.vae.calibrate(shared(fitting, split, evaluation_batch(fitting), run.vae.device), seed)
     known = (sigma_fitted_on(out) or {}).get("training_sigma")
@@ -519,14 +519,14 @@ def check_latents(prior: str, vae: VAE, data: Splits) -> None:
         )
 
 
-def affordable(run: Run) -> int:
-    """Examples that are evaluated unless more are asked for: 2²⁵ values, fewer where the prior's density takes long."""
-    count = _affordable_examples(run.data)
+def affordable(run: Run, split: SplitName) -> int:
+    """Examples of a split that are evaluated unless more are asked for: 2²⁵ values, fewer where the prior's density takes long."""
+    count = _affordable_examples(run.data, split)
     return fewer(count, run.vae.network.prior.density_passes) if run.vae.network.has_prior else count
 
 
-def _affordable_examples(data: Splits) -> int:
-    return max(AFFORDABLE_VALUES // data.values_per_example, LEAST_EXAMPLES)
+def _affordable_examples(data: Splits, split: SplitName) -> int:
+    return max(AFFORDABLE_VALUES // math.prod(data.store(split).shape), LEAST_EXAMPLES)
 
 
 def fewer(examples: int, passes: int) -> int:

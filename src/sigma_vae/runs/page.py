@@ -405,7 +405,7 @@ class _Material(NamedTuple):
     def shown(self) -> Tensor:
         """Places of those examples: no more than the evaluation looked at, as each costs as much again."""
         assert self.data is not None
-        affordable = max(VALUES // self.data.values_per_example, 2 * EXTREMES)
+        affordable = max(VALUES // math.prod(self.data.test.shape), 2 * EXTREMES)
         return spaced(len(self.data.test), min(EXAMPLES, affordable, self.evaluation.bounds.examples))
 
 

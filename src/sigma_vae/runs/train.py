@@ -1,5 +1,6 @@
 """Train a run into a new folder, resume it, or repeat the step that stopped it."""
 
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -194,6 +195,7 @@ def _finish(
     examples = held_out_examples(config.training, data, done.steps)
     priors = take_prior(config.model.prior, vae, data, config.seed, examples)
     from_first(lambda: _save(out, config, vae, data, examples, done.training_sigma))
+    examples = max(1, examples * data.values_per_example // math.prod(data.test.shape))  # test clips may be longer
     if vae.network.has_prior:
         examples = fewer(examples, vae.network.prior.density_passes)
     report = evaluation(out, Run(config, vae, data), replace(BOUNDS_ALONE, examples=examples), priors)

@@ -573,6 +573,7 @@ def test_the_runs_own_validation_split_gives_back_what_training_left(run: Path, 
 
 def test_commands_look_at_a_part_of_many_examples_and_say_so(run: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("sigma_vae.runs.evaluate.AFFORDABLE_VALUES", 100 * 64)
+    monkeypatch.setattr("sigma_vae.runs.evaluate.CALIBRATION_VALUES", 100 * 64)
     assert main(["evaluate", str(run)]) == 0
     assert (part := runs.read_evaluation(run)).bounds.examples == 100
     assert part.of_examples == 180

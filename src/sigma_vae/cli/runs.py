@@ -292,7 +292,7 @@ def calibrate(
             .yaml file: with the options in its data section) and scaled like the run's data.
         split: Split to fit σ on. From training data, σ is too small where the model overfits; a σ fitted on test has seen
             the examples that it is evaluated on.
-        examples: Most examples to fit σ on, chosen at random; as many as have 2²⁵ values unless given.
+        examples: Most examples to fit σ on, chosen at random; as many as have 2²⁴ values unless given.
         kl_weight: KL weight that the autoencoder of diffusers was trained with, to be compared.
         out: Page of the audit (.html); audit-NAME.html unless given.
         seed: Seed of the posterior's noise.

@@ -42,8 +42,8 @@ from sigma_vae.vae import VAE, Scores, has_fitted_prior, standard_prior
 
 BOUNDS_ALONE = EvaluationSettings(metrics=())
 LEAST_EXAMPLES = 64
-AFFORDABLE_VALUES = 2**25
-"""Values looked at where it is not said how many examples: those of CIFAR-10's test images fit in, and take about a minute."""
+AFFORDABLE_VALUES, CALIBRATION_VALUES = 2**25, 2**24
+"""Values that are evaluated, and that σ is fitted to, where it is not said how many examples: all of CIFAR-10's fit in."""
 PICTURES = 64
 ALL = "all"
 """Split of examples that are in none."""
@@ -358,7 +358,7 @@ def calibrate_run(
             run's data.
         split: split to fit σ on. Of training data, σ is too small where the model overfits; a σ fitted on test has seen
             the examples that it is evaluated on.
-        examples: most examples to fit σ on, chosen at random; unless given, as many as have 2²⁵ values.
+        examples: most examples to fit σ on, chosen at random; unless given, as many as have 2²⁴ values.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         seed: seed of the posterior's noise.
 
@@ -386,7 +386,7 @@ def _calibrate(out: Path, data: str | None, split: SplitName, examples: int | No
             f"{likelihood} of {out} has no σ to fit: its uncertainty is in the decoder's features alone; calibrate a family with a scale"
         )
     whole = _fitting(out, run, data)
-    fitting = whole.sampled(split, examples or _affordable_examples(whole, split))
+    fitting = whole.sampled(split, examples or _examples_of(CALIBRATION_VALUES, whole, split))
     before = _sigma(likelihood)
     run.vae.calibrate(shared(fitting, split, evaluation_batch(fitting), run.vae.device), seed)
     known = (sigma_fitted_on(out) or {}).get("training_sigma")
@@ -521,12 +521,13 @@ def check_latents(prior: str, vae: VAE, data: Splits) -> None:
 
 def affordable(run: Run, split: SplitName) -> int:
     """Examples of a split that are evaluated unless more are asked for: 2²⁵ values, fewer where the prior's density takes long."""
-    count = _affordable_examples(run.data, split)
+    count = _examples_of(AFFORDABLE_VALUES, run.data, split)
     return fewer(count, run.vae.network.prior.density_passes) if run.vae.network.has_prior else count
 
 
-def _affordable_examples(data: Splits, split: SplitName) -> int:
-    return max(AFFORDABLE_VALUES // math.prod(data.store(split).shape), LEAST_EXAMPLES)
+def _examples_of(values: int, data: Splits, split: SplitName) -> int:
+    """Examples of a split that have so many values; 64 at the least."""
+    return max(values // math.prod(data.store(split).shape), LEAST_EXAMPLES)
 
 
 def fewer(examples: int, passes: int) -> int:

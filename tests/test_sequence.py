@@ -756,6 +756,20 @@ def test_a_run_on_clips_scores_what_it_predicts(moving) -> None:
     assert report["bits_per_dim"]["mean"] == pytest.approx(float(bits.mean()), rel=1e-5)
 
 
+@pytest.mark.usefixtures("moving")
+def test_longer_test_clips_are_fewer_beside_a_short_training(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sigma_vae.training.loop.CALIBRATION_VALUES", 1)
+    config = RunConfig(
+        DataConfig("clips"),
+        ModelConfig("sequence", latent_dim=3, width=4, context_frames=GIVEN),
+        TrainingConfig(max_steps=4, batch_size=7),
+        device="cpu",
+    )
+    found = runs.train(config, tmp_path / "run", progress=False)
+    assert found.about["sigma_fitted_on"]["examples"] == 4 * 7 // 4
+    assert found.bounds.examples == 4 * 7 // 4 * TRAIN_LENGTH // TEST_LENGTH
+
+
 def test_clips_are_reconstructed_a_few_at_a_time(moving, monkeypatch) -> None:
     run = runs.open_run(moving, "cpu")
     (batch,) = run.data.batches("test", 10)

@@ -189,8 +189,8 @@ def test_its_latents_and_odd_examples_are_right(page: Page, digits_run: Path, tm
 @pytest.mark.parametrize(
     ("options", "examples", "fitted_on"),
     [
-        ("--network mlp --max-steps 8 --batch-size 4 --prior standard", 8 * 4 // 4, 8 * 4 // 4),
-        ("--network mlp --max-steps 24 --batch-size 128 --latent-dim 2 --prior gaussian", 24 * 128 // 4 // 10, 24 * 128 // 4),
+        ("--network mlp --max-steps 16 --batch-size 4 --prior standard", 16 * 4 // 8, 16 * 4 // 8),
+        ("--network mlp --max-steps 48 --batch-size 128 --latent-dim 2 --prior gaussian", 48 * 128 // 8 // 10, 48 * 128 // 8),
     ],
     ids=["usual", "a prior whose densities take long"],
 )

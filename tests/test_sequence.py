@@ -762,12 +762,12 @@ def test_longer_test_clips_are_fewer_beside_a_short_training(tmp_path, monkeypat
     config = RunConfig(
         DataConfig("clips"),
         ModelConfig("sequence", latent_dim=3, width=4, context_frames=GIVEN),
-        TrainingConfig(max_steps=4, batch_size=7),
+        TrainingConfig(max_steps=8, batch_size=7),
         device="cpu",
     )
     found = runs.train(config, tmp_path / "run", progress=False)
-    assert found.about["sigma_fitted_on"]["examples"] == 4 * 7 // 4
-    assert found.bounds.examples == 4 * 7 // 4 * TRAIN_LENGTH // TEST_LENGTH
+    assert found.about["sigma_fitted_on"]["examples"] == 8 * 7 // 8
+    assert found.bounds.examples == 8 * 7 // 8 * TRAIN_LENGTH // TEST_LENGTH
 
 
 def test_clips_are_reconstructed_a_few_at_a_time(moving, monkeypatch) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 
 from sigma_vae.config import EvaluationSettings, parse
 from sigma_vae.data import Batches, Splits
-from sigma_vae.data.splits import SplitName
+from sigma_vae.data.splits import SPLITS, SplitName
 from sigma_vae.registry import register
 from sigma_vae.types import Batch, Inference, Noise
 from sigma_vae.vae import VAE, Scores
@@ -339,8 +339,9 @@ def _all_rows(mine: Tensor, device: torch.device) -> Tensor:
 
 
 def evaluation_batch(data: Splits) -> int:
-    """Examples per batch where nothing is trained; fewer for clips, by their number of frames."""
-    return max(1, EVALUATION_BATCH // (data.frames or 1))
+    """Examples per batch where nothing is trained; fewer for clips, by the frames of the longest."""
+    frames = max(data.store(split).shape[0] for split in SPLITS) if data.clips else 1
+    return max(1, EVALUATION_BATCH // frames)
 
 
 def part(batches: Batches, chosen: Tensor) -> Batches:

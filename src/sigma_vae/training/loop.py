@@ -607,12 +607,12 @@ def _calibrated_examples(data: Splits) -> int:
 
 
 def held_out_examples(config: TrainingConfig, data: Splits, steps: int) -> int:
-    """Most examples that may be looked at beside so many steps: a quarter of those that these train on, or a quick look's.
+    """Most examples that may be looked at beside so many steps: an eighth of those that these train on, or a quick look's.
 
     Validation, calibration and evaluation go over them about six times, each at a third to a half of a step's cost:
-    altogether no more than the training.
+    altogether half as much as the training, at most.
     """
-    return max(_calibrated_examples(data), steps * config.examples_per_step(data.values_per_example) // 4)
+    return max(_calibrated_examples(data), steps * config.examples_per_step(data.values_per_example) // 8)
 
 
 def _sample(data: Splits, split: SplitName, where: torch.device | str = "cpu") -> Batches:

@@ -571,6 +571,31 @@ def test_the_runs_own_validation_split_gives_back_what_training_left(run: Path, 
     assert best["sigma_fitted_on"]["examples"] == best["examples"]
 
 
+def test_commands_look_at_a_part_of_many_examples_and_say_so(run: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sigma_vae.runs.evaluate.AFFORDABLE_VALUES", 100 * 64)
+    monkeypatch.setattr("sigma_vae.runs.evaluate.CALIBRATION_VALUES", 100 * 64)
+    assert main(["evaluate", str(run)]) == 0
+    assert (part := runs.read_evaluation(run)).bounds.examples == 100
+    assert part.of_examples == 180
+    assert "100 of 180 test" in " ".join(capsys.readouterr().out.split())
+    for options, words in (("", "100 of 162 examples"), ("--examples 200", "162 examples")):
+        assert main(["calibrate", str(run), *options.split()]) == 0
+        assert f"fitted on {words}" in capsys.readouterr().out
+    for options in ("--examples 200", "--metrics calibration"):
+        assert main(["evaluate", str(run), *options.split()]) == 0
+        assert runs.read_evaluation(run).bounds.examples == 180
+
+
+def test_a_refit_is_evaluated_on_as_many_examples_as_the_run_was_last(run: Path, capsys) -> None:
+    for options, examples in (("--examples 20", "20 of 180"), ("", "180")):
+        assert main(["evaluate", str(run), *options.split()]) == 0
+        before = json.loads((run / "evaluation.json").read_text())
+        assert main(["calibrate", str(run)]) == 0
+        after = json.loads((run / "evaluation.json").read_text())
+        assert (after["examples"], after["elbo_nats"]) == (before["examples"], pytest.approx(before["elbo_nats"], rel=1e-5))
+        assert f"evaluated again on {examples} test examples" in capsys.readouterr().out
+
+
 def test_a_config_says_how_other_data_are_read(run: Path, tmp_path: Path) -> None:
     noise_images(tmp_path / "noise.npy", n=100)
     config = f"data: {{source: {tmp_path / 'noise.npy'}, levels: 17, validation_fraction: 0.4}}"

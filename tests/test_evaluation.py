@@ -51,6 +51,7 @@ from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches, Scaling
 from sigma_vae.data.stores import InMemory
 from sigma_vae.evaluation import Column, Estimate, Evaluation, Metric, Row, bounds, calibrate, evaluate, score
+from sigma_vae.evaluation.base import plain
 from sigma_vae.evaluation.bounds import entropy_identity, iwae, oracle, ppca
 from sigma_vae.evaluation.calibration import calibration
 from sigma_vae.evaluation.information import information
@@ -59,6 +60,7 @@ from sigma_vae.evaluation.suite import columns
 from sigma_vae.likelihoods.scales import Scale
 from sigma_vae.networks import principal as module
 from sigma_vae.networks.principal import Principal, principal
+from sigma_vae.priors import GaussianPrior
 from sigma_vae.registry import register
 from sigma_vae.vae import keyed_noise
 
@@ -105,6 +107,26 @@ def test_no_number_depends_on_the_batch_size(opened):
         for name, ours, theirs in zip(reference._fields, reference, other, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4, msg=name)
         assert float((reference.log_likelihood - other.log_likelihood).mean().abs()) < 1e-5
+
+
+def test_an_evaluation_infers_once_and_says_what_each_metric_says_alone(opened, monkeypatch):
+    vae, held_out, training = opened.vae, opened.data.batches("test", 50), opened.data.batches("train", 500)
+    alone = information(vae, held_out, training), calibration(vae, held_out)
+    infer, seen = type(vae.network).infer, []
+    monkeypatch.setattr(type(vae.network), "infer", lambda self, x, *more: seen.append(len(x)) or infer(self, x, *more))
+    together = evaluate(vae, held_out, settings=EvaluationSettings(metrics=("calibration",)))
+    assert sum(seen) == len(held_out.store)
+    assert plain(together.calibration) == plain(alone[1])
+    together = evaluate(vae, held_out, training, settings=EvaluationSettings(metrics=("information",)))
+    assert numbers(together.information) == pytest.approx(numbers(alone[0]), rel=1e-6, abs=1e-6)
+
+
+def test_bounds_with_the_standard_prior_are_those_of_the_model_that_has_it(opened):
+    vae, batches = copy.deepcopy(opened.vae), opened.data.batches("test", 50)
+    vae.fit_prior(opened.data.batches("train", 500), GaussianPrior(4))
+    expected = numbers(evaluate(opened.vae, batches))
+    found = evaluate(vae, batches).standard_prior
+    assert {name: expected[name] for name in numbers(found)} == pytest.approx(numbers(found), rel=1e-9)
 
 
 def test_another_noise_seed_gives_other_draws(opened):

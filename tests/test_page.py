@@ -187,21 +187,23 @@ def test_its_latents_and_odd_examples_are_right(page: Page, digits_run: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("options", "examples"),
+    ("options", "examples", "fitted_on"),
     [
-        ("--network mlp --max-steps 3 --batch-size 4 --prior standard", 3 * 4 // 2),
-        ("--network mlp --max-steps 24 --batch-size 128 --latent-dim 2 --prior gaussian", 24 * 128 // 2 // 10),
+        ("--network mlp --max-steps 16 --batch-size 4 --prior standard", 16 * 4 // 8, 16 * 4 // 8),
+        ("--network mlp --max-steps 48 --batch-size 128 --latent-dim 2 --prior gaussian", 48 * 128 // 8 // 10, 48 * 128 // 8),
     ],
     ids=["usual", "a prior whose densities take long"],
 )
 def test_a_short_training_has_a_page_of_few_examples(
-    options: str, examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: str, examples: int, fitted_on: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "CALIBRATION_VALUES", 5 * 64)
     monkeypatch.setattr(GaussianPrior, "density_passes", 10)
     words = f"train digits {options} --width 4 --quiet --out".split()
     assert main([*words, str(tmp_path / "run")]) == 0
     assert read_evaluation(tmp_path / "run").bounds.examples == examples
+    seen = min(len(runs.open_run(tmp_path / "run", "cpu").data.validation), fitted_on)
+    assert read_evaluation(tmp_path / "run").about["sigma_fitted_on"]["examples"] == seen
     assert f"Of {examples} test examples" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 

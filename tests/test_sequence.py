@@ -21,7 +21,7 @@ from sigma_vae.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from sigma_vae.config import read as read_config
 from sigma_vae.data import Batches, Scaling, Splits
 from sigma_vae.data.stores import InMemory
-from sigma_vae.evaluation.plots import save_clips
+from sigma_vae.evaluation.plots import reconstructed, save_clips
 from sigma_vae.evaluation.quality import predictions, psnr, ssim
 from sigma_vae.networks.sequence import Backbone, SequenceNetwork, State, dcgan, sequence, vgg
 from sigma_vae.training import fit
@@ -754,6 +754,33 @@ def test_a_run_on_clips_scores_what_it_predicts(moving) -> None:
         mass = run.vae.likelihood.log_mass(inference.h, x[:, GIVEN:]).double().sum(1)
     bits = (inference.kl[:, 0].double() - mass) / math.log(2) / (TEST_LENGTH - GIVEN) / SIDE**2
     assert report["bits_per_dim"]["mean"] == pytest.approx(float(bits.mean()), rel=1e-5)
+
+
+@pytest.mark.usefixtures("moving")
+def test_longer_test_clips_are_fewer_beside_a_short_training(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sigma_vae.training.loop.CALIBRATION_VALUES", 1)
+    config = RunConfig(
+        DataConfig("clips"),
+        ModelConfig("sequence", latent_dim=3, width=4, context_frames=GIVEN),
+        TrainingConfig(max_steps=8, batch_size=7),
+        device="cpu",
+    )
+    found = runs.train(config, tmp_path / "run", progress=False)
+    assert found.about["sigma_fitted_on"]["examples"] == 8 * 7 // 8
+    assert found.bounds.examples == 8 * 7 // 8 * TRAIN_LENGTH // TEST_LENGTH
+
+
+def test_clips_are_reconstructed_a_few_at_a_time(moving, monkeypatch) -> None:
+    run = runs.open_run(moving, "cpu")
+    (batch,) = run.data.batches("test", 10)
+    whole = reconstructed(run.vae, batch)
+    monkeypatch.setattr("sigma_vae.evaluation.plots.AT_ONCE", 3 * TEST_LENGTH)
+    infer, sizes = SequenceNetwork.infer, []
+    monkeypatch.setattr(
+        SequenceNetwork, "infer", lambda self, x, *more, **named: sizes.append(len(x)) or infer(self, x, *more, **named)
+    )
+    torch.testing.assert_close(reconstructed(run.vae, batch), whole)
+    assert sizes == [3, 3, 3, 1]
 
 
 def test_scores_of_clips_are_those_of_the_evaluation(moving, tmp_path) -> None:

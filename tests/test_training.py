@@ -382,12 +382,12 @@ def test_a_run_that_ends_between_validations_can_be_resumed(few_config, tmp_path
     assert steps == list(range(0, 3 * 8, 5))
 
 
-def test_a_short_training_is_judged_on_half_as_many_examples_as_it_trained_on(digits_config, tmp_path, monkeypatch):
+def test_a_short_training_is_judged_on_an_eighth_of_the_examples_it_trained_on(digits_config, tmp_path, monkeypatch):
     monkeypatch.setattr("sigma_vae.training.loop.CALIBRATION_VALUES", 1)
     for steps in (2, 5):
         training = replace(digits_config.training, epochs=None, max_steps=steps, batch_size=32)
         found = runs.train(replace(digits_config, training=training), tmp_path / str(steps), progress=False)
-        assert found.bounds.examples == 16 * steps
+        assert found.bounds.examples == 4 * steps
 
 
 def test_a_moved_run_keeps_its_best_weights(digits, tmp_path):

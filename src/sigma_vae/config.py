@@ -484,7 +484,7 @@ class EvaluationSettings(_Strict):
     split: Literal["validation", "test"] = "test"
     """Split to evaluate."""
     examples: int | None = None
-    """Most examples to evaluate, chosen at random; all unless given."""
+    """Most examples to evaluate, chosen at random; all unless given, or where no metrics are named an affordable number."""
     seed: int = 0
     """Seed of the noise. The noise is keyed by example, so no number depends on the batch size."""
     draws: int = 64

@@ -21,6 +21,7 @@ from sigma_vae.registry import needed_by
 from sigma_vae.types import (
     Batch,
     Elbo,
+    Inference,
     Likelihood,
     Network,
     Noise,
@@ -143,16 +144,22 @@ class VAE(nn.Module):
         self, x: Tensor, noise: Noise | None = None, mask: Tensor | None = None, condition: Given | None = None
     ) -> Scores:
         """Terms of each example's bound, from one posterior draw; call it in eval mode, after :meth:`calibrate`."""
-        inference = self.network.infer(x, None, mask, noise, *self._rows(condition, len(x)))
+        return self.scores_of(self.network.infer(x, None, mask, noise, *self._rows(condition, len(x))))
+
+    @torch.no_grad()
+    def scores_of(self, inference: Inference) -> Scores:
+        """Terms of each example's bound, from what the network inferred; see :meth:`score`."""
         h, target = inference.scored()
-        mass = mass_post_hoc = None
-        if self.likelihood.has_mass:
-            mass = inference.per_example(self.likelihood.log_mass(h, target))
-            mass_post_hoc = inference.per_example(self.likelihood.log_mass(h, target, refitted=True))
+        likelihood, sum_up = self.likelihood, inference.per_example
+        log_likelihood = log_likelihood_post_hoc = sum_up(likelihood(h).log_prob(target))
+        mass = mass_post_hoc = sum_up(likelihood.log_mass(h, target)) if likelihood.has_mass else None
+        if likelihood.has_post_hoc or not likelihood.has_scale:  # else σ is its own refit
+            log_likelihood_post_hoc = sum_up(likelihood.distribution(h, refitted=True).log_prob(target))
+            mass_post_hoc = sum_up(likelihood.log_mass(h, target, refitted=True)) if likelihood.has_mass else None
         return Scores(
             rate=inference.kl.sum(-1),
-            log_likelihood=inference.per_example(self.likelihood(h).log_prob(target)),
-            log_likelihood_post_hoc=inference.per_example(self.likelihood.distribution(h, refitted=True).log_prob(target)),
+            log_likelihood=log_likelihood,
+            log_likelihood_post_hoc=log_likelihood_post_hoc,
             log_mass=mass,
             log_mass_post_hoc=mass_post_hoc,
             kl=inference.kl,

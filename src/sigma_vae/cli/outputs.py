@@ -622,10 +622,10 @@ def _examples(run: str, data: str | None, split: Split, device: str) -> _Example
     return _Examples(saved.vae, new.batches, new.names, new.splits, runs.word_of(data))
 
 
-def check_count(n: int) -> None:
-    """Refuse to write nothing, or more than can be counted."""
+def check_count(n: int, option: str = "--n") -> None:
+    """Refuse to take nothing, or more than can be counted."""
     if not 1 <= n <= LARGEST_COUNT:
-        raise ValueError(f"--n counts examples, up to {LARGEST_COUNT:g}, and is at least 1, got {n}")
+        raise ValueError(f"{option} counts examples, up to {LARGEST_COUNT:g}, and is at least 1, got {n}")
 
 
 def output(out: str | None, default: Path, shape: tuple[int, ...], *, moving: bool) -> Path:

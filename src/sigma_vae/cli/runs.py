@@ -2,7 +2,7 @@
 
 import json as json_module
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,7 +11,7 @@ import tyro
 
 from sigma_vae import runs
 from sigma_vae.cli.options import HUB, RunFolder, RunFolders, to_change, to_read
-from sigma_vae.cli.outputs import Split, checked
+from sigma_vae.cli.outputs import Split, check_count, checked
 from sigma_vae.config import EvaluationSettings, RunConfig, read
 from sigma_vae.evaluation import Evaluation, suite
 from sigma_vae.evaluation.base import metrics
@@ -177,8 +177,9 @@ def evaluate(
 ) -> None:
     """Measure a finished run on held-out data.
 
-    Its bounds are always measured, in nats and in bits per dimension; other metrics as asked. Of a run on the Hub
-    (hub:OWNER/NAME) the results are only printed.
+    Its bounds are always measured, in nats and in bits per dimension; other metrics as asked. Where neither metrics nor a
+    number of examples are asked for, examples of 2²⁵ values are measured, a tenth of that where the prior's density
+    takes long; the table says of how many. Of a run on the Hub (hub:OWNER/NAME) the results are only printed.
 
     Args:
         run: Folder of the run; or hf-vae:FOLDER, an autoencoder of diffusers (or hf-vae:OWNER/NAME on the Hugging Face Hub), with
@@ -236,8 +237,7 @@ def _table(report: Evaluation) -> "Table":
     about = report.about
     prior = "" if about.get("prior", "standard") == "standard" else f" · prior {about['prior']}"
     split = "" if about["split"] == "all" else f"{about['split']} "
-    of = f" of {about['of_examples']}" if "of_examples" in about else ""
-    examples = f"{report.bounds.examples}{of} {split}examples"
+    examples = f"{report.bounds.examples}{_of_all(about)} {split}examples"
     table = Table(title=f"{about['data']} · {about['network']} · {about['likelihood']}{prior} · {examples}")
     table.add_column("")
     table.add_column("mean", justify="right")
@@ -253,6 +253,11 @@ def _table(report: Evaluation) -> "Table":
     return table
 
 
+def _of_all(about: Mapping[str, Any]) -> str:
+    """Number of examples that an evaluation's were chosen from; nothing where it is on all of them."""
+    return f" of {about['of_examples']}" if "of_examples" in about else ""
+
+
 def _say(text: str, quiet: bool) -> None:
     if not quiet:
         print(text)
@@ -263,6 +268,7 @@ def calibrate(
     *,
     data: str | None = None,
     split: Split = "validation",
+    examples: int | None = None,
     kl_weight: float | None = None,
     out: str | None = None,
     seed: int = 0,
@@ -273,7 +279,8 @@ def calibrate(
 
     With refitted ("post-hoc") σ, runs of different scales compare, β-VAEs included. Only an optimal scale takes the
     refitted σ as its own; fixed, shared, running and predicted scales keep theirs, and the numbers reported with it.
-    The weights do not change. A refit on the run's own validation split gives the σ that training ended with.
+    The weights do not change. A refit on the run's own validation split gives the σ that training ended with, unless that
+    was a short one, which looked at a part of the split. The evaluation is on as many examples as the run's last one.
 
     Of an autoencoder of diffusers, σ, rate, bits per dimension, the moments of the latents, the scaling factor that it should have,
     and the KL weight that its σ implies are printed and written as a page.
@@ -285,6 +292,7 @@ def calibrate(
             .yaml file: with the options in its data section) and scaled like the run's data.
         split: Split to fit σ on. From training data, σ is too small where the model overfits; a σ fitted on test has seen
             the examples that it is evaluated on.
+        examples: Most examples to fit σ on, chosen at random; as many as have 2²⁴ values unless given.
         kl_weight: KL weight that the autoencoder of diffusers was trained with, to be compared.
         out: Page of the audit (.html); audit-NAME.html unless given.
         seed: Seed of the posterior's noise.
@@ -292,11 +300,15 @@ def calibrate(
         json: Print JSON only.
     """
     if run.startswith(PREFIX):
+        if examples is not None:
+            raise ValueError(f"--examples is for runs, and {run} is audited on all examples; leave it out")
         _audit(run, _given(data), split, kl_weight, out, seed, device, json)
         return
     if kl_weight is not None or out is not None:
         raise ValueError(f"--kl-weight and --out are for an audit of {PREFIX}FOLDER, and {run} is a run; leave them out")
-    result = runs.calibrate_run(to_change(run), data, split, device=device, seed=seed)
+    if examples is not None:
+        check_count(examples, "--examples")
+    result = runs.calibrate_run(to_change(run), data, split, examples=examples, device=device, seed=seed)
     if json:
         print(json_module.dumps(result))
         return
@@ -306,10 +318,11 @@ def calibrate(
             before = "none" if value["before"] is None else f"{value['before']:.5f}"
             print(f"{kind}_{name:<8} {before} -> {value['after']:.5f}")
     fitted = result["sigma_fitted_on"]
-    print(f"fitted on {fitted['examples']} examples of {fitted['data']} ({fitted['split']})")
+    print(f"fitted on {fitted['examples']}{_of_all(fitted)} examples of {fitted['data']} ({fitted['split']})")
     if split == "test" and data is None:
         print("the evaluation uses the same examples, so its post-hoc numbers are not held-out numbers")
-    print(f"evaluated again: {Path(run) / 'evaluation.json'}")
+    again = result["evaluation"]
+    print(f"evaluated again on {again['examples']}{_of_all(again)} test examples: {Path(run) / 'evaluation.json'}")
 
 
 def _given(data: str | None) -> str:

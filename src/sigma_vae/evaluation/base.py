@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self, final
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, final
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor, distributed
 
 from sigma_vae.config import EvaluationSettings, parse
 from sigma_vae.data import Batches, Splits
-from sigma_vae.data.splits import SplitName
+from sigma_vae.data.splits import SPLITS, SplitName
 from sigma_vae.registry import register
-from sigma_vae.types import Batch
-from sigma_vae.vae import VAE
+from sigma_vae.types import Batch, Inference, Noise
+from sigma_vae.vae import VAE, Scores
 
 EVALUATION_BATCH = 256
 
@@ -154,6 +154,8 @@ class EvaluationData:
     held_out: Batches
     training: Batches | None = None
     splits: Splits | None = None
+    scores: Scores | None = None
+    """Scores of the held-out examples with the settings' seed, where they are known: the metrics of an evaluation share them."""
 
     def on_one_process(self) -> "EvaluationData":
         """The same data, all of them on this process."""
@@ -163,6 +165,16 @@ class EvaluationData:
 
         training = None if self.training is None else whole(self.training)
         return replace(self, held_out=whole(self.held_out), training=training)
+
+
+class Watcher(Protocol):
+    """Sees what the network infers from each batch of held-out examples."""
+
+    def rows(self, inference: Inference, noise: Noise) -> Tensor:
+        """Numbers of each example, ``(batch, columns)``; ``noise`` goes on where the posterior's draws ended."""
+
+    def result(self, vae: VAE, batches: Batches, rows: Tensor) -> Result:
+        """The result, from the numbers of all examples ``(examples, columns)``, in the order of the split."""
 
 
 class Metric(ABC):
@@ -208,6 +220,10 @@ class Metric(ABC):
     def is_asked_for(self, settings: EvaluationSettings) -> bool:
         """Whether the settings name it."""
         return self.name in (settings.metrics or ())
+
+    def watcher(self, vae: VAE, settings: EvaluationSettings) -> "Watcher | None":
+        """Measure in the pass over the examples that the bounds take; None: :meth:`measure` takes passes of its own."""
+        return None
 
     @abstractmethod
     def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> Result:
@@ -323,8 +339,9 @@ def _all_rows(mine: Tensor, device: torch.device) -> Tensor:
 
 
 def evaluation_batch(data: Splits) -> int:
-    """Examples per batch where nothing is trained; fewer for clips, by their number of frames."""
-    return max(1, EVALUATION_BATCH // (data.frames or 1))
+    """Examples per batch where nothing is trained; fewer for clips, by the frames of the longest."""
+    frames = max(data.store(split).shape[0] for split in SPLITS) if data.clips else 1
+    return max(1, EVALUATION_BATCH // frames)
 
 
 def part(batches: Batches, chosen: Tensor) -> Batches:

@@ -14,7 +14,7 @@ from sigma_vae.data import Batches
 from sigma_vae.evaluation.base import Column, Estimate, EvaluationData, Metric, Record, Row, add_up, each_example, estimate_rows
 from sigma_vae.evaluation.plots import save_page
 from sigma_vae.registry import register
-from sigma_vae.types import Batch, DataDistribution, Inference, Likelihood, Observes, as_argument
+from sigma_vae.types import Batch, DataDistribution, Inference, Likelihood, Noise, Observes, as_argument
 from sigma_vae.vae import VAE, keyed_noise, standard_prior
 
 INTERVALS = (0.5, 0.8, 0.9, 0.95)
@@ -128,6 +128,10 @@ class CalibrationMetric(Metric):
             None if vae.likelihood.normalised else f"{vae.likelihood} is an objective of these data, and gives no probabilities"
         )
 
+    def watcher(self, vae: VAE, settings: EvaluationSettings) -> "CalibrationWatcher":
+        """In the bounds' own pass."""
+        return CalibrationWatcher(vae, settings.seed)
+
     def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> Calibration:
         """On the held-out examples."""
         return calibration(vae, data.held_out, settings.seed)
@@ -183,39 +187,68 @@ def calibration(vae: VAE, batches: Batches, seed: int = 0) -> Calibration:
             " probabilities that could be right or wrong; take ContinuousBernoulli, or a family with a scale"
         )
     vae.eval()
-    tallies = {name: _Pit() for name in _asked(vae.likelihood)}
-    errors, correlations = AgainstError(), Correlations(vae.likelihood.spatial_dims)
+    watcher = CalibrationWatcher(vae, seed)
 
     def rows(batch: Batch) -> Tensor:
         noise = keyed_noise(batch.positions, seed)
         inference = vae.network.infer(batch.x, None, batch.mask, noise, *as_argument(batch.condition))
+        return watcher.rows(inference, noise)
+
+    with standard_prior(vae):
+        found = each_example(vae, batches, rows)
+    return watcher.result(vae, batches, found)
+
+
+@final
+class CalibrationWatcher:
+    """Measures what :func:`calibration` does, in a pass that others take.
+
+    Args:
+        vae: calibrated, in eval mode; its likelihood is normalised.
+        seed: of the noise in that pass, for the report.
+    """
+
+    def __init__(self, vae: VAE, seed: int) -> None:
+        self.likelihood = vae.likelihood
+        self.seed = seed
+        self.tallies = {name: _Pit() for name in _asked(vae.likelihood)}
+        self.errors = AgainstError()
+        self.correlations = Correlations(vae.likelihood.spatial_dims)
+
+    def rows(self, inference: Inference, noise: Noise) -> Tensor:
+        """Count values; two means of errors, and numbers of values in each interval, of each example."""
+        likelihood = self.likelihood
         uniform = torch.special.ndtr(noise(inference.target.shape).to(inference.target.device))  # the same generators go on
-        u = _pits(vae.likelihood, inference, uniform if inference.mask is None else uniform[inference.mask])
+        u = _pits(likelihood, inference, uniform if inference.mask is None else uniform[inference.mask])
         h, target = inference.scored()
-        distribution = vae.likelihood.distribution(h)
+        distribution = likelihood.distribution(h)
         assert isinstance(distribution, DataDistribution)
         own = u["level"] if "level" in u else u["density"]
         scores: Tensor = torch.special.ndtri(own.double().clamp(LEAST_TAIL, 1 - LEAST_TAIL))
         residuals = distribution.standardised(target)
-        correlations.add(scores if residuals is None else residuals)
-        of_errors = _errors(errors, inference, distribution.squared_errors(target, scores), vae.likelihood)
-        inside = [tallies[name].add(inference, values, vae.likelihood) for name, values in u.items()]
+        self.correlations.add(scores if residuals is None else residuals)
+        of_errors = _errors(self.errors, inference, distribution.squared_errors(target, scores), likelihood)
+        inside = [self.tallies[name].add(inference, values, likelihood) for name, values in u.items()]
         return torch.cat([inference.dims().cpu().double()[:, None], of_errors, *inside], 1)
 
-    with standard_prior(vae):
-        found = each_example(vae, batches, rows)  # columns: values, two of errors, then one an interval for each kind
-    sums = [errors.totals, *correlations.sums, *(total for tally in tallies.values() for total in tally.sums)]
-    add_up(vae, batches, sums)
-    dims, inside = found[:, 0], dict(zip(tallies, torch.split(found[:, 3:], len(INTERVALS), 1), strict=True))
-    coverage = {name: tallies[name].report(inside[name], dims) if name in tallies else None for name in KINDS}
-    return Calibration(
-        examples=len(found),
-        values=int(dims.sum()),
-        noise_seed=seed,
-        **coverage,
-        sigma=_sigma_errors(errors, *found[:, 1:3].unbind(1)),
-        residuals=correlations.report(),
-    )
+    def result(self, vae: VAE, batches: Batches, rows: Tensor) -> Calibration:
+        """Summarise the numbers of all examples; of several processes, each adds its sums."""
+        tallies = self.tallies
+        add_up(
+            vae,
+            batches,
+            [self.errors.totals, *self.correlations.sums, *(total for tally in tallies.values() for total in tally.sums)],
+        )
+        dims, inside = rows[:, 0], dict(zip(tallies, torch.split(rows[:, 3:], len(INTERVALS), 1), strict=True))
+        coverage = {name: tallies[name].report(inside[name], dims) if name in tallies else None for name in KINDS}
+        return Calibration(
+            examples=len(rows),
+            values=int(dims.sum()),
+            noise_seed=self.seed,
+            **coverage,
+            sigma=_sigma_errors(self.errors, *rows[:, 1:3].unbind(1)),
+            residuals=self.correlations.report(),
+        )
 
 
 def _asked(likelihood: Likelihood) -> list[str]:

@@ -7,13 +7,25 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
 from sigma_vae.config import EvaluationSettings
 from sigma_vae.data import Batches
-from sigma_vae.evaluation.base import Column, Estimate, EvaluationData, Metric, Record, Row, each_example, estimate_rows
-from sigma_vae.evaluation.information import active_units
+from sigma_vae.evaluation.base import (
+    Column,
+    Estimate,
+    EvaluationData,
+    Metric,
+    Record,
+    Row,
+    Watcher,
+    each_example,
+    estimate_rows,
+)
+from sigma_vae.evaluation.information import active
+from sigma_vae.priors import StandardNormal
 from sigma_vae.registry import register
-from sigma_vae.types import Batch, Likelihood
+from sigma_vae.types import Batch, Likelihood, as_argument
 from sigma_vae.vae import VAE, Scores, has_fitted_prior, keyed_noise, standard_prior
 
 OVERFITTING = 1.1
@@ -86,8 +98,8 @@ class ElboMetric(Metric):
     )
 
     def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> ElboResult:
-        """One pass over the held-out examples; another one with N(0, I), where the prior is a fitted one."""
-        return elbo(vae, data.held_out, settings.seed)
+        """Two passes over the held-out examples, one of them through the encoder alone."""
+        return elbo(vae, data.held_out, settings.seed, data.scores)
 
     def rows(self, result: ElboResult) -> Iterator[Row]:
         """The bounds, the refitted σ, the latents."""
@@ -134,14 +146,16 @@ class ElboMetric(Metric):
 
 
 @torch.no_grad()
-def elbo(vae: VAE, batches: Batches, seed: int = 0) -> ElboResult:
+def elbo(vae: VAE, batches: Batches, seed: int = 0, scores: Scores | None = None) -> ElboResult:
     """Compute single-sample bounds on held-out data, and the numbers that explain them.
 
     The model, calibrated on training data, is put into eval mode. Of several processes, each gives its share of the
-    examples. The seed is that of the posterior's noise, which is keyed by example.
+    examples. The seed is that of the posterior's noise, which is keyed by example; ``scores`` are those of this seed,
+    where they are known.
     """
     vae.eval()
-    scores, latents = score(vae, batches, seed), vae.network.latents
+    scores, latents = score(vae, batches, seed) if scores is None else scores, vae.network.latents
+    encoded = _encoded(vae, batches) if vae.network.has_posterior else None
     kind = "factor_post_hoc" if vae.likelihood.predicts_scale else "sigma_post_hoc"
     refitted: dict[str, Any] = {f"{kind}_{name}": value for name, value in refitted_scales(vae.likelihood).items()}
     dims = float(scores.dims.mean())  # all equal, but for clips of unequal lengths
@@ -156,11 +170,28 @@ def elbo(vae: VAE, batches: Batches, seed: int = 0) -> ElboResult:
         kl_per_layer_nats=scores.kl.mean(0).tolist() if scores.kl.shape[-1] > 1 else None,
         **_on_floor(vae.likelihood),
         latent_dim=sum(latents.sizes) if vae.network.has_posterior else None,
-        active_units=active_units(vae, batches) if vae.network.has_posterior else None,
+        active_units=None if encoded is None else active(encoded[:, 1:]),
         **refitted,
         condition=None if vae.network.conditions is None else list(vae.network.conditions.names),
-        standard_prior=scores_under_standard_prior(vae, batches, seed) if has_fitted_prior(vae) else None,
+        standard_prior=None if encoded is None else _under_standard_prior(vae, scores, encoded[:, 0]),
     )
+
+
+def _encoded(vae: VAE, batches: Batches) -> Tensor:
+    """KL of each example's posterior from N(0, I), and its means, ``(examples, 1 + latents)``."""
+
+    def rows(batch: Batch) -> Tensor:
+        posterior = vae.encode(batch.x, batch.condition)
+        mean, std = posterior.loc.flatten(1), posterior.scale.flatten(1)
+        kl = StandardNormal(mean.shape[1]).kl(Normal(mean, std, validate_args=False), mean)
+        return torch.cat([kl[:, None], mean], 1)
+
+    return each_example(vae, batches, rows)
+
+
+def _under_standard_prior(vae: VAE, scores: Scores, kl: Tensor) -> Bounds | None:
+    """The bounds of the same draws with this KL from N(0, I), where the prior is a fitted one."""
+    return Bounds(**_bounds(vae, scores._replace(rate=kl))) if has_fitted_prior(vae) else None
 
 
 def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
@@ -168,15 +199,35 @@ def score(vae: VAE, batches: Batches, seed: int = 0) -> Scores:
 
     See :func:`sigma_vae.evaluation.score`, which takes data of any kind.
     """
-    masses = vae.likelihood.has_mass
+    return score_watched(vae, batches, seed)[0]
+
+
+def score_watched(vae: VAE, batches: Batches, seed: int, watchers: Sequence[Watcher] = ()) -> tuple[Scores, list[Any]]:
+    """Score every example, and let watchers measure in the same pass: the scores, and the watchers' results."""
+    widths: list[int] = []
 
     def rows(batch: Batch) -> Tensor:
-        scores = vae.score(batch.x, keyed_noise(batch.positions, seed), batch.mask, batch.condition)
-        columns = [scores.rate, scores.log_likelihood, scores.log_likelihood_post_hoc, scores.dims, scores.log_ratio]
-        columns += [mass for mass in (scores.log_mass, scores.log_mass_post_hoc) if mass is not None]
-        return torch.cat([torch.stack([each.cpu().double() for each in columns], 1), scores.kl.cpu().double()], 1)
+        noise = keyed_noise(batch.positions, seed)
+        inference = vae.network.infer(batch.x, None, batch.mask, noise, *as_argument(batch.condition))
+        parts = [_columns(vae.scores_of(inference)), *(each.rows(inference, noise) for each in watchers)]
+        widths[:] = [part.shape[1] for part in parts]
+        return torch.cat([part.cpu().double() for part in parts], 1)
 
-    columns = each_example(vae, batches, rows)
+    found = each_example(vae, batches, rows)
+    columns, *watched = torch.split(found, widths, 1)
+    results = [each.result(vae, batches, part) for each, part in zip(watchers, watched, strict=True)]
+    return _scores(vae, batches, columns), results
+
+
+def _columns(scores: Scores) -> Tensor:
+    columns = [scores.rate, scores.log_likelihood, scores.log_likelihood_post_hoc, scores.dims, scores.log_ratio]
+    columns += [mass for mass in (scores.log_mass, scores.log_mass_post_hoc) if mass is not None]
+    return torch.cat([torch.stack([each.cpu().double() for each in columns], 1), scores.kl.cpu().double()], 1)
+
+
+def _scores(vae: VAE, batches: Batches, columns: Tensor) -> Scores:
+    """Scores in the data's own units, from the columns of all examples."""
+    masses = vae.likelihood.has_mass
     rate, log_likelihood, post_hoc, dims, log_ratio = columns[:, :5].unbind(1)
     return Scores(
         rate=rate,

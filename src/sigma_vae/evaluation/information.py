@@ -27,7 +27,7 @@ from sigma_vae.evaluation.base import (
 from sigma_vae.priors import ClassMixturePrior, MixturePrior
 from sigma_vae.registry import register
 from sigma_vae.types import Batch, Prior
-from sigma_vae.vae import SEED_OFFSET, VAE, keyed_noise
+from sigma_vae.vae import SEED_OFFSET, VAE, Scores, keyed_noise
 
 ACTIVE_VARIANCE = 0.01
 """A latent is active where its posterior mean varies more than this over the data (Burda et al. 2016)."""
@@ -37,6 +37,8 @@ MOST_LATENTS = 10_000
 """Test examples used at most: the cost of the log-sum-exp pair is their square."""
 COMPONENTS = 20
 """Components, at most, of the mixture that is fitted to training latents."""
+LATENTS_PER_DIMENSION = 8
+"""Training latents of a component, at least, for each of its dimensions: with fewer, its covariance fits them alone."""
 MOST_TRAINING_LATENTS = 12_000
 """Training latents used at most; more change the mixture little."""
 MOST_VALUES = 2**25
@@ -123,7 +125,7 @@ class InformationMetric(Metric):
 
     def measure(self, vae: VAE, data: EvaluationData, settings: EvaluationSettings) -> Information | LayerInformation:
         """On the held-out examples, with densities fitted to training latents."""
-        return information(vae, data.held_out, data.training or data.held_out, settings.seed)
+        return information(vae, data.held_out, data.training or data.held_out, settings.seed, data.scores)
 
     def rows(self, result: Information | LayerInformation) -> Iterator[Row]:
         """All estimates and single numbers; of a bound, the words say how it holds."""
@@ -158,7 +160,9 @@ class _Latents(NamedTuple):
 
 
 @torch.no_grad()
-def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> Information | LayerInformation:
+def information(
+    vae: VAE, test: Batches, training: Batches, seed: int = 0, scores: Scores | None = None
+) -> Information | LayerInformation:
     r"""Split the rate into what the latents know of the data and what the prior misses (Hoffman and Johnson 2016).
 
     .. math:: E_x KL(q(z|x) \| p(z)) = I_q(x; z) + KL(q(z) \| p(z)), \qquad q(z) = E_x\, q(z|x)
@@ -178,7 +182,8 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
     class; the log-sum-exp is over examples of the same classes, and is left out where there are covariates.
 
     At most 10 000 test examples are used, and 12 000 training examples for the two densities, evenly spaced. A network
-    with several layers of latents reports the KL of each layer instead. The model is put into eval mode.
+    with several layers of latents reports the KL of each layer instead. The model is put into eval mode. ``scores`` are
+    those of the test examples with this seed, where they are known: their KL and log p(z) are not computed again.
 
     Raises:
         ValueError: the network has neither a posterior of one layer nor the KL of each latent, or there is only one
@@ -190,7 +195,7 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
             raise ValueError(f"there is no information to measure: {_lacks_latents(vae)}")
         return _of_layers(vae, test, seed)
     dims = sum(vae.network.latents.sizes)
-    whole = _latents(vae, test, seed)
+    whole = _latents(vae, test, seed, scores=scores)
     if len(whole.z) < 2:
         raise ValueError("information is about the spread of latents and needs at least two test examples, got one")
     latents = _Latents(*(values[spaced(len(whole.z), min(MOST_LATENTS, MOST_VALUES // dims))] for values in whole))
@@ -209,7 +214,7 @@ def information(vae: VAE, test: Batches, training: Batches, seed: int = 0) -> In
         examples=len(latents.z),
         noise_seed=seed,
         latent_dim=latents.z.shape[1],
-        active_units=_active(whole.mean),
+        active_units=active(whole.mean),
         mean_kl_nats=Estimate.of(latents.kl),
         marginal_kl_at_least_nats=means["marginal_kl_at_least_nats"],
         mutual_information_at_most_nats=means["mutual_information_at_most_nats"],
@@ -235,10 +240,11 @@ def active_units(vae: VAE, batches: Batches) -> int:
     Raises:
         ValueError: the network has no posterior of one layer of latents.
     """
-    return _active(each_example(vae, batches, lambda batch: vae.encode(batch.x, batch.condition).loc.flatten(1)))
+    return active(each_example(vae, batches, lambda batch: vae.encode(batch.x, batch.condition).loc.flatten(1)))
 
 
-def _active(means: Tensor) -> int:
+def active(means: Tensor) -> int:
+    """Count the active latents, given the posterior means of all examples ``(examples, latents)``."""
     return int(_varies(means).sum())
 
 
@@ -257,8 +263,12 @@ def _of_channels(vae: VAE, latents: _Latents) -> dict[str, Any]:
     return {"kl_per_channel_nats": channels.tolist(), "active_channels": int(active.sum())}
 
 
-def _latents(vae: VAE, batches: Batches, seed: int, *, under_prior: bool = True) -> _Latents:
-    """The draw of every example from which the ELBO is computed with this seed; its KL and log p(z) unless left out (0)."""
+def _latents(vae: VAE, batches: Batches, seed: int, *, under_prior: bool = True, scores: Scores | None = None) -> _Latents:
+    """The draw of every example from which the ELBO is computed with this seed; its KL and log p(z) unless left out (0).
+
+    Both follow from the example's scores, where these are known.
+    """
+    computed = under_prior and scores is None
 
     def rows(batch: Batch) -> Tensor:
         posterior = vae.encode(batch.x, batch.condition)
@@ -266,14 +276,18 @@ def _latents(vae: VAE, batches: Batches, seed: int, *, under_prior: bool = True)
         z = posterior.loc + posterior.scale * unit
         wide = [values.flatten(1) for values in (posterior.loc, posterior.scale, unit, z)]
         nothing = z.new_zeros(len(z))  # a prior that solves a differential equation takes its time
-        columns = _kl_and_log_prior(vae, batch, posterior, unit, z) if under_prior else (nothing, nothing)
+        columns = _kl_and_log_prior(vae, batch, posterior, unit, z) if computed else (nothing, nothing)
         given = z.new_zeros(len(z), 0) if batch.condition is None else batch.condition.to(z)
         return torch.cat([*wide, given, *(column[:, None] for column in columns)], 1)
 
     found = each_example(vae, batches, rows)
     dims = 4 * sum(vae.network.latents.sizes)
     mean, std, unit, z = found[:, :dims].chunk(4, 1)
-    return _Latents(mean, std, unit, z, kl=found[:, -2], log_prior=found[:, -1], condition=found[:, dims:-2])
+    kl, log_prior = found[:, -2], found[:, -1]
+    if scores is not None:
+        log_posterior = -(0.5 * unit.square() + std.log() + 0.5 * math.log(2 * math.pi)).sum(1)
+        kl, log_prior = scores.rate, scores.log_ratio + log_posterior
+    return _Latents(mean, std, unit, z, kl, log_prior, condition=found[:, dims:-2])
 
 
 def _kl_and_log_prior(vae: VAE, batch: Batch, posterior: Normal, unit: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,8 +365,8 @@ def _held_out(vae: VAE, latents: _Latents, training: _Latents, seed: int) -> Ten
     h is a mixture fitted to training latents, or, given one class label, one for each class.
     """
     count, latent_dim = training.z.shape
-    components = min(COMPONENTS, count // (latent_dim + 1))
-    if components < 1 or latent_dim > MOST_DIMENSIONS:
+    components = min(COMPONENTS, max(1, count // (LATENTS_PER_DIMENSION * (latent_dim + 1))))
+    if count <= latent_dim or latent_dim > MOST_DIMENSIONS:
         return None
     conditions = vae.network.conditions
     label = None if conditions is None else conditions.only_classes

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
+AT_ONCE = 128
+"""Pictures, or frames of clips, that are reconstructed together."""
 WIDTH = 500
 """Approximate width of a grid of images, in pixels."""
 MILLISECONDS = 250
@@ -254,11 +256,16 @@ def interpolations(
 def reconstructed(vae: VAE, batch: Batch, show: Show = "mean", seed: int = 0, shown_as: Given | None = None) -> Tensor:
     """Reconstruct a batch, in its own shape; the given first frames of clips stay as they are.
 
-    ``shown_as`` is that of :meth:`~sigma_vae.vae.VAE.reconstruct`.
+    ``shown_as`` is that of :meth:`~sigma_vae.vae.VAE.reconstruct`. Memory holds the activations of 128 pictures or frames.
     """
-    noise = keyed_noise(batch.positions, seed)
-    again = vae.reconstruct(batch.x, show, noise=noise, condition=batch.condition, shown_as=shown_as)
-    return torch.cat([batch.x[:, : vae.network.context_frames], again], 1) if vae.network.reads_clips else again
+    clips = vae.network.reads_clips
+    again = []
+    for rows in torch.split(torch.arange(len(batch.x)), max(1, AT_ONCE // (batch.x.shape[1] if clips else 1))):
+        x, noise = batch.x[rows], keyed_noise(batch.positions[rows], seed)
+        condition = None if batch.condition is None else batch.condition[rows]
+        other = shown_as[rows] if isinstance(shown_as, Tensor) and len(shown_as) == len(batch.x) else shown_as
+        again.append(vae.reconstruct(x, show, noise=noise, condition=condition, shown_as=other))
+    return torch.cat([batch.x[:, : vae.network.context_frames], torch.cat(again)], 1) if clips else torch.cat(again)
 
 
 def figure_of_samples(vae: VAE, n: int, seed: int) -> "Figure":

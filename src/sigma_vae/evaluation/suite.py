@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -237,14 +238,20 @@ def measure(
     wanted: Iterable[Metric],
     from_first: Callable[[Callable[[], Result]], Result] = lambda make: make(),
 ) -> dict[str, Result]:
-    """Measure metrics of a model in eval mode, one after the other, by name.
+    """Measure metrics of a model in eval mode, by name: those that can, in the pass that scores the examples.
 
     Of several processes, each has its share of the data; ``from_first`` lets the first one measure, and hands its
     result to all.
     """
+    wanted = list(wanted)
+    watchers = {metric.name: each for metric in wanted if (each := metric.watcher(vae, settings)) is not None}
+    scores, results = _elbo.score_watched(vae, data.held_out, settings.seed, list(watchers.values()))
+    watched, data = dict(zip(watchers, results, strict=True)), replace(data, scores=scores)
     found: dict[str, Result] = {}
     for metric in wanted:
-        if metric.on_one_process:
+        if metric.name in watched:
+            found[metric.name] = watched[metric.name]
+        elif metric.on_one_process:
             found[metric.name] = from_first(partial(metric.measure, vae, data.on_one_process(), settings))
         else:
             found[metric.name] = metric.measure(vae, data, settings)

@@ -171,19 +171,26 @@ def _leading(passes: Passes, mean: Tensor, count: int, rank: int) -> tuple[Tenso
     """The largest variances and their directions, by subspace iteration and a last rotation."""
     start = torch.randn(len(mean), rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis = torch.linalg.qr(start).Q
-    for _ in range(ITERATIONS):
-        basis = torch.linalg.qr(_times_covariance(passes(), mean, basis)).Q
-    inner = sum((_centred(x, mean) @ basis).T @ (_centred(x, mean) @ basis) for x in passes()) / count
+    for number in range(ITERATIONS):
+        precision = torch.float64 if number + 1 == ITERATIONS else torch.float32  # the last one removes what others rounded
+        basis = torch.linalg.qr(_times_covariance(passes(), mean, basis, precision)).Q
+    inner = basis.new_zeros(rank, rank)
+    for x in passes():
+        along = _centred(x, mean) @ basis
+        inner.addmm_(along.T, along)
+    inner /= count
     variances, rotation = (each.flip(-1) for each in torch.linalg.eigh(inner))
     return variances, basis @ rotation
 
 
-def _times_covariance(batches: Iterable[Tensor], mean: Tensor, basis: Tensor) -> Tensor:
-    product = torch.zeros_like(basis)
+def _times_covariance(batches: Iterable[Tensor], mean: Tensor, basis: Tensor, precision: torch.dtype) -> Tensor:
+    """The covariance times the basis, but for a factor, computed in this precision."""
+    factor = basis.to(precision)
+    product = torch.zeros_like(factor)
     for x in batches:
-        values = _centred(x, mean)
-        product.addmm_(values.T, values @ basis)
-    return product
+        values = x.flatten(1).to(precision) - mean.to(precision)
+        product.addmm_(values.T, values @ factor)
+    return product.to(basis)
 
 
 @final

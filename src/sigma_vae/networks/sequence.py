@@ -335,7 +335,8 @@ def _widths(shape: Sequence[int], width: int) -> list[int]:
 
 
 def _normed(channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU(SLOPE))
+    # In place: the gradient needs the sign alone, which the output has, and a batch of clips has many activations.
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.LeakyReLU(SLOPE, inplace=True))
 
 
 def _block(convolution: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:

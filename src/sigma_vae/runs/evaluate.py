@@ -42,6 +42,8 @@ from sigma_vae.vae import VAE, Scores, has_fitted_prior, standard_prior
 
 BOUNDS_ALONE = EvaluationSettings(metrics=())
 LEAST_EXAMPLES = 64
+AFFORDABLE_VALUES, CALIBRATION_VALUES = 2**25, 2**24
+"""Values that are evaluated, and that σ is fitted to, where it is not said how many examples: all of CIFAR-10's fit in."""
 PICTURES = 64
 ALL = "all"
 """Split of examples that are in none."""
@@ -58,6 +60,9 @@ def evaluate_run(
     device: str = "auto",
 ) -> Evaluation:
     """Evaluate a finished run on a device, and write ``evaluation.json`` (or ``evaluation-validation.json``).
+
+    Where neither metrics nor a number of examples are given, at most :func:`affordable` ones are measured, chosen at
+    random; the report then has their number, and that of all (``of_examples``).
 
     Each metric has its own section, which says how it was measured. Sections that are not asked for this time are kept,
     as long as they are about the same weights. Under ``torchrun`` the processes share the work; some metrics
@@ -77,6 +82,9 @@ def evaluate_run(
 def evaluate_anew(out: Path, settings: EvaluationSettings, device: str, about: Mapping[str, Any] | None = None) -> Evaluation:
     """Do what :func:`evaluate_run` does, where the folder is already locked; ``about`` is added to the report."""
     run = open_run(out, device)
+    if settings.metrics is None and settings.examples is None:
+        most = affordable(run, settings.split)
+        settings = replace(settings, examples=most if most < len(run.data.store(settings.split)) else None)
     report = evaluation(out, run, settings)
     report.about.update(about or {})
     return from_first(lambda: _store_with_pages(out, report, run.data.name, settings.split))
@@ -165,6 +173,15 @@ def with_kept(out: Path, report: Evaluation, word: str = "test") -> Evaluation:
     if known.about.get("how") != report.about["how"]:
         return report
     return Evaluation(known.sections, _of_prior(known) | report.about).updated(report.results)
+
+
+def _examples_before(out: Path) -> int | None:
+    """Number of examples of the folder's evaluation, where they were a part of the split; None: all, or it is not known."""
+    try:
+        known = read_evaluation(out)
+    except ValueError:  # there is none, or it is broken
+        return None
+    return known.bounds.examples if "of_examples" in known.about else None
 
 
 def priors_of(out: Path) -> dict[str, Any]:
@@ -318,9 +335,17 @@ STANDARD_PICTURE = "samples-standard-prior.png"
 
 
 def calibrate_run(
-    out: Path, data: str | None = None, split: SplitName = "validation", *, device: str = "auto", seed: int = 0
+    out: Path,
+    data: str | None = None,
+    split: SplitName = "validation",
+    *,
+    examples: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
 ) -> dict[str, Any]:
     r"""Refit σ of a finished run, whatever it was trained with, and evaluate it again on its own test split.
+
+    The evaluation is on as many test examples as the run's last one.
 
     The weights do not change, and neither does the σ of a fixed, shared, running or predicted scale: their *post-hoc*
     values change, one for the density and one for the bin probabilities (predicted scales: a factor). An
@@ -333,13 +358,15 @@ def calibrate_run(
             run's data.
         split: split to fit σ on. Of training data, σ is too small where the model overfits; a σ fitted on test has seen
             the examples that it is evaluated on.
+        examples: most examples to fit σ on, chosen at random; unless given, as many as have 2²⁴ values.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         seed: seed of the posterior's noise.
 
     Returns:
         ``sigma_post_hoc`` (or ``factor_post_hoc``): for ``density`` and ``level`` the value ``before`` and ``after`` (a
         geometric mean where there are many, None where there is none); ``sigma_fitted_on``: data, split, number of
-        examples, fingerprint, noise seed; ``evaluation``, as in ``evaluation.json``.
+        examples (``of_examples`` of all, where they are a part), fingerprint, noise seed; ``evaluation``, as in
+        ``evaluation.json``.
 
     Raises:
         ValueError: there is no such run, its likelihood has no σ, the data do not fit the model, or another process is
@@ -348,24 +375,26 @@ def calibrate_run(
     """
     check_seed(seed)
     with joined(resolve_device(device)), lock_run(out):
-        return _calibrate(out, data, split, device, seed)
+        return _calibrate(out, data, split, examples, device, seed)
 
 
-def _calibrate(out: Path, data: str | None, split: SplitName, device: str, seed: int) -> dict[str, Any]:
+def _calibrate(out: Path, data: str | None, split: SplitName, examples: int | None, device: str, seed: int) -> dict[str, Any]:
     run = open_run(out, device)
     likelihood = run.vae.likelihood
     if not likelihood.has_scale:
         raise ValueError(
             f"{likelihood} of {out} has no σ to fit: its uncertainty is in the decoder's features alone; calibrate a family with a scale"
         )
-    fitting = _fitting(out, run, data)
+    whole = _fitting(out, run, data)
+    fitting = whole.sampled(split, examples or _examples_of(CALIBRATION_VALUES, whole, split))
     before = _sigma(likelihood)
     run.vae.calibrate(shared(fitting, split, evaluation_batch(fitting), run.vae.device), seed)
     known = (sigma_fitted_on(out) or {}).get("training_sigma")
     record = fitted_on(fitting, split) | {"noise_seed": seed} | ({} if known is None else {"training_sigma": known})
+    record |= {} if fitting is whole else {"of_examples": len(whole.store(split))}
     priors = priors_of(out)  # σ does not change them
     from_first(lambda: save_refitted(out, run.vae, record))
-    report = evaluate_anew(out, EvaluationSettings(metrics=()), device, priors)
+    report = evaluate_anew(out, EvaluationSettings(metrics=(), examples=_examples_before(out)), device, priors)
     after = _sigma(likelihood)
     return {
         "factor_post_hoc" if likelihood.predicts_scale else "sigma_post_hoc": {
@@ -488,6 +517,17 @@ def check_latents(prior: str, vae: VAE, data: Splits) -> None:
             f"the prior {prior} over {size} latents needs at least {made.least_latents} training examples,"
             f" {data.name} has {len(data.train)}; take prior=standard, or fewer latents"
         )
+
+
+def affordable(run: Run, split: SplitName) -> int:
+    """Examples of a split that are evaluated unless more are asked for: 2²⁵ values, fewer where the prior's density takes long."""
+    count = _examples_of(AFFORDABLE_VALUES, run.data, split)
+    return fewer(count, run.vae.network.prior.density_passes) if run.vae.network.has_prior else count
+
+
+def _examples_of(values: int, data: Splits, split: SplitName) -> int:
+    """Examples of a split that have so many values; 64 at the least."""
+    return max(values // math.prod(data.store(split).shape), LEAST_EXAMPLES)
 
 
 def fewer(examples: int, passes: int) -> int:

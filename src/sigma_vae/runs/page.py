@@ -14,9 +14,10 @@ from torch import Tensor
 from sigma_vae import __version__, models
 from sigma_vae.config import RunConfig, write_whole
 from sigma_vae.data import Batches, Splits
-from sigma_vae.evaluation import Evaluation, score
+from sigma_vae.evaluation import Evaluation
 from sigma_vae.evaluation.base import each_example, evaluation_batch, part, spaced
-from sigma_vae.evaluation.calibration import calibration
+from sigma_vae.evaluation.calibration import CalibrationWatcher
+from sigma_vae.evaluation.elbo import score_watched
 from sigma_vae.evaluation.plots import OKABE_ITO, Plot, calibration_plots, drawable, plot_in_words, png, svg
 from sigma_vae.evaluation.suite import meaning, notes, report_rows
 from sigma_vae.progress import bar
@@ -24,14 +25,14 @@ from sigma_vae.runs.evaluate import read_evaluation
 from sigma_vae.runs.folder import Run, config_of, data_of, open_model, read_json
 from sigma_vae.training.callbacks import rows_before
 from sigma_vae.types import Batch
-from sigma_vae.vae import VAE
+from sigma_vae.vae import VAE, Scores
 
 if TYPE_CHECKING:
     from jinja2 import Template
     from matplotlib.axes import Axes
 
 PAGE = "report.html"
-EXAMPLES, VALUES = 5_000, 2**22
+EXAMPLES, VALUES = 5_000, 2**21
 """Most test examples, and most of their values, that the page measures calibration, latents and oddness on."""
 EXTREMES = 8
 """Examples shown of the oddest, and of the most typical."""
@@ -404,7 +405,7 @@ class _Material(NamedTuple):
     def shown(self) -> Tensor:
         """Places of those examples: no more than the evaluation looked at, as each costs as much again."""
         assert self.data is not None
-        affordable = max(VALUES // self.data.values_per_example, 2 * EXTREMES)
+        affordable = max(VALUES // math.prod(self.data.test.shape), 2 * EXTREMES)
         return spaced(len(self.data.test), min(EXAMPLES, affordable, self.evaluation.bounds.examples))
 
 
@@ -418,7 +419,7 @@ def _write(made: _Material, missing: str) -> Path:
         _numbers(made),
         _training(curves),
         _pictures(made),
-        *([] if test is None else [_calibration(made, test), _latents(made, test), _examples(made, test)]),
+        *([] if test is None else _of_examples(made, test)),
     ]
     about = made.evaluation.about
     content = {
@@ -520,11 +521,18 @@ def _pictures(made: _Material) -> Section | None:
     return Section("Samples and reconstructions", pictures=pictures) if pictures else None
 
 
-def _calibration(made: _Material, test: Batches) -> Section | None:
-    if not made.vae.likelihood.normalised:
-        return None
+def _of_examples(made: _Material, test: Batches) -> Iterator[Section | None]:
+    """Sections that are measured on test examples, in one pass but for the latents."""
     found = made.evaluation.results.get("calibration")
-    result = calibration(made.vae, test) if not isinstance(found, Mapping) else found
+    asked = made.vae.likelihood.normalised and not isinstance(found, Mapping)
+    scores, measured = score_watched(made.vae, test, 0, [CalibrationWatcher(made.vae, 0)] if asked else [])
+    known = measured[0] if asked else found
+    yield _calibration(known) if isinstance(known, Mapping) and made.vae.likelihood.normalised else None
+    yield _latents(made, test)
+    yield _examples(made, test, scores)
+
+
+def _calibration(result: Mapping[str, Any]) -> Section:
     said = shows(result)
     plots = calibration_plots(result)
     pictures = tuple(Picture(f"{name}.svg", plot.content, plot.alt, said[name]) for name, plot in plots.items())
@@ -560,10 +568,9 @@ def _bars(numbers: Sequence[tuple[int, float]], axis: str, title: str) -> Sectio
     return Section("Latents", pictures=(Picture("latents.svg", svg(draw, 0), alt, f"{title}."),))
 
 
-def _examples(made: _Material, test: Batches) -> Section:
+def _examples(made: _Material, test: Batches, scores: Scores) -> Section:
     """The test examples with the lowest and highest bound."""
     assert made.data is not None
-    scores = score(made.vae, test)
     bound = scores.log_likelihood - scores.rate
     order = bound.argsort()
     n = min(EXTREMES, len(order) // 2 or 1)

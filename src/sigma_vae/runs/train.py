@@ -1,5 +1,6 @@
 """Train a run into a new folder, resume it, or repeat the step that stopped it."""
 
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -193,17 +194,23 @@ def _finish(
     vae.to(resolve_device(config.device))
     examples = held_out_examples(config.training, data, done.steps)
     priors = take_prior(config.model.prior, vae, data, config.seed, examples)
-    from_first(lambda: _save(out, config, vae, data, done.training_sigma))
+    from_first(lambda: _save(out, config, vae, data, examples, done.training_sigma))
+    examples = max(1, examples * data.values_per_example // math.prod(data.test.shape))  # test clips may be longer
     if vae.network.has_prior:
         examples = fewer(examples, vae.network.prior.density_passes)
     report = evaluation(out, Run(config, vae, data), replace(BOUNDS_ALONE, examples=examples), priors)
     return from_first(lambda: _write_report(out, report, Run(config, vae, data), page=page))
 
 
-def _save(out: Path, config: RunConfig, vae: VAE, data: Splits, training_sigma: Mapping[Observes, float]) -> None:
+def _save(
+    out: Path, config: RunConfig, vae: VAE, data: Splits, examples: int, training_sigma: Mapping[Observes, float]
+) -> None:
     models.save(out / "model", vae, config.model, data.shape, data.scaling)
     if training_sigma:
-        record = fitted_on(data, "validation") | {"noise_seed": 0, "training_sigma": dict(training_sigma)}
+        record = fitted_on(data.sampled("validation", examples), "validation")
+        record |= {"noise_seed": 0, "training_sigma": dict(training_sigma)}
+        if examples < len(data.validation):
+            record["of_examples"] = len(data.validation)
         save_refitted(out, vae, record)
 
 

@@ -190,7 +190,7 @@ def fit(
             vae.load_state_dict(checkpoints.newest_weights())
         vae.to(where).eval()
         training_sigma = _calibrated(vae, _sample(splits, "train", where))
-        _calibrated(vae, _passing(splits, "validation", held_out_examples(config, splits, total_steps), where))
+        _calibrated(vae, _passing(splits, "validation", held_out_examples(config, splits, context.step), where))
         if kept is not None and save:
             from_first(lambda: models.save(kept / models.MODEL, vae, *origin))
         return training.result(kept, training_sigma)
@@ -606,12 +606,12 @@ def _calibrated_examples(data: Splits) -> int:
 
 
 def held_out_examples(config: TrainingConfig, data: Splits, steps: int) -> int:
-    """Most examples that may be looked at beside so many steps: half of those that these train on, or those of a quick look.
+    """Most examples that may be looked at beside so many steps: an eighth of those that these train on, or a quick look's.
 
-    Validation, calibration and evaluation go over them about six times, each at a third of a step's cost: altogether no
-    more than the training.
+    Validation, calibration and evaluation go over them about six times, each at a third to a half of a step's cost:
+    altogether half as much as the training, at most.
     """
-    return max(_calibrated_examples(data), steps * config.examples_per_step(data.values_per_example) // 2)
+    return max(_calibrated_examples(data), steps * config.examples_per_step(data.values_per_example) // 8)
 
 
 def _sample(data: Splits, split: SplitName, where: torch.device | str = "cpu") -> Batches:

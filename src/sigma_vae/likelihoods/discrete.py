@@ -1,6 +1,7 @@
 """Families over the levels themselves: a probability for each level, or for each bit."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
 import torch
@@ -8,11 +9,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from sigma_vae.likelihoods.base import Discrete
-from sigma_vae.likelihoods.densities import in_chunks
+from sigma_vae.likelihoods.densities import OTHER_FEATURES, in_chunks
 from sigma_vae.registry import Argument, register
 from sigma_vae.types import Observes
 
 LOG2_E = 1 / math.log(2)
+CPU_BLOCK = 2**20
+"""Logits in a block of the categorical's gradient, whose temporaries then stay in the third-level cache."""
+LEVEL_GROUP, FAR = 16, 512
+"""Levels are reduced in groups of 16 where a level's values are at least 512 numbers from the next level's."""
+LARGEST_TOTAL = 2.0**64
+"""A larger sum of powers of two asks for another shift; float32 rounds an exponent of 64 to 4e-6."""
 
 
 @register.likelihood("categorical")
@@ -44,7 +51,7 @@ class Categorical(Discrete):
 
     def row_log_prob(self, h: Tensor, x: Tensor, observes: Observes) -> Tensor:
         """Negative cross-entropy, channel by channel: each is a row of its own to keep the parts small."""
-        return in_chunks(_class_log_mass, self._logits(h), self._classes(x), _class_gradient).reshape(x.shape[:2]).sum(-1)
+        return in_chunks(_class_log_mass, self._logits(h), self._classes(x), _ClassGradient()).reshape(x.shape[:2]).sum(-1)
 
     def row_cdf(self, h: Tensor, x: Tensor, observes: Observes) -> tuple[Tensor, Tensor]:
         """Cumulative sums of the classes' probabilities."""
@@ -103,20 +110,61 @@ def _class_moments(logits: Tensor, _: Tensor) -> Tensor:
     return torch.cat([mean, (masses * (values - mean).square()).sum(1, keepdim=True)], 1)
 
 
-@torch.no_grad()
-def _class_gradient(logits: Tensor, k: Tensor, out: Tensor) -> Tensor:
-    """One where the class is, minus the softmax.
+class _ClassGradient:
+    """Write the gradient of one call, part by part: one where the class is, minus the softmax.
 
-    In powers of two: torch takes three of them in the time of one power of e. The largest logit's rounding is the same
-    for all classes, and cancels.
+    The exponentials need a shift near the largest logit. On a CPU that of every 16th level is tried, which reads a
+    sixteenth of memory. After the first block where it is too small, the largest of all levels is taken.
     """
-    classes = k[:, None]
-    largest = logits.amax(1, keepdim=True)
-    torch.add(-LOG2_E * largest, logits, alpha=LOG2_E, out=out)
-    chosen = out.gather(1, classes)
-    total = out.exp2_().sum(1, keepdim=True)
-    out.mul_(-1 / total).scatter_add_(1, classes, torch.ones_like(chosen))
-    return (chosen - total.log2()).sum((1, 2)) / LOG2_E
+
+    def __init__(self) -> None:
+        self.samples_levels = True
+
+    @torch.no_grad()
+    def __call__(self, logits: Tensor, k: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        positions = max((CPU_BLOCK if logits.device.type == "cpu" else OTHER_FEATURES) // logits.shape[1], 1)
+        if positions >= logits.shape[2]:
+            value, total = self._block(logits, k[:, None], out)
+            return value, -1 / total
+        blocks = zip(*(torch.split(t, positions, -1) for t in (logits, k[:, None], out)), strict=True)
+        values, totals = zip(*(self._block(*block) for block in blocks), strict=True)
+        return torch.stack(values).sum(0), -1 / torch.cat(totals, -1)
+
+    def _block(self, logits: Tensor, classes: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        if self.samples_levels and _in_groups(logits):
+            some = torch.maximum(logits[:, ::LEVEL_GROUP].amax(1, keepdim=True), logits[:, -1:])
+            values, total = _powers(logits, classes, some, out)
+            if total.amax() < LARGEST_TOTAL:  # false for NaN, too
+                return values, total
+            self.samples_levels = False
+        return _powers(logits, classes, _over_levels(torch.amax, logits), out)
+
+
+def _powers(logits: Tensor, classes: Tensor, shift: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities ``(rows,)`` and sums of exponentials ``(rows, 1, n)``; minus out over the sums is the gradient.
+
+    In powers of two: torch takes three of them in the time of one power of e. The shift's rounding is the same for all
+    classes, and cancels.
+    """
+    # Large blocks have a buffer in the cache: a CPU then writes to memory while it computes powers, not while it reads.
+    exponents = torch.add(-LOG2_E * shift, logits, alpha=LOG2_E, out=None if _in_groups(out) else out)
+    chosen = exponents.gather(1, classes)
+    torch.exp2(exponents, out=out)
+    total = _over_levels(torch.sum, out)
+    out.scatter_add_(1, classes, -total)
+    return (chosen - total.log2()).sum((1, 2)) / LOG2_E, total
+
+
+def _over_levels(reduce: Callable[..., Tensor], values: Tensor) -> Tensor:
+    """Reduce ``(rows, levels, n)`` to ``(rows, 1, n)``."""
+    if _in_groups(values):  # a CPU then reads nearly in the order of memory
+        values = reduce(torch.unflatten(values, 1, (-1, LEVEL_GROUP)), 2)
+    return reduce(values, 1, keepdim=True)
+
+
+def _in_groups(values: Tensor) -> bool:
+    """Whether a CPU would jump through memory from level to level."""
+    return values.device.type == "cpu" and values.stride(1) >= FAR and values.shape[1] % LEVEL_GROUP == 0
 
 
 @register.likelihood("bitwise-categorical")
@@ -272,7 +320,7 @@ class LogisticMixture(Discrete):
         return (torch.logsumexp(joint, 1) - torch.logsumexp(logits, 1)).sum(-1)
 
     @torch.no_grad()
-    def _gradient(self, h: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    def _gradient(self, h: Tensor, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         features, bins, to = self._split(h), self._bins(h, x), self._split(out)
         joint = features.logits + bins.log_mass.sum(1)
         values, total = torch.logsumexp(joint, 1), torch.logsumexp(features.logits, 1)
@@ -291,7 +339,7 @@ class LogisticMixture(Discrete):
             for i, (later, earlier) in enumerate(COEFFICIENTS):
                 torch.mul(to.means[:, later], y[:, earlier], out=to.coefficients[:, i])
             to.coefficients.mul_(1 - _tanh(features.coefficients).square_())
-        return (values - total).sum(-1)
+        return (values - total).sum(-1), h.new_ones(len(h), 1, 1)
 
     def _bins(self, h: Tensor, x: Tensor) -> "_Bins":
         # In units of levels, so that means are rounded once for all bins.

@@ -54,12 +54,21 @@ def main(
             for allocator in allocators:
                 rows.append({"round": turn, **in_fresh_process(name, mode, allocator, batch, repeats)})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "threads": 1}
-    command = shlex.join(["python", "-m", "benchmarks.likelihoods", *sys.argv[1:]])
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"command": command, "about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        rows = keep_run(out, shlex.join(["python", "-m", "benchmarks.likelihoods", *sys.argv[1:]]), rows)
     print("\n".join([*table(rows), "", *quotients(rows)]))
+
+
+def keep_run(out: Path, command: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add a run to those in the file, in place of older measurements of the same names; return the rows of all."""
+    runs = json.loads(out.read_text(encoding="utf-8"))["runs"] if out.exists() else []
+    names = {row["name"] for row in rows}
+    older = [run | {"rows": [row for row in run["rows"] if row["name"] not in names]} for run in runs]
+    runs = [*(run for run in older if run["rows"]), {"command": command, "rows": rows}]
+    about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "threads": 1}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+    return [row for run in runs for row in run["rows"]]
 
 
 def in_fresh_process(name: str, mode: str, allocator: str, batch: int, repeats: int) -> dict[str, Any]:

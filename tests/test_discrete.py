@@ -502,13 +502,9 @@ def test_gradients_in_parts_are_the_numeric_ones(family: Family, rows: int, monk
     )  # weighted by example
 
 
-def gradient_with_a_factor(h: Tensor, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    factor = 1 + h[:, :1].square()
-    torch.div(x.cos() * h.cos(), factor, out=out)
-    return (h.sin() * x.cos()).sum(1), factor
-
-
-@pytest.mark.parametrize("gradient", [None, gradient_with_a_factor])
+@pytest.mark.parametrize(
+    "gradient", [None, lambda h, x, out: (h.sin() * x.cos()).sum(1) + 0 * out.copy_(x.cos() * h.cos()).sum()]
+)
 def test_in_chunks_is_plain_autograd(gradient) -> None:
     h, x = torch.randn(2, 7, 5, dtype=torch.float64)
     h.requires_grad_()

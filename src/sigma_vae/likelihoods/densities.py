@@ -344,8 +344,8 @@ def _exp(x: Df) -> Df:
 Formula = Callable[[Tensor, Tensor], Tensor]
 """From features and data ``(rows, ...)`` to log-probabilities ``(rows,)``, each row by itself; differentiable."""
 
-Gradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(features, data, out): what the formula returns, and a factor. The gradient to the features is ``out`` times the factor."""
+Gradient = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(features, data, out): what the formula returns, with its gradient to the features written into ``out``."""
 
 CPU_FEATURES = 2**17
 """Features in a part, whose temporaries then stay in the second-level cache."""
@@ -384,15 +384,12 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, x: Tensor, formula: Formula, gradient: Gradient | None, rows: int) -> Tensor:
         ctx.save_for_backward(h, x)
-        ctx.formula, ctx.rows, ctx.gradient, ctx.factor = formula, rows, None, None
+        ctx.formula, ctx.rows, ctx.gradient = formula, rows, None
         parts = torch.split(h, rows), torch.split(x, rows)
         if gradient is None:
             return torch.cat([formula(*part) for part in zip(*parts, strict=True)])
         ctx.gradient = torch.empty_like(h)
-        both = [gradient(*part) for part in zip(*parts, torch.split(ctx.gradient, rows), strict=True)]
-        values, factors = zip(*both, strict=True)
-        ctx.factor = torch.cat(factors)
-        return torch.cat(values)
+        return torch.cat([gradient(*part) for part in zip(*parts, torch.split(ctx.gradient, rows), strict=True)])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -401,7 +398,7 @@ class _InChunks(torch.autograd.Function):
             return torch.autograd.grad(ctx.formula(h, x), h, upstream, create_graph=True)[0], None, None, None, None
         if ctx.gradient is not None:
             out, ctx.gradient = ctx.gradient, None  # scaled in place: a second backward pass computes it anew
-            return out.mul_(ctx.factor * upstream.reshape(-1, *[1] * (h.dim() - 1))), None, None, None, None
+            return out.mul_(upstream.reshape(-1, *[1] * (h.dim() - 1))), None, None, None, None
         out = torch.empty_like(h)
         for h_part, x_part, weights, out_part in zip(*(torch.split(t, ctx.rows) for t in (h, x, upstream, out)), strict=True):
             with torch.enable_grad():

@@ -115,43 +115,47 @@ class _ClassGradient:
 
     The exponentials need a shift near the largest logit. On a CPU that of every 16th level is tried, which reads a
     sixteenth of memory. After the first block where it is too small, the largest of all levels is taken.
+
+    Exponents of large blocks are in a buffer that stays in the cache, so that a CPU writes to memory while it computes
+    powers. The call has one buffer for all: with one for each block, freed memory would be in pieces, and grow.
     """
 
     def __init__(self) -> None:
         self.samples_levels = True
+        self.buffer: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, logits: Tensor, k: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, k: Tensor, out: Tensor) -> Tensor:
         positions = max((CPU_BLOCK if logits.device.type == "cpu" else OTHER_FEATURES) // logits.shape[1], 1)
         if positions >= logits.shape[2]:
-            value, total = self._block(logits, k[:, None], out)
-            return value, -1 / total
+            return self._block(logits, k[:, None], out)
         blocks = zip(*(torch.split(t, positions, -1) for t in (logits, k[:, None], out)), strict=True)
-        values, totals = zip(*(self._block(*block) for block in blocks), strict=True)
-        return torch.stack(values).sum(0), -1 / torch.cat(totals, -1)
+        return torch.stack([self._block(*block) for block in blocks]).sum(0)
 
-    def _block(self, logits: Tensor, classes: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        if self.samples_levels and _in_groups(logits):
+    def _block(self, logits: Tensor, classes: Tensor, out: Tensor) -> Tensor:
+        if not _in_groups(logits):
+            return _shifted(logits, classes, logits.amax(1, keepdim=True), out, out)[0]
+        if self.buffer is None or self.buffer.shape != out.shape:
+            self.buffer = torch.empty_like(out)
+        if self.samples_levels:
             some = torch.maximum(logits[:, ::LEVEL_GROUP].amax(1, keepdim=True), logits[:, -1:])
-            values, total = _powers(logits, classes, some, out)
+            values, total = _shifted(logits, classes, some, out, self.buffer)
             if total.amax() < LARGEST_TOTAL:  # false for NaN, too
-                return values, total
+                return values
             self.samples_levels = False
-        return _powers(logits, classes, _over_levels(torch.amax, logits), out)
+        return _shifted(logits, classes, _over_levels(torch.amax, logits), out, self.buffer)[0]
 
 
-def _powers(logits: Tensor, classes: Tensor, shift: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities ``(rows,)`` and sums of exponentials ``(rows, 1, n)``; minus out over the sums is the gradient.
+def _shifted(logits: Tensor, classes: Tensor, shift: Tensor, out: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the gradient; return the log-probabilities ``(rows,)`` and the sums of exponentials ``(rows, 1, n)``.
 
     In powers of two: torch takes three of them in the time of one power of e. The shift's rounding is the same for all
     classes, and cancels.
     """
-    # Large blocks have a buffer in the cache: a CPU then writes to memory while it computes powers, not while it reads.
-    exponents = torch.add(-LOG2_E * shift, logits, alpha=LOG2_E, out=None if _in_groups(out) else out)
-    chosen = exponents.gather(1, classes)
-    torch.exp2(exponents, out=out)
-    total = _over_levels(torch.sum, out)
-    out.scatter_add_(1, classes, -total)
+    torch.add(-LOG2_E * shift, logits, alpha=LOG2_E, out=buffer)
+    chosen = buffer.gather(1, classes)
+    total = _over_levels(torch.sum, torch.exp2(buffer, out=out))
+    out.mul_(-1 / total).scatter_add_(1, classes, torch.ones_like(chosen))
     return (chosen - total.log2()).sum((1, 2)) / LOG2_E, total
 
 
@@ -320,7 +324,7 @@ class LogisticMixture(Discrete):
         return (torch.logsumexp(joint, 1) - torch.logsumexp(logits, 1)).sum(-1)
 
     @torch.no_grad()
-    def _gradient(self, h: Tensor, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    def _gradient(self, h: Tensor, x: Tensor, out: Tensor) -> Tensor:
         features, bins, to = self._split(h), self._bins(h, x), self._split(out)
         joint = features.logits + bins.log_mass.sum(1)
         values, total = torch.logsumexp(joint, 1), torch.logsumexp(features.logits, 1)
@@ -339,7 +343,7 @@ class LogisticMixture(Discrete):
             for i, (later, earlier) in enumerate(COEFFICIENTS):
                 torch.mul(to.means[:, later], y[:, earlier], out=to.coefficients[:, i])
             to.coefficients.mul_(1 - _tanh(features.coefficients).square_())
-        return (values - total).sum(-1), h.new_ones(len(h), 1, 1)
+        return (values - total).sum(-1)
 
     def _bins(self, h: Tensor, x: Tensor) -> "_Bins":
         # In units of levels, so that means are rounded once for all bins.

@@ -1,11 +1,12 @@
-"""Forward and backward pass of each likelihood, beside the usual eager implementation: milliseconds and peak extra memory.
+"""Forward and backward pass of each likelihood, beside the usual eager implementation: processor time and peak extra memory.
 
-Each number comes from a fresh process, with glibc's allocator as it is and with ``retain`` (which keeps freed memory). "Extra"
-is the peak resident memory above what the features and data take, the gradient of the features included. Run it as
-`python -m benchmarks.likelihoods --out benchmarks/results/likelihoods.json`.
+Each number comes from a fresh process of one thread, with glibc's allocator as it is and with ``retain`` (which keeps freed
+memory). "Extra" is the peak resident memory above what the features and data take, the gradient of the features included. Run
+it as `python -m benchmarks.likelihoods --out benchmarks/results/likelihoods.json`.
 """
 
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
@@ -40,23 +42,33 @@ def main(
     out: Path | None = None,
     batch: int = 128,
     repeats: int = 5,
+    rounds: int = 1,
     names: tuple[str, ...] = (*USUAL, *GAUSSIANS, *OTHERS, *BY_LEVEL, *UNSCALED),
     modes: tuple[str, ...] = MODES,
     allocators: tuple[str, ...] = ALLOCATORS,
 ) -> None:
-    """Measure all, one process after the other; print a table, write JSON."""
+    """Measure all in each round, one process after the other; print a table of medians over rounds, write JSON."""
     rows = []
-    for name in names:
+    for turn, name in itertools.product(range(rounds), names):
         for mode in modes if not name.startswith("usual") else ("eager",):
             for allocator in allocators:
-                rows.append(in_fresh_process(name, mode, allocator, batch, repeats))
+                rows.append({"round": turn, **in_fresh_process(name, mode, allocator, batch, repeats)})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "threads": 1}
-    command = shlex.join(["python", "-m", "benchmarks.likelihoods", *sys.argv[1:]])
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"command": command, "about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        rows = keep_run(out, shlex.join(["python", "-m", "benchmarks.likelihoods", *sys.argv[1:]]), rows)
     print("\n".join([*table(rows), "", *quotients(rows)]))
+
+
+def keep_run(out: Path, command: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add a run to those in the file, in place of older measurements of the same names; return the rows of all."""
+    runs = json.loads(out.read_text(encoding="utf-8"))["runs"] if out.exists() else []
+    names = {row["name"] for row in rows}
+    older = [run | {"rows": [row for row in run["rows"] if row["name"] not in names]} for run in runs]
+    runs = [*(run for run in older if run["rows"]), {"command": command, "rows": rows}]
+    about = {"torch": torch.__version__, "machine": platform.processor() or platform.machine(), "threads": 1}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"about": about, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+    return [row for run in runs for row in run["rows"]]
 
 
 def in_fresh_process(name: str, mode: str, allocator: str, batch: int, repeats: int) -> dict[str, Any]:
@@ -93,10 +105,10 @@ def one(name: str, mode: str, allocator: str, batch: int, repeats: int) -> None:
 
 
 def step(loss: Callable[[Tensor, Tensor], Tensor], h: Tensor, x: Tensor) -> float:
-    """Seconds of a forward and a backward pass."""
-    start = time.perf_counter()
+    """Seconds of the processor for a forward and a backward pass: other work on the machine does not count."""
+    start = time.process_time()
     torch.autograd.grad(loss(h, x).mean(), h)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def keep_freed_memory() -> None:
@@ -166,16 +178,24 @@ def usual_mixture(h: Tensor, x: Tensor) -> Tensor:
 
 
 def quotients(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Time (median and fastest) and memory of the heavy families over the usual implementation's, eager."""
-    eager = {(row["name"], row["allocator"]): row for row in rows if row["mode"] == "eager"}
-    for name, allocator in eager:
-        if usual := eager.get((f"usual {name}", allocator)):
-            own = eager[name, allocator]
-            parts = [f"{what} {own[key] / usual[key]:.2f}" for what, key in QUOTIENTS.items()]
-            yield f"{name}, {allocator} allocator, of the usual: {', '.join(parts)}"
+    """Time (median and fastest) and memory of the heavy families over the usual implementation's, eager, within a round."""
+    eager = {(row["name"], row["allocator"], row["round"]): row for row in rows if row["mode"] == "eager" and "ms" in row}
+    pairs = defaultdict(list)
+    for (name, allocator, turn), own in eager.items():
+        if usual := eager.get((f"usual {name}", allocator, turn)):
+            pairs[name, allocator].append((own, usual))
+    for (name, allocator), both in pairs.items():
+        parts = (f"{what} {spread([own[key] / usual[key] for own, usual in both])}" for what, key in QUOTIENTS.items())
+        yield f"{name}, {allocator} allocator, of the usual: {', '.join(parts)}"
+
+
+def spread(ratios: list[float]) -> str:
+    """The median, and the range of several."""
+    return f"{median(ratios):.2f}" + (f" [{min(ratios):.2f}, {max(ratios):.2f}]" if len(ratios) > 1 else "")
 
 
 QUOTIENTS = {"median time": "ms", "fastest": "least_ms", "memory": "extra_mib"}
+COLUMNS = ("ms", "extra_mib")
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -183,8 +203,9 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "| likelihood | | ms | ms, retain | extra MiB | extra MiB, retain |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for name, mode in dict.fromkeys((row["name"], row["mode"]) for row in rows):
-        cells = {row["allocator"]: row for row in rows if (row["name"], row["mode"]) == (name, mode)}
-        numbers = [str(cells.get(a, {}).get(key, "-")) for key in ("ms", "extra_mib") for a in ALLOCATORS]
+        cells = [row for row in rows if (row["name"], row["mode"]) == (name, mode)]
+        measured = ([row[key] for row in cells if row["allocator"] == a and key in row] for key in COLUMNS for a in ALLOCATORS)
+        numbers = [f"{median(values):.1f}" if values else "-" for values in measured]
         yield f"| `{name}` | {mode} | " + " | ".join(numbers) + " |"
 
 

@@ -522,6 +522,30 @@ def test_in_chunks_is_plain_autograd(gradient) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("levels", [48, 50])
+@pytest.mark.parametrize("peak", [0.0, 20.0, 40.0, 60.0, 1000.0, np.inf])
+def test_the_categorical_is_the_softmax_wherever_its_peaks_are(
+    peak: float, levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shift by some of the levels alone would overflow from 88 on. Beside an infinite peak other levels are impossible."""
+    monkeypatch.setattr("sigma_vae.likelihoods.densities.CPU_FEATURES", 1)  # a row at a time
+    monkeypatch.setattr("sigma_vae.likelihoods.discrete.CPU_BLOCK", 250 * levels)
+    torch.manual_seed(0)
+    h, k = 3 * torch.randn(5, levels, 601), torch.randint(levels, (5, 1, 601))
+    at_peak = torch.zeros_like(h, dtype=torch.bool).scatter_(1, torch.randint(levels, k.shape), True)
+    if peak == np.inf:
+        h = h.masked_fill(~at_peak.scatter(1, k, True), -np.inf)
+    else:
+        h[2:] += peak * at_peak[2:]  # the first rows take the shift by some levels
+    h64, h = h.double().requires_grad_(), h.requires_grad_()
+    value = Categorical(1, spatial_dims=1, levels=levels)(h).log_prob(k / (levels - 1))
+    truth = torch.log_softmax(h64, 1).gather(1, k).sum((1, 2))
+    weights = torch.arange(1.0, 6.0)
+    (slope,), (true_slope,) = torch.autograd.grad(value, h, weights), torch.autograd.grad(truth, h64, weights.double())
+    torch.testing.assert_close(value, truth.float(), rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(slope, true_slope.float(), rtol=0, atol=1e-5)
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     size=st.sampled_from([0.0, 1.0, 20.0, 200.0, 1e4]), half=st.booleans(), seed=st.integers(0, 99), row=st.sampled_from(ALL)

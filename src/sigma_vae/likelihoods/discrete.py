@@ -1,6 +1,7 @@
 """Families over the levels themselves: a probability for each level, or for each bit."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, final
 
 import torch
@@ -8,11 +9,17 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 from sigma_vae.likelihoods.base import Discrete
-from sigma_vae.likelihoods.densities import in_chunks
+from sigma_vae.likelihoods.densities import OTHER_FEATURES, in_chunks
 from sigma_vae.registry import Argument, register
 from sigma_vae.types import Observes
 
 LOG2_E = 1 / math.log(2)
+CPU_BLOCK = 2**20
+"""Logits in a block of the categorical's gradient, whose temporaries then stay in the third-level cache."""
+LEVEL_GROUP, FAR = 16, 512
+"""Levels are reduced in groups of 16 where a level's values are at least 512 numbers from the next level's."""
+LARGEST_TOTAL = 2.0**64
+"""A larger sum of powers of two asks for another shift; float32 rounds an exponent of 64 to 4e-6."""
 
 
 @register.likelihood("categorical")
@@ -44,7 +51,7 @@ class Categorical(Discrete):
 
     def row_log_prob(self, h: Tensor, x: Tensor, observes: Observes) -> Tensor:
         """Negative cross-entropy, channel by channel: each is a row of its own to keep the parts small."""
-        return in_chunks(_class_log_mass, self._logits(h), self._classes(x), _class_gradient).reshape(x.shape[:2]).sum(-1)
+        return in_chunks(_class_log_mass, self._logits(h), self._classes(x), _ClassGradient()).reshape(x.shape[:2]).sum(-1)
 
     def row_cdf(self, h: Tensor, x: Tensor, observes: Observes) -> tuple[Tensor, Tensor]:
         """Cumulative sums of the classes' probabilities."""
@@ -103,20 +110,65 @@ def _class_moments(logits: Tensor, _: Tensor) -> Tensor:
     return torch.cat([mean, (masses * (values - mean).square()).sum(1, keepdim=True)], 1)
 
 
-@torch.no_grad()
-def _class_gradient(logits: Tensor, k: Tensor, out: Tensor) -> Tensor:
-    """One where the class is, minus the softmax.
+class _ClassGradient:
+    """Write the gradient of one call, part by part: one where the class is, minus the softmax.
 
-    In powers of two: torch takes three of them in the time of one power of e. The largest logit's rounding is the same
-    for all classes, and cancels.
+    The exponentials need a shift near the largest logit. On a CPU that of every 16th level is tried, which reads a
+    sixteenth of memory. After the first block where it is too small, the largest of all levels is taken.
+
+    Exponents of large blocks are in a buffer that stays in the cache, so that a CPU writes to memory while it computes
+    powers. The call has one buffer for all: with one for each block, freed memory would be in pieces, and grow.
     """
-    classes = k[:, None]
-    largest = logits.amax(1, keepdim=True)
-    torch.add(-LOG2_E * largest, logits, alpha=LOG2_E, out=out)
-    chosen = out.gather(1, classes)
-    total = out.exp2_().sum(1, keepdim=True)
+
+    def __init__(self) -> None:
+        self.samples_levels = True
+        self.buffer: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, logits: Tensor, k: Tensor, out: Tensor) -> Tensor:
+        positions = max((CPU_BLOCK if logits.device.type == "cpu" else OTHER_FEATURES) // logits.shape[1], 1)
+        if positions >= logits.shape[2]:
+            return self._block(logits, k[:, None], out)
+        blocks = zip(*(torch.split(t, positions, -1) for t in (logits, k[:, None], out)), strict=True)
+        return torch.stack([self._block(*block) for block in blocks]).sum(0)
+
+    def _block(self, logits: Tensor, classes: Tensor, out: Tensor) -> Tensor:
+        if not _in_groups(logits):
+            return _shifted(logits, classes, logits.amax(1, keepdim=True), out, out)[0]
+        if self.buffer is None or self.buffer.shape != out.shape:
+            self.buffer = torch.empty_like(out)
+        if self.samples_levels:
+            some = torch.maximum(logits[:, ::LEVEL_GROUP].amax(1, keepdim=True), logits[:, -1:])
+            values, total = _shifted(logits, classes, some, out, self.buffer)
+            if total.amax() < LARGEST_TOTAL:  # false for NaN, too
+                return values
+            self.samples_levels = False
+        return _shifted(logits, classes, _over_levels(torch.amax, logits), out, self.buffer)[0]
+
+
+def _shifted(logits: Tensor, classes: Tensor, shift: Tensor, out: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Write the gradient; return the log-probabilities ``(rows,)`` and the sums of exponentials ``(rows, 1, n)``.
+
+    In powers of two: torch takes three of them in the time of one power of e. The shift's rounding is the same for all
+    classes, and cancels.
+    """
+    torch.add(-LOG2_E * shift, logits, alpha=LOG2_E, out=buffer)
+    chosen = buffer.gather(1, classes)
+    total = _over_levels(torch.sum, torch.exp2(buffer, out=out))
     out.mul_(-1 / total).scatter_add_(1, classes, torch.ones_like(chosen))
-    return (chosen - total.log2()).sum((1, 2)) / LOG2_E
+    return (chosen - total.log2()).sum((1, 2)) / LOG2_E, total
+
+
+def _over_levels(reduce: Callable[..., Tensor], values: Tensor) -> Tensor:
+    """Reduce ``(rows, levels, n)`` to ``(rows, 1, n)``."""
+    if _in_groups(values):  # a CPU then reads nearly in the order of memory
+        values = reduce(torch.unflatten(values, 1, (-1, LEVEL_GROUP)), 2)
+    return reduce(values, 1, keepdim=True)
+
+
+def _in_groups(values: Tensor) -> bool:
+    """Whether a CPU would jump through memory from level to level."""
+    return values.device.type == "cpu" and values.stride(1) >= FAR and values.shape[1] % LEVEL_GROUP == 0
 
 
 @register.likelihood("bitwise-categorical")

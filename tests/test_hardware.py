@@ -127,6 +127,15 @@ def test_a_compiled_training_is_that_without_but_for_rounding(digits):
         torch.testing.assert_close(made[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.skipif(not machine_of(torch.device("cpu")).compiles, reason="no C++ compiler, or no headers of Python")
+def test_a_compiled_training_is_resumed_to_the_very_same_model(digits, tmp_path):
+    """Also after an epoch that ends with a smaller batch, whose size must not change how later ones are computed."""
+    options = {"hardware": HardwareConfig(compile="yes"), "batch_size": 200, "start": "random"}
+    whole = trained(digits, epochs=2, **options)
+    trained(digits, tmp_path, epochs=1, **options)
+    assert same(trained(digits, tmp_path, resume=True, epochs=2, **options), whole)
+
+
 def test_where_torch_cannot_compile_a_training_goes_on_unless_it_is_needed(monkeypatch):
     def broken(x):
         raise RuntimeError("no compiler\nand many lines")

@@ -268,10 +268,13 @@ def _arrange(vae: VAE, memory_format: torch.memory_format) -> None:
             parameter.data = torch.empty_like(parameter, memory_format=memory_format).copy_(parameter.data)
 
 
-def compiled(function: Callable[..., Result], *, needed: bool) -> Callable[..., Result]:
+def compiled(function: Callable[..., Result], *, needed: bool, ragged: bool = False) -> Callable[..., Result]:
     """The function, compiled by torch at its first call, with the noise that it has otherwise.
 
-    Where that fails, the function itself is called from then on, unless compilation is needed: not every machine has
+    Each size of a batch has a graph of its own, so that no number depends on the sizes that came before (a resumed
+    training has seen others); not where examples are ``ragged``, of many sizes.
+
+    Where compilation fails, the function itself is called from then on, unless compilation is needed: not every machine has
     what torch wants. The compiler is imported in a thread, as its import leaves cycles that hold the frames that it was
     called from.
     """
@@ -283,7 +286,7 @@ def compiled(function: Callable[..., Result], *, needed: bool) -> Callable[..., 
     thread = Thread(target=compiler)
     thread.start()
     thread.join()
-    made = torch.compile(function, options={"fallback_random": True})
+    made = torch.compile(function, dynamic=None if ragged else False, options={"fallback_random": True})
     return made if needed else _or_else(made, function)
 
 

@@ -86,7 +86,7 @@ class Stepper:
         self.total_steps = total_steps
         self.log_volume_nats = log_volume_nats
         self.average = None if config.decay is None else Averaged(vae, config.decay)
-        module = _Loss(vae, config, compiled(vae.elbo, needed=config.hardware.compile == "yes") if choices.compile else None)
+        module = _Loss(vae, config, self._compiled_elbo() if choices.compile else None)
         self._loss: Callable[[Batch, int], StepLoss] = module.forward
         if processes().world_size > 1:
             wrapped = fabric_for(vae, config, vae.device).setup_module(module)  # which shards the module itself
@@ -101,6 +101,10 @@ class Stepper:
         self._broken: Tensor | None = None
         # Reading a loss waits for the GPU: `check` reads several, and until then the device itself protects the weights.
         self._checks_later = choices.device == "cuda" and choices.fused_optimiser and not is_sharded(config)
+
+    def _compiled_elbo(self) -> Callable[..., Elbo]:
+        needed = self.config.hardware.compile == "yes"
+        return compiled(self.vae.elbo, needed=needed, ragged=self.vae.network.reads_clips)
 
     def step(self, batch: Batch, number: int) -> dict[str, float] | None:
         """Take step ``number`` (from 0) on this process's share of the batch; return a row of metrics where one is due.

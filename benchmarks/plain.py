@@ -27,6 +27,8 @@ AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
 BATCH, RATE, LATENTS = 128, 1e-3, 20
 CALIBRATION_EXAMPLES = 5000
 """Training examples that σ is refitted on: its error then costs under a tenth of a nat."""
+JUDGED_VALUES = 2**24
+"""Values of a split that are looked at: all images of Fashion-MNIST, some clips."""
 FIRST_LOOKS = (0.25, 0.5)
 """Fractions of the first epoch after which the model is judged too."""
 
@@ -138,9 +140,11 @@ def judged_elbo(network: Any, data: Splits, device: str = "cpu") -> float:
     """Nats of the density on the test split, float32, σ refitted on training data; noise keyed by the example."""
     likelihood = Gaussian(data.shape[0], levels=None, mean="unit")
     vae = VAE(network, likelihood).to(device)
+    some = min(JUDGED_VALUES // data.values_per_example, CALIBRATION_EXAMPLES)
+    size = min(250, JUDGED_VALUES // 16 // data.values_per_example)
     with torch.random.fork_rng():
-        vae.calibrate(data.batches("train", 250, device=device, limit=CALIBRATION_EXAMPLES))
+        vae.calibrate(data.batches("train", size, device=device, limit=some))
         vae.eval()
-        scores = score(vae, data.batches("test", 250, device=device))
+        scores = score(vae, data.batches("test", size, device=device, limit=JUDGED_VALUES // data.values_per_example))
     vae.train()
     return float((scores.log_likelihood - scores.rate).mean())

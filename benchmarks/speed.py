@@ -71,7 +71,8 @@ STEPS = [
 COUNTED_STEPS = {"conv": 12, "usual conv": 12, "hierarchical:tiny": 20, "residual": 60}
 EQUAL = ("pythae", "plain loop", "ours, all")
 EQUAL_STEPS = 200
-PRECISION_STEPS = {"conv": 422, "residual": 1266, "mlp": 4220, "hierarchical:tiny": 422}
+PRECISION_STEPS = {"conv": 422, "residual": 1266, "mlp": 4220, "hierarchical:tiny": 422, "sequence": 60}
+"""Of ``sequence`` on clips: ``--data moving-mnist``."""
 TRAINERS: dict[str, dict[str, float] | None] = {"pythae": None, "the plain loop": {}, "the paper's code": {"soft_clip": -6.0}}
 """Others; the arguments of a :class:`PlainLoop` that solves σ."""
 RIVALS = {f"{network} by {trainer}": (network, trainer) for network in ("mlp", "conv") for trainer in TRAINERS}
@@ -146,7 +147,12 @@ def each(part: Part, path: Path, rounds: int, data: str, chosen: tuple[str, ...]
 def cases(part: Part) -> list[str]:
     """What a part compares."""
     if part == "precision":
-        return [f"{network}, {precision}" for network in PRECISION_STEPS for precision in ("float32", "bfloat16")]
+        return [
+            f"{network}, {precision}"
+            for network in PRECISION_STEPS
+            if network != "sequence"
+            for precision in ("float32", "bfloat16")
+        ]
     return {
         "steps": STEPS,
         "compile": [f"{case}, {how}" for case in COMPILED_STEPS for how in ("eager", "compiled")],

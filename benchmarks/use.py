@@ -26,8 +26,8 @@ SHORT = 3
 """Steps of the shortest training."""
 LONGER = 30
 """Steps of the training whose run the other commands are given."""
-LIMIT = 120.0
-"""Processor seconds after which a command is ended."""
+PATIENCE = 1.1
+"""A command is ended after so many times its processor seconds."""
 PICTURES, PICTURE_SIDE = 30_000, 64
 ROWS, COLUMNS = 1_000_000, 50
 IMAGES, IMAGE_SHAPE = 500_000, (3, 64, 64)
@@ -100,7 +100,7 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Measured]] = json.loads(out.read_text())["results"] if out.exists() else {}
     for name, arguments in ONCE.items():
-        results.setdefault(name, {})[""] = shown(name, "", waited_for(arguments, folder))
+        results.setdefault(name, {})[""] = shown(name, "", waited_for(arguments, folder, budget(name, "")[0]))
     for source in data:
         path, run = made(source, folder), folder / f"run-{source}"
         for name in commands:
@@ -109,7 +109,8 @@ def main(
             ]
             if words[0] == "train":
                 shutil.rmtree(words[-1], ignore_errors=True)
-            results.setdefault(name, {})[source] = shown(name, source, waited_for(["-m", "sigma_vae", *words], folder))
+            found = waited_for(["-m", "sigma_vae", *words], folder, budget(name, source)[0])
+            results.setdefault(name, {})[source] = shown(name, source, found)
             record = {
                 "command": f"python -m benchmarks.use --data {' '.join(data)}",
                 "cores": os.cpu_count(),
@@ -169,8 +170,8 @@ def images(path: Path) -> None:
         array[number] = random.integers(256, size=IMAGE_SHAPE, dtype=np.uint8)
 
 
-def waited_for(arguments: list[str], folder: Path) -> Measured:
-    """Run Python in a terminal and this folder, and measure it until it ends or its processor seconds are used up."""
+def waited_for(arguments: list[str], folder: Path, seconds: float) -> Measured:
+    """Run Python in a terminal and this folder, and measure it until it ends or these processor seconds are used up."""
     ours, theirs = pty.openpty()
     begin = time.perf_counter()
     process = subprocess.Popen([sys.executable, *arguments], stdout=theirs, stderr=theirs, stdin=subprocess.DEVNULL, cwd=folder)
@@ -180,7 +181,7 @@ def waited_for(arguments: list[str], folder: Path) -> Measured:
         first = first or (time.perf_counter() - begin if text else None)
         said = (said + text)[-2000:]
         peak = max(peak, anonymous_megabytes(process.pid))
-        if seconds_of(process.pid) > LIMIT:
+        if seconds_of(process.pid) > PATIENCE * seconds:
             process.send_signal(signal.SIGKILL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -604,3 +604,20 @@ def test_the_old_name_of_posterior_warns() -> None:
     network, x = image_vae(Fixed(0.3)).network, images(2)
     with pytest.warns(DeprecationWarning, match="now posterior"):
         assert torch.equal(network.encode(x).loc, network.posterior(x).loc)
+
+
+@pytest.mark.parametrize("observes", ["density", "level"])
+def test_calibrating_what_is_observed_alone_solves_that_as_ever(observes: str) -> None:
+    torch.manual_seed(0)
+    vae = VAE(mlp((1, 4, 4), 1, latent_dim=2, width=8), Gaussian(1, mean="unit", observes=observes))
+    before, x = (torch.randint(256, (60, 1, 4, 4)) / 255 for _ in range(2))
+
+    def solved_on(x: Tensor, **options: bool) -> dict[str, Tensor]:
+        vae.calibrate([x], **options)
+        return {name: value.clone() for name, value in vae.likelihood.refitted_log_scales().items()}
+
+    old, alone, whole = solved_on(before / 2), solved_on(x, only_observed=True), solved_on(x)
+    assert torch.equal(alone[observes], whole[observes])
+    assert not torch.equal(old[observes], whole[observes])
+    if observes == "density":
+        assert torch.equal(alone["level"], old["level"])

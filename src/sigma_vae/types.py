@@ -590,6 +590,10 @@ class Likelihood(nn.Module, ABC):
     def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Solve the stored scales exactly on pairs (h, x), a list or a loader; do nothing where there is no scale."""
 
+    def calibrate_observed(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Solve the scales for what the likelihood observes; others may stay as they are, where that is sooner done."""
+        self.calibrate(pairs)
+
     @property
     def has_scale(self) -> bool:
         """Whether the likelihood has a σ."""

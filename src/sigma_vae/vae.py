@@ -369,7 +369,7 @@ class VAE(nn.Module):
         return next(self.parameters()).device
 
     @torch.no_grad()
-    def calibrate(self, loader: "Iterable[Examples]", seed: int = 0) -> None:
+    def calibrate(self, loader: "Iterable[Examples]", seed: int = 0, *, only_observed: bool = False) -> None:
         """Solve the likelihood's scales exactly on the loader's data; the weights do not change.
 
         Each example is decoded from one posterior draw, the same in each pass. Use validation data, or training data
@@ -378,9 +378,13 @@ class VAE(nn.Module):
         Args:
             loader: batches ``x`` or ``(x, ...)`` in a fixed order, or :class:`Batch` with positions; no generator.
             seed: of the posterior's noise.
+            only_observed: leave out the σ for levels of a likelihood that is a density (``likelihood.observes``), whose
+                search takes several passes.
         """
+        likelihood = self.likelihood
         with in_eval_mode(self), standard_prior(self):
-            self.likelihood.calibrate(FeaturePairs(self.network, loader, seed, self.device))
+            solve = likelihood.calibrate_observed if only_observed else likelihood.calibrate
+            solve(FeaturePairs(self.network, loader, seed, self.device))
 
     @torch.no_grad()
     def start_from(self, loader: "Iterable[Examples]") -> float | None:

@@ -162,7 +162,6 @@ class LocationScale(Scaled):
         assert self.levels is not None
         return Discretized(residual, loc, log_scale, self._event_dims, self.levels)
 
-    @torch.no_grad()
     def calibrate(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Solve σ exactly for the density, and for the bin probabilities where the data have levels; store both.
 
@@ -171,12 +170,20 @@ class LocationScale(Scaled):
         must call this with its share of the data. ``pairs`` (h, x) are a list or a loader, not a generator: levels go
         through them several times.
         """
+        self._solve(pairs, for_levels=self.levels is not None)
+
+    def calibrate_observed(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """The same without the σ for levels where this is a density: its search takes several passes."""
+        self._solve(pairs, for_levels=self.observes == "level")
+
+    @torch.no_grad()
+    def _solve(self, pairs: Iterable[tuple[Tensor, Tensor]], *, for_levels: bool) -> None:
         observed = Remade(self._of_pair, pairs)
         how = self.scale.refit_per, self._event_dims, self.log_floor
         density = best_log_scale(observed, *how, None)
         if not torch.isfinite(density).all():
             raise ValueError("calibrate found no finite σ: the decoder's features are not finite (have its weights diverged?)")
-        level = None if self.levels is None else best_log_scale(observed, *how, self.levels, start=density)
+        level = best_log_scale(observed, *how, self.levels, start=density) if for_levels else None
         self.scale.store("density", density)
         if level is not None:
             self.scale.store("level", level)

@@ -110,7 +110,7 @@ def principal(passes: Passes, latent_dim: int) -> Principal | None:
     dims = len(mean)
     latent_dim = min(latent_dim, dims - 1, count // 2)  # white noise needs a direction left, and its variance examples
     if dims <= EXACT_DIMS:
-        covariance = sum(_centred(x, mean).T @ _centred(x, mean) for x in passes()) / count
+        covariance = sum(values.T @ values for values in (_centred(x, mean) for x in passes())) / count
         variances, directions = (each.flip(-1) for each in torch.linalg.eigh(covariance))
     else:
         beside = min(max(latent_dim, OVERSAMPLING[0]), OVERSAMPLING[1])

@@ -342,7 +342,7 @@ class _Training:
         if likelihood.has_post_hoc:  # the bound is that of the likelihood's own σ
             return 1.0
         asked = self.config.sigma_from == "held-out" and likelihood.has_scale
-        training = _calibrated(self.vae, self.trained_part) if asked else {}
+        training = _calibrated(self.vae, self.trained_part, only_observed=True) if asked else {}
         held_out = _calibrated(self.vae, self.part)
         return held_out[likelihood.observes] / training[likelihood.observes] if asked else 1.0
 
@@ -543,7 +543,7 @@ def _loggers(wanted: Sequence[LoggerName | TrainingLogger], folder: Path | None,
 
 
 def _start(vae: VAE, data: Splits, config: TrainingConfig) -> str:
-    """Start the network, start a learned σ at the spread of what it leaves, and fit the stored scales a first time."""
+    """Start the network, start a learned σ at the spread of what it leaves, and solve the stored scales a first time."""
     limit = min(_calibrated_examples(data), len(data.train))
     first = next(iter(data.batches("train", _passing_batch(data), limit=limit)))  # the same on every process
     std = float(first.x.std())
@@ -552,14 +552,15 @@ def _start(vae: VAE, data: Splits, config: TrainingConfig) -> str:
     if config.scale_start == "data":
         vae.likelihood.start(std if residual_std is None else residual_std)
     first = first.to(vae.device)
-    vae.calibrate([first])
+    if residual_std is None:
+        vae.calibrate([first])
     with torch.no_grad():  # averaged weights need every buffer in its final shape, a running scale's too
         vae.elbo(first.x, noise=keyed_noise(first.positions), condition=first.condition)
     return start
 
 
 def _start_network(vae: VAE, data: Splits, config: TrainingConfig, first: Batch) -> tuple[float | None, str]:
-    """Start at the best linear VAE where that is asked for and possible, judged by these examples.
+    """Start at the best linear VAE where that is asked for and possible, with σ solved on these examples.
 
     Returns:
         The residuals' std, None where the start is random; and the start in words.
@@ -594,9 +595,9 @@ def _start_network(vae: VAE, data: Splits, config: TrainingConfig, first: Batch)
     return residual_std, "random, as the data have no variance" if residual_std is None else SOLVED
 
 
-def _calibrated(vae: VAE, batches: Batches) -> dict[Observes, float]:
+def _calibrated(vae: VAE, batches: Batches, *, only_observed: bool = False) -> dict[Observes, float]:
     """Solve σ on these data; the geometric mean for each of its uses."""
-    vae.calibrate(batches)
+    vae.calibrate(batches, only_observed=only_observed)
     return {name: float(value.mean().exp()) for name, value in vae.likelihood.refitted_log_scales().items()}
 
 

@@ -158,7 +158,7 @@ def test_no_run_is_finished_before_its_prior_is_fitted(digits_run):
 
 
 EXTRAS = {
-    "from sigma_vae.training import fit; fit(VAE(mlp((1, 8, 8), 1), Gaussian(1)), torch.rand(40, 1, 8, 8))": "fit needs pandas, which is",
+    "from sigma_vae.training import fit; fit(VAE(mlp((1, 8, 8), 1), Gaussian(1)), torch.rand(40, 1, 8, 8))": "fit needs rich, which is",
     "import sigma_vae.runs": "pip install 'sigma-vae[full]'",
     "import sigma_vae.study": "pip install 'sigma-vae[full]'",
     "import sigma_vae.lightning": "sigma_vae.lightning needs pytorch_lightning, which is not installed: pip install 'sigma-vae[lightning]'",

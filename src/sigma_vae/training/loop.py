@@ -151,6 +151,7 @@ def fit(
     """
     where = resolve_device(device)
     with joined(where) as us, ExitStack() as stack:
+        shown = [progress_of()] if progress and us.first else []  # now, as what it needs may not be installed
         with first_of_node_first():
             splits = as_splits(data, condition=condition)
         _check(vae, splits, config)
@@ -177,12 +178,11 @@ def fit(
         if progress and us.first:
             not_theirs = start == SOLVED and vae.network.diffusers_config is not None
             print(f"{choices}; batches of {size}; start: {start}{NOT_FOR_DIFFUSERS if not_theirs else ''}")
-            callbacks = [*callbacks, progress_of()]
         kept = None if out is None else folder
         named = config.logger if loggers is None else loggers
         context = Context(model, config, kept, total_steps, _loggers(named, kept, resumed) if us.first else [])
         checkpoints = Checkpoints(folder / "checkpoints", resumed)
-        training = _Training(context, splits, batches, checkpoints, choices, where, callbacks, state)
+        training = _Training(context, splits, batches, checkpoints, choices, where, [*callbacks, *shown], state)
         del state
         with applied(choices, model), global_statistics(model):
             training.run(judging_start=start == SOLVED and not config.weighted)

@@ -407,6 +407,7 @@ class SequenceNetwork(Network):
     """
 
     reads_clips = True
+    trains_in_bfloat16 = True
 
     def __init__(
         self,

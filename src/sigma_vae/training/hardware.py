@@ -35,7 +35,7 @@ FLOPS_OF_A_CALL = {"cpu": 2e9, "cuda": 1e12}
 """Operations between two looks at the loss, backward passes included: a few hundredths of a second."""
 MOST_STEPS_PER_CALL = 16
 """More would save nothing: a look then costs a hundredth of the smallest network's steps."""
-STEPS_TO_WIN_COMPILATION = ((3e7, 9_000), (0.0, 18_000))
+STEPS_TO_WIN_COMPILATION = ((6e7, 9_000), (0.0, 18_000))
 """Operations of a step's forward pass, and steps that win back a machine's first compilation of such (docs/speed.md)."""
 Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4

@@ -81,7 +81,7 @@ def test_each_choice_can_be_overruled(asked, expected, machine):
     assert getattr(chosen, name) == expected
 
 
-COMPILES, MLP = replace(NEW, compiles=True), Work(2e8, widest_kernel=0, dense=True)
+COMPILES, MLP = replace(NEW, compiles=True), Work(2e8, widest_kernel=0, gains_compiled=True)
 (LARGE_FLOPS, FEW), (_, MANY) = STEPS_TO_WIN_COMPILATION
 
 
@@ -92,7 +92,7 @@ COMPILES, MLP = replace(NEW, compiles=True), Work(2e8, widest_kernel=0, dense=Tr
         (COMPILES, MLP, FEW - 1, {}, False),
         (COMPILES, replace(MLP, flops=LARGE_FLOPS - 1), MANY, {}, True),
         (COMPILES, replace(MLP, flops=LARGE_FLOPS - 1), MANY - 1, {}, False),
-        (COMPILES, replace(MLP, dense=False), MANY, {}, False),
+        (COMPILES, replace(MLP, gains_compiled=False), MANY, {}, False),
         (COMPILES, replace(MLP, measured=False), MANY, {}, False),
         (NEW, MLP, MANY, {}, False),
         (replace(GPU, compiles=True), MLP, MANY, {}, False),
@@ -208,9 +208,11 @@ def vae_of(digits, network="mlp", width=32):
 def test_work_is_counted(digits):
     work = work_of(vae_of(digits), digits, batch_size=10)
     weights = 64 * 32 + 32 * 32 + 32 * 8 + 4 * 32 + 32 * 32 + 32 * 64
-    assert work == Work(flops=2.0 * weights * 10, widest_kernel=0, dense=True)
+    assert work == Work(flops=2.0 * weights * 10, widest_kernel=0, gains_compiled=True)
     conv = work_of(vae_of(digits, "conv", 4), digits, batch_size=1)
-    assert (conv.widest_kernel, conv.dense) == (6, False)
+    assert (conv.widest_kernel, conv.gains_compiled) == (6, False)
+    bernoulli = models.vae(ModelConfig(likelihood="bernoulli", network="mlp", width=32), digits.shape, digits.scaling)
+    assert not work_of(bernoulli, digits, batch_size=1).gains_compiled
 
 
 def test_a_training_says_in_one_line_what_was_chosen(digits, capsys):

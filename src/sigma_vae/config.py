@@ -291,8 +291,8 @@ class HardwareConfig(_Strict):
     """retain: the process keeps freed memory, instead of asking the kernel for it in each step (glibc; until the
     process ends). auto: retain where training is on the CPU. (patient is the old word for retain.)"""
     compile: Switch = "auto"
-    """Compile the step (torch.compile). auto: on a CPU, where the network has dense layers alone and the training is long
-    enough to win the compilation back; not with max_minutes, nor in several processes."""
+    """Compile the step (torch.compile). auto: on a CPU, for a Gaussian with one σ, where the network has dense layers alone
+    and the training is long enough to win the compilation back; not with max_minutes, nor in several processes."""
     threads: int | None = None
     """CPU threads; unless given, torch's number, but no more than the container's share of the processors."""
     steps_per_call: int | None = None

@@ -65,13 +65,14 @@ class Work:
     """Operations of a step's forward pass (a multiplication and an addition are two), and its widest kernel.
 
     ``measured``: this kind of network reached the same test ELBO in bfloat16 as in float32, over several seeds on CPUs
-    (`python -m benchmarks.speed --part precision`). ``dense``: it has no convolutions.
+    (`python -m benchmarks.speed --part precision`). ``gains_compiled``: dense layers alone, and a Gaussian with
+    one σ, whose steps are shorter when compiled (`--part compile`); others were not all.
     """
 
     flops: float
     widest_kernel: int
     measured: bool = True
-    dense: bool = False
+    gains_compiled: bool = False
 
 
 @final
@@ -142,7 +143,7 @@ def choose(config: TrainingConfig, machine: Machine, work: Work, steps: int = 0)
 def _wins_compiled(config: TrainingConfig, machine: Machine, work: Work, steps: int) -> bool:
     """Whether so many steps win back what a first compilation costs; for a training of some minutes they are not known."""
     alone = processes().world_size == 1
-    could = machine.device == "cpu" and machine.compiles and work.dense and work.measured
+    could = machine.device == "cpu" and machine.compiles and work.gains_compiled and work.measured
     return (
         could
         and alone
@@ -223,7 +224,7 @@ def work_of(vae: VAE, data: Splits, batch_size: int) -> Work:
         flops=float(counted.total) * batch_size,
         widest_kernel=max(kernels, default=0),
         measured=vae.network.trains_in_bfloat16 and not data.scaling.counts,
-        dense=not convolutions,
+        gains_compiled=not convolutions and vae.likelihood.sigma_is_rmse,
     )
 
 

@@ -17,6 +17,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,7 @@ def main(
     folder: Path = Path("use"),
     data: tuple[str, ...] = DATA,
     commands: tuple[str, ...] = tuple(COMMANDS),
+    at_once: int = 2,
 ) -> None:
     """Measure, write the results as JSON, print the table.
 
@@ -95,31 +98,37 @@ def main(
         folder: of the data that are made, and of the runs, which are removed first.
         data: the columns to measure.
         commands: the rows to measure.
+        at_once: columns that are measured at the same time, each on a core.
     """
     folder, out = folder.resolve(), out.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Measured]] = json.loads(out.read_text())["results"] if out.exists() else {}
     for name, arguments in ONCE.items():
         results.setdefault(name, {})[""] = shown(name, "", waited_for(arguments, folder, budget(name, "")[0]))
-    for source in data:
-        path, run = made(source, folder), folder / f"run-{source}"
-        for name in commands:
-            words = [
-                {"DATA": path, "RUN": str(run), "RUN-short": f"{run}-short"}.get(word, word) for word in COMMANDS[name].split()
-            ]
-            if words[0] == "train":
-                shutil.rmtree(words[-1], ignore_errors=True)
-            found = waited_for(["-m", "sigma_vae", *words], folder, budget(name, source)[0])
-            results.setdefault(name, {})[source] = shown(name, source, found)
-            record = {
-                "command": f"python -m benchmarks.use --data {' '.join(data)}",
-                "cores": os.cpu_count(),
-                "results": results,
-            }
+    record = {"command": f"python -m benchmarks.use --data {' '.join(data)}", "cores": os.cpu_count(), "results": results}
+    with ThreadPoolExecutor(at_once) as pool:
+        order = data[::-1]  # the long ones first
+        for source, measured in zip(order, pool.map(partial(column, folder=folder, commands=commands), order), strict=True):
+            for name, found in measured.items():
+                results.setdefault(name, {})[source] = found
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(results)))
     sys.exit(bool(list(over(results))))
+
+
+def column(source: str, folder: Path, commands: tuple[str, ...]) -> dict[str, Measured]:
+    """Measure commands on some data, one after the other."""
+    path, run = made(source, folder), folder / f"run-{source}"
+    measured: dict[str, Measured] = {}
+    for name in commands:
+        words = {"DATA": path, "RUN": str(run), "RUN-short": f"{run}-short"}
+        arguments = [words.get(word, word) for word in COMMANDS[name].split()]
+        if arguments[0] == "train":
+            shutil.rmtree(arguments[-1], ignore_errors=True)
+        seconds, _ = budget(name, source)
+        measured[name] = shown(name, source, waited_for(["-m", "sigma_vae", *arguments], folder, seconds))
+    return measured
 
 
 def made(source: str, folder: Path) -> str:

@@ -36,7 +36,7 @@ bench: $(STAMP)  ## speed on Fashion-MNIST beside pythae and the usual loop: hou
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt cloudpickle imageio pydantic scikit-learn scipy tqdm
 	for part in plain images tiny elbo precision sooner; do $(PYTHON) -m benchmarks.speed --part $$part || exit 1; done
 
-bench-use: $(STAMP)  ## what a user waits for: each command on seven data sets, against its budget; 25 minutes
+bench-use: $(STAMP)  ## what a user waits for: each command on seven data sets, against its budget; 15 minutes
 	OMP_NUM_THREADS=1 $(PYTHON) -m benchmarks.use
 
 AGAINST := HEAD

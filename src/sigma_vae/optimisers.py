@@ -15,7 +15,7 @@ _Optimiser = TypeVar("_Optimiser", bound=type[torch.optim.Optimizer])
 
 
 def _without_compiler(optimiser: _Optimiser) -> _Optimiser:
-    """Take torch's decorators off the methods: the compiler alone needs them, but for the one that switches gradients off."""
+    """Take off torch's decorators, which only the compiler needs; ``step`` keeps the one that switches gradients off."""
     for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict", "step"):
         setattr(optimiser, name, inspect.unwrap(getattr(optimiser, name)))
     optimiser.step = torch.no_grad()(optimiser.step)  # type: ignore[method-assign]

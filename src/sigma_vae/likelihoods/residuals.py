@@ -292,7 +292,7 @@ class _LocatedAndScaled(DataDistribution):
 
 
 def _statistic(residual: ResidualDistribution, value: Tensor, loc: Tensor) -> Tensor:
-    """Of value − loc; a square takes one pass over the values instead of two, and one instead of four for its gradient."""
+    """The statistic of value − loc. A square is computed in one pass over the values, and its gradient in another."""
     if residual.statistic is torch.square:
         loc, value = torch.broadcast_tensors(loc, value)  # type: ignore[no-untyped-call]
         return mse_loss(loc, value, reduction="none")

@@ -431,7 +431,7 @@ def conv(
 
 @final
 class _Transposed(nn.ConvTranspose2d):
-    """torch's transposed convolution, with the function and the parameters that it has, made of others that CPUs do sooner.
+    """torch's transposed convolution, computed by ordinary ones, which CPUs do faster; function and parameters are the same.
 
     For a square kernel that is an odd multiple of the stride, and padded by half of what is more than a stride: as many
     pixels come out of each as the stride has places. On CPUs a step of :func:`conv` is shorter by it (docs/speed.md: `conv`

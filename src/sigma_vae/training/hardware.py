@@ -237,7 +237,7 @@ class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Not told to skip the compiler, torch does not import it."""
+        """False: to skip the compiler, torch would import it."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
